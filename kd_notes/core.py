@@ -6,7 +6,7 @@
 __all__ = ['UserError', 'expect_error', 'repo_root', 'data_dir', 'nbs_dir', 'cache_dir', 'disk_error', 'atomic_write',
            'to_jsonable', 'write_json', 'read_text', 'read_json', 'append_jsonl', 'read_jsonl', 'sha256_text',
            'sha256_file', 'canonical_json', 'stable_hash', 'write_checksums', 'verify_checksums', 'seed_everything',
-           'rng', 'human_seconds', 'progress_mode', 'Tally', 'Meter', 'progress']
+           'rng', 'human_seconds', 'progress_mode', 'Tally', 'progress_line', 'Meter', 'progress']
 
 # %% ../nbs/00_core.ipynb #c5d9d79c
 import codecs
@@ -60,7 +60,7 @@ def expect_error(kind: type[BaseException] = UserError,  # the class that must b
     if not caught:
         raise AssertionError(f"expected {kind.__name__}, but nothing went wrong")
 
-# %% ../nbs/00_core.ipynb #14a7b0c8
+# %% ../nbs/00_core.ipynb #584776a6
 def _package_dir() -> Path:
     return Path(kd_notes.__file__).resolve().parent
 
@@ -70,13 +70,13 @@ def repo_root() -> Path | None:
     root = _package_dir().parent
     return root if (root/"settings.ini").is_file() and (root/"nbs").is_dir() else None
 
-
+# %% ../nbs/00_core.ipynb #6b3d926a
 def data_dir() -> Path:
     "Folder of the embedded data: `data/` in a checkout, `kd_notes/_data` in a wheel."
     root = repo_root()
     return root/"data" if root else _package_dir()/"_data"
 
-
+# %% ../nbs/00_core.ipynb #e5570125
 def nbs_dir() -> Path:
     "Folder of the notebooks: `nbs/` in a checkout, `kd_notes/_nbs` in a wheel."
     root = repo_root()
@@ -94,7 +94,7 @@ def cache_dir() -> Path:
                         fix="Set the environment variable KD_NOTES_CACHE to a folder that you may write to.") from e
     return path.resolve()
 
-# %% ../nbs/00_core.ipynb #7ee6c016
+# %% ../nbs/00_core.ipynb #88d8205c
 _DISK_FIX = "Free some space, or move the cache with the environment variable KD_NOTES_CACHE, and run the same command again."
 
 
@@ -105,7 +105,7 @@ def disk_error(e: OSError, path: Path | str) -> UserError:
     fix = _DISK_FIX if full else "Check that the folder exists and that you may write to it."
     return UserError(f"the file could not be written ({reason}); nothing half-written is left", where=path, fix=fix)
 
-
+# %% ../nbs/00_core.ipynb #f5a12d10
 def _sync_folder(folder: Path) -> None:
     if os.name == "posix":  # makes the rename itself durable
         fd = os.open(folder, os.O_RDONLY)
@@ -163,19 +163,19 @@ def _convert(obj: Any, where: str) -> Any:
     raise UserError(f"an object of type {type(obj).__name__} cannot be stored as JSON", where=where,
                     fix="Store numbers, text, lists and dictionaries only.")
 
-# %% ../nbs/00_core.ipynb #3cc50561
+# %% ../nbs/00_core.ipynb #c60a3d79
 def write_json(path: Path | str, obj: Any) -> Path:
     "Write `obj` as JSON: sorted keys, indent 1, UTF-8, atomic."
     return atomic_write(path, json.dumps(to_jsonable(obj), sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
-
+# %% ../nbs/00_core.ipynb #96cb3b15
 def _read_bytes(path: Path | str) -> bytes:
     try:
         return Path(path).read_bytes()
     except OSError as e:
         raise UserError(f"the file cannot be read ({e.strerror})", where=path, fix="Check the name and the folder.") from e
 
-
+# %% ../nbs/00_core.ipynb #a971c971
 def read_text(path: Path | str) -> str:
     "Text of a UTF-8 file (a byte order mark is skipped). Raises UserError if it is missing, unreadable or not UTF-8."
     data = _read_bytes(path).removeprefix(codecs.BOM_UTF8)
@@ -185,7 +185,7 @@ def read_text(path: Path | str) -> str:
         line = data[:e.start].count(b"\n") + 1
         raise UserError(f"the file is not UTF-8 text ({e.reason})", where=f"{path}:{line}", fix="Save it as UTF-8.") from e
 
-
+# %% ../nbs/00_core.ipynb #778ee9e6
 def read_json(path: Path | str) -> Any:
     "Read a JSON file. Raises UserError naming file and line."
     try:
@@ -220,7 +220,7 @@ def _repair_tail(f) -> None:
         f.seek(end)
         f.write(b"\n")
 
-# %% ../nbs/00_core.ipynb #c8dc99e7
+# %% ../nbs/00_core.ipynb #f89221a6
 def append_jsonl(path: Path | str, rows: Iterable[dict]) -> None:
     "Append one line per row and force them to the disk: all rows or, when the disk is full, none (UserError). One writer per file."
     lines = [json.dumps(to_jsonable(r, f"row {i}"), sort_keys=True, ensure_ascii=False) for i, r in enumerate(rows)]
@@ -239,7 +239,7 @@ def append_jsonl(path: Path | str, rows: Iterable[dict]) -> None:
     except OSError as e:
         raise disk_error(e, path) from e
 
-
+# %% ../nbs/00_core.ipynb #7b60270e
 def _write_all(f, data: bytes) -> None:
     view = memoryview(data)
     while view:  # an unbuffered write may take only a part
@@ -266,7 +266,7 @@ def read_jsonl(path: Path | str,
         rows.append(row)
     return rows
 
-# %% ../nbs/00_core.ipynb #1a70b8fa
+# %% ../nbs/00_core.ipynb #f175a5ad
 def sha256_text(text: str) -> str:
     "SHA-256 of a text (UTF-8), 64 hex digits."
     return hashlib.sha256(text.encode()).hexdigest()
@@ -280,12 +280,12 @@ def sha256_file(path: Path | str) -> str:
     except OSError as e:
         raise UserError(f"the file cannot be read ({e.strerror})", where=path, fix="Check the name and the folder.") from e
 
-
+# %% ../nbs/00_core.ipynb #4410f02c
 def canonical_json(obj: Any) -> str:
     "`obj` as JSON in one spelling: sorted keys, no spaces."
     return json.dumps(to_jsonable(obj), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
-
+# %% ../nbs/00_core.ipynb #a86a20ba
 def stable_hash(obj: Any) -> str:
     "16 hex digits that are equal for equal data, in every process and on every machine."
     return sha256_text(canonical_json(obj))[:16]
@@ -363,58 +363,23 @@ def progress_mode(file=None) -> str:  # the stream that would be written to; sta
     file = file or sys.stderr
     return "bar" if hasattr(file, "isatty") and file.isatty() else "lines"
 
-# %% ../nbs/00_core.ipynb #a54d2599
+# %% ../nbs/00_core.ipynb #dc3d4fc7
 class Tally:
-    "How many of how many, since when, and the sentence that says so."
-    def __init__(self, total: int | None = None, desc: str = "", unit: str = "it"):
-        self.total, self.desc, self.unit = total, desc, unit
-        self.n, self.postfix, self.start = 0, "", time.monotonic()
-
-    def seconds(self) -> float:
-        "Seconds since the start."
-        return time.monotonic() - self.start
-
-    def line(self) -> str:
-        "For example: 'students: 3/12 run in 41 s (0.07 run/s), about 2 min 03 s left'."
-        rate = self.n/max(self.seconds(), 1e-9)
-        text = f"{self.desc}: " if self.desc else ""
-        text += f"{self.n}/{self.total}" if self.total else f"{self.n}"
-        text += f" {self.unit} in {human_seconds(self.seconds())} ({rate:.3g} {self.unit}/s)"
-        if self.total and 0 < self.n < self.total:
-            text += f", about {human_seconds((self.total - self.n)/rate)} left"
-        return f"{text}; {self.postfix}" if self.postfix else text
-
-# %% ../nbs/00_core.ipynb #eac43dbc
-class Meter(Tally):
-    "Progress as text: an iterator, a context manager, or `update(n)` by hand; the same small interface as a tqdm bar."
-    def __init__(self, iterable=None, total=None, desc="", unit="it", mode="lines", file=None, every=None):
-        super().__init__(total, desc, unit)
-        self.iterable, self.mode, self.file, self.handle, self.closed = iterable, mode, file, None, False
-        self.every = every if every is not None else (0.5 if mode == "notebook" else 10.0)  # seconds between two lines
-        self.shown = self.start
+    "Counts in silence: an iterator, a context manager, or `update(n)` by hand; the same small interface as a tqdm bar."
+    def __init__(self, iterable: Iterable | None = None, total: int | None = None, desc: str = "", unit: str = "it"):
+        self.iterable, self.total, self.desc, self.unit = iterable, total, desc, unit
+        self.n, self.postfix, self.closed, self.start = 0, "", False, time.monotonic()
 
     def update(self, n: int = 1) -> None:
-        "Count `n` more; shows the line if the last one is old enough."
+        "Count `n` more."
         self.n += n
-        if time.monotonic() - self.shown >= self.every:
-            self.show()
-
-    def show(self) -> None:
-        "Show the line now: replaced in a notebook, printed otherwise."
-        self.shown = time.monotonic()
-        if self.mode == "lines":
-            print(self.line(), file=self.file or sys.stderr, flush=True)
-        elif self.mode == "notebook":
-            self.handle = _display_line(self.line(), self.handle)
 
     def set_postfix_str(self, text: str = "", refresh: bool = True) -> None:
         "Text at the end of the line, such as a loss."
         self.postfix = text
 
     def close(self) -> None:
-        "Show the final state, once."
-        if not self.closed and (self.handle or self.seconds() >= 1):
-            self.show()
+        "Nothing more will be counted."
         self.closed = True
 
     def __iter__(self) -> Iterator:
@@ -429,6 +394,46 @@ class Meter(Tally):
     def __exit__(self, *error) -> None:
         self.close()
 
+# %% ../nbs/00_core.ipynb #5aaaba1e
+def progress_line(tally: Tally) -> str:
+    "For example 'students: 3/12 run in 41 s (0.07 run/s), about 2 min 03 s left'."
+    seconds = time.monotonic() - tally.start
+    rate = tally.n/max(seconds, 1e-9)
+    text = f"{tally.desc}: " if tally.desc else ""
+    text += f"{tally.n}/{tally.total}" if tally.total else f"{tally.n}"
+    text += f" {tally.unit} in {human_seconds(seconds)} ({rate:.3g} {tally.unit}/s)"
+    if tally.total and 0 < tally.n < tally.total:
+        text += f", about {human_seconds((tally.total - tally.n)/rate)} left"
+    return f"{text}; {tally.postfix}" if tally.postfix else text
+
+# %% ../nbs/00_core.ipynb #e49bd436
+class Meter(Tally):
+    "Progress as text: a line that is replaced in a notebook, or printed lines."
+    def __init__(self, *args, mode: str = "lines", file=None, every: float | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.mode, self.file, self.handle, self.shown = mode, file, None, self.start
+        self.every = every if every is not None else (0.5 if mode == "notebook" else 10.0)  # seconds between two lines
+
+    def update(self, n: int = 1) -> None:
+        "Count `n` more; shows the line if the last one is old enough."
+        super().update(n)
+        if time.monotonic() - self.shown >= self.every:
+            self.show()
+
+    def show(self) -> None:
+        "Show the line now."
+        self.shown = time.monotonic()
+        if self.mode == "notebook":
+            self.handle = _display_line(progress_line(self), self.handle)
+        else:
+            print(progress_line(self), file=self.file or sys.stderr, flush=True)
+
+    def close(self) -> None:
+        "Show the final state, once, if something was shown before or it took a second or more."
+        if not self.closed and (self.handle or time.monotonic() - self.start >= 1):
+            self.show()
+        super().close()
+
 # %% ../nbs/00_core.ipynb #933d97da
 def _display_line(text: str, handle=None):
     "Show a line of text in a notebook, or replace the one that `handle` shows."
@@ -438,15 +443,17 @@ def _display_line(text: str, handle=None):
     handle.update({"text/plain": text}, raw=True)
     return handle
 
-# %% ../nbs/00_core.ipynb #94ed78b0
+# %% ../nbs/00_core.ipynb #1a4d2eaa
 def progress(iterable: Iterable | None = None,  # what to go through; None: call update() yourself
              total: int | None = None,          # number of items, where len(iterable) does not tell
              desc: str = "", unit: str = "it",
              mode: str | None = None, file=None):
-    "Go through `iterable` and show how far it is, as suits a terminal, a notebook or a log. Returns a tqdm bar or a Meter."
+    "Go through `iterable` and show how far it is, as suits a terminal, a notebook or a log. Returns a tqdm bar, a Meter or a Tally."
     if total is None and hasattr(iterable, "__len__"):
         total = len(iterable)
     mode = mode or progress_mode(file)
     if mode == "bar":
         return tqdm(iterable, total=total, desc=desc, unit=unit, file=file, dynamic_ncols=True)
-    return Meter(iterable, total, desc, unit, mode, file)
+    if mode == "off":
+        return Tally(iterable, total, desc, unit)
+    return Meter(iterable, total, desc, unit, mode=mode, file=file)

@@ -8,7 +8,7 @@ __all__ = ['LIBRARIES', 'MANIFEST', 'THREADS', 'ROW_LIMIT', 'git_state', 'versio
            'estimate_pi', 'run_folder', 'cached', 'limit_threads', 'Task', 'find_target', 'worker_main', 'Worker',
            'record_file', 'load_record', 'record_runs', 'GridError', 'run_grid']
 
-# %% ../nbs/01_runs.ipynb #d9c61b6b
+# %% ../nbs/01_runs.ipynb #559be9ec
 import ast
 import functools
 import importlib
@@ -28,7 +28,7 @@ import traceback
 from collections import Counter
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator
 
@@ -67,7 +67,7 @@ def versions() -> dict[str, str | None]:
             found[name] = importlib.metadata.version(name)
     return found | {"kd_notes": kd_notes.__version__}
 
-# %% ../nbs/01_runs.ipynb #fbba80d3
+# %% ../nbs/01_runs.ipynb #8559ee8d
 def _cpu_name() -> str | None:
     with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -79,13 +79,13 @@ def _cpu_name() -> str | None:
 def _cpu_count() -> int | None:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
-
+# %% ../nbs/01_runs.ipynb #23552289
 def device_class() -> str:
     "'cuda' if torch is loaded and sees a GPU, else 'cpu'; the classes whose numbers are compared with each other."
     torch = sys.modules.get("torch")
     return "cuda" if torch is not None and torch.cuda.is_available() else "cpu"
 
-# %% ../nbs/01_runs.ipynb #097ae04f
+# %% ../nbs/01_runs.ipynb #2b8997fd
 def _threads() -> int | None:
     torch = sys.modules.get("torch")
     if torch is not None:
@@ -93,7 +93,7 @@ def _threads() -> int | None:
     named = os.environ.get("OMP_NUM_THREADS", "")
     return int(named) if named.isdigit() else None
 
-
+# %% ../nbs/01_runs.ipynb #30ff3e72
 def environment() -> dict[str, Any]:
     "Where a run happens: versions, platform, cpu, threads, device, commit and dirty flag. Unknown values are None."
     torch = sys.modules.get("torch")
@@ -113,7 +113,7 @@ def peak_memory() -> dict[str, float | None]:
         gpu = round(sys.modules["torch"].cuda.max_memory_allocated()/2**20, 1)
     return {"peak_memory_mib": ram, "peak_gpu_memory_mib": gpu}
 
-# %% ../nbs/01_runs.ipynb #ef150160
+# %% ../nbs/01_runs.ipynb #92a595b5
 def _without_docstrings(tree: ast.AST) -> ast.AST:
     "The tree, with the docstrings of modules, classes and functions removed (in place)."
     for node in ast.walk(tree):
@@ -123,7 +123,7 @@ def _without_docstrings(tree: ast.AST) -> ast.AST:
                 node.body = node.body[1:]
     return tree
 
-
+# %% ../nbs/01_runs.ipynb #751c4304
 def _tree_hash(source: str) -> str:
     return stable_hash(ast.dump(_without_docstrings(ast.parse(source))))
 
@@ -154,7 +154,7 @@ def _module_facts(path: Path, changed: int) -> tuple[str, frozenset[str]]:
     source = path.read_text(encoding="utf-8")
     return _tree_hash(source), frozenset(_imported(ast.parse(source)))
 
-# %% ../nbs/01_runs.ipynb #43b40183
+# %% ../nbs/01_runs.ipynb #e6671547
 def code_modules(*names: str) -> list[str]:
     "These kd_notes modules and all kd_notes modules that they import, directly or not, sorted. Raises UserError for an unknown one."
     found, todo = set(), [n.removeprefix("kd_notes.") for n in names]
@@ -169,7 +169,7 @@ def code_modules(*names: str) -> list[str]:
             todo += _module_facts(path, path.stat().st_mtime_ns)[1]
     return sorted(found)
 
-
+# %% ../nbs/01_runs.ipynb #a5360e77
 def code_hash(*names: str) -> str:
     "16 hex digits of the code (no comments, no docstrings) of `code_modules(*names)`."
     paths = {name: _module_file(name) for name in code_modules(*names)}
@@ -211,13 +211,13 @@ def folder_lock(folder: Path | str, wait: bool = True) -> Iterator[None]:
         _HELD[path] -= 1
         lock.release()
 
-# %% ../nbs/01_runs.ipynb #3f776994
+# %% ../nbs/01_runs.ipynb #75ee0ed5
 def read_manifest(folder: Path | str) -> dict | None:
     "The manifest of a run folder, or None where there is none."
     path = Path(folder)/"manifest.json"
     return read_json(path) if path.is_file() else None
 
-
+# %% ../nbs/01_runs.ipynb #d4f54332
 def run_status(folder: Path | str) -> str:
     "'absent', 'running', 'done', 'failed' or 'killed'."
     manifest = read_manifest(folder)
@@ -231,16 +231,16 @@ def run_status(folder: Path | str) -> str:
     except UserError:
         return "running"
 
-
+# %% ../nbs/01_runs.ipynb #b67e19d4
 def read_run(folder: Path | str) -> dict | None:
     "Metrics of a finished run; None if it is absent or not finished. Never half a result."
     manifest = read_manifest(folder)
     return read_json(Path(folder)/"metrics.json") if manifest and manifest["status"] == "done" else None
 
-# %% ../nbs/01_runs.ipynb #4dd1da99
+# %% ../nbs/01_runs.ipynb #4df3e8f8
 MANIFEST = ("stage", "key", "checksums", "code", "teacher", "student", "dtype", "effective_batch", "seed")  # null unless given
 
-
+# %% ../nbs/01_runs.ipynb #e732bac5
 @dataclass
 class Run:
     "A run folder that is being filled. Use `with Run.open(folder, params, ...) as run:`."
@@ -254,7 +254,7 @@ class Run:
 
     @classmethod
     def open(cls, folder: Path | str, params: dict, *, force: bool = False, **manifest: Any) -> "Run":
-        "Prepare a run. An unfinished run of the same parameters is resumed (its files stay); `force` empties the folder first."
+        "Prepare a run. An unfinished run of the same parameters is resumed (its files stay); `force` empties the folder."
         facts = dict.fromkeys(MANIFEST) | {"seed": params.get("seed")} | manifest
         return cls(Path(folder), to_jsonable(params, "params"), to_jsonable(facts, "manifest"), force)
 
@@ -264,10 +264,7 @@ class Run:
 
     def rewind(self, step: int) -> None:
         "Forget logged rows after `step`: a run that goes on from a checkpoint logs them again."
-        path = self.folder/"metrics.jsonl"
-        if path.exists():
-            rows = [r for r in read_jsonl(path, repair_tail=True) if r.get("step", 0) <= step]
-            atomic_write(path, "".join(json.dumps(r, sort_keys=True) + "\n" for r in rows))
+        _rewind(self.folder/"metrics.jsonl", step)
 
     def finish(self, metrics: dict) -> None:
         "Store the result; the run counts as done when the `with` block ends without an error."
@@ -282,13 +279,19 @@ class Run:
     def __exit__(self, kind, error, trace) -> None:
         _leave(self, error)
 
-# %% ../nbs/01_runs.ipynb #96da3c20
+# %% ../nbs/01_runs.ipynb #e4cf0aba
+def _rewind(path: Path, step: int) -> None:
+    if path.exists():
+        rows = [r for r in read_jsonl(path, repair_tail=True) if r.get("step", 0) <= step]
+        atomic_write(path, "".join(json.dumps(r, sort_keys=True) + "\n" for r in rows))
+
+# %% ../nbs/01_runs.ipynb #38371f8d
 def _empty(folder: Path) -> None:
     for path in folder.iterdir():
         if path.name != ".lock":
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
-
+# %% ../nbs/01_runs.ipynb #958921ae
 def _check_folder(run: Run) -> int:
     "How often this run was tried before. Raises UserError if the folder holds something else."
     before = read_manifest(run.folder)
@@ -300,11 +303,11 @@ def _check_folder(run: Run) -> int:
         raise UserError("the folder holds a finished run", where=run.folder, fix="Read it, choose another folder, or force.")
     return before.get("attempts", 1)
 
-# %% ../nbs/01_runs.ipynb #bf84d9d0
+# %% ../nbs/01_runs.ipynb #4fc0442e
 def _now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
-
+# %% ../nbs/01_runs.ipynb #3a71b0ea
 def _enter(run: Run) -> Run:
     run.lock = folder_lock(run.folder, wait=False)
     run.lock.__enter__()
@@ -322,13 +325,13 @@ def _enter(run: Run) -> Run:
         raise
     return run
 
-# %% ../nbs/01_runs.ipynb #06bcfeb9
+# %% ../nbs/01_runs.ipynb #32d6276e
 def _write_manifest(run: Run, status: str, **more: Any) -> None:
     run.manifest |= {"end": None, "error": None, "pid": os.getpid(), "device_class": device_class()} | more
     run.manifest |= {"status": status, "seconds": round(time.monotonic() - run.started, 3)} | peak_memory() | environment()
     write_json(run.folder/"manifest.json", run.manifest)
 
-
+# %% ../nbs/01_runs.ipynb #e36ec1b0
 def _leave(run: Run, error: BaseException | None) -> None:
     "Write how the run ended, then let the folder go. An error while writing never hides the error that ended the run."
     status = "failed" if isinstance(error, Exception) else "killed" if error else "done" if run.metrics is not None else "failed"
@@ -354,7 +357,7 @@ def estimate_pi(params: dict,             # {"draws": n, "seed": s}, and "pause"
     time.sleep(params.get("pause", 0))
     return {"pi": 4*inside/params["draws"], "draws": params["draws"]}
 
-# %% ../nbs/01_runs.ipynb #5f9cab31
+# %% ../nbs/01_runs.ipynb #eef4fc48
 def run_folder(stage: str, key: str) -> Path:
     "Where the run of this stage and key lives in the cache."
     return cache_dir()/"runs"/stage/key
@@ -368,7 +371,7 @@ def _finished(folder: Path) -> dict | None:
     done = read_manifest(folder)
     return {"metrics": metrics, "seconds": done["seconds"], "device": done["device_class"], "date": done["end"][:10]}
 
-
+# %% ../nbs/01_runs.ipynb #b94fa93a
 def _execute(stage: str, params: dict, fn: Callable[[dict, Path], dict], key: str, force: bool = False, **manifest: Any) -> dict:
     "Run `fn`, or read its finished run: {'metrics', 'seconds', 'device', 'date', 'source'}."
     folder = run_folder(stage, key)
@@ -439,7 +442,7 @@ def find_target(name: str) -> Callable[[dict, Path], dict]:
     except (ImportError, AttributeError, ValueError) as e:
         raise UserError(f"the function cannot be loaded ({e})", where=name, fix="Write it as 'package.module:function'.") from e
 
-# %% ../nbs/01_runs.ipynb #b22f4e7c
+# %% ../nbs/01_runs.ipynb #45e125c0
 def _outcome(task: Task, force: bool) -> dict:
     "Run a task: its result, or {'error', 'traceback'}."
     try:
@@ -449,7 +452,7 @@ def _outcome(task: Task, force: bool) -> dict:
         text = str(e) if isinstance(e, UserError) else f"{type(e).__name__}: {e} ({Path(where.filename).name}:{where.lineno})"
         return {"error": " ".join(text.split()), "traceback": traceback.format_exc()[-4000:]}
 
-
+# %% ../nbs/01_runs.ipynb #dbaed49b
 def _run_here(tasks: list[Task], threads: int, force: bool) -> Iterator[tuple[Task, dict]]:
     "Run the tasks one after the other in this process."
     quiet = "off" if len(tasks) > 1 else os.environ.get("KD_NOTES_PROGRESS", "")  # one bar, not a bar in a bar
@@ -465,7 +468,7 @@ def _run_here(tasks: list[Task], threads: int, force: bool) -> Iterator[tuple[Ta
             os.environ["KD_NOTES_PROGRESS"] = before
         yield task, outcome
 
-# %% ../nbs/01_runs.ipynb #e2411c70
+# %% ../nbs/01_runs.ipynb #7c5742ce
 def worker_main() -> None:
     "Loop of a worker process: a task per line on standard input, an outcome per line on standard output."
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends a run as 'killed', in good order
@@ -480,7 +483,7 @@ def worker_main() -> None:
         answers.write(json.dumps(outcome) + "\n")
         answers.flush()
 
-
+# %% ../nbs/01_runs.ipynb #cdaf9496
 def _end_with_parent(parent: int) -> None:
     "End this process soon after its parent has died: nobody is left to read the answer."
     while os.getppid() == parent:
@@ -536,7 +539,7 @@ class Worker:
         text = self.noise.read().decode(errors="replace") + (log.read_text(errors="replace") if log.exists() else "")
         return {"error": f"its process was {cause}", "traceback": text[-4000:]}
 
-# %% ../nbs/01_runs.ipynb #41cb27da
+# %% ../nbs/01_runs.ipynb #c1341e73
 def _serve(worker_of: list, slot: int, tasks: queue.Queue, outcomes: queue.Queue, threads: int, force: bool, stop: threading.Event):
     "Thread of one slot: start a worker when there is a task, replace it when it has died."
     while not stop.is_set():
@@ -551,7 +554,7 @@ def _serve(worker_of: list, slot: int, tasks: queue.Queue, outcomes: queue.Queue
         except Exception as e:
             outcomes.put((task, {"error": f"its process could not be used ({e})", "traceback": traceback.format_exc()}))
 
-
+# %% ../nbs/01_runs.ipynb #e63d8e51
 def _end_workers(workers: list) -> None:
     "Ask the workers to end, wait a little, then insist."
     alive = [w.process for w in workers if w is not None and w.process.poll() is None]
@@ -589,7 +592,7 @@ def _run_workers(tasks: list[Task], jobs: int, threads: int, force: bool) -> Ite
         for thread in serving:
             thread.join(timeout=5)
 
-# %% ../nbs/01_runs.ipynb #a0c806bc
+# %% ../nbs/01_runs.ipynb #c83582fd
 ROW_LIMIT = 2048  # bytes of a recorded run
 
 
@@ -597,7 +600,7 @@ def record_file(stage: str, folder: Path | None = None) -> Path:
     "Where the record of a stage is kept: data/expected/runs/<stage>.jsonl unless a folder is given."
     return Path(folder or data_dir()/"expected"/"runs")/f"{stage}.jsonl"
 
-
+# %% ../nbs/01_runs.ipynb #94b1f47f
 def load_record(stage: str, folder: Path | None = None) -> dict[str, dict]:
     "{hash of the parameters: recorded row}; empty where nothing is recorded. Raises UserError for a damaged row."
     path = record_file(stage, folder)
@@ -629,7 +632,7 @@ def record_runs(stage: str, results: Iterable[dict], folder: Path | None = None)
         atomic_write(path, "".join(line + "\n" for line in lines))
     return len(rows)
 
-# %% ../nbs/01_runs.ipynb #5e9d1bca
+# %% ../nbs/01_runs.ipynb #882407ba
 def _plan(stage: str, target: str, params_list: list[dict], modules: list[str], checksums: dict | None, threads: int) -> dict[str, Task]:
     "{hash of the parameters: task}, in order, without duplicates."
     manifest, tasks = {"checksums": checksums or {}, "code": code_hash(*modules)}, {}
@@ -640,7 +643,7 @@ def _plan(stage: str, target: str, params_list: list[dict], modules: list[str], 
             tasks[stable_hash(params)] = Task(stage, target, params, key, manifest)
     return tasks
 
-
+# %% ../nbs/01_runs.ipynb #54e08153
 def _stored(task: Task, record: dict) -> dict | None:
     "A result that needs no run: from the record, or from the cache."
     row = record.get(stable_hash(task.params))
@@ -649,12 +652,12 @@ def _stored(task: Task, record: dict) -> dict | None:
     done = _finished(run_folder(task.stage, task.key))
     return done and done | {"source": "cache"}
 
-# %% ../nbs/01_runs.ipynb #97e4b10e
+# %% ../nbs/01_runs.ipynb #eb1c8a40
 class GridError(UserError):
     "Some runs of a grid failed. `failures` is a list of (task, outcome); an outcome has 'error' and 'traceback'."
     failures: list = []
 
-
+# %% ../nbs/01_runs.ipynb #d40b29ee
 def _fail(stage: str, failures: list[tuple[Task, dict]], total: int) -> None:
     "Raise a GridError that names each failed run and how it ended."
     said = "; ".join(f"({task.short()}) {outcome['error']}" for task, outcome in failures[:5])

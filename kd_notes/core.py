@@ -406,12 +406,12 @@ def progress_line(tally: Tally) -> str:
         text += f", about {human_seconds((tally.total - tally.n)/rate)} left"
     return f"{text}; {tally.postfix}" if tally.postfix else text
 
-# %% ../nbs/00_core.ipynb #e49bd436
+# %% ../nbs/00_core.ipynb #755cc2c6
 class Meter(Tally):
     "Progress as text: a line that is replaced in a notebook, or printed lines."
     def __init__(self, *args, mode: str = "lines", file=None, every: float | None = None, **kwargs):
         super().__init__(*args, **kwargs)
-        self.mode, self.file, self.handle, self.shown = mode, file, None, self.start
+        self.mode, self.file, self.handle, self.shown, self.shown_n = mode, file, None, self.start, 0
         self.every = every if every is not None else (0.5 if mode == "notebook" else 10.0)  # seconds between two lines
 
     def update(self, n: int = 1) -> None:
@@ -422,15 +422,15 @@ class Meter(Tally):
 
     def show(self) -> None:
         "Show the line now."
-        self.shown = time.monotonic()
+        self.shown, self.shown_n = time.monotonic(), self.n
         if self.mode == "notebook":
             self.handle = _display_line(progress_line(self), self.handle)
         else:
             print(progress_line(self), file=self.file or sys.stderr, flush=True)
 
     def close(self) -> None:
-        "Show the final state, once, if something was shown before or it took a second or more."
-        if not self.closed and (self.handle or time.monotonic() - self.start >= 1):
+        "Show the final state, unless it was shown already or the work took less than a second."
+        if not self.closed and self.n != self.shown_n and (self.handle or time.monotonic() - self.start >= 1):
             self.show()
         super().close()
 

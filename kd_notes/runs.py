@@ -8,7 +8,7 @@ __all__ = ['LIBRARIES', 'MANIFEST', 'THREADS', 'ROW_LIMIT', 'git_state', 'versio
            'estimate_pi', 'run_folder', 'cached', 'limit_threads', 'Task', 'find_target', 'worker_main', 'Worker',
            'record_file', 'load_record', 'record_runs', 'GridError', 'run_grid']
 
-# %% ../nbs/01_runs.ipynb #559be9ec
+# %% ../nbs/01_runs.ipynb #35672550
 import ast
 import functools
 import importlib
@@ -36,8 +36,8 @@ from filelock import FileLock, Timeout
 from threadpoolctl import threadpool_limits
 
 import kd_notes
-from .core import (UserError, append_jsonl, atomic_write, cache_dir, data_dir, progress, read_json, read_jsonl, repo_root, rng,
-                           stable_hash, to_jsonable, write_json)
+from .core import (UserError, append_jsonl, atomic_write, cache_dir, data_dir, missing_library, progress, read_json, read_jsonl,
+                           repo_root, rng, stable_hash, to_jsonable, write_json)
 
 # %% ../nbs/01_runs.ipynb #0b4b1123
 @functools.lru_cache(maxsize=1)
@@ -442,13 +442,14 @@ def find_target(name: str) -> Callable[[dict, Path], dict]:
     except (ImportError, AttributeError, ValueError) as e:
         raise UserError(f"the function cannot be loaded ({e})", where=name, fix="Write it as 'package.module:function'.") from e
 
-# %% ../nbs/01_runs.ipynb #45e125c0
+# %% ../nbs/01_runs.ipynb #edd4c3fb
 def _outcome(task: Task, force: bool) -> dict:
     "Run a task: its result, or {'error', 'traceback'}."
     try:
         return _execute(task.stage, task.params, find_target(task.target), task.key, force, **task.manifest)
     except Exception as e:
         where = traceback.extract_tb(e.__traceback__)[-1]
+        e = missing_library(e) if isinstance(e, ModuleNotFoundError) else e
         text = str(e) if isinstance(e, UserError) else f"{type(e).__name__}: {e} ({Path(where.filename).name}:{where.lineno})"
         return {"error": " ".join(text.split()), "traceback": traceback.format_exc()[-4000:]}
 

@@ -34,6 +34,7 @@ def selective(params, folder):
     if params["how"] == "raise": raise ValueError("the bad one")
     if params["how"] == "die": os.kill(os.getpid(), 9)
     if params["how"] == "exit": os._exit(3)
+    if params["how"] == "extra": raise ModuleNotFoundError("No module named 'papermill'", name="papermill")
     if params["how"] == "text": return "not a dictionary"
     if params["how"] == "nan": return {"x": float("nan")}
     return {"x": params["seed"]}
@@ -369,6 +370,8 @@ def test_what_a_worker_prints_is_kept_and_disturbs_nothing(targets, cache):
 
 
 def test_mistakes_in_the_call_are_told(targets, cache):
+    with pytest.raises(GridError, match=r"kd_notes\[notebooks\]"):
+        run_grid("s", "grid_targets:selective", [{"how": "extra"}], modules=["core"])
     with pytest.raises(GridError, match="no_such"):
         run_grid("s", "kd_notes.runs:no_such", [{}], modules=["core"])
     with pytest.raises(UserError, match="jobs=0"):

@@ -10,14 +10,15 @@ __all__ = ['NLI_LABELS', 'TASKS', 'SPLITS', 'Parts', 'REAL', 'Example', 'TaskInf
            'surface_probes', 'RealSet', 'grouped', 'carve', 'without_filler', 'prefix_to_infix', 'real_set',
            'why_absent', 'load_real']
 
-# %% ../nbs/02_data.ipynb #99a6e6ac
+# %% ../nbs/02_data.ipynb #7b51970c
 import math
 import os
 import re
+import warnings
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Callable, Iterable, Sequence
 
@@ -27,7 +28,7 @@ from .core import (UserError, atomic_write, cache_dir, canonical_json, data_dir,
                            sha256_file, verify_checksums, write_json)
 from .evaluate import EquationError, accuracy, equation_value, is_correct, tokenize
 
-# %% ../nbs/02_data.ipynb #26f26e68
+# %% ../nbs/02_data.ipynb #1b94830a
 @dataclass(frozen=True)
 class Example:
     "One item of a task. Raises TypeError for a field that does not exist."
@@ -44,7 +45,7 @@ class Example:
         return {"id": self.id, "task": self.task, "input": self.input, "label": self.label, "rationale": self.rationale,
                 "choices": list(self.choices), "meta": dict(self.meta)}
 
-# %% ../nbs/02_data.ipynb #59efcce4
+# %% ../nbs/02_data.ipynb #3cb2e8e9
 @dataclass(frozen=True)
 class TaskInfo:
     "What is common to all examples of a task."
@@ -57,7 +58,7 @@ class TaskInfo:
     mark: str = ""                           # opens the last part of the input: "Hypothesis:", "Choices:"
     embedded: bool = False                   # its splits come with the package
 
-# %% ../nbs/02_data.ipynb #64835f4b
+# %% ../nbs/02_data.ipynb #5792b9f1
 NLI_LABELS = ("entailment", "neutral", "contradiction")
 TASKS: dict[str, TaskInfo] = {}
 
@@ -69,7 +70,7 @@ def register_task(info: TaskInfo) -> TaskInfo:
     TASKS[info.name] = info
     return info
 
-# %% ../nbs/02_data.ipynb #11cdf3df
+# %% ../nbs/02_data.ipynb #ea5665ad
 for _info in (TaskInfo("nli", "Inference with explanations", "e-SNLI", NLI_LABELS, mark="Hypothesis:", embedded=True),
               TaskInfo("anli", "Multi-hop inference", "ANLI", NLI_LABELS, mark="Hypothesis:", embedded=True),
               TaskInfo("cqa", "Five-way commonsense questions", "CommonsenseQA", choices=True, mark="Choices:", embedded=True),
@@ -77,12 +78,12 @@ for _info in (TaskInfo("nli", "Inference with explanations", "e-SNLI", NLI_LABEL
               TaskInfo("gsm8k", "Word problems with a number", "GSM8K", metric="equation")):
     register_task(_info)
 
-# %% ../nbs/02_data.ipynb #41c5e6ca
+# %% ../nbs/02_data.ipynb #eede6809
 def embedded_tasks() -> list[str]:
     "Names of the tasks whose splits come with the package."
     return [name for name, info in TASKS.items() if info.embedded]
 
-# %% ../nbs/02_data.ipynb #06b4f336
+# %% ../nbs/02_data.ipynb #f0d9bfb4
 def task_info(task: str | TaskInfo) -> TaskInfo:
     "The TaskInfo of a name (a TaskInfo is passed through). Raises UserError naming the known tasks."
     if isinstance(task, TaskInfo):
@@ -92,7 +93,7 @@ def task_info(task: str | TaskInfo) -> TaskInfo:
                         fix="Use one of these, or register_task(TaskInfo(...)) first.")
     return TASKS[task]
 
-# %% ../nbs/02_data.ipynb #1e689991
+# %% ../nbs/02_data.ipynb #81b32e24
 def _squeeze(text: str) -> str:
     return " ".join(text.split())
 
@@ -101,7 +102,7 @@ def nli_input(premise: str, hypothesis: str) -> str:
     "Input of an inference example."
     return f"Premise: {_squeeze(premise)} Hypothesis: {_squeeze(hypothesis)}"
 
-# %% ../nbs/02_data.ipynb #b8238671
+# %% ../nbs/02_data.ipynb #4847b553
 def choice_input(question: str, choices: Sequence[str]) -> str:
     "Input of a question with choices."
     return f"Question: {_squeeze(question)} Choices: {', '.join(_squeeze(c) for c in choices)}"
@@ -111,14 +112,14 @@ def problem_input(question: str) -> str:
     "Input of a word problem."
     return f"Question: {_squeeze(question)}"
 
-# %% ../nbs/02_data.ipynb #86235e70
+# %% ../nbs/02_data.ipynb #b372a367
 def split_input(task: str | TaskInfo, text: str) -> tuple[str, str]:
     "What stands before the task's mark, and what after it. An input without the mark is all last part."
     mark = task_info(task).mark
     first, found, last = text.rpartition(mark) if mark else ("", "", text)
     return (first.strip(), last.strip()) if found else ("", text)
 
-# %% ../nbs/02_data.ipynb #e0863b53
+# %% ../nbs/02_data.ipynb #7e048d82
 _FIELDS = {"id": str, "task": str, "input": str, "label": str, "rationale": str, "choices": list, "meta": dict}
 _KINDS = {str: "text", list: "a list", dict: "an object", int: "a number", float: "a number", bool: "true or false", type(None): "null"}
 
@@ -138,7 +139,7 @@ def _check_form(row: dict, where: str) -> None:
     if not all(isinstance(c, str) for c in row.get("choices", ())):
         raise UserError("the choices should all be text", where=where, fix="Put quotation marks around each choice.")
 
-# %% ../nbs/02_data.ipynb #07f25e90
+# %% ../nbs/02_data.ipynb #a00375ad
 def example_from_row(row: dict, task: str, where: str = "row") -> Example:
     "An Example from one JSON object. Raises UserError for a field that is missing, unknown or of the wrong type."
     _check_form(row, where)
@@ -146,7 +147,7 @@ def example_from_row(row: dict, task: str, where: str = "row") -> Example:
         raise UserError(f"the row belongs to the task {row['task']!r}, not {task!r}", where=where, fix="Load it under its own task.")
     return Example(**{**row, "task": task, "choices": tuple(row.get("choices", ())), "meta": dict(row.get("meta", {}))})
 
-# %% ../nbs/02_data.ipynb #0da40752
+# %% ../nbs/02_data.ipynb #790907fa
 def _has_value(text: str) -> bool:
     try:
         equation_value(text)
@@ -168,7 +169,7 @@ def check_label(info: TaskInfo, ex: Example, where: str = "row") -> None:
         raise UserError(f"the label {ex.label!r} is not an equation with a value", where=where,
                         fix="Write numbers, + - * / and brackets only, such as ( 8 - 3 ) * 2.")
 
-# %% ../nbs/02_data.ipynb #d78e125b
+# %% ../nbs/02_data.ipynb #6c005e35
 def _checked(info: TaskInfo, examples: Iterable[tuple[str, Example]], labelled: bool = True) -> list[Example]:
     "The examples, once each (place, example) has passed: an allowed label, and an id of its own."
     seen, out = {}, []
@@ -181,7 +182,7 @@ def _checked(info: TaskInfo, examples: Iterable[tuple[str, Example]], labelled: 
         out.append(ex)
     return out
 
-# %% ../nbs/02_data.ipynb #cf3a346c
+# %% ../nbs/02_data.ipynb #cf0e67bb
 def _numbered_rows(path: Path) -> list[tuple[str, dict]]:
     "(file:line, row) of each row. Raises UserError for an empty file."
     rows = read_jsonl(path)
@@ -190,7 +191,7 @@ def _numbered_rows(path: Path) -> list[tuple[str, dict]]:
         raise UserError("the file has no rows", where=path, fix="Give a file with one example a line.")
     return [(f"{path}:{n}", row) for n, row in zip(lines, rows, strict=True)]
 
-# %% ../nbs/02_data.ipynb #73d6e4e8
+# %% ../nbs/02_data.ipynb #7a53fcf6
 def load_jsonl(path: Path | str,
                task: str | TaskInfo,                 # a registered task, or any name together with `labels`
                labels: Sequence[str] | None = None,  # the closed label set, if not the registered task's
@@ -199,7 +200,7 @@ def load_jsonl(path: Path | str,
     info = TaskInfo(str(task), str(task), labels=tuple(labels)) if labels is not None else task_info(task)
     return _checked(info, ((where, example_from_row(row, info.name, where)) for where, row in _numbered_rows(Path(path))), labelled)
 
-# %% ../nbs/02_data.ipynb #3e3c9b19
+# %% ../nbs/02_data.ipynb #2cfce577
 SPLITS = ("teacher", "pool", "unlabelled", "validation", "test")
 
 
@@ -210,7 +211,7 @@ def split_path(task: str, split: str, root: Path | str | None = None) -> Path:  
         raise UserError(f"the split {split!r} is not known; known are {', '.join(SPLITS)}", where=f"task {task}", fix="Use one of these.")
     return (Path(root) if root else data_dir()/"tasks")/task/f"{split}.jsonl"
 
-# %% ../nbs/02_data.ipynb #1a9296ff
+# %% ../nbs/02_data.ipynb #248f9488
 def write_split(task: str, split: str, examples: Iterable[Example], root: Path | str | None = None) -> Path:
     "Check and write a split and record its checksum. Raises UserError for an empty split, a duplicate id or a label not allowed."
     path, places = split_path(task, split, root), [(f"{task}/{split}, example {i}", ex) for i, ex in enumerate(examples)]
@@ -223,7 +224,7 @@ def write_split(task: str, split: str, examples: Iterable[Example], root: Path |
     write_json(sums, {**(read_json(sums) if sums.exists() else {}), path.name: sha256_file(path)})
     return path
 
-# %% ../nbs/02_data.ipynb #90d67f5f
+# %% ../nbs/02_data.ipynb #cfca3758
 @lru_cache(maxsize=256)
 def _verified(path: Path, size: int, changed: int) -> str:
     return verify_checksums(path.parent, [path.name])[path.name]
@@ -237,7 +238,7 @@ def split_checksum(task: str, split: str, root: Path | str | None = None) -> str
     stat = path.stat()
     return _verified(path, stat.st_size, stat.st_mtime_ns)
 
-# %% ../nbs/02_data.ipynb #5744ceea
+# %% ../nbs/02_data.ipynb #c0961082
 def withhold(ex: Example) -> Example:
     "The example as it is before anyone has annotated it: no label, no rationale, no meta."
     return replace(ex, label="", rationale="", meta={})
@@ -251,12 +252,12 @@ def load_split(task: str, split: str,  # one of SPLITS
     examples = load_jsonl(split_path(task, split, root), task, labelled=split != "unlabelled")
     return [withhold(ex) for ex in examples] if split == "unlabelled" and not gold else examples
 
-# %% ../nbs/02_data.ipynb #634668a0
+# %% ../nbs/02_data.ipynb #e4e8dad8
 def normalise(text: str) -> str:
     "Lower case, letters and digits only, single blanks."
     return " ".join(re.findall(r"\w+", text.lower()))
 
-# %% ../nbs/02_data.ipynb #fa3cdbe6
+# %% ../nbs/02_data.ipynb #a26c75f2
 def shingles(text: str, unit: str = "char", size: int = 5) -> frozenset[str]:  # unit: "char" or "word"
     "All runs of `size` characters (or words) of the normalised text; the whole text if it is shorter."
     if unit not in ("char", "word") or size < 1:
@@ -265,7 +266,7 @@ def shingles(text: str, unit: str = "char", size: int = 5) -> frozenset[str]:  #
     runs = (parts[i:i + size] for i in range(max(1, len(parts) - size + 1)))
     return frozenset(run if unit == "char" else " ".join(run) for run in runs if run)
 
-# %% ../nbs/02_data.ipynb #20128f86
+# %% ../nbs/02_data.ipynb #2a277fc8
 def _index(sets: Sequence[frozenset]) -> dict[str, np.ndarray]:
     "shingle -> positions of the sets that have it."
     owners = defaultdict(list)
@@ -281,7 +282,7 @@ def _similarities(s: frozenset, index: dict[str, np.ndarray], sizes: np.ndarray)
     common = np.bincount(np.concatenate(lists), minlength=len(sizes)) if lists else np.zeros(len(sizes))
     return common/np.maximum(len(s) + sizes - common, 1)
 
-# %% ../nbs/02_data.ipynb #c55c380c
+# %% ../nbs/02_data.ipynb #1c51fcd6
 def near_duplicates(a: Sequence[Example | str], b: Sequence[Example | str] | None = None,  # None: pairs within `a`
                     threshold: float = 0.9, *, unit: str = "char", size: int = 5) -> list[tuple[int, int, float]]:
     "All (i, j, similarity) with Jaccard similarity of a[i] and b[j] at or above the threshold, ordered by i and j. Exact."
@@ -294,14 +295,14 @@ def near_duplicates(a: Sequence[Example | str], b: Sequence[Example | str] | Non
         found += [(i, int(j), float(similar[j])) for j in np.flatnonzero(similar >= threshold) if b is not None or i < j]
     return found
 
-# %% ../nbs/02_data.ipynb #a1d3b8de
+# %% ../nbs/02_data.ipynb #2e31ed2a
 def near_duplicate_share(a: Sequence[Example | str], b: Sequence[Example | str], threshold: float = 0.9, **how) -> float:
     "Share of `a`, from 0 to 1, that has at least one near-duplicate in `b`. Keywords as in `near_duplicates`."
     if not a:
         raise UserError("there is nothing to compare", where="a", fix="Give at least one example.")
     return len({i for i, _, _ in near_duplicates(a, b, threshold, **how)})/len(a)
 
-# %% ../nbs/02_data.ipynb #f069fb05
+# %% ../nbs/02_data.ipynb #c6469321
 def _words():
     "Vectoriser for single words and pairs of words."
     from sklearn.feature_extraction.text import TfidfVectorizer
@@ -319,19 +320,21 @@ def _given():
     from sklearn.feature_extraction.text import TfidfVectorizer
     return TfidfVectorizer(analyzer=list, sublinear_tf=True, min_df=2)
 
-# %% ../nbs/02_data.ipynb #8c581e8e
-def _fit(x, y: np.ndarray, iterations: int = 100):
+# %% ../nbs/02_data.ipynb #03a3e2ef
+def _fit(x, y: np.ndarray):
     "Logistic regression on features x, shape (rows, features), and labels y; its strength C is 1 or 10."
     from sklearn.linear_model import LogisticRegression
-    new = partial(LogisticRegression, max_iter=iterations)
     order = np.random.RandomState(0).permutation(len(y))
     held, rest = order[:len(y)//5], order[len(y)//5:]
-    if len(set(y)) > 10 or len(held) == 0 or len(set(y[rest])) < 2:
-        return new(C=10.0).fit(x, y)
-    best = max((1.0, 10.0), key=lambda c: new(C=c).fit(x[rest], y[rest]).score(x[held], y[held]))
-    return new(C=best).fit(x, y)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # 200 steps are enough for a probe, converged or not; many classes are expected
+        models = {c: LogisticRegression(C=c, max_iter=200) for c in (1.0, 10.0)}
+        if len(set(y)) > 10 or len(held) == 0 or len(set(y[rest])) < 2:
+            return models[10.0].fit(x, y)
+        best = max(models, key=lambda c: models[c].fit(x[rest], y[rest]).score(x[held], y[held]))
+        return models[best].fit(x, y)
 
-# %% ../nbs/02_data.ipynb #235a4ca5
+# %% ../nbs/02_data.ipynb #c1ec47e4
 def _scores(train_docs: list, labels: list[str], test_docs: list, vectors, top: int = 500) -> tuple[list[str], np.ndarray]:
     "Classes (at most the `top` most frequent labels) and their log-probabilities, shape (test items, classes)."
     counts = Counter(labels).most_common(top)
@@ -346,7 +349,7 @@ def _scores(train_docs: list, labels: list[str], test_docs: list, vectors, top: 
 def _likeliest(classes: list[str], scores: np.ndarray) -> list[str]:
     return [classes[i] for i in scores.argmax(1)]
 
-# %% ../nbs/02_data.ipynb #ce869454
+# %% ../nbs/02_data.ipynb #ac2cd263
 def _class_probes(info: TaskInfo, train: list[Example], test: list[Example]) -> dict[str, list[str]]:
     "Predictions of the probes for a closed set of labels."
     labels = [ex.label for ex in train]
@@ -357,7 +360,7 @@ def _class_probes(info: TaskInfo, train: list[Example], test: list[Example]) -> 
             out[view + name] = _likeliest(*_scores([read(ex) for ex in train], labels, [read(ex) for ex in test], vectors))
     return out
 
-# %% ../nbs/02_data.ipynb #ab3d25d6
+# %% ../nbs/02_data.ipynb #3d348360
 def _choice_features(ex: Example, i: int) -> list[str]:
     "Features of choice i of an example, without its question."
     words, rivals = normalise(ex.choices[i]).split(), {w for j, c in enumerate(ex.choices) if j != i for w in normalise(c).split()}
@@ -366,14 +369,14 @@ def _choice_features(ex: Example, i: int) -> list[str]:
     crossed = [f"{w}<>{r}" for w in words for r in sorted(rivals)]
     return words + pieces + crossed + [f"position={i}", f"longer={longer}", f"shared={len(rivals & set(words))}"]
 
-# %% ../nbs/02_data.ipynb #40cc50ba
+# %% ../nbs/02_data.ipynb #6d550057
 def _pair_features(info: TaskInfo, ex: Example, i: int) -> list[str]:
     "Features of choice i together with the question."
     question, words = sorted(set(normalise(split_input(info, ex.input)[0]).split())), normalise(ex.choices[i]).split()
     common = len(set(question) & set(words))
     return [f"{q}|{w}" for q in question for w in words] + words + [f"common={common}", f"position={i}"]
 
-# %% ../nbs/02_data.ipynb #f71910b7
+# %% ../nbs/02_data.ipynb #b30a403a
 def _best_choice(features: Callable[[Example, int], list[str]], train: list[Example], test: list[Example]) -> list[str]:
     "Train on every choice of every example; predict the choice that is most likely right."
     docs, right = [], []
@@ -384,7 +387,7 @@ def _best_choice(features: Callable[[Example, int], list[str]], train: list[Exam
     column, ends = scores[:, classes.index("right")], np.cumsum([len(ex.choices) for ex in test])
     return [ex.choices[int(column[end - len(ex.choices):end].argmax())] for ex, end in zip(test, ends)]
 
-# %% ../nbs/02_data.ipynb #70a87bbd
+# %% ../nbs/02_data.ipynb #56c32a07
 def _known_label(info: TaskInfo, train: list[Example], test: list[Example]) -> list[str]:
     "Classify the question into label texts; of those, the best that is among the choices (the first choice if none is known)."
     questions = [[split_input(info, ex.input)[0] for ex in xs] for xs in (train, test)]
@@ -401,7 +404,7 @@ def _choice_probes(info: TaskInfo, train: list[Example], test: list[Example]) ->
             "pairs": _best_choice(lambda ex, i: _pair_features(info, ex, i), train, test),
             "labels": _known_label(info, train, test)}
 
-# %% ../nbs/02_data.ipynb #52067cc0
+# %% ../nbs/02_data.ipynb #26a982dd
 _NUMBER = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?")
 
 
@@ -409,7 +412,7 @@ def numbers_in(text: str) -> list[str]:
     "Numbers of a text in order of appearance, thousands commas removed."
     return [x.replace(",", "") for x in _NUMBER.findall(text)]
 
-# %% ../nbs/02_data.ipynb #b36514f7
+# %% ../nbs/02_data.ipynb #501925bd
 def equation_template(equation: str, question: str) -> str:
     "The equation with N0, N1, ... for the numbers of the question; other numbers stay. Raises EquationError if malformed."
     values, used, out = [Fraction(x) for x in numbers_in(question)], set(), []
@@ -422,21 +425,21 @@ def equation_template(equation: str, question: str) -> str:
         out.append(t)
     return " ".join(out)
 
-# %% ../nbs/02_data.ipynb #98fafc53
+# %% ../nbs/02_data.ipynb #62910a37
 def fill_template(template: str, question: str) -> str:
     "The template with the question's numbers in its slots; empty if the question has too few."
     numbers = numbers_in(question)
     tokens = [t if t[0] != "N" else numbers[int(t[1:])] if int(t[1:]) < len(numbers) else "" for t in template.split()]
     return " ".join(tokens) if all(tokens) else ""
 
-# %% ../nbs/02_data.ipynb #c99f3d94
+# %% ../nbs/02_data.ipynb #686dbbcf
 def _masked(text: str) -> str:
     "The text with every number replaced by the word num, and which of its first four numbers is larger than which."
     values = [Fraction(x) for x in numbers_in(text)[:4]]
     larger = [f"larger{i}{j}" for i, a in enumerate(values) for j, b in enumerate(values) if i != j and a > b]
     return " ".join([_NUMBER.sub("num", text), *larger])
 
-# %% ../nbs/02_data.ipynb #daadb502
+# %% ../nbs/02_data.ipynb #8ce34870
 def _equation_probes(info: TaskInfo, train: list[Example], test: list[Example]) -> dict[str, list[str]]:
     "Predictions of the probes for equations: over label texts, and over templates that are then filled in."
     labels, templates = [ex.label for ex in train], [equation_template(ex.label, ex.input) for ex in train]
@@ -448,17 +451,19 @@ def _equation_probes(info: TaskInfo, train: list[Example], test: list[Example]) 
             "labels": _likeliest(*_scores(read[0], labels, read[1], _words(), top=100)),
             **{name: [fill_template(t, ex.input) for t, ex in zip(guess, test)] for name, guess in guesses.items()}}
 
-# %% ../nbs/02_data.ipynb #0d06dab3
+# %% ../nbs/02_data.ipynb #06bed0a3
 def surface_probes(task: str | TaskInfo, train: Sequence[Example], test: Sequence[Example]) -> dict[str, float]:
     "Accuracy, 0 to 1, of probes that cannot reason, with 'majority' among them. Deterministic. Needs scikit-learn."
     info, train, test = task_info(task), list(train), list(test)
     if not train or not test or not all(ex.label for ex in [*train, *test]):
         raise UserError("a probe needs labelled examples in both sets", where="train, test", fix="Give splits with gold labels.")
+    for ex in [*train, *test]:
+        check_label(info, ex, f"example {ex.id}")
     probes = _equation_probes if info.metric == "equation" else _choice_probes if info.choices else _class_probes
     return {name: accuracy([is_correct(info.metric, p, ex.label) for p, ex in zip(out, test, strict=True)])
             for name, out in probes(info, train, test).items()}
 
-# %% ../nbs/02_data.ipynb #619f8f2d
+# %% ../nbs/02_data.ipynb #c31dd6a2
 Parts = dict[str, list[Example]]  # name of a part or split -> its examples
 
 
@@ -483,7 +488,7 @@ class RealSet:
 
 REAL: dict[str, RealSet] = {}
 
-# %% ../nbs/02_data.ipynb #927b7239
+# %% ../nbs/02_data.ipynb #821c4691
 def _take(row: dict, name: str, kind: type = str):
     "The field of a real row. Raises ValueError if it is missing or not of this kind."
     if name not in row:
@@ -492,7 +497,7 @@ def _take(row: dict, name: str, kind: type = str):
         raise ValueError(f"the field {name!r} should be {_KINDS[kind]}, not {row[name]!r:.60}")
     return row[name].strip() if kind is str else row[name]
 
-# %% ../nbs/02_data.ipynb #8d61fed0
+# %% ../nbs/02_data.ipynb #1677aadc
 def grouped(name: str, examples: list[Example], **shares: float) -> Parts:  # shares: split=share; they sum to 1
     "Cut examples into splits of about these shares, never parting examples whose inputs have the same first part."
     groups = defaultdict(list)
@@ -508,13 +513,13 @@ def grouped(name: str, examples: list[Example], **shares: float) -> Parts:  # sh
     out[first] = [ex for key in keys for ex in groups[key]]
     return out
 
-# %% ../nbs/02_data.ipynb #bce1abff
+# %% ../nbs/02_data.ipynb #01396502
 def _esnli(row: dict) -> dict:
     said = _take(row, "explanations", list)
     return {"input": nli_input(_take(row, "premise"), _take(row, "hypothesis")), "label": _take(row, "label"),
             "rationale": _squeeze(said[0]) if said else "", "meta": {"explanations": said[1:]}}
 
-# %% ../nbs/02_data.ipynb #f030c656
+# %% ../nbs/02_data.ipynb #04ee11a9
 def _nli_label(row: dict) -> str:
     "Label text of a hub row; empty for -1 (no agreement)."
     number = _take(row, "label", int)
@@ -526,7 +531,7 @@ def _esnli_hub(row: dict, id: str) -> dict | None:
     kept = {"id": id, "premise": row["premise"], "hypothesis": row["hypothesis"], "label": _nli_label(row), "explanations": said}
     return kept if kept["label"] else None
 
-# %% ../nbs/02_data.ipynb #50f57d4d
+# %% ../nbs/02_data.ipynb #28c84625
 def _official(name: str, parts: Parts) -> Parts:
     return parts
 
@@ -542,7 +547,7 @@ REAL["esnli_small"] = RealSet(
     "id, premise, hypothesis, label, explanations", _esnli,
     lambda name, parts: {"train": parts["train"], **grouped(name, parts["dev"], validation=0.5, test=0.5)})
 
-# %% ../nbs/02_data.ipynb #dfda6596
+# %% ../nbs/02_data.ipynb #6b8fad40
 def _anli(row: dict) -> dict:
     meta = {k: row[k] for k in ("tags", "teacher_probs", "teacher_prob_order") if k in row}
     return {"input": nli_input(_take(row, "premise"), _take(row, "hypothesis")), "label": _take(row, "label"),
@@ -553,7 +558,7 @@ def _anli_hub(row: dict, id: str) -> dict:
     return {"id": row["uid"], "premise": row["premise"], "hypothesis": row["hypothesis"], "label": _nli_label(row),
             "reason": row["reason"] or ""}
 
-# %% ../nbs/02_data.ipynb #eb5fd7ae
+# %% ../nbs/02_data.ipynb #3c2d1db3
 for _name, _round in (("anli", 1), ("anli_r3", 3)):
     REAL[_name] = RealSet(
         _name, "anli", "CC BY-NC 4.0", {"dev": f"anli_r{_round}_dev.jsonl"}, "id, premise, hypothesis, label, reason", _anli,
@@ -561,7 +566,7 @@ for _name, _round in (("anli", 1), ("anli_r3", 3)):
         hub="facebook/anli", hub_parts={"train": f"train_r{_round}", "validation": f"dev_r{_round}", "test": f"test_r{_round}"},
         from_hub=_anli_hub, hub_splits=_official)
 
-# %% ../nbs/02_data.ipynb #3b50c8f2
+# %% ../nbs/02_data.ipynb #b2b599cf
 def carve(examples: Sequence, share: float = 0.1, seed: int = 0) -> tuple[list, list]:
     "(rest, held out), in the order that `datasets.Dataset.train_test_split(test_size=share, seed=seed)` gives."
     order, held = np.random.default_rng(seed).permutation(len(examples)), math.ceil(share*len(examples))
@@ -572,7 +577,7 @@ def _carved(name: str, parts: Parts) -> Parts:
     rest, held = carve(parts["train"])
     return {"train": rest, "validation": held, "test": parts["test"]}
 
-# %% ../nbs/02_data.ipynb #160c4348
+# %% ../nbs/02_data.ipynb #ff5ea6a4
 def _cqa(row: dict) -> dict:
     choices = tuple(_squeeze(c) for c in _take(row, "choices", list))
     return {"input": choice_input(_take(row, "question"), choices), "label": _squeeze(_take(row, "answer_text")), "choices": choices,
@@ -583,7 +588,7 @@ def _cqa_hub(row: dict, id: str) -> dict:
     return {"id": row["id"], "question": row["question"], "choices": list(row["choices"]), "answer_text": row["answer"],
             "explanation": row["abstractive_explanation"]}
 
-# %% ../nbs/02_data.ipynb #7406acae
+# %% ../nbs/02_data.ipynb #ce1a19a0
 def without_filler(examples: list[Example], times: int = 10) -> list[Example]:
     "Examples whose rationale recurs `times` times or more get an empty one; the text moves to meta['filler']."
     count = Counter(normalise(ex.rationale) for ex in examples)
@@ -591,14 +596,14 @@ def without_filler(examples: list[Example], times: int = 10) -> list[Example]:
     return [replace(ex, rationale="", meta={**ex.meta, "filler": ex.rationale}) if normalise(ex.rationale) in filler else ex
             for ex in examples]
 
-# %% ../nbs/02_data.ipynb #77f93587
+# %% ../nbs/02_data.ipynb #2be3a234
 REAL["cqa"] = RealSet(
     "cqa", "cqa", "BSD-3; CommonsenseQA MIT", {"train": "cqa_cose_v1.11_train.jsonl", "test": "cqa_cose_v1.11_dev.jsonl"},
     "id, question, choices, answer_text, explanation", _cqa,
     lambda name, parts: _carved(name, {part: without_filler(examples) for part, examples in parts.items()}),
     hub="Salesforce/cos_e", hub_config="v1.11", hub_parts={"train": "train", "test": "validation"}, from_hub=_cqa_hub)
 
-# %% ../nbs/02_data.ipynb #d2671bf1
+# %% ../nbs/02_data.ipynb #08c03110
 def _svamp(row: dict) -> dict:
     return {"input": problem_input(_take(row, "question")), "label": _squeeze(_take(row, "equation")),
             "meta": {"type": str(row.get("type", ""))}}
@@ -607,7 +612,7 @@ def _svamp(row: dict) -> dict:
 def _svamp_hub(row: dict, id: str) -> dict:
     return {"id": row["ID"], "question": f"{row['Body']} {row['Question']}", "equation": row["Equation"], "type": row.get("Type", "")}
 
-# %% ../nbs/02_data.ipynb #fec3638b
+# %% ../nbs/02_data.ipynb #b581a621
 def _svamp_splits(name: str, parts: Parts) -> Parts:
     examples = [ex for part in parts.values() for ex in part]
     if len(parts) > 1:
@@ -619,7 +624,7 @@ def _svamp_splits(name: str, parts: Parts) -> Parts:
 REAL["svamp"] = RealSet("svamp", "svamp", "MIT", {"all": "svamp_test.jsonl"}, "id, question, equation", _svamp, _svamp_splits,
                         hub="ChilleD/SVAMP", hub_parts={"train": "train", "test": "test"}, from_hub=_svamp_hub)
 
-# %% ../nbs/02_data.ipynb #c6ba7c3c
+# %% ../nbs/02_data.ipynb #673e38da
 def prefix_to_infix(text: str) -> str:
     "A prefix equation with blanks between its tokens, in SVAMP's infix spelling. Raises ValueError if it is malformed."
     stack = []
@@ -634,7 +639,7 @@ def prefix_to_infix(text: str) -> str:
         raise ValueError(f"{text!r} is not one equation")
     return stack[0]
 
-# %% ../nbs/02_data.ipynb #4187d61e
+# %% ../nbs/02_data.ipynb #c8d6f529
 def _asdiv(row: dict) -> dict:
     equation = _take(row, "equation")
     infix = prefix_to_infix(equation) if row.get("equation_form") == "prefix" else equation
@@ -645,7 +650,7 @@ def _asdiv_hub(row: dict, id: str) -> dict | None:
     left = row["formula"].split("=")[0].strip()
     return {"id": id, "question": f"{row['body']} {row['question']}", "equation": left} if _has_value(left) else None
 
-# %% ../nbs/02_data.ipynb #e910ccf1
+# %% ../nbs/02_data.ipynb #20a9bd3f
 def _first_of_each(name: str, parts: Parts) -> Parts:
     examples = {}
     for ex in (ex for part in parts.values() for ex in part):
@@ -657,7 +662,7 @@ REAL["asdiv"] = RealSet(
     "asdiv", "svamp", "MIT; ASDiv part CC BY-NC 4.0", {"all": "svamp_train_mawps_asdiv.jsonl"}, "id, question, equation, equation_form",
     _asdiv, _first_of_each, tests_only=True, hub="EleutherAI/asdiv", hub_parts={"all": "validation"}, from_hub=_asdiv_hub)
 
-# %% ../nbs/02_data.ipynb #a0853bc2
+# %% ../nbs/02_data.ipynb #30304a08
 def _gsm8k(row: dict) -> dict:
     steps = re.sub(r"<<[^>]*>>", "", _take(row, "rationale"))
     return {"input": problem_input(_take(row, "question")), "label": _take(row, "answer").replace(",", ""), "rationale": _squeeze(steps)}
@@ -667,7 +672,7 @@ def _gsm8k_hub(row: dict, id: str) -> dict:
     steps, _, answer = row["answer"].partition("####")
     return {"id": id, "question": row["question"], "rationale": steps.strip(), "answer": answer.strip()}
 
-# %% ../nbs/02_data.ipynb #ce0dded1
+# %% ../nbs/02_data.ipynb #fa76901a
 def _gsm8k_splits(name: str, parts: Parts) -> Parts:
     rest, test = carve(parts["train"], 0.1, seed=1)
     return _carved(name, {"train": rest, "test": test})
@@ -677,7 +682,7 @@ REAL["gsm8k"] = RealSet("gsm8k", "gsm8k", "MIT", {"train": "gsm8k_train.jsonl"},
                         hub="openai/gsm8k", hub_config="main", hub_parts={"train": "train", "test": "test"}, from_hub=_gsm8k_hub,
                         hub_splits=_carved)
 
-# %% ../nbs/02_data.ipynb #4fe35e57
+# %% ../nbs/02_data.ipynb #3e14950d
 def real_set(name: str) -> RealSet:
     "Description of a real set. Raises UserError naming the known ones."
     if name not in REAL:
@@ -699,7 +704,7 @@ def _folder_files(spec: RealSet, folder: Path | str | None = None) -> dict[str, 
             raise UserError(f"the file for the real set {spec.name!r} is absent", where=path, fix=advice)
     return paths
 
-# %% ../nbs/02_data.ipynb #a36fc5c6
+# %% ../nbs/02_data.ipynb #3820d1b8
 def _hub_target(spec: RealSet) -> tuple[str, dict]:
     "What to hand to datasets.load_dataset: the id on the hub, or a folder under KD_NOTES_HUB. Raises UserError."
     if not spec.hub:
@@ -713,7 +718,7 @@ def _hub_target(spec: RealSet) -> tuple[str, dict]:
                         fix=f"Fetch it with: hf download {spec.hub} --repo-type dataset --local-dir {path}; or unset KD_NOTES_HUB.")
     return str(path), {"cache_dir": str(cache_dir()/"datasets")}
 
-# %% ../nbs/02_data.ipynb #105cb292
+# %% ../nbs/02_data.ipynb #04f26a74
 def why_absent(name: str, source: str = "folder") -> str:
     "Why a real set cannot be loaded from here, as one paragraph; empty if its files are there. Asks no network."
     try:
@@ -722,7 +727,7 @@ def why_absent(name: str, source: str = "folder") -> str:
     except UserError as e:
         return str(e)
 
-# %% ../nbs/02_data.ipynb #a0121ebe
+# %% ../nbs/02_data.ipynb #45133995
 def _hub_rows(spec: RealSet) -> dict[str, list[tuple[str, dict]]]:
     "part -> (place, row in the form of the file). Raises UserError if datasets is not installed or the set does not load."
     target, how = _hub_target(spec)
@@ -740,7 +745,7 @@ def _hub_rows(spec: RealSet) -> dict[str, list[tuple[str, dict]]]:
         out[part] = [(f"{spec.hub}, {split}, row {i}", {"hub": row, "id": f"{part}-{i}"}) for i, row in enumerate(rows)]
     return out
 
-# %% ../nbs/02_data.ipynb #1b682aba
+# %% ../nbs/02_data.ipynb #98840a8f
 def _adapted(spec: RealSet, places: list[tuple[str, dict]]) -> list[Example]:
     "Rows as checked Examples. Raises UserError naming the place and the field."
     found = []
@@ -756,7 +761,7 @@ def _adapted(spec: RealSet, places: list[tuple[str, dict]]) -> list[Example]:
         found.append((where, replace(ex, meta={**ex.meta, "set": spec.name})))
     return _checked(task_info(spec.task), found)
 
-# %% ../nbs/02_data.ipynb #973740cd
+# %% ../nbs/02_data.ipynb #63707cb0
 def load_real(name: str, split: str,        # "train", "validation", "test"; "unlabelled" for asdiv
               n: int | None = None,         # the first n examples of the split; None: all
               *, source: str = "folder",    # "folder": $KD_NOTES_DATA; "hub": the Hugging Face hub or $KD_NOTES_HUB

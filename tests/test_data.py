@@ -304,6 +304,12 @@ def test_probes_need_labels():
         surface_probes("nli", toy_nli(9, "a", True), [data.withhold(ex) for ex in toy_nli(9, "b", True)])
 
 
+def test_probes_name_an_example_whose_label_is_not_allowed():
+    bad = Example("c9", "cqa", "Question: a? Choices: x, y", "z", choices=("x", "y"))
+    with pytest.raises(UserError, match="example c9: the label 'z' is not among the choices"):
+        surface_probes("cqa", [bad], [bad])
+
+
 def test_probes_do_not_depend_on_the_hash_seed():
     call = ("[surface_probes('cqa', toy_cqa(80, 'a', 'length'), toy_cqa(60, 'b', 'length')),"
             "near_duplicates(['one two three', 'two three one'], ['three one two'], 0.1)]")

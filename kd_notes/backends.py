@@ -4,29 +4,30 @@
 
 # %% auto #0
 __all__ = ['SPARE', 'MIN_PREFIX', 'PREFILL_TOKENS', 'SPECS', 'Decoding', 'Completion', 'Backend', 'check_requests', 'Row',
-           'Batch', 'cut_at', 'LocalBackend', 'weights_hash', 'open_backend']
+           'Batch', 'cut_at', 'LocalBackend', 'weights_hash', 'OpenAIBackend', 'prompt_hash', 'completion_row',
+           'manifest_path', 'ReplayBackend', 'open_backend']
 
-# %% ../nbs/09_backends.ipynb #3feec55a
+# %% ../nbs/09_backends.ipynb #fa0fed9c
 import functools
 import hashlib
 import math
 import os
-import queue
 import random
-import re
 import threading
 import time
 from collections import Counter, deque
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, Iterable, Iterator, Protocol, Sequence
+from urllib.parse import urlsplit
 
 import torch
 
-from .core import UserError, read_json, read_jsonl, rng, sha256_file, sha256_text
+from .core import UserError, read_json, read_jsonl, rng, sha256_file, sha256_text, to_jsonable
 
-# %% ../nbs/09_backends.ipynb #e2d6c03c
+# %% ../nbs/09_backends.ipynb #f04d779e
 def _require(ok: bool, name: str, value: Any, rule: str) -> None:
     if not ok:
         raise UserError(f"{value!r} is not {rule}", where=f"decoding parameter {name}", fix=f"Set {name} to {rule}.")
@@ -52,7 +53,7 @@ class Decoding:
         _require(self.n == 1 or self.n > 1 and self.temperature > 0, "n", self.n, "1, or more with a temperature above 0")
         _require(all(self.stop), "stop", self.stop, "a tuple of texts that are not empty")
 
-# %% ../nbs/09_backends.ipynb #ffeabb1e
+# %% ../nbs/09_backends.ipynb #585e1078
 @dataclass(frozen=True)
 class Completion:
     "One continuation of one prompt."
@@ -65,7 +66,7 @@ class Completion:
     logprob: float | None = None   # natural log of the probability of all its tokens, where it was asked for
     sample: int = 0                # 0 ... n-1
 
-# %% ../nbs/09_backends.ipynb #7d7088f9
+# %% ../nbs/09_backends.ipynb #50ff8314
 class Backend(Protocol):
     "What every back end offers. `generate` yields completions as they finish, in any order; it raises UserError."
     name: str       # the model, as a person would call it
@@ -86,7 +87,7 @@ def check_requests(requests: Iterable[tuple[str, str]]) -> list[tuple[str, str]]
             raise UserError("the prompt is empty", where=f"request {name}", fix="Leave it out, or give it a text.")
     return requests
 
-# %% ../nbs/09_backends.ipynb #ae6cf0ef
+# %% ../nbs/09_backends.ipynb #6ea7c222
 SPARE = 64  # free columns of the cache that are allocated ahead
 
 
@@ -97,7 +98,7 @@ def _roomy(x: torch.Tensor, width: int, free: int = SPARE) -> torch.Tensor:
     out[:, :, width - x.shape[2]:width] = x
     return out
 
-# %% ../nbs/09_backends.ipynb #6f172a58
+# %% ../nbs/09_backends.ipynb #37d42d2e
 @functools.cache
 def _growing_layer() -> type:
     "The class of our cache layers (made in a function, because transformers is imported only when it is needed)."
@@ -131,7 +132,7 @@ def _new_cache(layers: Iterable = ()):
     layers = list(layers)
     return Cache(layers=layers) if layers else Cache(layer_class_to_replicate=_growing_layer())
 
-# %% ../nbs/09_backends.ipynb #32041a0c
+# %% ../nbs/09_backends.ipynb #5eec3992
 @dataclass
 class Row:
     "One completion in the making."
@@ -154,7 +155,7 @@ class Batch:
     position: torch.Tensor  # (rows,) of the last column
     last: torch.Tensor      # (rows,) token to feed next
 
-# %% ../nbs/09_backends.ipynb #415e5185
+# %% ../nbs/09_backends.ipynb #7b042add
 def _padded(tails: list[list[int]], device) -> tuple[torch.Tensor, torch.Tensor]:
     "Ids and mask (rows, longest), padded on the left."
     width = max(map(len, tails))
@@ -178,7 +179,7 @@ def _prefill(model, rows: list[Row], prefix: Sequence = (), shared: int = 0) -> 
                    logits_to_keep=last).logits[:, -1]
     return Batch(rows, cache, mask, position[:, -1], ids[:, -1]), logits
 
-# %% ../nbs/09_backends.ipynb #ff2e1263
+# %% ../nbs/09_backends.ipynb #14292e9f
 @torch.inference_mode()
 def _step(model, batch: Batch) -> torch.Tensor:
     "Feed each row's last token; logits (rows, vocabulary) of the next ones."
@@ -187,7 +188,7 @@ def _step(model, batch: Batch) -> torch.Tensor:
     return model(input_ids=batch.last[:, None], attention_mask=batch.mask, position_ids=batch.position[:, None],
                  past_key_values=batch.cache, use_cache=True, logits_to_keep=1).logits[:, -1]
 
-# %% ../nbs/09_backends.ipynb #0a7065b4
+# %% ../nbs/09_backends.ipynb #59b2d697
 @torch.inference_mode()
 def _keep(batch: Batch, index: list[int]) -> Batch:
     "A batch of the rows with these numbers, without leading columns that belong to none of them. The old batch is used up."
@@ -207,7 +208,7 @@ def _stack(parts: list[torch.Tensor], width: int) -> torch.Tensor:
         block[:, :, width - part.shape[2]:width] = part
     return out
 
-# %% ../nbs/09_backends.ipynb #c727c296
+# %% ../nbs/09_backends.ipynb #7ac3e2d2
 @torch.inference_mode()
 def _join(batches: list[Batch]) -> Batch:
     "One batch of all rows, narrower ones padded on the left. The old batches are used up."
@@ -222,7 +223,7 @@ def _join(batches: list[Batch]) -> Batch:
     position, last = (torch.cat([getattr(b, part) for b in batches]) for part in ("position", "last"))
     return Batch([row for b in batches for row in b.rows], batches[0].cache, torch.cat(masks), position, last)
 
-# %% ../nbs/09_backends.ipynb #1607e23f
+# %% ../nbs/09_backends.ipynb #e67a645b
 def _draws(seed: int, name: str, sample: int, count: int) -> torch.Tensor:
     "`count` numbers in [0, 1) that depend on seed, request id and sample number only."
     stream = rng("decoding", seed, name, sample)
@@ -242,7 +243,7 @@ def _candidates(logits: torch.Tensor, decoding: Decoding) -> tuple[torch.Tensor,
     before = top.cumsum(-1) - top
     return top.masked_fill(before >= decoding.top_p, 0.0), ids
 
-# %% ../nbs/09_backends.ipynb #c869c47c
+# %% ../nbs/09_backends.ipynb #a0e138ca
 @torch.inference_mode()
 def _choose(logits: torch.Tensor, rows: list[Row], decoding: Decoding) -> torch.Tensor:
     "Next token of each row (rows,)."
@@ -254,7 +255,7 @@ def _choose(logits: torch.Tensor, rows: list[Row], decoding: Decoding) -> torch.
     place = torch.searchsorted(total, (draw*total[:, -1])[:, None], right=True).clamp(max=total.shape[-1] - 1)
     return (place if ids is None else ids.gather(-1, place))[:, 0]
 
-# %% ../nbs/09_backends.ipynb #a0983ca9
+# %% ../nbs/09_backends.ipynb #84fc04df
 def _stop_tokens(tokenizer, size: int, stop: tuple[str, ...]) -> torch.Tensor:
     "(size,) bool: tokens whose arrival may complete a stop text."
     last = {s[-1] for s in stop}
@@ -270,7 +271,7 @@ def cut_at(text: str, stop: Iterable[str]) -> tuple[str, bool]:
     at = min((i for i in map(text.find, stop) if i >= 0), default=-1)
     return (text, False) if at < 0 else (text[:at], True)
 
-# %% ../nbs/09_backends.ipynb #91c6ed70
+# %% ../nbs/09_backends.ipynb #9171f98a
 MIN_PREFIX = 16  # tokens; shorter ones are not worth it
 
 
@@ -292,7 +293,7 @@ def _prefix_cache(model, tokens: list[int]) -> list[tuple[torch.Tensor, torch.Te
     model(input_ids=torch.tensor([tokens], device=model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
     return [(layer.keys, layer.values) for layer in cache.layers]
 
-# %% ../nbs/09_backends.ipynb #05cd810b
+# %% ../nbs/09_backends.ipynb #0a7a1795
 class LocalBackend:
     "A causal language model in this process. Raises UserError for a model that it cannot drive."
     def __init__(self, model, tokenizer, *, name: str = "", revision: str = "", adapter: str = "",
@@ -318,7 +319,7 @@ class LocalBackend:
         rows = _rows(self, check_requests(requests), decoding)
         return _Loop(self, rows, decoding).run() if rows else iter(())
 
-# %% ../nbs/09_backends.ipynb #174c4cec
+# %% ../nbs/09_backends.ipynb #90c256ed
 def _check_model(model) -> None:
     "Raises UserError if the model is not one that `LocalBackend` can drive."
     kinds = set(getattr(model.config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
@@ -343,7 +344,7 @@ def weights_hash(model) -> str:
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
 
-# %% ../nbs/09_backends.ipynb #28716f10
+# %% ../nbs/09_backends.ipynb #11a3d510
 def _encode(backend: LocalBackend, prompt: str) -> list[int]:
     if backend.chat:
         turn = [{"role": "user", "content": prompt}]
@@ -374,47 +375,13 @@ def _capacity(backend: LocalBackend, rows: list[Row], decoding: Decoding) -> int
     columns = len(rows[0].prompt) + decoding.max_new_tokens + SPARE
     return max(1, min(backend.batch_size, int(backend.cache_gib*2**30/(column*columns))))
 
-# %% ../nbs/09_backends.ipynb #e5a095cc
-PREFILL_TOKENS = 1024  # prompt tokens per forward pass: larger passes fall out of the processor's caches
-
-
-class _Loop:
-    "One call of `generate`: rows wait, step together, and leave."
-    def __init__(self, backend: LocalBackend, rows: list[Row], decoding: Decoding):
-        model, config = backend.model, backend.model.config
-        self.backend, self.model, self.waiting, self.decoding = backend, model, deque(rows), decoding
-        sliding = "sliding_attention" in (getattr(config, "layer_types", None) or ()) or getattr(config, "sliding_window", None)
-        self.shared = 0 if sliding else _shared(rows)
-        self.prefix = _prefix_cache(model, rows[0].prompt[:self.shared])
-        self.size = _capacity(backend, rows, decoding)
-        vocabulary = model.get_output_embeddings().weight.shape[0]
-        self.looks = _stop_tokens(backend.tokenizer, vocabulary, decoding.stop) if decoding.stop else torch.zeros(vocabulary, dtype=torch.bool)
-
-    def run(self) -> Iterator[Completion]:
-        batch = None
-        while batch or self.waiting:
-            alive = [i for i, row in enumerate(batch.rows) if not row.finish] if batch else []
-            admit = self.waiting and self.size - len(alive) >= max(1, self.size//4)
-            if batch and (admit or len(alive) <= 3*len(batch.rows)//4):
-                batch = _keep(batch, alive) if alive else None
-            if admit:
-                new = []
-                for part in self.groups(self.size - len(alive)):
-                    start = time.perf_counter()
-                    new.append(_prefill(self.model, part, self.prefix, self.shared))
-                    yield from self.settle(*new[-1], start)
-                batch = _join([*([batch] if batch else []), *(b for b, _ in new)])
-            elif batch:
-                start = time.perf_counter()
-                yield from self.settle(batch, _step(self.model, batch), start)
-
-    def groups(self, count: int) -> Iterator[list[Row]]:
-        "The next `count` waiting rows, in groups for one prefill each."
-        while count > 0 and self.waiting:
-            size = max(1, min(count, PREFILL_TOKENS//(len(self.waiting[0].prompt) - self.shared)))
-            part = [self.waiting.popleft() for _ in range(min(size, len(self.waiting)))]
-            count -= len(part)
-            yield part
+# %% ../nbs/09_backends.ipynb #dd9e9b88
+class _Endings:
+    "Gives rows their tokens and knows when they end and with which text."
+    def __init__(self, backend: LocalBackend, decoding: Decoding):
+        self.backend, self.decoding = backend, decoding
+        size = backend.model.get_output_embeddings().weight.shape[0]
+        self.looks = _stop_tokens(backend.tokenizer, size, decoding.stop) if decoding.stop else torch.zeros(size, dtype=torch.bool)
 
     def settle(self, batch: Batch, logits: torch.Tensor, start: float) -> list[Completion]:
         "Give each open row its next token; the completions of those that end with it."
@@ -448,7 +415,284 @@ def _log_probabilities(logits: torch.Tensor, tokens: torch.Tensor) -> list[float
     logits = logits.float()
     return (logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)).tolist()
 
-# %% ../nbs/09_backends.ipynb #47f4f55c
+# %% ../nbs/09_backends.ipynb #7c4e564b
+PREFILL_TOKENS = 1024  # prompt tokens per forward pass: larger passes fall out of the processor's caches
+
+
+class _Loop:
+    "One call of `generate`: rows wait, step together, and leave."
+    def __init__(self, backend: LocalBackend, rows: list[Row], decoding: Decoding):
+        config = backend.model.config
+        self.model, self.waiting, self.endings = backend.model, deque(rows), _Endings(backend, decoding)
+        sliding = "sliding_attention" in (getattr(config, "layer_types", None) or ()) or getattr(config, "sliding_window", None)
+        self.shared = 0 if sliding else _shared(rows)  # a sliding window counts columns, padding between prefix and prompt as well
+        self.prefix = _prefix_cache(backend.model, rows[0].prompt[:self.shared])
+        self.size = _capacity(backend, rows, decoding)
+
+    def run(self) -> Iterator[Completion]:
+        batch = None
+        while batch or self.waiting:
+            alive = [i for i, row in enumerate(batch.rows) if not row.finish] if batch else []
+            admit = self.waiting and self.size - len(alive) >= max(1, self.size//4)
+            if batch and (admit or len(alive) <= 3*len(batch.rows)//4):
+                batch = _keep(batch, alive) if alive else None
+            if admit:
+                new = []
+                for part in self.groups(self.size - len(alive)):
+                    start = time.perf_counter()
+                    new.append(_prefill(self.model, part, self.prefix, self.shared))
+                    yield from self.endings.settle(*new[-1], start)
+                batch = _join([*([batch] if batch else []), *(b for b, _ in new)])
+            elif batch:
+                start = time.perf_counter()
+                yield from self.endings.settle(batch, _step(self.model, batch), start)
+
+    def groups(self, count: int) -> Iterator[list[Row]]:
+        "The next `count` waiting rows, in groups for one prefill each."
+        while count > 0 and self.waiting:
+            size = max(1, min(count, PREFILL_TOKENS//(len(self.waiting[0].prompt) - self.shared)))
+            part = [self.waiting.popleft() for _ in range(min(size, len(self.waiting)))]
+            count -= len(part)
+            yield part
+
+# %% ../nbs/09_backends.ipynb #5865c361
+class _Pace:
+    "At most so many starts per minute, evenly spaced; 0 is no limit."
+    def __init__(self, per_minute: float):
+        self.gap, self.next, self.lock = 60/per_minute if per_minute else 0.0, 0.0, threading.Lock()
+
+    def wait(self, stop: threading.Event) -> None:
+        with self.lock:
+            now = time.monotonic()
+            at = max(now, self.next)
+            self.next = at + self.gap
+        stop.wait(at - now)
+
+
+def _retry_after(headers: Any) -> float:
+    "Seconds that a Retry-After header asks for (a number or a date), 0 without one."
+    value = headers.get("retry-after", "") if headers else ""
+    try:
+        return max(0.0, float(value))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
+    except (TypeError, ValueError):
+        return 0.0
+
+# %% ../nbs/09_backends.ipynb #67274673
+class OpenAIBackend:
+    "A model behind an OpenAI-compatible server. Raises UserError for a URL that cannot be one."
+    revision = ""  # a server does not tell
+
+    def __init__(self, base_url: str, model: str, *, chat: bool = False,
+                 concurrency: int = 4,                # requests in flight
+                 requests_per_minute: float = 0,      # 0: no limit
+                 retries: int = 6,                    # tries after the first
+                 backoff: float = 1.0,                # seconds before the second try; doubled each time, up to 60
+                 timeout: float = 120.0,              # seconds for one answer
+                 key_env: str = "OPENAI_API_KEY"):    # name of the environment variable with the key
+        parts = urlsplit(base_url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.password:
+            raise UserError("the base URL must look like http://host:port/v1, without a user name or password", where="base_url",
+                            fix=f"Put a key into the environment variable {key_env}.")
+        self.base_url, self.name, self.host, self.chat, self.key_env = base_url.rstrip("/"), model, parts.hostname, chat, key_env
+        self.concurrency, self.pace, self.retries = max(1, concurrency), _Pace(requests_per_minute), retries
+        self.backoff, self.timeout = backoff, timeout
+
+    def __repr__(self) -> str:
+        return f"OpenAIBackend({self.base_url!r}, {self.name!r}, chat={self.chat}, key from ${self.key_env})"
+
+    def describe(self) -> dict:
+        "What a manifest records. The port is left out: the same server may come back on another."
+        return {"kind": "openai-chat" if self.chat else "openai", "model": self.name, "revision": "", "adapter": "", "host": self.host}
+
+    def generate(self, requests: Iterable[tuple[str, str]], decoding: Decoding) -> Iterator[Completion]:
+        "Completions as the server answers. After a UserError those already answered have been handed over."
+        jobs = [(name, k, prompt) for name, prompt in check_requests(requests) for k in range(decoding.n)]
+        return _ask_all(self, jobs, decoding)
+
+# %% ../nbs/09_backends.ipynb #0231f170
+def _payload(backend: OpenAIBackend, prompt: str, decoding: Decoding, seed: int) -> dict:
+    "Arguments of the client's call."
+    body = {"model": backend.name, "max_tokens": decoding.max_new_tokens, "temperature": decoding.temperature}
+    if decoding.temperature > 0:
+        body |= {"top_p": decoding.top_p, "seed": seed}
+    if decoding.stop:
+        body["stop"] = list(decoding.stop[:4])  # the protocol allows four; the text is cut here again anyway
+    if decoding.top_k:
+        body["extra_body"] = {"top_k": decoding.top_k}  # not in the protocol, but vLLM and others know it
+    return body | ({"messages": [{"role": "user", "content": prompt}]} if backend.chat else {"prompt": prompt})
+
+
+def _answer(response: Any, chat: bool) -> tuple[str, str, int, int]:
+    "Text, finish reason, tokens of prompt and completion. Raises ValueError if the response is not an answer."
+    choices = getattr(response, "choices", None)
+    if not choices:
+        raise ValueError(f"the answer is not a completion: {str(response)[:80]!r}")
+    text = choices[0].message.content if chat else choices[0].text
+    if not isinstance(text, str):
+        raise ValueError("the answer holds no text")
+    usage = getattr(response, "usage", None)
+    counts = [getattr(usage, k, None) or 0 for k in ("prompt_tokens", "completion_tokens")]
+    return text, "length" if choices[0].finish_reason == "length" else "stop", *counts
+
+
+def _call(backend: OpenAIBackend, client: Any, job: tuple, decoding: Decoding) -> Completion:
+    "One try of one request."
+    name, sample, prompt = job
+    start = time.perf_counter()
+    seed = rng("decoding", decoding.seed, name, sample).getrandbits(31)
+    endpoint = client.chat.completions if backend.chat else client.completions
+    response = endpoint.create(**_payload(backend, prompt, decoding, seed))
+    text, finish, prompt_tokens, tokens = _answer(response, backend.chat)
+    text, cut = cut_at(text, decoding.stop)
+    seconds = round(time.perf_counter() - start, 4)
+    return Completion(name, text, prompt_tokens, tokens, "stop" if cut else finish, seconds, None, sample)
+
+# %% ../nbs/09_backends.ipynb #d6754d13
+_PASSING = (408, 409, 429)  # and every 5xx
+
+
+def _reason(backend: OpenAIBackend, error: Exception) -> str:
+    "The error in one line, without the key."
+    status = getattr(error, "status_code", None)
+    text = " ".join(str(error).split())[:200] or type(error).__name__
+    key = os.environ.get(backend.key_env)
+    text = text.replace(key, "***") if key else text
+    return f"HTTP {status}: {text}" if status and str(status) not in text else text
+
+
+def _refused(backend: OpenAIBackend, error: Exception, name: str) -> UserError:
+    "The UserError for an answer that will not change."
+    fixes = {401: f"Put a valid key into the environment variable {backend.key_env}.",
+             403: f"Check the rights of the key in the environment variable {backend.key_env}.",
+             404: f"Check the URL (it mostly ends in /v1) and the model; {backend.base_url}/models lists those that are served. "
+                  "A server without /completions wants openai-chat:."}
+    return UserError(f"the server refused the request ({_reason(backend, error)})", where=f"{backend.base_url}, request {name}",
+                     fix=fixes.get(error.status_code, "Change the prompt or the decoding so that the server accepts them."))
+
+# %% ../nbs/09_backends.ipynb #a69de00b
+def _ask(backend: OpenAIBackend, client: Any, job: tuple, decoding: Decoding, stop: threading.Event) -> Completion | None:
+    "One request with its retries; None if `stop` was set meanwhile. Raises UserError."
+    import openai
+    for attempt in range(backend.retries + 1):
+        backend.pace.wait(stop)
+        if stop.is_set():
+            return None
+        try:
+            return _call(backend, client, job, decoding)
+        except (openai.APIError, ValueError) as e:
+            status = getattr(e, "status_code", None)
+            if isinstance(e, openai.APIStatusError) and status not in _PASSING and status < 500:
+                raise _refused(backend, e, job[0]) from e
+            error = e
+        if attempt < backend.retries:
+            delay = min(60.0, backend.backoff*2**attempt)*random.uniform(0.5, 1.0)
+            stop.wait(max(delay, _retry_after(getattr(getattr(error, "response", None), "headers", None))))
+    raise UserError(f"the server gave no usable answer in {backend.retries + 1} tries ({_reason(backend, error)})",
+                    where=f"{backend.base_url}, request {job[0]}", fix="Check that the server runs and serves this model. "
+                    "Answers received so far are kept: start the same command again.") from error
+
+# %% ../nbs/09_backends.ipynb #c5fd42a2
+def _client(backend: OpenAIBackend):
+    import openai
+    key = os.environ.get(backend.key_env) or "none"  # local servers ask for no key, the client insists on one
+    return openai.OpenAI(base_url=backend.base_url, api_key=key, max_retries=0, timeout=backend.timeout)
+
+
+def _ask_all(backend: OpenAIBackend, jobs: list[tuple], decoding: Decoding) -> Iterator[Completion]:
+    "Ask for all jobs, `concurrency` at a time."
+    client, pool, stop = _client(backend), ThreadPoolExecutor(backend.concurrency, "kd_notes"), threading.Event()
+    waiting, pending, failure = deque(jobs), set(), None
+    try:
+        while pending or waiting and not failure:
+            while waiting and not failure and len(pending) < backend.concurrency:
+                pending.add(pool.submit(_ask, backend, client, waiting.popleft(), decoding, stop))
+            done, pending = wait(pending, return_when=FIRST_COMPLETED)
+            for future in done:
+                failure = failure or future.exception()
+                if failure:
+                    stop.set()
+                if not future.exception() and future.result():
+                    yield future.result()
+    finally:
+        stop.set()
+        client.close()
+        pool.shutdown(wait=False, cancel_futures=True)
+    if failure:
+        raise failure
+
+# %% ../nbs/09_backends.ipynb #6bce68b8
+def prompt_hash(prompt: str) -> str:
+    "16 hex digits of a prompt."
+    return sha256_text(prompt)[:16]
+
+
+def completion_row(c: Completion, prompt: str) -> dict:
+    "What is stored of a completion: one line of a JSONL file that `ReplayBackend` reads."
+    row = asdict(c) | {"prompt_hash": prompt_hash(prompt)}
+    return {k: v for k, v in row.items() if v is not None and (k, v) != ("sample", 0)}
+
+
+def manifest_path(path: Path | str) -> Path:
+    "Where the manifest of a file of completions lies: answers.jsonl -> answers.manifest.json."
+    return Path(path).with_suffix(".manifest.json")
+
+# %% ../nbs/09_backends.ipynb #2788b8b5
+class ReplayBackend:
+    "Answers from a JSONL file, by id, sample and prompt. Raises UserError for a row that is no completion, or one that occurs twice."
+    def __init__(self, path: Path | str):
+        self.path = Path(path)
+        self.answers: dict[tuple[str, int], dict] = {}
+        for number, row in enumerate(read_jsonl(path), start=1):
+            key = (row.get("id"), row.get("sample", 0))
+            if key in self.answers or not {"id", "text", "prompt_hash", "finish"} <= row.keys():
+                what = f"the id {row.get('id')!r} occurs twice" if key in self.answers else "id, text, finish or prompt_hash is missing"
+                raise UserError(what, where=f"{path}, row {number}", fix="Restore the file, or extract again.")
+            self.answers[key] = row
+        manifest = manifest_path(path)
+        self.manifest = read_json(manifest) if manifest.is_file() else {}
+        teacher = self.manifest.get("backend", {})
+        self.name, self.revision = teacher.get("model", self.path.stem), teacher.get("revision") or sha256_file(path)[:16]
+
+    def describe(self) -> dict:
+        "What a manifest records: the teacher's own description where the file has a manifest, and the file's hash."
+        teacher = self.manifest.get("backend", {"model": self.name})
+        return teacher | {"kind": "replay", "file": self.path.name, "sha256": sha256_file(self.path)}
+
+    def generate(self, requests: Iterable[tuple[str, str]], decoding: Decoding) -> Iterator[Completion]:
+        "The stored completions. Raises UserError, before the first one, if any is missing or answers another prompt or decoding."
+        _check_decoding(self, decoding)
+        rows = [self._find(name, k, prompt) for name, prompt in check_requests(requests) for k in range(decoding.n)]
+        return (_completion(row) for row in rows)
+
+    def _find(self, name: str, sample: int, prompt: str) -> dict:
+        row = self.answers.get((name, sample))
+        if row is None:
+            raise UserError(f"there is no answer for the id {name!r} (sample {sample})", where=self.path,
+                            fix="Extract it with the teacher itself (kd-notes extract), or ask only for what is stored.")
+        if row["prompt_hash"] != prompt_hash(prompt):
+            raise UserError(f"the answer for the id {name!r} belongs to another prompt", where=self.path,
+                            fix="The input or the prompt has changed since: undo the change, or extract again.")
+        return row
+
+# %% ../nbs/09_backends.ipynb #f264830b
+def _check_decoding(replay: ReplayBackend, decoding: Decoding) -> None:
+    "Raises UserError if the file's manifest names another decoding."
+    stored, wanted = replay.manifest.get("decoding", {}), to_jsonable(decoding)
+    changed = [f"{k} {stored[k]!r} (asked for: {wanted[k]!r})" for k in stored if k in wanted and stored[k] != wanted[k]]
+    if changed:
+        raise UserError(f"the answers were made with other decoding: {', '.join(changed)}", where=manifest_path(replay.path),
+                        fix="Ask with the stored decoding, or extract again.")
+
+
+def _completion(row: dict) -> Completion:
+    return Completion(row["id"], row["text"], row.get("prompt_tokens", 0), row.get("completion_tokens", 0), row["finish"],
+                      row.get("seconds", 0.0), row.get("logprob"), row.get("sample", 0))
+
+# %% ../nbs/09_backends.ipynb #891611c0
 SPECS = ("smollm2", "smollm2+<adapter folder>", "hub:<id>", "hub:<id>+<adapter folder>", "<model folder>",
          "openai:<base-url>#<model>", "openai-chat:<base-url>#<model>", "replay:<file.jsonl>")
 
@@ -468,7 +712,7 @@ def open_backend(spec: str,             # one of SPECS
         return ReplayBackend(spec.removeprefix("replay:"), **options)
     return _open_local(spec, dtype, device, options)
 
-# %% ../nbs/09_backends.ipynb #5bf449a7
+# %% ../nbs/09_backends.ipynb #17a5c718
 def _open_local(spec: str, dtype: str, device: str | None, options: dict) -> LocalBackend:
     "A LocalBackend from `<model>` or `<model>+<adapter folder>`."
     from kd_notes.models import load_teacher, smollm2_path

@@ -7,7 +7,7 @@ __all__ = ['SPARE', 'MIN_PREFIX', 'PREFILL_TOKENS', 'SPECS', 'Decoding', 'Comple
            'Batch', 'cut_at', 'LocalBackend', 'weights_hash', 'OpenAIBackend', 'prompt_hash', 'completion_row',
            'manifest_path', 'ReplayBackend', 'open_backend']
 
-# %% ../nbs/09_backends.ipynb #fa0fed9c
+# %% ../nbs/09_backends.ipynb #82505032
 import functools
 import hashlib
 import math
@@ -27,7 +27,7 @@ import torch
 
 from .core import UserError, read_json, read_jsonl, rng, sha256_file, sha256_text, to_jsonable
 
-# %% ../nbs/09_backends.ipynb #f04d779e
+# %% ../nbs/09_backends.ipynb #28ac31bb
 def _require(ok: bool, name: str, value: Any, rule: str) -> None:
     if not ok:
         raise UserError(f"{value!r} is not {rule}", where=f"decoding parameter {name}", fix=f"Set {name} to {rule}.")
@@ -53,7 +53,7 @@ class Decoding:
         _require(self.n == 1 or self.n > 1 and self.temperature > 0, "n", self.n, "1, or more with a temperature above 0")
         _require(all(self.stop), "stop", self.stop, "a tuple of texts that are not empty")
 
-# %% ../nbs/09_backends.ipynb #585e1078
+# %% ../nbs/09_backends.ipynb #294a760c
 @dataclass(frozen=True)
 class Completion:
     "One continuation of one prompt."
@@ -66,7 +66,7 @@ class Completion:
     logprob: float | None = None   # natural log of the probability of all its tokens, where it was asked for
     sample: int = 0                # 0 ... n-1
 
-# %% ../nbs/09_backends.ipynb #50ff8314
+# %% ../nbs/09_backends.ipynb #325987de
 class Backend(Protocol):
     "What every back end offers. `generate` yields completions as they finish, in any order; it raises UserError."
     name: str       # the model, as a person would call it
@@ -87,7 +87,7 @@ def check_requests(requests: Iterable[tuple[str, str]]) -> list[tuple[str, str]]
             raise UserError("the prompt is empty", where=f"request {name}", fix="Leave it out, or give it a text.")
     return requests
 
-# %% ../nbs/09_backends.ipynb #6ea7c222
+# %% ../nbs/09_backends.ipynb #0dee07f4
 SPARE = 64  # free columns of the cache that are allocated ahead
 
 
@@ -98,7 +98,7 @@ def _roomy(x: torch.Tensor, width: int, free: int = SPARE) -> torch.Tensor:
     out[:, :, width - x.shape[2]:width] = x
     return out
 
-# %% ../nbs/09_backends.ipynb #37d42d2e
+# %% ../nbs/09_backends.ipynb #9267073e
 @functools.cache
 def _growing_layer() -> type:
     "The class of our cache layers (made in a function, because transformers is imported only when it is needed)."
@@ -132,7 +132,7 @@ def _new_cache(layers: Iterable = ()):
     layers = list(layers)
     return Cache(layers=layers) if layers else Cache(layer_class_to_replicate=_growing_layer())
 
-# %% ../nbs/09_backends.ipynb #5eec3992
+# %% ../nbs/09_backends.ipynb #cb9da51d
 @dataclass
 class Row:
     "One completion in the making."
@@ -155,7 +155,7 @@ class Batch:
     position: torch.Tensor  # (rows,) of the last column
     last: torch.Tensor      # (rows,) token to feed next
 
-# %% ../nbs/09_backends.ipynb #7b042add
+# %% ../nbs/09_backends.ipynb #f4144992
 def _padded(tails: list[list[int]], device) -> tuple[torch.Tensor, torch.Tensor]:
     "Ids and mask (rows, longest), padded on the left."
     width = max(map(len, tails))
@@ -179,7 +179,7 @@ def _prefill(model, rows: list[Row], prefix: Sequence = (), shared: int = 0) -> 
                    logits_to_keep=last).logits[:, -1]
     return Batch(rows, cache, mask, position[:, -1], ids[:, -1]), logits
 
-# %% ../nbs/09_backends.ipynb #14292e9f
+# %% ../nbs/09_backends.ipynb #1fb7910b
 @torch.inference_mode()
 def _step(model, batch: Batch) -> torch.Tensor:
     "Feed each row's last token; logits (rows, vocabulary) of the next ones."
@@ -188,7 +188,7 @@ def _step(model, batch: Batch) -> torch.Tensor:
     return model(input_ids=batch.last[:, None], attention_mask=batch.mask, position_ids=batch.position[:, None],
                  past_key_values=batch.cache, use_cache=True, logits_to_keep=1).logits[:, -1]
 
-# %% ../nbs/09_backends.ipynb #59b2d697
+# %% ../nbs/09_backends.ipynb #dc7d93bd
 @torch.inference_mode()
 def _keep(batch: Batch, index: list[int]) -> Batch:
     "A batch of the rows with these numbers, without leading columns that belong to none of them. The old batch is used up."
@@ -208,7 +208,7 @@ def _stack(parts: list[torch.Tensor], width: int) -> torch.Tensor:
         block[:, :, width - part.shape[2]:width] = part
     return out
 
-# %% ../nbs/09_backends.ipynb #7ac3e2d2
+# %% ../nbs/09_backends.ipynb #da62499c
 @torch.inference_mode()
 def _join(batches: list[Batch]) -> Batch:
     "One batch of all rows, narrower ones padded on the left. The old batches are used up."
@@ -223,7 +223,7 @@ def _join(batches: list[Batch]) -> Batch:
     position, last = (torch.cat([getattr(b, part) for b in batches]) for part in ("position", "last"))
     return Batch([row for b in batches for row in b.rows], batches[0].cache, torch.cat(masks), position, last)
 
-# %% ../nbs/09_backends.ipynb #e67a645b
+# %% ../nbs/09_backends.ipynb #2355eb51
 def _draws(seed: int, name: str, sample: int, count: int) -> torch.Tensor:
     "`count` numbers in [0, 1) that depend on seed, request id and sample number only."
     stream = rng("decoding", seed, name, sample)
@@ -243,7 +243,7 @@ def _candidates(logits: torch.Tensor, decoding: Decoding) -> tuple[torch.Tensor,
     before = top.cumsum(-1) - top
     return top.masked_fill(before >= decoding.top_p, 0.0), ids
 
-# %% ../nbs/09_backends.ipynb #a0e138ca
+# %% ../nbs/09_backends.ipynb #c17157b5
 @torch.inference_mode()
 def _choose(logits: torch.Tensor, rows: list[Row], decoding: Decoding) -> torch.Tensor:
     "Next token of each row (rows,)."
@@ -255,7 +255,7 @@ def _choose(logits: torch.Tensor, rows: list[Row], decoding: Decoding) -> torch.
     place = torch.searchsorted(total, (draw*total[:, -1])[:, None], right=True).clamp(max=total.shape[-1] - 1)
     return (place if ids is None else ids.gather(-1, place))[:, 0]
 
-# %% ../nbs/09_backends.ipynb #84fc04df
+# %% ../nbs/09_backends.ipynb #b85cbf38
 def _stop_tokens(tokenizer, size: int, stop: tuple[str, ...]) -> torch.Tensor:
     "(size,) bool: tokens whose arrival may complete a stop text."
     last = {s[-1] for s in stop}
@@ -271,7 +271,7 @@ def cut_at(text: str, stop: Iterable[str]) -> tuple[str, bool]:
     at = min((i for i in map(text.find, stop) if i >= 0), default=-1)
     return (text, False) if at < 0 else (text[:at], True)
 
-# %% ../nbs/09_backends.ipynb #9171f98a
+# %% ../nbs/09_backends.ipynb #e8a22481
 MIN_PREFIX = 16  # tokens; shorter ones are not worth it
 
 
@@ -293,7 +293,7 @@ def _prefix_cache(model, tokens: list[int]) -> list[tuple[torch.Tensor, torch.Te
     model(input_ids=torch.tensor([tokens], device=model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
     return [(layer.keys, layer.values) for layer in cache.layers]
 
-# %% ../nbs/09_backends.ipynb #0a7a1795
+# %% ../nbs/09_backends.ipynb #6204aae9
 class LocalBackend:
     "A causal language model in this process. Raises UserError for a model that it cannot drive."
     def __init__(self, model, tokenizer, *, name: str = "", revision: str = "", adapter: str = "",
@@ -319,7 +319,7 @@ class LocalBackend:
         rows = _rows(self, check_requests(requests), decoding)
         return _Loop(self, rows, decoding).run() if rows else iter(())
 
-# %% ../nbs/09_backends.ipynb #90c256ed
+# %% ../nbs/09_backends.ipynb #cd8f3bab
 def _check_model(model) -> None:
     "Raises UserError if the model is not one that `LocalBackend` can drive."
     kinds = set(getattr(model.config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
@@ -344,7 +344,7 @@ def weights_hash(model) -> str:
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
 
-# %% ../nbs/09_backends.ipynb #11a3d510
+# %% ../nbs/09_backends.ipynb #efc1f3ba
 def _encode(backend: LocalBackend, prompt: str) -> list[int]:
     if backend.chat:
         turn = [{"role": "user", "content": prompt}]
@@ -375,7 +375,7 @@ def _capacity(backend: LocalBackend, rows: list[Row], decoding: Decoding) -> int
     columns = len(rows[0].prompt) + decoding.max_new_tokens + SPARE
     return max(1, min(backend.batch_size, int(backend.cache_gib*2**30/(column*columns))))
 
-# %% ../nbs/09_backends.ipynb #dd9e9b88
+# %% ../nbs/09_backends.ipynb #e9345750
 class _Endings:
     "Gives rows their tokens and knows when they end and with which text."
     def __init__(self, backend: LocalBackend, decoding: Decoding):
@@ -415,7 +415,7 @@ def _log_probabilities(logits: torch.Tensor, tokens: torch.Tensor) -> list[float
     logits = logits.float()
     return (logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)).tolist()
 
-# %% ../nbs/09_backends.ipynb #7c4e564b
+# %% ../nbs/09_backends.ipynb #83827273
 PREFILL_TOKENS = 1024  # prompt tokens per forward pass: larger passes fall out of the processor's caches
 
 
@@ -455,7 +455,7 @@ class _Loop:
             count -= len(part)
             yield part
 
-# %% ../nbs/09_backends.ipynb #5865c361
+# %% ../nbs/09_backends.ipynb #3b6cff9e
 class _Pace:
     "At most so many starts per minute, evenly spaced; 0 is no limit."
     def __init__(self, per_minute: float):
@@ -481,7 +481,7 @@ def _retry_after(headers: Any) -> float:
     except (TypeError, ValueError):
         return 0.0
 
-# %% ../nbs/09_backends.ipynb #67274673
+# %% ../nbs/09_backends.ipynb #6ae8271e
 class OpenAIBackend:
     "A model behind an OpenAI-compatible server. Raises UserError for a URL that cannot be one."
     revision = ""  # a server does not tell
@@ -513,7 +513,7 @@ class OpenAIBackend:
         jobs = [(name, k, prompt) for name, prompt in check_requests(requests) for k in range(decoding.n)]
         return _ask_all(self, jobs, decoding)
 
-# %% ../nbs/09_backends.ipynb #0231f170
+# %% ../nbs/09_backends.ipynb #21ec0629
 def _payload(backend: OpenAIBackend, prompt: str, decoding: Decoding, seed: int) -> dict:
     "Arguments of the client's call."
     body = {"model": backend.name, "max_tokens": decoding.max_new_tokens, "temperature": decoding.temperature}
@@ -531,12 +531,12 @@ def _answer(response: Any, chat: bool) -> tuple[str, str, int, int]:
     choices = getattr(response, "choices", None)
     if not choices:
         raise ValueError(f"the answer is not a completion: {str(response)[:80]!r}")
-    text = choices[0].message.content if chat else choices[0].text
+    text = getattr(getattr(choices[0], "message", None), "content", None) if chat else getattr(choices[0], "text", None)
     if not isinstance(text, str):
         raise ValueError("the answer holds no text")
     usage = getattr(response, "usage", None)
     counts = [getattr(usage, k, None) or 0 for k in ("prompt_tokens", "completion_tokens")]
-    return text, "length" if choices[0].finish_reason == "length" else "stop", *counts
+    return text, "length" if getattr(choices[0], "finish_reason", "") == "length" else "stop", *counts
 
 
 def _call(backend: OpenAIBackend, client: Any, job: tuple, decoding: Decoding) -> Completion:
@@ -551,17 +551,16 @@ def _call(backend: OpenAIBackend, client: Any, job: tuple, decoding: Decoding) -
     seconds = round(time.perf_counter() - start, 4)
     return Completion(name, text, prompt_tokens, tokens, "stop" if cut else finish, seconds, None, sample)
 
-# %% ../nbs/09_backends.ipynb #d6754d13
+# %% ../nbs/09_backends.ipynb #044d26e2
 _PASSING = (408, 409, 429)  # and every 5xx
 
 
 def _reason(backend: OpenAIBackend, error: Exception) -> str:
     "The error in one line, without the key."
-    status = getattr(error, "status_code", None)
-    text = " ".join(str(error).split())[:200] or type(error).__name__
-    key = os.environ.get(backend.key_env)
-    text = text.replace(key, "***") if key else text
-    return f"HTTP {status}: {text}" if status and str(status) not in text else text
+    response, key = getattr(error, "response", None), os.environ.get(backend.key_env)
+    text = str(error) if response is None else f"HTTP {response.status_code}: {response.text}"
+    text = " ".join((text.replace(key, "***") if key else text).split())
+    return text[:200] or type(error).__name__
 
 
 def _refused(backend: OpenAIBackend, error: Exception, name: str) -> UserError:
@@ -573,7 +572,7 @@ def _refused(backend: OpenAIBackend, error: Exception, name: str) -> UserError:
     return UserError(f"the server refused the request ({_reason(backend, error)})", where=f"{backend.base_url}, request {name}",
                      fix=fixes.get(error.status_code, "Change the prompt or the decoding so that the server accepts them."))
 
-# %% ../nbs/09_backends.ipynb #a69de00b
+# %% ../nbs/09_backends.ipynb #f704b069
 def _ask(backend: OpenAIBackend, client: Any, job: tuple, decoding: Decoding, stop: threading.Event) -> Completion | None:
     "One request with its retries; None if `stop` was set meanwhile. Raises UserError."
     import openai
@@ -595,7 +594,7 @@ def _ask(backend: OpenAIBackend, client: Any, job: tuple, decoding: Decoding, st
                     where=f"{backend.base_url}, request {job[0]}", fix="Check that the server runs and serves this model. "
                     "Answers received so far are kept: start the same command again.") from error
 
-# %% ../nbs/09_backends.ipynb #c5fd42a2
+# %% ../nbs/09_backends.ipynb #21546936
 def _client(backend: OpenAIBackend):
     import openai
     key = os.environ.get(backend.key_env) or "none"  # local servers ask for no key, the client insists on one
@@ -624,7 +623,7 @@ def _ask_all(backend: OpenAIBackend, jobs: list[tuple], decoding: Decoding) -> I
     if failure:
         raise failure
 
-# %% ../nbs/09_backends.ipynb #6bce68b8
+# %% ../nbs/09_backends.ipynb #886c81b2
 def prompt_hash(prompt: str) -> str:
     "16 hex digits of a prompt."
     return sha256_text(prompt)[:16]
@@ -640,7 +639,7 @@ def manifest_path(path: Path | str) -> Path:
     "Where the manifest of a file of completions lies: answers.jsonl -> answers.manifest.json."
     return Path(path).with_suffix(".manifest.json")
 
-# %% ../nbs/09_backends.ipynb #2788b8b5
+# %% ../nbs/09_backends.ipynb #84f72fa6
 class ReplayBackend:
     "Answers from a JSONL file, by id, sample and prompt. Raises UserError for a row that is no completion, or one that occurs twice."
     def __init__(self, path: Path | str):
@@ -678,7 +677,7 @@ class ReplayBackend:
                             fix="The input or the prompt has changed since: undo the change, or extract again.")
         return row
 
-# %% ../nbs/09_backends.ipynb #f264830b
+# %% ../nbs/09_backends.ipynb #55c580df
 def _check_decoding(replay: ReplayBackend, decoding: Decoding) -> None:
     "Raises UserError if the file's manifest names another decoding."
     stored, wanted = replay.manifest.get("decoding", {}), to_jsonable(decoding)
@@ -692,7 +691,7 @@ def _completion(row: dict) -> Completion:
     return Completion(row["id"], row["text"], row.get("prompt_tokens", 0), row.get("completion_tokens", 0), row["finish"],
                       row.get("seconds", 0.0), row.get("logprob"), row.get("sample", 0))
 
-# %% ../nbs/09_backends.ipynb #891611c0
+# %% ../nbs/09_backends.ipynb #1c9a4cbf
 SPECS = ("smollm2", "smollm2+<adapter folder>", "hub:<id>", "hub:<id>+<adapter folder>", "<model folder>",
          "openai:<base-url>#<model>", "openai-chat:<base-url>#<model>", "replay:<file.jsonl>")
 
@@ -712,7 +711,7 @@ def open_backend(spec: str,             # one of SPECS
         return ReplayBackend(spec.removeprefix("replay:"), **options)
     return _open_local(spec, dtype, device, options)
 
-# %% ../nbs/09_backends.ipynb #17a5c718
+# %% ../nbs/09_backends.ipynb #be3ec08c
 def _open_local(spec: str, dtype: str, device: str | None, options: dict) -> LocalBackend:
     "A LocalBackend from `<model>` or `<model>+<adapter folder>`."
     from kd_notes.models import load_teacher, smollm2_path

@@ -14,9 +14,9 @@ __all__ = ['RESERVED', 'NUMBER_FIELDS', 'K_SIGMA', 'ABS_INTERVAL', 'REL_PLAIN', 
            'check_table', 'machine_places', 'clean_output', 'output_text', 'executed_outputs', 'stamp_line',
            'notebook_text', 'outputs_hash', 'numbers_digest', 'publish_one', 'stamps_file', 'publish',
            'check_published', 'guard', 'list_command', 'reproduce_command', 'check_command', 'record_command',
-           'publish_command']
+           'publish_command', 'call_with', 'extract_command']
 
-# %% ../nbs/20_reproduce.ipynb #b6dad268
+# %% ../nbs/20_reproduce.ipynb #f7c2131a
 import ast
 import difflib
 import functools
@@ -45,7 +45,7 @@ from .core import (UserError, atomic_write, cache_dir, data_dir, human_seconds, 
                            sha256_file, stable_hash, to_jsonable, write_json)
 from .runs import Run, _imported, _module_file, code_hash, device_class, environment, read_manifest, run_status, versions
 
-# %% ../nbs/20_reproduce.ipynb #de1da3f0
+# %% ../nbs/20_reproduce.ipynb #1377e9e5
 @dataclass(frozen=True)
 class Book:
     "Where the notebooks, the recorded numbers and the runs are."
@@ -62,7 +62,7 @@ class Book:
     @property
     def expected(self) -> Path: return self.data/"expected"
 
-# %% ../nbs/20_reproduce.ipynb #b57681c6
+# %% ../nbs/20_reproduce.ipynb #ab31e917
 def open_book(root: Path | str | None = None) -> Book:  # a folder with nbs/ and data/; None: this project
     "The book at `root`. Runs go to `root/runs`, or to ./runs where the project is an installed wheel. Raises UserError."
     if root is None:
@@ -72,7 +72,7 @@ def open_book(root: Path | str | None = None) -> Book:  # a folder with nbs/ and
         raise UserError("there is no folder nbs in it", where=root, fix="Give a folder that holds nbs/results and nbs/profiles.")
     return Book(root/"nbs", root/"data", root/"runs")
 
-# %% ../nbs/20_reproduce.ipynb #5f927d5a
+# %% ../nbs/20_reproduce.ipynb #8bff0b75
 def read_notebook(path: Path | str) -> dict:
     "A notebook as a dictionary. Raises UserError if the file is none."
     nb = read_json(path)
@@ -80,22 +80,22 @@ def read_notebook(path: Path | str) -> dict:
         raise UserError("the file is not a notebook", where=path, fix="Restore it (git checkout), or save it again from JupyterLab.")
     return nb
 
-# %% ../nbs/20_reproduce.ipynb #b440a897
+# %% ../nbs/20_reproduce.ipynb #f3456890
 def cell_source(cell: Mapping) -> str:
     "Text of a cell."
     return "".join(cell.get("source", ""))
 
-# %% ../nbs/20_reproduce.ipynb #afd01355
+# %% ../nbs/20_reproduce.ipynb #98a731b5
 def code_cells(nb: Mapping) -> list[dict]:
     "The code cells of a notebook, in order."
     return [c for c in nb["cells"] if c["cell_type"] == "code"]
 
-# %% ../nbs/20_reproduce.ipynb #309d7093
+# %% ../nbs/20_reproduce.ipynb #becd868a
 def result_names(book: Book) -> list[str]:
     "Names of the results notebooks, sorted; drafts that start with _ do not count."
     return sorted(p.stem for p in book.results.glob("*.ipynb") if not p.name.startswith(("_", ".")))
 
-# %% ../nbs/20_reproduce.ipynb #f96f949a
+# %% ../nbs/20_reproduce.ipynb #280b03e2
 def known_names(book: Book, names: Iterable[str]) -> list[str]:
     "These names, without repeats. Raises UserError if one is not a results notebook."
     names, known = list(dict.fromkeys(n.removesuffix(".ipynb") for n in names)), result_names(book)
@@ -106,13 +106,13 @@ def known_names(book: Book, names: Iterable[str]) -> list[str]:
             raise UserError(f"there is no results notebook {name!r}", where="NAMES", fix=f"{hint}Known: {', '.join(known) or 'none'}.")
     return names
 
-# %% ../nbs/20_reproduce.ipynb #b92622a7
+# %% ../nbs/20_reproduce.ipynb #309f974d
 def notebook_title(nb: Mapping) -> str:
     "First heading of a notebook, or an empty text."
     lines = (line for c in nb["cells"] if c["cell_type"] == "markdown" for line in cell_source(c).splitlines())
     return next((line[2:].strip() for line in lines if line.startswith("# ")), "")
 
-# %% ../nbs/20_reproduce.ipynb #d6e9531c
+# %% ../nbs/20_reproduce.ipynb #42cb34f7
 @dataclass(frozen=True)
 class Parameter:
     "A parameter of a notebook."
@@ -123,7 +123,7 @@ class Parameter:
 
 RESERVED = ("run_dir", "jobs")  # set by the runner; they decide no number
 
-# %% ../nbs/20_reproduce.ipynb #cbff2bbe
+# %% ../nbs/20_reproduce.ipynb #6c34c662
 def _parameter(statement: ast.stmt, lines: Sequence[str], where: str) -> Parameter:
     "One line of the parameters cell."
     targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
@@ -138,7 +138,7 @@ def _parameter(statement: ast.stmt, lines: Sequence[str], where: str) -> Paramet
     rest = lines[statement.end_lineno - 1].encode()[statement.end_col_offset:].decode()
     return Parameter(targets[0].id, default, rest.strip().lstrip("# "))
 
-# %% ../nbs/20_reproduce.ipynb #ec29b746
+# %% ../nbs/20_reproduce.ipynb #613dc6da
 def notebook_parameters(nb: Mapping, where: str = "notebook") -> dict[str, Parameter]:
     "Parameters by name. Raises UserError unless there is one cell tagged `parameters` with plain values, `run_dir` among them."
     tagged = [c for c in code_cells(nb) if "parameters" in c.get("metadata", {}).get("tags", [])]
@@ -154,7 +154,7 @@ def notebook_parameters(nb: Mapping, where: str = "notebook") -> dict[str, Param
         raise UserError("the parameters cell has no run_dir", where=where, fix='Add a line such as run_dir = "../../runs/reader/NAME".')
     return {p.name: p for p in found}
 
-# %% ../nbs/20_reproduce.ipynb #dac30fee
+# %% ../nbs/20_reproduce.ipynb #712f6fdb
 def fits(value: Any, default: Any) -> bool:
     "May `value` stand where `default` stands?"
     if default is None:
@@ -168,14 +168,14 @@ def fits(value: Any, default: Any) -> bool:
         return isinstance(value, (list, tuple)) and (len(kinds) != 1 or all(fits(x, default[0]) for x in value))
     return isinstance(value, type(default))
 
-# %% ../nbs/20_reproduce.ipynb #3cab601b
+# %% ../nbs/20_reproduce.ipynb #3f25b42f
 def _kind(default: Any) -> str:
     "Type of a default in words."
     if isinstance(default, (list, tuple)) and len({type(x) for x in default}) == 1:
         return f"list of {type(default[0]).__name__}"
     return type(default).__name__
 
-# %% ../nbs/20_reproduce.ipynb #5c60cec5
+# %% ../nbs/20_reproduce.ipynb #2f1debdd
 def resolve_parameters(known: Mapping[str, Parameter], given: Mapping[str, Any], where: str) -> dict[str, Any]:
     "Defaults with the given values put in, reserved ones left out. Raises UserError for an unknown or ill-typed one."
     names = [n for n in known if n not in RESERVED]
@@ -189,7 +189,7 @@ def resolve_parameters(known: Mapping[str, Parameter], given: Mapping[str, Any],
     made = {n: given.get(n, known[n].default) for n in names}
     return to_jsonable({n: float(v) if isinstance(known[n].default, float) else v for n, v in made.items()}, where)
 
-# %% ../nbs/20_reproduce.ipynb #70d3c494
+# %% ../nbs/20_reproduce.ipynb #551a73bf
 @dataclass(frozen=True)
 class Profile:
     "A parameter file: what `reproduce` runs by default, what each notebook is given, and the predicted seconds."
@@ -199,12 +199,12 @@ class Profile:
     parameters: dict[str, dict] = field(default_factory=dict)
     about: str = ""
 
-# %% ../nbs/20_reproduce.ipynb #5f2dac31
+# %% ../nbs/20_reproduce.ipynb #72714e74
 def profile_names(book: Book) -> list[str]:
     "Known profiles, sorted."
     return sorted(p.stem for p in book.profiles.glob("*.json"))
 
-# %% ../nbs/20_reproduce.ipynb #8385795e
+# %% ../nbs/20_reproduce.ipynb #5463f8ca
 def _profile_fields(path: Path) -> dict:
     "Fields of a profile file, with their types checked."
     fields = read_json(path)
@@ -217,7 +217,7 @@ def _profile_fields(path: Path) -> dict:
                             fix="Fields: " + ", ".join(f"{k} ({v.__name__})" for k, v in expected.items()) + ".")
     return fields
 
-# %% ../nbs/20_reproduce.ipynb #48ceeb1c
+# %% ../nbs/20_reproduce.ipynb #7e2eec33
 def load_profile(book: Book, name: str) -> Profile:
     "The profile `name`, checked against every notebook that it mentions. Raises UserError naming file, notebook and parameter."
     path, known = book.profiles/f"{name}.json", result_names(book)
@@ -233,7 +233,7 @@ def load_profile(book: Book, name: str) -> Profile:
         resolve_parameters(notebook_parameters(read_notebook(book.results/f"{notebook}.ipynb"), where), given, where)
     return Profile(name, **{**fields, "headline": tuple(fields.get("headline", ()))})
 
-# %% ../nbs/20_reproduce.ipynb #a4e34591
+# %% ../nbs/20_reproduce.ipynb #7b6e0eb6
 def _literal(text: str, default: Any) -> Any:
     "A value from the command line."
     if isinstance(default, str):
@@ -243,7 +243,7 @@ def _literal(text: str, default: Any) -> Any:
             return read(text)
     return text
 
-# %% ../nbs/20_reproduce.ipynb #e822ef21
+# %% ../nbs/20_reproduce.ipynb #2f3ed508
 def parse_sets(sets: Iterable[str],                                   # "k=v" or "notebook.k=v"
                known: Mapping[str, Mapping[str, Parameter]],          # chosen notebook -> its parameters
                ) -> dict[str, dict]:
@@ -260,7 +260,7 @@ def parse_sets(sets: Iterable[str],                                   # "k=v" or
             made[n][key] = _literal(value.strip(), known[n][key].default)
     return made
 
-# %% ../nbs/20_reproduce.ipynb #405985ce
+# %% ../nbs/20_reproduce.ipynb #0b755b40
 def echo(params: Mapping[str, Any],       # the parameters of the notebook, without run_dir
          run_dir: str) -> dict[str, Any]:  # folder of the run; made if need be
     "Write run_dir/echo.json and return the parameters. A notebook calls it in the cell after its parameters."
@@ -271,7 +271,7 @@ def echo(params: Mapping[str, Any],       # the parameters of the notebook, with
     print("parameters:", ", ".join(f"{k} = {v!r}" for k, v in params.items() if k not in RESERVED))
     return params
 
-# %% ../nbs/20_reproduce.ipynb #cff70f94
+# %% ../nbs/20_reproduce.ipynb #a76deaed
 def check_echo(folder: Path, sent: Mapping[str, Any]) -> dict:
     "The kernel's environment from the echo. Raises UserError if the notebook does not hold what was sent."
     if not (folder/"echo.json").is_file():
@@ -285,24 +285,24 @@ def check_echo(folder: Path, sent: Mapping[str, Any]) -> dict:
                             fix="Check the tag 'parameters', and that the notebook echoes every parameter before changing it.")
     return said["kernel"]
 
-# %% ../nbs/20_reproduce.ipynb #a9782873
+# %% ../nbs/20_reproduce.ipynb #f9b6067e
 class SkipNotebook(Exception):
     "Raised by `skip`; shows itself as its message alone."
     def _render_traceback_(self) -> list[str]:
         return [f"Skipped: {self}"]
 
-# %% ../nbs/20_reproduce.ipynb #9b35849c
+# %% ../nbs/20_reproduce.ipynb #5795b07c
 def skip(reason: str, run_dir: str) -> None:
     "End this notebook here because something that it needs is absent. Writes run_dir/skipped.json and raises SkipNotebook."
     write_json(Path(run_dir)/"skipped.json", {"reason": reason})
     raise SkipNotebook(reason)
 
-# %% ../nbs/20_reproduce.ipynb #a1fe110f
+# %% ../nbs/20_reproduce.ipynb #b8fbb453
 def cells_hash(nb: Mapping) -> str:
     "Hash of the code cells; prose and outputs do not count."
     return stable_hash([cell_source(c).strip() for c in code_cells(nb)])
 
-# %% ../nbs/20_reproduce.ipynb #1a3226dd
+# %% ../nbs/20_reproduce.ipynb #4cdc0207
 def imported_modules(nb: Mapping, where: str = "notebook") -> list[str]:
     "kd_notes modules that the code cells import, sorted. Raises UserError for a cell that is not Python."
     found: set[str] = set()
@@ -314,19 +314,19 @@ def imported_modules(nb: Mapping, where: str = "notebook") -> list[str]:
             raise UserError(f"code cell {number} is not Python ({e.msg}, line {e.lineno})", where=where, fix="Correct it.") from e
     return sorted(name for name in found if _module_file(name))
 
-# %% ../nbs/20_reproduce.ipynb #bbd75cf4
+# %% ../nbs/20_reproduce.ipynb #a020ae5b
 @functools.lru_cache(maxsize=None)
 def _file_hash(path: Path, size: int, changed: int) -> str:
     return sha256_file(path)
 
-# %% ../nbs/20_reproduce.ipynb #2d997b09
+# %% ../nbs/20_reproduce.ipynb #64316b04
 def data_hashes(book: Book) -> dict[str, str]:
     "SHA-256 of the files in data/, without the record and the prose."
     found = (p for p in sorted(book.data.rglob("*")) if p.is_file() and p.suffix != ".md" and not p.name.startswith("."))
     return {p.relative_to(book.data).as_posix(): _file_hash(p, p.stat().st_size, p.stat().st_mtime_ns)
             for p in found if not p.is_relative_to(book.expected)}
 
-# %% ../nbs/20_reproduce.ipynb #b7b445b8
+# %% ../nbs/20_reproduce.ipynb #e64b0aae
 def outside_data(nb: Mapping) -> dict | None:
     "Names, sizes and times in $KD_NOTES_DATA for a notebook that reads real data; None for others or without such a folder."
     wants = any(word in cell_source(c) for c in code_cells(nb) for word in ("load_real", "KD_NOTES_DATA"))
@@ -335,7 +335,7 @@ def outside_data(nb: Mapping) -> dict | None:
         return None
     return {p.name: [p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(Path(folder).iterdir()) if p.is_file()}
 
-# %% ../nbs/20_reproduce.ipynb #9a90b1b7
+# %% ../nbs/20_reproduce.ipynb #44010e3d
 def notebook_key(book: Book, nb: Mapping, params: Mapping[str, Any]) -> str:
     "What decides the numbers of a notebook's run, as 16 hex digits."
     modules = [m for m in imported_modules(nb) if m != "reproduce"]
@@ -343,7 +343,7 @@ def notebook_key(book: Book, nb: Mapping, params: Mapping[str, Any]) -> str:
     return stable_hash({"cells": cells_hash(nb), "params": params, "code": code_hash(*modules), "data": data_hashes(book),
                         "outside": outside_data(nb), "libraries": libraries})
 
-# %% ../nbs/20_reproduce.ipynb #ef818d55
+# %% ../nbs/20_reproduce.ipynb #86da7415
 NUMBER_FIELDS = {"value", "low", "high", "n", "abs", "k"}  # abs and k: a tolerance of its own, see `check`
 
 
@@ -360,7 +360,7 @@ def read_numbers(path: Path) -> dict[str, dict]:
                             fix="Write a number, or Estimate.as_metric() of kd_notes.report.")
     return made
 
-# %% ../nbs/20_reproduce.ipynb #2e5cfc6e
+# %% ../nbs/20_reproduce.ipynb #a85f9219
 def check_artefacts(folder: Path) -> dict[str, str]:
     "SHA-256 of what a run left: metrics.json, figures and their CSV twins. Raises UserError if something is missing."
     if not (folder/"metrics.json").is_file():
@@ -374,7 +374,7 @@ def check_artefacts(folder: Path) -> dict[str, str]:
     made = [folder/"metrics.json", *figures, *sorted(folder.glob("*.csv"))]
     return {p.name: sha256_file(p) for p in made}
 
-# %% ../nbs/20_reproduce.ipynb #45b99426
+# %% ../nbs/20_reproduce.ipynb #8f8ae127
 def jupyter_settings(folder: Path) -> dict[str, str]:
     "Environment variables for a process whose kernel python3 is this interpreter; files go below `folder`."
     command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
@@ -383,7 +383,7 @@ def jupyter_settings(folder: Path) -> dict[str, str]:
               "IPYTHONDIR": folder/"ipython"}
     return {k: str(v) for k, v in places.items()} | {"KD_NOTES_PROGRESS": "lines", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
 
-# %% ../nbs/20_reproduce.ipynb #c300244c
+# %% ../nbs/20_reproduce.ipynb #eac19213
 def _end_with_pipe() -> None:
     "Wait until standard input closes, then end everything below this process, and this process."
     with suppress(OSError):
@@ -395,7 +395,7 @@ def _end_with_pipe() -> None:
             child.kill()
     os._exit(143)
 
-# %% ../nbs/20_reproduce.ipynb #10f84221
+# %% ../nbs/20_reproduce.ipynb #5594770e
 def child_main(job_file: str) -> None:
     "Main function of the process that executes one notebook."
     job = read_json(job_file)
@@ -403,12 +403,12 @@ def child_main(job_file: str) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     write_json(job["result"], _execute(job))
 
-# %% ../nbs/20_reproduce.ipynb #102e3304
+# %% ../nbs/20_reproduce.ipynb #bc60dbdf
 def _plain(text: str) -> str:
     "Text without terminal colours."
     return re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", text)
 
-# %% ../nbs/20_reproduce.ipynb #ba12b4f5
+# %% ../nbs/20_reproduce.ipynb #78a31689
 def _peak_of_children() -> float | None:
     "Highest memory use of a process below this one that has ended, in MiB."
     with suppress(ImportError):  # not on Windows
@@ -416,7 +416,7 @@ def _peak_of_children() -> float | None:
         return round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10), 1)
     return None
 
-# %% ../nbs/20_reproduce.ipynb #6514c12a
+# %% ../nbs/20_reproduce.ipynb #478d2b09
 def papermill_agrees(path: Path | str, names: Iterable[str]) -> None:
     "Raise UserError if papermill reads other names from the parameters cell than we do: it would ignore the rest."
     sys.modules.setdefault("rfc3987_syntax", None)
@@ -426,7 +426,7 @@ def papermill_agrees(path: Path | str, names: Iterable[str]) -> None:
         raise UserError(f"papermill does not understand {', '.join(sorted(differ))} in the parameters cell", where=path,
                         fix="Write one plain value a line, without '=' inside a text.")
 
-# %% ../nbs/20_reproduce.ipynb #4f784464
+# %% ../nbs/20_reproduce.ipynb #b6425bfe
 def _execute(job: Mapping[str, Any]) -> dict:
     "Execute a notebook with papermill: {'error': None or text, 'peak_memory_mib'}."
     sys.modules.setdefault("rfc3987_syntax", None)
@@ -446,7 +446,7 @@ def _execute(job: Mapping[str, Any]) -> dict:
         error = str(e) if isinstance(e, UserError) else traceback.format_exc()
     return {"error": error, "peak_memory_mib": _peak_of_children()}
 
-# %% ../nbs/20_reproduce.ipynb #250e6893
+# %% ../nbs/20_reproduce.ipynb #f2d59244
 class Ticker:
     "Shows how far a notebook is: its cell, the time, what it printed last."
     def __init__(self, name: str, cells: int, expected: float | None, mode: str | None = None):
@@ -457,8 +457,8 @@ class Ticker:
         "Take a line of the process's output."
         line = _plain(line).strip()
         if found := re.match(r"Executing Cell (\d+)-", line):
-            self.cell = int(found[1])
-        elif line and not re.match(r"(Ending Cell|Input Notebook|Output Notebook|Working directory|Executing notebook)", line):
+            self.cell, self.last = int(found[1]), ""
+        elif line and not line.startswith(("Ending Cell", "Input Note", "Output Note", "Working dir", "Executing note", "[IPKernelApp]")):
             self.last = line
 
     def text(self) -> str:
@@ -466,7 +466,7 @@ class Ticker:
         line = f"{self.name}: cell {self.cell}/{self.cells}, {human_seconds(time.monotonic() - self.start)}{about}"
         return (f"{line}; {self.last}" if self.last else line)[:160]
 
-# %% ../nbs/20_reproduce.ipynb #0c823952
+# %% ../nbs/20_reproduce.ipynb #3019613c
 def _tick(ticker: Ticker) -> None:
     "Show the state, if it is time to."
     every = {"bar": 0.5, "off": math.inf}.get(ticker.mode, 10.0)
@@ -476,12 +476,12 @@ def _tick(ticker: Ticker) -> None:
         text = f"\r\x1b[K{ticker.text()[:width]}" if ticker.mode == "bar" else f"{ticker.text()}\n"
         print(text, end="", file=sys.stderr, flush=True)
 
-# %% ../nbs/20_reproduce.ipynb #98cfeacb
+# %% ../nbs/20_reproduce.ipynb #e9a7d7e2
 def _clear(ticker: Ticker) -> None:
     if ticker.mode == "bar":
         print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
-# %% ../nbs/20_reproduce.ipynb #1a3b3423
+# %% ../nbs/20_reproduce.ipynb #08defd53
 def _copy_lines(stream, log: Path, lines: queue.Queue) -> None:
     "Thread: everything the process says goes to the log and to the ticker."
     with open(log, "w", encoding="utf-8") as f:
@@ -490,7 +490,7 @@ def _copy_lines(stream, log: Path, lines: queue.Queue) -> None:
             f.flush()
             lines.put(line)
 
-# %% ../nbs/20_reproduce.ipynb #d5786973
+# %% ../nbs/20_reproduce.ipynb #b09746cf
 def _stop(process: subprocess.Popen) -> None:
     "End the process and what it started; it has ten seconds to do so itself."
     with suppress(OSError):
@@ -501,7 +501,7 @@ def _stop(process: subprocess.Popen) -> None:
         process.kill()
         process.wait()
 
-# %% ../nbs/20_reproduce.ipynb #053fa224
+# %% ../nbs/20_reproduce.ipynb #8c89a83c
 def _wait(process: subprocess.Popen, folder: Path, ticker: Ticker) -> int:
     "Follow the process until it ends; its exit code. Whatever interrupts us ends it."
     lines: queue.Queue = queue.Queue()
@@ -518,11 +518,11 @@ def _wait(process: subprocess.Popen, folder: Path, ticker: Ticker) -> int:
         reader.join(5)
         _clear(ticker)
 
-# %% ../nbs/20_reproduce.ipynb #3c4e2a66
+# %% ../nbs/20_reproduce.ipynb #7e995d2f
 class NotebookFailed(Exception):
     "A notebook did not come to its end; the message is the tail of its traceback."
 
-# %% ../nbs/20_reproduce.ipynb #f95a3024
+# %% ../nbs/20_reproduce.ipynb #b57ca35b
 def _run_process(book: Book, plan: "Plan", ticker: Ticker) -> dict:
     "Execute a notebook in a process of its own: its result. Raises NotebookFailed."
     folder = plan.folder.resolve()
@@ -541,12 +541,12 @@ def _run_process(book: Book, plan: "Plan", ticker: Ticker) -> dict:
         raise NotebookFailed(f"its process ended with {why}\n{_tail(log, 12)}")
     return read_json(folder/"result.json")
 
-# %% ../nbs/20_reproduce.ipynb #9754aef9
+# %% ../nbs/20_reproduce.ipynb #469a0693
 def _tail(text: str, lines: int = 25) -> str:
     "The last lines of a text, indented."
     return "\n".join("    " + line for line in text.strip().splitlines()[-lines:])
 
-# %% ../nbs/20_reproduce.ipynb #e398e646
+# %% ../nbs/20_reproduce.ipynb #f6300652
 def need_papermill() -> None:
     "Raise UserError where the extra `notebooks` is not installed."
     from importlib.util import find_spec
@@ -555,7 +555,7 @@ def need_papermill() -> None:
         raise UserError(f"running notebooks needs {', '.join(missing)}", where="kd-notes reproduce",
                         fix="Install them: pip install 'kd_notes[notebooks]'")
 
-# %% ../nbs/20_reproduce.ipynb #bf2d2920
+# %% ../nbs/20_reproduce.ipynb #b142ebc6
 @dataclass(frozen=True)
 class Plan:
     "A notebook that is to be run: with what, where, and whether a finished run is still good."
@@ -569,7 +569,7 @@ class Plan:
     seconds: float | None
     fresh: bool       # a finished run with this key is there
 
-# %% ../nbs/20_reproduce.ipynb #86c75067
+# %% ../nbs/20_reproduce.ipynb #00ebfca9
 def run_fresh(folder: Path, key: str) -> bool:
     "Is there a finished run with this key, with all its files unchanged?"
     manifest = read_manifest(folder)
@@ -577,7 +577,7 @@ def run_fresh(folder: Path, key: str) -> bool:
         return False
     return all((folder/name).is_file() and sha256_file(folder/name) == digest for name, digest in manifest.get("outputs", {}).items())
 
-# %% ../nbs/20_reproduce.ipynb #0b856a43
+# %% ../nbs/20_reproduce.ipynb #a7df4cd4
 def make_plan(book: Book, profile: Profile, name: str, sets: Mapping[str, Any], jobs: int = 1) -> Plan:
     "What running this notebook means. Settings beside the profile go to a folder of their own, so that records never see them."
     path = book.results/f"{name}.ipynb"
@@ -589,7 +589,7 @@ def make_plan(book: Book, profile: Profile, name: str, sets: Mapping[str, Any], 
     key = notebook_key(book, nb, params)
     return Plan(name, folder, params, sent, tuple(known), key, len(nb["cells"]) + 1, profile.seconds.get(name), run_fresh(folder, key))
 
-# %% ../nbs/20_reproduce.ipynb #5d6e84d7
+# %% ../nbs/20_reproduce.ipynb #140ec8fc
 @contextmanager
 def _set_aside(folder: Path) -> Iterator[None]:
     "Keep a finished run until the block has ended well; on an error it is kept in .previous."
@@ -601,7 +601,7 @@ def _set_aside(folder: Path) -> Iterator[None]:
     yield
     shutil.rmtree(kept, ignore_errors=True)
 
-# %% ../nbs/20_reproduce.ipynb #27d6e740
+# %% ../nbs/20_reproduce.ipynb #af0760de
 def _collect(plan: Plan, run: Run, result: dict) -> None:
     "Judge a notebook that came to its end, and finish its run. Raises UserError or NotebookFailed."
     skipped = plan.folder/"skipped.json"
@@ -616,7 +616,7 @@ def _collect(plan: Plan, run: Run, result: dict) -> None:
     run.finish(read_json(plan.folder/"metrics.json"))
     run.manifest |= {"outputs": check_artefacts(plan.folder), "kernel_peak_memory_mib": result["peak_memory_mib"]}
 
-# %% ../nbs/20_reproduce.ipynb #a15da6ec
+# %% ../nbs/20_reproduce.ipynb #1998d06f
 @dataclass(frozen=True)
 class Outcome:
     "How a notebook went: done, unchanged, skipped or failed."
@@ -626,7 +626,7 @@ class Outcome:
     folder: Path
     message: str = ""
 
-# %% ../nbs/20_reproduce.ipynb #6eb02d1b
+# %% ../nbs/20_reproduce.ipynb #9bd76533
 def run_plan(book: Book, plan: Plan) -> Outcome:
     "Run one notebook. A failure is an outcome, not an exception; an interruption passes through and leaves the run 'killed'."
     start, message = time.monotonic(), ""
@@ -640,23 +640,29 @@ def run_plan(book: Book, plan: Plan) -> Outcome:
         status, message = "failed", str(e)
     return Outcome(plan.name, status, time.monotonic() - start, plan.folder, message)
 
-# %% ../nbs/20_reproduce.ipynb #cc195efb
+# %% ../nbs/20_reproduce.ipynb #b261818e
+def _shown(path: Path) -> str:
+    "A path as people read it: relative where it lies below the current folder."
+    path, here = path.resolve(), Path.cwd().resolve()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+
+# %% ../nbs/20_reproduce.ipynb #97cdb90d
 def columns(rows: Sequence[Sequence[Any]]) -> str:
     "Rows as aligned columns."
     text = [[str(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in text) for i in range(len(text[0]))] if text else []
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in text)
 
-# %% ../nbs/20_reproduce.ipynb #63105866
+# %% ../nbs/20_reproduce.ipynb #42a8fc46
 def _announce(plans: Sequence[Plan], profile: Profile, force: bool) -> None:
     "Say what will be run and how long that should take."
     todo = [p for p in plans if force or not p.fresh]
     unknown = [p.name for p in todo if p.seconds is None]
-    line = f"profile {profile.name}: {len(plans)} notebooks, {len(plans) - len(todo)} unchanged, {len(todo)} to run"
+    line = f"profile {profile.name}: {len(plans)} notebook{'s' * (len(plans) != 1)}, {len(plans) - len(todo)} unchanged, {len(todo)} to run"
     line += f", about {human_seconds(sum(p.seconds or 0 for p in todo))}" if len(unknown) < len(todo) else ""
     print(line + (f"; not measured: {', '.join(unknown)}" if unknown else ""), flush=True)
 
-# %% ../nbs/20_reproduce.ipynb #66811661
+# %% ../nbs/20_reproduce.ipynb #092f3ffa
 def plan_all(book: Book, profile: Profile, names: Sequence[str], everything: bool, sets: Sequence[str], jobs: int) -> list[Plan]:
     "Plans for the named notebooks, or the headline, or all. Raises UserError before anything has run."
     names = known_names(book, names) or (result_names(book) if everything else list(profile.headline))
@@ -667,15 +673,15 @@ def plan_all(book: Book, profile: Profile, names: Sequence[str], everything: boo
     given = parse_sets(sets, known)
     return [make_plan(book, profile, n, given[n], jobs) for n in names]
 
-# %% ../nbs/20_reproduce.ipynb #be6f32cb
+# %% ../nbs/20_reproduce.ipynb #09d2eae0
 def _report(outcome: Outcome, book: Book) -> None:
     "One line about a notebook that has just ended, and why it failed if it did."
-    shown = os.path.relpath(outcome.folder, Path.cwd())
+    shown = _shown(outcome.folder)
     print(f"{outcome.name}: {outcome.status} in {human_seconds(outcome.seconds)}, {shown}", flush=True)
     if outcome.message:
         print(outcome.message if outcome.status == "skipped" else f"{outcome.message}\n    log: {shown}/log.txt", flush=True)
 
-# %% ../nbs/20_reproduce.ipynb #2a008ea5
+# %% ../nbs/20_reproduce.ipynb #9f5fa587
 def reproduce(names: Sequence[str] = (),        # results notebooks; none: the profile's headline
               profile: str = "cpu", *,
               jobs: int = 1,                    # trainings side by side, for notebooks with a parameter `jobs`
@@ -700,7 +706,7 @@ def reproduce(names: Sequence[str] = (),        # results notebooks; none: the p
         _report(made[-1], book)
     return made
 
-# %% ../nbs/20_reproduce.ipynb #d7aa6fdd
+# %% ../nbs/20_reproduce.ipynb #77101200
 K_SIGMA, ABS_INTERVAL, REL_PLAIN = 3.0, 0.01, 0.01  # defaults: three standard errors; one point; one per cent for a number without interval
 
 
@@ -711,12 +717,12 @@ def with_tolerance(number: Mapping[str, float]) -> dict[str, float]:
     default = ABS_INTERVAL if interval else REL_PLAIN * abs(number["value"]) + 1e-9
     return {**number, "abs": number.get("abs", default), "k": number.get("k", K_SIGMA), "sigma": sigma}
 
-# %% ../nbs/20_reproduce.ipynb #08fdb50e
+# %% ../nbs/20_reproduce.ipynb #3f2a485e
 def tolerance(number: Mapping[str, float]) -> float:
     "max(abs, k sigma) of a recorded number."
     return max(number["abs"], number["k"] * number["sigma"])
 
-# %% ../nbs/20_reproduce.ipynb #c407bded
+# %% ../nbs/20_reproduce.ipynb #71041f71
 def judge(measured: Mapping[str, float], recorded: Mapping[str, float]) -> tuple[str, str]:
     "('PASS', 'DRIFT' or 'FAIL', and a note) for one number."
     if measured.get("n") != recorded.get("n"):
@@ -729,12 +735,12 @@ def judge(measured: Mapping[str, float], recorded: Mapping[str, float]) -> tuple
     status = "PASS" if off <= limit else "DRIFT" if off <= 2 * limit else "FAIL"
     return status, "" if worst == "value" or status == "PASS" else f"{worst} {measured[worst]:.4g} where {recorded[worst]:.4g} was recorded"
 
-# %% ../nbs/20_reproduce.ipynb #d8f6651d
+# %% ../nbs/20_reproduce.ipynb #1b710fa6
 def expected_file(book: Book, profile: str, name: str) -> Path:
     "Where the recorded numbers of a notebook are."
     return book.expected/profile/f"{name}.json"
 
-# %% ../nbs/20_reproduce.ipynb #5c88d583
+# %% ../nbs/20_reproduce.ipynb #697b95a9
 def finished_run(book: Book, profile: str, name: str) -> tuple[Path, dict]:
     "Folder and manifest of a finished run. Raises UserError if there is none, or if its files were changed since."
     folder = book.runs/profile/name
@@ -746,7 +752,7 @@ def finished_run(book: Book, profile: str, name: str) -> tuple[Path, dict]:
         raise UserError("files of this run were changed after it had finished", where=folder, fix=f"Run it again: {again} --force")
     return folder, manifest
 
-# %% ../nbs/20_reproduce.ipynb #275775af
+# %% ../nbs/20_reproduce.ipynb #8d7d976a
 def _provenance(folder: Path, manifest: Mapping) -> dict:
     "Where recorded numbers come from."
     kernel = manifest["kernel"]
@@ -754,7 +760,7 @@ def _provenance(folder: Path, manifest: Mapping) -> dict:
             "cpu": kernel["cpu"], "platform": kernel["platform"], "versions": kernel["versions"],
             "git_commit": kernel["git_commit"], "git_dirty": kernel["git_dirty"]}
 
-# %% ../nbs/20_reproduce.ipynb #c693488e
+# %% ../nbs/20_reproduce.ipynb #9c921d34
 def record(names: Sequence[str], profile: str, book: Book | None = None) -> list[str]:
     "Store the numbers of finished runs in data/expected; lines that say what changed. Raises UserError if a run is not finished."
     book, lines = book or open_book(), []
@@ -767,7 +773,7 @@ def record(names: Sequence[str], profile: str, book: Book | None = None) -> list
         lines += [f"{name}: {line}" for line in _changes(old, numbers)] or [f"{name}: no number changed"]
     return lines
 
-# %% ../nbs/20_reproduce.ipynb #68cd6970
+# %% ../nbs/20_reproduce.ipynb #05431388
 def _changes(old: Mapping[str, Mapping], new: Mapping[str, Mapping]) -> list[str]:
     "What changed between two sets of recorded numbers."
     gone = [f"{k} is gone (was {old[k]['value']:.6g})" for k in old if k not in new]
@@ -775,7 +781,7 @@ def _changes(old: Mapping[str, Mapping], new: Mapping[str, Mapping]) -> list[str
     moved = [f"{k}: {old[k]['value']:.6g} -> {new[k]['value']:.6g}" for k in new if k in old and dict(old[k]) != dict(new[k])]
     return gone + fresh + moved
 
-# %% ../nbs/20_reproduce.ipynb #0006116c
+# %% ../nbs/20_reproduce.ipynb #2357d2dd
 @dataclass(frozen=True)
 class Checked:
     "A recorded number and what became of it."
@@ -787,7 +793,7 @@ class Checked:
     tolerance: float | None = None
     note: str = ""
 
-# %% ../nbs/20_reproduce.ipynb #5e5e1957
+# %% ../nbs/20_reproduce.ipynb #1e37362b
 def _why_not_run(folder: Path, device: str) -> str:
     "Why a run says nothing about the record; empty if it does."
     status, manifest = run_status(folder), read_manifest(folder)
@@ -798,7 +804,7 @@ def _why_not_run(folder: Path, device: str) -> str:
     ran_on = manifest["kernel"]["device_class"]
     return "" if ran_on == device else f"recorded on {device}, run on {ran_on}"
 
-# %% ../nbs/20_reproduce.ipynb #1fd0302d
+# %% ../nbs/20_reproduce.ipynb #b9696cfe
 def check_notebook(book: Book, profile: str, name: str) -> list[Checked]:
     "One row per recorded number of a notebook, or one row that says why there is none."
     path, folder = expected_file(book, profile, name), book.runs/profile/name
@@ -816,14 +822,14 @@ def check_notebook(book: Book, profile: str, name: str) -> list[Checked]:
     extra = [k for k in measured if k not in stored["numbers"]]
     return rows + [Checked(name, k, "NOT RUN", None, measured[k]["value"], note="measured, but not recorded") for k in extra]
 
-# %% ../nbs/20_reproduce.ipynb #097c4ce3
+# %% ../nbs/20_reproduce.ipynb #5cdb1010
 def _check_number(name: str, number: str, measured: Mapping | None, recorded: Mapping) -> Checked:
     if measured is None:
         return Checked(name, number, "FAIL", recorded["value"], None, tolerance(recorded), "the run did not produce it")
     status, note = judge(measured, recorded)
     return Checked(name, number, status, recorded["value"], measured["value"], tolerance(recorded), note)
 
-# %% ../nbs/20_reproduce.ipynb #719c41e7
+# %% ../nbs/20_reproduce.ipynb #b8497aec
 def check(names: Sequence[str] = (), profile: str = "cpu", book: Book | None = None) -> list[Checked]:
     "Compare runs with the record: the named notebooks, or all that have a record in this profile and its headline. Raises UserError."
     book = book or open_book()
@@ -835,7 +841,7 @@ def check(names: Sequence[str] = (), profile: str = "cpu", book: Book | None = N
         raise UserError("there is nothing to check", where=f"profile {profile}", fix="Name a notebook, or record one: kd-notes record.")
     return [row for name in chosen for row in check_notebook(book, profile, name)]
 
-# %% ../nbs/20_reproduce.ipynb #f8c194d8
+# %% ../nbs/20_reproduce.ipynb #3ca67cbe
 def check_table(rows: Sequence[Checked]) -> str:
     "The rows as text, and a line that counts them."
     body = [(r.status, r.notebook, r.number, *("-" if x is None else f"{x:.4g}" for x in (r.expected, r.measured, r.tolerance)), r.note)
@@ -843,7 +849,7 @@ def check_table(rows: Sequence[Checked]) -> str:
     count = ", ".join(f"{sum(r.status == s for r in rows)} {s}" for s in ("PASS", "DRIFT", "FAIL", "NOT RUN"))
     return columns([("status", "notebook", "number", "expected", "measured", "tolerance", "note"), *body]) + f"\n{count}"
 
-# %% ../nbs/20_reproduce.ipynb #44840b4d
+# %% ../nbs/20_reproduce.ipynb #127e38b6
 MACHINE_PATH = re.compile(r"(?<![\w./-])/(?:home|root|tmp|Users|work|mnt|private|var|opt|workspace)/[\w.-]+")
 
 
@@ -853,7 +859,7 @@ def _scrub(text: str, places: Mapping[str, str]) -> str:
         text = text.replace(path, places[path])
     return re.sub(r"(<[^>\n]*?) at 0x[0-9a-fA-F]+(>)", r"\1\2", text)
 
-# %% ../nbs/20_reproduce.ipynb #7f4e1987
+# %% ../nbs/20_reproduce.ipynb #ccc00dd4
 def machine_places(book: Book, folder: Path) -> dict[str, str]:
     "Paths of this machine and what a reader sees instead."
     job, name = read_json(folder/"job.json"), f"runs/{folder.parent.name}/{folder.name}"
@@ -863,7 +869,7 @@ def machine_places(book: Book, folder: Path) -> dict[str, str]:
     both = {str(p): name for p, name in places.items()} | {str(p.resolve()): name for p, name in places.items()}
     return {p: name for p, name in both.items() if len(p) > 1}
 
-# %% ../nbs/20_reproduce.ipynb #6314f7d0
+# %% ../nbs/20_reproduce.ipynb #a1eca06b
 def clean_output(output: Mapping, places: Mapping[str, str]) -> dict | None:
     "An output as it is published, or None: standard error is left out, so are interactive widgets."
     if output["output_type"] == "stream":
@@ -877,7 +883,7 @@ def clean_output(output: Mapping, places: Mapping[str, str]) -> dict | None:
     made = {"data": data, "metadata": output.get("metadata", {}), "output_type": output["output_type"]}
     return (made | {"execution_count": None} if output["output_type"] == "execute_result" else made) if data else None
 
-# %% ../nbs/20_reproduce.ipynb #ed95f837
+# %% ../nbs/20_reproduce.ipynb #6762126c
 def output_text(cells: Iterable[Mapping]) -> Iterator[tuple[int, str]]:
     "(number of the code cell, text) for every text in the outputs; images are not texts."
     for number, c in enumerate(cells, start=1):
@@ -885,14 +891,14 @@ def output_text(cells: Iterable[Mapping]) -> Iterator[tuple[int, str]]:
             data = output.get("data", {"text/plain": output.get("text", "")})
             yield from ((number, "".join(v)) for k, v in data.items() if k.startswith("text/"))
 
-# %% ../nbs/20_reproduce.ipynb #dc01b9e0
+# %% ../nbs/20_reproduce.ipynb #f2a33823
 def _no_machine_paths(cells: Sequence[Mapping], where: str) -> None:
     for number, text in output_text(cells):
         if found := MACHINE_PATH.search(text):
             raise UserError(f"the output of code cell {number} shows {found[0]!r}, a path of this machine", where=where,
                             fix="Print a relative path or a name there.")
 
-# %% ../nbs/20_reproduce.ipynb #a1d46536
+# %% ../nbs/20_reproduce.ipynb #b3e4a688
 def executed_outputs(nb: Mapping, executed: Mapping, places: Mapping[str, str], where: str) -> list[list[dict]]:
     "Cleaned outputs of a run, one list per code cell of `nb`. Raises UserError if the code differs."
     ran = [c for c in code_cells(executed) if "injected-parameters" not in c.get("metadata", {}).get("tags", [])]
@@ -900,20 +906,20 @@ def executed_outputs(nb: Mapping, executed: Mapping, places: Mapping[str, str], 
         raise UserError("the code of the notebook has changed since this run", where=where, fix="Run it again, then publish.")
     return [[o for output in c["outputs"] if (o := clean_output(output, places))] for c in ran]
 
-# %% ../nbs/20_reproduce.ipynb #696a780d
+# %% ../nbs/20_reproduce.ipynb #c5d85563
 def stamp_line(stamp: Mapping) -> str:
     "What a reader sees below the last code cell."
     return f"published from a run with profile {stamp['profile']}, key {stamp['key']}, {stamp['date']}\n"
 
-# %% ../nbs/20_reproduce.ipynb #c0abf868
+# %% ../nbs/20_reproduce.ipynb #420076e9
 SIZE_LIMIT = 250_000  # bytes of a notebook with its outputs
 
-# %% ../nbs/20_reproduce.ipynb #a1594183
+# %% ../nbs/20_reproduce.ipynb #3e9ab755
 def notebook_text(nb: Mapping) -> str:
     "A notebook as nbdev_clean writes it."
     return json.dumps(nb, sort_keys=True, indent=1, ensure_ascii=False) + "\n"
 
-# %% ../nbs/20_reproduce.ipynb #0838f69a
+# %% ../nbs/20_reproduce.ipynb #8dcb7f12
 def _check_size(nb: Mapping, where: str) -> None:
     size = len(notebook_text(nb).encode())
     if size > SIZE_LIMIT:
@@ -922,17 +928,17 @@ def _check_size(nb: Mapping, where: str) -> None:
                         f"({max(sizes)//1000} kB) in code cell {sizes.index(max(sizes)) + 1}", where=where,
                         fix="Save figures with save_figure of kd_notes.report, or print less.")
 
-# %% ../nbs/20_reproduce.ipynb #a729757d
+# %% ../nbs/20_reproduce.ipynb #686a31c6
 def outputs_hash(nb: Mapping) -> str:
     "Hash of all outputs of a notebook."
     return stable_hash([c["outputs"] for c in code_cells(nb)])
 
-# %% ../nbs/20_reproduce.ipynb #8b9e1a15
+# %% ../nbs/20_reproduce.ipynb #7dc45281
 def numbers_digest(folder: Path) -> str:
     "Digest of a run's numbers, as it stands in the record of the same run."
     return stable_hash({k: with_tolerance(v) for k, v in read_numbers(folder/"metrics.json").items()})
 
-# %% ../nbs/20_reproduce.ipynb #b8b36e66
+# %% ../nbs/20_reproduce.ipynb #5a64726b
 def _recorded(book: Book, profile: str, name: str, folder: Path) -> str:
     "Digest of the recorded numbers. Raises UserError unless they are those of the run."
     path = expected_file(book, profile, name)
@@ -941,7 +947,7 @@ def _recorded(book: Book, profile: str, name: str, folder: Path) -> str:
                         fix=f"If they should be: kd-notes record {name} --profile {profile}")
     return read_json(path)["digest"]
 
-# %% ../nbs/20_reproduce.ipynb #323a3644
+# %% ../nbs/20_reproduce.ipynb #90fc7383
 def publish_one(book: Book, profile: str, name: str) -> dict:
     "Put the outputs of a finished run into its notebook and stamp it: the stamp. Raises UserError; then nothing is written."
     folder, manifest = finished_run(book, profile, name)
@@ -959,12 +965,12 @@ def publish_one(book: Book, profile: str, name: str) -> dict:
     atomic_write(path, notebook_text(nb))
     return stamp | {"outputs": outputs_hash(nb)}
 
-# %% ../nbs/20_reproduce.ipynb #b1aa1f60
+# %% ../nbs/20_reproduce.ipynb #3d6332c3
 def stamps_file(book: Book) -> Path:
     "Where the stamps of the published notebooks are."
     return book.expected/"stamps.json"
 
-# %% ../nbs/20_reproduce.ipynb #bc400841
+# %% ../nbs/20_reproduce.ipynb #df01deda
 def publish(names: Sequence[str], profile: str, book: Book | None = None) -> list[str]:
     "Publish finished runs; a line for each. Raises UserError at the first that cannot be published; those before it are."
     book, lines = book or open_book(), []
@@ -976,7 +982,7 @@ def publish(names: Sequence[str], profile: str, book: Book | None = None) -> lis
         lines.append(f"{name}: {stamp_line(stamp).strip()} ({size//1000} kB)")
     return lines
 
-# %% ../nbs/20_reproduce.ipynb #b8cd48f4
+# %% ../nbs/20_reproduce.ipynb #a674c5bf
 def _published_problems(book: Book, name: str, stamp: Mapping | None) -> Iterator[str]:
     "What is wrong with one published notebook."
     path = book.results/f"{name}.ipynb"
@@ -996,7 +1002,7 @@ def _published_problems(book: Book, name: str, stamp: Mapping | None) -> Iterato
         yield f"it has more than {SIZE_LIMIT//1000} kB"
     yield from (f"code cell {n} shows a path of a machine" for n, text in output_text(code_cells(nb)) if MACHINE_PATH.search(text))
 
-# %% ../nbs/20_reproduce.ipynb #12a79b1b
+# %% ../nbs/20_reproduce.ipynb #1bd59a1a
 def check_published(book: Book | None = None) -> list[str]:
     "Problems of the published notebooks, as sentences; an empty list means that readers see what the record says."
     book = book or open_book()
@@ -1005,14 +1011,14 @@ def check_published(book: Book | None = None) -> list[str]:
     problems = [f"{name}: {problem}" for name in names for problem in _published_problems(book, name, stamps.get(name))]
     return problems + [f"{name}: it has a stamp but there is no such notebook" for name in stamps if name not in names]
 
-# %% ../nbs/20_reproduce.ipynb #3595a9d5
+# %% ../nbs/20_reproduce.ipynb #f46d3f79
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
                   help="Notebooks that explain knowledge distillation and reproduce the figures of its papers.")
 Names = Annotated[list[str] | None, typer.Argument(metavar="[NAMES]...", help="Results notebooks, see 'kd-notes list'.")]
 ProfileName = Annotated[str, typer.Option("--profile", "-p", help="Parameter file: smoke, cpu, cpu-full or gpu.")]
 Root = Annotated[Path | None, typer.Option("--root", help="Another book: a folder with nbs/ and data/.")]
 
-# %% ../nbs/20_reproduce.ipynb #e055fe27
+# %% ../nbs/20_reproduce.ipynb #25ad2fe4
 @contextmanager
 def _terminate_as_interrupt() -> Iterator[None]:
     "Let a polite kill (SIGTERM) end the work as Ctrl-C does."
@@ -1026,7 +1032,7 @@ def _terminate_as_interrupt() -> Iterator[None]:
         if main:
             signal.signal(signal.SIGTERM, before)
 
-# %% ../nbs/20_reproduce.ipynb #859c110b
+# %% ../nbs/20_reproduce.ipynb #89920d5d
 @contextmanager
 def guard() -> Iterator[None]:
     "What every command does with errors: a paragraph and exit code 2 for the user's, 130 for an interruption."
@@ -1041,7 +1047,7 @@ def guard() -> Iterator[None]:
         print(f"\nkd-notes: interrupted. What has finished is kept; the same command goes on from there: {words}", file=sys.stderr)
         raise typer.Exit(130) from e
 
-# %% ../nbs/20_reproduce.ipynb #eea55077
+# %% ../nbs/20_reproduce.ipynb #cd81aa41
 def _state(book: Book, profile: str, name: str) -> str:
     "What is known about a run, in a few words."
     folder = book.runs/profile/name
@@ -1049,7 +1055,7 @@ def _state(book: Book, profile: str, name: str) -> str:
     status = run_status(folder)
     return "-" if status == "absent" else f"{status} {(manifest['end'] or manifest['start'])[:10]}"
 
-# %% ../nbs/20_reproduce.ipynb #3131a8a2
+# %% ../nbs/20_reproduce.ipynb #ea73d149
 @app.command("list")
 def list_command(profile: ProfileName = "cpu", root: Root = None) -> None:
     "Show the results notebooks, the predicted time and the state of their runs; * marks the headline."
@@ -1062,9 +1068,9 @@ def list_command(profile: ProfileName = "cpu", root: Root = None) -> None:
             rows.append(("*" if name in chosen.headline else "", name, human_seconds(seconds) if seconds else "?",
                          _state(book, profile, name), notebook_title(read_notebook(book.results/f"{name}.ipynb"))))
         print(columns(rows))
-        print(f"\nprofile {profile}; known: {', '.join(profile_names(book)) or 'none'}")
+        print(f"\nprofile {profile}: {chosen.about or 'no description'}\nknown profiles: {', '.join(profile_names(book)) or 'none'}")
 
-# %% ../nbs/20_reproduce.ipynb #f522442f
+# %% ../nbs/20_reproduce.ipynb #bd741768
 @app.command("reproduce")
 def reproduce_command(names: Names = None, profile: ProfileName = "cpu",
                       jobs: Annotated[int, typer.Option("--jobs", "-j", help="Trainings side by side.")] = 1,
@@ -1077,11 +1083,11 @@ def reproduce_command(names: Names = None, profile: ProfileName = "cpu",
         start, book = time.monotonic(), open_book(root)
         made = reproduce(names or (), profile, jobs=jobs, force=force, everything=everything, sets=sets or (), book=book)
         counts = ", ".join(f"{n} {s}" for s in ("done", "unchanged", "skipped", "failed") if (n := sum(o.status == s for o in made)))
-        print(f"{counts} in {human_seconds(time.monotonic() - start)}; results in {os.path.relpath(book.runs)}")
+        print(f"{counts} in {human_seconds(time.monotonic() - start)}; results in {_shown(book.runs)}")
         if any(o.status == "failed" for o in made):
             raise typer.Exit(1)
 
-# %% ../nbs/20_reproduce.ipynb #7b8c7ea9
+# %% ../nbs/20_reproduce.ipynb #33abd59a
 @app.command("check")
 def check_command(names: Names = None, profile: ProfileName = "cpu", root: Root = None) -> None:
     "Compare the numbers of finished runs with the record: PASS, DRIFT, FAIL or NOT RUN for each; exit code 1 on FAIL."
@@ -1091,21 +1097,49 @@ def check_command(names: Names = None, profile: ProfileName = "cpu", root: Root 
         if any(r.status == "FAIL" for r in rows):
             raise typer.Exit(1)
 
-# %% ../nbs/20_reproduce.ipynb #384cbacf
+# %% ../nbs/20_reproduce.ipynb #60b9aea5
 @app.command("record")
 def record_command(names: Names = None, profile: ProfileName = "cpu", root: Root = None) -> None:
     "Store the numbers of finished runs in data/expected, and say what changes."
     with guard():
         print(*record(_some(names), profile, open_book(root)), sep="\n")
 
-# %% ../nbs/20_reproduce.ipynb #be146fb5
+# %% ../nbs/20_reproduce.ipynb #d3d9e960
 @app.command("publish")
 def publish_command(names: Names = None, profile: ProfileName = "cpu", root: Root = None) -> None:
     "Put the outputs of finished and recorded runs into nbs/results, stamped."
     with guard():
         print(*publish(_some(names), profile, open_book(root)), sep="\n")
 
-# %% ../nbs/20_reproduce.ipynb #d57a70a6
+# %% ../nbs/20_reproduce.ipynb #756d0218
+def call_with(function: Any, command: str, **given: Any) -> Any:
+    "Call `function` with the options that were given (not None). Raises UserError for one that it does not have."
+    import inspect
+    given, known = {k: v for k, v in given.items() if v is not None}, inspect.signature(function).parameters
+    unknown = [k for k in given if k not in known and not any(p.kind is p.VAR_KEYWORD for p in known.values())]
+    if unknown:
+        raise UserError(f"{command} has no option {', '.join(unknown)}", where=command, fix=f"Its options: {', '.join(known)}.")
+    return function(**given)
+
+# %% ../nbs/20_reproduce.ipynb #ee5b3643
+@app.command("extract")
+def extract_command(task: Annotated[str, typer.Option(help="Task, such as nli.")],
+                    out: Annotated[Path, typer.Option(help="JSONL file to fill.")],
+                    split: Annotated[str, typer.Option(help="Split of the task.")] = "pool",
+                    teacher: Annotated[str, typer.Option(help="smollm2, hub:<id>, openai:<url>#<model> or replay:<file>.")] = "smollm2",
+                    limit: Annotated[int | None, typer.Option(help="Only the first so many examples.")] = None,
+                    samples: Annotated[int | None, typer.Option(help="Completions per example (self-consistency).")] = None,
+                    temperature: Annotated[float | None, typer.Option()] = None,
+                    batch_size: Annotated[int | None, typer.Option()] = None,
+                    seed: Annotated[int | None, typer.Option()] = None) -> None:
+    "Let a teacher write rationales and labels for a split; an interrupted extraction goes on where it was."
+    with guard():
+        from kd_notes import rationales
+        made = call_with(rationales.extract, "extract", task=task, split=split, teacher=teacher, out=out, limit=limit, samples=samples,
+                         temperature=temperature, batch_size=batch_size, seed=seed)
+        print(json.dumps(to_jsonable(made), indent=1, sort_keys=True) if isinstance(made, Mapping) else made or f"written: {out}")
+
+# %% ../nbs/20_reproduce.ipynb #041526cf
 def _some(names: Sequence[str] | None) -> Sequence[str]:
     "The names, of which there must be one."
     if not names:

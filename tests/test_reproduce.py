@@ -30,6 +30,10 @@ FIGURE = '''from pathlib import Path
 Path(run_dir, "curve.csv").write_text("x,y\\n1,2\\n")
 Path(run_dir, "curve.png").write_bytes(b"\\x89PNG")
 print("drawn in", run_dir)'''
+REAL_FIGURE = '''from kd_notes.report import accuracy_curve, save_figure
+rows = [{"arm": arm, "x": x, "value": v, "low": v - 0.05, "high": v + 0.05, "n": 5} for arm in ("one", "two") for x, v in ((250, 0.4), (500, 0.5))]
+print("drawn in", run_dir)
+save_figure(accuracy_curve(rows, teacher=0.8), run_dir, "curve", rows, alt="two arms")'''
 
 
 def code(text: str, **metadata) -> dict:
@@ -78,7 +82,7 @@ def ran(tmp_path_factory) -> rp.Book:
     "A book whose notebook was run and recorded once; tests copy it if they change it."
     os.environ["KD_NOTES_PROGRESS"] = "off"
     book = make_book(tmp_path_factory.mktemp("ran"), {"smoke": {"headline": ["small"], "seconds": {"small": 3}, "parameters": {"small": {"a": 4}}}},
-                     small=standard("import sys\nprint(sys.executable)\nprint('a warning', file=sys.stderr)"))
+                     small=standard("import sys\nprint(sys.executable)\nprint('a warning', file=sys.stderr)", figure=REAL_FIGURE))
     [outcome] = rp.reproduce(profile="smoke", jobs=2, book=book)
     assert outcome.status == "done", outcome.message
     rp.record(["small"], "smoke", book)
@@ -484,6 +488,8 @@ def test_publish_copies_outputs_and_nothing_else(ran, published):
     texts = "".join(text for _, text in rp.output_text(rp.code_cells(after)))
     assert "a = 4" in texts and "a warning" not in texts and "drawn in runs/smoke/small" in texts
     assert not re.search("/(tmp|root|home|work)/", texts) and "<environment>" in texts
+    [figure] = [o for c in rp.code_cells(after) for o in c["outputs"] if "image/png" in o.get("data", {})]
+    assert figure["metadata"]["image/png"]["alt"] == "two arms" and "".join(figure["data"]["text/plain"]) == "Figure: two arms"
     stamp = read_json(rp.stamps_file(published))["small"]
     assert stamp["key"] == read_manifest(published.runs/"smoke"/"small")["key"] and stamp["profile"] == "smoke"
     assert f"key {stamp['key']}" in texts and after["metadata"]["kd_notes"]["key"] == stamp["key"]

@@ -1,0 +1,706 @@
+"""The training loop: numbers, invariances, kills and resumes, bad data. Real models, real processes, real kills."""
+import json
+import math
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from itertools import islice
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from kd_notes import train as kt
+from kd_notes.core import UserError, read_jsonl
+from kd_notes.models import layer_drop, mini_model
+from kd_notes.train import (SFT, Callback, TrainConfig, batch_order, causal_batch, last_checkpoint, lr_factor, micro_batches, rng_state,
+                            save_model, seq2seq_batch, set_rng_state, target_logits, target_nll, train)
+
+torch.set_num_threads(1)
+VOCAB = 64
+
+
+class Rows(SFT):
+    "SFT on rows of ids: no tokenizer needed."
+    def __init__(self, family="causal"):
+        self.family, self.tokenizer = family, type("Ids", (), {"pad_token_id": 0, "eos_token_id": 1})
+
+    def encode(self, example):
+        return {"source": example["source"], "target": example["target"]}
+
+
+def rows(n, seed=0, longest=12):
+    "Reverse a short list of numbers: lengths differ, and there is something to learn."
+    draw, out = random.Random(seed), []
+    for i in range(n):
+        source = [draw.randrange(4, VOCAB) for _ in range(draw.randint(2, longest))]
+        out.append({"id": f"row-{i}", "source": [2, *source, 3], "target": [*source[::-1][:draw.randint(1, 4)], 1]})
+    return out
+
+
+EXAMPLES = rows(96)
+
+
+def config(**changes):
+    return TrainConfig(**({"steps": 12, "batch_size": 8, "lr": 2e-3, "log_every": 1, "device": "cpu"} | changes))
+
+
+def run(family="causal", seed=0, examples=EXAMPLES, method=None, dropout=0.0, run_dir=None, validate=None, callbacks=(), **changes):
+    model = mini_model(family, "xs", VOCAB, seed, dropout)
+    return train(model, method or Rows(family), examples, config(**changes), run_dir=run_dir, validate=validate, callbacks=callbacks)
+
+
+def losses(result):
+    return [row["loss"] for row in result.history if "loss" in row]
+
+
+def same_bits(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def mean_loss(model):
+    batch = Rows().collate([Rows().encode(e) for e in rows(32, seed=9)])
+    return {"score": -target_nll(model, batch).mean().item()}
+
+
+# ---------------------------------------------------------------- numbers
+
+GOLDEN = {"causal": [4.57189, 4.81192, 4.56818, 4.38195], "t5": [5.24688, 4.78232, 4.59023, 4.51992]}
+
+
+@pytest.mark.parametrize("family", GOLDEN)
+def test_golden_losses_of_the_first_steps(family):
+    assert losses(run(family, steps=4)) == pytest.approx(GOLDEN[family], abs=2e-4)
+
+
+@pytest.mark.parametrize("family", GOLDEN)
+def test_first_loss_is_the_models_own(family):
+    "The first logged loss, derived a second way: Hugging Face's loss on the same rows, one by one, weighted by their targets."
+    first = next(batch_order([Rows().size(Rows().encode(e)) for e in EXAMPLES], 8, 0))
+    model, total, count = mini_model(family, "xs", VOCAB, 0), 0.0, 0
+    for i in first:
+        source, target = EXAMPLES[i]["source"], EXAMPLES[i]["target"]
+        ids, labels = (source, target) if family == "t5" else (source + target, [-100]*len(source) + target)
+        loss = model(input_ids=torch.tensor([ids]), labels=torch.tensor([labels])).loss.item()
+        total, count = total + loss*len(target), count + len(target)
+    assert losses(run(family, steps=1))[0] == pytest.approx(total/count, rel=1e-5)
+
+
+@pytest.mark.parametrize("family", GOLDEN)
+@pytest.mark.parametrize("shape", [(4, 2), (2, 4), (1, 8)])
+def test_accumulation_changes_nothing(family, shape):
+    whole, parts = run(family), run(family, batch_size=shape[0], accumulate=shape[1])
+    assert losses(parts) == pytest.approx(losses(whole), rel=2e-4)
+    for a, b in zip(whole.model.parameters(), parts.model.parameters()):
+        torch.testing.assert_close(a, b, atol=2e-4, rtol=1e-3)
+
+
+def test_accumulation_is_exact_in_float64():
+    def train64(micro, accumulate):
+        model = mini_model("causal", "xs", VOCAB, 0).double()
+        return train(model, Rows(), EXAMPLES, config(batch_size=micro, accumulate=accumulate, steps=6)).model
+    for a, b in zip(train64(8, 1).parameters(), train64(2, 4).parameters()):
+        torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-7)
+
+
+def test_training_learns_and_is_the_same_every_time():
+    torch.manual_seed(123)
+    a = run(steps=150, lr=5e-3, dropout=0.1)
+    random.random(), torch.rand(7)
+    b = run(steps=150, lr=5e-3, dropout=0.1)
+    assert losses(a)[-1] < 0.8*losses(a)[0]
+    assert losses(a) == losses(b) and same_bits(a.model, b.model)
+
+
+def test_another_seed_is_another_training():
+    assert losses(run()) != losses(run(**{"seed": 0}, examples=EXAMPLES[::-1]))
+    a = train(mini_model("causal", "xs", VOCAB, 0), Rows(), EXAMPLES, config(seed=1))
+    assert losses(a) != losses(run())
+
+
+class TwoTerms(Rows):
+    "First target token and the rest as two terms."
+    def __init__(self, weights):
+        super().__init__()
+        self.weights = weights
+
+    def counts(self, batch):
+        return {"first": len(batch["input_ids"]), "rest": len(batch["target_ids"]) - len(batch["input_ids"])}
+
+    def sums(self, model, batch):
+        nll = target_nll(model, batch)
+        starts = torch.ones(len(nll), dtype=torch.bool)
+        starts[1:] = batch["target_index"][1:] != batch["target_index"][:-1] + 1
+        return {"first": nll[starts].sum(), "rest": nll[~starts].sum()}
+
+
+@given(st.floats(0.1, 5), st.floats(0.1, 5))
+@settings(max_examples=5, deadline=None)
+def test_the_total_is_the_weighted_sum_of_token_means(w1, w2):
+    result = run(method=TwoTerms({"first": w1, "rest": w2}), steps=2, batch_size=2, accumulate=4)
+    for row in result.history:
+        assert row["loss"] == pytest.approx(w1*row["first"] + w2*row["rest"], rel=1e-6)
+
+
+def test_a_term_of_weight_zero_is_measured_and_has_no_effect():
+    def final(weights):
+        return run(method=TwoTerms(weights), steps=5)
+    with_zero, other = final({"first": 1.0, "rest": 0.0}), final({"first": 1.0, "rest": 1.0})
+    assert all(row["rest"] > 0 and row["loss"] == row["first"] for row in with_zero.history)
+    assert not same_bits(with_zero.model, other.model)
+
+    class OnlyFirst(TwoTerms):
+        def counts(self, batch):
+            return {"first": super().counts(batch)["first"]}
+
+        def sums(self, model, batch):
+            return {"first": super().sums(model, batch)["first"]}
+    alone = run(method=OnlyFirst({"first": 1.0}), steps=5)
+    for a, b in zip(alone.model.parameters(), with_zero.model.parameters()):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+
+def test_a_step_is_adamw_with_clipping_and_decay():
+    "One step of the loop against torch's own AdamW (not fused), clip and schedule, written out."
+    cfg = config(steps=2, weight_decay=0.1, clip=0.05, warmup=1, lr=1e-2)
+    result = train(mini_model("causal", "xs", VOCAB, 0), Rows(), EXAMPLES, cfg)
+    model, method = mini_model("causal", "xs", VOCAB, 0), Rows()
+    groups = [{"params": [p for p in model.parameters() if p.ndim == 2], "weight_decay": 0.1},
+              {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-2, fused=False, foreach=False)
+    order = batch_order([method.size(method.encode(e)) for e in EXAMPLES], 8, 0)
+    for step, chosen in enumerate(islice(order, 2)):
+        batch = method.collate([method.encode(EXAMPLES[i]) for i in chosen])
+        target_nll(model, batch).mean().backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+        assert result.history[step]["grad_norm"] == pytest.approx(norm.item(), rel=1e-4) and norm > 0.05
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2*[0.5, 1.0][step]
+        optimizer.step()
+        optimizer.zero_grad()
+    for a, b in zip(result.model.parameters(), model.parameters()):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+@given(st.integers(1, 300), st.floats(0, 0.5), st.sampled_from(kt.SCHEDULES))
+def test_schedules_rise_then_fall(steps, warmup, name):
+    cfg = TrainConfig(steps=steps, batch_size=1, lr=1.0, warmup=warmup, schedule=name)
+    factors = [lr_factor(s, cfg) for s in range(steps)]
+    assert all(0 < f <= 1 for f in factors)
+    top = factors.index(max(factors))
+    assert factors[:top + 1] == sorted(factors[:top + 1])
+    assert name == "constant" or factors[top:] == sorted(factors[top:], reverse=True)
+    assert top <= math.ceil(warmup*steps)
+
+
+# ---------------------------------------------------------------- batches
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=120), st.integers(1, 17), st.integers(0, 5), st.booleans())
+def test_no_example_is_lost_or_favoured(sizes, batch, seed, bucket):
+    epochs, n = 3, len(sizes)
+    first = list(islice(batch_order(sizes, batch, seed, bucket, window=3), epochs*n//batch))
+    again = list(islice(batch_order(sizes, batch, seed, bucket, window=3), epochs*n//batch))
+    assert first == again and all(len(b) == batch for b in first)
+    seen = [i for b in first for i in b]
+    assert epochs*n - len(seen) < batch  # all but a leftover of less than one batch
+    missing = epochs*n - sum(min(seen.count(i), epochs) for i in range(n))
+    assert missing == epochs*n - len(seen) and max(seen.count(i) for i in range(n)) <= epochs
+    assert all([sizes[i] for i in b] == sorted(sizes[i] for i in b) for b in first)
+
+
+def test_buckets_save_padding_and_epochs_differ():
+    draw = random.Random(0)
+    sizes = [draw.randint(5, 100) for _ in range(640)]
+
+    def padded(bucket):
+        return sum(len(b)*max(sizes[i] for i in b) for b in islice(batch_order(sizes, 16, 0, bucket), 40))
+    assert padded(True) < 0.75*padded(False)
+    stream = list(islice(batch_order(sizes, 16, 0), 80))
+    assert stream[:40] != stream[40:] and not {frozenset(b) for b in stream[:40]} & {frozenset(b) for b in stream[40:]}
+
+
+@given(st.integers(1, 5), st.integers(1, 4), st.integers(1, 4))
+def test_micro_batches_are_a_partition(width, accumulate, world):
+    batch = list(range(width*accumulate*world))
+    shares = [micro_batches(batch, accumulate, world, rank) for rank in range(world)]
+    assert all(len(s) == accumulate and all(len(m) == width for m in s) for s in shares)
+    assert sorted(i for s in shares for m in s for i in m) == batch
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.lists(st.tuples(st.lists(st.integers(4, 60), min_size=1, max_size=9), st.lists(st.integers(4, 60), min_size=1, max_size=5)),
+                min_size=1, max_size=5))
+def test_targets_sit_where_they_are_predicted(pairs):
+    batch = causal_batch(pairs, 0)
+    flat = batch["input_ids"].flatten()
+    assert flat[batch["target_index"] + 1].tolist() == batch["target_ids"].tolist() == [t for _, target in pairs for t in target]
+    both = seq2seq_batch(pairs, 0, start_id=0)
+    decoder = both["decoder_input_ids"]
+    assert both["attention_mask"].sum(1).tolist() == [len(s) for s, _ in pairs]
+    for b, (_, target) in enumerate(pairs):
+        assert decoder[b, :len(target)].tolist() == [0, *target[:-1]]
+    assert both["target_index"].tolist() == [b*decoder.shape[1] + i for b, (_, t) in enumerate(pairs) for i in range(len(t))]
+
+
+@pytest.mark.parametrize("family", GOLDEN)
+def test_padding_and_neighbours_change_nothing(family):
+    model, method = mini_model(family, "s", VOCAB, 0).eval(), Rows(family)
+    together = target_nll(model, method.collate(EXAMPLES[:8]))
+    alone = torch.cat([target_nll(model, method.collate([e])) for e in EXAMPLES[:8]])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+    batch = method.collate(EXAMPLES[:8])
+    poisoned = batch | {"input_ids": batch["input_ids"].masked_fill(batch["input_ids"] == 0, 33)}
+    torch.testing.assert_close(target_nll(model, poisoned), together, atol=1e-5, rtol=1e-5)
+
+
+def other_architectures():
+    import transformers as tf
+    small = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    yield "gpt2", lambda: tf.GPT2LMHeadModel(tf.GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=2))
+    yield "qwen2", lambda: tf.Qwen2ForCausalLM(tf.Qwen2Config(**small, num_key_value_heads=1))
+    yield "neox", lambda: tf.GPTNeoXForCausalLM(tf.GPTNeoXConfig(**small))
+    yield "phi", lambda: tf.PhiForCausalLM(tf.PhiConfig(**small))
+    yield "opt", lambda: tf.OPTForCausalLM(tf.OPTConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, ffn_dim=48,
+                                                        word_embed_proj_dim=16))
+    yield "gemma2 (soft cap)", lambda: tf.Gemma2ForCausalLM(tf.Gemma2Config(**small, num_key_value_heads=1, head_dim=16,
+                                                                            final_logit_softcapping=3.0))
+    yield "cohere (logit scale)", lambda: tf.CohereForCausalLM(tf.CohereConfig(**small, logit_scale=0.0625))
+    yield "granite (logits scaling)", lambda: tf.GraniteForCausalLM(tf.GraniteConfig(**small, logits_scaling=8.0))
+    yield "t5 untied", lambda: tf.T5ForConditionalGeneration(tf.T5Config(vocab_size=VOCAB, d_model=32, d_kv=16, d_ff=48, num_layers=2, num_heads=2,
+                                                                         tie_word_embeddings=False, decoder_start_token_id=0))
+
+
+@pytest.mark.parametrize("name, build", list(other_architectures()), ids=lambda x: x if isinstance(x, str) else "")
+def test_target_logits_equal_the_full_models(name, build):
+    torch.manual_seed(0)
+    model, method = build().eval(), Rows("t5" if name.startswith("t5") else "causal")
+    batch = method.collate(EXAMPLES[:4])
+    inputs = {k: v for k, v in batch.items() if not k.startswith("target")}
+    full = model(**inputs).logits.flatten(0, 1)[batch["target_index"]]
+    torch.testing.assert_close(target_logits(model, batch), full, atol=1e-6, rtol=1e-5)
+
+
+# ---------------------------------------------------------------- kills, resumes, checkpoints
+
+SCRIPT = """
+    import os, signal, sys, time
+    sys.path.insert(0, sys.argv[1])
+    from test_train import EXAMPLES, Rows, config, mean_loss, mini_model
+    from kd_notes.train import Callback, train
+    class Plug(Callback):
+        def on_step(self, loop):
+            if loop.step == int(sys.argv[3]): os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(float(sys.argv[4]))
+    cfg = config(steps=40, save_every=6, eval_every=9, keep_best=True, lr=5e-3)
+    train(mini_model("causal", "xs", 64, 0, 0.1), Rows(), EXAMPLES, cfg, run_dir=sys.argv[2], validate=mean_loss, callbacks=[Plug()])
+"""
+
+
+def killed_training(folder, at_step, pause=0.0):
+    script = [sys.executable, "-c", textwrap.dedent(SCRIPT), os.path.dirname(__file__), str(folder), str(at_step), str(pause)]
+    return subprocess.Popen(script, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def long_run(folder=None):
+    return run(steps=40, save_every=6, eval_every=9, keep_best=True, lr=5e-3, dropout=0.1, run_dir=folder, validate=mean_loss)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    return long_run(tmp_path_factory.mktemp("whole"))
+
+
+def assert_same_run(a, b):
+    def rows_of(result):
+        return [{k: v for k, v in r.items() if k != "seconds"} for r in result.history]
+    assert rows_of(a) == rows_of(b) and a.best == b.best and a.tokens == b.tokens and a.steps == b.steps
+    assert same_bits(a.model, b.model)
+
+
+def test_kill_9_then_resume_ends_bit_identical(tmp_path, uninterrupted):
+    process = killed_training(tmp_path, at_step=27)
+    assert process.wait(120) == -signal.SIGKILL
+    assert last_checkpoint(tmp_path).name == "step-0000024"
+    resumed = long_run(tmp_path)
+    assert_same_run(resumed, uninterrupted)
+    on_disk = [{k: v for k, v in r.items() if k != "seconds"} for r in read_jsonl(tmp_path/"metrics.jsonl")]
+    assert on_disk == [{k: v for k, v in r.items() if k != "seconds"} for r in uninterrupted.history]
+
+
+def test_kills_at_arbitrary_moments(tmp_path, uninterrupted):
+    "Killed from outside, twice, wherever it happens to be; the moments are random, the result is not."
+    for extra in (0.0, 0.35):
+        process = killed_training(tmp_path, at_step=-1, pause=0.05)
+        before, deadline = last_checkpoint(tmp_path), time.monotonic() + 120
+        while last_checkpoint(tmp_path) == before and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.002)
+        time.sleep(extra)
+        process.kill()
+        process.wait(30)
+    assert_same_run(long_run(tmp_path), uninterrupted)
+
+
+def test_without_a_run_dir_the_numbers_are_the_same(uninterrupted):
+    assert_same_run(long_run(), uninterrupted)
+
+
+def test_a_finished_run_is_read_not_trained_again(tmp_path):
+    class Count(Callback):
+        steps = 0
+
+        def on_step(self, loop):
+            Count.steps += 1
+    a = run(run_dir=tmp_path, save_every=5, validate=mean_loss, keep_best=True, callbacks=[Count()])
+    b = run(run_dir=tmp_path, save_every=5, validate=mean_loss, keep_best=True, callbacks=[Count()])
+    assert Count.steps == 12 and b.steps == 12
+    assert_same_run(a, b)
+
+
+def test_only_the_last_checkpoint_stays_and_holds_no_pickle(tmp_path):
+    run(run_dir=tmp_path, save_every=5, validate=mean_loss, keep_best=True)
+    assert [p.name for p in (tmp_path/"checkpoints").iterdir()] == ["step-0000012"]
+    names = sorted(p.name for p in last_checkpoint(tmp_path).iterdir())
+    assert names == ["best.safetensors", "model.safetensors", "optimizer.safetensors", "rng-0.safetensors", "state.json"]
+
+
+def test_half_written_checkpoints_are_ignored(tmp_path):
+    part = tmp_path/"checkpoints/.step-0000099.part"
+    part.mkdir(parents=True)
+    (part/"model.safetensors").write_bytes(b"half")
+    assert last_checkpoint(tmp_path) is None
+    assert same_bits(run(run_dir=tmp_path, save_every=5).model, run().model)
+    assert not part.exists()
+
+
+@pytest.mark.parametrize("change", [{"lr": 1e-3}, {"steps": 13}, {"batch_size": 4}, {"seed": 1}, {"examples": EXAMPLES[1:]}, {"family": "t5"},
+                                    {"method": TwoTerms({"first": 1.0, "rest": 1.0})}])
+def test_a_checkpoint_of_another_training_is_refused(tmp_path, change):
+    run(run_dir=tmp_path, save_every=5)
+    arguments = {"run_dir": tmp_path, "save_every": 5} | change
+    with pytest.raises(UserError, match="other settings"):
+        if "seed" in change:
+            train(mini_model("causal", "xs", VOCAB, 0), Rows(), EXAMPLES, config(seed=1, save_every=5), run_dir=tmp_path)
+        else:
+            run(**arguments)
+
+
+def test_settings_that_cannot_change_numbers_may_change(tmp_path):
+    class Stop(Callback):
+        def on_step(self, loop):
+            if loop.step == 8:
+                raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        run(run_dir=tmp_path, save_every=5, callbacks=[Stop()])
+    resumed = run(run_dir=tmp_path, save_every=3, batch_size=4, accumulate=2, log_every=4)
+    for a, b in zip(resumed.model.parameters(), run().model.parameters()):
+        torch.testing.assert_close(a, b, atol=2e-4, rtol=1e-3)
+
+
+def test_full_disk_keeps_the_checkpoint_before(tmp_path):
+    "A real write error: the process may not write files beyond a size that the second checkpoint needs."
+    code = f"""
+        import resource, sys
+        sys.path.insert(0, {os.path.dirname(__file__)!r})
+        from test_train import *
+        class Shrink(Callback):
+            def on_step(self, loop):
+                if loop.step == 6: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+        try: run(run_dir={str(tmp_path)!r}, save_every=5, callbacks=[Shrink()])
+        except UserError as e: print(e)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert "could not be written" in done.stdout and "Free some space" in done.stdout, done.stderr[-2000:]
+    assert [p.name for p in (tmp_path/"checkpoints").iterdir()] == ["step-0000005"]
+    assert same_bits(run(run_dir=tmp_path, save_every=5).model, run().model)
+
+
+def test_random_states_come_back():
+    import numpy as np
+
+    def draw():
+        return random.gauss(0, 1), np.random.normal(), torch.rand(3).tolist()
+    draw()
+    state = rng_state()
+    first = draw(), draw()
+    set_rng_state({k: v.clone() for k, v in state.items()})
+    assert (draw(), draw()) == first
+
+
+def test_callbacks_keep_their_state(tmp_path):
+    class Sum(Callback):
+        def __init__(self, stop_at=0):
+            self.total, self.stop_at = 0, stop_at
+
+        def on_step(self, loop):
+            if loop.step == self.stop_at:
+                raise KeyboardInterrupt
+            self.total += loop.step
+
+        def state(self):
+            return {"total": self.total}
+
+        def load(self, state):
+            self.total = state["total"]
+    with pytest.raises(KeyboardInterrupt):
+        run(run_dir=tmp_path, save_every=5, callbacks=[Sum(stop_at=8)])
+    counter = Sum()
+    run(run_dir=tmp_path, save_every=5, callbacks=[counter])
+    assert counter.total == sum(range(1, 13))
+
+
+# ---------------------------------------------------------------- validation
+
+def test_best_weights_and_early_stopping():
+    scores = iter([0.1, 0.5, 0.4, 0.3, 0.9])
+    seen = []
+
+    def validate(model):
+        assert not model.training and not torch.is_grad_enabled()
+        seen.append([p.clone() for p in model.parameters()])
+        return {"score": next(scores)}
+    result = run(steps=50, eval_every=4, keep_best=True, early_stop=2, validate=validate)
+    assert result.best == {"step": 8, "score": 0.5} and result.steps == 16 and "no better score" in result.stop
+    assert all(torch.equal(a, b) for a, b in zip(seen[1], result.model.parameters()))
+    assert [r["score"] for r in result.history if "score" in r] == [0.1, 0.5, 0.4, 0.3]
+
+
+def test_validation_does_not_disturb_training():
+    def validate(model):
+        torch.rand(100)
+        return {"score": 0.0}
+    a, b = run(dropout=0.2), run(dropout=0.2, eval_every=3, validate=validate)
+    assert losses(a) == losses(b) and same_bits(a.model, b.model)
+
+
+def test_validation_happens_at_the_end_and_needs_a_score():
+    assert [r["step"] for r in run(validate=mean_loss).history if "score" in r] == [12]
+    for wrong in (0.5, {}, {"score": math.nan}):
+        with pytest.raises(UserError, match="finite 'score'"):
+            run(validate=lambda model, wrong=wrong: wrong)
+
+
+# ---------------------------------------------------------------- models
+
+def test_tied_heads_stay_tied(tmp_path):
+    for family in GOLDEN:
+        result = run(family, run_dir=tmp_path/family, save_every=6)
+        resumed = run(family, run_dir=tmp_path/family, save_every=6)
+        for model in (result.model, resumed.model):
+            assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    names = json.loads((last_checkpoint(tmp_path/"causal")/"state.json").read_text())
+    assert names["step"] == 12
+
+
+class FromTeacher(Rows):
+    "Cross-entropy to a teacher's distribution: a method that owns a model."
+    def __init__(self, teacher):
+        super().__init__()
+        self.teacher = teacher
+
+    def sums(self, model, batch):
+        with torch.no_grad():
+            wanted = target_logits(self.teacher, batch).softmax(-1)
+        return {"loss": -(wanted*target_logits(model, batch).log_softmax(-1)).sum()}
+
+
+def test_a_teacher_in_the_method_is_left_alone():
+    teacher = mini_model("causal", "s", VOCAB, 7, dropout=0.3).eval()
+    before = {k: v.clone() for k, v in teacher.state_dict().items()}
+    result = run(method=FromTeacher(teacher))
+    assert not teacher.training and all(p.grad is None for p in teacher.parameters())
+    assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
+    assert losses(result)[-1] < losses(result)[0]
+
+
+def test_frozen_parts_stay_and_a_frozen_model_is_an_error():
+    model = mini_model("causal", "xs", VOCAB, 0)
+    model.model.embed_tokens.requires_grad_(False)
+    start = {k: v.clone() for k, v in model.state_dict().items()}
+    train(model, Rows(), EXAMPLES, config())
+    changed = {k for k, v in model.state_dict().items() if not torch.equal(v, start[k])}
+    assert "model.embed_tokens.weight" not in changed and "model.layers.0.mlp.up_proj.weight" in changed
+    with pytest.raises(UserError, match="asks for a gradient"):
+        train(model.requires_grad_(False), Rows(), EXAMPLES, config())
+
+
+def test_lora_trains_saves_resumes_and_merges(tmp_path):
+    def lora_run(folder=None, callbacks=()):
+        model = mini_model("causal", "xs", VOCAB, 0)
+        return train(model, Rows(), EXAMPLES, config(lora={"r": 4, "alpha": 8, "dropout": 0.1}, lr=1e-2, save_every=5), run_dir=folder,
+                     callbacks=callbacks)
+
+    class Stop(Callback):
+        def on_step(self, loop):
+            if loop.step == 7:
+                raise KeyboardInterrupt
+    whole = lora_run()
+    with pytest.raises(KeyboardInterrupt):
+        lora_run(tmp_path/"run", [Stop()])
+    resumed = lora_run(tmp_path/"run")
+    assert same_bits(whole.model, resumed.model)
+    base = mini_model("causal", "xs", VOCAB, 0)
+    for name, p in base.named_parameters():
+        got = dict(whole.model.get_base_model().named_parameters())
+        assert torch.equal(p, got.get(name, got.get(name.replace(".weight", ".base_layer.weight"))))
+    saved = save_model(whole.model, tmp_path/"adapter")
+    assert (saved/"adapter_model.safetensors").stat().st_size < 60_000 and not list(saved.glob("*.bin"))
+    from peft import PeftModel
+    merged = PeftModel.from_pretrained(base, str(saved)).merge_and_unload().eval()
+    ids = torch.tensor([EXAMPLES[0]["source"]])
+    torch.testing.assert_close(merged(ids).logits, whole.model(ids).logits, atol=1e-4, rtol=1e-4)
+    assert losses(whole)[-1] < losses(whole)[0]
+
+
+def test_lora_names_must_exist():
+    with pytest.raises(UserError, match=r"TrainConfig\.lora"):
+        run(lora={"targets": ["no_such_layer"]})
+    with pytest.raises(UserError, match="r, alpha, dropout"):
+        config(lora={"rank": 8})
+
+
+@pytest.mark.parametrize("family", GOLDEN)
+def test_bfloat16_autocast_runs_and_keeps_float32_weights(family):
+    plain, half = run(family), run(family, precision="bf16")
+    assert all(p.dtype == torch.float32 for p in half.model.parameters())
+    assert losses(half) == pytest.approx(losses(plain), rel=0.03) and losses(half) != losses(plain)
+    assert losses(run(family)) == losses(plain)  # and the precision of one run does not leak into the next
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="fp16 is fine on a GPU")
+def test_fp16_on_a_cpu_is_refused():
+    with pytest.raises(UserError, match="fp16 needs a GPU"):
+        run(precision="fp16")
+
+
+def test_gradient_checkpointing_and_compilation_change_no_number():
+    plain = run()
+    for change in ({"gradient_checkpointing": True}, {"compile": "eager"}):
+        assert losses(run(**change)) == pytest.approx(losses(plain), rel=1e-5)
+    lora = {"lora": {"r": 2}, "steps": 3}
+    assert losses(run(**lora, gradient_checkpointing=True)) == pytest.approx(losses(run(**lora)), rel=1e-5)
+
+
+def test_layer_dropped_students_train():
+    student = layer_drop(mini_model("causal", "m", VOCAB, 0), 2)
+    assert losses(train(student, Rows(), EXAMPLES, config(steps=30)))[-1] < 4
+
+
+# ---------------------------------------------------------------- bad data and settings
+
+def test_no_targets_no_examples_too_long():
+    with pytest.raises(UserError, match=r"row-\d+.*step 1 has no target tokens for the term 'loss'"):
+        run(examples=[e | {"target": []} for e in EXAMPLES])
+    with pytest.raises(UserError, match="no training examples"):
+        run(examples=[])
+    with pytest.raises(UserError, match="row-3: the example has"):
+        run(examples=EXAMPLES[:3] + [{"id": "row-3", "source": [5]*40, "target": [1]}], max_length=30)
+    assert run(examples=EXAMPLES, max_length=30, steps=1).steps == 1
+
+
+class Poisoned(Rows):
+    "The loss (or only its gradient) of rows with a certain token is not finite."
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+
+    def sums(self, model, batch):
+        nll = target_nll(model, batch).sum()
+        if not (batch["input_ids"] == 63).any():
+            return {"loss": nll}
+        if self.how == "gradient":
+            zero = (nll*0).clamp(min=0)
+            return {"loss": nll + zero.sqrt()}  # value 0, slope infinite times zero
+        return {"loss": nll*math.inf}
+
+
+@pytest.mark.parametrize("how", ["loss", "gradient"])
+def test_non_finite_stops_with_step_and_examples_before_the_weights_are_touched(tmp_path, how):
+    examples = [{**e, "source": [min(t, 62) for t in e["source"]], "target": [min(t, 62) for t in e["target"]]} for e in EXAMPLES]
+    examples[41] = {"id": "the-bad-one", "source": [2, 63, 3], "target": [5, 1]}
+    weights = []
+
+    class Keep(Callback):
+        def on_step(self, loop):
+            weights[:] = [p.clone() for p in loop.model.parameters()]
+    model = mini_model("causal", "xs", VOCAB, 0)
+    with pytest.raises(UserError, match="not finite at step") as error:
+        train(model, Poisoned(how), examples, config(steps=12, save_every=2), run_dir=tmp_path, callbacks=[Keep()])
+    order = batch_order([Rows().size(Rows().encode(e)) for e in examples], 8, 0)
+    bad_step = next(i for i, b in enumerate(order, 1) if 41 in b)
+    assert f"step {bad_step}." in str(error.value)
+    assert str(error.value).startswith("examples the-bad-one:") if how == "loss" else "the-bad-one" in str(error.value)
+    assert all(torch.equal(a, b) for a, b in zip(weights, model.parameters()))
+    assert last_checkpoint(tmp_path) is None or int(last_checkpoint(tmp_path).name[5:]) < bad_step
+
+
+@pytest.mark.parametrize("change", [{"steps": -1}, {"batch_size": 0}, {"lr": 0}, {"accumulate": 0}, {"schedule": "step"}, {"precision": "fp8"},
+                                    {"warmup": -0.1}, {"clip": -1}, {"log_every": 0}])
+def test_impossible_settings_name_themselves(change):
+    with pytest.raises(UserError, match=f"TrainConfig.{next(iter(change))}"):
+        config(**change)
+
+
+def test_save_model_replaces_whole_folders(tmp_path):
+    a, b = mini_model("causal", "xs", VOCAB, 0), mini_model("t5", "xs", VOCAB, 0)
+    save_model(a, tmp_path/"m")
+    (tmp_path/"m/stray.txt").write_text("from before")
+    save_model(b, tmp_path/"m")
+    assert [p.name for p in tmp_path.iterdir()] == ["m"] and not (tmp_path/"m/stray.txt").exists()
+    assert json.loads((tmp_path/"m/config.json").read_text())["model_type"] == "t5"
+
+
+# ---------------------------------------------------------------- several processes
+
+WORKER = """
+    import sys
+    sys.path.insert(0, sys.argv[1])
+    import torch
+    from safetensors.torch import save_file
+    from test_train import *
+    result = run(sys.argv[3], batch_size=4, run_dir=sys.argv[2], save_every=6, method=TwoTerms({"first": 0.5, "rest": 2.0}) if sys.argv[3] == "causal"
+                 else None, accumulate=int(sys.argv[4]))
+    from accelerate import PartialState
+    state = PartialState()
+    assert state.num_processes == 2 and torch.distributed.get_backend() == "gloo"
+    save_file({k: v.contiguous().clone() for k, v in result.model.named_parameters()}, f"{sys.argv[2]}/rank{state.process_index}.safetensors")
+    torch.distributed.destroy_process_group()
+"""
+
+
+def two_processes(folder, family, accumulate):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "1",
+                        "LOCAL_WORLD_SIZE": "2", "GLOO_SOCKET_IFNAME": "lo"}
+    argv = [sys.executable, "-c", textwrap.dedent(WORKER), os.path.dirname(__file__), str(folder), family, str(accumulate)]
+    workers = [subprocess.Popen(argv, env=env | {"RANK": str(r), "LOCAL_RANK": str(r)}, stderr=subprocess.PIPE, text=True) for r in range(2)]
+    for worker in workers:
+        _, errors = worker.communicate(timeout=180)
+        assert worker.returncode == 0, errors[-3000:]
+
+
+@pytest.mark.parametrize("family, accumulate", [("causal", 1), ("t5", 2)])
+def test_two_gloo_processes_equal_one(tmp_path, family, accumulate):
+    two_processes(tmp_path, family, accumulate)
+    method = TwoTerms({"first": 0.5, "rest": 2.0}) if family == "causal" else None
+    one = run(family, batch_size=8*accumulate, method=method)
+    from safetensors.torch import load_file
+    ranks = [load_file(tmp_path/f"rank{r}.safetensors") for r in range(2)]
+    for name, p in one.model.named_parameters():
+        assert torch.equal(ranks[0][name], ranks[1][name])
+        torch.testing.assert_close(ranks[0][name], p.detach(), atol=2e-4, rtol=1e-3)
+    logged = [r for r in read_jsonl(tmp_path/"metrics.jsonl") if "loss" in r]
+    assert [r["loss"] for r in logged] == pytest.approx(losses(one), rel=2e-4)
+    assert [r["tokens"] for r in logged] == [r["tokens"] for r in one.history]
+    assert {p.name for p in last_checkpoint(tmp_path).iterdir()} >= {"rng-0.safetensors", "rng-1.safetensors"}
+    resumed = run(family, batch_size=8*accumulate, method=method, run_dir=tmp_path, save_every=6)  # finished: one process reads what two wrote
+    assert all(torch.equal(p, ranks[0][n]) for n, p in resumed.model.named_parameters())

@@ -14,9 +14,9 @@ __all__ = ['RESERVED', 'NUMBER_FIELDS', 'K_SIGMA', 'ABS_INTERVAL', 'REL_PLAIN', 
            'check_table', 'machine_places', 'clean_output', 'output_text', 'executed_outputs', 'stamp_line',
            'notebook_text', 'outputs_hash', 'numbers_digest', 'publish_one', 'stamps_file', 'publish',
            'check_published', 'guard', 'list_command', 'reproduce_command', 'check_command', 'record_command',
-           'publish_command', 'call_with', 'extract_command']
+           'publish_command', 'extract_rationales', 'extract_command']
 
-# %% ../nbs/20_reproduce.ipynb #f7c2131a
+# %% ../nbs/20_reproduce.ipynb #d76ff008
 import ast
 import difflib
 import functools
@@ -45,7 +45,7 @@ from .core import (UserError, atomic_write, cache_dir, data_dir, human_seconds, 
                            sha256_file, stable_hash, to_jsonable, write_json)
 from .runs import Run, _imported, _module_file, code_hash, device_class, environment, read_manifest, run_status, versions
 
-# %% ../nbs/20_reproduce.ipynb #1377e9e5
+# %% ../nbs/20_reproduce.ipynb #232242a4
 @dataclass(frozen=True)
 class Book:
     "Where the notebooks, the recorded numbers and the runs are."
@@ -62,7 +62,7 @@ class Book:
     @property
     def expected(self) -> Path: return self.data/"expected"
 
-# %% ../nbs/20_reproduce.ipynb #ab31e917
+# %% ../nbs/20_reproduce.ipynb #c17fa76e
 def open_book(root: Path | str | None = None) -> Book:  # a folder with nbs/ and data/; None: this project
     "The book at `root`. Runs go to `root/runs`, or to ./runs where the project is an installed wheel. Raises UserError."
     if root is None:
@@ -72,7 +72,7 @@ def open_book(root: Path | str | None = None) -> Book:  # a folder with nbs/ and
         raise UserError("there is no folder nbs in it", where=root, fix="Give a folder that holds nbs/results and nbs/profiles.")
     return Book(root/"nbs", root/"data", root/"runs")
 
-# %% ../nbs/20_reproduce.ipynb #8bff0b75
+# %% ../nbs/20_reproduce.ipynb #fbb6ccc5
 def read_notebook(path: Path | str) -> dict:
     "A notebook as a dictionary. Raises UserError if the file is none."
     nb = read_json(path)
@@ -80,22 +80,22 @@ def read_notebook(path: Path | str) -> dict:
         raise UserError("the file is not a notebook", where=path, fix="Restore it (git checkout), or save it again from JupyterLab.")
     return nb
 
-# %% ../nbs/20_reproduce.ipynb #f3456890
+# %% ../nbs/20_reproduce.ipynb #67a1947f
 def cell_source(cell: Mapping) -> str:
     "Text of a cell."
     return "".join(cell.get("source", ""))
 
-# %% ../nbs/20_reproduce.ipynb #98a731b5
+# %% ../nbs/20_reproduce.ipynb #31c45202
 def code_cells(nb: Mapping) -> list[dict]:
     "The code cells of a notebook, in order."
     return [c for c in nb["cells"] if c["cell_type"] == "code"]
 
-# %% ../nbs/20_reproduce.ipynb #becd868a
+# %% ../nbs/20_reproduce.ipynb #059907a0
 def result_names(book: Book) -> list[str]:
     "Names of the results notebooks, sorted; drafts that start with _ do not count."
     return sorted(p.stem for p in book.results.glob("*.ipynb") if not p.name.startswith(("_", ".")))
 
-# %% ../nbs/20_reproduce.ipynb #280b03e2
+# %% ../nbs/20_reproduce.ipynb #0b08de75
 def known_names(book: Book, names: Iterable[str]) -> list[str]:
     "These names, without repeats. Raises UserError if one is not a results notebook."
     names, known = list(dict.fromkeys(n.removesuffix(".ipynb") for n in names)), result_names(book)
@@ -106,13 +106,13 @@ def known_names(book: Book, names: Iterable[str]) -> list[str]:
             raise UserError(f"there is no results notebook {name!r}", where="NAMES", fix=f"{hint}Known: {', '.join(known) or 'none'}.")
     return names
 
-# %% ../nbs/20_reproduce.ipynb #309f974d
+# %% ../nbs/20_reproduce.ipynb #3c0d5093
 def notebook_title(nb: Mapping) -> str:
     "First heading of a notebook, or an empty text."
     lines = (line for c in nb["cells"] if c["cell_type"] == "markdown" for line in cell_source(c).splitlines())
     return next((line[2:].strip() for line in lines if line.startswith("# ")), "")
 
-# %% ../nbs/20_reproduce.ipynb #42cb34f7
+# %% ../nbs/20_reproduce.ipynb #56fa818d
 @dataclass(frozen=True)
 class Parameter:
     "A parameter of a notebook."
@@ -123,7 +123,7 @@ class Parameter:
 
 RESERVED = ("run_dir", "jobs")  # set by the runner; they decide no number
 
-# %% ../nbs/20_reproduce.ipynb #6c34c662
+# %% ../nbs/20_reproduce.ipynb #2832c7b1
 def _parameter(statement: ast.stmt, lines: Sequence[str], where: str) -> Parameter:
     "One line of the parameters cell."
     targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
@@ -138,7 +138,7 @@ def _parameter(statement: ast.stmt, lines: Sequence[str], where: str) -> Paramet
     rest = lines[statement.end_lineno - 1].encode()[statement.end_col_offset:].decode()
     return Parameter(targets[0].id, default, rest.strip().lstrip("# "))
 
-# %% ../nbs/20_reproduce.ipynb #613dc6da
+# %% ../nbs/20_reproduce.ipynb #2894494f
 def notebook_parameters(nb: Mapping, where: str = "notebook") -> dict[str, Parameter]:
     "Parameters by name. Raises UserError unless there is one cell tagged `parameters` with plain values, `run_dir` among them."
     tagged = [c for c in code_cells(nb) if "parameters" in c.get("metadata", {}).get("tags", [])]
@@ -154,7 +154,7 @@ def notebook_parameters(nb: Mapping, where: str = "notebook") -> dict[str, Param
         raise UserError("the parameters cell has no run_dir", where=where, fix='Add a line such as run_dir = "../../runs/reader/NAME".')
     return {p.name: p for p in found}
 
-# %% ../nbs/20_reproduce.ipynb #712f6fdb
+# %% ../nbs/20_reproduce.ipynb #1e4cf6a7
 def fits(value: Any, default: Any) -> bool:
     "May `value` stand where `default` stands?"
     if default is None:
@@ -168,14 +168,14 @@ def fits(value: Any, default: Any) -> bool:
         return isinstance(value, (list, tuple)) and (len(kinds) != 1 or all(fits(x, default[0]) for x in value))
     return isinstance(value, type(default))
 
-# %% ../nbs/20_reproduce.ipynb #3f25b42f
+# %% ../nbs/20_reproduce.ipynb #aab3adfd
 def _kind(default: Any) -> str:
     "Type of a default in words."
     if isinstance(default, (list, tuple)) and len({type(x) for x in default}) == 1:
         return f"list of {type(default[0]).__name__}"
     return type(default).__name__
 
-# %% ../nbs/20_reproduce.ipynb #2f1debdd
+# %% ../nbs/20_reproduce.ipynb #7b17b01f
 def resolve_parameters(known: Mapping[str, Parameter], given: Mapping[str, Any], where: str) -> dict[str, Any]:
     "Defaults with the given values put in, reserved ones left out. Raises UserError for an unknown or ill-typed one."
     names = [n for n in known if n not in RESERVED]
@@ -189,7 +189,7 @@ def resolve_parameters(known: Mapping[str, Parameter], given: Mapping[str, Any],
     made = {n: given.get(n, known[n].default) for n in names}
     return to_jsonable({n: float(v) if isinstance(known[n].default, float) else v for n, v in made.items()}, where)
 
-# %% ../nbs/20_reproduce.ipynb #551a73bf
+# %% ../nbs/20_reproduce.ipynb #4119c356
 @dataclass(frozen=True)
 class Profile:
     "A parameter file: what `reproduce` runs by default, what each notebook is given, and the predicted seconds."
@@ -199,12 +199,12 @@ class Profile:
     parameters: dict[str, dict] = field(default_factory=dict)
     about: str = ""
 
-# %% ../nbs/20_reproduce.ipynb #72714e74
+# %% ../nbs/20_reproduce.ipynb #fab3bc38
 def profile_names(book: Book) -> list[str]:
     "Known profiles, sorted."
     return sorted(p.stem for p in book.profiles.glob("*.json"))
 
-# %% ../nbs/20_reproduce.ipynb #5463f8ca
+# %% ../nbs/20_reproduce.ipynb #0225a237
 def _profile_fields(path: Path) -> dict:
     "Fields of a profile file, with their types checked."
     fields = read_json(path)
@@ -217,7 +217,7 @@ def _profile_fields(path: Path) -> dict:
                             fix="Fields: " + ", ".join(f"{k} ({v.__name__})" for k, v in expected.items()) + ".")
     return fields
 
-# %% ../nbs/20_reproduce.ipynb #7e2eec33
+# %% ../nbs/20_reproduce.ipynb #f945a376
 def load_profile(book: Book, name: str) -> Profile:
     "The profile `name`, checked against every notebook that it mentions. Raises UserError naming file, notebook and parameter."
     path, known = book.profiles/f"{name}.json", result_names(book)
@@ -233,7 +233,7 @@ def load_profile(book: Book, name: str) -> Profile:
         resolve_parameters(notebook_parameters(read_notebook(book.results/f"{notebook}.ipynb"), where), given, where)
     return Profile(name, **{**fields, "headline": tuple(fields.get("headline", ()))})
 
-# %% ../nbs/20_reproduce.ipynb #7b6e0eb6
+# %% ../nbs/20_reproduce.ipynb #933d1b1c
 def _literal(text: str, default: Any) -> Any:
     "A value from the command line."
     if isinstance(default, str):
@@ -243,7 +243,7 @@ def _literal(text: str, default: Any) -> Any:
             return read(text)
     return text
 
-# %% ../nbs/20_reproduce.ipynb #2f3ed508
+# %% ../nbs/20_reproduce.ipynb #f86d95d3
 def parse_sets(sets: Iterable[str],                                   # "k=v" or "notebook.k=v"
                known: Mapping[str, Mapping[str, Parameter]],          # chosen notebook -> its parameters
                ) -> dict[str, dict]:
@@ -260,7 +260,7 @@ def parse_sets(sets: Iterable[str],                                   # "k=v" or
             made[n][key] = _literal(value.strip(), known[n][key].default)
     return made
 
-# %% ../nbs/20_reproduce.ipynb #0b755b40
+# %% ../nbs/20_reproduce.ipynb #c9ddd13d
 def echo(params: Mapping[str, Any],       # the parameters of the notebook, without run_dir
          run_dir: str) -> dict[str, Any]:  # folder of the run; made if need be
     "Write run_dir/echo.json and return the parameters. A notebook calls it in the cell after its parameters."
@@ -271,7 +271,7 @@ def echo(params: Mapping[str, Any],       # the parameters of the notebook, with
     print("parameters:", ", ".join(f"{k} = {v!r}" for k, v in params.items() if k not in RESERVED))
     return params
 
-# %% ../nbs/20_reproduce.ipynb #a76deaed
+# %% ../nbs/20_reproduce.ipynb #81121d0a
 def check_echo(folder: Path, sent: Mapping[str, Any]) -> dict:
     "The kernel's environment from the echo. Raises UserError if the notebook does not hold what was sent."
     if not (folder/"echo.json").is_file():
@@ -285,24 +285,24 @@ def check_echo(folder: Path, sent: Mapping[str, Any]) -> dict:
                             fix="Check the tag 'parameters', and that the notebook echoes every parameter before changing it.")
     return said["kernel"]
 
-# %% ../nbs/20_reproduce.ipynb #f9b6067e
+# %% ../nbs/20_reproduce.ipynb #159e206e
 class SkipNotebook(Exception):
     "Raised by `skip`; shows itself as its message alone."
     def _render_traceback_(self) -> list[str]:
         return [f"Skipped: {self}"]
 
-# %% ../nbs/20_reproduce.ipynb #5795b07c
+# %% ../nbs/20_reproduce.ipynb #794063de
 def skip(reason: str, run_dir: str) -> None:
     "End this notebook here because something that it needs is absent. Writes run_dir/skipped.json and raises SkipNotebook."
     write_json(Path(run_dir)/"skipped.json", {"reason": reason})
     raise SkipNotebook(reason)
 
-# %% ../nbs/20_reproduce.ipynb #b8fbb453
+# %% ../nbs/20_reproduce.ipynb #9ab1637e
 def cells_hash(nb: Mapping) -> str:
     "Hash of the code cells; prose and outputs do not count."
     return stable_hash([cell_source(c).strip() for c in code_cells(nb)])
 
-# %% ../nbs/20_reproduce.ipynb #4cdc0207
+# %% ../nbs/20_reproduce.ipynb #d9d30514
 def imported_modules(nb: Mapping, where: str = "notebook") -> list[str]:
     "kd_notes modules that the code cells import, sorted. Raises UserError for a cell that is not Python."
     found: set[str] = set()
@@ -314,19 +314,19 @@ def imported_modules(nb: Mapping, where: str = "notebook") -> list[str]:
             raise UserError(f"code cell {number} is not Python ({e.msg}, line {e.lineno})", where=where, fix="Correct it.") from e
     return sorted(name for name in found if _module_file(name))
 
-# %% ../nbs/20_reproduce.ipynb #a020ae5b
+# %% ../nbs/20_reproduce.ipynb #965a5687
 @functools.lru_cache(maxsize=None)
 def _file_hash(path: Path, size: int, changed: int) -> str:
     return sha256_file(path)
 
-# %% ../nbs/20_reproduce.ipynb #64316b04
+# %% ../nbs/20_reproduce.ipynb #d7a09d48
 def data_hashes(book: Book) -> dict[str, str]:
     "SHA-256 of the files in data/, without the record and the prose."
     found = (p for p in sorted(book.data.rglob("*")) if p.is_file() and p.suffix != ".md" and not p.name.startswith("."))
     return {p.relative_to(book.data).as_posix(): _file_hash(p, p.stat().st_size, p.stat().st_mtime_ns)
             for p in found if not p.is_relative_to(book.expected)}
 
-# %% ../nbs/20_reproduce.ipynb #e64b0aae
+# %% ../nbs/20_reproduce.ipynb #15f33d4c
 def outside_data(nb: Mapping) -> dict | None:
     "Names, sizes and times in $KD_NOTES_DATA for a notebook that reads real data; None for others or without such a folder."
     wants = any(word in cell_source(c) for c in code_cells(nb) for word in ("load_real", "KD_NOTES_DATA"))
@@ -335,7 +335,7 @@ def outside_data(nb: Mapping) -> dict | None:
         return None
     return {p.name: [p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(Path(folder).iterdir()) if p.is_file()}
 
-# %% ../nbs/20_reproduce.ipynb #44010e3d
+# %% ../nbs/20_reproduce.ipynb #5019427f
 def notebook_key(book: Book, nb: Mapping, params: Mapping[str, Any]) -> str:
     "What decides the numbers of a notebook's run, as 16 hex digits."
     modules = [m for m in imported_modules(nb) if m != "reproduce"]
@@ -343,7 +343,7 @@ def notebook_key(book: Book, nb: Mapping, params: Mapping[str, Any]) -> str:
     return stable_hash({"cells": cells_hash(nb), "params": params, "code": code_hash(*modules), "data": data_hashes(book),
                         "outside": outside_data(nb), "libraries": libraries})
 
-# %% ../nbs/20_reproduce.ipynb #86da7415
+# %% ../nbs/20_reproduce.ipynb #c19dc544
 NUMBER_FIELDS = {"value", "low", "high", "n", "abs", "k"}  # abs and k: a tolerance of its own, see `check`
 
 
@@ -360,7 +360,7 @@ def read_numbers(path: Path) -> dict[str, dict]:
                             fix="Write a number, or Estimate.as_metric() of kd_notes.report.")
     return made
 
-# %% ../nbs/20_reproduce.ipynb #a85f9219
+# %% ../nbs/20_reproduce.ipynb #ba33b11f
 def check_artefacts(folder: Path) -> dict[str, str]:
     "SHA-256 of what a run left: metrics.json, figures and their CSV twins. Raises UserError if something is missing."
     if not (folder/"metrics.json").is_file():
@@ -374,7 +374,7 @@ def check_artefacts(folder: Path) -> dict[str, str]:
     made = [folder/"metrics.json", *figures, *sorted(folder.glob("*.csv"))]
     return {p.name: sha256_file(p) for p in made}
 
-# %% ../nbs/20_reproduce.ipynb #8f8ae127
+# %% ../nbs/20_reproduce.ipynb #23d63e2d
 def jupyter_settings(folder: Path) -> dict[str, str]:
     "Environment variables for a process whose kernel python3 is this interpreter; files go below `folder`."
     command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
@@ -383,7 +383,7 @@ def jupyter_settings(folder: Path) -> dict[str, str]:
               "IPYTHONDIR": folder/"ipython"}
     return {k: str(v) for k, v in places.items()} | {"KD_NOTES_PROGRESS": "lines", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
 
-# %% ../nbs/20_reproduce.ipynb #eac19213
+# %% ../nbs/20_reproduce.ipynb #facc9815
 def _end_with_pipe() -> None:
     "Wait until standard input closes, then end everything below this process, and this process."
     with suppress(OSError):
@@ -395,7 +395,7 @@ def _end_with_pipe() -> None:
             child.kill()
     os._exit(143)
 
-# %% ../nbs/20_reproduce.ipynb #5594770e
+# %% ../nbs/20_reproduce.ipynb #4524d68b
 def child_main(job_file: str) -> None:
     "Main function of the process that executes one notebook."
     job = read_json(job_file)
@@ -403,12 +403,12 @@ def child_main(job_file: str) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     write_json(job["result"], _execute(job))
 
-# %% ../nbs/20_reproduce.ipynb #bc60dbdf
+# %% ../nbs/20_reproduce.ipynb #35ae7c3a
 def _plain(text: str) -> str:
     "Text without terminal colours."
     return re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", text)
 
-# %% ../nbs/20_reproduce.ipynb #78a31689
+# %% ../nbs/20_reproduce.ipynb #778c77b7
 def _peak_of_children() -> float | None:
     "Highest memory use of a process below this one that has ended, in MiB."
     with suppress(ImportError):  # not on Windows
@@ -416,7 +416,7 @@ def _peak_of_children() -> float | None:
         return round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10), 1)
     return None
 
-# %% ../nbs/20_reproduce.ipynb #478d2b09
+# %% ../nbs/20_reproduce.ipynb #47e85ef7
 def papermill_agrees(path: Path | str, names: Iterable[str]) -> None:
     "Raise UserError if papermill reads other names from the parameters cell than we do: it would ignore the rest."
     sys.modules.setdefault("rfc3987_syntax", None)
@@ -426,7 +426,7 @@ def papermill_agrees(path: Path | str, names: Iterable[str]) -> None:
         raise UserError(f"papermill does not understand {', '.join(sorted(differ))} in the parameters cell", where=path,
                         fix="Write one plain value a line, without '=' inside a text.")
 
-# %% ../nbs/20_reproduce.ipynb #b6425bfe
+# %% ../nbs/20_reproduce.ipynb #c04b2c5a
 def _execute(job: Mapping[str, Any]) -> dict:
     "Execute a notebook with papermill: {'error': None or text, 'peak_memory_mib'}."
     sys.modules.setdefault("rfc3987_syntax", None)
@@ -446,7 +446,7 @@ def _execute(job: Mapping[str, Any]) -> dict:
         error = str(e) if isinstance(e, UserError) else traceback.format_exc()
     return {"error": error, "peak_memory_mib": _peak_of_children()}
 
-# %% ../nbs/20_reproduce.ipynb #f2d59244
+# %% ../nbs/20_reproduce.ipynb #dda0885a
 class Ticker:
     "Shows how far a notebook is: its cell, the time, what it printed last."
     def __init__(self, name: str, cells: int, expected: float | None, mode: str | None = None):
@@ -466,7 +466,7 @@ class Ticker:
         line = f"{self.name}: cell {self.cell}/{self.cells}, {human_seconds(time.monotonic() - self.start)}{about}"
         return (f"{line}; {self.last}" if self.last else line)[:160]
 
-# %% ../nbs/20_reproduce.ipynb #3019613c
+# %% ../nbs/20_reproduce.ipynb #309e516b
 def _tick(ticker: Ticker) -> None:
     "Show the state, if it is time to."
     every = {"bar": 0.5, "off": math.inf}.get(ticker.mode, 10.0)
@@ -476,12 +476,12 @@ def _tick(ticker: Ticker) -> None:
         text = f"\r\x1b[K{ticker.text()[:width]}" if ticker.mode == "bar" else f"{ticker.text()}\n"
         print(text, end="", file=sys.stderr, flush=True)
 
-# %% ../nbs/20_reproduce.ipynb #e9a7d7e2
+# %% ../nbs/20_reproduce.ipynb #9b2fdaf8
 def _clear(ticker: Ticker) -> None:
     if ticker.mode == "bar":
         print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
-# %% ../nbs/20_reproduce.ipynb #08defd53
+# %% ../nbs/20_reproduce.ipynb #b37919ab
 def _copy_lines(stream, log: Path, lines: queue.Queue) -> None:
     "Thread: everything the process says goes to the log and to the ticker."
     with open(log, "w", encoding="utf-8") as f:
@@ -490,7 +490,7 @@ def _copy_lines(stream, log: Path, lines: queue.Queue) -> None:
             f.flush()
             lines.put(line)
 
-# %% ../nbs/20_reproduce.ipynb #b09746cf
+# %% ../nbs/20_reproduce.ipynb #555066c0
 def _stop(process: subprocess.Popen) -> None:
     "End the process and what it started; it has ten seconds to do so itself."
     with suppress(OSError):
@@ -501,7 +501,7 @@ def _stop(process: subprocess.Popen) -> None:
         process.kill()
         process.wait()
 
-# %% ../nbs/20_reproduce.ipynb #8c89a83c
+# %% ../nbs/20_reproduce.ipynb #816a96fa
 def _wait(process: subprocess.Popen, folder: Path, ticker: Ticker) -> int:
     "Follow the process until it ends; its exit code. Whatever interrupts us ends it."
     lines: queue.Queue = queue.Queue()
@@ -518,11 +518,11 @@ def _wait(process: subprocess.Popen, folder: Path, ticker: Ticker) -> int:
         reader.join(5)
         _clear(ticker)
 
-# %% ../nbs/20_reproduce.ipynb #7e995d2f
+# %% ../nbs/20_reproduce.ipynb #ad7b1b15
 class NotebookFailed(Exception):
     "A notebook did not come to its end; the message is the tail of its traceback."
 
-# %% ../nbs/20_reproduce.ipynb #b57ca35b
+# %% ../nbs/20_reproduce.ipynb #c457612e
 def _run_process(book: Book, plan: "Plan", ticker: Ticker) -> dict:
     "Execute a notebook in a process of its own: its result. Raises NotebookFailed."
     folder = plan.folder.resolve()
@@ -541,12 +541,12 @@ def _run_process(book: Book, plan: "Plan", ticker: Ticker) -> dict:
         raise NotebookFailed(f"its process ended with {why}\n{_tail(log, 12)}")
     return read_json(folder/"result.json")
 
-# %% ../nbs/20_reproduce.ipynb #469a0693
+# %% ../nbs/20_reproduce.ipynb #ae1af280
 def _tail(text: str, lines: int = 25) -> str:
     "The last lines of a text, indented."
     return "\n".join("    " + line for line in text.strip().splitlines()[-lines:])
 
-# %% ../nbs/20_reproduce.ipynb #f6300652
+# %% ../nbs/20_reproduce.ipynb #fba6bb97
 def need_papermill() -> None:
     "Raise UserError where the extra `notebooks` is not installed."
     from importlib.util import find_spec
@@ -555,7 +555,7 @@ def need_papermill() -> None:
         raise UserError(f"running notebooks needs {', '.join(missing)}", where="kd-notes reproduce",
                         fix="Install them: pip install 'kd_notes[notebooks]'")
 
-# %% ../nbs/20_reproduce.ipynb #b142ebc6
+# %% ../nbs/20_reproduce.ipynb #585ef33f
 @dataclass(frozen=True)
 class Plan:
     "A notebook that is to be run: with what, where, and whether a finished run is still good."
@@ -569,7 +569,7 @@ class Plan:
     seconds: float | None
     fresh: bool       # a finished run with this key is there
 
-# %% ../nbs/20_reproduce.ipynb #00ebfca9
+# %% ../nbs/20_reproduce.ipynb #0ab0452d
 def run_fresh(folder: Path, key: str) -> bool:
     "Is there a finished run with this key, with all its files unchanged?"
     manifest = read_manifest(folder)
@@ -577,7 +577,7 @@ def run_fresh(folder: Path, key: str) -> bool:
         return False
     return all((folder/name).is_file() and sha256_file(folder/name) == digest for name, digest in manifest.get("outputs", {}).items())
 
-# %% ../nbs/20_reproduce.ipynb #a7df4cd4
+# %% ../nbs/20_reproduce.ipynb #023b3e85
 def make_plan(book: Book, profile: Profile, name: str, sets: Mapping[str, Any], jobs: int = 1) -> Plan:
     "What running this notebook means. Settings beside the profile go to a folder of their own, so that records never see them."
     path = book.results/f"{name}.ipynb"
@@ -589,7 +589,7 @@ def make_plan(book: Book, profile: Profile, name: str, sets: Mapping[str, Any], 
     key = notebook_key(book, nb, params)
     return Plan(name, folder, params, sent, tuple(known), key, len(nb["cells"]) + 1, profile.seconds.get(name), run_fresh(folder, key))
 
-# %% ../nbs/20_reproduce.ipynb #140ec8fc
+# %% ../nbs/20_reproduce.ipynb #f461a286
 @contextmanager
 def _set_aside(folder: Path) -> Iterator[None]:
     "Keep a finished run until the block has ended well; on an error it is kept in .previous."
@@ -601,7 +601,7 @@ def _set_aside(folder: Path) -> Iterator[None]:
     yield
     shutil.rmtree(kept, ignore_errors=True)
 
-# %% ../nbs/20_reproduce.ipynb #af0760de
+# %% ../nbs/20_reproduce.ipynb #adf92b72
 def _collect(plan: Plan, run: Run, result: dict) -> None:
     "Judge a notebook that came to its end, and finish its run. Raises UserError or NotebookFailed."
     skipped = plan.folder/"skipped.json"
@@ -616,7 +616,7 @@ def _collect(plan: Plan, run: Run, result: dict) -> None:
     run.finish(read_json(plan.folder/"metrics.json"))
     run.manifest |= {"outputs": check_artefacts(plan.folder), "kernel_peak_memory_mib": result["peak_memory_mib"]}
 
-# %% ../nbs/20_reproduce.ipynb #1998d06f
+# %% ../nbs/20_reproduce.ipynb #23fdaf46
 @dataclass(frozen=True)
 class Outcome:
     "How a notebook went: done, unchanged, skipped or failed."
@@ -626,7 +626,7 @@ class Outcome:
     folder: Path
     message: str = ""
 
-# %% ../nbs/20_reproduce.ipynb #9bd76533
+# %% ../nbs/20_reproduce.ipynb #c861be34
 def run_plan(book: Book, plan: Plan) -> Outcome:
     "Run one notebook. A failure is an outcome, not an exception; an interruption passes through and leaves the run 'killed'."
     start, message = time.monotonic(), ""
@@ -640,20 +640,20 @@ def run_plan(book: Book, plan: Plan) -> Outcome:
         status, message = "failed", str(e)
     return Outcome(plan.name, status, time.monotonic() - start, plan.folder, message)
 
-# %% ../nbs/20_reproduce.ipynb #b261818e
+# %% ../nbs/20_reproduce.ipynb #92c7f170
 def _shown(path: Path) -> str:
     "A path as people read it: relative where it lies below the current folder."
     path, here = path.resolve(), Path.cwd().resolve()
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
-# %% ../nbs/20_reproduce.ipynb #97cdb90d
+# %% ../nbs/20_reproduce.ipynb #81ed1d70
 def columns(rows: Sequence[Sequence[Any]]) -> str:
     "Rows as aligned columns."
     text = [[str(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in text) for i in range(len(text[0]))] if text else []
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in text)
 
-# %% ../nbs/20_reproduce.ipynb #42a8fc46
+# %% ../nbs/20_reproduce.ipynb #05b1e6e2
 def _announce(plans: Sequence[Plan], profile: Profile, force: bool) -> None:
     "Say what will be run and how long that should take."
     todo = [p for p in plans if force or not p.fresh]
@@ -662,7 +662,7 @@ def _announce(plans: Sequence[Plan], profile: Profile, force: bool) -> None:
     line += f", about {human_seconds(sum(p.seconds or 0 for p in todo))}" if len(unknown) < len(todo) else ""
     print(line + (f"; not measured: {', '.join(unknown)}" if unknown else ""), flush=True)
 
-# %% ../nbs/20_reproduce.ipynb #092f3ffa
+# %% ../nbs/20_reproduce.ipynb #fb72886a
 def plan_all(book: Book, profile: Profile, names: Sequence[str], everything: bool, sets: Sequence[str], jobs: int) -> list[Plan]:
     "Plans for the named notebooks, or the headline, or all. Raises UserError before anything has run."
     names = known_names(book, names) or (result_names(book) if everything else list(profile.headline))
@@ -673,7 +673,7 @@ def plan_all(book: Book, profile: Profile, names: Sequence[str], everything: boo
     given = parse_sets(sets, known)
     return [make_plan(book, profile, n, given[n], jobs) for n in names]
 
-# %% ../nbs/20_reproduce.ipynb #09d2eae0
+# %% ../nbs/20_reproduce.ipynb #9f8c5a68
 def _report(outcome: Outcome, book: Book) -> None:
     "One line about a notebook that has just ended, and why it failed if it did."
     shown = _shown(outcome.folder)
@@ -681,7 +681,7 @@ def _report(outcome: Outcome, book: Book) -> None:
     if outcome.message:
         print(outcome.message if outcome.status == "skipped" else f"{outcome.message}\n    log: {shown}/log.txt", flush=True)
 
-# %% ../nbs/20_reproduce.ipynb #9f5fa587
+# %% ../nbs/20_reproduce.ipynb #1abcccd1
 def reproduce(names: Sequence[str] = (),        # results notebooks; none: the profile's headline
               profile: str = "cpu", *,
               jobs: int = 1,                    # trainings side by side, for notebooks with a parameter `jobs`
@@ -706,7 +706,7 @@ def reproduce(names: Sequence[str] = (),        # results notebooks; none: the p
         _report(made[-1], book)
     return made
 
-# %% ../nbs/20_reproduce.ipynb #77101200
+# %% ../nbs/20_reproduce.ipynb #f23a504e
 K_SIGMA, ABS_INTERVAL, REL_PLAIN = 3.0, 0.01, 0.01  # defaults: three standard errors; one point; one per cent for a number without interval
 
 
@@ -717,12 +717,12 @@ def with_tolerance(number: Mapping[str, float]) -> dict[str, float]:
     default = ABS_INTERVAL if interval else REL_PLAIN * abs(number["value"]) + 1e-9
     return {**number, "abs": number.get("abs", default), "k": number.get("k", K_SIGMA), "sigma": sigma}
 
-# %% ../nbs/20_reproduce.ipynb #3f2a485e
+# %% ../nbs/20_reproduce.ipynb #7bd5e088
 def tolerance(number: Mapping[str, float]) -> float:
     "max(abs, k sigma) of a recorded number."
     return max(number["abs"], number["k"] * number["sigma"])
 
-# %% ../nbs/20_reproduce.ipynb #71041f71
+# %% ../nbs/20_reproduce.ipynb #afc0d29a
 def judge(measured: Mapping[str, float], recorded: Mapping[str, float]) -> tuple[str, str]:
     "('PASS', 'DRIFT' or 'FAIL', and a note) for one number."
     if measured.get("n") != recorded.get("n"):
@@ -735,12 +735,12 @@ def judge(measured: Mapping[str, float], recorded: Mapping[str, float]) -> tuple
     status = "PASS" if off <= limit else "DRIFT" if off <= 2 * limit else "FAIL"
     return status, "" if worst == "value" or status == "PASS" else f"{worst} {measured[worst]:.4g} where {recorded[worst]:.4g} was recorded"
 
-# %% ../nbs/20_reproduce.ipynb #1b710fa6
+# %% ../nbs/20_reproduce.ipynb #e4b2614a
 def expected_file(book: Book, profile: str, name: str) -> Path:
     "Where the recorded numbers of a notebook are."
     return book.expected/profile/f"{name}.json"
 
-# %% ../nbs/20_reproduce.ipynb #697b95a9
+# %% ../nbs/20_reproduce.ipynb #643966c2
 def finished_run(book: Book, profile: str, name: str) -> tuple[Path, dict]:
     "Folder and manifest of a finished run. Raises UserError if there is none, or if its files were changed since."
     folder = book.runs/profile/name
@@ -752,7 +752,7 @@ def finished_run(book: Book, profile: str, name: str) -> tuple[Path, dict]:
         raise UserError("files of this run were changed after it had finished", where=folder, fix=f"Run it again: {again} --force")
     return folder, manifest
 
-# %% ../nbs/20_reproduce.ipynb #8d7d976a
+# %% ../nbs/20_reproduce.ipynb #47839563
 def _provenance(folder: Path, manifest: Mapping) -> dict:
     "Where recorded numbers come from."
     kernel = manifest["kernel"]
@@ -760,7 +760,7 @@ def _provenance(folder: Path, manifest: Mapping) -> dict:
             "cpu": kernel["cpu"], "platform": kernel["platform"], "versions": kernel["versions"],
             "git_commit": kernel["git_commit"], "git_dirty": kernel["git_dirty"]}
 
-# %% ../nbs/20_reproduce.ipynb #9c921d34
+# %% ../nbs/20_reproduce.ipynb #00458885
 def record(names: Sequence[str], profile: str, book: Book | None = None) -> list[str]:
     "Store the numbers of finished runs in data/expected; lines that say what changed. Raises UserError if a run is not finished."
     book, lines = book or open_book(), []
@@ -773,7 +773,7 @@ def record(names: Sequence[str], profile: str, book: Book | None = None) -> list
         lines += [f"{name}: {line}" for line in _changes(old, numbers)] or [f"{name}: no number changed"]
     return lines
 
-# %% ../nbs/20_reproduce.ipynb #05431388
+# %% ../nbs/20_reproduce.ipynb #2609bc82
 def _changes(old: Mapping[str, Mapping], new: Mapping[str, Mapping]) -> list[str]:
     "What changed between two sets of recorded numbers."
     gone = [f"{k} is gone (was {old[k]['value']:.6g})" for k in old if k not in new]
@@ -781,7 +781,7 @@ def _changes(old: Mapping[str, Mapping], new: Mapping[str, Mapping]) -> list[str
     moved = [f"{k}: {old[k]['value']:.6g} -> {new[k]['value']:.6g}" for k in new if k in old and dict(old[k]) != dict(new[k])]
     return gone + fresh + moved
 
-# %% ../nbs/20_reproduce.ipynb #2357d2dd
+# %% ../nbs/20_reproduce.ipynb #7ebfbb5a
 @dataclass(frozen=True)
 class Checked:
     "A recorded number and what became of it."
@@ -793,7 +793,7 @@ class Checked:
     tolerance: float | None = None
     note: str = ""
 
-# %% ../nbs/20_reproduce.ipynb #1e37362b
+# %% ../nbs/20_reproduce.ipynb #7f66da11
 def _why_not_run(folder: Path, device: str) -> str:
     "Why a run says nothing about the record; empty if it does."
     status, manifest = run_status(folder), read_manifest(folder)
@@ -804,7 +804,7 @@ def _why_not_run(folder: Path, device: str) -> str:
     ran_on = manifest["kernel"]["device_class"]
     return "" if ran_on == device else f"recorded on {device}, run on {ran_on}"
 
-# %% ../nbs/20_reproduce.ipynb #b9696cfe
+# %% ../nbs/20_reproduce.ipynb #40a8ed56
 def check_notebook(book: Book, profile: str, name: str) -> list[Checked]:
     "One row per recorded number of a notebook, or one row that says why there is none."
     path, folder = expected_file(book, profile, name), book.runs/profile/name
@@ -822,14 +822,14 @@ def check_notebook(book: Book, profile: str, name: str) -> list[Checked]:
     extra = [k for k in measured if k not in stored["numbers"]]
     return rows + [Checked(name, k, "NOT RUN", None, measured[k]["value"], note="measured, but not recorded") for k in extra]
 
-# %% ../nbs/20_reproduce.ipynb #5cdb1010
+# %% ../nbs/20_reproduce.ipynb #cd6894cc
 def _check_number(name: str, number: str, measured: Mapping | None, recorded: Mapping) -> Checked:
     if measured is None:
         return Checked(name, number, "FAIL", recorded["value"], None, tolerance(recorded), "the run did not produce it")
     status, note = judge(measured, recorded)
     return Checked(name, number, status, recorded["value"], measured["value"], tolerance(recorded), note)
 
-# %% ../nbs/20_reproduce.ipynb #b8497aec
+# %% ../nbs/20_reproduce.ipynb #d74c98be
 def check(names: Sequence[str] = (), profile: str = "cpu", book: Book | None = None) -> list[Checked]:
     "Compare runs with the record: the named notebooks, or all that have a record in this profile and its headline. Raises UserError."
     book = book or open_book()
@@ -841,7 +841,7 @@ def check(names: Sequence[str] = (), profile: str = "cpu", book: Book | None = N
         raise UserError("there is nothing to check", where=f"profile {profile}", fix="Name a notebook, or record one: kd-notes record.")
     return [row for name in chosen for row in check_notebook(book, profile, name)]
 
-# %% ../nbs/20_reproduce.ipynb #3ca67cbe
+# %% ../nbs/20_reproduce.ipynb #b6168e4c
 def check_table(rows: Sequence[Checked]) -> str:
     "The rows as text, and a line that counts them."
     body = [(r.status, r.notebook, r.number, *("-" if x is None else f"{x:.4g}" for x in (r.expected, r.measured, r.tolerance)), r.note)
@@ -849,7 +849,7 @@ def check_table(rows: Sequence[Checked]) -> str:
     count = ", ".join(f"{sum(r.status == s for r in rows)} {s}" for s in ("PASS", "DRIFT", "FAIL", "NOT RUN"))
     return columns([("status", "notebook", "number", "expected", "measured", "tolerance", "note"), *body]) + f"\n{count}"
 
-# %% ../nbs/20_reproduce.ipynb #127e38b6
+# %% ../nbs/20_reproduce.ipynb #91511e26
 MACHINE_PATH = re.compile(r"(?<![\w./-])/(?:home|root|tmp|Users|work|mnt|private|var|opt|workspace)/[\w.-]+")
 
 
@@ -859,7 +859,7 @@ def _scrub(text: str, places: Mapping[str, str]) -> str:
         text = text.replace(path, places[path])
     return re.sub(r"(<[^>\n]*?) at 0x[0-9a-fA-F]+(>)", r"\1\2", text)
 
-# %% ../nbs/20_reproduce.ipynb #ccc00dd4
+# %% ../nbs/20_reproduce.ipynb #47b5a0df
 def machine_places(book: Book, folder: Path) -> dict[str, str]:
     "Paths of this machine and what a reader sees instead."
     job, name = read_json(folder/"job.json"), f"runs/{folder.parent.name}/{folder.name}"
@@ -869,7 +869,7 @@ def machine_places(book: Book, folder: Path) -> dict[str, str]:
     both = {str(p): name for p, name in places.items()} | {str(p.resolve()): name for p, name in places.items()}
     return {p: name for p, name in both.items() if len(p) > 1}
 
-# %% ../nbs/20_reproduce.ipynb #a1eca06b
+# %% ../nbs/20_reproduce.ipynb #72255bfa
 def clean_output(output: Mapping, places: Mapping[str, str]) -> dict | None:
     "An output as it is published, or None: standard error is left out, so are interactive widgets."
     if output["output_type"] == "stream":
@@ -883,7 +883,7 @@ def clean_output(output: Mapping, places: Mapping[str, str]) -> dict | None:
     made = {"data": data, "metadata": output.get("metadata", {}), "output_type": output["output_type"]}
     return (made | {"execution_count": None} if output["output_type"] == "execute_result" else made) if data else None
 
-# %% ../nbs/20_reproduce.ipynb #6762126c
+# %% ../nbs/20_reproduce.ipynb #be26b244
 def output_text(cells: Iterable[Mapping]) -> Iterator[tuple[int, str]]:
     "(number of the code cell, text) for every text in the outputs; images are not texts."
     for number, c in enumerate(cells, start=1):
@@ -891,14 +891,14 @@ def output_text(cells: Iterable[Mapping]) -> Iterator[tuple[int, str]]:
             data = output.get("data", {"text/plain": output.get("text", "")})
             yield from ((number, "".join(v)) for k, v in data.items() if k.startswith("text/"))
 
-# %% ../nbs/20_reproduce.ipynb #f2a33823
+# %% ../nbs/20_reproduce.ipynb #b5bc971a
 def _no_machine_paths(cells: Sequence[Mapping], where: str) -> None:
     for number, text in output_text(cells):
         if found := MACHINE_PATH.search(text):
             raise UserError(f"the output of code cell {number} shows {found[0]!r}, a path of this machine", where=where,
                             fix="Print a relative path or a name there.")
 
-# %% ../nbs/20_reproduce.ipynb #b3e4a688
+# %% ../nbs/20_reproduce.ipynb #84e9ec1e
 def executed_outputs(nb: Mapping, executed: Mapping, places: Mapping[str, str], where: str) -> list[list[dict]]:
     "Cleaned outputs of a run, one list per code cell of `nb`. Raises UserError if the code differs."
     ran = [c for c in code_cells(executed) if "injected-parameters" not in c.get("metadata", {}).get("tags", [])]
@@ -906,20 +906,20 @@ def executed_outputs(nb: Mapping, executed: Mapping, places: Mapping[str, str], 
         raise UserError("the code of the notebook has changed since this run", where=where, fix="Run it again, then publish.")
     return [[o for output in c["outputs"] if (o := clean_output(output, places))] for c in ran]
 
-# %% ../nbs/20_reproduce.ipynb #c5d85563
+# %% ../nbs/20_reproduce.ipynb #1f48667d
 def stamp_line(stamp: Mapping) -> str:
     "What a reader sees below the last code cell."
     return f"published from a run with profile {stamp['profile']}, key {stamp['key']}, {stamp['date']}\n"
 
-# %% ../nbs/20_reproduce.ipynb #420076e9
+# %% ../nbs/20_reproduce.ipynb #17782013
 SIZE_LIMIT = 250_000  # bytes of a notebook with its outputs
 
-# %% ../nbs/20_reproduce.ipynb #3e9ab755
+# %% ../nbs/20_reproduce.ipynb #aceca226
 def notebook_text(nb: Mapping) -> str:
     "A notebook as nbdev_clean writes it."
     return json.dumps(nb, sort_keys=True, indent=1, ensure_ascii=False) + "\n"
 
-# %% ../nbs/20_reproduce.ipynb #8dcb7f12
+# %% ../nbs/20_reproduce.ipynb #029a5a5a
 def _check_size(nb: Mapping, where: str) -> None:
     size = len(notebook_text(nb).encode())
     if size > SIZE_LIMIT:
@@ -928,17 +928,17 @@ def _check_size(nb: Mapping, where: str) -> None:
                         f"({max(sizes)//1000} kB) in code cell {sizes.index(max(sizes)) + 1}", where=where,
                         fix="Save figures with save_figure of kd_notes.report, or print less.")
 
-# %% ../nbs/20_reproduce.ipynb #686a31c6
+# %% ../nbs/20_reproduce.ipynb #48d17a82
 def outputs_hash(nb: Mapping) -> str:
     "Hash of all outputs of a notebook."
     return stable_hash([c["outputs"] for c in code_cells(nb)])
 
-# %% ../nbs/20_reproduce.ipynb #7dc45281
+# %% ../nbs/20_reproduce.ipynb #e52f3b00
 def numbers_digest(folder: Path) -> str:
     "Digest of a run's numbers, as it stands in the record of the same run."
     return stable_hash({k: with_tolerance(v) for k, v in read_numbers(folder/"metrics.json").items()})
 
-# %% ../nbs/20_reproduce.ipynb #5a64726b
+# %% ../nbs/20_reproduce.ipynb #5c5456ba
 def _recorded(book: Book, profile: str, name: str, folder: Path) -> str:
     "Digest of the recorded numbers. Raises UserError unless they are those of the run."
     path = expected_file(book, profile, name)
@@ -947,7 +947,7 @@ def _recorded(book: Book, profile: str, name: str, folder: Path) -> str:
                         fix=f"If they should be: kd-notes record {name} --profile {profile}")
     return read_json(path)["digest"]
 
-# %% ../nbs/20_reproduce.ipynb #90fc7383
+# %% ../nbs/20_reproduce.ipynb #c73522bb
 def publish_one(book: Book, profile: str, name: str) -> dict:
     "Put the outputs of a finished run into its notebook and stamp it: the stamp. Raises UserError; then nothing is written."
     folder, manifest = finished_run(book, profile, name)
@@ -965,12 +965,12 @@ def publish_one(book: Book, profile: str, name: str) -> dict:
     atomic_write(path, notebook_text(nb))
     return stamp | {"outputs": outputs_hash(nb)}
 
-# %% ../nbs/20_reproduce.ipynb #3d6332c3
+# %% ../nbs/20_reproduce.ipynb #3504de78
 def stamps_file(book: Book) -> Path:
     "Where the stamps of the published notebooks are."
     return book.expected/"stamps.json"
 
-# %% ../nbs/20_reproduce.ipynb #df01deda
+# %% ../nbs/20_reproduce.ipynb #f5eefacb
 def publish(names: Sequence[str], profile: str, book: Book | None = None) -> list[str]:
     "Publish finished runs; a line for each. Raises UserError at the first that cannot be published; those before it are."
     book, lines = book or open_book(), []
@@ -982,7 +982,7 @@ def publish(names: Sequence[str], profile: str, book: Book | None = None) -> lis
         lines.append(f"{name}: {stamp_line(stamp).strip()} ({size//1000} kB)")
     return lines
 
-# %% ../nbs/20_reproduce.ipynb #a674c5bf
+# %% ../nbs/20_reproduce.ipynb #9b756cbb
 def _published_problems(book: Book, name: str, stamp: Mapping | None) -> Iterator[str]:
     "What is wrong with one published notebook."
     path = book.results/f"{name}.ipynb"
@@ -1002,7 +1002,7 @@ def _published_problems(book: Book, name: str, stamp: Mapping | None) -> Iterato
         yield f"it has more than {SIZE_LIMIT//1000} kB"
     yield from (f"code cell {n} shows a path of a machine" for n, text in output_text(code_cells(nb)) if MACHINE_PATH.search(text))
 
-# %% ../nbs/20_reproduce.ipynb #1bd59a1a
+# %% ../nbs/20_reproduce.ipynb #aa1053d3
 def check_published(book: Book | None = None) -> list[str]:
     "Problems of the published notebooks, as sentences; an empty list means that readers see what the record says."
     book = book or open_book()
@@ -1011,14 +1011,14 @@ def check_published(book: Book | None = None) -> list[str]:
     problems = [f"{name}: {problem}" for name in names for problem in _published_problems(book, name, stamps.get(name))]
     return problems + [f"{name}: it has a stamp but there is no such notebook" for name in stamps if name not in names]
 
-# %% ../nbs/20_reproduce.ipynb #f46d3f79
+# %% ../nbs/20_reproduce.ipynb #2f20091f
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
                   help="Notebooks that explain knowledge distillation and reproduce the figures of its papers.")
 Names = Annotated[list[str] | None, typer.Argument(metavar="[NAMES]...", help="Results notebooks, see 'kd-notes list'.")]
 ProfileName = Annotated[str, typer.Option("--profile", "-p", help="Parameter file: smoke, cpu, cpu-full or gpu.")]
 Root = Annotated[Path | None, typer.Option("--root", help="Another book: a folder with nbs/ and data/.")]
 
-# %% ../nbs/20_reproduce.ipynb #25ad2fe4
+# %% ../nbs/20_reproduce.ipynb #77534650
 @contextmanager
 def _terminate_as_interrupt() -> Iterator[None]:
     "Let a polite kill (SIGTERM) end the work as Ctrl-C does."
@@ -1032,7 +1032,7 @@ def _terminate_as_interrupt() -> Iterator[None]:
         if main:
             signal.signal(signal.SIGTERM, before)
 
-# %% ../nbs/20_reproduce.ipynb #89920d5d
+# %% ../nbs/20_reproduce.ipynb #9c021786
 @contextmanager
 def guard() -> Iterator[None]:
     "What every command does with errors: a paragraph and exit code 2 for the user's, 130 for an interruption."
@@ -1047,7 +1047,7 @@ def guard() -> Iterator[None]:
         print(f"\nkd-notes: interrupted. What has finished is kept; the same command goes on from there: {words}", file=sys.stderr)
         raise typer.Exit(130) from e
 
-# %% ../nbs/20_reproduce.ipynb #cd81aa41
+# %% ../nbs/20_reproduce.ipynb #4e561760
 def _state(book: Book, profile: str, name: str) -> str:
     "What is known about a run, in a few words."
     folder = book.runs/profile/name
@@ -1055,7 +1055,7 @@ def _state(book: Book, profile: str, name: str) -> str:
     status = run_status(folder)
     return "-" if status == "absent" else f"{status} {(manifest['end'] or manifest['start'])[:10]}"
 
-# %% ../nbs/20_reproduce.ipynb #ea73d149
+# %% ../nbs/20_reproduce.ipynb #7a377a8e
 @app.command("list")
 def list_command(profile: ProfileName = "cpu", root: Root = None) -> None:
     "Show the results notebooks, the predicted time and the state of their runs; * marks the headline."
@@ -1070,7 +1070,7 @@ def list_command(profile: ProfileName = "cpu", root: Root = None) -> None:
         print(columns(rows))
         print(f"\nprofile {profile}: {chosen.about or 'no description'}\nknown profiles: {', '.join(profile_names(book)) or 'none'}")
 
-# %% ../nbs/20_reproduce.ipynb #bd741768
+# %% ../nbs/20_reproduce.ipynb #8c7c0683
 @app.command("reproduce")
 def reproduce_command(names: Names = None, profile: ProfileName = "cpu",
                       jobs: Annotated[int, typer.Option("--jobs", "-j", help="Trainings side by side.")] = 1,
@@ -1087,7 +1087,7 @@ def reproduce_command(names: Names = None, profile: ProfileName = "cpu",
         if any(o.status == "failed" for o in made):
             raise typer.Exit(1)
 
-# %% ../nbs/20_reproduce.ipynb #33abd59a
+# %% ../nbs/20_reproduce.ipynb #89ef888d
 @app.command("check")
 def check_command(names: Names = None, profile: ProfileName = "cpu", root: Root = None) -> None:
     "Compare the numbers of finished runs with the record: PASS, DRIFT, FAIL or NOT RUN for each; exit code 1 on FAIL."
@@ -1097,49 +1097,66 @@ def check_command(names: Names = None, profile: ProfileName = "cpu", root: Root 
         if any(r.status == "FAIL" for r in rows):
             raise typer.Exit(1)
 
-# %% ../nbs/20_reproduce.ipynb #60b9aea5
+# %% ../nbs/20_reproduce.ipynb #212e15b9
 @app.command("record")
 def record_command(names: Names = None, profile: ProfileName = "cpu", root: Root = None) -> None:
     "Store the numbers of finished runs in data/expected, and say what changes."
     with guard():
         print(*record(_some(names), profile, open_book(root)), sep="\n")
 
-# %% ../nbs/20_reproduce.ipynb #d3d9e960
+# %% ../nbs/20_reproduce.ipynb #74b61ac2
 @app.command("publish")
 def publish_command(names: Names = None, profile: ProfileName = "cpu", root: Root = None) -> None:
     "Put the outputs of finished and recorded runs into nbs/results, stamped."
     with guard():
         print(*publish(_some(names), profile, open_book(root)), sep="\n")
 
-# %% ../nbs/20_reproduce.ipynb #756d0218
-def call_with(function: Any, command: str, **given: Any) -> Any:
-    "Call `function` with the options that were given (not None). Raises UserError for one that it does not have."
-    import inspect
-    given, known = {k: v for k, v in given.items() if v is not None}, inspect.signature(function).parameters
-    unknown = [k for k in given if k not in known and not any(p.kind is p.VAR_KEYWORD for p in known.values())]
-    if unknown:
-        raise UserError(f"{command} has no option {', '.join(unknown)}", where=command, fix=f"Its options: {', '.join(known)}.")
-    return function(**given)
+# %% ../nbs/20_reproduce.ipynb #93b1753e
+def extract_rationales(task: str, out: Path | str,        # JSONL file to fill; an interrupted one is continued
+                       *, split: str = "pool", source: Path | None = None,  # a split of the task, or a JSONL file
+                       teacher: str = "smollm2",          # as `open_backend` reads it
+                       shots: int | None = None,          # solved examples in the prompt; None: 6, or 0 for an adapted teacher
+                       limit: int | None = None, samples: int = 1, temperature: float = 0.0, max_new_tokens: int = 160,
+                       seed: int = 0, dtype: str = "float32") -> dict:
+    "Rationales and labels of a teacher: {'file', 'rows', 'outcomes', 'accuracy' (None without gold labels)}. Raises UserError."
+    from kd_notes import backends, data, rationales
+    examples = data.load_jsonl(source, task, labelled=False) if source else data.load_split(task, split)
+    decoding = rationales.rationale_decoding(max_new_tokens, temperature=temperature, n=samples, seed=seed)
+    k = shots if shots is not None else 0 if "+" in teacher or teacher.startswith("replay:") else 6
+    prompt = rationales.few_shot(task, data.load_split(task, "teacher"), k, seed=seed) if k else rationales.ZERO_SHOT
+    rows = rationales.extract(examples[:limit], backends.open_backend(teacher, dtype=dtype), decoding, out, prompt=prompt)
+    return {"file": str(out), "rows": len(rows), **_judged(task, examples, rows)}
 
-# %% ../nbs/20_reproduce.ipynb #ee5b3643
+# %% ../nbs/20_reproduce.ipynb #df668510
+def _judged(task: str, examples: Sequence[Any], rows: Sequence[Mapping]) -> dict:
+    "How completions came out: outcomes by name, and the share of right labels where the gold labels are known."
+    from collections import Counter
+    from kd_notes import data, evaluate
+    gold = {e.id: e.label for e in examples if e.label}
+    right = [evaluate.is_correct(data.task_info(task).metric, r["label"], gold[r["id"]]) for r in rows if r["id"] in gold]
+    return {"outcomes": dict(Counter(r["outcome"] for r in rows)), "accuracy": evaluate.accuracy(right) if right else None}
+
+# %% ../nbs/20_reproduce.ipynb #4102ce90
 @app.command("extract")
 def extract_command(task: Annotated[str, typer.Option(help="Task, such as nli.")],
                     out: Annotated[Path, typer.Option(help="JSONL file to fill.")],
                     split: Annotated[str, typer.Option(help="Split of the task.")] = "pool",
-                    teacher: Annotated[str, typer.Option(help="smollm2, hub:<id>, openai:<url>#<model> or replay:<file>.")] = "smollm2",
+                    source: Annotated[Path | None, typer.Option("--input", help="A JSONL file instead of a split.")] = None,
+                    teacher: Annotated[str, typer.Option(help="smollm2, hub:<id>, openai:<url>#<model>, replay:<file>, ...")] = "smollm2",
+                    shots: Annotated[int | None, typer.Option(help="Solved examples in the prompt.")] = None,
                     limit: Annotated[int | None, typer.Option(help="Only the first so many examples.")] = None,
-                    samples: Annotated[int | None, typer.Option(help="Completions per example (self-consistency).")] = None,
-                    temperature: Annotated[float | None, typer.Option()] = None,
-                    batch_size: Annotated[int | None, typer.Option()] = None,
-                    seed: Annotated[int | None, typer.Option()] = None) -> None:
+                    samples: Annotated[int, typer.Option(help="Completions per example.")] = 1,
+                    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+                    max_new_tokens: Annotated[int, typer.Option(help="Longest completion.")] = 160,
+                    seed: int = 0,
+                    dtype: Annotated[str, typer.Option(help="Of a local teacher: float32 or bfloat16.")] = "float32") -> None:
     "Let a teacher write rationales and labels for a split; an interrupted extraction goes on where it was."
     with guard():
-        from kd_notes import rationales
-        made = call_with(rationales.extract, "extract", task=task, split=split, teacher=teacher, out=out, limit=limit, samples=samples,
-                         temperature=temperature, batch_size=batch_size, seed=seed)
-        print(json.dumps(to_jsonable(made), indent=1, sort_keys=True) if isinstance(made, Mapping) else made or f"written: {out}")
+        made = extract_rationales(task, out, split=split, source=source, teacher=teacher, shots=shots, limit=limit, samples=samples,
+                                  temperature=temperature, max_new_tokens=max_new_tokens, seed=seed, dtype=dtype)
+        print(json.dumps(made, indent=1))
 
-# %% ../nbs/20_reproduce.ipynb #041526cf
+# %% ../nbs/20_reproduce.ipynb #55dc4a3b
 def _some(names: Sequence[str] | None) -> Sequence[str]:
     "The names, of which there must be one."
     if not names:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from typer.testing import CliRunner
 
 from kd_notes import reproduce as rp
 from kd_notes.core import UserError, read_json, stable_hash, write_json
@@ -607,6 +608,44 @@ def test_mistakes_are_one_paragraph_and_exit_code_2(ran, words, message):
     done = cli(ran, *words)
     assert done.returncode == 2 and message in done.stderr and done.stderr.startswith("kd-notes: ")
     assert len(done.stderr.strip().splitlines()) == 1 and "Traceback" not in done.stderr
+
+
+QUESTIONS = [{"id": f"q{i}", "task": "svamp", "input": f"Ann has {i} pens and buys 2. How many has she?", "label": f"{i} + 2"} for i in range(5)]
+
+
+class Stub:
+    "A teacher that knows how to add; right for even numbers only."
+    name, revision = "stub", "1"
+
+    def describe(self):
+        return {"kind": "stub", "model": self.name, "revision": self.revision}
+
+    def generate(self, requests, decoding):
+        from kd_notes.backends import Completion
+        for name, _ in requests:
+            i = int(name[1:])
+            yield Completion(name, f" {i} and 2 more.\nAnswer: {i} + {2 + i % 2}\n", 9, 9, "stop", 0.1)
+
+
+def test_extract_on_the_command_line_goes_on_where_it_was(tmp_path):
+    from kd_notes import data, rationales
+    source, stored, out = tmp_path/"in.jsonl", tmp_path/"stored.jsonl", tmp_path/"out.jsonl"
+    source.write_text("".join(json.dumps(q) + "\n" for q in QUESTIONS))
+    rationales.extract(data.load_jsonl(source, "svamp"), Stub(), rationales.rationale_decoding(), stored)
+
+    def command(*more):
+        words = ["extract", "--task", "svamp", "--input", str(source), "--teacher", f"replay:{stored}", "--out", str(out), *more]
+        return CliRunner().invoke(rp.app, words)
+    done = command("--limit", "2")
+    assert done.exit_code == 0 and json.loads(done.stdout)["rows"] == 2 and len(out.read_text().splitlines()) == 2, done.stderr
+    made = json.loads(command().stdout)
+    assert made == {"file": str(out), "rows": 5, "outcomes": {"ok": 5}, "accuracy": 0.6}
+    ids = [json.loads(line)["id"] for line in out.read_text().splitlines()]
+    assert sorted(ids) == [f"q{i}" for i in range(5)]
+    other = command("--max-new-tokens", "5")
+    assert other.exit_code == 2 and "max_new_tokens" in other.stderr and len(other.stderr.strip().splitlines()) == 1
+    source.write_text("")
+    assert command().exit_code == 2 and len(out.read_text().splitlines()) == 5
 
 
 def test_a_folder_that_is_no_book(tmp_path):

@@ -8,7 +8,7 @@ __all__ = ['CUE', 'ANSWER', 'END', 'ZERO_SHOT', 'HEADERS', 'OUTCOMES', 'one_line
            'parse_for', 'extraction_row', 'extract', 'compare_rows', 'with_rationales', 'vote', 'pair', 'select',
            'template_of', 'rationale_report']
 
-# %% ../nbs/12_rationales.ipynb #2858f43b
+# %% ../nbs/12_rationales.ipynb #ce363c5c
 import re
 import time
 from collections import Counter, defaultdict
@@ -24,7 +24,7 @@ from .data import Example, TaskInfo, task_info
 from .evaluate import EquationError, equation_value, is_correct
 from .runs import environment
 
-# %% ../nbs/12_rationales.ipynb #964a67f6
+# %% ../nbs/12_rationales.ipynb #ff22aa5c
 CUE, ANSWER, END = "\nReasoning:", "\nAnswer:", "\n\n"  # input CUE rationale ANSWER label END
 
 
@@ -51,7 +51,7 @@ def format_prompt(example: Example, shots: Sequence[Example] = (), header: str =
     parts = [header.strip() + END] if header.strip() else []
     return "".join(parts + [format_question(s) + format_completion(s) for s in shots] + [format_question(example)])
 
-# %% ../nbs/12_rationales.ipynb #47efcb6c
+# %% ../nbs/12_rationales.ipynb #eca7abfb
 @dataclass(frozen=True)
 class Prompt:
     "Header and solved examples; without either it is the form for adapted teachers. Call it with an example."
@@ -78,7 +78,7 @@ def rationale_decoding(max_new_tokens: int = 160, **options) -> Decoding:
     "Decoding that ends with the example: a blank line stops it."
     return Decoding(max_new_tokens, **({"stop": (END,)} | options))
 
-# %% ../nbs/12_rationales.ipynb #4270d0e7
+# %% ../nbs/12_rationales.ipynb #9043f06e
 HEADERS = {
     "nli": "Does the premise show that the hypothesis is true (entailment), that it is false (contradiction), or neither (neutral)? "
            "Reason in one or two sentences, then answer with one of the three words.",
@@ -107,7 +107,7 @@ def few_shot(task: str | TaskInfo, examples: Iterable[Example],  # solved ones; 
     draw.shuffle(shots)
     return Prompt(HEADERS.get(info.name, "") if header is None else header, tuple(shots))
 
-# %% ../nbs/12_rationales.ipynb #1a3c88a1
+# %% ../nbs/12_rationales.ipynb #f23357d5
 OUTCOMES = ("ok", "no_rationale", "no_label", "label_not_allowed", "truncated")
 
 
@@ -131,7 +131,7 @@ def _split_answer(text: str) -> tuple[str, str | None, bool]:
     answer, newline, _ = rest.partition("\n")
     return one_line(text[:at]), answer.strip(), bool(newline)
 
-# %% ../nbs/12_rationales.ipynb #8051e380
+# %% ../nbs/12_rationales.ipynb #4c0e717c
 def clean_label(text: str,
                 labels: Sequence[str] | None = None,   # allowed ones; None: any
                 metric: str = "exact") -> str | None:  # "equation": it must have a value
@@ -171,7 +171,7 @@ def parse_for(example: Example, text: str, finish: str = "stop") -> Parsed:
     info = task_info(example.task)
     return parse_completion(text, finish, labels=example.choices or info.labels, metric=info.metric)
 
-# %% ../nbs/12_rationales.ipynb #3e03b570
+# %% ../nbs/12_rationales.ipynb #1d73041c
 def _identity(examples: Sequence[Example], backend: Backend, decoding: Decoding, prompt: Prompt) -> dict:
     "What an extraction is; two runs with equal identity may share a file."
     return to_jsonable({"task": sorted({ex.task for ex in examples}), "backend": backend.describe(), "decoding": decoding,
@@ -185,7 +185,7 @@ def _differences(stored: Any, wanted: Any, name: str = "") -> list[str]:
         return [d for k in keys for d in _differences(stored.get(k), wanted.get(k), f"{name}.{k}" if name else k)]
     return [] if stored == wanted else [f"{name}: {stored!r} -> {wanted!r}"]
 
-# %% ../nbs/12_rationales.ipynb #2d56a399
+# %% ../nbs/12_rationales.ipynb #39ee1522
 def _check_examples(examples: Sequence[Example], prompt: Prompt) -> None:
     "Raises UserError for no examples, an id that occurs twice, or a shot that gives away an answer."
     if not examples:
@@ -218,7 +218,7 @@ def _only_writer(path: Path):
     finally:
         lock.release()
 
-# %% ../nbs/12_rationales.ipynb #6f65d766
+# %% ../nbs/12_rationales.ipynb #f5205e5d
 def _open_extraction(path: Path, identity: dict, wanted: dict[str, str]) -> tuple[list[dict], dict]:
     "Rows that are there already, and the manifest. `wanted`: prompt of each id. Raises UserError if the file is another extraction's."
     manifest, fix = manifest_path(path), "Choose another file, or delete this one and its manifest to start again."
@@ -239,7 +239,7 @@ def _open_extraction(path: Path, identity: dict, wanted: dict[str, str]) -> tupl
             raise UserError(f"the input of {row['id']!r} has changed since it was answered", where=f"{path}:{number}", fix=fix)
     return rows, stored
 
-# %% ../nbs/12_rationales.ipynb #40088124
+# %% ../nbs/12_rationales.ipynb #eacc7382
 def extraction_row(example: Example, completion: Completion, prompt: str) -> dict:
     "What is stored of one completion."
     return completion_row(completion, prompt) | asdict(parse_for(example, completion.text, completion.finish))
@@ -259,7 +259,7 @@ def _pull(todo: list, backend: Backend, decoding: Decoding, by_id: dict, have: s
             have.add(_key(row))
             yield row
 
-# %% ../nbs/12_rationales.ipynb #cd3d8d25
+# %% ../nbs/12_rationales.ipynb #06de6524
 def _totals(rows: Sequence[dict]) -> dict:
     "Sums over rows."
     return {"rows": len(rows), "outcomes": dict(Counter(r["outcome"] for r in rows)), "seconds": round(sum(r["seconds"] for r in rows), 2),
@@ -286,7 +286,7 @@ def extract(examples: Sequence[Example], backend: Backend, decoding: Decoding, o
                              len(prompts)*decoding.n, desc)
     return _in_order(rows, examples)
 
-# %% ../nbs/12_rationales.ipynb #89660168
+# %% ../nbs/12_rationales.ipynb #b2adbc83
 def _session(path: Path, manifest: dict, before: list[dict], todo: list, pulled: Iterable[dict], wanted: int, desc: str) -> list[dict]:
     "Store what is pulled and keep the manifest; returns the new rows."
     new, start, status = [], time.time(), "interrupted"
@@ -304,7 +304,7 @@ def _session(path: Path, manifest: dict, before: list[dict], todo: list, pulled:
         write_json(manifest_path(path), manifest | {"status": status, "totals": _totals(before + new), "sessions": sessions})
     return new
 
-# %% ../nbs/12_rationales.ipynb #2931c8df
+# %% ../nbs/12_rationales.ipynb #e6c3cd2c
 def compare_rows(one: Iterable[dict], two: Iterable[dict]) -> dict:
     "Share of equal texts and equal labels among the completions that both have, joined by id and sample."
     first, second = ({_key(r): r for r in rows} for rows in (one, two))
@@ -314,7 +314,7 @@ def compare_rows(one: Iterable[dict], two: Iterable[dict]) -> dict:
     share = {f"same_{part}": sum(first[k][part] == second[k][part] for k in both)/len(both) for part in ("text", "label")}
     return {"n": len(both), **share, "different": [k[0] for k in both if first[k]["text"] != second[k]["text"]]}
 
-# %% ../nbs/12_rationales.ipynb #071eca90
+# %% ../nbs/12_rationales.ipynb #9f372534
 def with_rationales(examples: Iterable[Example], rows: Iterable[dict],
                     *, labels: str = "gold",              # "teacher": the label is the teacher's as well
                     keep: Sequence[str] = ("ok",)) -> list[Example]:  # outcomes that may be trained on
@@ -336,7 +336,7 @@ def with_rationales(examples: Iterable[Example], rows: Iterable[dict],
             out.append(replace(ex, rationale=row["rationale"], label=row["label"] if labels == "teacher" else ex.label))
     return out
 
-# %% ../nbs/12_rationales.ipynb #b3808126
+# %% ../nbs/12_rationales.ipynb #6d0e5c43
 def _vote_key(label: str, metric: str) -> Any:
     return equation_value(label) if metric == "equation" else label
 
@@ -356,7 +356,7 @@ def vote(rows: Iterable[dict], task: str | TaskInfo) -> list[dict]:
         out.append({k: v for k, v in row.items() if k != "sample"} | {"votes": votes, "samples": len(group), "agreement": votes/len(group)})
     return out
 
-# %% ../nbs/12_rationales.ipynb #99c8b1a9
+# %% ../nbs/12_rationales.ipynb #c2f2b6ed
 def _kind(example: Example) -> str:
     "What is counted to see a shift: the label of a closed set, the place of the right choice, or the operators of an equation."
     info = task_info(example.task)
@@ -373,7 +373,7 @@ def _profile(pairs: Sequence[tuple[Example, dict]]) -> dict:
             "input_words": round(sum(len(ex.input.split()) for ex, _ in pairs)/n, 2),
             "rationale_words": round(sum(len(row["rationale"].split()) for _, row in pairs)/n, 2)}
 
-# %% ../nbs/12_rationales.ipynb #b424e55b
+# %% ../nbs/12_rationales.ipynb #11c03260
 def pair(examples: Iterable[Example], rows: Iterable[dict]) -> list[tuple[Example, dict]]:
     "(example, row) for every row, joined by id. Raises UserError for a row without an example."
     by_id = {ex.id: ex for ex in examples}
@@ -410,10 +410,10 @@ def select(examples: Iterable[Example], rows: Iterable[dict],
               "shift": shift}
     return [row for _, row in kept], report
 
-# %% ../nbs/12_rationales.ipynb #ea90d3d5
+# %% ../nbs/12_rationales.ipynb #8a48c11e
 _WORD = re.compile(r"\w+(?:\.\d+)?")
-_GLUE = frozenset("a an and are as at be by can for from has have how in is it its many not of on one or so that the them there they this to was "
-                  "what where which who will with would".split())  # words that hold any sentence together
+_GLUE = frozenset("a an and are as at be by can for from has have how in is it its many not of on one or so "
+                  "that the them there they this to was what where which who will with would".split())  # words that hold any sentence together
 
 
 def template_of(example: Example, rationale: str) -> str:
@@ -424,7 +424,7 @@ def template_of(example: Example, rationale: str) -> str:
         return "_" if word in own or word.rstrip("s") in own or word[0].isdigit() else word
     return re.sub(r"_(?:[ -]_)+", "_", _WORD.sub(blank, one_line(rationale)))
 
-# %% ../nbs/12_rationales.ipynb #0c260896
+# %% ../nbs/12_rationales.ipynb #f523d33e
 def _spread(values: Sequence[float]) -> dict:
     "Mean and quantiles (nearest rank)."
     ranked = sorted(values)

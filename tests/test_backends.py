@@ -38,7 +38,7 @@ def tok(tmp_path_factory):
 def sharper(model, seed=0, scale=4.0):
     "Random weights large enough that greedy choices are not near-ties, and vary."
     generator = torch.Generator().manual_seed(seed)
-    for name, p in model.named_parameters():
+    for p in model.parameters():
         if p.dim() > 1:
             p.data = torch.randn(p.shape, generator=generator) * scale / p.shape[-1]**0.5
     return model.eval().requires_grad_(False)
@@ -564,8 +564,8 @@ def test_urls_that_cannot_be_and_urls_with_secrets_are_refused(url):
 
 # ---------------------------------------------------------------- replay
 
-def stored(tmp_path, model, tok, decoding=Decoding(6)):
-    requests = prompts_of(5)
+def stored(tmp_path, model, tok, decoding=None):
+    requests, decoding = prompts_of(5), decoding or Decoding(6)
     done = list(LocalBackend(model, tok).generate(requests, decoding))
     append_jsonl(tmp_path/"a.jsonl", [completion_row(c, dict(requests)[c.id]) for c in done])
     return requests, done

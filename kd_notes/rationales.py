@@ -8,7 +8,7 @@ __all__ = ['CUE', 'ANSWER', 'END', 'ZERO_SHOT', 'HEADERS', 'OUTCOMES', 'one_line
            'parse_for', 'extraction_row', 'extract', 'compare_rows', 'with_rationales', 'vote', 'pair', 'select',
            'template_of', 'rationale_report']
 
-# %% ../nbs/12_rationales.ipynb #d01180b2
+# %% ../nbs/12_rationales.ipynb #a56e17f1
 import re
 import time
 from collections import Counter, defaultdict
@@ -24,7 +24,7 @@ from .data import Example, TaskInfo, task_info
 from .evaluate import EquationError, equation_value, is_correct
 from .runs import environment
 
-# %% ../nbs/12_rationales.ipynb #dc088f54
+# %% ../nbs/12_rationales.ipynb #b7a64426
 CUE, ANSWER, END = "\nReasoning:", "\nAnswer:", "\n\n"  # input CUE rationale ANSWER label END
 
 
@@ -32,12 +32,12 @@ def one_line(text: str) -> str:
     "The text with every run of white space as one space."
     return " ".join(text.split())
 
-# %% ../nbs/12_rationales.ipynb #62cffd20
+# %% ../nbs/12_rationales.ipynb #9b8d4168
 def format_question(example: Example) -> str:
     "The input and the cue for the reasoning. Blank lines in the input are closed, because a blank line ends an example."
     return re.sub(r"\n\s*\n", "\n", example.input.strip()) + CUE
 
-# %% ../nbs/12_rationales.ipynb #16d8f356
+# %% ../nbs/12_rationales.ipynb #27565655
 def format_completion(example: Example) -> str:
     "What a teacher is to write after `format_question`: ' {rationale}\\nAnswer: {label}\\n\\n'. Raises UserError if a part is missing."
     for part in ("rationale", "label"):
@@ -45,13 +45,13 @@ def format_completion(example: Example) -> str:
             raise UserError(f"the {part} is empty", where=f"example {example.id}", fix="Show or train on complete examples only.")
     return f" {one_line(example.rationale)}{ANSWER} {one_line(example.label)}{END}"
 
-# %% ../nbs/12_rationales.ipynb #b3606e2d
+# %% ../nbs/12_rationales.ipynb #27634580
 def format_prompt(example: Example, shots: Sequence[Example] = (), header: str = "") -> str:
     "The whole prompt: header, solved examples, then the new input and the cue."
     parts = [header.strip() + END] if header.strip() else []
     return "".join(parts + [format_question(s) + format_completion(s) for s in shots] + [format_question(example)])
 
-# %% ../nbs/12_rationales.ipynb #170f164c
+# %% ../nbs/12_rationales.ipynb #92bb3d0a
 @dataclass(frozen=True)
 class Prompt:
     "Header and solved examples; without either it is the form for adapted teachers. Call it with an example."
@@ -70,7 +70,7 @@ class Prompt:
         "What a manifest records."
         return {"hash": self.hash, "header": self.header, "shots": [s.id for s in self.shots]}
 
-# %% ../nbs/12_rationales.ipynb #3b9fd489
+# %% ../nbs/12_rationales.ipynb #b8e6471d
 ZERO_SHOT = Prompt()
 
 
@@ -78,7 +78,7 @@ def rationale_decoding(max_new_tokens: int = 160, **options) -> Decoding:
     "Decoding that ends with the example: a blank line stops it."
     return Decoding(max_new_tokens, **({"stop": (END,)} | options))
 
-# %% ../nbs/12_rationales.ipynb #370b9c0a
+# %% ../nbs/12_rationales.ipynb #fb787ef9
 HEADERS = {
     "nli": "Does the premise show that the hypothesis is true (entailment), that it is false (contradiction), or neither (neutral)? "
            "Reason in one or two sentences, then answer with one of the three words.",
@@ -88,7 +88,7 @@ HEADERS = {
 }
 HEADERS["anli"] = HEADERS["nli"]
 
-# %% ../nbs/12_rationales.ipynb #71da6f42
+# %% ../nbs/12_rationales.ipynb #61f608ca
 def few_shot(task: str | TaskInfo, examples: Iterable[Example],  # solved ones; those without a rationale are passed over
              k: int = 6, *, seed: int = 0, header: str | None = None) -> Prompt:
     "A prompt with `k` shots, labels of a closed set in turn. Raises UserError if there are too few examples."
@@ -107,7 +107,7 @@ def few_shot(task: str | TaskInfo, examples: Iterable[Example],  # solved ones; 
     draw.shuffle(shots)
     return Prompt(HEADERS.get(info.name, "") if header is None else header, tuple(shots))
 
-# %% ../nbs/12_rationales.ipynb #ae01adc9
+# %% ../nbs/12_rationales.ipynb #1218e754
 OUTCOMES = ("ok", "no_rationale", "no_label", "label_not_allowed", "truncated")
 
 
@@ -118,7 +118,7 @@ class Parsed:
     rationale: str    # "" if there is none
     label: str        # in the task's own spelling where it is allowed, else as written; "" if there is none
 
-# %% ../nbs/12_rationales.ipynb #9913d97b
+# %% ../nbs/12_rationales.ipynb #0f2bd82f
 def _split_answer(text: str) -> tuple[str, str | None, bool]:
     "Rationale, answer (None without a marker), and whether the answer's line ended."
     marker = ANSWER.strip()
@@ -131,7 +131,7 @@ def _split_answer(text: str) -> tuple[str, str | None, bool]:
     answer, newline, _ = rest.partition("\n")
     return one_line(text[:at]), answer.strip(), bool(newline)
 
-# %% ../nbs/12_rationales.ipynb #e8e796d1
+# %% ../nbs/12_rationales.ipynb #bef88cc3
 def clean_label(text: str,
                 labels: Sequence[str] | None = None,   # allowed ones; None: any
                 metric: str = "exact") -> str | None:  # "equation": it must have a value
@@ -150,7 +150,7 @@ def clean_label(text: str,
     found = {label for label in labels if label.casefold() in (bare, text.casefold())}
     return found.pop() if len(found) == 1 else None
 
-# %% ../nbs/12_rationales.ipynb #866fbd72
+# %% ../nbs/12_rationales.ipynb #17baa4c6
 def parse_completion(text: str, finish: str = "stop",   # finish "length": the text was cut at the limit
                      *, labels: Sequence[str] | None = None, metric: str = "exact") -> Parsed:
     "Outcome, rationale and label of what a teacher wrote after `format_question`."
@@ -165,13 +165,13 @@ def parse_completion(text: str, finish: str = "stop",   # finish "length": the t
     outcome = "label_not_allowed" if label is None else "ok" if rationale else "no_rationale"
     return Parsed(outcome, rationale, answer if label is None else label)
 
-# %% ../nbs/12_rationales.ipynb #98c62755
+# %% ../nbs/12_rationales.ipynb #753e51f9
 def parse_for(example: Example, text: str, finish: str = "stop") -> Parsed:
     "`parse_completion` with the labels, choices and metric of the example's task."
     info = task_info(example.task)
     return parse_completion(text, finish, labels=example.choices or info.labels, metric=info.metric)
 
-# %% ../nbs/12_rationales.ipynb #3ac87287
+# %% ../nbs/12_rationales.ipynb #c11a6654
 def _identity(examples: Sequence[Example], backend: Backend, decoding: Decoding, prompt: Prompt) -> dict:
     "What an extraction is; two runs with equal identity may share a file."
     return to_jsonable({"task": sorted({ex.task for ex in examples}), "backend": backend.describe(), "decoding": decoding,
@@ -185,7 +185,7 @@ def _differences(stored: Any, wanted: Any, name: str = "") -> list[str]:
         return [d for k in keys for d in _differences(stored.get(k), wanted.get(k), f"{name}.{k}" if name else k)]
     return [] if stored == wanted else [f"{name}: {stored!r} -> {wanted!r}"]
 
-# %% ../nbs/12_rationales.ipynb #2b7ea55c
+# %% ../nbs/12_rationales.ipynb #6ab5f3b8
 def _check_examples(examples: Sequence[Example], prompt: Prompt) -> None:
     "Raises UserError for no examples, an id that occurs twice, or a shot that gives away an answer."
     if not examples:
@@ -201,7 +201,7 @@ def _check_examples(examples: Sequence[Example], prompt: Prompt) -> None:
         raise UserError(f"the prompt shows the solution of {len(given)} examples, among them {given[0]!r}", where="prompt",
                         fix="Draw the shots from another split.")
 
-# %% ../nbs/12_rationales.ipynb #66d8a619
+# %% ../nbs/12_rationales.ipynb #173ae243
 @contextmanager
 def _only_writer(path: Path):
     "Keep a second process from writing the same file. Raises UserError if there is one."
@@ -218,7 +218,7 @@ def _only_writer(path: Path):
     finally:
         lock.release()
 
-# %% ../nbs/12_rationales.ipynb #446a6508
+# %% ../nbs/12_rationales.ipynb #b4dc7827
 def _open_extraction(path: Path, identity: dict, wanted: dict[str, str]) -> tuple[list[dict], dict]:
     "Rows that are there already, and the manifest. `wanted`: prompt of each id. Raises UserError if the file is another extraction's."
     manifest, fix = manifest_path(path), "Choose another file, or delete this one and its manifest to start again."
@@ -239,12 +239,12 @@ def _open_extraction(path: Path, identity: dict, wanted: dict[str, str]) -> tupl
             raise UserError(f"the input of {row['id']!r} has changed since it was answered", where=f"{path}:{number}", fix=fix)
     return rows, stored
 
-# %% ../nbs/12_rationales.ipynb #d49cbc83
+# %% ../nbs/12_rationales.ipynb #7fe2be6e
 def extraction_row(example: Example, completion: Completion, prompt: str) -> dict:
     "What is stored of one completion."
     return completion_row(completion, prompt) | asdict(parse_for(example, completion.text, completion.finish))
 
-# %% ../nbs/12_rationales.ipynb #2f1c66ac
+# %% ../nbs/12_rationales.ipynb #c89194e8
 def _key(row: dict) -> tuple[str, int]:
     return row["id"], row.get("sample", 0)
 
@@ -259,7 +259,7 @@ def _pull(todo: list, backend: Backend, decoding: Decoding, by_id: dict, have: s
             have.add(_key(row))
             yield row
 
-# %% ../nbs/12_rationales.ipynb #db6c59c4
+# %% ../nbs/12_rationales.ipynb #7d336e0a
 def _totals(rows: Sequence[dict]) -> dict:
     "Sums over rows."
     return {"rows": len(rows), "outcomes": dict(Counter(r["outcome"] for r in rows)), "seconds": round(sum(r["seconds"] for r in rows), 2),
@@ -270,7 +270,7 @@ def _in_order(rows: Iterable[dict], examples: Sequence[Example]) -> list[dict]:
     place = {ex.id: i for i, ex in enumerate(examples)}
     return sorted((r for r in rows if r["id"] in place), key=lambda r: (place[r["id"]], r.get("sample", 0)))
 
-# %% ../nbs/12_rationales.ipynb #f41bdb72
+# %% ../nbs/12_rationales.ipynb #60873571
 def extract(examples: Sequence[Example], backend: Backend, decoding: Decoding, out_path: Path | str,  # a .jsonl file
             *, prompt: Prompt = ZERO_SHOT, desc: str = "rationales") -> list[dict]:
     "Rows of all examples, in their order; those that the file lacks are asked for and stored one by one. Raises UserError."
@@ -286,7 +286,7 @@ def extract(examples: Sequence[Example], backend: Backend, decoding: Decoding, o
                              len(prompts)*decoding.n, desc)
     return _in_order(rows, examples)
 
-# %% ../nbs/12_rationales.ipynb #3632f855
+# %% ../nbs/12_rationales.ipynb #0b757289
 def _session(path: Path, manifest: dict, before: list[dict], todo: list, pulled: Iterable[dict], wanted: int, desc: str) -> list[dict]:
     "Store what is pulled and keep the manifest; returns the new rows."
     new, start, status = [], time.time(), "interrupted"
@@ -304,7 +304,7 @@ def _session(path: Path, manifest: dict, before: list[dict], todo: list, pulled:
         write_json(manifest_path(path), manifest | {"status": status, "totals": _totals(before + new), "sessions": sessions})
     return new
 
-# %% ../nbs/12_rationales.ipynb #d29c80b3
+# %% ../nbs/12_rationales.ipynb #b0bf85ee
 def compare_rows(one: Iterable[dict], two: Iterable[dict]) -> dict:
     "Share of equal texts and equal labels among the completions that both have, joined by id and sample."
     first, second = ({_key(r): r for r in rows} for rows in (one, two))
@@ -314,7 +314,7 @@ def compare_rows(one: Iterable[dict], two: Iterable[dict]) -> dict:
     share = {f"same_{part}": sum(first[k][part] == second[k][part] for k in both)/len(both) for part in ("text", "label")}
     return {"n": len(both), **share, "different": [k[0] for k in both if first[k]["text"] != second[k]["text"]]}
 
-# %% ../nbs/12_rationales.ipynb #d50daa37
+# %% ../nbs/12_rationales.ipynb #8b900122
 def with_rationales(examples: Iterable[Example], rows: Iterable[dict],
                     *, labels: str = "gold",              # "teacher": the label is the teacher's as well
                     keep: Sequence[str] = ("ok",)) -> list[Example]:  # outcomes that may be trained on
@@ -336,11 +336,11 @@ def with_rationales(examples: Iterable[Example], rows: Iterable[dict],
             out.append(replace(ex, rationale=row["rationale"], label=row["label"] if labels == "teacher" else ex.label))
     return out
 
-# %% ../nbs/12_rationales.ipynb #b0cb579e
+# %% ../nbs/12_rationales.ipynb #99f7c68f
 def _vote_key(label: str, metric: str) -> Any:
     return equation_value(label) if metric == "equation" else label
 
-# %% ../nbs/12_rationales.ipynb #52ec600f
+# %% ../nbs/12_rationales.ipynb #5de9ef1f
 def vote(rows: Iterable[dict], task: str | TaskInfo) -> list[dict]:
     "One row per id: the majority among its `ok` samples, with `votes`, `samples` and `agreement` = votes/samples (0 if none is ok)."
     metric, groups = task_info(task).metric, defaultdict(list)
@@ -356,7 +356,7 @@ def vote(rows: Iterable[dict], task: str | TaskInfo) -> list[dict]:
         out.append({k: v for k, v in row.items() if k != "sample"} | {"votes": votes, "samples": len(group), "agreement": votes/len(group)})
     return out
 
-# %% ../nbs/12_rationales.ipynb #dcd6c5e5
+# %% ../nbs/12_rationales.ipynb #4e24214d
 def _kind(example: Example) -> str:
     "What is counted to see a shift: the label of a closed set, the place of the right choice, or the operators of an equation."
     info = task_info(example.task)
@@ -364,7 +364,7 @@ def _kind(example: Example) -> str:
         return f"choice {example.choices.index(example.label) + 1}" if example.label in example.choices else "no choice"
     return "".join(c for c in example.label if c in "+-*/") or "number" if info.metric == "equation" else example.label
 
-# %% ../nbs/12_rationales.ipynb #cb4dd1e0
+# %% ../nbs/12_rationales.ipynb #be50cf52
 def _profile(pairs: Sequence[tuple[Example, dict]]) -> dict:
     "Shares of kinds and mean lengths in words."
     n = max(1, len(pairs))
@@ -373,7 +373,7 @@ def _profile(pairs: Sequence[tuple[Example, dict]]) -> dict:
             "input_words": round(sum(len(ex.input.split()) for ex, _ in pairs)/n, 2),
             "rationale_words": round(sum(len(row["rationale"].split()) for _, row in pairs)/n, 2)}
 
-# %% ../nbs/12_rationales.ipynb #c0ce51ab
+# %% ../nbs/12_rationales.ipynb #635d097a
 def pair(examples: Iterable[Example], rows: Iterable[dict]) -> list[tuple[Example, dict]]:
     "(example, row) for every row, joined by id. Raises UserError for a row without an example."
     by_id = {ex.id: ex for ex in examples}
@@ -384,7 +384,7 @@ def pair(examples: Iterable[Example], rows: Iterable[dict]) -> list[tuple[Exampl
                         fix="Load the split that they were made from.")
     return [(by_id[r["id"]], r) for r in rows]
 
-# %% ../nbs/12_rationales.ipynb #cff4cb30
+# %% ../nbs/12_rationales.ipynb #dbdf9837
 def select(examples: Iterable[Example], rows: Iterable[dict],
            *, gold: bool = True,                                        # the label must be right
            check: Callable[[Example, str], bool] | None = None,         # the rationale must pass
@@ -410,7 +410,7 @@ def select(examples: Iterable[Example], rows: Iterable[dict],
               "shift": shift}
     return [row for _, row in kept], report
 
-# %% ../nbs/12_rationales.ipynb #a81afb9b
+# %% ../nbs/12_rationales.ipynb #ab30443e
 _WORD = re.compile(r"\w+(?:\.\d+)?")
 # words that hold any sentence together
 _GLUE = frozenset("a an and are as at be by can for from has have how in is it its many not of on one or so "
@@ -425,7 +425,7 @@ def template_of(example: Example, rationale: str) -> str:
         return "_" if word in own or word.rstrip("s") in own or word[0].isdigit() else word
     return re.sub(r"_(?:[ -]_)+", "_", _WORD.sub(blank, one_line(rationale)))
 
-# %% ../nbs/12_rationales.ipynb #b211f969
+# %% ../nbs/12_rationales.ipynb #101d6a2d
 def _spread(values: Sequence[float]) -> dict:
     "Mean and quantiles (nearest rank)."
     ranked = sorted(values)
@@ -438,7 +438,7 @@ def _share(flags: Iterable[bool]) -> float | None:
     flags = list(flags)
     return sum(flags)/len(flags) if flags else None
 
-# %% ../nbs/12_rationales.ipynb #4c9d314a
+# %% ../nbs/12_rationales.ipynb #fea5cbde
 def rationale_report(examples: Iterable[Example], rows: Iterable[dict],
                      *, oracle: Callable[[Example, str], bool] | None = None,  # is this rationale valid for this example?
                      shown: Iterable[Example] = ()) -> dict:                   # solved examples that the teacher has learned from

@@ -357,6 +357,24 @@ def test_a_folder_is_a_spec_and_its_revision_is_its_weights(model, tok, tmp_path
     assert open_backend(tmp_path/"one", dtype="bfloat16").describe()["dtype"] == "bfloat16"
 
 
+def test_an_adapter_is_merged_and_named_by_its_checksum(model, tok, tmp_path):
+    from peft import LoraConfig, get_peft_model
+    (tmp_path/"base").mkdir()
+    model.save_pretrained(tmp_path/"base")
+    tok.save_pretrained(tmp_path/"base")
+    torch.manual_seed(0)
+    adapted = get_peft_model(llama(tok), LoraConfig(r=4, lora_alpha=64, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+    adapted.save_pretrained(tmp_path/"adapter")
+    plain, tuned = open_backend(tmp_path/"base"), open_backend(f"{tmp_path/'base'}+{tmp_path/'adapter'}")
+    requests = prompts_of(6)
+    got = outcome(tuned.generate(requests, Decoding(8)))
+    assert got == outcome(LocalBackend(adapted.merge_and_unload(), tok).generate(requests, Decoding(8)))
+    assert got != outcome(plain.generate(requests, Decoding(8)))
+    assert len(tuned.describe()["adapter"]) == 16 and plain.describe()["adapter"] == ""
+    with pytest.raises(UserError, match="adapter"):
+        open_backend(f"{tmp_path/'base'}+{tmp_path/'base'}")
+
+
 def test_a_chat_template_is_applied_on_request(model, tok):
     tok.chat_template = "{% for m in messages %}Question: {{ m.content }}\nAnswer:{% endfor %}"
     try:

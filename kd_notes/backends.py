@@ -7,7 +7,7 @@ __all__ = ['SPARE', 'MIN_PREFIX', 'PREFILL_TOKENS', 'SPECS', 'Decoding', 'Comple
            'Batch', 'Scores', 'cut_at', 'LocalBackend', 'weights_hash', 'OpenAIBackend', 'prompt_hash',
            'completion_row', 'manifest_path', 'ReplayBackend', 'open_backend']
 
-# %% ../nbs/09_backends.ipynb #1fb9940b
+# %% ../nbs/09_backends.ipynb #8c3ac679
 import functools
 import hashlib
 import math
@@ -27,12 +27,12 @@ import torch
 
 from .core import UserError, read_json, read_jsonl, rng, sha256_file, sha256_text, to_jsonable
 
-# %% ../nbs/09_backends.ipynb #c170a1dc
+# %% ../nbs/09_backends.ipynb #fca69169
 def _require(ok: bool, name: str, value: Any, rule: str) -> None:
     if not ok:
         raise UserError(f"{value!r} is not {rule}", where=f"decoding parameter {name}", fix=f"Set {name} to {rule}.")
 
-# %% ../nbs/09_backends.ipynb #5cdb25aa
+# %% ../nbs/09_backends.ipynb #d39e861f
 @dataclass(frozen=True)
 class Decoding:
     "How a prompt is continued. Raises UserError for a value out of range."
@@ -53,7 +53,7 @@ class Decoding:
         _require(self.n == 1 or self.n > 1 and self.temperature > 0, "n", self.n, "1, or more with a temperature above 0")
         _require(all(self.stop), "stop", self.stop, "a tuple of texts that are not empty")
 
-# %% ../nbs/09_backends.ipynb #a6aae459
+# %% ../nbs/09_backends.ipynb #4cddfb53
 @dataclass(frozen=True)
 class Completion:
     "One continuation of one prompt."
@@ -66,7 +66,7 @@ class Completion:
     logprob: float | None = None   # natural log of the probability of all its tokens, where it was asked for
     sample: int = 0                # 0 ... n-1
 
-# %% ../nbs/09_backends.ipynb #1d286032
+# %% ../nbs/09_backends.ipynb #0dba2212
 class Backend(Protocol):
     "What every back end offers. `generate` yields completions as they finish, in any order; it raises UserError."
     name: str       # the model, as a person would call it
@@ -75,7 +75,7 @@ class Backend(Protocol):
     def describe(self) -> dict: ...
     def generate(self, requests: Iterable[tuple[str, str]], decoding: Decoding) -> Iterator[Completion]: ...
 
-# %% ../nbs/09_backends.ipynb #4fa7a3d3
+# %% ../nbs/09_backends.ipynb #5df4658b
 def check_requests(requests: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
     "The requests as a list. Raises UserError for an id that occurs twice or an empty prompt."
     requests = list(requests)
@@ -87,7 +87,7 @@ def check_requests(requests: Iterable[tuple[str, str]]) -> list[tuple[str, str]]
             raise UserError("the prompt is empty", where=f"request {name}", fix="Leave it out, or give it a text.")
     return requests
 
-# %% ../nbs/09_backends.ipynb #7be3a6ac
+# %% ../nbs/09_backends.ipynb #f32e8bf4
 SPARE = 64  # free columns of the cache that are allocated ahead
 
 
@@ -98,10 +98,10 @@ def _roomy(x: torch.Tensor, width: int, free: int = SPARE) -> torch.Tensor:
     out[:, :, width - x.shape[2]:width] = x
     return out
 
-# %% ../nbs/09_backends.ipynb #5cb767e7
+# %% ../nbs/09_backends.ipynb #faf58d7f
 #| export
 
-# %% ../nbs/09_backends.ipynb #a350fc7d
+# %% ../nbs/09_backends.ipynb #50b5add4
 @functools.cache
 def _growing_layer() -> type:
     "The class of our cache layers (made in a function, because transformers is imported only when it is needed)."
@@ -128,14 +128,14 @@ def _growing_layer() -> type:
 
     return GrowingLayer
 
-# %% ../nbs/09_backends.ipynb #adb2eab6
+# %% ../nbs/09_backends.ipynb #36afc060
 def _new_cache(layers: Iterable = ()):
     "A cache of growing layers: these, or new ones as the model asks for them."
     from transformers.cache_utils import Cache
     layers = list(layers)
     return Cache(layers=layers) if layers else Cache(layer_class_to_replicate=_growing_layer())
 
-# %% ../nbs/09_backends.ipynb #c755b6b7
+# %% ../nbs/09_backends.ipynb #33d3132d
 @dataclass
 class Row:
     "One completion in the making."
@@ -148,7 +148,7 @@ class Row:
     logprob: float = 0.0
     finish: str = ""
 
-# %% ../nbs/09_backends.ipynb #727894e4
+# %% ../nbs/09_backends.ipynb #53c535bb
 @dataclass
 class Batch:
     "Rows that step together."
@@ -158,13 +158,13 @@ class Batch:
     position: torch.Tensor  # (rows,) of the last column
     last: torch.Tensor      # (rows,) token to feed next
 
-# %% ../nbs/09_backends.ipynb #c4e9a282
+# %% ../nbs/09_backends.ipynb #26873fc2
 class Scores(NamedTuple):
     "What a forward pass says about the next token."
     logits: torch.Tensor  # (rows, vocabulary)
     hidden: torch.Tensor  # (rows, width): input of the head
 
-# %% ../nbs/09_backends.ipynb #43740d59
+# %% ../nbs/09_backends.ipynb #14ab8496
 @torch.inference_mode()
 def _forward(model, ids: torch.Tensor, **inputs) -> Scores:
     "Scores after the last column of `ids` (rows, columns)."
@@ -177,7 +177,7 @@ def _forward(model, ids: torch.Tensor, **inputs) -> Scores:
         hook.remove()
     return Scores(logits[:, -1], seen[-1][:, -1])
 
-# %% ../nbs/09_backends.ipynb #76b0a0a1
+# %% ../nbs/09_backends.ipynb #a56b12e7
 def _padded(tails: list[list[int]], device) -> tuple[torch.Tensor, torch.Tensor]:
     "Ids and mask (rows, longest), padded on the left."
     width = max(map(len, tails))
@@ -186,7 +186,7 @@ def _padded(tails: list[list[int]], device) -> tuple[torch.Tensor, torch.Tensor]
         ids[i, width - len(tail):], mask[i, width - len(tail):] = torch.tensor(tail), 1
     return ids.to(device), mask.to(device)
 
-# %% ../nbs/09_backends.ipynb #2ae8cf92
+# %% ../nbs/09_backends.ipynb #618956e9
 @torch.inference_mode()
 def _prefill(model, rows: list[Row], prefix: Sequence = (), shared: int = 0) -> tuple[Batch, Scores]:
     "A batch of new rows and the scores of their first tokens. `prefix`: (keys, values) per layer, of `shared` columns."
@@ -199,7 +199,7 @@ def _prefill(model, rows: list[Row], prefix: Sequence = (), shared: int = 0) -> 
     scores = _forward(model, ids, attention_mask=mask, position_ids=position[:, shared:], past_key_values=cache)
     return Batch(rows, cache, mask, position[:, -1], ids[:, -1]), scores
 
-# %% ../nbs/09_backends.ipynb #bd0e0d23
+# %% ../nbs/09_backends.ipynb #a22dc558
 @torch.inference_mode()
 def _step(model, batch: Batch) -> Scores:
     "Feed each row's last token; scores of the next ones."
@@ -208,7 +208,7 @@ def _step(model, batch: Batch) -> Scores:
     return _forward(model, batch.last[:, None], attention_mask=batch.mask, position_ids=batch.position[:, None],
                     past_key_values=batch.cache)
 
-# %% ../nbs/09_backends.ipynb #f100c400
+# %% ../nbs/09_backends.ipynb #e53af21b
 @torch.inference_mode()
 def _keep(batch: Batch, index: list[int]) -> Batch:
     "A batch of the rows with these numbers, without leading columns that belong to none of them. The old batch is used up."
@@ -219,7 +219,7 @@ def _keep(batch: Batch, index: list[int]) -> Batch:
         layer.load(*(_roomy(x[:, :, start:][pick], width) for x in (layer.keys, layer.values)), width)
     return Batch([batch.rows[i] for i in index], batch.cache, batch.mask[pick, start:], batch.position[pick], batch.last[pick])
 
-# %% ../nbs/09_backends.ipynb #4a990c66
+# %% ../nbs/09_backends.ipynb #d4240ede
 def _stack(parts: list[torch.Tensor], width: int) -> torch.Tensor:
     "Rows of all parts in one tensor with spare columns, the columns of each part ending at `width`."
     out = parts[0].new_empty(sum(map(len, parts)), parts[0].shape[1], width + SPARE, parts[0].shape[3])
@@ -228,7 +228,7 @@ def _stack(parts: list[torch.Tensor], width: int) -> torch.Tensor:
         block[:, :, width - part.shape[2]:width] = part
     return out
 
-# %% ../nbs/09_backends.ipynb #77d4e01b
+# %% ../nbs/09_backends.ipynb #27e1808c
 @torch.inference_mode()
 def _join(batches: list[Batch]) -> Batch:
     "One batch of all rows, narrower ones padded on the left. The old batches are used up."
@@ -243,13 +243,13 @@ def _join(batches: list[Batch]) -> Batch:
     position, last = (torch.cat([getattr(b, part) for b in batches]) for part in ("position", "last"))
     return Batch([row for b in batches for row in b.rows], batches[0].cache, torch.cat(masks), position, last)
 
-# %% ../nbs/09_backends.ipynb #ff8b1057
+# %% ../nbs/09_backends.ipynb #dd05edf8
 def _draws(seed: int, name: str, sample: int, count: int) -> torch.Tensor:
     "`count` numbers in [0, 1) that depend on seed, request id and sample number only."
     stream = rng("decoding", seed, name, sample)
     return torch.tensor([stream.random() for _ in range(count)], dtype=torch.float64)
 
-# %% ../nbs/09_backends.ipynb #cb938a62
+# %% ../nbs/09_backends.ipynb #3d700d6b
 def _candidates(logits: torch.Tensor, decoding: Decoding) -> tuple[torch.Tensor, torch.Tensor | None]:
     "Weights (rows, k) after temperature, top-k and top-p, and the tokens they belong to (None: all, in order of ids)."
     p = torch.softmax(logits.float()/decoding.temperature, dim=-1)
@@ -263,7 +263,7 @@ def _candidates(logits: torch.Tensor, decoding: Decoding) -> tuple[torch.Tensor,
     before = top.cumsum(-1) - top
     return top.masked_fill(before >= decoding.top_p, 0.0), ids
 
-# %% ../nbs/09_backends.ipynb #9fe266cb
+# %% ../nbs/09_backends.ipynb #e199b45c
 @torch.inference_mode()
 def _greedy(scores: Scores, head: Any = None) -> torch.Tensor:
     "Likeliest token of each row (rows,); in half precision among the best four, scored again in float32 with the weights of `head`."
@@ -275,7 +275,7 @@ def _greedy(scores: Scores, head: Any = None) -> torch.Tensor:
         exact = exact + head.bias[ids].float()
     return ids.gather(-1, exact.argmax(-1, keepdim=True))[:, 0]
 
-# %% ../nbs/09_backends.ipynb #ef053dff
+# %% ../nbs/09_backends.ipynb #028d31a0
 @torch.inference_mode()
 def _choose(scores: Scores, rows: list[Row], decoding: Decoding, head: Any = None) -> torch.Tensor:
     "Next token of each row (rows,)."
@@ -287,7 +287,7 @@ def _choose(scores: Scores, rows: list[Row], decoding: Decoding, head: Any = Non
     place = torch.searchsorted(total, (draw*total[:, -1])[:, None], right=True).clamp(max=total.shape[-1] - 1)
     return (place if ids is None else ids.gather(-1, place))[:, 0]
 
-# %% ../nbs/09_backends.ipynb #9e9049c9
+# %% ../nbs/09_backends.ipynb #7d5d2e45
 def _stop_tokens(tokenizer, size: int, stop: tuple[str, ...]) -> torch.Tensor:
     "(size,) bool: tokens whose arrival may complete a stop text."
     last = {s[-1] for s in stop}
@@ -297,13 +297,13 @@ def _stop_tokens(tokenizer, size: int, stop: tuple[str, ...]) -> torch.Tensor:
     hits = [bool(last.intersection(text)) for text in texts]
     return torch.tensor(hits + [False]*(size - len(hits)))
 
-# %% ../nbs/09_backends.ipynb #56573df0
+# %% ../nbs/09_backends.ipynb #e5237e1c
 def cut_at(text: str, stop: Iterable[str]) -> tuple[str, bool]:
     "The text before the first stop text, and whether there was one."
     at = min((i for i in map(text.find, stop) if i >= 0), default=-1)
     return (text, False) if at < 0 else (text[:at], True)
 
-# %% ../nbs/09_backends.ipynb #797f20ab
+# %% ../nbs/09_backends.ipynb #9e1ef02d
 MIN_PREFIX = 16  # tokens; shorter ones are not worth it
 
 
@@ -315,7 +315,7 @@ def _shared(rows: Sequence[Row]) -> int:
             length = next(i for i in range(length) if first[i] != row.prompt[i])
     return length if len(rows) > 1 and length >= MIN_PREFIX else 0
 
-# %% ../nbs/09_backends.ipynb #22991698
+# %% ../nbs/09_backends.ipynb #3ecae649
 @torch.inference_mode()
 def _prefix_cache(model, tokens: list[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
     "(keys, values) per layer, each (1, heads, tokens, dim)."
@@ -325,7 +325,7 @@ def _prefix_cache(model, tokens: list[int]) -> list[tuple[torch.Tensor, torch.Te
     _forward(model, torch.tensor([tokens], device=model.device), past_key_values=cache)
     return [(layer.keys, layer.values) for layer in cache.layers]
 
-# %% ../nbs/09_backends.ipynb #7dcfea60
+# %% ../nbs/09_backends.ipynb #d2ee6f0c
 class LocalBackend:
     "A causal language model in this process. Raises UserError for a model that it cannot drive."
     def __init__(self, model, tokenizer, *, name: str = "", revision: str = "", adapter: str = "",
@@ -351,7 +351,7 @@ class LocalBackend:
         rows = _rows(self, check_requests(requests), decoding)
         return _Loop(self, rows, decoding).run() if rows else iter(())
 
-# %% ../nbs/09_backends.ipynb #140cb9c9
+# %% ../nbs/09_backends.ipynb #59348e4f
 def _check_model(model) -> None:
     "Raises UserError if the model is not one that `LocalBackend` can drive."
     kinds = set(getattr(model.config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
@@ -360,14 +360,14 @@ def _check_model(model) -> None:
         raise UserError(f"{type(model).__name__} has {what}; the local back end drives causal models with attention layers", where="model",
                         fix="Serve it (vLLM, `transformers serve`) and use openai:<base-url>#<model>.")
 
-# %% ../nbs/09_backends.ipynb #b10984de
+# %% ../nbs/09_backends.ipynb #5f708767
 def _end_tokens(model, tokenizer) -> set[int]:
     "Ids that end a completion: the generation config's and the tokenizer's."
     named = getattr(model.generation_config, "eos_token_id", None)
     ends = named if isinstance(named, list) else [named]
     return {i for i in [*ends, tokenizer.eos_token_id] if i is not None}
 
-# %% ../nbs/09_backends.ipynb #3d81c84d
+# %% ../nbs/09_backends.ipynb #74606137
 def weights_hash(model) -> str:
     "16 hex digits of all weights: the revision of a model that has no other."
     digest = hashlib.sha256()
@@ -376,14 +376,14 @@ def weights_hash(model) -> str:
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
 
-# %% ../nbs/09_backends.ipynb #cc347ce7
+# %% ../nbs/09_backends.ipynb #fa5ae47d
 def _encode(backend: LocalBackend, prompt: str) -> list[int]:
     if backend.chat:
         turn = [{"role": "user", "content": prompt}]
         prompt = backend.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
     return backend.tokenizer(prompt, add_special_tokens=not backend.chat).input_ids
 
-# %% ../nbs/09_backends.ipynb #0ce7864b
+# %% ../nbs/09_backends.ipynb #d5448f7c
 def _rows(backend: LocalBackend, requests: list[tuple[str, str]], decoding: Decoding) -> list[Row]:
     "Rows of all requests and samples, longest prompt first. Raises UserError for a prompt that is too long."
     room, new = getattr(backend.model.config, "max_position_embeddings", None) or math.inf, decoding.max_new_tokens
@@ -397,7 +397,7 @@ def _rows(backend: LocalBackend, requests: list[tuple[str, str]], decoding: Deco
                     for k in range(decoding.n))
     return sorted(rows, key=lambda row: -len(row.prompt))
 
-# %% ../nbs/09_backends.ipynb #2b709f56
+# %% ../nbs/09_backends.ipynb #7a2eebaa
 def _capacity(backend: LocalBackend, rows: list[Row], decoding: Decoding) -> int:
     "Rows that may step together: the batch size, or what fits `cache_gib`."
     c = backend.model.config
@@ -407,7 +407,7 @@ def _capacity(backend: LocalBackend, rows: list[Row], decoding: Decoding) -> int
     columns = len(rows[0].prompt) + decoding.max_new_tokens + SPARE
     return max(1, min(backend.batch_size, int(backend.cache_gib*2**30/(column*columns))))
 
-# %% ../nbs/09_backends.ipynb #5e7c860b
+# %% ../nbs/09_backends.ipynb #86cd4db4
 class _Endings:
     "Gives rows their tokens and knows when they end and with which text."
     def __init__(self, backend: LocalBackend, decoding: Decoding):
@@ -441,13 +441,13 @@ class _Endings:
         return Completion(row.id, self.text(row)[0], len(row.prompt), len(row.tokens), row.finish, round(row.seconds, 4),
                           row.logprob if self.backend.logprobs else None, row.sample)
 
-# %% ../nbs/09_backends.ipynb #b2c0232f
+# %% ../nbs/09_backends.ipynb #9d1788ff
 @torch.inference_mode()
 def _log_probabilities(logits: torch.Tensor, tokens: torch.Tensor) -> list[float]:
     logits = logits.float()
     return (logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)).tolist()
 
-# %% ../nbs/09_backends.ipynb #34f86c22
+# %% ../nbs/09_backends.ipynb #3cd3d038
 PREFILL_TOKENS = 1024  # prompt tokens per forward pass: larger passes fall out of the processor's caches
 
 
@@ -487,7 +487,7 @@ class _Loop:
             count -= len(part)
             yield part
 
-# %% ../nbs/09_backends.ipynb #bf8ac0c5
+# %% ../nbs/09_backends.ipynb #f253f1f0
 class _Pace:
     "At most so many starts per minute, evenly spaced; 0 is no limit."
     def __init__(self, per_minute: float):
@@ -500,7 +500,7 @@ class _Pace:
             self.next = at + self.gap
         stop.wait(at - now)
 
-# %% ../nbs/09_backends.ipynb #a0115bf4
+# %% ../nbs/09_backends.ipynb #90162f8e
 def _retry_after(headers: Any) -> float:
     "Seconds that a Retry-After header asks for (a number or a date), 0 without one."
     value = headers.get("retry-after", "") if headers else ""
@@ -513,7 +513,7 @@ def _retry_after(headers: Any) -> float:
     except (TypeError, ValueError):
         return 0.0
 
-# %% ../nbs/09_backends.ipynb #9c4edc7a
+# %% ../nbs/09_backends.ipynb #8b6e2d03
 class OpenAIBackend:
     "A model behind an OpenAI-compatible server. Raises UserError for a URL that cannot be one."
     revision = ""  # a server does not tell
@@ -545,7 +545,7 @@ class OpenAIBackend:
         jobs = [(name, k, prompt) for name, prompt in check_requests(requests) for k in range(decoding.n)]
         return _ask_all(self, jobs, decoding)
 
-# %% ../nbs/09_backends.ipynb #df7a3c63
+# %% ../nbs/09_backends.ipynb #583732d5
 def _payload(backend: OpenAIBackend, prompt: str, decoding: Decoding, seed: int) -> dict:
     "Arguments of the client's call."
     body = {"model": backend.name, "max_tokens": decoding.max_new_tokens, "temperature": decoding.temperature}
@@ -557,7 +557,7 @@ def _payload(backend: OpenAIBackend, prompt: str, decoding: Decoding, seed: int)
         body["extra_body"] = {"top_k": decoding.top_k}  # not in the protocol, but vLLM and others know it
     return body | ({"messages": [{"role": "user", "content": prompt}]} if backend.chat else {"prompt": prompt})
 
-# %% ../nbs/09_backends.ipynb #25f07c27
+# %% ../nbs/09_backends.ipynb #4b9a21d3
 def _answer(response: Any, chat: bool) -> tuple[str, str, int, int]:
     "Text, finish reason, tokens of prompt and completion. Raises ValueError if the response is not an answer."
     choices = getattr(response, "choices", None)
@@ -570,7 +570,7 @@ def _answer(response: Any, chat: bool) -> tuple[str, str, int, int]:
     counts = [getattr(usage, k, None) or 0 for k in ("prompt_tokens", "completion_tokens")]
     return text, "length" if getattr(choices[0], "finish_reason", "") == "length" else "stop", *counts
 
-# %% ../nbs/09_backends.ipynb #77d90e27
+# %% ../nbs/09_backends.ipynb #ff2b8786
 def _call(backend: OpenAIBackend, client: Any, job: tuple, decoding: Decoding) -> Completion:
     "One try of one request."
     name, sample, prompt = job
@@ -583,7 +583,7 @@ def _call(backend: OpenAIBackend, client: Any, job: tuple, decoding: Decoding) -
     seconds = round(time.perf_counter() - start, 4)
     return Completion(name, text, prompt_tokens, tokens, "stop" if cut else finish, seconds, None, sample)
 
-# %% ../nbs/09_backends.ipynb #b92458ee
+# %% ../nbs/09_backends.ipynb #c1f28310
 _PASSING = (408, 409, 429)  # and every 5xx
 
 
@@ -594,7 +594,7 @@ def _reason(backend: OpenAIBackend, error: Exception) -> str:
     text = " ".join((text.replace(key, "***") if key else text).split())
     return text[:200] or type(error).__name__
 
-# %% ../nbs/09_backends.ipynb #4cb41f8b
+# %% ../nbs/09_backends.ipynb #0d48aed0
 def _refused(backend: OpenAIBackend, error: Exception, name: str) -> UserError:
     "The UserError for an answer that will not change."
     fixes = {401: f"Put a valid key into the environment variable {backend.key_env}.",
@@ -604,7 +604,7 @@ def _refused(backend: OpenAIBackend, error: Exception, name: str) -> UserError:
     return UserError(f"the server refused the request ({_reason(backend, error)})", where=f"{backend.base_url}, request {name}",
                      fix=fixes.get(error.status_code, "Change the prompt or the decoding so that the server accepts them."))
 
-# %% ../nbs/09_backends.ipynb #b7070cf5
+# %% ../nbs/09_backends.ipynb #8deeb54f
 def _ask(backend: OpenAIBackend, client: Any, job: tuple, decoding: Decoding, stop: threading.Event) -> Completion | None:
     "One request with its retries; None if `stop` was set meanwhile. Raises UserError."
     import openai
@@ -626,13 +626,13 @@ def _ask(backend: OpenAIBackend, client: Any, job: tuple, decoding: Decoding, st
                     where=f"{backend.base_url}, request {job[0]}", fix="Check that the server runs and serves this model. "
                     "Answers received so far are kept: start the same command again.") from error
 
-# %% ../nbs/09_backends.ipynb #b45b3f82
+# %% ../nbs/09_backends.ipynb #4d271ad8
 def _client(backend: OpenAIBackend):
     import openai
     key = os.environ.get(backend.key_env) or "none"  # local servers ask for no key, the client insists on one
     return openai.OpenAI(base_url=backend.base_url, api_key=key, max_retries=0, timeout=backend.timeout)
 
-# %% ../nbs/09_backends.ipynb #20ed94e6
+# %% ../nbs/09_backends.ipynb #a604caf9
 def _ask_all(backend: OpenAIBackend, jobs: list[tuple], decoding: Decoding) -> Iterator[Completion]:
     "Ask for all jobs, `concurrency` at a time."
     client, pool, stop = _client(backend), ThreadPoolExecutor(backend.concurrency, "kd_notes"), threading.Event()
@@ -655,23 +655,23 @@ def _ask_all(backend: OpenAIBackend, jobs: list[tuple], decoding: Decoding) -> I
     if failure:
         raise failure
 
-# %% ../nbs/09_backends.ipynb #73d30b72
+# %% ../nbs/09_backends.ipynb #a7c23c07
 def prompt_hash(prompt: str) -> str:
     "16 hex digits of a prompt."
     return sha256_text(prompt)[:16]
 
-# %% ../nbs/09_backends.ipynb #0d064afb
+# %% ../nbs/09_backends.ipynb #9dc7fa42
 def completion_row(c: Completion, prompt: str) -> dict:
     "What is stored of a completion: one line of a JSONL file that `ReplayBackend` reads."
     row = asdict(c) | {"prompt_hash": prompt_hash(prompt)}
     return {k: v for k, v in row.items() if v is not None and (k, v) != ("sample", 0)}
 
-# %% ../nbs/09_backends.ipynb #85caa104
+# %% ../nbs/09_backends.ipynb #b3748137
 def manifest_path(path: Path | str) -> Path:
     "Where the manifest of a file of completions lies: answers.jsonl -> answers.manifest.json."
     return Path(path).with_suffix(".manifest.json")
 
-# %% ../nbs/09_backends.ipynb #c99f4f39
+# %% ../nbs/09_backends.ipynb #12ceb4f4
 class ReplayBackend:
     "Answers from a JSONL file, by id, sample and prompt. Raises UserError for a row that is no completion, or one that occurs twice."
     def __init__(self, path: Path | str):
@@ -709,7 +709,7 @@ class ReplayBackend:
                             fix="The input or the prompt has changed since: undo the change, or extract again.")
         return row
 
-# %% ../nbs/09_backends.ipynb #e9082d4b
+# %% ../nbs/09_backends.ipynb #fedb5653
 def _check_decoding(replay: ReplayBackend, decoding: Decoding) -> None:
     "Raises UserError if the file's manifest names another decoding."
     stored, wanted = replay.manifest.get("decoding", {}), to_jsonable(decoding)
@@ -718,12 +718,12 @@ def _check_decoding(replay: ReplayBackend, decoding: Decoding) -> None:
         raise UserError(f"the answers were made with other decoding: {', '.join(changed)}", where=manifest_path(replay.path),
                         fix="Ask with the stored decoding, or extract again.")
 
-# %% ../nbs/09_backends.ipynb #1b04739a
+# %% ../nbs/09_backends.ipynb #48289b65
 def _completion(row: dict) -> Completion:
     return Completion(row["id"], row["text"], row.get("prompt_tokens", 0), row.get("completion_tokens", 0), row["finish"],
                       row.get("seconds", 0.0), row.get("logprob"), row.get("sample", 0))
 
-# %% ../nbs/09_backends.ipynb #208655de
+# %% ../nbs/09_backends.ipynb #9506fa36
 SPECS = ("smollm2", "smollm2+<adapter folder>", "hub:<id>", "hub:<id>+<adapter folder>", "<model folder>",
          "openai:<base-url>#<model>", "openai-chat:<base-url>#<model>", "replay:<file.jsonl>")
 
@@ -743,7 +743,7 @@ def open_backend(spec: str,             # one of SPECS
         return ReplayBackend(spec.removeprefix("replay:"), **options)
     return _open_local(spec, dtype, device, options)
 
-# %% ../nbs/09_backends.ipynb #3cb5a783
+# %% ../nbs/09_backends.ipynb #7d54a42e
 def _open_local(spec: str, dtype: str, device: str | None, options: dict) -> LocalBackend:
     "A LocalBackend from `<model>` or `<model>+<adapter folder>`."
     from kd_notes.models import load_teacher, smollm2_path

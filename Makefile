@@ -13,7 +13,7 @@ STAMP := $(VENV)/.setup-done
 EXTRAS := train,teacher,hub,notebooks,serve,dev
 JOBS ?= 2
 
-.PHONY: help setup reproduce reproduce-all test lint sync pytest notebooks smoke lab clean distclean
+.PHONY: help setup reproduce reproduce-all readme test lint sync pytest notebooks smoke lab clean distclean
 
 help:
 	@sed -n '1,4s/^# //p' Makefile
@@ -41,6 +41,10 @@ reproduce-all: setup
 lab: setup
 	cd nbs && ../$(BIN)/jupyter lab
 
+# README.md from nbs/index.ipynb; after every change of the index, of the profiles and of the record
+readme: setup
+	$(BIN)/python tests/readme.py
+
 # --- checks: each prints its name first, so that a failure says which one it was -------------------------------------------------
 
 export OMP_NUM_THREADS ?= 1
@@ -56,7 +60,7 @@ lint: setup
 
 sync: setup
 	@echo "== sync: exported code, clean notebooks, tags, stamps, sizes"
-	@$(BIN)/python -m pytest -q tests/test_repository.py
+	@$(BIN)/python -m pytest -q tests/test_repository.py tests/test_readme.py
 
 notebooks: setup
 	@echo "== notebooks: every library notebook runs (nbdev_test)"
@@ -64,7 +68,7 @@ notebooks: setup
 
 pytest: setup
 	@echo "== pytest: the tests of the library"
-	@$(BIN)/python -m pytest -q -n 2 --dist loadfile tests --ignore tests/test_repository.py
+	@$(BIN)/python -m pytest -q -n 2 --dist loadfile tests --ignore tests/test_repository.py --ignore tests/test_readme.py
 
 smoke: setup
 	@echo "== smoke: every results notebook under papermill, profile smoke, empty cache"

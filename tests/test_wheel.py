@@ -50,13 +50,16 @@ def ask(python: Path, code: str, tmp_path: Path) -> str:
 def test_wheel_holds_code_notebooks_and_data_and_is_small(wheel):
     with zipfile.ZipFile(wheel) as z:
         names = z.namelist()
-    inside = {n for n in names if n.startswith("kd_notes/")}
+    inside, checkout = {n for n in names if n.startswith("kd_notes/")}, wheel.parent/"checkout"
     for folder, there in (("kd_notes", "kd_notes"), ("nbs", "kd_notes/_nbs"), ("data", "kd_notes/_data")):
-        files = [p for p in (ROOT/folder).rglob("*") if p.is_file() and p.suffix in (".py", ".ipynb", ".jsonl", ".json", ".csv")]
-        wanted = {f"{there}/{p.relative_to(ROOT/folder).as_posix()}" for p in files
-                  if not any(part.startswith((".", "_")) and part not in ("__init__.py", "_modidx.py") for part in p.relative_to(ROOT/folder).parts)}
+        files = [p for p in (checkout/folder).rglob("*") if p.is_file() and p.suffix in (".py", ".ipynb", ".jsonl", ".json", ".csv")]
+        wanted = {f"{there}/{p.relative_to(checkout/folder).as_posix()}" for p in files
+                  if not any(part.startswith((".", "_")) and part not in ("__init__.py", "_modidx.py") for part in p.relative_to(checkout/folder).parts)}
         heavy = {n for n in wanted if "/teacher/adapters/" in n or "/teacher/backbones/" in n}
         assert wanted - heavy <= inside, sorted(wanted - heavy - inside)[:5]
+    for folder in ("tasks", "facts", "tokenizer", "reported", "teacher"):
+        carried = [n for n in inside - heavy if n.startswith(f"kd_notes/_data/{folder}/")]
+        assert carried or not (checkout/"data"/folder).exists(), f"the wheel carries nothing of data/{folder}"
     assert not [n for n in names if ".ipynb_checkpoints" in n or "__pycache__" in n or n.startswith(("tests/", "build/"))]
     assert wheel.stat().st_size < 60e6
 
@@ -68,6 +71,9 @@ def test_wheel_works_with_nothing_but_its_core_requirements(python, tmp_path):
     task = "from kd_notes.data import load_split; e = load_split('nli', 'test'); print(len(e), e[0].task, bool(e[0].input), e[0].label)"
     words = ask(python, task, tmp_path).split()
     assert words[:3] == ["1000", "nli", "True"] and words[3] in ("entailment", "neutral", "contradiction")
+    teacher = ("from kd_notes.core import data_dir, read_jsonl; files = sorted((data_dir()/'teacher').glob('*/*.jsonl')); "
+               "print(all('id' in read_jsonl(f)[0] for f in files))")
+    assert ask(python, teacher, tmp_path) == "True"
     absent = "import importlib.util as u; print([m for m in ('transformers', 'pandas', 'matplotlib', 'papermill', 'nbdev', 'datasets') if u.find_spec(m)])"
     assert ask(python, absent, tmp_path) == "[]"
 
@@ -95,9 +101,9 @@ def test_wheel_computes_a_loss(python, tmp_path):
         assert ask(python, LOSS, tmp_path) == "True 3"
 
 
-def test_wheel_lists_the_experiments(python, tmp_path):
+def test_wheel_lists_the_experiments(wheel, python, tmp_path):
     listed = call(python.parent/"kd-notes", "list", cwd=tmp_path).stdout
-    for notebook in (ROOT/"nbs"/"results").glob("*.ipynb"):
+    for notebook in (wheel.parent/"checkout"/"nbs"/"results").glob("*.ipynb"):
         assert notebook.stem in listed
 
 

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PREDICT', 'EXPLAIN', 'ANSWER', 'ARMS', 'DEFAULTS', 'MODULES', 'Row', 'step_rows', 'StepByStep', 'teacher_file',
-           'teacher_text', 'with_teacher', 'plain_rows', 'single_task_rows', 'shuffled', 'Arm', 'arm_rows', 'predict',
-           'student', 'checksums', 'train_student', 'run_students', 'build_tokenizer']
+           'teacher_text', 'teacher_score', 'with_teacher', 'plain_rows', 'single_task_rows', 'shuffled', 'Arm',
+           'arm_rows', 'predict', 'student', 'checksums', 'train_student', 'run_students', 'build_tokenizer']
 
-# %% ../nbs/14_stepwise.ipynb #b5587444
+# %% ../nbs/14_stepwise.ipynb #c9ea84f3
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Callable
@@ -15,10 +15,10 @@ from typing import Any, Callable
 import torch
 from torch import Tensor
 
-from .core import UserError, data_dir, read_jsonl, rng, sha256_file, stable_hash
+from .core import UserError, data_dir, read_json, read_jsonl, rng, sha256_file, stable_hash
 from .data import Example, load_split, split_checksum, task_info
 from .evaluate import accuracy, outcomes, pack_bits
-from .models import SIZES, count_parameters, load_mini_tokenizer, mini_model, train_mini_tokenizer
+from .models import count_parameters, load_mini_tokenizer, mini_model, train_mini_tokenizer
 from .runs import run_grid
 from .train import Method, TrainConfig, causal_batch, seq2seq_batch, target_nll, train
 
@@ -87,6 +87,12 @@ def teacher_text(task: str, split: str) -> dict[str, tuple[str, str]]:
                         fix=f"Run `kd-notes extract` for task {task}, split {split}.")
     rows = read_jsonl(path)
     return {r["id"]: (r["label"], r["rationale"]) if r["outcome"] == "ok" else ("", "") for r in rows}
+
+# %% ../nbs/14_stepwise.ipynb #4b1e85a1
+def teacher_score(task: str) -> tuple[float, int]:
+    "Test accuracy of the embedded teacher and on how many items: the reference line of the figures. Raises UserError if absent."
+    report = read_json(teacher_file(task, "report").with_suffix(".json"))
+    return report["test_accuracy"], report["test_n"]
 
 # %% ../nbs/14_stepwise.ipynb #62cc9308
 def with_teacher(examples: list[Example], text: dict[str, tuple[str, str]], *, labels: bool) -> list[Example]:
@@ -190,7 +196,7 @@ def predict(model, tokenizer, examples: list[Example], *, prefix: str = PREDICT,
         out |= {i: t.strip() for i, t in zip(names, texts)}
     return out
 
-# %% ../nbs/14_stepwise.ipynb #57685dfe
+# %% ../nbs/14_stepwise.ipynb #a3b693bf
 DEFAULTS = {"split": "pool", "family": "causal", "size": "xs", "steps": 800, "batch_size": 16, "lr": 0.004, "alpha": 0.5, "score_on": "test"}
 
 
@@ -202,10 +208,10 @@ def student(task: str, arm: str, n: int, seed: int, **settings: Any) -> dict:  #
     return {"task": task, "arm": arm, "n": n, "seed": seed} | DEFAULTS | settings
 
 
-def checksums(task: str, splits=("pool", "unlabelled", "teacher", "validation", "test")) -> dict[str, str]:
-    "Checksums of all that decides a student's numbers besides code and parameters: data, teacher text, tokenizer."
-    found = {f"{task}/{s}": split_checksum(task, s) for s in splits}
-    files = [teacher_file(task, s) for s in splits] + [data_dir() / "tokenizer" / "mini" / "tokenizer.json"]
+def checksums(task: str, split: str) -> dict[str, str]:  # split: the training split
+    "Checksums of all that decides a student's numbers besides code and parameters: data, the teacher's text, tokenizer."
+    found = {f"{task}/{s}": split_checksum(task, s) for s in dict.fromkeys((split, "teacher", "validation", "test"))}
+    files = [teacher_file(task, split), data_dir() / "tokenizer" / "mini" / "tokenizer.json"]
     return found | {f"{p.parent.name}/{p.name}": sha256_file(p) for p in files if p.exists()}
 
 # %% ../nbs/14_stepwise.ipynb #a36df5ea
@@ -232,17 +238,17 @@ def _score(result, model, tok, p: dict, examples: list[Example]) -> dict:
     return {"accuracy": accuracy(right), "outcomes": pack_bits(right), "parameters": count_parameters(model), "tokens": result.tokens,
             "train_seconds": result.seconds}
 
-# %% ../nbs/14_stepwise.ipynb #449e8aab
+# %% ../nbs/14_stepwise.ipynb #2db5e358
 MODULES = ["stepwise"]
 
 
 def run_students(runs: list[dict], *, jobs: int = 1, use_record: bool = False, desc: str = "students") -> list[dict]:
     "Train all students that the cache (or the record) does not hold; results in their order, one per run."
     results: dict[str, dict] = {}
-    for task in dict.fromkeys(r["task"] for r in runs):     # one grid per task: a run's key depends on its own task's data only
-        mine = [r for r in runs if r["task"] == task]
-        found = run_grid("stepwise", "kd_notes.stepwise:train_student", mine, modules=MODULES, checksums=checksums(task), jobs=jobs,
-                         use_record=use_record, desc=f"{desc} ({task})")
+    for group in dict.fromkeys((r["task"], r["split"]) for r in runs):     # a run's key depends on its own data only
+        mine = [r for r in runs if (r["task"], r["split"]) == group]
+        found = run_grid("stepwise", "kd_notes.stepwise:train_student", mine, modules=MODULES, checksums=checksums(*group), jobs=jobs,
+                         use_record=use_record, desc=f"{desc} ({'/'.join(group)})")
         results |= {stable_hash(r): f for r, f in zip(mine, found)}
     return [results[stable_hash(r)] for r in runs]
 

@@ -6,8 +6,7 @@ from pathlib import Path
 from setuptools import setup
 
 ROOT = Path(__file__).resolve().parent
-WHEEL_LIMIT = 50e6  # bytes of data beyond which adapters and backbones are left out of the wheel
-HEAVY = ("teacher/adapters", "teacher/backbones")  # below data/
+HEAVY = {"adapter", "adapters", "backbone", "backbones"}  # folders of weights below data/: in the repository, not in the wheel
 
 config = ConfigParser(delimiters=["="])
 config.read(ROOT/"settings.ini", encoding="utf-8")
@@ -23,10 +22,7 @@ def files_below(folder: str) -> list[str]:
 
 def data_files() -> list[str]:
     "The files of data/ that the wheel carries."
-    names = files_below("data")
-    if sum((ROOT/"data"/n).stat().st_size for n in names) > WHEEL_LIMIT:
-        names = [n for n in names if not n.startswith(HEAVY)]
-    return names
+    return [n for n in files_below("data") if not HEAVY & set(n.split("/")) and not n.endswith(".safetensors")]
 
 
 lib = cfg["lib_name"]

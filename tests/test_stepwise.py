@@ -1,0 +1,272 @@
+"""Distilling step by step: the loss, the arms, what a student may see, and a training that is killed. Tiny models, real parts."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from dataclasses import replace
+
+import pytest
+import torch
+
+from kd_notes import stepwise as ks
+from kd_notes.core import UserError, append_jsonl, read_json, write_json
+from kd_notes.data import load_split
+from kd_notes.evaluate import unpack_bits
+from kd_notes.models import load_mini_tokenizer, mini_model
+from kd_notes.stepwise import ARMS, EXPLAIN, PREDICT, Row, StepByStep, arm_rows, predict, step_rows, student, train_student
+from kd_notes.train import SFT, TrainConfig, last_checkpoint, train
+
+torch.set_num_threads(1)
+TOK = load_mini_tokenizer()
+POOL = load_split("nli", "pool")[:32]
+FAMILIES = ("causal", "t5")
+
+
+def tiny(family="causal", seed=0):
+    return mini_model(family, "xs", len(TOK), seed)
+
+
+def fit(method, rows, family="causal", steps=6, **how):
+    return train(tiny(family), method, rows, TrainConfig(steps=steps, batch_size=8, lr=2e-3, log_every=1, device="cpu", **how))
+
+
+def terms(rows, family="causal", alpha=0.5, model=None):
+    "(total loss, {term: mean}) of rows as one batch."
+    method, model = StepByStep(TOK, family, alpha), model or tiny(family)
+    batch = method.collate([method.encode(r) for r in rows])
+    sums, counts = method.sums(model, batch), method.counts(batch)
+    means = {k: sums[k] / max(counts[k], 1) for k in sums}
+    return sum(method.weights[k] * m for k, m in means.items()), means, model
+
+
+def gradient(rows, family, alpha):
+    total, _, model = terms(rows, family, alpha)
+    grads = torch.autograd.grad(total, list(model.parameters()), allow_unused=True)
+    return torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten() for g, p in zip(grads, model.parameters())])
+
+
+@pytest.fixture
+def teacher(tmp_path, monkeypatch):
+    "A teacher that has answered the pool and the unlabelled split: the oracle's reasons, some labels wrong, some completions unusable."
+    for split in ("pool", "unlabelled"):
+        rows = [{"id": e.id, "label": "neutral" if i % 5 == 0 else e.label, "rationale": e.rationale,
+                 "outcome": "truncated" if i % 9 == 4 else "ok"} for i, e in enumerate(load_split("nli", split, gold=True))]
+        append_jsonl(tmp_path/f"{split}.jsonl", rows)
+    monkeypatch.setattr(ks, "teacher_file", lambda task, split: tmp_path/f"{split}.jsonl")
+    return tmp_path
+
+
+# ---------------------------------------------------------------- the loss
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_alpha_one_is_finetuning_on_prefixed_input_bit_for_bit(family):
+    rows = step_rows([replace(e, rationale="") for e in POOL])
+    ours = fit(StepByStep(TOK, family, alpha=1.0), rows, family)
+    plain = fit(SFT(TOK, family, source=lambda e: PREDICT + e.input), POOL, family)
+    assert [h["loss"] for h in ours.history if "loss" in h] == [h["loss"] for h in plain.history if "loss" in h]
+    assert all(torch.equal(a, b) for a, b in zip(ours.model.parameters(), plain.model.parameters(), strict=True))
+
+
+def test_alpha_one_ignores_the_rationales_that_are_there():
+    "To float tolerance: the rationale rows share the batch, and change its padding."
+    ours = fit(StepByStep(TOK, alpha=1.0), step_rows(POOL), bucket=False)
+    plain = fit(SFT(TOK, source=lambda e: PREDICT + e.input), POOL, bucket=False)
+    losses = [[h["loss"] for h in r.history if "loss" in h] for r in (ours, plain)]
+    assert losses[0] == pytest.approx(losses[1], abs=2e-4)
+
+
+def test_alpha_zero_learns_the_rationale_only():
+    model = fit(StepByStep(TOK, alpha=0.0), step_rows(POOL), steps=25).model
+    before, after = terms(step_rows(POOL))[1], terms(step_rows(POOL), model=model)[1]
+    assert after["rationale"] < 0.8 * before["rationale"]
+    both, alone = step_rows(POOL[:2]), [Row(r.id, r.pairs[1:]) for r in step_rows(POOL[:2])]
+    torch.testing.assert_close(gradient(both, "causal", 0.0), gradient(alone, "causal", 0.0), atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradient_at_one_half_is_the_mean_of_the_two(family):
+    rows = step_rows(POOL[:6])
+    half, label, rationale = (gradient(rows, family, a) for a in (0.5, 1.0, 0.0))
+    torch.testing.assert_close(half, (label + rationale) / 2, atol=1e-6, rtol=1e-4)
+    assert label.norm() > 0 and rationale.norm() > 0 and not torch.allclose(label, rationale, atol=1e-3)
+
+
+def test_a_longer_rationale_leaves_the_label_term_alone():
+    "Every term is a mean over its own tokens: repeating the rationales changes neither the label's value nor its share."
+    short, long = step_rows(POOL[:6]), step_rows([replace(e, rationale=" ".join([e.rationale] * 3)) for e in POOL[:6]])
+    (_, a, _), (_, b, _) = terms(short), terms(long)
+    torch.testing.assert_close(a["label"], b["label"], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(gradient(short, "causal", 1.0), gradient(long, "causal", 1.0), atol=1e-6, rtol=1e-4)
+    assert StepByStep(TOK).counts(StepByStep(TOK).collate([StepByStep(TOK).encode(r) for r in long]))["rationale"] > 100
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_total_is_the_models_own_loss_on_each_row(family):
+    "Derived a second way: Hugging Face's loss, row by row."
+    rows, model = step_rows(POOL[:3]), tiny(family)
+    expected = {}
+    for term in ("label", "rationale"):
+        total, count = 0.0, 0
+        for _, source, target in [p for r in rows for p in r.pairs if p[0] == term]:
+            s, t = ([*TOK.encode(x, add_special_tokens=False)] for x in (source, target))
+            s, t = s + [TOK.eos_token_id] * (family == "t5"), t + [TOK.eos_token_id]
+            ids, labels = (s, t) if family == "t5" else (s + t, [-100] * len(s) + t)
+            total += model(input_ids=torch.tensor([ids]), labels=torch.tensor([labels])).loss.item() * len(t)
+            count += len(t)
+        expected[term] = total / count
+    total, means, _ = terms(rows, family, 0.3)
+    assert {k: v.item() for k, v in means.items()} == pytest.approx(expected, abs=1e-4)
+    assert total.item() == pytest.approx(0.3 * expected["label"] + 0.7 * expected["rationale"], abs=1e-4)
+
+
+@pytest.mark.parametrize("alpha", [-0.1, 1.5, float("nan")])
+def test_alpha_must_be_a_weight(alpha):
+    with pytest.raises(UserError, match="alpha"):
+        StepByStep(TOK, alpha=alpha)
+
+
+# ---------------------------------------------------------------- arms
+
+def test_prefixes_are_the_papers_and_the_baseline_has_none(teacher):
+    pairs = arm_rows("dss", "nli", 30)[0].pairs
+    assert pairs[0][1].startswith("predict: Premise:") and all(p[1].startswith("explain: Premise:") for p in pairs[1:])
+    assert arm_rows("finetune", "nli", 30)[0].pairs[0][1].startswith("Premise:")
+
+
+def test_all_arms_draw_the_same_examples_and_seeds_draw_others(teacher):
+    ids = {arm: [r.id for r in arm_rows(arm, "nli", 40, seed=3)] for arm in ("finetune", "dss", "shuffled", "empty", "copy", "dss_oracle", "single_task")}
+    assert len({tuple(x) for x in ids.values()}) == 1 and len(set(ids["dss"])) == 40
+    assert ids["dss"] != [r.id for r in arm_rows("dss", "nli", 40, seed=4)]
+
+
+def test_shuffled_gives_everyone_the_rationale_of_somebody_else():
+    marked = [replace(e, rationale=f"because of {e.id}") for e in POOL]
+    for seed in range(20):
+        mixed = ks.shuffled(marked, seed)
+        assert all(a.rationale != b.rationale and (a.id, a.label) == (b.id, b.label) for a, b in zip(marked, mixed, strict=True))
+        assert sorted(e.rationale for e in mixed) == sorted(e.rationale for e in marked)
+
+
+def test_what_each_arm_learns_from(teacher):
+    text = {a: {r.id: {t: y for t, _, y in r.pairs} for r in arm_rows(a, "nli", 60)} for a in ARMS if ARMS[a].labels == "gold"}
+    gold = {e.id: e for e in load_split("nli", "pool")}
+    said = ks.teacher_text("nli", "pool")
+    for i, row in text["dss"].items():
+        assert row["label"] == gold[i].label and row.get("rationale", "") == said[i][1]
+        assert text["dss_oracle"][i]["rationale"] == gold[i].rationale
+        assert text["copy"][i]["rationale"] == gold[i].input and not text["empty"][i]["rationale"].strip()
+        assert text["single_task"][i]["label"].endswith(f"Answer: {gold[i].label}") and said[i][1] in text["single_task"][i]["label"]
+    assert 0 < sum("rationale" not in r for r in text["dss"].values()) < 20, "unusable completions have no rationale row"
+    assert len(text["finetune_plus"]) == 60 + len(load_split("nli", "teacher"))
+
+
+@pytest.mark.parametrize("arm", ["distill", "dss_teacher"])
+def test_without_gold_labels_the_teachers_mistakes_are_learned(teacher, arm):
+    said, rows = ks.teacher_text("nli", "unlabelled"), arm_rows(arm, "nli", 200, "unlabelled")
+    gold = {e.id: e.label for e in load_split("nli", "unlabelled", gold=True)}
+    assert all(r.pairs[0][2] == said[r.id][0] for r in rows) and any(r.pairs[0][2] != gold[r.id] for r in rows)
+    assert 150 < len(rows) < 200, "examples without a label are dropped"
+
+
+@pytest.mark.parametrize("args, message", [
+    (("dsss", "nli", 5), "dsss.*finetune.*dss"), (("finetune", "nli", 0), "n=0"), (("finetune", "nli", 2001), "2001.*2000"),
+    (("finetune", "nli", 5, "unlabelled"), "gold labels"), (("dss", "sst2", 5), "sst2"), (("finetune", "nli", 5, "train"), "train")])
+def test_arm_rows_refuses(args, message):
+    with pytest.raises(UserError, match=message):
+        arm_rows(*args)
+
+
+def test_missing_teacher_text_names_file_and_command(tmp_path, monkeypatch):
+    monkeypatch.setattr(ks, "teacher_file", lambda task, split: tmp_path/"none.jsonl")
+    with pytest.raises(UserError, match=r"data/teacher/nli/pool\.jsonl.*kd-notes extract"):
+        arm_rows("dss", "nli", 5)
+    assert arm_rows("dss_oracle", "nli", 5), "arms that need no teacher still work"
+
+
+def test_teacher_text_that_lacks_an_example(teacher):
+    lines = (teacher/"pool.jsonl").read_text().splitlines()
+    (teacher/"pool.jsonl").write_text("\n".join(lines[:1000]) + "\n")
+    with pytest.raises(UserError, match="no teacher text, the first is 'nli-pool"):
+        arm_rows("dss", "nli", 2000)
+
+
+def test_teacher_score_is_read_from_the_report(teacher):
+    write_json(teacher/"report.json", {"test_accuracy": 0.75, "test_n": 1000})
+    assert ks.teacher_score("nli") == (0.75, 1000)
+
+
+def test_student_settings_are_strict():
+    assert student("nli", "dss", 5, 0, size="s")["size"] == "s"
+    with pytest.raises(UserError, match="sizee"):
+        student("nli", "dss", 5, 0, sizee="s")
+
+
+# ---------------------------------------------------------------- predictions
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_predict_reads_the_input_only_and_no_neighbours(family):
+    "Neither rationale, label nor the rest of the batch may change what is said."
+    model, few = tiny(family), POOL[:6]
+    whole = predict(model, TOK, few, family=family, max_new_tokens=6)
+    blind = [replace(e, rationale="", label="entailment") for e in few]
+    assert predict(model, TOK, blind, family=family, max_new_tokens=6) == whole
+    assert predict(model, TOK, few[::-1], family=family, max_new_tokens=6, batch_size=1) == whole
+    assert len(whole) == 6 and predict(model, TOK, few, prefix=EXPLAIN, family=family, max_new_tokens=6).keys() == whole.keys()
+
+
+def test_a_student_learns_what_it_is_trained_on():
+    "Sixteen examples by heart: a wrong prefix, mask or target position in training or in prediction would show."
+    few = POOL[:16]
+    model = train(tiny(), StepByStep(TOK), step_rows(few), TrainConfig(steps=60, batch_size=16, lr=8e-3, device="cpu")).model
+    said = predict(model, TOK, few)
+    assert sum(said[e.id] == e.label for e in few) >= 14
+
+
+# ---------------------------------------------------------------- a training as a run
+
+def params(**changes):
+    return student("nli", "dss_oracle", 48, 0, steps=4, score_on="validation", **changes)
+
+
+def numbers(metrics):
+    return {k: v for k, v in metrics.items() if "seconds" not in k}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_train_student_gives_metrics_that_agree_with_each_other(tmp_path, family):
+    made = train_student(params(family=family), tmp_path)
+    bits = unpack_bits(made["outcomes"])
+    assert len(bits) == 500 and made["accuracy"] == pytest.approx(sum(bits) / 500) and made["examples"] == 48
+    assert made["tokens"] > 0 and made["parameters"] > 100_000 and json.loads(json.dumps(made)) == made
+
+
+SCRIPT = """
+    import os, signal, sys
+    from pathlib import Path
+    from kd_notes import stepwise, train
+    from kd_notes.core import read_json
+    class Plug(train.Callback):
+        def on_step(self, loop):
+            if loop.step == 4: os.kill(os.getpid(), signal.SIGKILL)
+    real, config = stepwise.train, stepwise.TrainConfig
+    stepwise.TrainConfig = lambda **how: config(**(how | {"save_every": 2}))
+    stepwise.train = lambda *args, **how: real(*args, **how, callbacks=[Plug()])
+    stepwise.train_student(read_json(Path(sys.argv[1])/"asked.json"), Path(sys.argv[1])/"run")
+"""
+
+
+def test_resume_after_a_kill_gives_the_same_metrics(tmp_path, monkeypatch):
+    p = params() | {"steps": 7}
+    write_json(tmp_path/"asked.json", p)
+    killed = subprocess.run([sys.executable, "-c", textwrap.dedent(SCRIPT), str(tmp_path)], env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=120)
+    assert killed.returncode == -signal.SIGKILL
+    config = ks.TrainConfig
+    monkeypatch.setattr(ks, "TrainConfig", lambda **how: config(**(how | {"save_every": 2})))
+    started, real = [], ks.train
+    monkeypatch.setattr(ks, "train", lambda *a, **how: started.append(last_checkpoint(how["run_dir"])) or real(*a, **how))
+    resumed, whole = train_student(p, tmp_path/"run"), train_student(p, tmp_path/"whole")
+    assert started[0] is not None and started[1] is None, "the first one has gone on from a checkpoint"
+    assert numbers(resumed) == numbers(whole) and read_json(tmp_path/"asked.json") == p
+

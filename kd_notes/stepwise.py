@@ -22,17 +22,17 @@ from .models import count_parameters, load_mini_tokenizer, mini_model, train_min
 from .runs import run_grid
 from .train import Method, TrainConfig, causal_batch, seq2seq_batch, target_nll, train
 
-# %% ../nbs/14_stepwise.ipynb #32980db9
+# %% ../nbs/14_stepwise.ipynb #ea43b22c
 PREDICT, EXPLAIN = "predict: ", "explain: "
 
-
+# %% ../nbs/14_stepwise.ipynb #81466f9c
 @dataclass(frozen=True)
 class Row:
     "What a student is trained on: text pairs per term; a term may be absent."
     id: str
     pairs: tuple[tuple[str, str, str], ...]  # (term, source, target)
 
-
+# %% ../nbs/14_stepwise.ipynb #bd5f58b0
 def step_rows(examples: list[Example]) -> list[Row]:
     "Label and rationale rows of each example; without a rationale only the label row."
     return [Row(e.id, tuple(p for p in (("label", PREDICT + e.input, e.label), ("rationale", EXPLAIN + e.input, e.rationale)) if p[2]))
@@ -73,12 +73,12 @@ class StepByStep(Method):
         nll, end = target_nll(model, {k: v for k, v in batch.items() if k != "labels_end"}), int(batch["labels_end"])
         return {"label": nll[:end].sum(), "rationale": nll[end:].sum()}
 
-# %% ../nbs/14_stepwise.ipynb #2eeef943
+# %% ../nbs/14_stepwise.ipynb #57b688a7
 def teacher_file(task: str, split: str) -> Path:
     "Where the embedded teacher's completions of a split lie."
     return data_dir() / "teacher" / task / f"{split}.jsonl"
 
-
+# %% ../nbs/14_stepwise.ipynb #e8c15938
 def teacher_text(task: str, split: str) -> dict[str, tuple[str, str]]:
     "{id: (label, rationale)} of the teacher; empty texts where a completion could not be parsed. Raises UserError if absent."
     path = teacher_file(task, split)
@@ -104,12 +104,12 @@ def with_teacher(examples: list[Example], text: dict[str, tuple[str, str]], *, l
     out = [replace(e, rationale=text[e.id][1], label=text[e.id][0] if labels else e.label) for e in examples]
     return [e for e in out if e.label]
 
-# %% ../nbs/14_stepwise.ipynb #9e5e0f5b
+# %% ../nbs/14_stepwise.ipynb #7b3db320
 def plain_rows(examples: list[Example]) -> list[Row]:
     "The label behind the bare input."
     return [Row(e.id, (("label", e.input, e.label),)) for e in examples]
 
-
+# %% ../nbs/14_stepwise.ipynb #77abece4
 def single_task_rows(examples: list[Example]) -> list[Row]:
     "One target: the rationale, then the label (the paper's single-task variant)."
     return [Row(e.id, (("label", e.input, f"{e.rationale} {ANSWER} {e.label}" if e.rationale else f"{ANSWER} {e.label}"),)) for e in examples]
@@ -117,7 +117,7 @@ def single_task_rows(examples: list[Example]) -> list[Row]:
 
 ANSWER = "Answer:"
 
-
+# %% ../nbs/14_stepwise.ipynb #3e682120
 def shuffled(examples: list[Example], seed: int) -> list[Example]:
     "Each example with the rationale of another one: a rotation by a random order, so that nobody keeps their own."
     order = list(range(len(examples)))
@@ -125,7 +125,7 @@ def shuffled(examples: list[Example], seed: int) -> list[Example]:
     other = {order[i]: examples[order[i - 1]].rationale for i in range(len(order))}
     return [replace(e, rationale=other[i]) for i, e in enumerate(examples)]
 
-# %% ../nbs/14_stepwise.ipynb #245b1cc4
+# %% ../nbs/14_stepwise.ipynb #3ea243f6
 @dataclass(frozen=True)
 class Arm:
     "One way to train a student. `labels` and `rationales` say whose they are."
@@ -136,7 +136,7 @@ class Arm:
     steps: float = 1.0              # factor on the number of steps
     teacher_split: bool = False     # trains on the teacher's own gold examples as well
 
-
+# %% ../nbs/14_stepwise.ipynb #6271e332
 ARMS = {
     "finetune": Arm("standard finetuning", rows=plain_rows),
     "finetune_2x": Arm("finetuning, matched compute", rows=plain_rows, steps=2.5),
@@ -151,7 +151,7 @@ ARMS = {
     "copy": Arm("placebo: copy of the input", rationales="input"),
 }
 
-# %% ../nbs/14_stepwise.ipynb #12718a3b
+# %% ../nbs/14_stepwise.ipynb #854c7886
 def arm_rows(arm: str, task: str, n: int, split: str = "pool", seed: int = 0) -> list[Row]:
     "Training rows of an arm on `n` examples of a split, drawn by `seed`. Raises UserError for an unknown arm or too large an n."
     if arm not in ARMS:
@@ -166,7 +166,7 @@ def arm_rows(arm: str, task: str, n: int, split: str = "pool", seed: int = 0) ->
         drawn = with_teacher(drawn, teacher_text(task, split), labels=spec.labels == "teacher")
     return spec.rows(_reasoned(spec, drawn, seed)) + (plain_rows(load_split(task, "teacher")) if spec.teacher_split else [])
 
-
+# %% ../nbs/14_stepwise.ipynb #afe35d21
 def _reasoned(spec: Arm, drawn: list[Example], seed: int) -> list[Example]:
     if spec.rationales == "shuffled":
         return shuffled(drawn, seed)
@@ -196,7 +196,7 @@ def predict(model, tokenizer, examples: list[Example], *, prefix: str = PREDICT,
         out |= {i: t.strip() for i, t in zip(names, texts)}
     return out
 
-# %% ../nbs/14_stepwise.ipynb #a3b693bf
+# %% ../nbs/14_stepwise.ipynb #97f7aaab
 DEFAULTS = {"split": "pool", "family": "causal", "size": "xs", "steps": 800, "batch_size": 16, "lr": 0.004, "alpha": 0.5, "score_on": "test"}
 
 
@@ -207,14 +207,14 @@ def student(task: str, arm: str, n: int, seed: int, **settings: Any) -> dict:  #
         raise UserError(f"unknown settings {', '.join(sorted(unknown))}", where="student", fix=f"Known: {', '.join(DEFAULTS)}.")
     return {"task": task, "arm": arm, "n": n, "seed": seed} | DEFAULTS | settings
 
-
+# %% ../nbs/14_stepwise.ipynb #aa086616
 def checksums(task: str, split: str) -> dict[str, str]:  # split: the training split
     "Checksums of all that decides a student's numbers besides code and parameters: data, the teacher's text, tokenizer."
     found = {f"{task}/{s}": split_checksum(task, s) for s in dict.fromkeys((split, "teacher", "validation", "test"))}
     files = [teacher_file(task, split), data_dir() / "tokenizer" / "mini" / "tokenizer.json"]
     return found | {f"{p.parent.name}/{p.name}": sha256_file(p) for p in files if p.exists()}
 
-# %% ../nbs/14_stepwise.ipynb #a36df5ea
+# %% ../nbs/14_stepwise.ipynb #61e34116
 def train_student(params: dict, folder: Path) -> dict:
     "Train and score one student. Metrics: accuracy, outcomes (packed), parameters, tokens, seconds, final loss."
     p, spec = params, ARMS[params["arm"]]
@@ -227,7 +227,7 @@ def train_student(params: dict, folder: Path) -> dict:
     examples = load_split(p["task"], p["score_on"])
     return _score(result, model, tok, p, examples) | {"examples": len(rows)}
 
-
+# %% ../nbs/14_stepwise.ipynb #d9a8e4a1
 def _score(result, model, tok, p: dict, examples: list[Example]) -> dict:
     single = ARMS[p["arm"]].rows is single_task_rows
     prefix = PREDICT if ARMS[p["arm"]].rows is step_rows else ""
@@ -238,10 +238,10 @@ def _score(result, model, tok, p: dict, examples: list[Example]) -> dict:
     return {"accuracy": accuracy(right), "outcomes": pack_bits(right), "parameters": count_parameters(model), "tokens": result.tokens,
             "train_seconds": result.seconds}
 
-# %% ../nbs/14_stepwise.ipynb #2db5e358
+# %% ../nbs/14_stepwise.ipynb #88eae3ad
 MODULES = ["stepwise"]
 
-
+# %% ../nbs/14_stepwise.ipynb #05429f03
 def run_students(runs: list[dict], *, jobs: int = 1, use_record: bool = False, desc: str = "students") -> list[dict]:
     "Train all students that the cache (or the record) does not hold; results in their order, one per run."
     results: dict[str, dict] = {}

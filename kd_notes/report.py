@@ -6,7 +6,7 @@
 __all__ = ['OKABE_ITO', 'MARKERS', 'LINES', 'STYLE', 'MIN_SEEDS', 'MAJORITY_MARGIN', 'stack_outcomes', 'paired',
            'small_sample_factor', 'Estimate', 'hierarchical_bootstrap', 'holm', 'why_untested', 'Verdict', 'verdict',
            'verdicts', 'reported', 'cell_text', 'Table', 'results_table', 'arm_styles', 'accuracy_curve', 'SavedFigure',
-           'rows_to_csv', 'png_bytes', 'save_figure']
+           'rows_to_csv', 'png_bytes', 'save_figure', 'floor_accuracy', 'minus_reference']
 
 # %% ../nbs/11_report.ipynb #b0e71af5
 import base64
@@ -14,6 +14,7 @@ import csv
 import io
 import math
 import re
+from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -23,6 +24,7 @@ from typing import Any, Iterable, Mapping, Sequence
 import numpy as np
 
 from .core import UserError, atomic_write, data_dir, read_text
+from .data import equation_template, load_split, task_info
 from .evaluate import unpack_bits
 
 # %% ../nbs/11_report.ipynb #6cc2f81c
@@ -339,7 +341,7 @@ def _finish(fig, axes: Sequence, used: int, title: str) -> None:
     for ax in axes[used:]:
         ax.set_axis_off()
     named = {label: handle for ax in axes[:used] for handle, label in zip(*ax.get_legend_handles_labels())}
-    fig.legend(named.values(), named.keys(), loc="outside lower center", ncols=min(3, max(1, len(named))), frameon=False)
+    fig.legend(named.values(), named.keys(), loc="outside lower center", ncols=3 if used > 1 else 2, frameon=False)
     if title:
         fig.suptitle(title)
 
@@ -395,3 +397,21 @@ def save_figure(fig: Any,                     # matplotlib Figure
     atomic_write(folder/f"{name}.csv", rows_to_csv(rows))
     atomic_write(folder/f"{name}.png", png_bytes(fig))
     return SavedFigure(folder/f"{name}.png", folder/f"{name}.csv", alt or name.replace("_", " "))
+
+# %% ../nbs/11_report.ipynb #503b994a
+def floor_accuracy(task: str) -> float:  # an embedded task
+    "Accuracy on the test split of always giving the most frequent answer. Raises UserError for an unknown task."
+    info, test = task_info(task), load_split(task, "test")
+    if info.metric == "equation":
+        answers = [equation_template(e.label, e.input) for e in test]
+    else:
+        answers = [e.choices.index(e.label) if info.choices else e.label for e in test]
+    return Counter(answers).most_common(1)[0][1] / len(test)
+
+# %% ../nbs/11_report.ipynb #5258e237
+def minus_reference(student: Estimate, score: float, n: int) -> Estimate:  # accuracy of the reference and on how many items
+    "Student minus a reference of which only accuracy and sample size are known: 95 % errors add in quadrature."
+    own = 1.96 * (score * (1 - score) / n) ** 0.5
+    down, up = math.hypot(student.value - student.low, own), math.hypot(student.high - student.value, own)
+    d = student.value - score
+    return Estimate(d, d - down, d + up, student.n, student.items)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WORLDS', 'GENERATORS', 'SIZES', 'SEED', 'facts', 'world_of', 'all_in', 'english', 'noun_of', 'nli_example',
-           'anli_example', 'cqa_example', 'svamp_example', 'generate', 'fact_words', 'said_facts', 'valid_rationale',
-           'write_tasks']
+           'anli_example', 'setting_world', 'cqa_example', 'svamp_example', 'generate', 'fact_words', 'said_facts',
+           'valid_rationale', 'write_tasks']
 
 # %% ../nbs/04_tasks.ipynb #0b6008c6
 import random
@@ -120,7 +120,14 @@ def anli_example(r: random.Random, world: str) -> dict | None:
     return {"input": nli_input(premise, hypothesis), "label": label, "rationale": why,
             "meta": {"event": event, "facts": sorted(p[1] for p in places)}}
 
-# %% ../nbs/04_tasks.ipynb #eaaa2137
+# %% ../nbs/04_tasks.ipynb #e7b4caa1
+def setting_world(thing: str, setting: str) -> str:
+    "The world of a thing in a setting: of its four settings two are 'train', at least one is 'test'."
+    dealt = sorted(facts("cqa")["settings"], key=lambda s: stable_hash([thing, s]))
+    last = "validation" if int(stable_hash(thing), 16) % 3 else "test"
+    return ["train", "train", "test", last][dealt.index(setting)]
+
+# %% ../nbs/04_tasks.ipynb #3882f323
 def _cqa_choices(r: random.Random, f: dict, purpose: str, setting: str) -> list[str]:
     "Five rooms of the setting; the answer first."
     others = r.sample([p for p in f["purposes"] if p != purpose], 4)
@@ -132,7 +139,7 @@ def cqa_example(r: random.Random, world: str) -> dict | None:
     f = facts("cqa")
     purpose, setting = r.choice(list(f["purposes"])), r.choice(list(f["settings"]))
     thing = r.choice(f["purposes"][purpose]["things"])
-    if world_of(thing, setting) != world:
+    if setting_world(thing, setting) != world:
         return None
     choices = _cqa_choices(r, f, purpose, setting)
     room, where = choices[0], r.choice(f["settings"][setting])

@@ -72,7 +72,7 @@ def mean_loss(model):
 
 # ---------------------------------------------------------------- numbers
 
-GOLDEN = {"causal": [4.57189, 4.81192, 4.56818, 4.38195], "t5": [5.24688, 4.78232, 4.59023, 4.51992]}
+GOLDEN = {"causal": [4.56300, 4.00247, 4.49845, 4.36674], "t5": [5.24688, 4.78232, 4.59023, 4.51992]}
 
 
 @pytest.mark.parametrize("family", GOLDEN)
@@ -551,7 +551,8 @@ def test_lora_trains_saves_resumes_and_merges(tmp_path):
         got = dict(whole.model.get_base_model().named_parameters())
         assert torch.equal(p, got.get(name, got.get(name.replace(".weight", ".base_layer.weight"))))
     saved = save_model(whole.model, tmp_path/"adapter")
-    assert (saved/"adapter_model.safetensors").stat().st_size < 60_000 and not list(saved.glob("*.bin"))
+    trained = sum(p.numel() for p in whole.model.parameters() if p.requires_grad)   # the file holds these in float32, and a header
+    assert 4*trained < (saved/"adapter_model.safetensors").stat().st_size < 4*trained + 8_192 and not list(saved.glob("*.bin"))
     from peft import PeftModel
     merged = PeftModel.from_pretrained(base, str(saved)).merge_and_unload().eval()
     ids = torch.tensor([EXAMPLES[0]["source"]])

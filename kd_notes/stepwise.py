@@ -112,7 +112,8 @@ def plain_rows(examples: list[Example]) -> list[Row]:
 # %% ../nbs/14_stepwise.ipynb #77abece4
 def single_task_rows(examples: list[Example]) -> list[Row]:
     "One target: the rationale, then the label (the paper's single-task variant)."
-    return [Row(e.id, (("label", e.input, f"{e.rationale} {ANSWER} {e.label}" if e.rationale else f"{ANSWER} {e.label}"),)) for e in examples]
+    return [Row(e.id, (("label", e.input, f"{e.rationale} {ANSWER} {e.label}" if e.rationale else f"{ANSWER} {e.label}"),))
+            for e in examples]
 
 
 ANSWER = "Answer:"
@@ -182,7 +183,8 @@ def predict(model, tokenizer, examples: list[Example], *, prefix: str = PREDICT,
             max_new_tokens: int = 16, batch_size: int = 128) -> dict[str, str]:
     "{id: text} of the student for each example; only the input is read."
     model.eval()
-    ids = {e.id: tokenizer.encode(prefix + e.input, add_special_tokens=False) + [tokenizer.eos_token_id] * (family == "t5") for e in examples}
+    ids = {e.id: tokenizer.encode(prefix + e.input, add_special_tokens=False) + [tokenizer.eos_token_id] * (family == "t5")
+           for e in examples}
     order, out, pad = sorted(ids, key=lambda i: len(ids[i])), {}, tokenizer.pad_token_id
     for start in range(0, len(order), batch_size):
         names = order[start:start + batch_size]
@@ -197,7 +199,8 @@ def predict(model, tokenizer, examples: list[Example], *, prefix: str = PREDICT,
     return out
 
 # %% ../nbs/14_stepwise.ipynb #97f7aaab
-DEFAULTS = {"split": "pool", "family": "causal", "size": "xs", "steps": 800, "batch_size": 16, "lr": 0.004, "alpha": 0.5, "score_on": "test"}
+DEFAULTS = {"split": "pool", "family": "causal", "size": "xs", "steps": 800, "batch_size": 16, "lr": 0.004, "alpha": 0.5,
+            "score_on": "test"}
 
 
 def student(task: str, arm: str, n: int, seed: int, **settings: Any) -> dict:  # settings: any of DEFAULTS
@@ -223,7 +226,8 @@ def train_student(params: dict, folder: Path) -> dict:
     rows = arm_rows(p["arm"], p["task"], p["n"], p["split"], p["seed"])
     cfg = TrainConfig(steps=round(p["steps"] * spec.steps), batch_size=p["batch_size"], lr=p["lr"], warmup=0.04, weight_decay=0.01,
                       betas=(0.9, 0.98), seed=p["seed"], save_every=400)
-    result = train(model, StepByStep(tok, p["family"], p["alpha"] if spec.rationales and spec.rows is step_rows else 1.0), rows, cfg, run_dir=folder)
+    result = train(model, StepByStep(tok, p["family"], p["alpha"] if spec.rationales and spec.rows is step_rows else 1.0), rows, cfg,
+                   run_dir=folder)
     examples = load_split(p["task"], p["score_on"])
     return _score(result, model, tok, p, examples) | {"examples": len(rows)}
 

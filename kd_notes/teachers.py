@@ -43,7 +43,8 @@ def teacher_dir(task: str) -> Path:
     folder = data_dir() / "teacher" / task
     if not folder.is_dir():
         known = sorted(p.name for p in (data_dir() / "teacher").glob("*") if p.is_dir())
-        raise UserError(f"there is no embedded teacher for task {task!r}", where="data/teacher", fix=f"There is one for {', '.join(known)}.")
+        raise UserError(f"there is no embedded teacher for task {task!r}", where="data/teacher",
+                        fix=f"There is one for {', '.join(known)}.")
     return folder
 
 
@@ -84,10 +85,12 @@ def live_check(task: str, split: str = "pool", k: int = 8, *, seed: int = 0, out
     return compare_rows([rows[e.id] for e in sample], live)
 
 # %% ../nbs/13_teachers.ipynb #feae27a3
-def extract_split(task: str, split: str, backend, n: int | None = None, *, folder: Path | None = None, prompt: Prompt = ZERO_SHOT) -> list[dict]:
+def extract_split(task: str, split: str, backend, n: int | None = None, *, folder: Path | None = None,
+                  prompt: Prompt = ZERO_SHOT) -> list[dict]:
     "Completions of a split (its first `n` examples), resumable."
     folder = folder or teacher_dir(task)
-    return extract(load_split(task, split)[:n], backend, rationale_decoding(NEW_TOKENS), folder / f"{split}.jsonl", prompt=prompt, desc=f"{task}/{split}")
+    return extract(load_split(task, split)[:n], backend, rationale_decoding(NEW_TOKENS), folder / f"{split}.jsonl", prompt=prompt,
+                   desc=f"{task}/{split}")
 
 
 def write_report(task: str, **more) -> dict:  # more: further numbers, such as the few-shot accuracy

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['PREDICT', 'EXPLAIN', 'ANSWER', 'ARMS', 'DEFAULTS', 'MODULES', 'Row', 'step_rows', 'StepByStep', 'teacher_file',
            'teacher_text', 'teacher_score', 'with_teacher', 'plain_rows', 'single_task_rows', 'shuffled', 'Arm',
-           'arm_rows', 'predict', 'student', 'checksums', 'train_student', 'run_students', 'build_tokenizer']
+           'arm_rows', 'predict', 'chosen_rate', 'student', 'checksums', 'train_student', 'run_students',
+           'build_tokenizer']
 
 # %% ../nbs/14_stepwise.ipynb #c9ea84f3
 from dataclasses import dataclass, replace
@@ -51,7 +52,7 @@ class StepByStep(Method):
         return self.tokenizer.encode(text, add_special_tokens=False) + [self.tokenizer.eos_token_id] * end
 
     def encode(self, row: Row) -> list[tuple[str, list[int], list[int]]]:
-        return [(term, self._ids(s, self.family == "t5"), self._ids(t, True)) for term, s, t in row.pairs]
+        return [(term, self._ids(s, self.family == "t5"), self._ids(t.strip(), True)) for term, s, t in row.pairs]
 
     def size(self, item: list) -> int:
         return sum(len(s) + len(t) for _, s, t in item)
@@ -198,9 +199,16 @@ def predict(model, tokenizer, examples: list[Example], *, prefix: str = PREDICT,
         out |= {i: t.strip() for i, t in zip(names, texts)}
     return out
 
+# %% ../nbs/14_stepwise.ipynb #c4a2rate
+def chosen_rate(arm: str) -> float:
+    "Learning rate that the grid chose for an arm (data/chosen/stepwise.json), or for the arm it varies."
+    rates = read_json(data_dir() / "chosen" / "stepwise.json")["lr"]
+    family = "dss" if arm in ARMS and ARMS[arm].rows is step_rows else "finetune"
+    return rates.get(arm, rates[family])
+
 # %% ../nbs/14_stepwise.ipynb #97f7aaab
-DEFAULTS = {"split": "pool", "family": "causal", "size": "xs", "steps": 800, "batch_size": 16, "lr": 0.004, "alpha": 0.5,
-            "score_on": "test"}
+DEFAULTS = {"split": "pool", "family": "causal", "size": "xs", "steps": 800, "batch_size": 16, "alpha": 0.5,
+            "score_on": "test", "lr": None}                    # None: the rate that the grid chose for the arm
 
 
 def student(task: str, arm: str, n: int, seed: int, **settings: Any) -> dict:  # settings: any of DEFAULTS
@@ -208,7 +216,8 @@ def student(task: str, arm: str, n: int, seed: int, **settings: Any) -> dict:  #
     unknown = set(settings) - set(DEFAULTS)
     if unknown:
         raise UserError(f"unknown settings {', '.join(sorted(unknown))}", where="student", fix=f"Known: {', '.join(DEFAULTS)}.")
-    return {"task": task, "arm": arm, "n": n, "seed": seed} | DEFAULTS | settings
+    p = {"task": task, "arm": arm, "n": n, "seed": seed} | DEFAULTS | settings
+    return p | {"lr": p["lr"] or chosen_rate(arm)}
 
 # %% ../nbs/14_stepwise.ipynb #aa086616
 def checksums(task: str, split: str) -> dict[str, str]:  # split: the training split

@@ -270,3 +270,10 @@ def test_resume_after_a_kill_gives_the_same_metrics(tmp_path, monkeypatch):
     assert started[0] is not None and started[1] is None, "the first one has gone on from a checkpoint"
     assert numbers(resumed) == numbers(whole) and read_json(tmp_path/"asked.json") == p
 
+
+
+def test_the_empty_placebo_learns_the_end_token_and_nothing_else():
+    tok = load_mini_tokenizer()
+    row = arm_rows("empty", "nli", 3)[0]
+    by_term = {term: target for term, _, target in StepByStep(tok).encode(row)}
+    assert by_term["rationale"] == [tok.eos_token_id]

@@ -6,7 +6,7 @@
 __all__ = ['OKABE_ITO', 'MARKERS', 'LINES', 'STYLE', 'MIN_SEEDS', 'MAJORITY_MARGIN', 'stack_outcomes', 'paired',
            'small_sample_factor', 'Estimate', 'hierarchical_bootstrap', 'holm', 'why_untested', 'Verdict', 'verdict',
            'verdicts', 'reported', 'cell_text', 'Table', 'results_table', 'arm_styles', 'accuracy_curve', 'SavedFigure',
-           'rows_to_csv', 'png_bytes', 'save_figure', 'floor_accuracy', 'minus_reference']
+           'rows_to_csv', 'png_bytes', 'save_figure', 'floor_accuracy']
 
 # %% ../nbs/11_report.ipynb #b0e71af5
 import base64
@@ -407,11 +407,3 @@ def floor_accuracy(task: str) -> float:  # an embedded task
     else:
         answers = [e.choices.index(e.label) if info.choices else e.label for e in test]
     return Counter(answers).most_common(1)[0][1] / len(test)
-
-# %% ../nbs/11_report.ipynb #5258e237
-def minus_reference(student: Estimate, score: float, n: int) -> Estimate:  # accuracy of the reference and on how many items
-    "Student minus a reference of which only accuracy and sample size are known: 95 % errors add in quadrature."
-    own = 1.96 * (score * (1 - score) / n) ** 0.5
-    down, up = math.hypot(student.value - student.low, own), math.hypot(student.high - student.value, own)
-    d = student.value - score
-    return Estimate(d, d - down, d + up, student.n, student.items)

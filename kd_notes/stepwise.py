@@ -207,7 +207,7 @@ def chosen_rate(arm: str) -> float:
     return rates.get(arm, rates[family])
 
 # %% ../nbs/14_stepwise.ipynb #97f7aaab
-DEFAULTS = {"split": "pool", "family": "causal", "size": "xs", "steps": 800, "batch_size": 16, "alpha": 0.5,
+DEFAULTS = {"split": "pool", "family": "causal", "size": "xs", "steps": 1200, "batch_size": 16, "alpha": 0.5,
             "score_on": "test", "lr": None}                    # None: the rate that the grid chose for the arm
 
 

@@ -4,17 +4,22 @@
 
 # %% auto #0
 __all__ = ['ADAPTER', 'NEW_TOKENS', 'adapt_teacher', 'teacher_dir', 'open_teacher', 'stored', 'label_accuracy', 'validity',
-           'copied', 'live_check', 'extract_split', 'write_report']
+           'copied', 'live_check', 'extract_split', 'few_shot_split', 'write_report', 'teacher_outcomes',
+           'minus_teacher']
 
 # %% ../nbs/13_teachers.ipynb #894167e8
 from pathlib import Path
+
+import numpy as np
 
 from .backends import LocalBackend
 from .core import UserError, data_dir, read_jsonl, rng, write_json
 from .data import Example, load_split, task_info
 from .evaluate import outcomes
 from .models import load_pretrained, load_teacher
-from .rationales import ZERO_SHOT, Prompt, compare_rows, extract, format_completion, format_question, rationale_decoding
+from .rationales import (ZERO_SHOT, Prompt, compare_rows, extract, few_shot, format_completion, format_question,
+                                  rationale_decoding)
+from .report import Estimate, hierarchical_bootstrap, paired
 from .tasks import valid_rationale
 from .train import SFT, TrainConfig, save_model, train
 
@@ -92,16 +97,42 @@ def extract_split(task: str, split: str, backend, n: int | None = None, *, folde
     return extract(load_split(task, split)[:n], backend, rationale_decoding(NEW_TOKENS), folder / f"{split}.jsonl", prompt=prompt,
                    desc=f"{task}/{split}")
 
+# %% ../nbs/13_teachers.ipynb #feae27a4
+def few_shot_split(task: str, backend, n: int = 100, *, shots: int = 6, folder: Path | None = None) -> list[dict]:
+    "What a model that was not adapted writes for the first `n` test examples, after `shots` solved ones of the teacher split."
+    prompt = few_shot(task, load_split(task, "teacher"), shots)
+    folder = folder or teacher_dir(task)
+    return extract(load_split(task, "test")[:n], backend, rationale_decoding(NEW_TOKENS), folder / "few_shot.jsonl", prompt=prompt,
+                   desc=f"{task}/few-shot")
 
-def write_report(task: str, **more) -> dict:  # more: further numbers, such as the few-shot accuracy
+# %% ../nbs/13_teachers.ipynb #feae27a5
+def _accuracies(task: str, name: str, split: str) -> dict:
+    "Numbers of one stored file; nothing if there is no such file."
+    if not (teacher_dir(task) / f"{name}.jsonl").exists():
+        return {}
+    rows = stored(task, name)
+    ids = {r["id"] for r in rows}
+    examples = [e for e in load_split(task, split, gold=True) if e.id in ids]
+    return {f"{name}_accuracy": label_accuracy(task, rows, examples), f"{name}_n": len(examples),
+            f"{name}_valid": validity(rows, examples), f"{name}_copied": copied(rows, examples)}
+
+
+def write_report(task: str) -> dict:
     "Accuracy and validity of the stored text, written to data/teacher/<task>/report.json."
-    report = {"gold_labels": len(load_split(task, "teacher"))} | more
+    report = {"gold_labels": len(load_split(task, "teacher"))} | _accuracies(task, "few_shot", "test")
     for split in ("pool", "unlabelled", "validation", "test"):
-        if (teacher_dir(task) / f"{split}.jsonl").exists():
-            rows = stored(task, split)
-            ids = {r["id"] for r in rows}
-            examples = [e for e in load_split(task, split, gold=True) if e.id in ids]
-            report |= {f"{split}_accuracy": label_accuracy(task, rows, examples), f"{split}_n": len(examples),
-                       f"{split}_valid": validity(rows, examples), f"{split}_copied": copied(rows, examples)}
+        report |= _accuracies(task, split, split)
     write_json(teacher_dir(task) / "report.json", report)
     return report
+
+# %% ../nbs/13_teachers.ipynb #feae27a9
+def teacher_outcomes(task: str) -> np.ndarray:
+    "Right (1) or wrong (0) of the stored teacher on the first items of the test split, shape [1, items]."
+    rows = {r["id"]: r["label"] if r["outcome"] == "ok" else "" for r in stored(task, "test")}
+    examples = load_split(task, "test")[:len(rows)]
+    return np.array([outcomes(task_info(task).metric, rows, examples)], dtype=np.float64)
+
+def minus_teacher(right: np.ndarray, task: str) -> Estimate:  # outcomes of a student, [seeds, test items]
+    "Student minus teacher on the items that the teacher has answered, paired item by item."
+    teacher = teacher_outcomes(task)
+    return hierarchical_bootstrap(paired(right[:, :teacher.shape[1]], teacher))

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['WINDOW', 'SCHEDULES', 'PRECISIONS', 'Method', 'pad_rows', 'causal_batch', 'seq2seq_batch', 'target_logits',
            'target_nll', 'field_of', 'SFT', 'batch_order', 'micro_batches', 'TrainConfig', 'check_config', 'lr_factor',
-           'Loop', 'Callback', 'Progress', 'Objective', 'make_accelerator', 'make_optimizer', 'add_lora', 'train_step',
-           'trainable', 'rng_state', 'set_rng_state', 'save_checkpoint', 'fingerprint', 'last_checkpoint',
-           'TrainResult', 'train', 'save_model']
+           'Loop', 'Callback', 'Progress', 'Tracker', 'Objective', 'make_accelerator', 'make_optimizer', 'add_lora',
+           'shard', 'saved_bytes', 'memory_estimate', 'train_step', 'trainable', 'averaged', 'rng_state',
+           'set_rng_state', 'save_checkpoint', 'fingerprint', 'last_checkpoint', 'TrainResult', 'train', 'save_model']
 
 # %% ../nbs/08_train.ipynb #dc8dddfe
 import json
@@ -16,7 +16,7 @@ import os
 import random
 import shutil
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -200,6 +200,8 @@ class TrainConfig:
     device: str | None = None      # "cpu", or None: what Accelerate finds
     compile: bool | str = False    # torch.compile (True needs a C++ compiler), or the name of its backend
     gradient_checkpointing: bool = False
+    ema: float = 0.0               # decay of an average of the weights, which is validated and kept; 0: no average
+    fsdp: bool = False             # split weights, gradients and optimizer over the processes (torch's FSDP2)
 
     def __post_init__(self):
         check_config(self)
@@ -213,7 +215,8 @@ def check_config(cfg: TrainConfig) -> None:
     rules = {"steps": cfg.steps >= 0, "batch_size": cfg.batch_size >= 1, "lr": cfg.lr > 0, "accumulate": cfg.accumulate >= 1,
              "warmup": 0 <= cfg.warmup <= max(cfg.steps, 1), "weight_decay": cfg.weight_decay >= 0, "clip": cfg.clip >= 0,
              "log_every": cfg.log_every >= 1, "eval_every": cfg.eval_every >= 0, "save_every": cfg.save_every >= 0,
-             "early_stop": cfg.early_stop >= 0, "schedule": cfg.schedule in SCHEDULES, "precision": cfg.precision in PRECISIONS,
+             "early_stop": cfg.early_stop >= 0, "ema": 0 <= cfg.ema < 1,
+             "schedule": cfg.schedule in SCHEDULES, "precision": cfg.precision in PRECISIONS,
              "lora": cfg.lora is None or set(cfg.lora) <= {"r", "alpha", "dropout", "targets"}}
     for name, fine in rules.items():
         if not fine:
@@ -252,6 +255,7 @@ class Loop:
     history: list = field(default_factory=list)
     best: dict | None = None       # {"step", "score", ...} of the best validation
     best_weights: dict | None = None
+    average: dict | None = None    # {name: averaged weight}, with cfg.ema
     stale: int = 0                 # validations since then
     stop: str = ""                 # a reason, when the training shall end before `steps`
     saved: int = -1                # step of the last checkpoint
@@ -301,6 +305,30 @@ class Progress(Callback):
         if self.bar is not None:
             self.bar.close()
 
+# %% ../nbs/08_train.ipynb #73ef8ed7
+class Tracker(Callback):
+    "Send every row of the history to trackers through Accelerate. A resumed run may repeat the rows after its checkpoint."
+    def __init__(self, log_with: Any, project: str = "kd_notes", config: dict | None = None, **options):  # options of each tracker
+        self.log_with, self.project, self.config, self.options, self.sent = log_with, project, config, options, 0
+
+    def on_start(self, loop: Loop) -> None:
+        from accelerate.tracking import filter_trackers
+        loop.accelerator.log_with = filter_trackers(self.log_with, loop.run_dir)
+        settings = {k: v for k, v in asdict(loop.cfg).items() if isinstance(v, (bool, int, float, str))}
+        loop.accelerator.init_trackers(self.project, settings | (self.config or {}), self.options)
+        self.sent = len(loop.history)
+
+    def on_step(self, loop: Loop) -> None:
+        for row in loop.history[self.sent:]:
+            flat = row | row.get("validation", {})
+            loop.accelerator.log({k: v for k, v in flat.items() if isinstance(v, (int, float)) and k != "step"}, step=row["step"])
+        self.sent = len(loop.history)
+
+    def on_end(self, loop: Loop) -> None:
+        self.on_step(loop)
+        for tracker in loop.accelerator.trackers:
+            tracker.finish()
+
 # %% ../nbs/08_train.ipynb #9718c0ad
 class Objective(torch.nn.Module):
     "Model and method as one module: forward(batch) -> {term: sum}."
@@ -349,6 +377,83 @@ def add_lora(model, lora: dict, seed: int):
             raise UserError(f"LoRA does not fit this model: {str(e).splitlines()[0]}", where="TrainConfig.lora",
                             fix="Name layers of this model as targets, or use 'all-linear'.") from e
 
+# %% ../nbs/08_train.ipynb #2ecccd34
+def shard(objective: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+    "Split the parameters over all processes in place (FSDP2: torch's `fully_shard`), one group per layer and one for the rest."
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    stacks = [(name, m) for name, m in objective.named_modules() if isinstance(m, torch.nn.ModuleList)]
+    outer = [m for name, m in stacks if not any(name.startswith(f"{other}.") for other, _ in stacks)]
+    for layer in (layer for stack in outer for layer in stack):
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(objective, mesh=mesh)
+
+# %% ../nbs/08_train.ipynb #115d37c5
+def _check_deepspeed(accelerator, cfg: TrainConfig) -> None:
+    "Under DeepSpeed: tell it the batch size; UserError for settings that need the optimizer's state or gradients."
+    if accelerator.distributed_type.value != "DEEPSPEED":
+        return
+    asked = [name for name in ("save_every", "keep_best", "ema", "fsdp") if getattr(cfg, name)]
+    if asked or cfg.accumulate > 1:
+        raise UserError(f"{', '.join(asked) or 'accumulate'} does not work with DeepSpeed in this loop", where="TrainConfig",
+                        fix="Use fsdp=True instead of DeepSpeed, or a larger batch_size and no checkpoints.")
+    accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = cfg.batch_size
+
+# %% ../nbs/08_train.ipynb #2c266541
+def _uniform_batch(config, rows: int, length: int, targets: int) -> dict[str, Tensor]:
+    "A batch of equal rows in the form of a `causal_batch` or `seq2seq_batch`."
+    pairs = [([4]*(length if config.is_encoder_decoder else length - targets), [4]*targets)]*rows
+    return seq2seq_batch(pairs, 0, start_id=0) if config.is_encoder_decoder else causal_batch(pairs, 0)
+
+# %% ../nbs/08_train.ipynb #cac4710b
+def saved_bytes(model, batch: dict[str, Tensor], precision: str = "no") -> int:
+    "Bytes that the forward pass up to the target logits keeps for the backward pass; parameters are not counted."
+    own, kept = {p.untyped_storage()._cdata for p in model.parameters()}, {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage
+        return tensor
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t), torch.autocast("cpu", torch.bfloat16, enabled=precision != "no"):
+        target_logits(model, batch)
+    return sum(storage.nbytes() for key, storage in kept.items() if key not in own)
+
+# %% ../nbs/08_train.ipynb #8448b98d
+def _meta_model(config, lora: dict | None = None):
+    "A model without weights, to count its parameters."
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    with torch.device("meta"):
+        model = auto.from_config(config).train()
+    return model if lora is None else add_lora(model, lora, seed=0)
+
+# %% ../nbs/08_train.ipynb #39d2c4cf
+def memory_estimate(config,                     # a transformers config of the student
+                    cfg: TrainConfig, *,
+                    length: int,                # tokens of a long row
+                    targets: int | None = None,  # target tokens of a row; None: all but the first
+                    teacher=None,               # config of a teacher
+                    processes: int = 1) -> dict[str, int]:  # with cfg.fsdp they share the weights
+    "Bytes on one process: weights, gradients, optimizer, activations, logits, teacher and their total. Loads and computes nothing."
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    targets = length - 1 if targets is None else targets
+    real = _uniform_batch(config, cfg.batch_size, length, targets)
+    with FakeTensorMode() as fake:
+        activations = saved_bytes(_meta_model(config).to_empty(device="cpu"), {k: fake.from_tensor(v) for k, v in real.items()}, cfg.precision)
+    if cfg.gradient_checkpointing:
+        layers = config.num_hidden_layers
+        activations = activations//layers + layers*cfg.batch_size*length*config.hidden_size*4
+    model = _meta_model(config, cfg.lora)
+    share = processes if cfg.fsdp else 1
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    logits, teacher_bytes = cfg.batch_size*targets*4*config.vocab_size*3, 0
+    if teacher is not None:
+        teacher_bytes = sum(p.nbytes for p in _meta_model(teacher).parameters()) + cfg.batch_size*targets*4*teacher.vocab_size
+    parts = {"weights": sum(p.nbytes for p in model.parameters())//share, "gradients": trained//share, "optimizer": 2*trained//share,
+             "activations": activations, "logits": logits, "teacher": teacher_bytes}
+    return parts | {"total": sum(parts.values())}
+
 # %% ../nbs/08_train.ipynb #bd13a57e
 def _encoded(loop: Loop, examples: Iterable) -> None:
     "Encode all examples once. Raises UserError for no examples or one that is too long."
@@ -370,6 +475,7 @@ def _set_up(model, method: Method, examples: Iterable, cfg: TrainConfig, run_dir
             callbacks: Iterable[Callback] = ()) -> Loop:
     "Everything before the first step, except what a checkpoint restores."
     accelerator = make_accelerator(cfg)
+    _check_deepspeed(accelerator, cfg)
     seed_everything(cfg.seed + accelerator.process_index)
     if cfg.lora is not None:
         model = add_lora(model, cfg.lora, cfg.seed)
@@ -383,7 +489,13 @@ def _set_up(model, method: Method, examples: Iterable, cfg: TrainConfig, run_dir
     method.place(accelerator.device)
     if cfg.compile:
         loop.objective.compile(dynamic=True, backend="inductor" if cfg.compile is True else cfg.compile)
-    loop.module, loop.optimizer = accelerator.prepare(loop.objective, make_optimizer(loop.objective, cfg))
+    if cfg.fsdp and accelerator.num_processes > 1:
+        loop.module = accelerator.prepare_model(shard(loop.objective, accelerator.device), evaluation_mode=True)  # autocast, but no DDP
+        loop.optimizer = accelerator.prepare(make_optimizer(loop.objective, cfg))
+    else:
+        loop.module, loop.optimizer = accelerator.prepare(loop.objective, make_optimizer(loop.objective, cfg))
+    if cfg.ema:
+        loop.average = {name: p.detach().clone() for name, p in trainable(loop.objective).items()}
     return loop
 
 # %% ../nbs/08_train.ipynb #b566ba82
@@ -450,12 +562,14 @@ def _apply(loop: Loop, rows: list[int], means: dict[str, Tensor]) -> Tensor:
     for group in loop.optimizer.param_groups:
         group["lr"] = loop.cfg.lr*lr_factor(loop.step, loop.cfg)
     norm = loop.accelerator.clip_grad_norm_(loop.module.parameters(), loop.cfg.clip or math.inf)
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else torch.as_tensor(0.0 if norm is None else norm)
     scaler = loop.accelerator.scaler
     total = sum(means.values())
     loop.unchecked.append((loop.step + 1, rows, total if scaler else total + norm))  # an overflow in fp16 is the scaler's business
     if loop.accelerator.device.type == "cpu" or len(loop.unchecked) >= loop.cfg.log_every:
         _check_finite(loop)
-    (loop.optimizer if scaler else loop.optimizer.optimizer).step()  # without a scaler, Accelerate's wrapper only costs time
+    wrapped = scaler or loop.accelerator.distributed_type.value == "DEEPSPEED"
+    (loop.optimizer if wrapped else loop.optimizer.optimizer).step()  # otherwise Accelerate's wrapper only costs time
     loop.optimizer.zero_grad()
     return norm
 
@@ -469,6 +583,7 @@ def train_step(loop: Loop, rows: list[int]) -> None:
     means = _forward_backward(loop, batches, _total_counts(loop, batches, rows))
     norm = _apply(loop, rows, means)
     loop.step += 1
+    _update_average(loop)
     loop.tokens += sum(loop.sizes[i] for i in rows)
     loop.seconds += time.perf_counter() - start
     if loop.step % loop.cfg.log_every == 0 or loop.step in (1, loop.cfg.steps):
@@ -504,6 +619,44 @@ def trainable(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     "{name: parameter} of what is trained; a tied parameter appears once."
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
+# %% ../nbs/08_train.ipynb #cbb86895
+def _update_average(loop: Loop) -> None:
+    "average <- d*average + (1 - d)*weights, with d = min(cfg.ema, (1 + step)/(10 + step))."
+    if loop.average is not None:
+        decay = min(loop.cfg.ema, (1 + loop.step)/(10 + loop.step))
+        with torch.no_grad():
+            for name, p in trainable(loop.objective).items():
+                loop.average[name].lerp_(p, 1 - decay)
+
+# %% ../nbs/08_train.ipynb #87ae3c78
+@contextmanager
+def averaged(loop: Loop):
+    "Inside, the model has the averaged weights of `cfg.ema`; without it nothing changes."
+    params = trainable(loop.objective) if loop.average is not None else {}
+    own = {name: p.detach().clone() for name, p in params.items()}
+    with torch.no_grad():
+        for name, p in params.items():
+            p.copy_(loop.average[name])
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, p in params.items():
+                p.copy_(own[name])
+
+# %% ../nbs/08_train.ipynb #1da3fdf4
+@contextmanager
+def _gathered(loop: Loop):
+    "Inside, the model can be called directly although its parameters are split over processes."
+    sharded = hasattr(loop.module, "unshard")
+    if sharded:
+        loop.module.unshard()
+    try:
+        yield
+    finally:
+        if sharded:
+            loop.module.reshard()
+
 # %% ../nbs/08_train.ipynb #d691d350
 def _full(t: Tensor) -> Tensor:
     "A copy on the CPU; a tensor that is sharded over processes is put together."
@@ -519,12 +672,17 @@ def _write_into(p: Tensor, value: Tensor) -> None:
     with torch.no_grad():
         p.copy_(value)
 
+# %% ../nbs/08_train.ipynb #2ad3dd21
+def _kept(loop: Loop) -> dict[str, Tensor]:
+    "The weights that count: the average if there is one, otherwise the parameters."
+    return trainable(loop.objective) if loop.average is None else loop.average
+
 # %% ../nbs/08_train.ipynb #90b67c1c
 def _validate(loop: Loop, validate: Callable[[Any], dict]) -> None:
     "Validate now; keep the best weights and decide about stopping early. Raises UserError if there is no score."
     _check_finite(loop)
     loop.model.eval()
-    with torch.no_grad(), torch.random.fork_rng():
+    with averaged(loop), _gathered(loop), torch.no_grad(), torch.random.fork_rng():
         metrics = validate(loop.model)
     loop.model.train()
     if not isinstance(metrics, dict) or not math.isfinite(metrics.get("score", math.nan)):
@@ -535,7 +693,7 @@ def _validate(loop: Loop, validate: Callable[[Any], dict]) -> None:
     if better:
         loop.best = {"step": loop.step, **metrics}
         if loop.cfg.keep_best:
-            loop.best_weights = {name: _full(p) for name, p in trainable(loop.objective).items()}
+            loop.best_weights = {name: _full(p) for name, p in _kept(loop).items()}
     if loop.cfg.early_stop and loop.stale >= loop.cfg.early_stop:
         loop.stop = f"no better score in {loop.stale} validations"
     for callback in loop.callbacks:
@@ -578,12 +736,20 @@ def _optimizer_tensors(loop: Loop) -> dict[str, Tensor]:
     return {f"{name}/{key}": _full(value) for name, p in trainable(loop.objective).items() for key, value in state.get(p, {}).items()}
 
 # %% ../nbs/08_train.ipynb #f95806f0
+def _checkpoint_tensors(loop: Loop) -> dict[str, dict[str, Tensor]]:
+    "{file: tensors}, on the CPU and whole."
+    tensors = {"model": {name: _full(p) for name, p in trainable(loop.objective).items()}, "optimizer": _optimizer_tensors(loop)}
+    if loop.average is not None:
+        tensors["ema"] = {name: _full(t) for name, t in loop.average.items()}
+    if loop.best_weights:
+        tensors["best"] = loop.best_weights
+    return tensors
+
+
 def _write_checkpoint(loop: Loop, folder: Path) -> None:
     "The main process's files of a checkpoint."
-    _save_tensors(folder/"model.safetensors", {name: _full(p) for name, p in trainable(loop.objective).items()})
-    _save_tensors(folder/"optimizer.safetensors", _optimizer_tensors(loop))
-    if loop.best_weights:
-        _save_tensors(folder/"best.safetensors", loop.best_weights)
+    for name, tensors in _checkpoint_tensors(loop).items():
+        _save_tensors(folder/f"{name}.safetensors", tensors)
     write_json(folder/"state.json", {"step": loop.step, "tokens": loop.tokens, "seconds": loop.seconds, "best": loop.best,
                                      "stale": loop.stale, "stop": loop.stop, "fingerprint": fingerprint(loop),
                                      "callbacks": [c.state() for c in loop.callbacks]})
@@ -619,12 +785,12 @@ def _write_all(loop: Loop, folder: Path) -> None:
     if loop.accelerator.is_main_process:
         _write_checkpoint(loop, folder)
     elif any(hasattr(p, "full_tensor") for p in loop.objective.parameters()):
-        _optimizer_tensors(loop), [_full(p) for p in trainable(loop.objective).values()]  # putting shards together takes every process
+        _checkpoint_tensors(loop)  # putting shards together takes every process
 
 # %% ../nbs/08_train.ipynb #84d057c8
 def fingerprint(loop: Loop) -> str:
     "Hash of what decides the numbers of this training: settings, examples in order, term weights, parameter shapes."
-    free = {"save_every", "log_every", "device", "compile", "batch_size", "accumulate"}  # the last two decide by their product
+    free = {"save_every", "log_every", "device", "compile", "fsdp", "batch_size", "accumulate"}  # the last two decide by their product
     settings = {k: v for k, v in asdict(loop.cfg).items() if k not in free}
     effective = loop.cfg.batch_size*loop.cfg.accumulate*loop.accelerator.num_processes
     shapes = {name: list(p.shape) for name, p in trainable(loop.objective).items()}
@@ -657,6 +823,9 @@ def _load_tensors(loop: Loop, folder: Path) -> None:
         slot = torch.zeros_like(p) if value.shape == p.shape and value.ndim else torch.zeros_like(value, device=p.device)
         _write_into(slot, value)
         optimizer.state[p][kind] = slot
+    if loop.average is not None:
+        for name, value in load_file(folder/"ema.safetensors").items():
+            _write_into(loop.average[name], value)
     if (folder/"best.safetensors").is_file():
         loop.best_weights = load_file(folder/"best.safetensors")
     mine = folder/f"rng-{loop.accelerator.process_index}.safetensors"
@@ -715,6 +884,10 @@ def _finish(loop: Loop, validate: Callable | None) -> TrainResult:
     if loop.best_weights:
         for name, p in trainable(loop.objective).items():
             _write_into(p, loop.best_weights[name])
+    elif loop.average is not None:
+        with torch.no_grad():
+            for name, p in trainable(loop.objective).items():
+                p.copy_(loop.average[name])
     for callback in loop.callbacks:
         callback.on_end(loop)
     return TrainResult(loop.history, loop.best, loop.step, loop.seconds, loop.tokens, loop.model.eval(), loop.stop)
@@ -750,10 +923,15 @@ def train(model,                                 # a Hugging Face model; it is t
 def save_model(model, folder: Path | str, tokenizer=None) -> Path:
     "save_pretrained (a PEFT model: the adapter only), atomically: `folder` is complete or as it was before."
     folder = Path(folder)
+    options = {"save_embedding_layers": False} if hasattr(model, "peft_config") else {}
+    if any(hasattr(p, "full_tensor") for p in model.parameters()):  # split over processes: all put together, the first one writes
+        options["state_dict"] = {name: _full(p) for name, p in model.named_parameters()}
+        if torch.distributed.get_rank():
+            return folder
     part, old = folder.with_name(f".{folder.name}.part"), folder.with_name(f".{folder.name}.old")
     shutil.rmtree(part, ignore_errors=True)
     try:
-        model.save_pretrained(part, **({"save_embedding_layers": False} if hasattr(model, "peft_config") else {}))
+        model.save_pretrained(part, **options)
         if tokenizer is not None:
             tokenizer.save_pretrained(part)
         shutil.rmtree(old, ignore_errors=True)

@@ -7,9 +7,11 @@ __all__ = ['WINDOW', 'SCHEDULES', 'PRECISIONS', 'Method', 'pad_rows', 'causal_ba
            'target_nll', 'field_of', 'SFT', 'batch_order', 'micro_batches', 'TrainConfig', 'check_config', 'lr_factor',
            'Loop', 'Callback', 'Progress', 'Tracker', 'Objective', 'make_accelerator', 'make_optimizer', 'add_lora',
            'shard', 'saved_bytes', 'memory_estimate', 'train_step', 'trainable', 'averaged', 'rng_state',
-           'set_rng_state', 'save_checkpoint', 'fingerprint', 'last_checkpoint', 'TrainResult', 'train', 'save_model']
+           'set_rng_state', 'save_checkpoint', 'fingerprint', 'last_checkpoint', 'reused_memory', 'TrainResult',
+           'train', 'save_model']
 
 # %% ../nbs/08_train.ipynb #dc8dddfe
+import ctypes
 import json
 import math
 import os
@@ -202,6 +204,7 @@ class TrainConfig:
     gradient_checkpointing: bool = False
     ema: float = 0.0               # decay of an average of the weights, which is validated and kept; 0: no average
     fsdp: bool = False             # split weights, gradients and optimizer over the processes (torch's FSDP2)
+    keep_memory: bool = True       # CPU: reuse freed memory within the training instead of returning it to the system
 
     def __post_init__(self):
         check_config(self)
@@ -420,13 +423,12 @@ def saved_bytes(model, batch: dict[str, Tensor], precision: str = "no") -> int:
     return sum(storage.nbytes() for key, storage in kept.items() if key not in own)
 
 # %% ../nbs/08_train.ipynb #8448b98d
-def _meta_model(config, lora: dict | None = None):
-    "A model without weights, to count its parameters."
+def _weightless(config, context):
+    "A model built from its config inside a context that gives tensors no memory."
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    with torch.device("meta"):
-        model = auto.from_config(config).train()
-    return model if lora is None else add_lora(model, lora, seed=0)
+    with context:
+        return auto.from_config(config).train()
 
 # %% ../nbs/08_train.ipynb #39d2c4cf
 def memory_estimate(config,                     # a transformers config of the student
@@ -439,17 +441,21 @@ def memory_estimate(config,                     # a transformers config of the s
     from torch._subclasses.fake_tensor import FakeTensorMode
     targets = length - 1 if targets is None else targets
     real = _uniform_batch(config, cfg.batch_size, length, targets)
-    with FakeTensorMode() as fake:
-        activations = saved_bytes(_meta_model(config).to_empty(device="cpu"), {k: fake.from_tensor(v) for k, v in real.items()}, cfg.precision)
+    fake = FakeTensorMode()
+    model = _weightless(config, fake)
+    with fake:
+        activations = saved_bytes(model, {k: fake.from_tensor(v) for k, v in real.items()}, cfg.precision)
     if cfg.gradient_checkpointing:
         layers = config.num_hidden_layers
         activations = activations//layers + layers*cfg.batch_size*length*config.hidden_size*4
-    model = _meta_model(config, cfg.lora)
+    model = _weightless(config, torch.device("meta"))
+    model = add_lora(model, cfg.lora, cfg.seed) if cfg.lora is not None else model
     share = processes if cfg.fsdp else 1
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     logits, teacher_bytes = cfg.batch_size*targets*4*config.vocab_size*3, 0
     if teacher is not None:
-        teacher_bytes = sum(p.nbytes for p in _meta_model(teacher).parameters()) + cfg.batch_size*targets*4*teacher.vocab_size
+        frozen = _weightless(teacher, torch.device("meta"))
+        teacher_bytes = sum(p.nbytes for p in frozen.parameters()) + cfg.batch_size*targets*4*teacher.vocab_size
     parts = {"weights": sum(p.nbytes for p in model.parameters())//share, "gradients": trained//share, "optimizer": 2*trained//share,
              "activations": activations, "logits": logits, "teacher": teacher_bytes}
     return parts | {"total": sum(parts.values())}
@@ -790,7 +796,8 @@ def _write_all(loop: Loop, folder: Path) -> None:
 # %% ../nbs/08_train.ipynb #84d057c8
 def fingerprint(loop: Loop) -> str:
     "Hash of what decides the numbers of this training: settings, examples in order, term weights, parameter shapes."
-    free = {"save_every", "log_every", "device", "compile", "fsdp", "batch_size", "accumulate"}  # the last two decide by their product
+    free = {"save_every", "log_every", "device", "compile", "fsdp", "keep_memory",
+            "batch_size", "accumulate"}  # these two decide by their product
     settings = {k: v for k, v in asdict(loop.cfg).items() if k not in free}
     effective = loop.cfg.batch_size*loop.cfg.accumulate*loop.accelerator.num_processes
     shapes = {name: list(p.shape) for name, p in trainable(loop.objective).items()}
@@ -848,6 +855,21 @@ def _resume(loop: Loop) -> None:
         for callback, kept in zip(loop.callbacks, state["callbacks"]):
             callback.load(kept)
     loop.history = _rewind(loop.run_dir, loop.step, write=loop.accelerator.is_main_process)
+
+# %% ../nbs/08_train.ipynb #ce24508b
+@contextmanager
+def reused_memory(wanted: bool = True):
+    "Inside, glibc keeps freed memory for the next allocation (up to 2 GB at its end). Elsewhere than on glibc nothing happens."
+    libc = ctypes.CDLL(None) if wanted and os.name == "posix" else None
+    mmap_max, trim_threshold = -4, -1  # names in malloc.h: M_MMAP_MAX, M_TRIM_THRESHOLD
+    known = hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim")
+    if known:
+        libc.mallopt(mmap_max, 0), libc.mallopt(trim_threshold, 2**31 - 1)
+    try:
+        yield known
+    finally:
+        if known:
+            libc.mallopt(mmap_max, 65_536), libc.mallopt(trim_threshold, 131_072), libc.malloc_trim(0)
 
 # %% ../nbs/08_train.ipynb #bb8c8930
 @dataclass
@@ -910,11 +932,12 @@ def train(model,                                 # a Hugging Face model; it is t
     for callback in loop.callbacks:
         callback.on_start(loop)
     try:
-        for rows in islice(order, loop.step, cfg.steps):
-            if loop.stop:
-                break
-            train_step(loop, rows)
-            _after_step(loop, validate)
+        with reused_memory(cfg.keep_memory and loop.accelerator.device.type == "cpu"):
+            for rows in islice(order, loop.step, cfg.steps):
+                if loop.stop:
+                    break
+                train_step(loop, rows)
+                _after_step(loop, validate)
         return _finish(loop, validate)
     finally:
         _flush(loop)

@@ -24,7 +24,7 @@ from typing import Any, Iterable, Mapping, Sequence
 import numpy as np
 
 from .core import UserError, atomic_write, data_dir, read_text
-from .data import equation_template, load_split, task_info
+from .data import Example, TaskInfo, equation_template, load_split, task_info
 from .evaluate import unpack_bits
 
 # %% ../nbs/11_report.ipynb #6cc2f81c
@@ -399,9 +399,11 @@ def save_figure(fig: Any,                     # matplotlib Figure
     return SavedFigure(folder/f"{name}.png", folder/f"{name}.csv", alt or name.replace("_", " "))
 
 # %% ../nbs/11_report.ipynb #503b994a
-def floor_accuracy(task: str) -> float:  # an embedded task
-    "Accuracy on the test split of always giving the most frequent answer. Raises UserError for an unknown task."
-    info, test = task_info(task), load_split(task, "test")
+def floor_accuracy(task: str | TaskInfo,
+                   examples: Sequence[Example] | None = None) -> float:  # None: the test split of the embedded task
+    "Accuracy of always giving the most frequent answer. Raises UserError for an unknown task."
+    info = task_info(task)
+    test = load_split(info.name, "test") if examples is None else examples
     if info.metric == "equation":
         answers = [equation_template(e.label, e.input) for e in test]
     else:

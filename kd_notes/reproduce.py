@@ -1112,6 +1112,12 @@ def publish_command(names: Names = None, profile: ProfileName = "cpu", root: Roo
         print(*publish(_some(names), profile, open_book(root)), sep="\n")
 
 # %% ../nbs/30_reproduce.ipynb #93b1753e
+def _solved(task: str) -> list[Any]:
+    "Solved examples to draw shots from: the teacher split, or the first 500 of a published set's train split."
+    from kd_notes import stepwise
+    return stepwise.task_split(task, "pool")[:500] if "@" in task else stepwise.task_split(task, "teacher")
+
+
 def extract_rationales(task: str, out: Path | str,        # JSONL file to fill; an interrupted one is continued
                        *, split: str = "pool", source: Path | None = None,  # a split of the task, or a JSONL file
                        teacher: str = "smollm2",          # as `open_backend` reads it
@@ -1119,13 +1125,14 @@ def extract_rationales(task: str, out: Path | str,        # JSONL file to fill; 
                        limit: int | None = None, samples: int = 1, temperature: float = 0.0, max_new_tokens: int = 160,
                        seed: int = 0, dtype: str = "float32") -> dict:
     "Rationales and labels of a teacher: {'file', 'rows', 'outcomes', 'accuracy' (None without gold labels)}. Raises UserError."
-    from kd_notes import backends, data, rationales
-    examples = data.load_jsonl(source, task, labelled=False) if source else data.load_split(task, split)
+    from kd_notes import backends, data, rationales, stepwise
+    info = stepwise.info_of(task)
+    examples = data.load_jsonl(source, info.name, labelled=False) if source else stepwise.task_split(task, split)
     decoding = rationales.rationale_decoding(max_new_tokens, temperature=temperature, n=samples, seed=seed)
     k = shots if shots is not None else 0 if "+" in teacher or teacher.startswith("replay:") else 6
-    prompt = rationales.few_shot(task, data.load_split(task, "teacher"), k, seed=seed) if k else rationales.ZERO_SHOT
+    prompt = rationales.few_shot(info, _solved(task), k, seed=seed) if k else rationales.ZERO_SHOT
     rows = rationales.extract(examples[:limit], backends.open_backend(teacher, dtype=dtype), decoding, out, prompt=prompt)
-    return {"file": str(out), "rows": len(rows), **_judged(task, examples, rows)}
+    return {"file": str(out), "rows": len(rows), **_judged(info.name, examples, rows)}
 
 # %% ../nbs/30_reproduce.ipynb #df668510
 def _judged(task: str, examples: Sequence[Any], rows: Sequence[Mapping]) -> dict:

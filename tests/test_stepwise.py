@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,14 +15,17 @@ from kd_notes import stepwise as ks
 from kd_notes.core import UserError, append_jsonl, read_json, write_json
 from kd_notes.data import load_split
 from kd_notes.evaluate import unpack_bits
-from kd_notes.models import load_mini_tokenizer, mini_model
-from kd_notes.stepwise import ARMS, EXPLAIN, PREDICT, Row, StepByStep, arm_rows, predict, step_rows, student, train_student
-from kd_notes.train import SFT, TrainConfig, last_checkpoint, train
+from kd_notes.models import count_parameters, load_mini_tokenizer, mini_model
+from kd_notes.stepwise import (ARMS, EXPLAIN, PREDICT, Row, StepByStep, arm_rows, new_student, predict, step_rows, student, task_split,
+                               train_student)
+from kd_notes.train import SFT, TrainConfig, last_checkpoint, save_model, train
 
 torch.set_num_threads(1)
 TOK = load_mini_tokenizer()
 POOL = load_split("nli", "pool")[:32]
 FAMILIES = ("causal", "t5")
+
+FIXTURES = Path(__file__).parent/"fixtures"/"real"
 
 
 def tiny(family="causal", seed=0):
@@ -277,3 +281,33 @@ def test_the_empty_placebo_learns_the_end_token_and_nothing_else():
     row = arm_rows("empty", "nli", 3)[0]
     by_term = {term: target for term, _, target in StepByStep(tok).encode(row)}
     assert by_term["rationale"] == [tok.eos_token_id]
+
+
+@pytest.fixture(scope="module")
+def tiny_t5(tmp_path_factory):
+    "A T5 with random weights and its tokenizer, as `save_pretrained` leaves it."
+    folder = tmp_path_factory.mktemp("t5")/"tiny"
+    tok = load_mini_tokenizer()
+    save_model(mini_model("t5", "xs", len(tok), seed=0), folder, tok)
+    return folder
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_a_pretrained_t5_learns_from_a_published_set(tiny_t5, precision, tmp_path, monkeypatch):
+    monkeypatch.setenv("KD_NOTES_DATA", str(FIXTURES))
+    params = student("cqa@folder", "dss_oracle", 4, 0, family="t5", size=str(tiny_t5), steps=3, lr=1e-3, precision=precision)
+    metrics = train_student(params, tmp_path)
+    assert metrics["parameters"] == count_parameters(mini_model("t5", "xs", 2048, seed=0)) and metrics["tokens"] > 0
+    assert len(unpack_bits(metrics["outcomes"])) == len(task_split("cqa@folder", "test"))
+
+
+def test_a_pretrained_student_of_the_other_family_is_refused(tiny_t5):
+    with pytest.raises(UserError, match="not of the family 'causal'"):
+        new_student(student("nli", "dss", 10, 0, size=str(tiny_t5)))
+    with pytest.raises(UserError, match="xs"):
+        new_student(student("nli", "dss", 10, 0, size="xxl"))
+
+
+def test_what_is_not_changed_is_not_in_the_parameters():
+    assert student("nli", "dss", 10, 0) == student("nli", "dss", 10, 0, precision="no", layers=0)
+    assert "precision" in student("nli", "dss", 10, 0, precision="bf16")

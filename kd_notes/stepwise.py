@@ -221,11 +221,11 @@ def predict(model, tokenizer, examples: list[Example], *, prefix: str = PREDICT,
     return out
 
 # %% ../nbs/14_stepwise.ipynb #c4a2rate
-def chosen_rate(arm: str) -> float:
-    "Learning rate that the grid chose for an arm (data/chosen/stepwise.json), or for the arm it varies."
-    rates = read_json(data_dir() / "chosen" / "stepwise.json")["lr"]
+def chosen_rate(arm: str, task: str) -> float:
+    "Learning rate that the grid chose for an arm on a task (data/chosen/stepwise.json), or for the arm it varies, or the default."
+    chosen = read_json(data_dir() / "chosen" / "stepwise.json")
     family = "dss" if arm in ARMS and ARMS[arm].rows is step_rows else "finetune"
-    return rates.get(arm, rates[family])
+    return chosen["lr"].get(f"{task}/{arm}", chosen["lr"].get(f"{task}/{family}", chosen["default"]))
 
 # %% ../nbs/14_stepwise.ipynb #97f7aaab
 DEFAULTS = {"split": "pool", "family": "causal", "size": "xs", "steps": 1200, "batch_size": 16, "alpha": 0.5,
@@ -239,7 +239,7 @@ def student(task: str, arm: str, n: int, seed: int, **settings: Any) -> dict:  #
     if unknown:
         raise UserError(f"unknown settings {', '.join(sorted(unknown))}", where="student", fix=f"Known: {', '.join(DEFAULTS | EXTRAS)}.")
     p = {"task": task, "arm": arm, "n": n, "seed": seed} | DEFAULTS | {k: v for k, v in settings.items() if v != EXTRAS.get(k, ...)}
-    return p | {"lr": p["lr"] or chosen_rate(arm)}
+    return p | {"lr": p["lr"] or chosen_rate(arm, task)}
 
 # %% ../nbs/14_stepwise.ipynb #aa086616
 def checksums(task: str, split: str) -> dict[str, str]:  # split: the training split

@@ -14,7 +14,7 @@ __all__ = ['RESERVED', 'NUMBER_FIELDS', 'K_SIGMA', 'ABS_INTERVAL', 'REL_PLAIN', 
            'check_table', 'machine_places', 'clean_output', 'output_text', 'executed_outputs', 'stamp_line',
            'notebook_text', 'outputs_hash', 'numbers_digest', 'publish_one', 'stamps_file', 'publish',
            'check_published', 'guard', 'list_command', 'reproduce_command', 'check_command', 'record_command',
-           'publish_command', 'extract_rationales', 'extract_command']
+           'publish_command', 'extract_rationales', 'extract_command', 'plain_settings', 'distill_command']
 
 # %% ../nbs/30_reproduce.ipynb #d76ff008
 import ast
@@ -1162,6 +1162,35 @@ def extract_command(task: Annotated[str, typer.Option(help="Task, such as nli.")
         made = extract_rationales(task, out, split=split, source=source, teacher=teacher, shots=shots, limit=limit, samples=samples,
                                   temperature=temperature, max_new_tokens=max_new_tokens, seed=seed, dtype=dtype)
         print(json.dumps(made, indent=1))
+
+# %% ../nbs/30_reproduce.ipynb #cli-dist-2
+def plain_settings(sets: Iterable[str]) -> dict[str, Any]:
+    "{'k': v} from 'k=v' texts. Raises UserError for a text without '='."
+    out = {}
+    for text in sets:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise UserError(f"{text!r} is not of the form k=v", where="--set", fix="For example --set steps=200.")
+        try:
+            out[name.strip()] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            out[name.strip()] = value
+    return out
+
+# %% ../nbs/30_reproduce.ipynb #cli-dist-4
+@app.command("distill")
+def distill_command(data: Annotated[Path, typer.Option(help="JSONL: prompt and response, or chat messages.")],
+                    out: Annotated[Path, typer.Option(help="New folder for the student.")],
+                    teacher: Annotated[str, typer.Option(help="smollm2, hub:<id> or a folder.")] = "smollm2",
+                    student: Annotated[str, typer.Option(help="Likewise, or layers:6 of the teacher.")] = "layers:6",
+                    objective: Annotated[str, typer.Option(help="sft, forward_kl, reverse_kl, seqkd, ...")] = "forward_kl",
+                    profile: Annotated[str, typer.Option(help="smoke, cpu, cpu-full or gpu.")] = "cpu",
+                    sets: Annotated[list[str] | None, typer.Option("--set", help="A setting: k=v, such as steps=200.")] = None) -> None:
+    "Distil a teacher into a student on your data; an interrupted run goes on with the same command."
+    with guard():
+        from kd_notes.whitebox import distill
+        report = distill(data, teacher, student, objective, out, profile=profile, **plain_settings(sets or []))
+        print(json.dumps(report, indent=1, default=str))
 
 # %% ../nbs/30_reproduce.ipynb #55dc4a3b
 def _some(names: Sequence[str] | None) -> Sequence[str]:

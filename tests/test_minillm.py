@@ -1,0 +1,725 @@
+"""MiniLLM and its relatives: expectations by enumeration, invariances, the buffer on the loop, kills and resumes, bad input."""
+import math
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kd_notes.core import UserError
+from kd_notes.divergences import forward_kl, jsd, skew_kl, skew_reverse_kl, token_divergence
+from kd_notes.minillm import (DPKD, METHODS, PRESETS, RECIPES, SOURCES, Distill, DistillConfig, DPKDConfig, MiniLLM, MiniLLMConfig,
+                              OnPolicyConfig, Part, all_responses, check_drawn, exact_kl, minillm_terms, onpolicy_config, onpolicy_method,
+                              raise_share, repeated_ngrams, response, response_batch, returns_to_go, set_advantages, set_skew, shuffled_pick, skew_values,
+                              surrogate, token_logprobs, token_rewards, train_on_policy, whitened)
+from kd_notes.train import Callback, causal_batch, last_checkpoint, target_logits, target_nll
+
+torch.set_num_threads(1)
+PROMPT = [1, 2]
+
+
+class Ids:
+    "For prompts that are ids already. As with GPT-2, padding is the end token."
+    pad_token_id = eos_token_id = 0
+
+    def encode(self, text, add_special_tokens=False):
+        return [int(x) for x in text.split()]
+
+
+def toy(seed, width=8, vocabulary=3, dtype=torch.float64, scale=0.4, positions=32):
+    from transformers import GPT2Config, GPT2LMHeadModel
+    torch.manual_seed(seed)
+    shape = dict(vocab_size=vocabulary, n_positions=positions, n_embd=width, n_layer=1, n_head=2, initializer_range=scale)
+    return GPT2LMHeadModel(GPT2Config(**shape, embd_pdrop=0, attn_pdrop=0, resid_pdrop=0, bos_token_id=0, eos_token_id=0)).to(dtype)
+
+
+def vector(model, value):
+    params = list(model.parameters())
+    return torch.cat([g.flatten() for g in torch.autograd.grad(value, params, materialize_grads=True)])
+
+
+def logs_of(model, tokens, prompt=PROMPT):
+    return -target_nll(model, causal_batch([(prompt, tokens)], 0))
+
+
+ROWS = [{"id": f"p{i}", "prompt": [1, 1 + i % 2], "response": [1 + i % 2, 1, 0]} for i in range(6)]
+
+
+def method_of(cfg, teacher, kind=MiniLLM, rows=ROWS, **more):
+    return kind(Ids(), teacher, rows, cfg, **more)
+
+
+def in_buffer(method, responses):
+    "Put responses into the buffer, one per slot, without a training."
+    method.buffer.responses = {i: [r] for i, r in enumerate(responses)}
+    return method
+
+
+# ---------------------------------------------------------------- expectations by enumeration
+
+STEPS = 3
+EVERY = all_responses(3, STEPS)
+STUDENT, TEACHER = toy(0), toy(1, width=16)
+EXACT = vector(STUDENT, exact_kl(STUDENT, TEACHER, PROMPT, EVERY))
+
+
+def drawn(cfg, every=EVERY, student=STUDENT, teacher=TEACHER):
+    "Each response as the sampler stores it, and its probability."
+    out = []
+    for tokens in every:
+        q, p = logs_of(student, tokens).detach(), logs_of(teacher, tokens).detach()
+        mix = (cfg.alpha*p.exp() + (1 - cfg.alpha)*q.exp()).log() if cfg.alpha else q
+        out.append(response("p0", PROMPT, tokens, "mixed", log_student=q, log_teacher=p, log_mix=mix))
+    chance = torch.tensor([math.exp(sum(r.log_mix)) for r in out], dtype=torch.float64)
+    assert abs(chance.sum() - 1) < 1e-9
+    return out, chance
+
+
+def expected(preset="exact", every=EVERY, exact_of=None, **changes):
+    "Expected gradient of the method's own `sums`, over all responses."
+    cfg = MiniLLMConfig.preset(preset, **({"pt_weight": 0.0, "rollouts": len(every), "minibatch": 1} | changes))
+    responses, chance = drawn(cfg, every)
+    set_advantages(responses, cfg)
+    method, total = in_buffer(method_of(cfg, TEACHER), responses), 0
+    for slot, weight in enumerate(chance):
+        batch = method.collate([slot])
+        counts, sums = method.counts(batch), method.sums(STUDENT, batch)
+        loss = sum(method.weights[k]*sums[k]/counts[k] for k in sums if method.weights[k])
+        total = total + weight*vector(STUDENT, loss)
+    return total
+
+
+def far(found, exact=EXACT):
+    return ((found - exact).norm()/exact.norm()).item()
+
+
+def test_listing_is_complete_and_the_exact_kl_is_a_kl():
+    assert len(EVERY) == len(set(map(tuple, EVERY))) == 1 + 2 + 4*3
+    assert len(all_responses(3, 2, stop=None)) == 9
+    assert exact_kl(STUDENT, TEACHER, PROMPT, EVERY) > 0 and abs(exact_kl(STUDENT, STUDENT, PROMPT, EVERY)) < 1e-12
+
+
+def test_exact_gradient_by_finite_differences():
+    "The reference itself, derived a second way."
+    direction, model = torch.nn.functional.normalize(torch.randn(len(EXACT), dtype=torch.float64), dim=0), toy(0)
+    start, values = torch.nn.utils.parameters_to_vector(model.parameters()).detach(), []
+    for step in (1e-5, -1e-5):
+        torch.nn.utils.vector_to_parameters(start + step*direction, model.parameters())
+        values.append(exact_kl(model, TEACHER, PROMPT, EVERY).item())
+    assert abs((values[0] - values[1])/2e-5 - EXACT @ direction) < 1e-7
+
+
+@pytest.mark.parametrize("steps", [2, 3])
+def test_single_plus_long_is_the_exact_sequence_gradient(steps):
+    every = all_responses(3, steps)
+    exact = vector(STUDENT, exact_kl(STUDENT, TEACHER, PROMPT, every))
+    assert far(expected(every=every), exact) < 1e-10
+
+
+def test_sampled_return_to_go_is_the_exact_gradient_too():
+    assert far(expected(single_step=False, present_reward=True)) < 1e-10
+
+
+def test_the_codes_variant_is_twice_single_plus_long():
+    code = expected(present_reward=True)
+    single = expected("on_policy", average="sum")
+    assert far(code) > 0.05 and far(code - single) < 1e-10
+    assert far(expected("official", average="sum", whiten="none", clip=0.0, pt_kd_ratio=0.0, alpha=0.0, length_norm=False)) > 0.05
+
+
+def test_on_policy_distillation_is_the_single_step_part_and_not_the_sequence_gradient():
+    opd, total = expected("on_policy", average="sum"), 0
+    responses, chance = drawn(MiniLLMConfig.preset("exact"))
+    for r, weight in zip(responses, chance):
+        batch = response_batch([r], 0, torch.float64)
+        with torch.no_grad():
+            p = target_logits(TEACHER, batch)
+        total = total + weight*vector(STUDENT, token_divergence("reverse_kl", target_logits(STUDENT, batch), p).sum())
+    assert far(opd, total) < 1e-10 and far(opd) > 0.01
+    assert far(expected("on_policy", average="sum", gamma=1.0)) < 1e-10      # discount 1 restores the sequence
+
+
+def test_trls_trainer_counts_the_single_step_part_twice():
+    trl, opd = expected("trl", average="sum", clip=0.0, length_norm=False), expected("on_policy", average="sum")
+    assert far(trl, 2*opd) < 1e-10
+
+
+MIXED = dict(length_norm=False, clip=0.0, average="sum", inner_epochs=1)
+
+
+@pytest.mark.parametrize("alpha", [0.2, 0.7, 1.0])
+def test_exact_importance_weights_make_mixed_sampling_exact(alpha):
+    assert far(expected("paper", importance="exact", alpha=alpha, **MIXED)) < 1e-9
+    assert far(expected("paper", importance="product", alpha=alpha, **MIXED)) > 1e-3   # the future is the mixture's
+    assert far(expected("paper", importance="token", alpha=alpha, **MIXED)) > 1e-3
+
+
+def test_the_weight_on_the_single_step_part_has_no_effect_in_expectation():
+    weighted, plain = expected("paper", **MIXED), expected("paper", weight_single=False, **MIXED)
+    assert torch.allclose(weighted, plain, atol=1e-12)
+
+
+def test_token_mean_of_responses_of_one_length_is_the_gradient_up_to_that_length():
+    every = all_responses(3, 2, stop=None)
+    exact = vector(STUDENT, exact_kl(STUDENT, TEACHER, PROMPT, every))
+    assert far(2*expected(every=every, average="tokens"), exact) < 1e-10
+
+
+# ---------------------------------------------------------------- weights, returns, whitening, clipping
+
+def test_ratio_of_the_mixture():
+    responses, _ = drawn(MiniLLMConfig(alpha=0.0))
+    assert all(r.log_mix == r.log_student for r in responses)                              # alpha 0: weight 1, the student's own
+    responses, _ = drawn(MiniLLMConfig(alpha=1.0))
+    assert all(torch.allclose(torch.tensor(r.log_mix), torch.tensor(r.log_teacher)) for r in responses)
+    log_q, log_p = (torch.log_softmax(torch.randn(50, 7, dtype=torch.float64), -1) for _ in range(2))
+    mix = 0.2*log_p.exp() + 0.8*log_q.exp()
+    assert torch.allclose((mix*(log_q.exp()/mix)).sum(-1), torch.ones(50, dtype=torch.float64))   # E[w] = 1
+    assert (log_q.exp()/mix).max() <= 1/0.8 + 1e-12
+
+
+def test_reference_values():
+    "Fixture 1: w = q / (0.2 p + 0.8 q)."
+    p, q = torch.softmax(torch.tensor([2., 1, 0, -1]), 0), torch.softmax(torch.tensor([0., 1, .5, -.5]), 0)
+    torch.testing.assert_close(q/(0.2*p + 0.8*q), torch.tensor([0.637231, 1.106058, 1.158551, 1.158551]), atol=1e-6, rtol=0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.lists(st.floats(-5, 5), min_size=1, max_size=6), min_size=1, max_size=4), st.floats(0, 1), st.booleans(), st.booleans(), st.integers(0, 4))
+def test_returns_to_go_against_the_formula(rows, gamma, present, norm, extra):
+    width = max(map(len, rows)) + extra
+    rewards = torch.tensor([r + [0.0]*(width - len(r)) for r in rows], dtype=torch.float64)
+    mask = torch.tensor([[1.0]*len(r) + [0.0]*(width - len(r)) for r in rows], dtype=torch.float64)
+    found = returns_to_go(rewards, mask, present=present, gamma=gamma, length_norm=norm)
+    for b, r in enumerate(rows):
+        for t in range(len(r)):
+            part = r[t:] if present else r[t + 1:]
+            value = sum(gamma**i*x for i, x in enumerate(part))/(max(len(part), 1) if norm else 1)
+            assert abs(found[b, t] - value) < 1e-9
+    assert (found*(1 - mask)).abs().sum() == 0
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 9), st.integers(0, 30))
+def test_whitening_does_not_see_the_padding(seed, extra):
+    torch.manual_seed(seed)
+    mask = (torch.arange(6)[None] < torch.randint(1, 7, (5, 1))).double()
+    values = torch.randn(5, 6, dtype=torch.float64)*mask
+    wide, wide_mask = torch.nn.functional.pad(values, (0, extra)), torch.nn.functional.pad(mask, (0, extra))
+    wide = wide + (1 - wide_mask)*99.0                                                     # whatever lies under the padding
+    found = whitened(wide, wide_mask)
+    assert torch.allclose(found[:, :6], whitened(values, mask)) and found[:, 6:].abs().sum() == 0
+    kept = whitened(values, mask)[mask > 0]
+    assert abs(kept.mean()) < 1e-9 and (len(kept) < 2 or abs(kept.var(correction=0) - 1) < 1e-3)
+
+
+def test_the_codes_whitening_depends_on_the_padding_and_ours_does_not():
+    def advantages(whiten, longer):
+        cfg = MiniLLMConfig(whiten=whiten, length_norm=False)
+        rows = [response(str(i), PROMPT, [1]*n, "mixed", log_student=[-1.0]*n, log_teacher=[-1.5 - i]*n, log_mix=[-1.0]*n)
+                for i, n in enumerate([3, 4] + [40]*longer)]
+        if longer:                                                                         # a neighbour without rewards: only its length counts
+            rows[-1].log_teacher = rows[-1].log_student
+        set_advantages(rows, cfg)
+        return torch.tensor(rows[0].advantage), rows
+    assert not torch.allclose(advantages("padded", 0)[0], advantages("padded", 1)[0][:3], atol=0.05)
+    plain, rows = advantages("none", 0)
+    padded = advantages("none", 1)[0]
+    assert torch.equal(plain, padded)
+    white, rows = advantages("responses", 0)
+    values = torch.cat([torch.tensor(r.advantage) for r in rows])
+    assert abs(values.mean()) < 1e-6 and abs(values.var(correction=0) - 1) < 1e-4
+
+
+def test_equal_models_have_no_reward_and_no_gradient():
+    for whiten in ("none", "responses", "padded"):
+        cfg = MiniLLMConfig(whiten=whiten, pt_weight=0.0, rollouts=15, minibatch=15)
+        responses, _ = drawn(cfg, teacher=STUDENT)
+        set_advantages(responses, cfg)
+        assert all(abs(x) < 1e-9 for r in responses for x in r.advantage)
+        method = in_buffer(method_of(cfg, toy(0)), responses)
+        batch = method.collate(list(range(15)))
+        sums = method.sums(STUDENT, batch)
+        assert abs(sums["kl"]) < 1e-12 and abs(sums["reward"]) < 1e-9 and vector(STUDENT, sums["single"] + sums["long"]).norm() < 1e-9
+
+
+def test_whitening_makes_the_reward_scale_irrelevant_except_through_the_clip():
+    def advantages(**changes):
+        responses, _ = drawn(MiniLLMConfig())
+        set_advantages(responses, MiniLLMConfig(whiten="responses", **changes))
+        return torch.cat([torch.tensor(r.advantage) for r in responses])
+    assert torch.allclose(advantages(), advantages(reward_scale=2.0), atol=1e-6)
+    assert not torch.allclose(advantages(reward_clip=0.5), advantages(reward_scale=2.0, reward_clip=0.5), atol=1e-3)
+
+
+def test_clipping_starts_at_w_and_takes_the_gradient_of_what_the_student_dislikes():
+    cfg = MiniLLMConfig(alpha=0.5, pt_weight=0.0)
+    log_q, log_p = torch.log(torch.tensor([[0.02, 0.98]]).double()), torch.log(torch.tensor([[0.9, 0.1]]).double())
+    batch = {"target_ids": torch.tensor([0]), "log_mix": (0.5*log_q.exp() + 0.5*log_p.exp()).log()[:, 0], "advantage": torch.tensor([-1.0]),
+             "prefix": torch.ones(1)}
+    z = log_q.clone().requires_grad_()
+    terms = minillm_terms(z, log_p, batch, cfg)
+    assert terms["ratio"].item() == pytest.approx(0.02/0.46) and terms["clipped"].item() == 1
+    assert torch.autograd.grad(terms["long"].sum(), z)[0].abs().sum() == 0
+    terms = minillm_terms(z, log_p, batch | {"advantage": torch.tensor([1.0])}, cfg)
+    assert terms["clipped"].item() == 0 and torch.autograd.grad(terms["long"].sum(), z)[0].abs().sum() > 0
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.floats(0.01, 5), st.floats(-3, 3), st.floats(0.05, 0.5))
+def test_surrogate_is_ppos(ratio, advantage, clip):
+    found, clipped = surrogate(torch.tensor(ratio, dtype=torch.float64), torch.tensor(advantage, dtype=torch.float64), clip)
+    limited = min(max(ratio, 1 - clip), 1 + clip)
+    assert found.item() == pytest.approx(-min(ratio*advantage, limited*advantage))
+    assert clipped.item() == float(ratio*advantage > limited*advantage)
+
+
+# ---------------------------------------------------------------- batches: padding, prompts, neighbours, the end token
+
+def some_responses(cfg):
+    responses, _ = drawn(cfg)
+    set_advantages(responses, cfg)
+    return responses
+
+
+@pytest.mark.parametrize("average", ["tokens", "responses", "sum"])
+def test_neighbours_padding_and_accumulation_change_nothing(average):
+    cfg = MiniLLMConfig(average=average, pt_weight=1.0, pt_kd_ratio=0.5, rollouts=15, minibatch=15)
+    corpus = [[1, 2, 1], [2, 2, 1, 1, 2, 2, 1, 0], [1, 1]]
+    method = in_buffer(method_of(cfg, TEACHER, corpus=corpus), some_responses(cfg))
+    method.buffer.loop = type("L", (), {"step": 0})
+    method.buffer.cycle = 0
+    def total(parts):
+        found = {}
+        for part in parts:
+            batch = method.collate(part)
+            for k, v in method.sums(STUDENT, batch).items():
+                found[k] = found.get(k, 0) + v
+            for k, n in method.counts(batch).items():
+                found["n " + k] = found.get("n " + k, 0) + n
+        return found
+    whole, single = total([list(range(15))]), total([[i] for i in range(15)])
+    assert whole.keys() == single.keys() and {"single", "long", "pt", "kl", "reward", "entropy", "clipped"} <= whole.keys()
+    for k in whole:
+        assert abs(whole[k] - single[k]) < 1e-9, k
+
+
+def test_what_lies_under_the_padding_has_no_influence():
+    cfg = MiniLLMConfig(pt_weight=0.0, rollouts=15, minibatch=15)
+    method = in_buffer(method_of(cfg, TEACHER), some_responses(cfg))
+    batch = method.collate(list(range(15)))
+    poisoned = batch | {"input_ids": batch["input_ids"].clone()}
+    used = torch.zeros_like(batch["input_ids"], dtype=torch.bool)
+    for row, r in enumerate(method.buffer.of(list(range(15)))):
+        used[row, :len(r.prompt) + len(r.tokens)] = True
+    poisoned["input_ids"][~used] = 2
+    before, after = method.sums(STUDENT, batch), method.sums(STUDENT, poisoned)
+    assert (~used).any() and all(torch.allclose(before[k], after[k]) for k in before)
+
+
+def test_prompt_logits_are_no_targets_and_the_end_token_is():
+    "Padding is the end token here: the end that was drawn counts, what follows does not."
+    r = response("a", [1, 2, 1], [2, 0], "gold")
+    batch = response_batch([r, response("b", [1], [2, 1, 1, 0], "gold")], pad_id=0)
+    width = batch["input_ids"].shape[1]
+    assert batch["target_ids"].tolist() == [2, 0, 2, 1, 1, 0]
+    assert batch["target_index"].tolist() == [2, 3, width, width + 1, width + 2, width + 3]
+    assert batch["row"].tolist() == [0, 0, 1, 1, 1, 1] and batch["share"].tolist() == [0.5]*2 + [0.25]*4
+
+
+def test_off_by_one_a_teacher_that_knows_the_next_token():
+    "Cross-entropy to a teacher that is certain of the gold token is the language-modelling loss."
+    cfg = DistillConfig(source="gold", parts=(Part("cross_entropy"), Part("nll")), rollouts=6, minibatch=6)
+    method = in_buffer(method_of(cfg, TEACHER, Distill), [response(r["id"], r["prompt"], r["response"], "gold") for r in ROWS])
+    batch = method.collate(list(range(6)))
+    logits = target_logits(STUDENT, batch)
+    certain = torch.nn.functional.one_hot(batch["target_ids"], 3).double()*200
+    found = method.objective(logits, certain, batch)
+    assert torch.allclose(found["cross_entropy"], found["nll"])
+
+
+def test_language_modelling_term():
+    texts = [[1, 2, 1, 0], [2, 2]]
+    for ratio in (0.0, 0.5, 1.0):
+        cfg = MiniLLMConfig(pt_weight=1.0, pt_kd_ratio=ratio, rollouts=2, minibatch=2)
+        method = in_buffer(method_of(cfg, TEACHER, corpus=texts), some_responses(MiniLLMConfig())[:2])
+        method.buffer.loop, method.buffer.cycle = type("L", (), {"step": 0}), 0
+        batch = method.collate([0, 1])
+        rows = causal_batch([(t[:1], t[1:]) for t in texts], 0)
+        nll = target_nll(STUDENT, rows).sum()
+        taught = token_divergence("cross_entropy", target_logits(STUDENT, rows), target_logits(TEACHER, rows)).sum()
+        assert torch.allclose(method.sums(STUDENT, batch)["pt"], (1 - ratio)*nll + ratio*taught) and method.counts(batch)["pt"] == 4
+
+
+def test_canaries():
+    assert repeated_ngrams([1, 2, 3, 4, 5, 6]) == 0 and repeated_ngrams([1]*24) == pytest.approx(20/21) and repeated_ngrams([1, 2, 3]) == 0
+    good = [response("a", [1], [1, 2, 0], "student"), response("b", [1], [0], "student")]
+    check_drawn(good)
+    with pytest.raises(UserError, match="step 3, .*a, b.*|collapsed to silence"):
+        check_drawn([response("a", [1], [0], "student"), response("b", [1], [0], "student")], "step 3, ")
+    with pytest.raises(UserError, match="has no token"):
+        check_drawn([response("a", [1], [], "student")])
+    check_drawn([response("a", [1], [5], "student", finished=False)])       # cut off by length: a word, not silence
+
+
+# ---------------------------------------------------------------- on the loop
+
+def small(seed=5, dtype=torch.float32):
+    return toy(seed, width=8, vocabulary=5, dtype=dtype)
+
+
+BIG = toy(3, width=16, vocabulary=5, dtype=torch.float32)
+CORPUS = [[1, 2, 3, 4, 1, 2], [3, 3, 1], [4, 2, 4, 2, 4, 2, 4, 2]]
+SMALL = dict(rollouts=16, minibatch=8, max_new_tokens=5, seed=3)
+
+
+def make(name="minillm", teacher=BIG, dtype=None, **changes):
+    return onpolicy_method(name, Ids(), teacher if dtype is None else toy(3, 16, 5, dtype), ROWS, corpus=CORPUS, **(SMALL | changes))
+
+
+def go(name="minillm", steps=10, student=None, lr=3e-3, run_dir=None, validate=None, callbacks=(), method=None, batch_size=None, cfg=None, **changes):
+    method = method or make(name, **changes)
+    cfg = onpolicy_config(method.config, steps, lr, batch_size, **({"log_every": 1, "device": "cpu"} | (cfg or {})))
+    return train_on_policy(student or small(), method, cfg, run_dir=run_dir, validate=validate, callbacks=callbacks), method
+
+
+def terms(result, *names):
+    return [[row[n] for n in names] for row in result.history if "loss" in row]
+
+
+class Record(Callback):
+    "The responses in use at each step."
+    def __init__(self, method):
+        self.method, self.seen = method, []
+
+    def on_step(self, loop):
+        self.seen.append({slot: [tuple(r.tokens) for r in rows] for slot, rows in self.method.buffer.responses.items()})
+
+
+def test_a_cycle_uses_every_response_in_each_inner_epoch_then_draws_anew():
+    method = make(inner_epochs=3)
+    used, collate = [], method.collate
+    method.collate = lambda items: used.append(sorted(items)) or collate(items)
+    watch = Record(method)
+    go(method=method, steps=14, callbacks=[watch])
+    assert all(sorted(used[i] + used[i + 1]) == list(range(16)) for i in range(0, 14, 2))       # two mini-batches are an inner epoch
+    assert watch.seen[0] == watch.seen[5] and watch.seen[6] == watch.seen[11] and watch.seen[0] != watch.seen[6]
+    assert method.buffer.work["mixed"] == sum(len(t) for seen in (watch.seen[0], watch.seen[6], watch.seen[12]) for rows in seen.values() for t in rows)
+
+
+def test_prompts_and_texts_go_round_before_they_repeat():
+    picks = [shuffled_pick("prompts", 0, i, 6) for i in range(18)]
+    assert all(sorted(picks[i:i + 6]) == list(range(6)) for i in (0, 6, 12)) and picks[:6] != picks[6:12]
+    method = make(rollouts=6, minibatch=6)
+    go(method=method, steps=1)
+    assert sorted(rows[0].id for rows in method.buffer.responses.values()) == sorted(r["id"] for r in ROWS)
+
+
+def test_accumulation_changes_no_number():
+    a, _ = go(student=small(dtype=torch.float64), dtype=torch.float64, batch_size=8)
+    b, _ = go(student=small(dtype=torch.float64), dtype=torch.float64, batch_size=2)
+    names = ("loss", "single", "long", "pt", "kl", "reward", "clipped", "entropy", "length", "grad_norm")
+    torch.testing.assert_close(torch.tensor(terms(a, *names)), torch.tensor(terms(b, *names)), atol=1e-9, rtol=1e-9)
+
+
+def test_logs_and_free_checks():
+    result, method = go(steps=40, inner_epochs=1, lr=1e-5)
+    names = ("reward", "kl", "length", "repetition", "clipped", "entropy", "teacher_share", "ratio", "finished")
+    mean = dict(zip(names, torch.tensor(terms(result, *names)).mean(0).tolist()))
+    assert abs(mean["teacher_share"] - 0.2) < 0.02 and abs(mean["ratio"] - 1) < 0.02 and mean["kl"] > 0 and 1 <= mean["length"] <= 5
+    read = sum(len(r.prompt) + len(r.tokens) for rows in method.buffer.responses.values() for r in rows)
+    assert method.buffer.work["read"] > read
+
+
+def test_mini_llm_lowers_the_exact_reverse_kl():
+    every = all_responses(5, 3)
+    def measured(model):
+        return sum(exact_kl(model, BIG, p["prompt"], every).item() for p in ROWS[:2])
+    before = measured(small())
+    for name in ("minillm", "on_policy", "on_policy_kd"):
+        result, _ = go(name, steps=60, lr=1e-2, max_new_tokens=3, inner_epochs=2 if name == "minillm" else 1, pt_weight=0.0)
+        assert measured(result.model) < 0.5*before, name
+
+
+def test_another_seed_is_another_training_and_the_same_seed_the_same():
+    a, b, c = (go(steps=4, seed=s)[0] for s in (1, 1, 2))
+    assert terms(a, "loss") == terms(b, "loss") != terms(c, "loss")
+
+
+SCRIPT = """
+    import os, signal, sys
+    sys.path.insert(0, sys.argv[1])
+    from test_minillm import go, whole_run
+    from kd_notes.train import Callback
+    class Plug(Callback):
+        def on_step(self, loop):
+            if loop.step == int(sys.argv[3]): os.kill(os.getpid(), signal.SIGKILL)
+    whole_run(sys.argv[4], sys.argv[2], [Plug()])
+"""
+
+
+def worse(model):
+    "A validation loss that rises by a fifth each time, so that DistiLLM lets the student write."
+    worse.loss += 0.2
+    return {"score": -worse.loss, "loss": worse.loss}
+
+
+worse.loss = 1.0
+
+
+def whole_run(name, folder=None, callbacks=()):
+    worse.loss = 1.0
+    changes = dict(inner_epochs=3) if name == "minillm" else dict(capacity=40)
+    return go(name, steps=22, run_dir=folder, callbacks=callbacks, validate=worse, cfg={"save_every": 5, "eval_every": 1, "log_every": 1}, **changes)
+
+
+@pytest.mark.parametrize("name", ["minillm", "distillm"])
+def test_kill_9_in_the_middle_of_a_cycle_then_resume_is_bit_identical(tmp_path, name):
+    script = [sys.executable, "-c", textwrap.dedent(SCRIPT), os.path.dirname(__file__), str(tmp_path), "13", name]
+    assert subprocess.run(script, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=120).returncode == -signal.SIGKILL
+    assert last_checkpoint(tmp_path).name == "step-0000010"                    # in the second cycle of 6 steps
+    whole, other = whole_run(name)
+    worse.loss = 3.0                                                           # the validations of the first ten steps are in the checkpoint
+    resumed, method = go(name, steps=22, run_dir=tmp_path, validate=worse, cfg={"save_every": 5, "eval_every": 1, "log_every": 1},
+                         **(dict(inner_epochs=3) if name == "minillm" else dict(capacity=40)))
+    def clean(r):
+        return [{k: v for k, v in row.items() if k not in ("seconds", "score", "validation")} for row in r.history]
+    assert clean(whole) == clean(resumed) and method.buffer.work == other.buffer.work
+    assert all(torch.equal(a, b) for a, b in zip(whole.model.state_dict().values(), resumed.model.state_dict().values()))
+    if name == "distillm":
+        assert method.phi == other.phi > 0 and [r.tokens for r in method.replay] == [r.tokens for r in other.replay] != []
+
+
+def test_a_checkpoint_of_other_prompts_or_settings_is_refused(tmp_path):
+    go(steps=4, run_dir=tmp_path, cfg={"save_every": 2})
+    with pytest.raises(UserError, match="other prompts, texts or settings"):
+        go(steps=4, run_dir=tmp_path, cfg={"save_every": 2}, alpha=0.3)
+
+
+# ---------------------------------------------------------------- the relatives
+
+def values(method, responses, student=None):
+    batch = in_buffer(method, responses).collate(list(range(len(responses))))
+    return method.sums(student or small(), batch), method.counts(batch), batch
+
+
+GOLD = [response(r["id"], r["prompt"], r["response"], "gold") for r in ROWS]
+
+
+def test_gkd_without_the_students_words_is_supervised_kd():
+    method = make("gkd", share=0.0, parts=(Part("forward_kl"),), rollouts=6, minibatch=6)
+    assert {method.sources(s, c) for s in range(6) for c in range(20)} == {("gold",)}
+    sums, counts, batch = values(method, GOLD)
+    found = sums["forward_kl"]/counts["forward_kl"]
+    logits = target_logits(small(), batch), target_logits(BIG, batch)
+    torch.testing.assert_close(found, forward_kl(*logits))
+    sums, counts, _ = values(make("gkd", parts=(Part("jsd", options={"beta": 0.1}),)), GOLD)
+    torch.testing.assert_close(sums["jsd"]/counts["jsd"], jsd(*logits, beta=0.1))
+
+
+def test_gkds_coin_is_tossed_per_batch_or_per_example():
+    batch = make("gkd", share=0.3)
+    assert all(len({batch.sources(s, c) for s in range(16)}) == 1 for c in range(50))
+    each = make("gkd", share=0.3, coin="example")
+    shares = [each.sources(s, c) == ("student",) for s in range(16) for c in range(100)]
+    assert abs(sum(shares)/1600 - 0.3) < 0.04
+    assert {make("gkd", share=1.0).sources(s, 0) for s in range(16)} == {("student",)}
+
+
+def test_average_over_responses_is_the_mean_of_means():
+    method = make("gkd", average="responses", parts=(Part("forward_kl"),))
+    rows = [response("p0", [1], [2, 0], "gold"), response("p1", [1, 2], [3, 1, 4, 1, 0], "gold")]
+    sums, counts, batch = values(method, rows)
+    each = token_divergence("forward_kl", target_logits(small(), batch), target_logits(BIG, batch))
+    torch.testing.assert_close(sums["forward_kl"]/counts["forward_kl"], (each[:2].mean() + each[2:].mean())/2)
+
+
+def pair(tokens=(2, 3, 0)):
+    return [response("p0", [1, 2], tokens, "teacher"), response("p0", [1, 2], tokens, "student")]
+
+
+def in_pairs(method, responses):
+    method.buffer.responses = {i//2: responses[i:i + 2] for i in range(0, len(responses), 2)}
+    batch = method.collate(list(method.buffer.responses))
+    return method.sums(small(), batch), method.counts(batch), batch
+
+
+def test_f_distill_and_distillm2_on_identical_responses():
+    method = make("fdistill_js", rollouts=1, minibatch=1)
+    sums, counts, batch = in_pairs(method, pair())
+    logits = target_logits(small(), batch)[:3], target_logits(BIG, batch)[:3]
+    loss = sum(method.weights[k]*sums[k]/counts[k] for k in method.loss_weights())
+    torch.testing.assert_close(loss, jsd(*logits))
+    method = make("distillm2", rollouts=1, minibatch=1)
+    sums, counts, _ = in_pairs(method, pair())
+    loss = sum(method.weights[k]*sums[k]/counts[k] for k in method.loss_weights())
+    torch.testing.assert_close(loss, skew_kl(*logits, alpha=0.1) + skew_reverse_kl(*logits, alpha=0.1))
+    method = make("fdistill_tvd", rollouts=1, minibatch=1)
+    sums, counts, _ = in_pairs(method, pair())
+    loss = sum(method.weights[k]*sums[k]/counts[k] for k in method.loss_weights())
+    torch.testing.assert_close(loss, token_divergence("total_variation", *logits).mean())
+
+
+def test_a_part_sees_its_own_source_only():
+    method = make("distillm2", rollouts=1, minibatch=1)
+    teacher_row, student_row = response("p0", [1, 2], [2, 3, 0], "teacher"), response("p0", [1, 2], [4, 4, 4, 4, 0], "student")
+    sums, counts, batch = in_pairs(method, [teacher_row, student_row])
+    logits = target_logits(small(), batch), target_logits(BIG, batch)
+    torch.testing.assert_close(sums["skew_kl_teacher"], skew_kl(logits[0][:3], logits[1][:3]))
+    torch.testing.assert_close(sums["skew_reverse_kl_student"], skew_reverse_kl(logits[0][3:], logits[1][3:]))
+    assert counts["skew_kl_teacher"] == counts["skew_reverse_kl_student"] == 1
+
+
+def test_distillm2s_own_skew_and_ramp():
+    method = make("distillm2", own_skew=True, ramp=True, rollouts=2, minibatch=2)
+    rows = pair() + [response("p1", [1], [4, 0], "teacher"), response("p1", [1], [3, 3, 0], "student")]
+    method.buffer.student = small()
+    set_skew(method, rows)
+    assert all(0.01 <= r.skew <= 0.1 for r in rows) and set(method.anchor) == {"teacher", "student"}
+    go(method=method, steps=3)
+    same = skew_values(torch.zeros(2, 4), torch.zeros(2, 4), torch.tensor([0.1, 0.01]), True)
+    assert same.abs().max() < 1e-6
+
+
+def test_distillm_starts_with_gold_and_hands_over_when_validation_worsens():
+    method = make("distillm", capacity=20)
+    method.buffer.loop = type("L", (), {"step": 0, "cfg": type("C", (), {"steps": 100})})
+    assert {method.sources(0, c) for c in range(200)} == {("gold",)}
+    for loss in (1.0, 1.05, 1.15, 1.2, 1.3):
+        raise_share(method, {"score": -loss, "loss": loss})
+    assert method.phi == pytest.approx(0.2)                                     # at 1.15 and at 1.3: 0.1 above the last rise
+    method.phi = 0.6
+    assert {method.sources(0, c) for c in range(200)} == {("gold",), ("student",)}   # an empty buffer is filled first
+    method.replay = [response("p0", [1], [2], "student")]*20
+    method.buffer.loop.step = 50
+    drawn_from = [method.sources(0, c)[0] for c in range(2000)]
+    assert abs(drawn_from.count("student")/2000 - 0.3) < 0.05 and abs(drawn_from.count("replay")/2000 - 0.3) < 0.05
+    method.prepare([response("p1", [1], [i], "student") for i in range(30)], "")
+    assert [r.tokens for r in method.replay] == [[i] for i in range(10, 30)]    # first in, first out
+
+
+def test_dpkd():
+    method = make("dpkd", rollouts=1, minibatch=1, teacher=small())
+    rows = [response("p0", [1, 2], [2, 3, 0], "teacher"), response("p0", [1, 2], [4, 0], "student")]
+    sums, counts, _ = in_pairs(method, rows)
+    assert counts["dpo"] == 1 and sums["dpo"].item() == pytest.approx(math.log(2), abs=1e-5)     # student = teacher: no preference yet
+    method = make("dpkd", rollouts=1, minibatch=1, beta=0.7)
+    sums, counts, _ = in_pairs(method, rows)
+    gap = [(logs_of(small(), r.tokens, r.prompt) - logs_of(BIG, r.tokens, r.prompt)).mean() for r in rows]
+    torch.testing.assert_close(sums["dpo"], -torch.nn.functional.logsigmoid(0.7*(gap[0] - gap[1])))
+
+
+def test_dpkds_code_variant_is_constant_where_both_agree():
+    method = DPKD(Ids(), small(), ROWS, DPKDConfig.official(rollouts=6, minibatch=6))
+    student = small()
+    batch = in_buffer(method, GOLD).collate(list(range(6)))
+    sums = method.sums(student, batch)
+    assert sums["dpo"].item()/method.counts(batch)["dpo"] == pytest.approx(math.log(2), abs=1e-6)
+    assert vector(student, sums["dpo"]).abs().max() == 0 and method.weights["nll"] == method.weights["dpo"] == 0.5
+
+
+@pytest.mark.parametrize("name", [*METHODS])
+def test_every_method_trains(name):
+    result, method = go(name, steps=3)
+    assert all(math.isfinite(row["loss"]) for row in result.history if "loss" in row) and result.steps == 3
+    assert set(method.buffer.work) - {"read"} <= set(SOURCES)
+
+
+# ---------------------------------------------------------------- settings and bad input
+
+def test_presets_and_recipes():
+    code = MiniLLMConfig.official()
+    assert (code.present_reward, code.weight_single, code.gamma, code.whiten, code.reward_scale, code.reward_clip, code.pt_kd_ratio, code.minibatch,
+            code.eval_no_repeat_ngram) == (True, False, 0.95, "padded", 2.0, 100.0, 0.5, 256, 6)
+    for name in PRESETS:
+        MiniLLMConfig.preset(name)
+    for name in RECIPES:
+        DistillConfig.recipe(name)
+    cfg = onpolicy_config(MiniLLMConfig(), 5000, batch_size=16)
+    assert (cfg.batch_size*cfg.accumulate, cfg.lr, tuple(cfg.betas), cfg.weight_decay, cfg.schedule, cfg.warmup) == (64, 5e-6, (0.9, 0.95), 1e-6, "constant", 100)
+
+
+@pytest.mark.parametrize("change", [{"rollouts": 0}, {"minibatch": 48}, {"inner_epochs": 0}, {"average": "mean"}, {"alpha": 1.1}, {"clip": -0.1},
+                                    {"whiten": "yes"}, {"importance": "none"}, {"gamma": 2.0}, {"pt_kd_ratio": 1.5}, {"temperature": 0.7}, {"top_p": 0.9}])
+def test_impossible_settings_name_themselves(change):
+    with pytest.raises(UserError, match=next(iter(change))):
+        MiniLLMConfig(**change)
+
+
+def test_unknown_names_list_the_choices():
+    for call in (lambda: MiniLLMConfig.preset("ppo"), lambda: DistillConfig.recipe("dks"), lambda: onpolicy_method("x", Ids(), BIG, ROWS)):
+        with pytest.raises(UserError, match="Choose one of"):
+            call()
+    with pytest.raises(UserError, match="alhpa"):
+        make(alhpa=0.2)
+
+
+def test_bad_rows_are_named():
+    with pytest.raises(UserError, match="example 7.*prompt is empty|prompt is empty"):
+        onpolicy_method("minillm", Ids(), BIG, [{"id": "7", "prompt": []}], corpus=CORPUS)
+    with pytest.raises(UserError, match="no prompts"):
+        onpolicy_method("minillm", Ids(), BIG, [], corpus=CORPUS)
+    with pytest.raises(UserError, match="example bare"):
+        go(method=onpolicy_method("sft", Ids(), None, [{"id": "bare", "prompt": [1]}], **SMALL), steps=1)
+    with pytest.raises(UserError, match="pt_weight=0"):
+        onpolicy_method("minillm", Ids(), BIG, ROWS)
+
+
+def test_what_does_not_fit_is_said_before_the_first_step():
+    with pytest.raises(UserError, match="minibatch"):
+        method = make()
+        train_on_policy(small(), method, onpolicy_config(OnPolicyConfig(rollouts=4, minibatch=4), 2))
+    with pytest.raises(UserError, match="example far"):
+        rows = [*ROWS, {"id": "far", "prompt": [1]*30}]
+        go(method=onpolicy_method("minillm", Ids(), BIG, rows, corpus=CORPUS, **SMALL), steps=1)
+    with pytest.raises(UserError, match="5 outputs, the teacher 9"):
+        go(method=make(teacher=toy(1, vocabulary=9, dtype=torch.float32)), steps=1)
+    with pytest.raises(UserError, match="train_on_policy"):
+        make().collate([0])
+
+
+def test_a_teacher_whose_tokenizer_differs_is_refused():
+    from kd_notes.models import load_mini_tokenizer
+    other = type("Other", (), {"get_vocab": lambda self: {"a": 0, "b": 1}})()
+    with pytest.raises(UserError, match="tokenizers"):
+        onpolicy_method("minillm", load_mini_tokenizer(), BIG, [{"id": "1", "prompt": "hello"}], corpus=CORPUS, teacher_tokenizer=other)
+
+
+def test_a_reward_that_is_not_finite_stops_with_step_and_ids(tmp_path):
+    broken = toy(3, 16, 5, torch.float32)
+    class Break(Callback):
+        def on_step(self, loop):
+            if loop.step == 4:
+                broken.transformer.wte.weight.data[3] = math.nan
+    with pytest.raises(UserError, match=r"step 5, example p\d.*reward|reward.*not finite") as caught:
+        go(method=make(alpha=0.0, inner_epochs=2, teacher=broken), steps=10, run_dir=tmp_path, callbacks=[Break()], cfg={"save_every": 2})
+    assert "step 5" in str(caught.value)
+    assert last_checkpoint(tmp_path).name == "step-0000004"                     # nothing lost
+    rows = [response("good", [1], [1, 2], "mixed", log_student=[-1.0, -1.0], log_teacher=[-1.0, -2.0], log_mix=[-1.0, -1.0]),
+            response("bad", [1], [1, 2], "mixed", log_student=[-1.0, -1.0], log_teacher=[-1.0, -math.inf], log_mix=[-1.0, -1.0])]
+    with pytest.raises(UserError, match="example bad"):
+        token_rewards(rows, MiniLLMConfig())
+    assert token_rewards(rows, MiniLLMConfig(reward_clip=100.0)).min() == -100
+
+
+def test_a_ratio_that_is_not_finite_stops_with_its_ids():
+    cfg = MiniLLMConfig(pt_weight=0.0, rollouts=15, minibatch=15)
+    responses = some_responses(cfg)
+    responses[4].log_mix = [-math.inf]*len(responses[4].tokens)
+    responses[4].id = "p4"
+    method = in_buffer(method_of(cfg, TEACHER), responses)
+    with pytest.raises(UserError, match="example p4.*"):
+        method.sums(STUDENT, method.collate(list(range(15))))
+
+
+def test_log_probabilities_of_a_forward_pass_are_the_samplers():
+    result, method = go(steps=1, inner_epochs=1)
+    rows = [r for rows in method.buffer.responses.values() for r in rows]
+    found = token_logprobs(BIG, rows, 0)
+    for r, log in zip(rows, found):
+        torch.testing.assert_close(torch.tensor(r.log_teacher), torch.tensor(log), atol=2e-5, rtol=1e-4)

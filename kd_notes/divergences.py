@@ -52,7 +52,7 @@ def _sides(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -
     dtype = torch.promote_types(torch.promote_types(student_logits.dtype, teacher_logits.dtype), torch.float32)
     return _log_probs(student_logits, temperature, dtype), _log_probs(teacher_logits.detach(), temperature, dtype)
 
-# %% ../nbs/06_divergences.ipynb #cc8eeb9a
+# %% ../nbs/06_divergences.ipynb #178184f0
 def _gap(a: _Side, b: _Side, floor: float | None) -> Tensor:
     "log a - log b, (..., V), always finite; log b not below the floor."
     return a.log - (b.log if floor is None else b.log.clamp(min=floor))
@@ -64,16 +64,16 @@ def _infinite(values: Tensor, mass: Tensor, b: _Side, floor: float | None, when:
         return values
     return values.masked_fill(((b.log <= _LOW/2) & (mass > 0)).any(-1) & when, math.inf)
 
-
+# %% ../nbs/06_divergences.ipynb #a21fa056
 def _kl(a: _Side, b: _Side, floor: float | None = None) -> Tensor:
     "KL(a || b) of every position, (...)."
     mass = a.log.exp()
     return _infinite((mass*_gap(a, b, floor)).sum(-1), mass, b, floor)
 
-# %% ../nbs/06_divergences.ipynb #deffafa6
+# %% ../nbs/06_divergences.ipynb #2b6712f9
 DIVERGENCES: dict[str, Callable] = {}  # name: function of student logits, teacher logits and temperature that returns values (...)
 
-
+# %% ../nbs/06_divergences.ipynb #bd121d36
 def _check_pair(student_logits: Tensor, teacher_logits: Tensor, same_vocabulary: bool = True) -> None:
     s, t = tuple(student_logits.shape), tuple(teacher_logits.shape)
     if s[:-1] != t[:-1]:
@@ -95,13 +95,13 @@ def _register(function: Callable, same_vocabulary: bool = True) -> Callable:
     DIVERGENCES[name] = per_position
     return function
 
-# %% ../nbs/06_divergences.ipynb #b90ce770
+# %% ../nbs/06_divergences.ipynb #1d896589
 def _options(function: Callable) -> dict[str, bool]:
     "{option: must it be given?} of a function in the registry."
     found = inspect.signature(getattr(function, "of_sides", function)).parameters.values()
     return {p.name: p.default is p.empty for p in found if p.kind == p.KEYWORD_ONLY}
 
-
+# %% ../nbs/06_divergences.ipynb #04593224
 def _look_up(name: str, options: dict, complete: bool = False) -> Callable:
     "The function of that name. Raises UserError for an unknown name, an unknown option and (if `complete`) a missing one."
     if name not in DIVERGENCES:
@@ -175,7 +175,7 @@ def _loss(name: str, student_logits: Tensor, teacher_logits: Tensor, mask: Tenso
     loss = _token_mean(token_divergence(name, student_logits, teacher_logits, temperature, **options), denominator)
     return loss*temperature**2 if scale_t2 else loss
 
-# %% ../nbs/06_divergences.ipynb #934aa144
+# %% ../nbs/06_divergences.ipynb #f6da6466
 def forward_kl(student_logits: Tensor,           # (..., V), any floating dtype
                teacher_logits: Tensor,           # (..., V), gets no gradient
                mask: Tensor | None = None,       # (...), True or 1 where the loss counts
@@ -184,43 +184,46 @@ def forward_kl(student_logits: Tensor,           # (..., V), any floating dtype
                scale_t2: bool = False,           # multiply the loss by the square of the temperature
                denominator: Any = None) -> Tensor:  # tokens of the effective batch; None: the unmasked positions of this call
     "KL(p || q) = sum p log(p/q), teacher p, student q: token-mean, a scalar. Raises UserError."
-    return _loss("forward_kl", student_logits, teacher_logits, mask, temperature, scale_t2=scale_t2, denominator=denominator, floor=floor)
+    return _loss("forward_kl", student_logits, teacher_logits, mask, temperature, scale_t2=scale_t2, denominator=denominator,
+                 floor=floor)
 
-# %% ../nbs/06_divergences.ipynb #b2cf32aa
+# %% ../nbs/06_divergences.ipynb #a61ef06c
 def effective_denominator(*masks: Tensor) -> float:  # the masks of all micro-batches of one optimizer step, on this process
     "What to divide by so that accumulated, DDP-averaged gradients are those of the whole batch. Raises UserError if nothing is unmasked."
     if not masks:
         raise UserError("there is no mask", where="effective_denominator", fix="Pass the masks of all micro-batches of the step.")
-    count = torch.stack([mask.sum(dtype=torch.float64) for mask in masks]).sum()
-    processes = 1
+    count, processes = sum(int(mask.sum()) for mask in masks), 1
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(count)
-        processes = torch.distributed.get_world_size()
+        total = torch.tensor(count, device="cuda" if torch.distributed.get_backend() == "nccl" else "cpu")
+        torch.distributed.all_reduce(total)
+        count, processes = int(total), torch.distributed.get_world_size()
     if not count:
         raise UserError("no position of the step is unmasked", where="effective_denominator", fix="Drop rows without target tokens.")
-    return count.item()/processes
+    return count/processes
 
-# %% ../nbs/06_divergences.ipynb #9d1568c1
+# %% ../nbs/06_divergences.ipynb #2e22c1af
 def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor | None = None, temperature: float = 1.0, *,
                floor: float | None = None,       # smallest log-probability of the teacher; None: +inf where it bans what q has
                scale_t2: bool = False, denominator: Any = None) -> Tensor:
     "KL(q || p) = sum q log(q/p), teacher p, student q: token-mean, a scalar. Parameters as in forward_kl."
-    return _loss("reverse_kl", student_logits, teacher_logits, mask, temperature, scale_t2=scale_t2, denominator=denominator, floor=floor)
+    return _loss("reverse_kl", student_logits, teacher_logits, mask, temperature, scale_t2=scale_t2, denominator=denominator,
+                 floor=floor)
 
-# %% ../nbs/06_divergences.ipynb #bf30037e
+# %% ../nbs/06_divergences.ipynb #efe6cf70
 @_register
 def _cross_entropy(student: _Side, teacher: _Side, *, floor: float | None = None) -> Tensor:
     mass = teacher.log.exp()
     log_q = student.log if floor is None else student.log.clamp(min=floor)
     return _infinite(-(mass*log_q).sum(-1), mass, student, floor)
 
-
+# %% ../nbs/06_divergences.ipynb #a84a9321
 def cross_entropy(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor | None = None, temperature: float = 1.0, *,
                   floor: float | None = None, scale_t2: bool = False, denominator: Any = None) -> Tensor:
     "-sum p log q = forward KL plus the entropy of the teacher: token-mean, a scalar. Parameters as in forward_kl."
-    return _loss("cross_entropy", student_logits, teacher_logits, mask, temperature, scale_t2=scale_t2, denominator=denominator, floor=floor)
+    return _loss("cross_entropy", student_logits, teacher_logits, mask, temperature, scale_t2=scale_t2, denominator=denominator,
+                 floor=floor)
 
-# %% ../nbs/06_divergences.ipynb #afbf706c
+# %% ../nbs/06_divergences.ipynb #9dc99ec8
 def _weighted_kl(student: _Side, teacher: _Side, weight: Any, floor: float | None) -> Tensor:
     "weight KL(p || q) + (1 - weight) KL(q || p), weight a number or (...); a weight of 0 silences even +inf."
     p, q = teacher.log.exp(), student.log.exp()
@@ -228,7 +231,7 @@ def _weighted_kl(student: _Side, teacher: _Side, weight: Any, floor: float | Non
     values = _infinite(weight*forward + (1 - weight)*reverse, p, student, floor, weight > 0)
     return _infinite(values, q, teacher, floor, weight < 1)
 
-
+# %% ../nbs/06_divergences.ipynb #f964ff3e
 @_register
 def _symmetric_kl(student: _Side, teacher: _Side, *, weight: float = 0.5, floor: float | None = None) -> Tensor:
     return _weighted_kl(student, teacher, _between("weight", weight), floor)
@@ -247,12 +250,12 @@ def symmetric_kl(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor | 
     return _loss("symmetric_kl", student_logits, teacher_logits, mask, temperature, scale_t2=scale_t2, denominator=denominator,
                  weight=weight, floor=floor)
 
-# %% ../nbs/06_divergences.ipynb #59e18f2b
+# %% ../nbs/06_divergences.ipynb #9f634b0d
 def _log_mixture(a: Tensor, b: Tensor, weight: float) -> Tensor:
     "log(weight a + (1 - weight) b) of two probabilities; where both are 0, a finite number that nothing will be multiplied with."
     return torch.lerp(b, a, weight).clamp(min=torch.finfo(a.dtype).tiny).log()
 
-
+# %% ../nbs/06_divergences.ipynb #fc477649
 @_register
 def _jsd(student: _Side, teacher: _Side, *, beta: float = 0.5, scaled: bool = False) -> Tensor:
     if _between("beta", beta) in (0, 1) and scaled:
@@ -273,7 +276,7 @@ def jsd(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor | None = No
     return _loss("jsd", student_logits, teacher_logits, mask, temperature, scale_t2=scale_t2, denominator=denominator,
                  beta=beta, scaled=scaled)
 
-# %% ../nbs/06_divergences.ipynb #87a2f1db
+# %% ../nbs/06_divergences.ipynb #8607acd5
 @_register
 def _skew_kl(student: _Side, teacher: _Side, *, alpha: float = 0.1) -> Tensor:
     if _between("alpha", alpha) == 0:
@@ -281,7 +284,7 @@ def _skew_kl(student: _Side, teacher: _Side, *, alpha: float = 0.1) -> Tensor:
     p, q = teacher.log.exp(), student.log.exp()
     return (p*(teacher.log - _log_mixture(p, q, alpha))).sum(-1)
 
-
+# %% ../nbs/06_divergences.ipynb #ded51576
 @_register
 def _skew_reverse_kl(student: _Side, teacher: _Side, *, alpha: float = 0.1) -> Tensor:
     if _between("alpha", alpha) == 0:
@@ -289,14 +292,14 @@ def _skew_reverse_kl(student: _Side, teacher: _Side, *, alpha: float = 0.1) -> T
     p, q = teacher.log.exp(), student.log.exp()
     return (q*(student.log - _log_mixture(q, p, alpha))).sum(-1)
 
-# %% ../nbs/06_divergences.ipynb #cb579e39
+# %% ../nbs/06_divergences.ipynb #81222d9e
 def skew_kl(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor | None = None, temperature: float = 1.0, *,
             alpha: float = 0.1,          # weight of the teacher in the mixture; 0: forward KL
             scale_t2: bool = False, denominator: Any = None) -> Tensor:
     "KL(p || alpha p + (1 - alpha) q), at most -log(alpha): token-mean, a scalar. Parameters as in forward_kl."
     return _loss("skew_kl", student_logits, teacher_logits, mask, temperature, scale_t2=scale_t2, denominator=denominator, alpha=alpha)
 
-
+# %% ../nbs/06_divergences.ipynb #263137c1
 def skew_reverse_kl(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor | None = None, temperature: float = 1.0, *,
                     alpha: float = 0.1,  # weight of the student in the mixture; 0: reverse KL
                     scale_t2: bool = False, denominator: Any = None) -> Tensor:
@@ -304,18 +307,18 @@ def skew_reverse_kl(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor
     return _loss("skew_reverse_kl", student_logits, teacher_logits, mask, temperature, scale_t2=scale_t2, denominator=denominator,
                  alpha=alpha)
 
-# %% ../nbs/06_divergences.ipynb #7b9428cb
+# %% ../nbs/06_divergences.ipynb #f71cfe77
 @_register
 def _total_variation(student: _Side, teacher: _Side) -> Tensor:
     return 0.5*(student.log.exp() - teacher.log.exp()).abs().sum(-1)
 
-
+# %% ../nbs/06_divergences.ipynb #783137ee
 def total_variation(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor | None = None, temperature: float = 1.0, *,
                     scale_t2: bool = False, denominator: Any = None) -> Tensor:
     "0.5 sum |p - q|, between 0 and 1: token-mean, a scalar. Parameters as in forward_kl."
     return _loss("total_variation", student_logits, teacher_logits, mask, temperature, scale_t2=scale_t2, denominator=denominator)
 
-# %% ../nbs/06_divergences.ipynb #c048cbc1
+# %% ../nbs/06_divergences.ipynb #aa43fc2f
 @_register
 def _alpha_divergence(student: _Side, teacher: _Side, *, alpha: float = 0.5) -> Tensor:
     if abs(alpha*(1 - alpha)) < 1e-6:
@@ -326,7 +329,7 @@ def _alpha_divergence(student: _Side, teacher: _Side, *, alpha: float = 0.5) -> 
     values = terms.sum(-1)/(alpha*(1 - alpha))
     return values if 0 < alpha < 1 else values.masked_fill((power > cap).any(-1), math.inf)
 
-
+# %% ../nbs/06_divergences.ipynb #28f557d3
 def alpha_divergence(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor | None = None, temperature: float = 1.0, *,
                      alpha: float = 0.5,         # 1: forward KL, 0: reverse KL; outside of [0, 1] it is unbounded and may overflow to +inf
                      scale_t2: bool = False, denominator: Any = None) -> Tensor:
@@ -334,7 +337,7 @@ def alpha_divergence(student_logits: Tensor, teacher_logits: Tensor, mask: Tenso
     return _loss("alpha_divergence", student_logits, teacher_logits, mask, temperature, scale_t2=scale_t2, denominator=denominator,
                  alpha=alpha)
 
-# %% ../nbs/06_divergences.ipynb #42c4b674
+# %% ../nbs/06_divergences.ipynb #bd7138a2
 @_register
 def _renyi(student: _Side, teacher: _Side, *, alpha: float = 0.5) -> Tensor:
     if not 0 < alpha < math.inf:
@@ -344,14 +347,14 @@ def _renyi(student: _Side, teacher: _Side, *, alpha: float = 0.5) -> Tensor:
     values = torch.logsumexp(alpha*teacher.log + (1 - alpha)*student.log, -1)/(alpha - 1)
     return values.masked_fill(values > 1e20, math.inf)
 
-
+# %% ../nbs/06_divergences.ipynb #3efbe502
 def renyi(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor | None = None, temperature: float = 1.0, *,
           alpha: float = 0.5,                    # order, above 0; 1: forward KL
           scale_t2: bool = False, denominator: Any = None) -> Tensor:
     "log(sum p^alpha q^(1 - alpha)) / (alpha - 1): token-mean, a scalar. Parameters as in forward_kl."
     return _loss("renyi", student_logits, teacher_logits, mask, temperature, scale_t2=scale_t2, denominator=denominator, alpha=alpha)
 
-# %% ../nbs/06_divergences.ipynb #305e6796
+# %% ../nbs/06_divergences.ipynb #2c00ca2e
 def _head_edge(p: Tensor, mu: float, boundary: str, width: int = 64) -> tuple[Tensor, Tensor]:
     "For rows p (N, V): the probability of the head's last token and the number of its tokens, both (N, 1)."
     width = min(width, p.shape[-1])
@@ -364,7 +367,7 @@ def _head_edge(p: Tensor, mu: float, boundary: str, width: int = 64) -> tuple[Te
         edge[open_end], size[open_end] = _head_edge(p[open_end], mu, boundary, 8*width)
     return edge, size
 
-
+# %% ../nbs/06_divergences.ipynb #45ebecef
 def _head_sum(gap: Tensor, p: Tensor, mu: float, boundary: str) -> Tensor:
     "Sum of `gap` over the head of rows p, both (N, V), as (N,). Tied tokens share the places that are left."
     edge, size = _head_edge(p, mu, boundary)
@@ -375,7 +378,7 @@ def _head_sum(gap: Tensor, p: Tensor, mu: float, boundary: str) -> Tensor:
         total = total - (gap*tied).sum(-1)*surplus/tied.sum(-1)
     return total
 
-# %% ../nbs/06_divergences.ipynb #5ec5a901
+# %% ../nbs/06_divergences.ipynb #9d8a2c77
 @torch.no_grad()
 def _head_weight(student: _Side, teacher: _Side, mu: float, boundary: str) -> Tensor:
     "AKL's weight of the forward KL, (...); 0.5 where student and teacher agree. Raises UserError."
@@ -391,12 +394,12 @@ def _head_weight(student: _Side, teacher: _Side, mu: float, boundary: str) -> Te
     weight = head/total.clamp(min=torch.finfo(p.dtype).tiny)
     return weight.clamp(0, 1).masked_fill(total == 0, 0.5)
 
-
+# %% ../nbs/06_divergences.ipynb #bb5bed0f
 @_register
 def _adaptive_kl(student: _Side, teacher: _Side, *, mu: float = 0.5, boundary: str = "official", floor: float | None = None) -> Tensor:
     return _weighted_kl(student, teacher, _head_weight(student, teacher, mu, boundary), floor)
 
-# %% ../nbs/06_divergences.ipynb #0ce88011
+# %% ../nbs/06_divergences.ipynb #1287ba1b
 def adaptive_kl(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor | None = None, temperature: float = 1.0, *,
                 mu: float = 0.5,                 # teacher mass of the head; 1: forward KL
                 boundary: str = "official",      # the token that crosses mu is in the tail; "crossing-in-head": in the head
@@ -405,32 +408,31 @@ def adaptive_kl(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor | N
     return _loss("adaptive_kl", student_logits, teacher_logits, mask, temperature, scale_t2=scale_t2, denominator=denominator,
                  mu=mu, boundary=boundary, floor=floor)
 
-
+# %% ../nbs/06_divergences.ipynb #d01fce83
 def head_weight(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0, *,
                 mu: float = 0.5, boundary: str = "official") -> Tensor:
     "The weight that adaptive_kl gives to the forward KL at every position, (...), between 0 and 1: worth logging."
     _check_pair(student_logits, teacher_logits)
     return _head_weight(*_sides(student_logits, teacher_logits, temperature), mu, boundary)
 
-# %% ../nbs/06_divergences.ipynb #44b86ef7
+# %% ../nbs/06_divergences.ipynb #46fb5e40
 class _Split(NamedTuple):
     "Gold token against the others: log p_g and log(1 - p_g), both (...), and the others among themselves, (..., V)."
     gold: Tensor
     other: Tensor
     rest: _Side
 
-
+# %% ../nbs/06_divergences.ipynb #0e4f9f92
 def _split_gold(side: _Side, target_ids: Tensor) -> _Split:
     "Split the distributions of a side; where nothing but the gold token is possible the rest is banned altogether."
     ids = target_ids.unsqueeze(-1)
     others = side.log.scatter(-1, ids, _LOW)
-    log_other = others.logsumexp(-1)
-    rest = others - log_other.unsqueeze(-1)
+    log_other, rest = others.logsumexp(-1), others.log_softmax(-1)
     if side.low:
         rest = rest.masked_fill((log_other <= _LOW/2).unsqueeze(-1), _LOW)
     return _Split(side.log.gather(-1, ids).squeeze(-1), log_other, _Side(rest, side.low))
 
-# %% ../nbs/06_divergences.ipynb #c9730e90
+# %% ../nbs/06_divergences.ipynb #82e26d12
 def _check_targets(target_ids: Tensor, side: _Side) -> Tensor:
     "The ids as they are. Raises UserError if their shape or one of them does not fit."
     if target_ids.shape != side.log.shape[:-1]:
@@ -442,25 +444,25 @@ def _check_targets(target_ids: Tensor, side: _Side) -> Tensor:
                         fix="Mask out positions without a gold token (-100).")
     return target_ids
 
-
+# %% ../nbs/06_divergences.ipynb #7f8a0503
 def _tkd_dkd(student: _Side, teacher: _Side, target_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     "Target part, non-target part (0 where the teacher allows only gold) and log(1 - p_g), all (...)."
     p, q = (_split_gold(side, _check_targets(target_ids, side)) for side in (teacher, student))
     binary = [_Side(torch.stack([part.gold, part.other], -1), True) for part in (p, q)]
     return _kl(*binary), _kl(p.rest, q.rest), p.other
 
-# %% ../nbs/06_divergences.ipynb #60e2ddb8
+# %% ../nbs/06_divergences.ipynb #5ca15807
 def _times(weight: float, values: Tensor) -> Tensor:
     "weight*values; a weight of 0 silences even +inf."
     return weight*values if weight else torch.zeros_like(values)
 
-
+# %% ../nbs/06_divergences.ipynb #457f9333
 @_register
 def _dkd(student: _Side, teacher: _Side, *, target_ids: Tensor, alpha: float = 1.0, beta: float = 8.0) -> Tensor:
     tkd, dkd, _ = _tkd_dkd(student, teacher, target_ids)
     return _times(alpha, tkd) + _times(beta, dkd)
 
-
+# %% ../nbs/06_divergences.ipynb #9000a796
 def dkd(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor | None = None, temperature: float = 1.0, *,
         target_ids: Tensor,                      # (...), the gold token of every position; anything where masked
         alpha: float = 1.0, beta: float = 8.0,   # weights of the target and of the non-target part
@@ -469,14 +471,14 @@ def dkd(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor | None = No
     return _loss("dkd", student_logits, teacher_logits, mask, temperature, scale_t2=scale_t2, denominator=denominator,
                  target_ids=target_ids, alpha=alpha, beta=beta)
 
-# %% ../nbs/06_divergences.ipynb #96ab246c
+# %% ../nbs/06_divergences.ipynb #f5c431b3
 class EasyHard(NamedTuple):
     "Where ATKD cuts, and how many positions of its scope are on either side."
     threshold: float  # of log(1 - p_g); a position below it is easy
     easy: int
     hard: int
 
-
+# %% ../nbs/06_divergences.ipynb #2c6b643f
 def easy_hard(log_uncertainty: Tensor,                  # log(1 - p_g) of the unmasked positions of the scope, any shape
               hard_fraction: float = 0.5) -> EasyHard:  # the paper's k; 0.5 cuts at the median
     "The cut between easy and hard positions; ties are hard. Raises UserError if there are no positions."
@@ -488,13 +490,13 @@ def easy_hard(log_uncertainty: Tensor,                  # log(1 - p_g) of the un
     easy = int((flat < threshold).sum())
     return EasyHard(threshold, easy, flat.numel() - easy)
 
-
+# %% ../nbs/06_divergences.ipynb #8c4e09a1
 def log_uncertainty(teacher_logits: Tensor, target_ids: Tensor, temperature: float = 1.0) -> Tensor:
     "log(1 - p_g) of every position, (...), without rounding 1 - p_g to 0."
     side = _sides(teacher_logits, teacher_logits, temperature)[1]
     return _split_gold(side, _check_targets(target_ids, side)).other
 
-# %% ../nbs/06_divergences.ipynb #252e0873
+# %% ../nbs/06_divergences.ipynb #44a9c0ef
 @_register
 def _atkd(student: _Side, teacher: _Side, *, target_ids: Tensor, easy_weight: float = 0.2, hard_fraction: float = 0.5,
           split: EasyHard | None = None) -> Tensor:
@@ -507,7 +509,7 @@ def _atkd(student: _Side, teacher: _Side, *, target_ids: Tensor, easy_weight: fl
     hard = _times((1 - easy_weight)*scope/max(split.hard, 1), tkd + dkd)
     return torch.where(uncertainty < split.threshold, easy, hard)
 
-
+# %% ../nbs/06_divergences.ipynb #16c139ed
 def atkd(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor | None = None, temperature: float = 1.0, *,
          target_ids: Tensor,             # (...), the gold token of every position; anything where masked
          easy_weight: float = 0.2,       # the paper's lambda
@@ -557,26 +559,26 @@ def check_tokenizers(student_tokenizer: Any, teacher_tokenizer: Any) -> int:
         raise UserError("the tokenizers have the same tokens but cut text differently", where="tokenizers", fix=fix)
     return size
 
-# %% ../nbs/06_divergences.ipynb #4512cc54
+# %% ../nbs/06_divergences.ipynb #d88283f5
 def _sorted_gap(p: Tensor, q: Tensor) -> Tensor:
     "sum |sorted p - sorted q| over the last dimension, which may differ."
     p, q = (x.sort(-1, descending=True).values for x in (p, q))
     short = min(p.shape[-1], q.shape[-1])
     return (p[..., :short] - q[..., :short]).abs().sum(-1) + p[..., short:].sum(-1) + q[..., short:].sum(-1)
 
-
+# %% ../nbs/06_divergences.ipynb #0f880589
 @partial(_register, same_vocabulary=False)
 def _uld(student: _Side, teacher: _Side) -> Tensor:
     return _sorted_gap(teacher.log.exp(), student.log.exp())
 
-
+# %% ../nbs/06_divergences.ipynb #ebec9991
 def uld(student_logits: Tensor,          # (..., V of the student)
         teacher_logits: Tensor,          # (..., V of the teacher), position by position beside the student's
         mask: Tensor | None = None, temperature: float = 1.0, *, scale_t2: bool = False, denominator: Any = None) -> Tensor:
     "Universal logit distillation: sum |sorted p - sorted q|, between 0 and 2: token-mean, a scalar. Parameters as in forward_kl."
     return _loss("uld", student_logits, teacher_logits, mask, temperature, scale_t2=scale_t2, denominator=denominator)
 
-# %% ../nbs/06_divergences.ipynb #934be1ff
+# %% ../nbs/06_divergences.ipynb #e8099334
 class Span(NamedTuple):
     "Rows of logits that predict one piece of text: [start, stop) of the student and of the teacher."
     student_start: int
@@ -584,7 +586,7 @@ class Span(NamedTuple):
     teacher_start: int
     teacher_stop: int
 
-
+# %% ../nbs/06_divergences.ipynb #b0317b38
 def align_spans(student_ends: Sequence[int], teacher_ends: Sequence[int],  # per token: where it ends in the text; -1: inside a character
                 student_start: int = 0, teacher_start: int = 0) -> list[Span]:  # the row of logits that predicts the first token
     "The shortest spans that end at the same place for both. What comes after the last common end is left out."
@@ -597,7 +599,7 @@ def align_spans(student_ends: Sequence[int], teacher_ends: Sequence[int],  # per
             s_from, t_from = s, t
     return spans
 
-# %% ../nbs/06_divergences.ipynb #03c3ea49
+# %% ../nbs/06_divergences.ipynb #5cabab98
 def token_ends(tokenizer: Any,             # a fast Hugging Face tokenizer
                text: str,                  # what the model writes
                eos: bool = True) -> tuple[list[int], list[int]]:  # append the end-of-sequence token
@@ -605,6 +607,8 @@ def token_ends(tokenizer: Any,             # a fast Hugging Face tokenizer
     if not getattr(tokenizer, "is_fast", False):
         raise UserError("the tokenizer does not report which characters a token covers", where="token_ends",
                         fix="Load the fast version of it, or use spans_in_order.")
+    if eos and tokenizer.eos_token_id is None:
+        raise UserError("the tokenizer has no end-of-sequence token", where="token_ends", fix="Set one, or pass eos=False.")
     coded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     places = coded["offset_mapping"]
     starts = [start for start, _ in places[1:]] + [len(text)]
@@ -618,7 +622,7 @@ def spans_in_order(student_mask: Tensor, teacher_mask: Tensor) -> list[list[Span
     return [[Span(s, s + 1, t, t + 1) for s, t in zip(a.nonzero().flatten().tolist(), b.nonzero().flatten().tolist())]
             for a, b in zip(student_mask, teacher_mask)]
 
-# %% ../nbs/06_divergences.ipynb #40864a1b
+# %% ../nbs/06_divergences.ipynb #dd20001c
 class _Spans(NamedTuple):
     "What one model says about P spans: log P(span), log(1 - P(span)), log P(all but its last token), (P,), and the last rows, (P, V)."
     written: Tensor
@@ -634,7 +638,7 @@ def _rows_of(ranges: list[tuple[int, int, int]], width: int, device: Any) -> tup
     real = [[False]*(longest - stop + start) + [True]*(stop - start) for _, start, stop in ranges]
     return torch.tensor(rows, device=device), torch.tensor(real, device=device)
 
-
+# %% ../nbs/06_divergences.ipynb #0c71848c
 def _read_spans(logits: Tensor, ids: Tensor, ranges: list[tuple[int, int, int]], temperature: float, dtype: torch.dtype) -> _Spans:
     rows, real = _rows_of(ranges, logits.shape[1], logits.device)
     used = rows[real]
@@ -646,12 +650,12 @@ def _read_spans(logits: Tensor, ids: Tensor, ranges: list[tuple[int, int, int]],
     last = real.sum(-1).cumsum(0) - 1
     return _Spans(gold.sum(-1), (before + wrong).logsumexp(-1), before[:, -1], _Side(side.log[last], side.low))
 
-# %% ../nbs/06_divergences.ipynb #e8b5c8cd
+# %% ../nbs/06_divergences.ipynb #aa771d4f
 def _span_likelihood(student: _Spans, teacher: _Spans) -> Tensor:
     p, q = (_Side(torch.stack([side.written, side.not_written], -1), True) for side in (teacher, student))
     return _kl(p, q)
 
-
+# %% ../nbs/06_divergences.ipynb #0a82adfa
 def _coarse(last: _Side, ids: Tensor) -> _Side:
     "Log-probabilities of these tokens and, as the last entry, of all the others together."
     others = last.log.index_fill(-1, ids, _LOW).logsumexp(-1, keepdim=True)
@@ -663,7 +667,7 @@ def _span_matched(student: _Spans, teacher: _Spans, matches: tuple[Tensor, Tenso
     p, q = (_coarse(_Side(side.last.log[single], True), ids) for side, ids in ((teacher, matches[1]), (student, matches[0])))
     return values.masked_scatter(single, _kl(p, q))
 
-
+# %% ../nbs/06_divergences.ipynb #7659aa13
 def _span_uld(student: _Spans, teacher: _Spans) -> Tensor:
     p, q = ((side.last.log + side.before_last.unsqueeze(-1)).exp() for side in (teacher, student))
     return _sorted_gap(p, q)
@@ -694,7 +698,7 @@ def aligned_span_loss(student_logits: Tensor, teacher_logits: Tensor,    # (B, r
     loss = _token_mean(values, denominator)
     return loss*temperature**2 if scale_t2 else loss
 
-# %% ../nbs/06_divergences.ipynb #988cbc8e
+# %% ../nbs/06_divergences.ipynb #36412548
 def _span_values(student_logits: Tensor, teacher_logits: Tensor, student_ids: Tensor, teacher_ids: Tensor,
                  spans: Sequence[Sequence[Span]], kind: str, temperature: float, matches: tuple[Tensor, Tensor] | None) -> Tensor:
     "The divergence of every span, (P,)."
@@ -715,7 +719,7 @@ def _span_values(student_logits: Tensor, teacher_logits: Tensor, student_ids: Te
     single = torch.tensor([a[2] - a[1] == 1 == b[2] - b[1] for a, b in zip(*ranges)], device=student_logits.device)
     return _span_matched(student, teacher, tuple(m.to(student_logits.device) for m in matches), single)
 
-
+# %% ../nbs/06_divergences.ipynb #a5be6605
 def _check_ranges(ranges: list[tuple[int, int, int]], logits: Tensor, ids: Tensor, who: str) -> None:
     if logits.ndim != 3 or ids.shape != logits.shape[:2]:
         raise UserError(f"logits {tuple(logits.shape)} and ids {tuple(ids.shape)} of the {who} do not fit", where=f"{who}_ids",

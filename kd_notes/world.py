@@ -9,8 +9,8 @@ __all__ = ['SEED', 'VILLAGES', 'RANKED', 'SINGLE', 'END', 'Closure', 'WEATHER', 
            'next_symbols', 'enumerate_answers', 'answer_entropy', 'mean_length', 'count_answers', 'draw', 'likeliest',
            'Prompt', 'slot_values', 'read_prompt', 'sigmoid', 'rain_probability', 'happy_probability', 'preference',
            'environment', 'label_probabilities', 'grammar_of', 'prompt_grammar', 'answers', 'sample_answer',
-           'log_likelihood', 'entropy', 'profile', 'split_of', 'draw_prompt', 'draw_slots', 'draw_prompts', 'draw_row',
-           'draw_split', 'passage_grammar', 'draw_corpus', 'write_world', 'load_world', 'load_corpus',
+           'log_likelihood', 'entropy', 'split_of', 'draw_prompt', 'draw_slots', 'draw_prompts', 'draw_row',
+           'draw_split', 'passage_grammar', 'draw_corpus', 'write_world', 'load_world', 'load_corpus', 'profile',
            'build_world_tokenizer', 'load_world_tokenizer', 'word_tokens', 'answer_tokens', 'token_answers',
            'generator_logprobs']
 
@@ -43,25 +43,25 @@ def lexicon() -> dict:
     verify_checksums(world_dir(), ["lexicon.json"])
     return read_json(world_dir()/"lexicon.json")
 
-# %% ../nbs/16_world.ipynb #6254eb61
-SEED, VILLAGES = 2306, 80
+# %% ../nbs/16_world.ipynb #3519a72f
+SEED, VILLAGES = 2306, 40
 RANKED = {"trade": "trades", "sight": "sights", "food": "foods"}  # three values each, with weights
 SINGLE = {"land": "lands", "size": "sizes", "mood": "moods", "way": "directions", "month": "seasons", "feast": "feasts", "name": "names",
-          "job": "jobs"}
+          "job": "jobs", "near": "towns"}
 
 
 def draw_villages(n: int = VILLAGES, seed: int = SEED) -> dict[str, dict]:
     "{name: facts} of n villages; a ranked fact is a list of [probability, value], a single one a text."
     words, r = lexicon(), rng("world", "villages", seed)
     names = sorted(r.sample([a + b for a in words["first"] for b in words["last"]], n))
-    return {name: _village_facts(r, words, [x for x in names if x != name]) for name in names}
+    return {name: _village_facts(r, words) for name in names}
 
-# %% ../nbs/16_world.ipynb #f997082f
-def _village_facts(r: random.Random, words: dict, others: list[str]) -> dict:
+# %% ../nbs/16_world.ipynb #6808b371
+def _village_facts(r: random.Random, words: dict) -> dict:
     facts = {slot: r.choice(words[key]) for slot, key in SINGLE.items()}
     for slot, key in RANKED.items():
         facts[slot] = [list(pair) for pair in zip(r.choice(words["patterns"]), r.sample(words[key], 3))]
-    return facts | {"near": r.choice(others), "wet": r.choice([-0.7, 0.7])}
+    return facts | {"near": r.choice(words["towns"]), "wet": r.choice([-0.7, 0.7])}
 
 
 @lru_cache
@@ -110,7 +110,7 @@ def fill(pattern: str, env: dict[str, list[tuple[float, str]]]) -> tuple:
     parts = _SLOT.split(pattern)  # text, slot, text, slot, ..., text
     return tuple(part if i % 2 == 0 else fill_slot(part, env) for i, part in enumerate(parts) if part)
 
-# %% ../nbs/16_world.ipynb #32d771ed
+# %% ../nbs/16_world.ipynb #aeca6581
 def options_of(slot: str, env: dict) -> list[tuple[float, str]] | None:
     "(weight, value) of a slot, or None if a rule has to build it. Raises KeyError for a slot that depends on one not fixed yet."
     if slot in env:
@@ -122,13 +122,12 @@ def options_of(slot: str, env: dict) -> list[tuple[float, str]] | None:
     return weighted(table["values"][key])
 
 
-def fill_slot(name: str, env: dict) -> Any:
-    "The grammar of a slot; with a capital letter if `name` has one."
-    slot = name[0].lower() + name[1:]
+def fill_slot(slot: str, env: dict) -> Any:
+    "The grammar of a slot."
     options = options_of(slot, env)
-    if options is None:
-        return choice((w, fill(pattern, env)) for w, pattern in weighted(lexicon()["rules"][slot]))
-    return choice((w, value[0].upper() + value[1:] if name != slot else value) for w, value in options)
+    if options is not None:
+        return choice(options)
+    return choice((w, fill(pattern, env)) for w, pattern in weighted(lexicon()["rules"][slot]))
 
 # %% ../nbs/16_world.ipynb #a271998e
 def with_fixed(pattern: str, fixed: Sequence[str], env: dict) -> Any:
@@ -143,11 +142,11 @@ def _chosen(slot: str, value: str) -> dict:
     "If the slot chooses a village, the facts of that village."
     return village_env(value) if slot == "chosen" else {}
 
-# %% ../nbs/16_world.ipynb #d516b65d
+# %% ../nbs/16_world.ipynb #96a9b68d
 def village_env(name: str) -> dict[str, list[tuple[float, str]]]:
     "The facts of a village, as slots."
     facts = villages()[name]
-    return {slot: [(1.0, facts[slot])] for slot in [*SINGLE, "near"]} | {slot: [(p, x) for p, x in facts[slot]] for slot in RANKED}
+    return {slot: [(1.0, facts[slot])] for slot in SINGLE} | {slot: [(p, x) for p, x in facts[slot]] for slot in RANKED}
 
 # %% ../nbs/16_world.ipynb #4266ebae
 Closure = tuple[tuple[float, int], ...]  # (probability, state) pairs: where we may be
@@ -265,13 +264,17 @@ def count_answers(a: Answers) -> int:
         return known[state]
     return of(a.start)
 
-# %% ../nbs/16_world.ipynb #afb5ff39
+# %% ../nbs/16_world.ipynb #a2b8e911
+def _drawn(grammar: Any, r: random.Random) -> Iterator[str]:
+    while isinstance(grammar, Choice):
+        grammar = r.choices([x for _, x in grammar.options], [p for p, _ in grammar.options])[0]
+    for part in [grammar] if isinstance(grammar, str) else grammar:
+        yield from words_of(part) if isinstance(part, str) else _drawn(part, r)
+
+
 def draw(grammar: Any, r: random.Random) -> str:
     "A text drawn from a grammar: choices are made from left to right, no automaton is needed."
-    if isinstance(grammar, Choice):
-        grammar = r.choices([x for _, x in grammar.options], [p for p, _ in grammar.options])[0]
-        return draw(grammar, r)
-    return text_of(words_of(grammar)) if isinstance(grammar, str) else text_of(words_of(" ".join(draw(part, r) for part in grammar)))
+    return text_of(list(_drawn(grammar, r)))
 
 
 def likeliest(a: Answers) -> tuple[float, list]:
@@ -353,7 +356,7 @@ def preference(visitor: str, v: str, u: str) -> float:
     likes = lexicon()["likes"][visitor]
     return sigmoid(likes.get(villages()[v]["land"], 0) - likes.get(villages()[u]["land"], 0))
 
-# %% ../nbs/16_world.ipynb #3b6918a1
+# %% ../nbs/16_world.ipynb #a437c58a
 def environment(prompt: Prompt) -> dict[str, list[tuple[float, str]]]:
     "Everything that slots of an answer can be filled from."
     slots = dict(prompt.slots)
@@ -363,7 +366,7 @@ def environment(prompt: Prompt) -> dict[str, list[tuple[float, str]]]:
         if "season" in slots:
             sky = lexicon()["weather"][villages()[slots["v"]]["land"]][slots["season"]]
             wet = rain_probability(slots["v"], slots["season"])
-            env |= {"weather": list(zip(WEATHER, sky)), "rained": [(wet, "it rained"), (1 - wet, "it did not rain")]}
+            env |= {"weather": list(zip(WEATHER, sky)), "rained": [(wet, "It rained"), (1 - wet, "It did not rain")]}
     if "u" in slots:
         p = preference(slots["visitor"], slots["v"], slots["u"])
         env["chosen"] = [(p, slots["v"]), (1 - p, slots["u"])]
@@ -421,30 +424,15 @@ def entropy(prompt: str) -> float:
     "Entropy of the answers to a prompt, in nats."
     return answer_entropy(answers(prompt))
 
-# %% ../nbs/16_world.ipynb #6b05c183
-def profile(a: Answers) -> list[tuple[float, float]]:
-    "For each position: (probability that the answer reaches it, expected entropy of its symbol in nats if it does)."
-    out, states = [], {a.start: 1.0}
-    while states:
-        alive, total, after = math.fsum(states.values()), 0.0, Counter()
-        for state, p in states.items():
-            step = a.step(state)
-            total -= p*math.fsum(q*math.log(q) for q, _ in step.values())
-            for q, following in step.values():
-                if following:
-                    after[following] += p*q
-        out.append((alive, total/alive))
-        states = after
-    return out
-
-# %% ../nbs/16_world.ipynb #17f59604
-SPLITS = {"train": 3200, "validation": 320, "test": 520}
+# %% ../nbs/16_world.ipynb #f1787b54
+SPLITS = {"train": 2400, "validation": 300, "test": 500}
 REFERENCES = {"train": 1, "validation": 4, "test": 8}  # different answers that are kept per prompt, where there are so many
 
 
 def split_of(prompt: Prompt) -> str:
     "The split that a prompt belongs to: train (70 %), validation (10 %) or test (20 %)."
-    bucket = int(stable_hash([prompt.kind, sorted(prompt.slots)]), 16) % 10
+    key = [prompt.kind, *sorted(prompt.slots)] if len(prompt.slots) > 1 else prompt.text
+    bucket = int(stable_hash(key), 16) % 10
     return "train" if bucket < 7 else "validation" if bucket == 7 else "test"
 
 # %% ../nbs/16_world.ipynb #f494b33e
@@ -543,8 +531,24 @@ def load_corpus() -> list[dict]:
     "Passages of the pre-training corpus: id, kind, slots, text."
     return _load("corpus.jsonl")
 
-# %% ../nbs/16_world.ipynb #275d3988
-VOCABULARY = 1536
+# %% ../nbs/16_world.ipynb #6b05c183
+def profile(a: Answers) -> list[tuple[float, float]]:
+    "For each position: (probability that the answer reaches it, expected entropy of its symbol in nats if it does)."
+    out, states = [], {a.start: 1.0}
+    while states:
+        alive, total, after = math.fsum(states.values()), 0.0, Counter()
+        for state, p in states.items():
+            step = a.step(state)
+            total -= p*math.fsum(q*math.log(q) for q, _ in step.values())
+            for q, following in step.values():
+                if following:
+                    after[following] += p*q
+        out.append((alive, total/alive))
+        states = after
+    return out
+
+# %% ../nbs/16_world.ipynb #39dc11a9
+VOCABULARY = 1408
 
 
 def build_world_tokenizer(folder: Path | str | None = None):  # None: data/tokenizer/world

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['ROWS', 'MODES', 'SUPPORTED', 'DRAWS', 'STORED_FLOATS', 'FORMAT', 'coarse_logits', 'keep_top_k', 'check_divergence',
-           'topk_divergence', 'draw_uniforms', 'draw_samples', 'rectangle', 'sampled_divergence', 'Recipe', 'id_dtype',
-           'count_dtype', 'bytes_per_position', 'tokenizer_hash', 'teacher_hash', 'encode_rows', 'shard_plan',
-           'length_batches', 'teacher_logits', 'compress', 'row_hash', 'write_cache', 'CacheFolder', 'check_origin',
-           'place_of', 'check_row', 'LogitCache', 'cached_divergence', 'CachedKD', 'cached_sums', 'EncodedRows']
+           'topk_divergence', 'draw_uniforms', 'draw_samples', 'rectangle', 'sampled_divergence', 'Recipe',
+           'check_recipe', 'id_dtype', 'count_dtype', 'bytes_per_position', 'tokenizer_hash', 'teacher_hash',
+           'encode_rows', 'shard_plan', 'length_batches', 'teacher_logits', 'compress', 'row_hash', 'write_cache',
+           'CacheFolder', 'check_origin', 'place_of', 'check_row', 'LogitCache', 'cached_divergence', 'CachedKD',
+           'plain_sums', 'target_hidden', 'fused_sums', 'EncodedRows']
 
-# %% ../nbs/15_logit_cache.ipynb #37706d41
+# %% ../nbs/15_logit_cache.ipynb #33d944cf
 import hashlib
 import math
 import shutil
@@ -30,7 +31,8 @@ from torch import Tensor
 from .core import (UserError, append_jsonl, atomic_write, canonical_json, progress, read_json, read_jsonl, rng, sha256_file,
                            stable_hash, write_json)
 from .divergences import get_divergence, token_divergence
-from .train import SFT, Method, causal_batch, field_of, seq2seq_batch, target_logits
+from .fused import Samples, TopK, fused_cross_entropy, fused_linear_divergence
+from .train import _LOGIT_CHANGES, SFT, Method, causal_batch, seq2seq_batch, target_logits
 
 # %% ../nbs/15_logit_cache.ipynb #bd9da632
 ROWS = 128  # positions that are worked on at a time, where a temporary array of positions times vocabulary is needed
@@ -51,12 +53,12 @@ class _Coarse(torch.autograd.Function):
         share = (logits - rest.masked_fill(rest == -math.inf, 0)).exp_()  # overflows only at `ids`, where it is overwritten
         return share.mul_(grad[:, -1:]).scatter_(-1, ids, grad[:, :-1]), None
 
-# %% ../nbs/15_logit_cache.ipynb #e4f7073c
+# %% ../nbs/15_logit_cache.ipynb #7f3ff8fd
 def _at_least_float32(logits: Tensor, temperature: float = 1.0) -> Tensor:
     logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
     return logits if temperature == 1 else logits/temperature
 
-
+# %% ../nbs/15_logit_cache.ipynb #9129a47d
 def coarse_logits(logits: Tensor,          # (..., V)
                   ids: Tensor) -> Tensor:  # (..., k) int64, no id twice in a position
     "(..., k + 1), at least float32: the logits at `ids` and, last, the logit of the bucket that holds all other tokens."
@@ -73,11 +75,13 @@ def keep_top_k(logits: Tensor,                 # (n, V), the teacher's
     log = coarse_logits(z, ids).log_softmax(-1)
     return {"ids": ids, "log_probs": log[:, :-1], "tail": log[:, -1]}
 
-# %% ../nbs/15_logit_cache.ipynb #3881e5b4
+# %% ../nbs/15_logit_cache.ipynb #454c7aa1
 MODES = ("topk", "sampled")
 SUPPORTED = {"topk": ("forward_kl", "reverse_kl", "symmetric_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation", "cross_entropy",
                       "alpha_divergence", "renyi"),
              "sampled": ("forward_kl", "cross_entropy")}
+
+# %% ../nbs/15_logit_cache.ipynb #f0609744
 _WHY = {"topk": "needs the probability of every single token, and a top-k cache knows the sum of the tail only",
         "sampled": "is not linear in the teacher's probabilities, so sampled ones would give a biased value and gradient"}
 _INSTEAD = {"topk": "or let the teacher run live", "sampled": "or write the cache with mode='topk'"}
@@ -114,12 +118,12 @@ def draw_uniforms(positions: int, samples: int, draw: str = "systematic", genera
     shift = torch.rand(positions, 1, dtype=torch.float64, generator=generator)
     return (torch.arange(samples, dtype=torch.float64) + shift)/samples
 
-# %% ../nbs/15_logit_cache.ipynb #cbdc7e0a
+# %% ../nbs/15_logit_cache.ipynb #d67bb95c
 def draw_samples(logits: Tensor,      # (n, V), the teacher's
                  uniforms: Tensor,    # (n, samples) of `draw_uniforms`
                  power: float = 1.0,  # proposal: the teacher's probabilities to this power
                  temperature: float = 1.0) -> dict[str, Tensor]:
-    "Of n positions, one after the other: ids, counts, weights (m,); unique (n,), the entries of each position; entropy (n,) of the teacher."
+    "Of n positions, one after the other: ids, counts, weights (m,); unique (n,), entries per position; entropy (n,) of the teacher."
     log_p, size = (logits.double()/temperature).log_softmax(-1), logits.shape[-1]
     log_proposal = log_p if power == 1 else (power*log_p).log_softmax(-1)
     steps = log_proposal.exp().cumsum(-1)
@@ -152,7 +156,7 @@ def sampled_divergence(student_logits: Tensor,         # (..., V)
     values = weights.sum(-1)*z.logsumexp(-1) - (weights*picked).sum(-1)
     return values - entropy.to(z.dtype) if divergence == "forward_kl" else values
 
-# %% ../nbs/15_logit_cache.ipynb #c62b97ae
+# %% ../nbs/15_logit_cache.ipynb #1f057cf0
 STORED_FLOATS = {"float16": 2, "float32": 4}  # bytes of a log-probability
 
 
@@ -169,15 +173,19 @@ class Recipe:
     seed: int = 0                # sampled: of the draws
 
     def __post_init__(self):
-        rules = {"mode": self.mode in MODES, "k": self.k >= 1, "samples": self.samples >= 1, "draw": self.draw in DRAWS,
-                 "power": self.power > 0, "temperature": self.temperature > 0, "dtype": self.dtype in STORED_FLOATS}
-        for name, fine in rules.items():
-            if not fine:
-                raise UserError(f"{getattr(self, name)!r} is not possible", where=f"Recipe.{name}",
-                                fix=f"Modes are {', '.join(MODES)}; draws {', '.join(DRAWS)}; dtypes {', '.join(STORED_FLOATS)}; "
-                                "numbers are positive.")
+        check_recipe(self)
 
-# %% ../nbs/15_logit_cache.ipynb #30541ad0
+# %% ../nbs/15_logit_cache.ipynb #165c56ad
+def check_recipe(recipe: Recipe) -> None:
+    "Raises UserError naming the first field that makes no sense."
+    choices = {"mode": MODES, "draw": DRAWS, "dtype": tuple(STORED_FLOATS)}
+    for name, value in asdict(recipe).items():
+        if name in choices and value not in choices[name]:
+            raise UserError(f"{value!r} is not known", where=f"Recipe.{name}", fix=f"Choose one of {', '.join(choices[name])}.")
+        if name in ("k", "samples", "power", "temperature") and not 0 < value < math.inf:
+            raise UserError(f"{value!r} is not possible", where=f"Recipe.{name}", fix="Choose a number above 0.")
+
+# %% ../nbs/15_logit_cache.ipynb #763b14c7
 def id_dtype(vocab: int) -> torch.dtype:
     "The smallest type that holds the ids of a vocabulary."
     return torch.uint16 if vocab <= 2**16 else torch.int32
@@ -187,7 +195,7 @@ def count_dtype(largest: int) -> torch.dtype:
     "The smallest type that holds a count."
     return torch.uint8 if largest < 2**8 else torch.uint16 if largest < 2**16 else torch.int32
 
-
+# %% ../nbs/15_logit_cache.ipynb #2975a412
 def bytes_per_position(recipe: Recipe, vocab: int,
                        unique: float | None = None) -> float:  # sampled: different tokens per position; None: at least one
     "Bytes that a cache takes on disk for one target token, its own id included; prompts and headers come on top."
@@ -205,7 +213,7 @@ def tokenizer_hash(tokenizer) -> str:
         raise UserError("a tokenizer with get_vocab() is needed", where="tokenizer", fix="Pass the Hugging Face tokenizer of the model.")
     return stable_hash(sorted(tokenizer.get_vocab().items(), key=lambda entry: (entry[1], entry[0])))
 
-# %% ../nbs/15_logit_cache.ipynb #53c9c670
+# %% ../nbs/15_logit_cache.ipynb #1f95dbd0
 def _weights(source: Any) -> Iterator[tuple[str, Tensor]]:
     "Names and tensors of a module, or of the safetensors of a folder; one tensor in memory at a time."
     if isinstance(source, torch.nn.Module):
@@ -218,7 +226,7 @@ def _weights(source: Any) -> Iterator[tuple[str, Tensor]]:
         with safe_open(path, "pt") as file:
             yield from ((name, file.get_tensor(name)) for name in file.keys())
 
-
+# %% ../nbs/15_logit_cache.ipynb #9b39db9f
 def teacher_hash(source: Any) -> str:  # a model, or the folder of one
     "16 hex digits of the weights: names, shapes and values as float32; tied weights once. Raises UserError for a folder without weights."
     sums = {}
@@ -227,30 +235,30 @@ def teacher_hash(source: Any) -> str:  # a model, or the folder of one
         sums[name] = [list(tensor.shape), hashlib.sha256(values).hexdigest()]
     return stable_hash(sums)
 
-# %% ../nbs/15_logit_cache.ipynb #3075960d
+# %% ../nbs/15_logit_cache.ipynb #45dad763
 def encode_rows(method: Method, examples: Iterable) -> list[dict]:
     "Rows for `write_cache`, {'id', 'source', 'target'}, as this method encodes the examples. Raises UserError for an example without id."
     return [{"id": _id_of(e, f"example {i}"), **{k: list(v) for k, v in method.encode(e).items() if k in ("source", "target")}}
             for i, e in enumerate(examples)]
 
-
+# %% ../nbs/15_logit_cache.ipynb #5c60bf05
 def _id_of(example: Any, where: str) -> str:
     name = example.get("id") if isinstance(example, dict) else getattr(example, "id", None)
     if name is None:
         raise UserError("the example has no id", where=where, fix="Give every example an id that no other has: the cache is read by it.")
     return str(name)
 
-# %% ../nbs/15_logit_cache.ipynb #bb788660
+# %% ../nbs/15_logit_cache.ipynb #c50f7419
 def _check_row(row: dict, vocab: int, limit: int) -> None:
     where, length = f"row {row['id']}", len(row["source"]) + len(row["target"])
     if not row["source"] or not row["target"]:
-        raise UserError("source or target is empty", where=where, fix="Leave such rows out: there is nothing to predict, or nothing to start from.")
+        raise UserError("source or target is empty", where=where, fix="Leave such rows out.")
     if max(max(row["source"]), max(row["target"])) >= vocab:
-        raise UserError(f"a token id is not below {vocab}, the size of the vocabulary", where=where, fix="Encode with the teacher's tokenizer.")
+        raise UserError(f"a token id is not below {vocab}, the vocabulary's size", where=where, fix="Encode with the teacher's tokenizer.")
     if limit and length > limit:
         raise UserError(f"{length} tokens, the teacher's context has {limit}", where=where, fix="Shorten the row or leave it out.")
 
-
+# %% ../nbs/15_logit_cache.ipynb #e3d8dd65
 def _check_rows(rows: list[dict], vocab: int, limit: int) -> None:
     "Raises UserError naming the first row that cannot be read, or an id that occurs twice."
     seen = set()
@@ -262,7 +270,7 @@ def _check_rows(rows: list[dict], vocab: int, limit: int) -> None:
     if not rows:
         raise UserError("there are no rows", where="rows", fix="Check the split's name and the filter.")
 
-# %% ../nbs/15_logit_cache.ipynb #1ae4014e
+# %% ../nbs/15_logit_cache.ipynb #0b3f896d
 def shard_plan(rows: list[dict], shard_tokens: int) -> list[range]:
     "Which rows form a shard: consecutive ones, until they hold `shard_tokens` target tokens."
     plan, start, tokens = [], 0, 0
@@ -273,7 +281,7 @@ def shard_plan(rows: list[dict], shard_tokens: int) -> list[range]:
             start, tokens = i, 0
     return plan
 
-
+# %% ../nbs/15_logit_cache.ipynb #c03a5358
 def length_batches(lengths: list[int],                     # of each row, in tokens
                    batch_tokens: int) -> list[list[int]]:  # padding included; a longer row is a batch of its own
     "Row numbers of each batch, longest rows first."
@@ -312,7 +320,7 @@ def compress(logits: Tensor,        # (target tokens, V)
         raise UserError("the teacher's logits are not finite", where=f"row {name}", fix="Load the teacher in float32 or bfloat16.")
     return out
 
-# %% ../nbs/15_logit_cache.ipynb #fdf042c7
+# %% ../nbs/15_logit_cache.ipynb #3aacd359
 def _storage(recipe: Recipe, vocab: int) -> dict[str, torch.dtype]:
     "The tensors of a shard that hold distributions, and their types."
     if recipe.mode == "topk":
@@ -320,7 +328,7 @@ def _storage(recipe: Recipe, vocab: int) -> dict[str, torch.dtype]:
     value = {"counts": count_dtype(recipe.samples)} if recipe.power == 1 else {"weights": torch.float32}
     return {"ids": id_dtype(vocab), **value, "unique": count_dtype(recipe.samples), "entropy": torch.float32}
 
-
+# %% ../nbs/15_logit_cache.ipynb #22018841
 def _shard_tensors(teacher, rows: list[dict], recipe: Recipe, vocab: int, pad_id: int, batch_tokens: int) -> dict[str, Tensor]:
     "Everything that goes into the file of a shard, in the order of the rows."
     done: dict[int, dict] = {}
@@ -333,7 +341,7 @@ def _shard_tensors(teacher, rows: list[dict], recipe: Recipe, vocab: int, pad_id
         tensors[f"{part}_lengths"] = torch.tensor([len(r[part]) for r in rows], dtype=torch.int32)
     return {key: tensor.contiguous() for key, tensor in tensors.items()}
 
-# %% ../nbs/15_logit_cache.ipynb #e0a9eac4
+# %% ../nbs/15_logit_cache.ipynb #a9b21cbf
 FORMAT = "kd_notes logit cache 1"
 
 
@@ -341,7 +349,7 @@ def row_hash(source: list[int], target: list[int]) -> str:
     "8 hex digits of a row's ids."
     return hashlib.sha256(repr((list(source), list(target))).encode()).hexdigest()[:8]
 
-
+# %% ../nbs/15_logit_cache.ipynb #de58e85e
 def _header(teacher, tokenizer, rows: list[dict], recipe: Recipe, shard_tokens: int, batch_tokens: int) -> dict:
     "The content of cache.json."
     vocab = min(teacher.config.get_text_config().vocab_size, max(tokenizer.get_vocab().values()) + 1)
@@ -353,7 +361,7 @@ def _header(teacher, tokenizer, rows: list[dict], recipe: Recipe, shard_tokens: 
             "rows": {"hash": stable_hash(hashes), "examples": len(rows), "positions": sum(len(r["target"]) for r in rows)},
             "layout": {"shard_tokens": shard_tokens, "batch_tokens": batch_tokens}}
 
-# %% ../nbs/15_logit_cache.ipynb #7425eb14
+# %% ../nbs/15_logit_cache.ipynb #abd6059a
 def _claim(folder: Path, head: dict) -> None:
     "Write cache.json, or compare with the one that is there. Raises UserError naming what differs."
     path = folder/"cache.json"
@@ -366,7 +374,7 @@ def _claim(folder: Path, head: dict) -> None:
             raise UserError(f"the folder holds a cache with another {key}: {canonical_json(there.get(key))}, now {canonical_json(mine)}",
                             where=folder, fix="Choose another folder, delete this one, or make the same call as before.")
 
-
+# %% ../nbs/15_logit_cache.ipynb #95b9388f
 @contextmanager
 def _only_writer(folder: Path) -> Iterator[None]:
     "One writer per folder; the lock goes with the process, also when that is killed. Raises UserError if another one is at work."
@@ -378,7 +386,7 @@ def _only_writer(folder: Path) -> Iterator[None]:
     except Timeout as e:
         raise UserError("another process is writing this cache", where=folder, fix="Wait for it, or choose another folder.") from e
 
-# %% ../nbs/15_logit_cache.ipynb #72d2b918
+# %% ../nbs/15_logit_cache.ipynb #a5776abf
 def _index(folder: Path) -> dict[int, dict]:
     "{shard number: its line of index.jsonl}; a half-written last line is ignored."
     path = folder/"index.jsonl"
@@ -390,7 +398,7 @@ def _is_whole(folder: Path, entry: dict) -> bool:
     path = folder/entry["file"]
     return path.is_file() and path.stat().st_size == entry["bytes"] and sha256_file(path) == entry["sha256"]
 
-
+# %% ../nbs/15_logit_cache.ipynb #86f22cf7
 def _write_shard(folder: Path, number: int, rows: list[dict], tensors: dict[str, Tensor]) -> None:
     "The file, then its line in the index. Raises UserError if the disk is full; nothing half-written is left."
     path, data = folder/f"shard-{number:05d}.safetensors", save(tensors)
@@ -399,14 +407,14 @@ def _write_shard(folder: Path, number: int, rows: list[dict], tensors: dict[str,
              "rows": [[r["id"], len(r["target"]), row_hash(r["source"], r["target"])] for r in rows]}
     append_jsonl(folder/"index.jsonl", [entry])
 
-# %% ../nbs/15_logit_cache.ipynb #00fb8e74
+# %% ../nbs/15_logit_cache.ipynb #15a95dc6
 def _check_space(folder: Path, recipe: Recipe, vocab: int, positions: int) -> None:
     needed, free = bytes_per_position(recipe, vocab)*positions, shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(f"the cache needs at least {needed/1e9:.1f} GB, the disk has {free/1e9:.1f} GB", where=folder,
                         fix="Choose a smaller k, mode='sampled', or another disk.")
 
-
+# %% ../nbs/15_logit_cache.ipynb #a1e731c7
 @contextmanager
 def _evaluating(model) -> Iterator[None]:
     "Evaluation mode inside; afterwards as it was."
@@ -417,14 +425,14 @@ def _evaluating(model) -> Iterator[None]:
     finally:
         model.train(was)
 
-# %% ../nbs/15_logit_cache.ipynb #0a940f7d
+# %% ../nbs/15_logit_cache.ipynb #d19b4dfa
 def write_cache(folder: Path | str,
                 teacher, tokenizer,               # a Hugging Face model, on its device and in its dtype, and its tokenizer
                 rows: Iterable[dict],             # {"id", "source", "target"} with lists of ids, as `encode_rows` makes them
                 *, shard_tokens: int = 32_768,    # target tokens in a file: what a kill can cost
                 batch_tokens: int = 2048,         # of a batch of the teacher, padding included; times V logits in memory
                 **recipe) -> "LogitCache":        # fields of Recipe: mode, k, samples, temperature, ...
-    "Write the teacher's distributions over the targets. The same call continues a killed one. Raises UserError for a misfit or a full disk."
+    "Write the teacher's distributions of the targets. The same call continues a killed one. Raises UserError: misfit, full disk."
     kept, folder = Recipe(**recipe), Path(folder)
     rows = [{"id": _id_of(r, f"row {i}"), "source": list(r["source"]), "target": list(r["target"])} for i, r in enumerate(rows)]
     head = _header(teacher, tokenizer, rows, kept, shard_tokens, batch_tokens)
@@ -471,21 +479,21 @@ class _Shard:
         "The tensors of row i, as they are stored."
         return {name: self.file.get_slice(name)[self.starts[by][i]:self.starts[by][i + 1]] for name, by in self.along.items()}
 
-# %% ../nbs/15_logit_cache.ipynb #3ba3f621
+# %% ../nbs/15_logit_cache.ipynb #2e43a346
 _REPAIR = "Call write_cache with the same arguments again: it makes the damaged or missing shards and leaves the others."
 
 
 class CacheFolder:
     "The index of a cache, and who made it. Raises UserError if the folder is no cache, damaged, or of another tokenizer or teacher."
     def __init__(self, folder: Path | str, *, tokenizer=None,  # refuse a cache of another tokenizer than this
-                 teacher: Any = None,                          # refuse one of another teacher: its hash (a string), its folder (a Path), itself
+                 teacher: Any = None,                          # refuse one of another teacher: its hash, its folder (a Path), or itself
                  keep_open: int = 16):                         # files that are mapped at the same time
         self.folder, self.keep_open = Path(folder), keep_open
         if not (self.folder/"cache.json").is_file():
             raise UserError("there is no logit cache in this folder", where=folder, fix="Write one with write_cache.")
         self.head = read_json(self.folder/"cache.json")
         if self.head.get("format") != FORMAT:
-            raise UserError(f"this is not a {FORMAT!r}", where=self.folder/"cache.json", fix="Write the cache with this version of kd_notes.")
+            raise UserError(f"this is not a {FORMAT!r}", where=self.folder/"cache.json", fix="Write the cache anew.")
         self.recipe, self.vocab, self.index = Recipe(**self.head["recipe"]), self.head["vocab"], _index(self.folder)
         for entry in self.index.values():
             if not (path := self.folder/entry["file"]).is_file() or path.stat().st_size != entry["bytes"]:
@@ -509,19 +517,19 @@ class CacheFolder:
     def __getstate__(self) -> dict:  # another process opens the files itself
         return {**self.__dict__, "_shards": OrderedDict()}
 
-# %% ../nbs/15_logit_cache.ipynb #790beb07
+# %% ../nbs/15_logit_cache.ipynb #e5cff037
 def check_origin(folder: Path, head: dict, tokenizer=None, teacher: Any = None) -> None:
     "Raises UserError, with the reason and what to do, if the cache of this cache.json was made by another tokenizer or teacher."
     if tokenizer is not None and tokenizer_hash(tokenizer) != head["tokenizer"]["hash"]:
-        raise UserError(f"the cache was made with another tokenizer ({head['tokenizer']['hash']}, yours is {tokenizer_hash(tokenizer)}), so "
-                        "its ids mean other tokens", where=folder, fix="Use a student with the teacher's tokenizer, write a cache for this one, "
-                        "or use uld or aligned spans of kd_notes.divergences, which compare different tokenizers.")
+        raise UserError(f"the cache was made with another tokenizer ({head['tokenizer']['hash']}, yours is {tokenizer_hash(tokenizer)}): "
+                        "its ids mean other tokens", where=folder, fix="Use a student with the teacher's tokenizer. For another one, let "
+                        "the teacher run live with uld or aligned spans, or train on text that it wrote.")
     wanted = None if teacher is None else teacher if isinstance(teacher, str) else teacher_hash(teacher)
     if wanted not in (None, head["teacher"]["hash"]):
         raise UserError(f"the cache was made by another teacher ({head['name']}, {head['teacher']['hash']}; yours is {wanted})",
                         where=folder, fix="Choose the folder of your teacher's cache, or write one with it.")
 
-# %% ../nbs/15_logit_cache.ipynb #97aa2a84
+# %% ../nbs/15_logit_cache.ipynb #04fd46ae
 def place_of(cache: CacheFolder, name: str) -> tuple[int, int]:
     "(shard, row in it) of an id. Raises UserError if the cache does not have it."
     if name not in cache:
@@ -530,7 +538,7 @@ def place_of(cache: CacheFolder, name: str) -> tuple[int, int]:
                         fix="Leave the example out, or call write_cache" + (" with it." if cache.complete else " again."))
     return cache.places[name]
 
-
+# %% ../nbs/15_logit_cache.ipynb #d363c861
 def check_row(cache: CacheFolder, name: str, source: list[int], target: list[int]) -> None:
     "Raises UserError if the cache does not have this row, or has it with other token ids."
     number, i = place_of(cache, name)
@@ -567,7 +575,7 @@ class LogitCache(CacheFolder):
             row = self.row(name)
             yield {"id": name, "source": row["source"].tolist(), "target": row["target"].tolist(), "targets": _as_batch([row], self.recipe)}
 
-# %% ../nbs/15_logit_cache.ipynb #baa31e22
+# %% ../nbs/15_logit_cache.ipynb #2e9a88c8
 def _as_batch(rows: list[dict[str, Tensor]], recipe: Recipe) -> dict[str, Tensor]:
     "Copies of stored rows, joined: cache_ids (n, k) int32, and cache_log_probs, cache_tail or cache_weights, cache_entropy."
     part = {name: torch.cat([r[name] for r in rows]) for name in rows[0] if name not in ("source", "target")}
@@ -578,7 +586,7 @@ def _as_batch(rows: list[dict[str, Tensor]], recipe: Recipe) -> dict[str, Tensor
     weights = part["weights"] if "weights" in part else part["counts"].float()/recipe.samples
     return {"cache_ids": rectangle(ids, unique), "cache_weights": rectangle(weights, unique), "cache_entropy": part["entropy"]}
 
-
+# %% ../nbs/15_logit_cache.ipynb #214a6305
 def cached_divergence(student_logits: Tensor,     # (n, V) at the target positions; V at least the cache's vocabulary
                       batch: dict[str, Tensor],   # of `LogitCache.targets`
                       cache: CacheFolder,         # for its recipe: mode and temperature
@@ -592,13 +600,15 @@ def cached_divergence(student_logits: Tensor,     # (n, V) at the target positio
         return topk_divergence(z, ids, batch["cache_log_probs"], batch["cache_tail"], divergence, temperature, **options)
     return sampled_divergence(z, ids, batch["cache_weights"], batch["cache_entropy"], divergence, temperature)
 
-# %% ../nbs/15_logit_cache.ipynb #c1c59b77
+# %% ../nbs/15_logit_cache.ipynb #5006a46f
 class CachedKD(Method):
     "Word-level distillation from a cache. Raises UserError for a divergence the cache cannot give, or another tokenizer or encoding."
     def __init__(self, cache: LogitCache, base: Method,         # the method that encodes examples, with a tokenizer: an SFT
                  divergence: str = "forward_kl", *,
                  sft_weight: float = 0.0,                       # weight of the cross-entropy of the targets; the divergence has the rest
-                 scale_t2: bool = False, **options):            # multiply by temperature squared; options of the divergence
+                 scale_t2: bool = False,                        # multiply by temperature squared
+                 fused: bool = False,                           # output layer and loss in one, without the logits of the batch: less memory
+                 **options):                                    # of the divergence
         check_divergence(cache.recipe.mode, divergence)
         get_divergence(divergence, **options)  # refuses options that it does not have
         if options and cache.recipe.mode == "sampled":
@@ -606,7 +616,7 @@ class CachedKD(Method):
         if not 0 <= sft_weight < 1:
             raise UserError(f"{sft_weight!r} is not a weight from 0 to below 1", where="sft_weight", fix="For weight 1 use SFT itself.")
         check_origin(cache.folder, cache.head, base.tokenizer)
-        self.cache, self.base, self.divergence, self.options = cache, base, divergence, options
+        self.cache, self.base, self.divergence, self.options, self.fused = cache, base, divergence, options, fused
         self.scale = cache.recipe.temperature**2 if scale_t2 else 1.0
         self.weights = {"kd": 1 - sft_weight, "sft": sft_weight} if sft_weight else {"kd": 1.0}
 
@@ -628,17 +638,42 @@ class CachedKD(Method):
         return dict.fromkeys(self.weights, len(batch["target_ids"]))
 
     def sums(self, model, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        return cached_sums(self, target_logits(model, batch), batch)
+        return fused_sums(self, model, batch) if self.fused else plain_sums(self, target_logits(model, batch), batch)
 
-# %% ../nbs/15_logit_cache.ipynb #6b78f784
-def cached_sums(method: CachedKD, logits: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+# %% ../nbs/15_logit_cache.ipynb #06d6ab75
+def plain_sums(method: CachedKD, logits: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     "{'kd': ..., 'sft': ...}: sums over the target positions, from the student's logits (n, V) there."
     kd = cached_divergence(logits, batch, method.cache, method.divergence, **method.options).sum()*method.scale
     if "sft" not in method.weights:
         return {"kd": kd}
     return {"kd": kd, "sft": F.cross_entropy(_at_least_float32(logits), batch["target_ids"], reduction="sum")}
 
+# %% ../nbs/15_logit_cache.ipynb #1023a146
+def target_hidden(model, batch: dict[str, Tensor]) -> tuple[Tensor, torch.nn.Linear]:
+    "Hidden states (n, D) at the target positions, and the output layer. Raises UserError if the logits are not that layer's output."
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    head = base.get_output_embeddings()
+    changed = any(getattr(base.config, name, None) not in (None, 1) for name in _LOGIT_CHANGES)
+    if base.config.is_encoder_decoder or changed or type(head) is not torch.nn.Linear:
+        raise UserError("this model's logits are more than one linear layer of its hidden states", where="fused", fix="Use fused=False.")
+    hidden = base.base_model(input_ids=batch["input_ids"], use_cache=False).last_hidden_state
+    return hidden.flatten(0, 1).index_select(0, batch["target_index"]), head
 
+# %% ../nbs/15_logit_cache.ipynb #4b32be97
+def fused_sums(method: CachedKD, model, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    "The same sums as `plain_sums`, from the hidden states."
+    (hidden, head), recipe = target_hidden(model, batch), method.cache.recipe
+    if recipe.mode == "topk":
+        said = TopK(batch["cache_ids"].long(), batch["cache_log_probs"], batch["cache_tail"], recipe.temperature)
+    else:
+        said = Samples(batch["cache_ids"].long(), batch["cache_weights"], batch["cache_entropy"], recipe.temperature)
+    kd = fused_linear_divergence(hidden, head.weight, said, None, method.divergence, student_bias=head.bias, vocab_size=method.cache.vocab,
+                                 temperature=recipe.temperature, denominator=1, **method.options)*method.scale
+    if "sft" not in method.weights:
+        return {"kd": kd}
+    return {"kd": kd, "sft": fused_cross_entropy(hidden, head.weight, batch["target_ids"], bias=head.bias, denominator=1)}
+
+# %% ../nbs/15_logit_cache.ipynb #78f58cec
 class EncodedRows(SFT):
     "For rows that are encoded already: {'id', 'source', 'target'} with lists of ids, such as a cache itself holds."
     def encode(self, example: dict) -> dict[str, list[int]]:

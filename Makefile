@@ -10,7 +10,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
-EXTRAS := train,teacher,hub,notebooks,serve,dev
+EXTRAS := train,teacher,hub,notebooks,serve,peers,dev
 JOBS ?= 2
 
 .PHONY: help setup reproduce reproduce-all readme test lint sync pytest notebooks smoke lab clean distclean

@@ -178,12 +178,12 @@ class Response:
     prefix: list[float] | None = None       # importance weight of the tokens before
     skew: float | None = None               # DistiLLM-2's own alpha of this response
 
-# %% ../nbs/19_minillm.ipynb #2dbd2a6f
+# %% ../nbs/19_minillm.ipynb #62b87872
 def response(id: str, prompt: list[int], tokens: list[int], source: str, **logs: Any) -> Response:
     "A Response; log-probabilities may be tensors."
     return Response(id, list(prompt), list(tokens), source, **{k: v.tolist() if isinstance(v, Tensor) else v for k, v in logs.items()})
 
-
+# %% ../nbs/19_minillm.ipynb #984343b3
 def padded(responses: list[Response], name: str) -> Tensor:
     "A field of all responses as (B, T) in float64, 0 behind the end."
     return torch.nn.utils.rnn.pad_sequence([torch.tensor(getattr(r, name), dtype=torch.float64) for r in responses], batch_first=True)
@@ -223,7 +223,7 @@ def token_rewards(responses: list[Response], cfg: MiniLLMConfig, where: str = ""
                         "student rules out a token that was drawn: check that both read this tokenizer, or set reward_clip.")
     return rewards
 
-# %% ../nbs/19_minillm.ipynb #ffdd7261
+# %% ../nbs/19_minillm.ipynb #0ba48347
 def set_advantages(responses: list[Response], cfg: MiniLLMConfig, where: str = "") -> None:
     "Fill in `advantage` and `prefix` of freshly drawn responses; whitening is over all of them. Raises UserError."
     mask = padded_mask(responses)
@@ -238,7 +238,7 @@ def set_advantages(responses: list[Response], cfg: MiniLLMConfig, where: str = "
     for r, row, weight in zip(responses, values.tolist(), before.tolist()):
         r.advantage, r.prefix = row[:len(r.tokens)], weight[:len(r.tokens)]
 
-
+# %% ../nbs/19_minillm.ipynb #5c94286d
 def padded_mask(responses: list[Response]) -> Tensor:
     "1 at the tokens of each response, (B, T) in float64."
     return torch.nn.utils.rnn.pad_sequence([torch.ones(len(r.tokens), dtype=torch.float64) for r in responses], batch_first=True)
@@ -269,11 +269,11 @@ def response_batch(responses: list[Response], pad_id: int, dtype: torch.dtype = 
             batch[name] = torch.tensor([x for r in responses for x in getattr(r, name)], dtype=dtype)
     return batch
 
-# %% ../nbs/19_minillm.ipynb #373f9b89
+# %% ../nbs/19_minillm.ipynb #b29ad77d
 def _upcast(logits: Tensor) -> Tensor:
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
-
+# %% ../nbs/19_minillm.ipynb #5257ac00
 def minillm_terms(student: Tensor,            # logits (n, V) of the student, at the tokens of `batch`
                   teacher: Tensor,            # logits (n, V) of the teacher
                   batch: dict[str, Tensor],   # `response_batch` after `set_advantages`
@@ -319,25 +319,25 @@ def repeated_ngrams(tokens: Sequence[int], n: int = 4) -> float:
     grams = [tuple(tokens[i:i + n]) for i in range(len(tokens) - n + 1)]
     return 1 - len(set(grams))/len(grams) if grams else 0.0
 
-# %% ../nbs/19_minillm.ipynb #5f0a2fbb
+# %% ../nbs/19_minillm.ipynb #6b211a43
 def _responses(rows: list[dict], rollout: Rollout, source: str) -> list[Response]:
     kept = {name: getattr(rollout, name) for name in ("log_student", "log_teacher", "log_mix") if getattr(rollout, name) is not None}
     return [response(row["id"], row["prompt"], rollout.response_ids[i], source, finished=rollout.finished[i],
                      **{name: values[i] for name, values in kept.items()}) for i, row in enumerate(rows)]
 
-
+# %% ../nbs/19_minillm.ipynb #34f54bc1
 def _sampled(method, rows: list[dict], streams: list[str], who: str) -> list[Response]:
     model = method.buffer.student if who == "student" else method.teacher
     return _responses(rows, sample(model, [r["prompt"] for r in rows], method.sampling, streams=streams, vocabulary=method.vocabulary,
                                    batch_size=method.config.sample_batch, role=who), who)
 
-
+# %% ../nbs/19_minillm.ipynb #48d75539
 def _mixed(method, rows: list[dict], streams: list[str]) -> list[Response]:
     rollout = sample_mixed(method.buffer.student, method.teacher, [r["prompt"] for r in rows], method.config.alpha, method.sampling,
                            streams=streams, vocabulary=method.vocabulary, batch_size=method.config.sample_batch)
     return _responses(rows, rollout, "mixed")
 
-# %% ../nbs/19_minillm.ipynb #52c9ff13
+# %% ../nbs/19_minillm.ipynb #8c0804ca
 def _gold(method, rows: list[dict], streams: list[str]) -> list[Response]:
     empty = [r["id"] for r in rows if not r["gold"]]
     if empty:
@@ -345,7 +345,7 @@ def _gold(method, rows: list[dict], streams: list[str]) -> list[Response]:
                         "that is not empty, or use a method that samples.")
     return [response(r["id"], r["prompt"], r["gold"][:method.config.max_new_tokens], "gold") for r in rows]
 
-
+# %% ../nbs/19_minillm.ipynb #40d80698
 def _speculative(method, rows: list[dict], streams: list[str]) -> list[Response]:
     rollout = speculative(method.buffer.student, method.teacher, [r["prompt"] for r in rows], top_k=method.config.accept_top_k,
                           block=method.config.block, sampling=method.sampling, streams=streams, vocabulary=method.vocabulary,
@@ -450,7 +450,7 @@ class Buffer(Callback):
     def load(self, state: dict) -> None:
         restore(self, state)
 
-# %% ../nbs/19_minillm.ipynb #05064b76
+# %% ../nbs/19_minillm.ipynb #345208eb
 def snapshot(buffer: Buffer) -> dict:
     "What a checkpoint keeps: the responses if their cycle goes on, work done, and what the method remembers."
     goes_on = (buffer.loop.step//(buffer.epoch_steps*buffer.method.config.inner_epochs)) == buffer.cycle
@@ -458,7 +458,7 @@ def snapshot(buffer: Buffer) -> dict:
     return {"identity": buffer.method.identity(), "cycle": buffer.cycle if goes_on else -1, "responses": kept, "work": dict(buffer.work),
             "memory": buffer.method.memory()}
 
-
+# %% ../nbs/19_minillm.ipynb #5385eafe
 def restore(buffer: Buffer, state: dict) -> None:
     "Take back a snapshot. Raises UserError if it belongs to another training."
     if state["identity"] != buffer.method.identity():
@@ -468,14 +468,14 @@ def restore(buffer: Buffer, state: dict) -> None:
     buffer.responses = {int(slot): [Response(**r) for r in rows] for slot, rows in state["responses"].items()}
     buffer.method.recall(state["memory"])
 
-# %% ../nbs/19_minillm.ipynb #67e67e67
+# %% ../nbs/19_minillm.ipynb #2d53a380
 @lru_cache(maxsize=16)
 def _order(name: str, seed: int, lap: int, n: int) -> list[int]:
     order = list(range(n))
     rng(name, seed, lap).shuffle(order)
     return order
 
-
+# %% ../nbs/19_minillm.ipynb #f3d7dd3a
 def shuffled_pick(name: str, seed: int, index: int, n: int) -> int:
     "Number `index` of an endless sequence that goes through 0 ... n-1 again and again, each time in another random order."
     return _order(name, seed, index//n, n)[index % n]
@@ -496,7 +496,7 @@ def refill(buffer: Buffer) -> None:
         buffer.responses[slot].append(r)
         buffer.work[r.source] += len(r.tokens)
 
-# %% ../nbs/19_minillm.ipynb #d8b51bc4
+# %% ../nbs/19_minillm.ipynb #e2b36e15
 def _drawn(method: "OnPolicy", rows: list[dict], wanted: list[tuple[int, str]], cycle: int) -> dict[tuple[int, str], Response]:
     "The wanted responses, source by source; dropout off, the loop's precision."
     out = {}
@@ -507,7 +507,7 @@ def _drawn(method: "OnPolicy", rows: list[dict], wanted: list[tuple[int, str]], 
             out |= dict(zip(keys, found))
     return out
 
-
+# %% ../nbs/19_minillm.ipynb #11ca0993
 def _shared(accelerator, wanted: list, draw: Callable[[list], dict]) -> dict:
     "draw(wanted), each process doing its part and getting all."
     if accelerator.num_processes == 1:
@@ -528,12 +528,12 @@ def check_drawn(responses: list[Response], where: str = "") -> None:
                         where=f"{where}examples {', '.join(r.id for r in responses[:8])}", fix="Go back to the checkpoint before; lower "
                         "lr, keep length_norm and teacher mixing on, or start from a student that was finetuned first.")
 
-# %% ../nbs/19_minillm.ipynb #5898b4c7
+# %% ../nbs/19_minillm.ipynb #ce90e42d
 def _width(model) -> int:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return base.get_output_embeddings().weight.shape[0]
 
-
+# %% ../nbs/19_minillm.ipynb #de294f9b
 def check_start(method: "OnPolicy", loop: Loop) -> None:
     "Before the first step. Raises UserError for a mini-batch, a context or a vocabulary that does not fit."
     effective, cfg = loop.cfg.batch_size*loop.cfg.accumulate*loop.accelerator.num_processes, method.config
@@ -577,7 +577,7 @@ def add_texts(batch: dict[str, Tensor], texts: list[list[int]], pad_id: int) -> 
     return batch | {"input_ids": torch.cat(ids), "target_index": torch.cat(index),
                     "target_ids": torch.cat([batch["target_ids"], more["target_ids"]])}
 
-# %% ../nbs/19_minillm.ipynb #1bda74a8
+# %% ../nbs/19_minillm.ipynb #e5567a9e
 @contextmanager
 def _dropout(model, on: bool):
     "Dropout as asked. Gradient checkpointing, which works in training mode only, needs it on."
@@ -588,7 +588,7 @@ def _dropout(model, on: bool):
     finally:
         model.train(before)
 
-
+# %% ../nbs/19_minillm.ipynb #cd3c52b6
 def logit_sides(method: "OnPolicy", model, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
     "Logits of student and teacher (None if the method asks for none) at all targets of the batch; the teacher reads texts only if it must."
     with _dropout(model, method.config.dropout):
@@ -698,13 +698,13 @@ class OnPolicy(Hooks, Method):
         "Of log-probabilities and advantages in a batch."
         return torch.float64 if getattr(self.teacher, "dtype", None) == torch.float64 else torch.float32
 
-# %% ../nbs/19_minillm.ipynb #6791679b
+# %% ../nbs/19_minillm.ipynb #cdb8ef83
 def train_on_policy(student, method: OnPolicy, cfg: TrainConfig, *,      # cfg: `method.train_config`
                     run_dir: Path | str | None = None, validate: Callable | None = None, callbacks: Iterable[Callback] = ()) -> TrainResult:
     "`train` with the slots of the method's buffer as examples and the buffer as a callback. The same call continues a killed run."
     return train(student, method, method.slots, cfg, run_dir=run_dir, validate=validate, callbacks=[method.buffer, *callbacks])
 
-
+# %% ../nbs/19_minillm.ipynb #50bb8748
 def onpolicy_config(config: OnPolicyConfig, steps: int, lr: float = 5e-6, batch_size: int | None = None, **changes: Any) -> TrainConfig:
     "TrainConfig of a method: its mini-batch and seed, and the released code's AdamW (betas 0.9 and 0.95, decay 1e-6, constant lr)."
     batch_size = batch_size or config.minibatch
@@ -784,11 +784,11 @@ class DistillConfig(OnPolicyConfig):
             raise UserError(f"there is no recipe {name!r}", where="recipe", fix=f"Choose one of {', '.join(RECIPES)}.")
         return cls(**(RECIPES[name] | changes))
 
-# %% ../nbs/19_minillm.ipynb #c4e6bc1b
+# %% ../nbs/19_minillm.ipynb #69217ff8
 def _both(divergence: str, reverse: str, weight: float = 1.0, **options: Any) -> tuple[Part, Part]:
     return Part(divergence, "teacher", weight, options), Part(reverse, "student", weight, options)
 
-
+# %% ../nbs/19_minillm.ipynb #f2a7f908
 RECIPES: dict[str, dict] = {
     "sft": dict(source="gold", parts=(Part("nll"),)),
     "kd": dict(source="gold", parts=(Part("nll", weight=0.5), Part("cross_entropy", weight=0.5))),  # word-level, as MiniLLM's baseline
@@ -923,13 +923,13 @@ class DPKDConfig(OnPolicyConfig):
         "The released code's choices, with changes."
         return cls(**(dict(per_token=True, lm_weight=0.5, average="tokens") | changes))
 
-# %% ../nbs/19_minillm.ipynb #2c50006e
+# %% ../nbs/19_minillm.ipynb #39c23ee1
 def pair_margin(log_q: Tensor, log_p: Tensor, batch: dict[str, Tensor]) -> Tensor:
     "Mean of log q - log p over the tokens of each response, teacher's minus student's; (pairs,). Rows alternate: teacher, student."
     mean = log_q.new_zeros(len(batch["source"])).index_add(0, batch["row"], (log_q - log_p)*batch["share"])
     return mean[0::2] - mean[1::2]
 
-
+# %% ../nbs/19_minillm.ipynb #eccb3b3c
 class DPKD(OnPolicy):
     "Direct preference KD: the teacher's response is preferred to the student's; the teacher is the reference."
     def loss_weights(self) -> dict[str, float]:
@@ -1003,13 +1003,13 @@ def mean_nll(model, rows: list[tuple[list[int], list[int]]],      # (prompt ids,
             total, count = total + nll.sum().item(), count + len(nll)
     return total/count
 
-# %% ../nbs/19_minillm.ipynb #2672af2d
+# %% ../nbs/19_minillm.ipynb #c61a221a
 class _Rows(SFT):
     "SFT on rows {'id', 'prompt', 'gold'} of `encode_prompts`."
     def encode(self, row: dict) -> dict[str, list[int]]:
         return {"source": row["prompt"], "target": row["gold"]}
 
-
+# %% ../nbs/19_minillm.ipynb #5679d956
 def finetune(model, tokenizer, rows: Iterable, valid: Iterable, cfg: TrainConfig, run_dir: Path | str | None = None,
              callbacks: Iterable[Callback] = ()) -> TrainResult:
     "Phases 1 and 2: SFT on prompts and responses; ends with the weights of the lowest validation loss if `cfg.keep_best`."
@@ -1056,7 +1056,7 @@ def world_model(**params: Any):
     folder = run_folder("world_model", run_key("world_model", params, WORLD_MODULES, sums))
     return load_pretrained(folder/"model", device="cpu")[0], metrics
 
-# %% ../nbs/19_minillm.ipynb #26372ece
+# %% ../nbs/19_minillm.ipynb #d4d94ff4
 @dataclass(frozen=True)
 class WorldArm:
     "One way to go on from the finetuned student."
@@ -1064,7 +1064,7 @@ class WorldArm:
     method: str                                   # a key of METHODS
     settings: dict = field(default_factory=dict)  # of the method
 
-
+# %% ../nbs/19_minillm.ipynb #a74fddf3
 _PPO, _ONCE = {"rollouts": 128, "inner_epochs": 4}, {"rollouts": 512}
 WORLD_ARMS = {
     "sft": WorldArm("SFT", "sft", _ONCE),
@@ -1086,6 +1086,8 @@ WORLD_ARMS = {
     "fdistill_js": WorldArm("f-distill, JS", "fdistill_js"), "fdistill_tvd": WorldArm("f-distill, TVD", "fdistill_tvd"),
     "dpkd": WorldArm("DPKD", "dpkd"),
 }
+
+# %% ../nbs/19_minillm.ipynb #8a2629e9
 WORLD_DEFAULTS = {"size": "xs", "steps": 300, "minibatch": 32, "lr": 1e-3, "max_new_tokens": 56, "teacher": {}, "student": {},
                   "settings": {}, "score_on": "test", "score_rows": 0, "score_seeds": 5}   # score_rows 0: all
 
@@ -1098,12 +1100,12 @@ def world_run(arm: str, seed: int, **settings: Any) -> dict:  # settings: any of
                         fix=f"Arms: {', '.join(WORLD_ARMS)}. Settings: {', '.join(WORLD_DEFAULTS)}.")
     return {"arm": arm, "seed": seed} | WORLD_DEFAULTS | settings
 
-# %% ../nbs/19_minillm.ipynb #461b2439
+# %% ../nbs/19_minillm.ipynb #96355d53
 def pack_scores(scores: Sequence[float]) -> str:
     "Numbers from 0 to 1, one byte each (steps of 1/255), as text: 520 of them take 700 characters."
     return base64.b64encode(bytes(round(255*min(max(float(x), 0.0), 1.0)) for x in scores)).decode()
 
-
+# %% ../nbs/19_minillm.ipynb #999d64d8
 def unpack_scores(text: str) -> list[float]:
     "Back to numbers."
     return [b/255 for b in base64.b64decode(text)]
@@ -1124,7 +1126,7 @@ def world_metrics(model, teacher, rows: list[dict], seeds: int = 5, max_new_toke
                         "finished": float(found["finished"].mean()), "loss": mean_nll(model, gold, tok.pad_token_id),
                         "possible": sum(possible)/len(possible), "repetition": sum(repeated)/len(repeated)}
 
-# %% ../nbs/19_minillm.ipynb #0b40c253
+# %% ../nbs/19_minillm.ipynb #6289442c
 def train_onpolicy(params: dict, folder: Path) -> dict:
     "Train and score one arm in the instruction world. Metrics: `world_metrics`, tokens read and drawn, seconds of training."
     p = params
@@ -1147,7 +1149,7 @@ def train_onpolicy(params: dict, folder: Path) -> dict:
     return world_metrics(result.model, teacher, rows, p["score_seeds"], p["max_new_tokens"]) | {
         "train_seconds": result.seconds, "parameters": count_parameters(model), "best_step": result.best["step"], **work_done(method)}
 
-
+# %% ../nbs/19_minillm.ipynb #5f247272
 def work_done(method: OnPolicy) -> dict[str, int]:
     "Tokens that were read in training and that each source wrote."
     return {f"tokens_{name}": n for name, n in sorted(method.buffer.work.items())}

@@ -372,14 +372,14 @@ class Reply:
     first: float | None = None  # scores from 1 to 10; None unless the outcome is ok
     second: float | None = None
 
-# %% ../nbs/17_measure.ipynb #c9929851
+# %% ../nbs/17_measure.ipynb #ab52318f
 def parse_reply(text: str) -> Reply:
     "Scores of a judge's reply, or the reason why there are none."
     line = next((x for x in text.splitlines() if x.strip()), "")
     if not line:
         return Reply("empty")
     line = re.sub(r"(?i)\b(?:answer|assistant|scores?(?: of| for)?(?: answer)?) *#?[12] *(?=[:=)is-])", " ", line)
-    found = [float(x) for x in re.findall(r"(?<![\w.])\d+(?:\.\d+)?(?!\w)", re.sub(r"(?:/| out of ) *10\b", " ", line))]
+    found = [float(x) for x in re.findall(r"(?<![\w.])(?:(?<!\S)-)?\d+(?:\.\d+)?(?!\w)", re.sub(r"(?:/| out of ) *10\b", " ", line))]
     if len(found) != 2:
         return Reply({0: "no score", 1: "one score"}.get(len(found), "more than two scores"))
     return Reply("ok", *found) if all(1 <= x <= 10 for x in found) else Reply("out of range")

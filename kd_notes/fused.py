@@ -116,45 +116,50 @@ def _reverse_end(sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 RULES = {"forward_kl": _Rule(_forward_sweep, _forward_end), "cross_entropy": _Rule(_cross_sweep, _cross_end),
          "reverse_kl": _Rule(_reverse_sweep, _reverse_end)}
 
-# %% ../nbs/07_fused.ipynb #d3ef48b3
-def _mixture(a: Tensor, b: Tensor, weight: float) -> Tensor:
-    "weight a + (1 - weight) b; where both are 0 a tiny number."
-    return torch.lerp(b, a, weight).clamp_(min=torch.finfo(a.dtype).tiny)
+# %% ../nbs/07_fused.ipynb #a202a8aa
+def _mixture(a: Tensor, b: Tensor, weight: float, out: Tensor) -> None:
+    "out = weight a + (1 - weight) b; where both are 0 a tiny number."
+    torch.lerp(b, a, weight, out=out).clamp_(min=torch.finfo(a.dtype).tiny)
 
 
-def _jsd(log_q: Tensor, log_p: Tensor, q: Tensor, p: Tensor, beta: float = 0.5, scaled: bool = False) -> tuple[Tensor, Tensor]:
-    log_m, unit = _mixture(p, q, beta).log_(), 1/(beta*(1 - beta)) if scaled else 1
-    slope = (log_q - log_m).mul_(q).mul_((1 - beta)*unit)
-    return (log_p - log_m).mul_(p).mul_(beta*unit).add_(slope), slope
+def _jsd(x: Tensor, y: Tensor, q: Tensor, p: Tensor, m: Tensor, beta: float = 0.5, scaled: bool = False) -> None:
+    unit = 1/(beta*(1 - beta)) if scaled else 1
+    _mixture(p, q, beta, m)
+    x.sub_(m.log_()).mul_(q).mul_((1 - beta)*unit)
+    y.sub_(m).mul_(p).mul_(beta*unit).add_(x)
 
 
-def _skew(log_q: Tensor, log_p: Tensor, q: Tensor, p: Tensor, alpha: float = 0.1) -> tuple[Tensor, Tensor]:
-    m = _mixture(p, q, alpha)
-    slope = (p*q).div_(m).mul_(alpha - 1)
-    return (log_p - m.log_()).mul_(p), slope
+def _skew(x: Tensor, y: Tensor, q: Tensor, p: Tensor, m: Tensor, alpha: float = 0.1) -> None:
+    _mixture(p, q, alpha, m)
+    torch.mul(p, q, out=x).div_(m).mul_(alpha - 1)
+    y.sub_(m.log_()).mul_(p)
 
 
-def _skew_reverse(log_q: Tensor, log_p: Tensor, q: Tensor, p: Tensor, alpha: float = 0.1) -> tuple[Tensor, Tensor]:
-    m = _mixture(q, p, alpha)
-    slope = (q*q).div_(m).mul_(-alpha)
-    values = (log_q - m.log_()).mul_(q)
-    return values, slope.add_(values)
+def _skew_reverse(x: Tensor, y: Tensor, q: Tensor, p: Tensor, m: Tensor, alpha: float = 0.1) -> None:
+    _mixture(q, p, alpha, m)
+    torch.mul(q, q, out=p).div_(m).mul_(-alpha)
+    x.sub_(m.log_()).mul_(q)
+    y.copy_(x)
+    x += p
 
-# %% ../nbs/07_fused.ipynb #9ddf7faa
-def _symmetric(log_q: Tensor, log_p: Tensor, q: Tensor, p: Tensor, weight: float = 0.5) -> tuple[Tensor, Tensor]:
-    gap = log_q - log_p
-    slope = (gap*q).mul_(1 - weight)
-    return gap.mul_(p).mul_(-weight).add_(slope), slope.sub_(p, alpha=weight)
-
-
-def _variation(log_q: Tensor, log_p: Tensor, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-    gap = q - p
-    return gap.abs().mul_(0.5), gap.sign_().mul_(q).mul_(0.5)
+# %% ../nbs/07_fused.ipynb #96742cfc
+def _symmetric(x: Tensor, y: Tensor, q: Tensor, p: Tensor, m: Tensor, weight: float = 0.5) -> None:
+    x -= y
+    torch.mul(x, p, out=y).mul_(-weight)
+    y += x.mul_(q).mul_(1 - weight)
+    x.sub_(p, alpha=weight)
 
 
-def _alpha(log_q: Tensor, log_p: Tensor, q: Tensor, p: Tensor, alpha: float = 0.5) -> tuple[Tensor, Tensor]:
-    power = (alpha*log_p).add_(log_q, alpha=1 - alpha).exp_()
-    return (alpha*p).add_(q, alpha=1 - alpha).sub_(power).div_(alpha*(1 - alpha)), power.div_(-alpha)
+def _variation(x: Tensor, y: Tensor, q: Tensor, p: Tensor, m: Tensor) -> None:
+    torch.sub(q, p, out=x)
+    torch.abs(x, out=y).mul_(0.5)
+    x.sign_().mul_(q).mul_(0.5)
+
+
+def _alpha(x: Tensor, y: Tensor, q: Tensor, p: Tensor, m: Tensor, alpha: float = 0.5) -> None:
+    torch.mul(y, alpha, out=m).add_(x, alpha=1 - alpha).exp_()
+    torch.mul(p, alpha, out=y).add_(q, alpha=1 - alpha).sub_(m).div_(alpha*(1 - alpha))
+    torch.mul(m, -1/alpha, out=x)
 
 
 DENSITIES = {"jsd": _jsd, "skew_kl": _skew, "skew_reverse_kl": _skew_reverse, "symmetric_kl": _symmetric,
@@ -178,7 +183,7 @@ class _Job(NamedTuple):
     chunk: int | None     # positions at a time
     dtype: torch.dtype    # of the logits and sums
 
-# %% ../nbs/07_fused.ipynb #984e58fe
+# %% ../nbs/07_fused.ipynb #b0b5287a
 BUDGET = {"cpu": 192*2**20, "cuda": 768*2**20}  # bytes for the arrays of a chunk
 BLOCK = 4096                                    # entries of the vocabulary in one product
 STRIP = 2**18                                   # numbers in one in-place pass
@@ -189,7 +194,7 @@ def _pieces(start: int, stop: int, size: int) -> Iterator[slice]:
 
 
 class _Work:
-    "Arrays for one chunk: x (student), y (teacher), t (tanh of the student's soft-cap), s (scratch)."
+    "Arrays for one chunk: x (student), y (teacher), t (tanh of the student's soft-cap), s (three strips of scratch)."
     def __init__(self, job: _Job):
         n, device, size = len(job.student.hidden), job.student.hidden.device, len(job.student.weight)
         heights = [size, len(job.teacher.weight) if isinstance(job.teacher, _Head) else 0, size if job.student.cap else 0]
@@ -197,7 +202,7 @@ class _Work:
         chunk = min(job.chunk or fit, max(n, 1))
         self.chunk = chunk if job.chunk else math.ceil(n/math.ceil(n/chunk)) if n else 1
         self.block, self.strip = (BLOCK, max(16, STRIP//self.chunk)) if device.type == "cpu" else (max(heights), max(heights))
-        self.arrays = [big_zeros(h, self.chunk, dtype=job.dtype, device=device) for h in (*heights, min(self.strip, max(heights)))]
+        self.arrays = [big_zeros(h, self.chunk, dtype=job.dtype, device=device) for h in (*heights, 3*min(self.strip, max(heights)))]
 
     def of(self, positions: int) -> list[Tensor]:
         "x, y, t and s for a chunk with so many positions."
@@ -249,25 +254,25 @@ def _by_rule(job: _Job, rows: slice, arrays: list[Tensor], work: _Work) -> tuple
     values, k, c = rule.end(_sums(job, rows, arrays, work, rule))
     return values, _Slope(arrays[1], arrays[0], k, c)
 
-# %% ../nbs/07_fused.ipynb #a20075f8
+# %% ../nbs/07_fused.ipynb #2a17f2c9
 def _norms(x: Tensor, y: Tensor, s: Tensor, sums: Tensor) -> None:
     sums[0] += torch.exp(x, out=s).sum(0)
     sums[1] += torch.exp(y, out=s).sum(0)
 
 
 def _by_density(job: _Job, rows: slice, arrays: list[Tensor], work: _Work) -> tuple[Tensor, _Slope]:
-    x, y = arrays[:2]
+    x, y, _, s = arrays
     log_q_sum, log_p_sum, _ = _sums(job, rows, arrays, work, _Rule(_norms, _norms)).log()
     values, total = x.new_zeros(2, x.shape[1])
     for c in _pieces(0, len(x), work.strip):
-        x[c] -= log_q_sum
-        y[c] -= log_p_sum
-        q = x[c].exp()
-        terms, slope = DENSITIES[job.name](x[c], y[c], q, y[c].exp(), **job.options)
-        values += terms.sum(0)
-        total += slope.sum(0)
-        x[c], y[c] = q, slope
-    return values, _Slope(y, x, -total)
+        log_q, log_p = x[c].sub_(log_q_sum), y[c].sub_(log_p_sum)
+        q, p, m = s.unflatten(0, (3, -1))[:, :len(log_q)]
+        torch.exp(log_q, out=q)
+        DENSITIES[job.name](log_q, log_p, q, torch.exp(log_p, out=p), m, **job.options)
+        values += y[c].sum(0)
+        total += x[c].sum(0)
+        y[c] = q
+    return values, _Slope(x, y, -total)
 
 # %% ../nbs/07_fused.ipynb #5cb45ade
 def _fill(head: _Head, rows: slice, out: Tensor, work: _Work, tanh: Tensor | None = None) -> Tensor:

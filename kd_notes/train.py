@@ -31,7 +31,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .core import UserError, append_jsonl, atomic_write, progress, read_json, read_jsonl, rng, seed_everything, stable_hash, write_json
+from .core import (UserError, append_jsonl, atomic_write, progress, read_json, read_jsonl, rng, seed_everything, stable_hash,
+                           write_json)
 
 # %% ../nbs/08_train.ipynb #11d15468
 class Method:

@@ -25,7 +25,7 @@ from .core import UserError
 from .divergences import get_divergence
 from .fused import fused_linear_divergence
 
-# %% ../nbs/29_bench.ipynb #edd1ef80
+# %% ../nbs/29_bench.ipynb #8a9e82b4
 def gemm_rate(size: int = 2048, device: str = "cpu") -> float:
     "Operations per second of one float32 product of size x size matrices, now."
     a, b, out = torch.ones(3, size, size, device=device)
@@ -35,12 +35,12 @@ def gemm_rate(size: int = 2048, device: str = "cpu") -> float:
     _finish(device)
     return 2*size**3/(time.perf_counter() - start)
 
-
+# %% ../nbs/29_bench.ipynb #b0a9d66a
 def _finish(device: str) -> None:
     if device != "cpu":
         torch.cuda.synchronize()
 
-# %% ../nbs/29_bench.ipynb #e67f0167
+# %% ../nbs/29_bench.ipynb #14b81884
 class Inputs(NamedTuple):
     "Hidden states (tokens, width) and lm-heads (vocabulary, width) of student and teacher."
     student_hidden: Tensor
@@ -48,16 +48,15 @@ class Inputs(NamedTuple):
     teacher_hidden: Tensor
     teacher_weight: Tensor
 
-
+# %% ../nbs/29_bench.ipynb #c449942d
 def make_inputs(tokens: int, vocab: int, width: int, seed: int = 0, device: str = "cpu") -> Inputs:
     "Random inputs in float32 whose logits have a standard deviation of about 2.4."
     g = torch.Generator().manual_seed(seed)
-    h, t = torch.randn(2, tokens, width, generator=g)
-    w, u = (torch.randn(2, vocab, width, generator=g)*(2.4/math.sqrt(width)))
-    h, w, t, u = (x.clone().to(device) for x in (h, w, t, u))
+    h, t = (torch.randn(tokens, width, generator=g).to(device) for _ in range(2))
+    w, u = (torch.randn(vocab, width, generator=g).mul_(2.4/math.sqrt(width)).to(device) for _ in range(2))
     return Inputs(h.requires_grad_(), w.requires_grad_(), t, u)
 
-# %% ../nbs/29_bench.ipynb #1ba26a81
+# %% ../nbs/29_bench.ipynb #334a5c30
 def ours(x: Inputs, name: str = "jsd") -> Tensor:
     return fused_linear_divergence(*x, divergence=name)
 
@@ -66,14 +65,14 @@ def plain(x: Inputs, name: str = "jsd") -> Tensor:
     "Both logits in full, then a divergence of `kd_notes.divergences`."
     return get_divergence(name)(x.student_hidden @ x.student_weight.t(), x.teacher_hidden @ x.teacher_weight.t())
 
-
+# %% ../nbs/29_bench.ipynb #3cd083aa
 def liger(x: Inputs) -> Tensor:
     "Liger's chunked JSD, not compiled."
     from liger_kernel.chunked_loss.jsd_loss import LigerFusedLinearJSDFunction
     labels = torch.zeros(len(x.student_hidden), dtype=torch.long, device=x.student_hidden.device)
     return LigerFusedLinearJSDFunction.apply(*x, labels, None, None, 0.0, 1.0, 0.5, -100, 1.0, False)
 
-
+# %% ../nbs/29_bench.ipynb #39ca0777
 def trl(x: Inputs) -> Tensor:
     "The chunked loss of TRL's DistillationTrainer."
     from trl.trainer.distillation_trainer import _chunked_divergence_loss
@@ -81,11 +80,11 @@ def trl(x: Inputs) -> Tensor:
     h, t = x.student_hidden.unsqueeze(0), x.teacher_hidden.unsqueeze(0)
     return _chunked_divergence_loss(h, t, x.student_weight, x.teacher_weight, mask, 0.5)[0]
 
-
+# %% ../nbs/29_bench.ipynb #611a985f
 ARMS: dict[str, Callable] = {"ours": ours, "plain": plain, "liger": liger, "trl": trl}
 NEEDS = {"liger": "liger_kernel", "trl": "trl"}
 
-# %% ../nbs/29_bench.ipynb #9a3c9e96
+# %% ../nbs/29_bench.ipynb #bf608af4
 def products(x: Inputs) -> Callable[[], None]:
     "The four matrix products of the loss, in these shapes, and nothing else."
     h, w, t, u = (a.detach() for a in x)
@@ -98,7 +97,7 @@ def products(x: Inputs) -> Callable[[], None]:
         torch.mm(z.t(), h, out=grad_w)
     return run
 
-
+# %% ../nbs/29_bench.ipynb #7630b600
 def flops(tokens: int, vocab: int, width: int) -> float:
     "Operations of the four products."
     return 4*2*tokens*vocab*width
@@ -120,13 +119,13 @@ def present(names: Iterable[str]) -> tuple[list[str], dict[str, str]]:
             absent[name] = f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
     return can, absent
 
-# %% ../nbs/29_bench.ipynb #d6163b02
+# %% ../nbs/29_bench.ipynb #ead0548b
 class Sample(NamedTuple):
     "One measurement."
     ratio: float    # time over that of the four products at the machine's rate
     share: float    # processor time over wall time and threads: below 0.9 the machine was busy with something else
 
-
+# %% ../nbs/29_bench.ipynb #17c0ade7
 def sample(run: Callable, work: float, size: int = 2048, device: str = "cpu") -> Sample:
     "One turn of `run`, whose products are `work` operations."
     start, used = time.perf_counter(), time.process_time()
@@ -139,7 +138,7 @@ def sample(run: Callable, work: float, size: int = 2048, device: str = "cpu") ->
     share = (time.process_time() - used)/(time.perf_counter() - start)/torch.get_num_threads()
     return Sample(seconds*rate/work, share)
 
-
+# %% ../nbs/29_bench.ipynb #f648acd5
 class Spread(NamedTuple):
     "Median, quartiles and number of samples."
     value: float
@@ -147,7 +146,7 @@ class Spread(NamedTuple):
     high: float
     n: int
 
-
+# %% ../nbs/29_bench.ipynb #98abd9bd
 def spread(values: Sequence[float]) -> Spread:
     "Median and quartiles. Raises UserError without values."
     if not values:
@@ -155,7 +154,7 @@ def spread(values: Sequence[float]) -> Spread:
     v, n = sorted(values), len(values)
     return Spread(statistics.median(v), v[n//4], v[(3*n - 1)//4], n)
 
-# %% ../nbs/29_bench.ipynb #315bc378
+# %% ../nbs/29_bench.ipynb #047df6b4
 _PEAK = """
 import json, resource, sys
 from kd_notes import bench
@@ -167,7 +166,7 @@ bench.ARMS[name](x).backward()
 print(json.dumps((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)*(1 if sys.platform == "darwin" else 1024)))
 """
 
-
+# %% ../nbs/29_bench.ipynb #5e0ab81a
 def extra_memory(name: str, tokens: int, vocab: int, width: int) -> float:
     "MB (10^6 bytes) that forward and backward need above inputs and gradients, in a process of its own. Raises UserError."
     done = subprocess.run([sys.executable, "-c", _PEAK, name, *map(str, (tokens, vocab, width))], capture_output=True, text=True)
@@ -175,7 +174,7 @@ def extra_memory(name: str, tokens: int, vocab: int, width: int) -> float:
         raise UserError(f"the arm {name} ended with: {done.stderr.strip().splitlines()[-1]}", where="extra_memory", fix="Try `present`.")
     return (json.loads(done.stdout.splitlines()[-1]) - 4*width*(tokens + vocab))/1e6
 
-# %% ../nbs/29_bench.ipynb #3bbaa281
+# %% ../nbs/29_bench.ipynb #03cc340b
 def bench(tokens: Sequence[int] = (512, 2048),   # sizes of the batch
           vocab: int = 49_152, width: int = 576,
           arms: Sequence[str] = tuple(ARMS),
@@ -198,7 +197,7 @@ def bench(tokens: Sequence[int] = (512, 2048),   # sizes of the batch
                 rows[-1]["MB"] = extra_memory(name, n, vocab, width)
     return rows
 
-
+# %% ../nbs/29_bench.ipynb #34016b0b
 def _step(arm: Callable, x: Inputs) -> Callable[[], None]:
     "Forward and backward; the gradients are new arrays each time, as after zero_grad."
     def run() -> None:
@@ -206,15 +205,15 @@ def _step(arm: Callable, x: Inputs) -> Callable[[], None]:
         arm(x).backward()
     return run
 
-
+# %% ../nbs/29_bench.ipynb #cad3240c
 def _summary(found: Sequence[Sample]) -> dict:
     ratio = spread([s.ratio for s in found])
     return {"ratio": ratio.value, "low": ratio.low, "high": ratio.high, "n": ratio.n, "share": statistics.median(s.share for s in found)}
 
-# %% ../nbs/29_bench.ipynb #04ddbb9c
+# %% ../nbs/29_bench.ipynb #596ca6a7
 TIME_BAR, TIME_STRETCH, MEMORY_BAR = 1.4, 1.25, 250
 
-
+# %% ../nbs/29_bench.ipynb #8c443e07
 def bars(rows: Sequence[dict]) -> list[dict]:
     "Our rows against what is promised: bar, tokens, promised, measured, met."
     out = []

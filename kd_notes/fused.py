@@ -31,7 +31,7 @@ def big_zeros(*shape: int, dtype: torch.dtype = torch.float32, device: torch.dev
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype).view(shape)
 
-# %% ../nbs/07_fused.ipynb #5c7e8b48
+# %% ../nbs/07_fused.ipynb #63137e89
 class _Head(NamedTuple):
     "Hidden states and lm-head of one model. Logits at the temperature: x = hidden @ weight.T + bias, or cap*tanh(x)."
     hidden: Tensor        # (n, D), times `factor`, in the precision of the products
@@ -40,7 +40,7 @@ class _Head(NamedTuple):
     factor: float         # logit scale / temperature, or logit scale / soft-cap
     cap: float | None     # soft-cap / temperature
 
-
+# %% ../nbs/07_fused.ipynb #15904bd5
 def _make_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, size: int, scale: float, softcap: float | None,
                temperature: float, dtype: torch.dtype) -> _Head:
     "One side, out of the graph, with the first `size` entries of its vocabulary."
@@ -49,7 +49,7 @@ def _make_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, size: int, s
         bias = bias.detach()[:size].to(torch.promote_types(dtype, torch.float32))*factor
     return _Head(hidden.detach().to(dtype)*factor, weight.detach()[:size], bias, factor, cap)
 
-# %% ../nbs/07_fused.ipynb #0b10016a
+# %% ../nbs/07_fused.ipynb #edd765f3
 def _product(out: Tensor, a: Tensor, b: Tensor, add: bool = False) -> None:
     "out = a @ b, or out += a @ b."
     if a.dtype == out.dtype:
@@ -58,7 +58,7 @@ def _product(out: Tensor, a: Tensor, b: Tensor, add: bool = False) -> None:
         c = torch.mm(a, b, out_dtype=out.dtype)
         out.add_(c) if add else out.copy_(c)
 
-
+# %% ../nbs/07_fused.ipynb #2c78f9f3
 def _logits(head: _Head, rows: slice, columns: slice, out: Tensor, tanh: Tensor | None = None) -> None:
     "Logits of the positions `rows` for the vocabulary `columns` into `out`, (columns, rows); the soft-cap's tanh into `tanh`."
     hidden = head.hidden[rows]
@@ -71,43 +71,43 @@ def _logits(head: _Head, rows: slice, columns: slice, out: Tensor, tanh: Tensor 
             tanh.copy_(out)
         out *= head.cap
 
-# %% ../nbs/07_fused.ipynb #a059332b
+# %% ../nbs/07_fused.ipynb #f2f4a1bd
 class _Rule(NamedTuple):
     "How a divergence is computed block by block."
     sweep: Callable  # of x, y, scratch, sums: leaves X and Y in x and y, adds to the sums (3, n): e^x, e^y and a third
     end: Callable    # of the sums: values, k and c; the gradient is c (Y + k X)
 
-
+# %% ../nbs/07_fused.ipynb #4496cd37
 def _forward_sweep(x: Tensor, y: Tensor, s: Tensor, sums: Tensor) -> None:
     torch.sub(y, x, out=s)
     sums[0] += x.exp_().sum(0)
     sums[1] += y.exp_().sum(0)
     sums[2] += s.mul_(y).sum(0)
 
-
+# %% ../nbs/07_fused.ipynb #9579300d
 def _forward_end(sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     ratio = sums[1]/sums[0]
     return sums[2]/sums[1] - ratio.log(), -ratio, -1/sums[1]
 
-# %% ../nbs/07_fused.ipynb #c6f738f5
+# %% ../nbs/07_fused.ipynb #12e429d0
 def _cross_sweep(x: Tensor, y: Tensor, s: Tensor, sums: Tensor) -> None:
     torch.neg(x, out=s)
     sums[0] += x.exp_().sum(0)
     sums[1] += y.exp_().sum(0)
     sums[2] += s.mul_(y).sum(0)
 
-
+# %% ../nbs/07_fused.ipynb #83f40624
 def _cross_end(sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return sums[2]/sums[1] + sums[0].log(), -sums[1]/sums[0], -1/sums[1]
 
-
+# %% ../nbs/07_fused.ipynb #15146905
 def _reverse_sweep(x: Tensor, y: Tensor, s: Tensor, sums: Tensor) -> None:
     sums[1] += torch.exp(y, out=s).sum(0)
     torch.sub(x, y, out=y)
     sums[0] += x.exp_().sum(0)
     sums[2] += y.mul_(x).sum(0)
 
-
+# %% ../nbs/07_fused.ipynb #fc704d0a
 def _reverse_end(sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     mean = sums[2]/sums[0]
     return mean + (sums[1]/sums[0]).log(), -mean, 1/sums[0]
@@ -116,25 +116,25 @@ def _reverse_end(sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 RULES = {"forward_kl": _Rule(_forward_sweep, _forward_end), "cross_entropy": _Rule(_cross_sweep, _cross_end),
          "reverse_kl": _Rule(_reverse_sweep, _reverse_end)}
 
-# %% ../nbs/07_fused.ipynb #a202a8aa
+# %% ../nbs/07_fused.ipynb #d05fe790
 def _mixture(a: Tensor, b: Tensor, weight: float, out: Tensor) -> None:
     "out = weight a + (1 - weight) b; where both are 0 a tiny number."
     torch.lerp(b, a, weight, out=out).clamp_(min=torch.finfo(a.dtype).tiny)
 
-
+# %% ../nbs/07_fused.ipynb #d3372482
 def _jsd(x: Tensor, y: Tensor, q: Tensor, p: Tensor, m: Tensor, beta: float = 0.5, scaled: bool = False) -> None:
     unit = 1/(beta*(1 - beta)) if scaled else 1
     _mixture(p, q, beta, m)
     x.sub_(m.log_()).mul_(q).mul_((1 - beta)*unit)
     y.sub_(m).mul_(p).mul_(beta*unit).add_(x)
 
-
+# %% ../nbs/07_fused.ipynb #b2177646
 def _skew(x: Tensor, y: Tensor, q: Tensor, p: Tensor, m: Tensor, alpha: float = 0.1) -> None:
     _mixture(p, q, alpha, m)
     torch.mul(p, q, out=x).div_(m).mul_(alpha - 1)
     y.sub_(m.log_()).mul_(p)
 
-
+# %% ../nbs/07_fused.ipynb #87dfc235
 def _skew_reverse(x: Tensor, y: Tensor, q: Tensor, p: Tensor, m: Tensor, alpha: float = 0.1) -> None:
     _mixture(q, p, alpha, m)
     torch.mul(q, q, out=p).div_(m).mul_(-alpha)
@@ -142,26 +142,26 @@ def _skew_reverse(x: Tensor, y: Tensor, q: Tensor, p: Tensor, m: Tensor, alpha: 
     y.copy_(x)
     x += p
 
-# %% ../nbs/07_fused.ipynb #96742cfc
+# %% ../nbs/07_fused.ipynb #0d828c5b
 def _symmetric(x: Tensor, y: Tensor, q: Tensor, p: Tensor, m: Tensor, weight: float = 0.5) -> None:
     x -= y
     torch.mul(x, p, out=y).mul_(-weight)
     y += x.mul_(q).mul_(1 - weight)
     x.sub_(p, alpha=weight)
 
-
+# %% ../nbs/07_fused.ipynb #26e203ef
 def _variation(x: Tensor, y: Tensor, q: Tensor, p: Tensor, m: Tensor) -> None:
     torch.sub(q, p, out=x)
     torch.abs(x, out=y).mul_(0.5)
     x.sign_().mul_(q).mul_(0.5)
 
-
+# %% ../nbs/07_fused.ipynb #739e1d6d
 def _alpha(x: Tensor, y: Tensor, q: Tensor, p: Tensor, m: Tensor, alpha: float = 0.5) -> None:
     torch.mul(y, alpha, out=m).add_(x, alpha=1 - alpha).exp_()
     torch.mul(p, alpha, out=y).add_(q, alpha=1 - alpha).sub_(m).div_(alpha*(1 - alpha))
     torch.mul(m, -1/alpha, out=x)
 
-
+# %% ../nbs/07_fused.ipynb #1a14aaf5
 DENSITIES = {"jsd": _jsd, "skew_kl": _skew, "skew_reverse_kl": _skew_reverse, "symmetric_kl": _symmetric,
              "total_variation": _variation, "alpha_divergence": _alpha}
 
@@ -183,7 +183,7 @@ class _Job(NamedTuple):
     chunk: int | None     # positions at a time
     dtype: torch.dtype    # of the logits and sums
 
-# %% ../nbs/07_fused.ipynb #b0b5287a
+# %% ../nbs/07_fused.ipynb #894b902a
 BUDGET = {"cpu": 192*2**20, "cuda": 768*2**20}  # bytes for the arrays of a chunk
 BLOCK = 4096                                    # entries of the vocabulary in one product
 STRIP = 2**18                                   # numbers in one in-place pass
@@ -192,7 +192,7 @@ STRIP = 2**18                                   # numbers in one in-place pass
 def _pieces(start: int, stop: int, size: int) -> Iterator[slice]:
     return (slice(a, min(a + size, stop)) for a in range(start, stop, size))
 
-
+# %% ../nbs/07_fused.ipynb #e281e32e
 class _Work:
     "Arrays for one chunk: x (student), y (teacher), t (tanh of the student's soft-cap), s (three strips of scratch)."
     def __init__(self, job: _Job):
@@ -208,13 +208,13 @@ class _Work:
         "x, y, t and s for a chunk with so many positions."
         return [a if positions == self.chunk else a.view(-1)[:len(a)*positions].view(len(a), positions) for a in self.arrays]
 
-# %% ../nbs/07_fused.ipynb #f9272dc2
+# %% ../nbs/07_fused.ipynb #878acf80
 def _shift(z: Tensor) -> Tensor | None:
     "What to subtract from logits like these, (n,); None if nothing."
     top = z.amax(0)
     return top if bool((top.abs() > 40).any()) else None
 
-
+# %% ../nbs/07_fused.ipynb #09d8bd9a
 def _sums(job: _Job, rows: slice, arrays: list[Tensor], work: _Work, rule: _Rule, exact: bool = False) -> Tensor:
     "The logits of a chunk, swept by the rule: its sums, (3, n)."
     x, y, t, s = arrays
@@ -230,7 +230,7 @@ def _sums(job: _Job, rows: slice, arrays: list[Tensor], work: _Work, rule: _Rule
     safe = exact or bool(((sums[:2] > 1e-20) & (sums[:2] < 1e30)).all())
     return sums if safe else _sums(job, rows, arrays, work, rule, exact=True)
 
-
+# %% ../nbs/07_fused.ipynb #17015a56
 def _sweep(x, y, s, columns: slice, work: _Work, rule: _Rule, sums: Tensor, shifts: tuple) -> None:
     "The rule on the strips of these columns."
     for c in _pieces(columns.start, columns.stop, work.strip):
@@ -239,7 +239,7 @@ def _sweep(x, y, s, columns: slice, work: _Work, rule: _Rule, sums: Tensor, shif
                 z[c] -= shift
         rule.sweep(x[c], y[c], s[:c.stop - c.start], sums)
 
-# %% ../nbs/07_fused.ipynb #88ae4a0a
+# %% ../nbs/07_fused.ipynb #37b04ef3
 class _Slope(NamedTuple):
     "Gradient with respect to the logits of a chunk: c (y + k x), all (V, n) but k and c."
     y: Tensor
@@ -248,18 +248,18 @@ class _Slope(NamedTuple):
     c: Tensor | float = 1.0         # (n,)
     tanh: Tensor | None = None      # of the soft-cap, which has its own gradient, 1 - tanh^2
 
-
+# %% ../nbs/07_fused.ipynb #15d1d9c6
 def _by_rule(job: _Job, rows: slice, arrays: list[Tensor], work: _Work) -> tuple[Tensor, _Slope]:
     rule = RULES[job.name]
     values, k, c = rule.end(_sums(job, rows, arrays, work, rule))
     return values, _Slope(arrays[1], arrays[0], k, c)
 
-# %% ../nbs/07_fused.ipynb #2a17f2c9
+# %% ../nbs/07_fused.ipynb #445fb726
 def _norms(x: Tensor, y: Tensor, s: Tensor, sums: Tensor) -> None:
     sums[0] += torch.exp(x, out=s).sum(0)
     sums[1] += torch.exp(y, out=s).sum(0)
 
-
+# %% ../nbs/07_fused.ipynb #f0e33666
 def _by_density(job: _Job, rows: slice, arrays: list[Tensor], work: _Work) -> tuple[Tensor, _Slope]:
     x, y, _, s = arrays
     log_q_sum, log_p_sum, _ = _sums(job, rows, arrays, work, _Rule(_norms, _norms)).log()
@@ -274,18 +274,18 @@ def _by_density(job: _Job, rows: slice, arrays: list[Tensor], work: _Work) -> tu
         y[c] = q
     return values, _Slope(x, y, -total)
 
-# %% ../nbs/07_fused.ipynb #5cb45ade
+# %% ../nbs/07_fused.ipynb #5613626a
 def _fill(head: _Head, rows: slice, out: Tensor, work: _Work, tanh: Tensor | None = None) -> Tensor:
     "The logits of a chunk, (V, n)."
     for c in _pieces(0, len(out), work.block):
         _logits(head, rows, c, out[c], None if tanh is None else tanh[c])
     return out
 
-
+# %% ../nbs/07_fused.ipynb #3c64f822
 def _of_rows(options: dict, rows: slice) -> dict:
     return {k: v[rows] if k == "target_ids" and v is not None else v for k, v in options.items()}
 
-
+# %% ../nbs/07_fused.ipynb #ac9f9f96
 def _by_autograd(job: _Job, rows: slice, arrays: list[Tensor], work: _Work) -> tuple[Tensor, _Slope]:
     x, y, t, _ = arrays
     _fill(job.student, rows, x, work, t if len(t) else None)
@@ -298,7 +298,7 @@ def _by_autograd(job: _Job, rows: slice, arrays: list[Tensor], work: _Work) -> t
             x[:, r] = torch.autograd.grad(values[-1].sum(), z)[0].t()
     return torch.cat(values).detach(), _Slope(x)
 
-# %% ../nbs/07_fused.ipynb #01401828
+# %% ../nbs/07_fused.ipynb #27a644c2
 class TopK(NamedTuple):
     "A teacher's best tokens, and the rest as one further token: never negative, as the sum over the best alone would be."
     ids: Tensor               # (..., k), no id twice in a position
@@ -306,7 +306,7 @@ class TopK(NamedTuple):
     tail: Tensor              # (...), log of the mass of all other tokens
     temperature: float = 1.0  # of this distribution
 
-
+# %% ../nbs/07_fused.ipynb #ff166ff1
 class Samples(NamedTuple):
     "Random tokens of a teacher with weights whose expectation is its distribution; or gold tokens with weight 1."
     ids: Tensor                    # (..., m)
@@ -314,7 +314,7 @@ class Samples(NamedTuple):
     entropy: Tensor | None = None  # (...), of the teacher: for forward_kl instead of cross_entropy
     temperature: float = 1.0
 
-# %% ../nbs/07_fused.ipynb #b50449c5
+# %% ../nbs/07_fused.ipynb #cbb15d79
 def _one_sum(x: Tensor, work: _Work, shift: Tensor | None) -> Tensor:
     "x becomes exp(x - shift); its sum over the vocabulary, (n,)."
     total = x.new_zeros(x.shape[1])
@@ -324,7 +324,7 @@ def _one_sum(x: Tensor, work: _Work, shift: Tensor | None) -> Tensor:
         total += x[c].exp_().sum(0)
     return total
 
-
+# %% ../nbs/07_fused.ipynb #d8d6f33a
 def _exponentials(job: _Job, rows: slice, arrays: list[Tensor], work: _Work, ids: Tensor,
                   without: bool) -> tuple[Tensor, Tensor, Tensor]:
     "x becomes e^x, up to a factor per position, and 0 at `ids` if `without`; the logits at ids (n, m), the sum of x, its true logarithm."
@@ -369,12 +369,12 @@ def _by_topk(job: _Job, rows: slice, arrays: list[Tensor], work: _Work) -> tuple
     x.t().scatter_(1, ids, slope[:, :ids.shape[1]])
     return values.detach(), _Slope(x)
 
-# %% ../nbs/07_fused.ipynb #0d12044f
+# %% ../nbs/07_fused.ipynb #d249cb5b
 _FROM_TOPK = ("forward_kl", "reverse_kl", "symmetric_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation", "cross_entropy",
               "alpha_divergence", "renyi")
 _FROM_SAMPLES = ("cross_entropy", "forward_kl")
 
-
+# %% ../nbs/07_fused.ipynb #b953669b
 def _check_cached(teacher: TopK | Samples, name: str, temperature: float) -> None:
     "Raises UserError for a divergence, or a temperature, that cannot be had from this teacher."
     kind, known = ("topk", _FROM_TOPK) if isinstance(teacher, TopK) else ("samples", _FROM_SAMPLES)
@@ -388,7 +388,7 @@ def _check_cached(teacher: TopK | Samples, name: str, temperature: float) -> Non
         raise UserError(f"the teacher was cached at temperature {teacher.temperature}, the loss asks for {temperature}",
                         where="temperature", fix="Use the temperature of the cache.")
 
-# %% ../nbs/07_fused.ipynb #654b8e30
+# %% ../nbs/07_fused.ipynb #01508411
 class _Gradients:
     "Sums of the gradients with respect to hidden states (n, D), weight (V, D) and bias (V,); None for those not wanted."
     def __init__(self, job: _Job, wanted: tuple[bool, ...], size: int):
@@ -420,7 +420,7 @@ class _Gradients:
         if self.bias is not None:
             self.bias[v] += (y @ c)*self.job.student.factor
 
-
+# %% ../nbs/07_fused.ipynb #3bff1d80
 def _finish(slope: _Slope, strip: slice) -> None:
     "y + k x in place, through the soft-cap."
     y = slope.y[strip]
@@ -429,7 +429,7 @@ def _finish(slope: _Slope, strip: slice) -> None:
     if slope.tanh is not None:
         y.addcmul_(y, slope.tanh[strip].square(), value=-1)
 
-# %% ../nbs/07_fused.ipynb #0abcbd34
+# %% ../nbs/07_fused.ipynb #666f6f86
 def _way(job: _Job) -> Callable:
     if isinstance(job.teacher, (TopK, Samples)):
         return _by_topk if isinstance(job.teacher, TopK) else _by_samples
@@ -437,7 +437,7 @@ def _way(job: _Job) -> Callable:
         return _by_autograd
     return _by_rule if job.name in RULES else _by_density
 
-
+# %% ../nbs/07_fused.ipynb #22ee7197
 def _run(job: _Job, wanted: tuple[bool, ...], size: int) -> tuple[Tensor, list[Tensor | None]]:
     "The loss, and its gradients with respect to hidden states, weight (`size` rows) and bias."
     work, way, n, total = _Work(job), _way(job), len(job.student.hidden), 0.0
@@ -499,7 +499,7 @@ def _check_side(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) 
         raise UserError("the weight is spread over several processes", where=f"{side}_weight",
                         fix="Call this inside the wrapped model's forward, or pass weight.full_tensor().")
 
-# %% ../nbs/07_fused.ipynb #844dc82f
+# %% ../nbs/07_fused.ipynb #8e23bd3b
 def _vocabulary(name: str, student_weight: Tensor, teacher_weight: Tensor | None, size: int | None) -> tuple[int, int]:
     "How many ids of either vocabulary count. Raises UserError if they differ by more than padding."
     widths = len(student_weight), len(student_weight if teacher_weight is None else teacher_weight)
@@ -507,12 +507,12 @@ def _vocabulary(name: str, student_weight: Tensor, teacher_weight: Tensor | None
         return widths
     return (align_vocabulary(*(torch.empty(0, width) for width in widths), size)[0].shape[-1],)*2
 
-
+# %% ../nbs/07_fused.ipynb #0c7d040a
 def _positive(name: str, value: Any) -> None:
     if not (isinstance(value, (int, float)) and 0 < value < math.inf):
         raise UserError(f"{value!r} is not a number above 0", where=name, fix="Pass one, or leave it out.")
 
-# %% ../nbs/07_fused.ipynb #46503d7b
+# %% ../nbs/07_fused.ipynb #a90b7280
 def _positions(shape: torch.Size, mask: Tensor | None, **tensors: Tensor | None) -> list[Tensor | None]:
     "Every tensor (*shape, ...) as (n, ...), without the masked positions. Raises UserError if a shape differs."
     for name, t in ({"mask": mask} | tensors).items():
@@ -522,7 +522,7 @@ def _positions(shape: torch.Size, mask: Tensor | None, **tensors: Tensor | None)
     flat = [None if t is None else t.reshape(-1, *t.shape[len(shape):]) for t in tensors.values()]
     return flat if mask is None else _select(mask.reshape(-1), torch.Size([shape.numel()]), *flat)
 
-
+# %% ../nbs/07_fused.ipynb #7975d41b
 def _split_of_all(teacher: _Head, ids: Tensor, dtype: torch.dtype, fraction: float) -> Any:
     "ATKD's cut between easy and hard over all positions of the call."
     found, size = [], len(teacher.weight)
@@ -532,13 +532,13 @@ def _split_of_all(teacher: _Head, ids: Tensor, dtype: torch.dtype, fraction: flo
         found.append(log_uncertainty(y.t(), ids[rows]))
     return easy_hard(torch.cat(found), fraction)
 
-# %% ../nbs/07_fused.ipynb #f65602eb
+# %% ../nbs/07_fused.ipynb #7fd233cb
 def _each(n: int, denominator: Any) -> float:
     "Weight of one of n positions. Raises UserError for a denominator that is none."
     total = float(_token_mean(torch.ones(n, dtype=torch.float64), denominator))
     return total/n if n else 0.0
 
-
+# %% ../nbs/07_fused.ipynb #41f1978a
 def _check_ids(name: str, ids: Tensor, size: int) -> Tensor:
     "int64; raises UserError for an id that the vocabulary does not have."
     if ids.numel() and not bool(((ids >= 0) & (ids < size)).all()):
@@ -557,7 +557,7 @@ def _check_call(name: str, options: dict, student: dict, teacher: dict, chunk: i
         if not (isinstance(value, (int, float)) and 0 < value < math.inf):
             raise UserError(f"{value!r} is not a number above 0", where=where, fix="Pass one, or leave it out.")
 
-# %% ../nbs/07_fused.ipynb #8b7d7238
+# %% ../nbs/07_fused.ipynb #53f86300
 def _source(teacher: Tensor | TopK | Samples, weight: Tensor | None, bias: Tensor | None, name: str, temperature: float) -> dict:
     "Tensors of the teacher by name, each with the positions first. Raises UserError."
     if not isinstance(teacher, (TopK, Samples)):
@@ -568,7 +568,7 @@ def _source(teacher: Tensor | TopK | Samples, weight: Tensor | None, bias: Tenso
     _check_cached(teacher, name, temperature)
     return {k: v for k, v in teacher._asdict().items() if k != "temperature"}
 
-
+# %% ../nbs/07_fused.ipynb #6423df66
 def _teacher(kind: type, parts: list[Tensor | None], weight: Tensor | None, bias: Tensor | None, size: int, dtype: torch.dtype,
              head: dict) -> Any:
     "The teacher's side of a job."
@@ -576,7 +576,7 @@ def _teacher(kind: type, parts: list[Tensor | None], weight: Tensor | None, bias
         return kind(_check_ids("ids", parts[0], size), *parts[1:], head["temperature"])
     return _make_head(parts[0], weight, bias, size, dtype=dtype, **head)
 
-
+# %% ../nbs/07_fused.ipynb #eea526fc
 def _with_targets(name: str, options: dict, ids: Tensor | None, teacher: Any, dtype: torch.dtype) -> dict:
     "The options, with the unmasked target ids and with what depends on all of them."
     if ids is None:

@@ -8,12 +8,13 @@ __all__ = ['AVERAGES', 'IMPORTANCE', 'WHITENING', 'PRESETS', 'SOURCES', 'DRAW', 
            'exact_kl', 'OnPolicyConfig', 'MiniLLMConfig', 'check_settings', 'Response', 'response', 'padded',
            'returns_to_go', 'whitened', 'token_rewards', 'set_advantages', 'padded_mask', 'surrogate', 'response_batch',
            'minillm_terms', 'encode_prompts', 'encode_corpus', 'repeated_ngrams', 'token_logprobs', 'Hooks', 'Buffer',
-           'snapshot', 'restore', 'shuffled_pick', 'refill', 'check_drawn', 'check_start', 'canaries', 'add_texts',
-           'logit_sides', 'pt_sum', 'slot_batch', 'term_counts', 'term_sums', 'OnPolicy', 'train_on_policy',
-           'onpolicy_config', 'MiniLLM', 'Part', 'DistillConfig', 'skew_values', 'Distill', 'chosen_sources',
-           'raise_share', 'set_skew', 'part_values', 'DPKDConfig', 'pair_margin', 'DPKD', 'onpolicy_method', 'write',
-           'mean_nll', 'finetune', 'world_checksums', 'train_world_model', 'world_model', 'WorldArm', 'world_run',
-           'pack_scores', 'unpack_scores', 'world_metrics', 'train_onpolicy', 'work_done', 'run_world']
+           'identity', 'snapshot', 'restore', 'shuffled_pick', 'refill', 'check_drawn', 'check_start', 'canaries',
+           'add_texts', 'logit_sides', 'pt_sum', 'slot_batch', 'term_counts', 'term_sums', 'OnPolicy',
+           'train_on_policy', 'onpolicy_config', 'MiniLLM', 'Part', 'DistillConfig', 'skew_values', 'Distill',
+           'chosen_sources', 'raise_share', 'set_skew', 'part_values', 'DPKDConfig', 'pair_margin', 'DPKD',
+           'onpolicy_method', 'write', 'mean_nll', 'finetune', 'world_checksums', 'train_world_model', 'world_model',
+           'WorldArm', 'world_run', 'pack_scores', 'unpack_scores', 'world_metrics', 'train_onpolicy', 'work_done',
+           'run_world']
 
 # %% ../nbs/19_minillm.ipynb #315521fb
 import base64
@@ -211,13 +212,13 @@ def whitened(values: Tensor, mask: Tensor | None = None) -> Tensor:
     out = (values - kept.mean())*torch.rsqrt(kept.var(correction=0) + 1e-8)
     return out if mask is None else out*mask
 
-# %% ../nbs/19_minillm.ipynb #9a69fa43
+# %% ../nbs/19_minillm.ipynb #90cf0507
 def token_rewards(responses: list[Response], cfg: MiniLLMConfig, where: str = "") -> Tensor:
     "r_t = log p - log q when drawn, scaled and clipped, (B, T). Raises UserError naming the responses where it is not finite."
     rewards = (padded(responses, "log_teacher") - padded(responses, "log_student"))*cfg.reward_scale
     if cfg.reward_clip:
         rewards = rewards.clamp(-cfg.reward_clip, cfg.reward_clip)
-    bad = [r.id for r, row in zip(responses, rewards) if not row.isfinite().all()]
+    bad = list(dict.fromkeys(r.id for r, row in zip(responses, rewards) if not row.isfinite().all()))
     if bad:
         raise UserError("the reward log p - log q is not finite", where=f"{where}example {', '.join(bad[:8])}", fix="The teacher or the "
                         "student rules out a token that was drawn: check that both read this tokenizer, or set reward_clip.")
@@ -337,9 +338,9 @@ def _mixed(method, rows: list[dict], streams: list[str]) -> list[Response]:
                            streams=streams, vocabulary=method.vocabulary, batch_size=method.config.sample_batch)
     return _responses(rows, rollout, "mixed")
 
-# %% ../nbs/19_minillm.ipynb #8c0804ca
+# %% ../nbs/19_minillm.ipynb #df1306cb
 def _gold(method, rows: list[dict], streams: list[str]) -> list[Response]:
-    empty = [r["id"] for r in rows if not r["gold"]]
+    empty = list(dict.fromkeys(r["id"] for r in rows if not r["gold"]))
     if empty:
         raise UserError("there is no response to learn from", where=f"example {', '.join(empty[:8])}", fix="Give every example a response "
                         "that is not empty, or use a method that samples.")
@@ -450,18 +451,23 @@ class Buffer(Callback):
     def load(self, state: dict) -> None:
         restore(self, state)
 
-# %% ../nbs/19_minillm.ipynb #345208eb
+# %% ../nbs/19_minillm.ipynb #9e45180a
+def identity(method: "OnPolicy") -> str:
+    "Hash of prompts, texts and settings of a method."
+    return stable_hash([type(method).__name__, asdict(method.config), method.prompts, method.corpus])
+
+# %% ../nbs/19_minillm.ipynb #c4f67f83
 def snapshot(buffer: Buffer) -> dict:
     "What a checkpoint keeps: the responses if their cycle goes on, work done, and what the method remembers."
     goes_on = (buffer.loop.step//(buffer.epoch_steps*buffer.method.config.inner_epochs)) == buffer.cycle
     kept = {slot: [asdict(r) for r in rows] for slot, rows in buffer.responses.items()} if goes_on else {}
-    return {"identity": buffer.method.identity(), "cycle": buffer.cycle if goes_on else -1, "responses": kept, "work": dict(buffer.work),
+    return {"identity": identity(buffer.method), "cycle": buffer.cycle if goes_on else -1, "responses": kept, "work": dict(buffer.work),
             "memory": buffer.method.memory()}
 
-# %% ../nbs/19_minillm.ipynb #5385eafe
+# %% ../nbs/19_minillm.ipynb #128becf6
 def restore(buffer: Buffer, state: dict) -> None:
     "Take back a snapshot. Raises UserError if it belongs to another training."
-    if state["identity"] != buffer.method.identity():
+    if state["identity"] != identity(buffer.method):
         raise UserError("the checkpoint is of a training with other prompts, texts or settings of the method", where="run_dir",
                         fix="Choose another run_dir, or delete the folder.")
     buffer.cycle, buffer.work = state["cycle"], Counter(state["work"])
@@ -608,11 +614,16 @@ def pt_sum(student: Tensor,            # logits (m, V) at the targets of the tex
     nll = torch.nn.functional.cross_entropy(_upcast(student), target_ids, reduction="sum")
     return nll if not share else (1 - share)*nll + share*token_divergence("cross_entropy", student, teacher).sum()
 
-# %% ../nbs/19_minillm.ipynb #2aeb3c19
+# %% ../nbs/19_minillm.ipynb #b1818d81
+def _kind(method: "OnPolicy") -> torch.dtype:
+    "Of log-probabilities and advantages in a batch: float64 if the teacher is."
+    return torch.float64 if getattr(method.teacher, "dtype", None) == torch.float64 else torch.float32
+
+# %% ../nbs/19_minillm.ipynb #88f2c05a
 def slot_batch(method: "OnPolicy", slots: list[int]) -> dict[str, Tensor]:
     "The responses of these slots and, with a language-modelling term, a text for each slot."
     responses, buffer = method.buffer.of(slots), method.buffer
-    batch = response_batch(responses, method.pad, method.dtype) | canaries(responses)
+    batch = response_batch(responses, method.pad, _kind(method)) | canaries(responses)
     batch["example"] = torch.tensor([method.numbers.get(r.id, -1) for r in responses])
     if method.config.pt_weight:
         first = buffer.loop.step//buffer.epoch_steps*method.config.rollouts
@@ -650,7 +661,7 @@ def term_sums(method: "OnPolicy", model, batch: dict[str, Tensor]) -> dict[str, 
         sums["pt"] = pt_sum(student[n:], None if teacher is None else teacher[n:], batch["target_ids"][n:], share)
     return sums
 
-# %% ../nbs/19_minillm.ipynb #b9699e0d
+# %% ../nbs/19_minillm.ipynb #f855fef6
 class OnPolicy(Hooks, Method):
     "Base of the on-policy methods. Its examples are the slots of `buffer`, which must be among the callbacks: `train_on_policy`."
     def __init__(self, tokenizer, teacher, prompts: Iterable, config: OnPolicyConfig, *, corpus: Iterable = (), teacher_tokenizer=None):
@@ -688,15 +699,6 @@ class OnPolicy(Hooks, Method):
 
     def sums(self, model, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return term_sums(self, model, batch)
-
-    def identity(self) -> str:
-        "Hash of prompts, texts and settings."
-        return stable_hash([type(self).__name__, asdict(self.config), self.prompts, self.corpus])
-
-    @property
-    def dtype(self) -> torch.dtype:
-        "Of log-probabilities and advantages in a batch."
-        return torch.float64 if getattr(self.teacher, "dtype", None) == torch.float64 else torch.float32
 
 # %% ../nbs/19_minillm.ipynb #cdb8ef83
 def train_on_policy(student, method: OnPolicy, cfg: TrainConfig, *,      # cfg: `method.train_config`
@@ -1087,9 +1089,9 @@ WORLD_ARMS = {
     "dpkd": WorldArm("DPKD", "dpkd"),
 }
 
-# %% ../nbs/19_minillm.ipynb #8a2629e9
+# %% ../nbs/19_minillm.ipynb #b8407d6e
 WORLD_DEFAULTS = {"size": "xs", "steps": 300, "minibatch": 32, "lr": 1e-3, "max_new_tokens": 56, "teacher": {}, "student": {},
-                  "settings": {}, "score_on": "test", "score_rows": 0, "score_seeds": 5}   # score_rows 0: all
+                  "settings": {}, "valid_rows": 128, "score_on": "test", "score_rows": 0, "score_seeds": 5}   # score_rows 0: all
 
 
 def world_run(arm: str, seed: int, **settings: Any) -> dict:  # settings: any of WORLD_DEFAULTS
@@ -1126,7 +1128,7 @@ def world_metrics(model, teacher, rows: list[dict], seeds: int = 5, max_new_toke
                         "finished": float(found["finished"].mean()), "loss": mean_nll(model, gold, tok.pad_token_id),
                         "possible": sum(possible)/len(possible), "repetition": sum(repeated)/len(repeated)}
 
-# %% ../nbs/19_minillm.ipynb #6289442c
+# %% ../nbs/19_minillm.ipynb #707764d0
 def train_onpolicy(params: dict, folder: Path) -> dict:
     "Train and score one arm in the instruction world. Metrics: `world_metrics`, tokens read and drawn, seconds of training."
     p = params
@@ -1138,7 +1140,7 @@ def train_onpolicy(params: dict, folder: Path) -> dict:
                              **(given | arm.settings | p["settings"]))
     cfg = onpolicy_config(method.config, p["steps"], p["lr"], warmup=0.05, schedule="linear", eval_every=max(p["steps"]//3, 1),
                           keep_best=True, save_every=100)
-    held = load_world("validation")[:128]
+    held = load_world("validation")[:p["valid_rows"]]
 
     def validate(model) -> dict:
         written = write_answers(model, tok, held, seeds=(1,), max_new_tokens=p["max_new_tokens"])

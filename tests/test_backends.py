@@ -272,7 +272,7 @@ def test_a_sample_does_not_depend_on_its_company(model, tok):
 def test_samples_follow_the_distribution(limits):
     logits = torch.randn(20, generator=torch.Generator().manual_seed(1))*1.5
     decoding, n = Decoding(1, temperature=1.3, **limits), 6000
-    rows = [kb.Row(str(i), 0, [], draws=kb._draws(0, str(i), 0, 1)) for i in range(n)]
+    rows = [kb.Row(str(i), 0, [], draws=kb.draws(0, str(i), 0, 1)) for i in range(n)]
     drawn = torch.bincount(kb._choose(kb.Scores(logits.expand(n, 20), None), rows, decoding), minlength=20)/n
     p = torch.softmax(logits/1.3, -1)  # the same limits, written the plain way
     order = p.argsort(descending=True)

@@ -1033,7 +1033,7 @@ def world_checksums() -> dict[str, str]:
     files = sorted(world_dir().glob("*.json*")) + [data_dir()/"tokenizer"/"world"/"tokenizer.json"]
     return {f"{p.parent.name}/{p.name}": sha256_file(p) for p in files if p.name != "checksums.json"}
 
-# %% ../nbs/19_minillm.ipynb #72df66db
+# %% ../nbs/19_minillm.ipynb #8feba89e
 def train_world_model(params: dict, folder: Path) -> dict:
     "Read the corpus, then finetune; the checkpoint of the lowest validation loss is saved in folder/model. Metrics: loss, steps, size."
     p, tok = WORLD_MODEL | params, load_world_tokenizer()
@@ -1046,17 +1046,25 @@ def train_world_model(params: dict, folder: Path) -> dict:
     read = train(model, _Rows(tok), texts, first, run_dir=folder/"pretrain") if p["pretrain"] else None
     cfg = TrainConfig(steps=p["steps"], eval_every=max(p["steps"]//8, 1), keep_best=True, **common)
     result = finetune(model, tok, load_world("train"), load_world("validation"), cfg, run_dir=folder/"sft")
+    _quiet_bars()
     save_model(model, folder/"model", tok)
     return {"loss": result.best["loss"], "best_step": result.best["step"], "parameters": count_parameters(model),
             "train_seconds": result.seconds + (read.seconds if read else 0)}
 
-# %% ../nbs/19_minillm.ipynb #ff868bd9
+# %% ../nbs/19_minillm.ipynb #0acb847b
 def world_model(**params: Any):
     "(model, metrics) of `train_world_model`, from the cache or trained now."
     params, sums = WORLD_MODEL | params, world_checksums()
     metrics = cached("world_model", params, train_world_model, modules=WORLD_MODULES, checksums=sums)
     folder = run_folder("world_model", run_key("world_model", params, WORLD_MODULES, sums))
+    _quiet_bars()
     return load_pretrained(folder/"model", device="cpu")[0], metrics
+
+
+def _quiet_bars() -> None:
+    "No progress bars for models that load in a blink."
+    from transformers.utils import logging
+    logging.disable_progress_bar()
 
 # %% ../nbs/19_minillm.ipynb #d4d94ff4
 @dataclass(frozen=True)

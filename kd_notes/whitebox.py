@@ -482,7 +482,7 @@ CROSS_OBJECTIVES = {"uld": "sorted probabilities, token by token, for a teacher 
                     "spans_likelihood": "probability of pieces of text that both tokenizers can cut, for a teacher with another tokenizer",
                     "spans_uld": "sorted probabilities at such pieces", "spans_matched": "forward KL over common tokens at such pieces"}
 OBJECTIVES = (TEXT_OBJECTIVES | CROSS_OBJECTIVES | {"cached_forward_kl": "forward KL from logits that the teacher gave once"}
-              | {name: f"{name.replace('_', ' ').replace('kl', 'KL')} between teacher and student" for name in DIVERGENCES if name != "uld"})
+              | {n: f"{n.replace('_', ' ').replace('kl', 'KL')} between teacher and student" for n in DIVERGENCES if n != "uld"})
 
 # %% ../nbs/18_whitebox.ipynb #f1c81546
 def check_objective(name: str) -> str:

@@ -14,7 +14,8 @@ __all__ = ['RESERVED', 'NUMBER_FIELDS', 'K_SIGMA', 'ABS_INTERVAL', 'REL_PLAIN', 
            'check_table', 'machine_places', 'clean_output', 'output_text', 'executed_outputs', 'stamp_line',
            'notebook_text', 'outputs_hash', 'numbers_digest', 'publish_one', 'stamps_file', 'publish',
            'check_published', 'guard', 'list_command', 'reproduce_command', 'check_command', 'record_command',
-           'publish_command', 'extract_rationales', 'extract_command', 'plain_settings', 'distill_command']
+           'publish_command', 'extract_rationales', 'extract_command', 'plain_settings', 'distill_command',
+           'bench_command']
 
 # %% ../nbs/30_reproduce.ipynb #d76ff008
 import ast
@@ -1191,6 +1192,19 @@ def distill_command(data: Annotated[Path, typer.Option(help="JSONL: prompt and r
         from kd_notes.whitebox import distill
         report = distill(data, teacher, student, objective, out, profile=profile, **plain_settings(sets or []))
         print(json.dumps(report, indent=1, default=str))
+
+# %% ../nbs/30_reproduce.ipynb #cli-bench-2
+@app.command("bench")
+def bench_command(tokens: Annotated[list[int] | None, typer.Option(help="Tokens in a batch; may be given several times.")] = None,
+                  vocab: Annotated[int, typer.Option(help="Entries of the vocabulary.")] = 49_152,
+                  width: Annotated[int, typer.Option(help="Width of the hidden states.")] = 576,
+                  repeats: Annotated[int, typer.Option(help="Samples of each arm.")] = 5,
+                  device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu") -> None:
+    "Time the fused loss, plain PyTorch and what else is installed, as ratios to four matrix products at this machine's rate."
+    with guard():
+        from kd_notes.bench import bench
+        for row in bench(tuple(tokens or (512, 2048)), vocab, width, repeats=repeats, device=device):
+            print(json.dumps(row, default=str))
 
 # %% ../nbs/30_reproduce.ipynb #55dc4a3b
 def _some(names: Sequence[str] | None) -> Sequence[str]:

@@ -59,6 +59,13 @@ def test_your_own_data_run(tmp_path, monkeypatch):
     said = [{"id": r["id"], "rationale": "A dog is an animal.", "label": "entailment", "outcome": "ok"} for r in rows]
     for name, content in (("mine", rows), ("rationales", said)):
         Path(f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in content))
-    assert "steps=500" in snippets()[1]
-    exec(snippets()[1].replace("steps=500", "steps=2"), {})
+    training = next(text for text in snippets() if "steps=500" in text)
+    exec(training.replace("steps=500", "steps=2"), {})
     assert Path("my-run/metrics.jsonl").stat().st_size > 0
+
+
+def test_the_loss_of_the_readme_runs():
+    import torch
+    names = {"student_logits": torch.zeros(2, 3, 5), "teacher_logits": torch.zeros(2, 3, 5), "response_mask": torch.ones(2, 3)}
+    exec(next(text for text in snippets() if "reverse_kl" in text), names)
+    assert names["loss"].item() == 0

@@ -862,7 +862,7 @@ def _resume(loop: Loop) -> None:
 def reused_memory(wanted: bool = True):
     "Inside, glibc keeps freed memory for the next allocation (up to 2 GB at its end). Elsewhere than on glibc nothing happens."
     libc = ctypes.CDLL(None) if wanted and os.name == "posix" else None
-    mmap_max, trim_threshold = -4, -1  # names in malloc.h: M_MMAP_MAX, M_TRIM_THRESHOLD
+    mmap_max, mmap_threshold, trim_threshold = -4, -3, -1  # names in malloc.h: M_MMAP_MAX, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
     known = hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim")
     if known:
         libc.mallopt(mmap_max, 0), libc.mallopt(trim_threshold, 2**31 - 1)
@@ -870,7 +870,8 @@ def reused_memory(wanted: bool = True):
         yield known
     finally:
         if known:
-            libc.mallopt(mmap_max, 65_536), libc.mallopt(trim_threshold, 131_072), libc.malloc_trim(0)
+            libc.mallopt(mmap_max, 65_536), libc.mallopt(mmap_threshold, 32*2**20), libc.mallopt(trim_threshold, 64*2**20)
+            libc.malloc_trim(0)
 
 # %% ../nbs/08_train.ipynb #bb8c8930
 @dataclass

@@ -677,6 +677,20 @@ def _card(job: Job, report: dict) -> str:
     return _CARD.format(name=job.out.name, base=base, tags=report["objective"].replace("_", "-"), head=" | ".join(names),
                         rule="|---"*len(names), table="\n".join(lines), config=settings, what=OBJECTIVES[report["objective"]], **facts)
 
+# %% ../nbs/18_whitebox.ipynb #5d1a7c20
+_USE = """## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model, tokenizer = AutoModelForCausalLM.from_pretrained("{name}"), AutoTokenizer.from_pretrained("{name}")
+chat = [{{"role": "user", "content": "..."}}]
+ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+print(tokenizer.decode(model.generate(**ids, max_new_tokens=64)[0]))
+```
+
+"""
+
 # %% ../nbs/18_whitebox.ipynb #9d66ef36
 _CARD = """---
 library_name: transformers
@@ -700,18 +714,7 @@ On {held_out} held-out rows of the same file; natural logs, means over response 
 |---{rule}|
 {table}
 
-## Use
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model, tokenizer = AutoModelForCausalLM.from_pretrained("{name}"), AutoTokenizer.from_pretrained("{name}")
-chat = [{{"role": "user", "content": "..."}}]
-ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-print(tokenizer.decode(model.generate(**ids, max_new_tokens=64)[0]))
-```
-
-## Settings
+""" + _USE + """## Settings
 
 {config}
 

@@ -49,8 +49,10 @@ def test_spread():
 
 
 def test_memory_is_that_of_the_arm_above_its_gradients():
-    plain = B.extra_memory("plain", 512, 30_000, 8)
-    assert 3*4*512*30_000/1e6 < plain < 9*4*512*30_000/1e6  # so many arrays of 61 MB
+    plain = [B.extra_memory("plain", 512, vocab, 8) for vocab in (15_000, 30_000)]
+    assert plain[1] > 3*4*512*30_000/1e6             # both logits and a distribution at the least, 61 MB each
+    assert plain[1]/plain[0] == pytest.approx(2, rel=0.1)  # and nothing but such arrays
+    assert B.extra_memory("ours", 512, 30_000, 8) < plain[1]/2
     with pytest.raises(UserError, match="ended with"):
         B.extra_memory("nobody", 8, 8, 8)
 

@@ -808,13 +808,16 @@ FAULTS = """
     import resource, sys, torch
     from contextlib import nullcontext
     from kd_notes.train import reused_memory
-    with reused_memory() if sys.argv[1] == "kept" else nullcontext(False) as known:
+    def faults(megabytes):
         for number in range(8):
             if number == 3:
                 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-            blocks = [torch.ones(4_000_000) for _ in range(6)]  # 16 MB each, freed together
+            blocks = [torch.ones(250_000*megabytes) for _ in range(6)]  # freed together
             del blocks
-        print(known, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    with reused_memory() if sys.argv[1] == "kept" else nullcontext(False) as known:
+        inside = faults(16)
+    print(known, inside, faults(8))
 """
 
 
@@ -824,10 +827,12 @@ def test_reused_memory_saves_page_faults_and_changes_no_number():
         done = subprocess.run([sys.executable, "-c", textwrap.dedent(FAULTS), how], capture_output=True, text=True, check=True,
                               env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072"})
         return done.stdout.split()
-    known, kept = faults("kept")
+    known, kept, after = faults("kept")
     if known == "False":
         pytest.skip("not glibc")
-    assert int(kept) < 0.1*int(faults("returned")[1])
+    _, returned, never = faults("returned")
+    assert int(kept) < 0.1*int(returned)
+    assert int(after) < 0.1*int(never)  # what follows is not left at the lowest limit
     assert same_bits(run().model, run(keep_memory=False).model)
 
 

@@ -5,10 +5,12 @@
 # %% auto #0
 __all__ = ['MAX_CHARS', 'MAX_DEPTH', 'METRICS', 'EquationError', 'tokenize', 'parse_equation', 'tree_value', 'equation_value',
            'equation_equal', 'exact_match', 'is_correct', 'correct', 'outcomes', 'accuracy', 'majority_baseline',
-           'pack_bits', 'unpack_bits']
+           'pack_bits', 'unpack_bits', 'pack_numbers', 'unpack_numbers']
 
 # %% ../nbs/02_evaluate.ipynb #2d0ccf59
+import base64
 import re
+import struct
 from collections import Counter
 from fractions import Fraction
 from typing import Any, Callable, Iterable, Mapping, Sequence
@@ -189,3 +191,29 @@ def unpack_bits(text: str,              # made by pack_bits
         raise UserError(f"{length} outcomes are stored where {n} were expected", where="unpack_bits", fix="Compare runs on the same split.")
     bits = [bool(int(digit, 16) >> shift & 1) for digit in found[2] for shift in (3, 2, 1, 0)]
     return bits[:length]
+
+# %% ../nbs/02_evaluate.ipynb #c1892f06
+_KINDS = {"u1": "B", "f4": "f"}  # a byte for 0 to 1, or a float of 32 bits
+
+
+def pack_numbers(values: Sequence[float], kind: str = "f4") -> str:  # kind: "f4", or "u1" for numbers from 0 to 1
+    "Numbers as text: '<kind>:<base 64>', little-endian. Raises UserError for another kind or a number that does not fit."
+    try:
+        made = [round(255*x) for x in values] if kind == "u1" else [float(x) for x in values]
+        return f"{kind}:" + base64.b64encode(struct.pack(f"<{len(made)}{_KINDS[kind]}", *made)).decode()
+    except (KeyError, ValueError, OverflowError, struct.error) as e:
+        raise UserError(f"these numbers cannot be packed as {kind!r} ({e})", where="pack_numbers",
+                        fix="Use 'u1' for finite numbers from 0 to 1 and 'f4' for others.") from e
+
+# %% ../nbs/02_evaluate.ipynb #d2152394
+def unpack_numbers(text: str) -> list[float]:
+    "What `pack_numbers` packed. Raises UserError if the text is damaged."
+    try:
+        kind, _, digits = text.partition(":")
+        data = base64.b64decode(digits, validate=True)
+        size = struct.calcsize(_KINDS[kind])
+        found = struct.unpack(f"<{len(data)//size}{_KINDS[kind]}", data)
+    except (AttributeError, KeyError, ValueError, struct.error) as e:
+        raise UserError(f"{str(text)[:40]!r} does not hold packed numbers", where="unpack_numbers",
+                        fix="Write it with pack_numbers.") from e
+    return [x/255 for x in found] if kind == "u1" else list(found)

@@ -6,9 +6,9 @@
 __all__ = ['EVAL_SEEDS', 'LENGTH_BOUNDS', 'JUDGE_PROMPT', 'REPLY_OUTCOMES', 'rouge_l', 'references_of', 'over_seeds',
            'exact_matches', 'ngrams', 'distinct_n', 'response_logits', 'token_nll', 'lm_loss', 'perplexity',
            'PositionKL', 'kl_per_position', 'by_position', 'ExposureBias', 'exposure_bias', 'LabelScores',
-           'score_labels', 'label_scores', 'reliability', 'ece', 'reliability_diagram', 'length_slices', 'by_length',
-           'judge_prompt', 'Reply', 'parse_reply', 'Judgement', 'judge', 'judge_summary', 'time_in_turns',
-           'ratio_in_turns', 'weight_bytes', 'cost_table', 'Written', 'write_answers', 'text_metrics']
+           'score_labels', 'label_scores', 'reliability', 'ece', 'length_slices', 'by_length', 'judge_prompt', 'Reply',
+           'parse_reply', 'Judgement', 'judge', 'judge_summary', 'time_in_turns', 'ratio_in_turns', 'weight_bytes',
+           'cost_table', 'Written', 'write_answers', 'text_metrics']
 
 # %% ../nbs/17_measure.ipynb #1a95fc8c
 import math
@@ -31,7 +31,6 @@ from .divergences import align_vocabulary, token_divergence
 from .evaluate import exact_match
 from .generate import Rollout, Sampling, sample
 from .models import count_parameters
-from .report import OKABE_ITO, STYLE
 from .train import causal_batch, field_of, target_logits
 
 # %% ../nbs/17_measure.ipynb #ffeaf9e9
@@ -304,24 +303,6 @@ def ece(confidence: Sequence[float], right: Sequence[bool], bins: int = 10) -> f
     "Expected calibration error, 0 to 1 (Guo et al. 2017, eq. 3): mean gap of the bins, weighted by their answers."
     rows = reliability(confidence, right, bins)
     return sum(r["n"]*abs(r["accuracy"] - r["confidence"]) for r in rows)/len(confidence)
-
-# %% ../nbs/17_measure.ipynb #ac2a26dc
-def reliability_diagram(arms: Mapping[str, Sequence[Mapping]]):  # {name: rows of `reliability`}
-    "Accuracy against confidence, the area of a point in proportion to its answers. Returns a matplotlib Figure."
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-    with rc_context(STYLE):
-        fig = Figure(figsize=(6, 5.2), layout="constrained")
-        ax = fig.subplots()
-        ax.plot([0, 1], [0, 1], color="#777777", lw=1.4, label="calibrated")
-        for i, (name, rows) in enumerate(arms.items()):
-            look = {"color": OKABE_ITO[i % len(OKABE_ITO)], "marker": "os^DvPX*"[i % 8]}
-            x, y = [r["confidence"] for r in rows], [r["accuracy"] for r in rows]
-            ax.plot(x, y, label=name, **look)
-            ax.scatter(x, y, s=[20 + 1500*r["n"]/sum(r["n"] for r in rows) for r in rows], alpha=0.3, **look)
-        ax.set(xlabel="confidence", ylabel="accuracy", xlim=(min(0.45, ax.get_xlim()[0]), 1.02), ylim=(-0.02, 1.02))
-        ax.legend(frameon=False, loc="upper left")
-    return fig
 
 # %% ../nbs/17_measure.ipynb #ec57e880
 LENGTH_BOUNDS = (5, 10)  # slices [0, 5], [6, 10], [11, inf)

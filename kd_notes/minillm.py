@@ -4,20 +4,19 @@
 
 # %% auto #0
 __all__ = ['AVERAGES', 'IMPORTANCE', 'WHITENING', 'PRESETS', 'SOURCES', 'DRAW', 'CANARIES', 'RECIPES', 'METHODS', 'WORLD_MODULES',
-           'WORLD_MODEL', 'WORLD_TEACHER', 'WORLD_ARMS', 'WORLD_DEFAULTS', 'all_responses', 'response_logprobs',
-           'exact_kl', 'OnPolicyConfig', 'MiniLLMConfig', 'check_settings', 'Response', 'response', 'padded',
-           'returns_to_go', 'whitened', 'token_rewards', 'set_advantages', 'padded_mask', 'surrogate', 'response_batch',
-           'minillm_terms', 'encode_prompts', 'encode_corpus', 'repeated_ngrams', 'token_logprobs', 'Hooks', 'Buffer',
-           'identity', 'snapshot', 'restore', 'shuffled_pick', 'refill', 'check_drawn', 'check_start', 'canaries',
-           'add_texts', 'logit_sides', 'pt_sum', 'slot_batch', 'term_counts', 'term_sums', 'OnPolicy',
-           'train_on_policy', 'onpolicy_config', 'MiniLLM', 'Part', 'DistillConfig', 'skew_values', 'Distill',
-           'chosen_sources', 'raise_share', 'set_skew', 'part_values', 'DPKDConfig', 'pair_margin', 'DPKD',
+           'WORLD_MODEL', 'WORLD_TEACHER', 'WORLD_ARMS', 'WORLD_DEFAULTS', 'EXPOSED', 'all_responses',
+           'response_logprobs', 'exact_kl', 'OnPolicyConfig', 'MiniLLMConfig', 'check_settings', 'Response', 'response',
+           'padded', 'returns_to_go', 'whitened', 'token_rewards', 'set_advantages', 'padded_mask', 'surrogate',
+           'response_batch', 'minillm_terms', 'encode_prompts', 'encode_corpus', 'repeated_ngrams', 'token_logprobs',
+           'Hooks', 'Buffer', 'identity', 'snapshot', 'restore', 'shuffled_pick', 'refill', 'check_drawn',
+           'check_start', 'canaries', 'add_texts', 'logit_sides', 'pt_sum', 'slot_batch', 'term_counts', 'term_sums',
+           'OnPolicy', 'train_on_policy', 'onpolicy_config', 'MiniLLM', 'Part', 'DistillConfig', 'skew_values',
+           'Distill', 'chosen_sources', 'raise_share', 'set_skew', 'part_values', 'DPKDConfig', 'pair_margin', 'DPKD',
            'onpolicy_method', 'write', 'mean_nll', 'finetune', 'world_checksums', 'train_world_model', 'world_model',
-           'WorldArm', 'world_run', 'pack_scores', 'unpack_scores', 'world_metrics', 'train_onpolicy', 'work_done',
-           'run_world']
+           'WorldArm', 'world_rate', 'world_run', 'world_labels', 'write_world_answers', 'world_exposure',
+           'world_metrics', 'train_onpolicy', 'work_done', 'run_world']
 
 # %% ../nbs/19_minillm.ipynb #315521fb
-import base64
 import math
 from collections import Counter
 from contextlib import contextmanager
@@ -29,14 +28,17 @@ from typing import Any, Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from .core import UserError, data_dir, rng, sha256_file, stable_hash
+from .core import UserError, data_dir, read_json, rng, sha256_file, stable_hash
 from .divergences import check_tokenizers, token_divergence
+from .evaluate import pack_numbers
 from .generate import Rollout, Sampling, sample, sample_mixed, speculative
-from .measure import EVAL_SEEDS, kl_per_position, references_of, rouge_l, text_metrics, write_answers
+from .measure import (EVAL_SEEDS, ece, exposure_bias, kl_per_position, references_of, rouge_l, score_labels, text_metrics,
+                              write_answers)
 from .models import count_parameters, freeze, load_pretrained, mini_model
 from .runs import cached, load_record, run_folder, run_grid, run_key
 from .train import SFT, Callback, Loop, Method, TrainConfig, TrainResult, causal_batch, save_model, target_logits, target_nll, train
-from .world import answer_tokens, load_corpus, load_world, load_world_tokenizer, log_likelihood, world_dir
+from .world import (answer_tokens, label_probabilities, load_corpus, load_world, load_world_tokenizer, log_likelihood,
+                            world_dir)
 
 # %% ../nbs/19_minillm.ipynb #41397156
 def all_responses(vocabulary: int, steps: int, stop: int | None = 0) -> list[list[int]]:
@@ -1097,9 +1099,16 @@ WORLD_ARMS = {
     "dpkd": WorldArm("DPKD", "dpkd"),
 }
 
+# %% ../nbs/19_minillm.ipynb #92802d94
+def world_rate(arm: str) -> float:
+    "Learning rate that the grid chose for an arm (data/chosen/minillm.json), or the default."
+    chosen = read_json(data_dir()/"chosen"/"minillm.json")
+    return chosen["lr"].get(arm, chosen["default"])
+
 # %% ../nbs/19_minillm.ipynb #b8407d6e
-WORLD_DEFAULTS = {"size": "xs", "steps": 300, "minibatch": 32, "lr": 1e-3, "max_new_tokens": 56, "teacher": {}, "student": {},
-                  "settings": {}, "valid_rows": 128, "score_on": "test", "score_rows": 0, "score_seeds": 5}   # score_rows 0: all
+WORLD_DEFAULTS = {"size": "xs", "steps": 300, "minibatch": 32, "lr": None, "max_new_tokens": 56, "teacher": {}, "student": {},
+                  "settings": {}, "valid_rows": 128, "score_on": "test", "score_rows": 0,   # score_rows 0: all
+                  "score_seeds": 5}                                                  # lr None: world_rate
 
 
 def world_run(arm: str, seed: int, **settings: Any) -> dict:  # settings: any of WORLD_DEFAULTS
@@ -1108,40 +1117,64 @@ def world_run(arm: str, seed: int, **settings: Any) -> dict:  # settings: any of
     if unknown:
         raise UserError(f"{', '.join(unknown)} is not known", where="world_run",
                         fix=f"Arms: {', '.join(WORLD_ARMS)}. Settings: {', '.join(WORLD_DEFAULTS)}.")
-    return {"arm": arm, "seed": seed} | WORLD_DEFAULTS | settings
+    p = {"arm": arm, "seed": seed} | WORLD_DEFAULTS | settings
+    return p | {"lr": p["lr"] or world_rate(arm)}
 
-# %% ../nbs/19_minillm.ipynb #96355d53
-def pack_scores(scores: Sequence[float]) -> str:
-    "Numbers from 0 to 1, one byte each (steps of 1/255), as text: 520 of them take 700 characters."
-    return base64.b64encode(bytes(round(255*min(max(float(x), 0.0), 1.0)) for x in scores)).decode()
+# %% ../nbs/19_minillm.ipynb #0df6b489
+def world_labels(model, tok, rows: list[dict]) -> dict:
+    "Calibration on the prompts that are answered by a label: confidence and true probability of each preferred label, packed, and the ECE."
+    true = {r["prompt"]: label_probabilities(r["prompt"]) for r in rows}
+    asked = {prompt: found for prompt, found in true.items() if found}
+    if not asked:
+        return {}
+    said = score_labels(model, tok, list(asked), [list(found) for found in asked.values()])
+    confidence, right = [s.confidence for s in said], [found[s.label] for s, found in zip(said, asked.values())]
+    return {"ece": ece(confidence, right), "confidence": pack_numbers(confidence, "u1"), "right": pack_numbers(right, "u1"),
+            "label_mass": sum(s.mass for s in said)/len(said)}
 
-# %% ../nbs/19_minillm.ipynb #999d64d8
-def unpack_scores(text: str) -> list[float]:
-    "Back to numbers."
-    return [b/255 for b in base64.b64decode(text)]
+# %% ../nbs/19_minillm.ipynb #5a0872c0
+EXPOSED = (5, 10, 15, 20, 25, 30)  # numbers of tokens at which a run keeps the accumulated errors
 
-# %% ../nbs/19_minillm.ipynb #d61814a3
-def world_metrics(model, teacher, rows: list[dict], seeds: int = 5, max_new_tokens: int = 56) -> dict:
-    "What a student writes to these prompts, measured: Rouge-L (also per item, packed), distinct 4-grams, lengths, KLs, losses."
+
+def write_world_answers(params: dict, folder: Path) -> dict:
+    "The teacher's answers to test prompts: {'response_ids'}. For `cached`."
+    teacher, _ = world_model(**params["teacher"])
+    rows = load_world(params["split"])[:params["rows"] or None]
+    written = write_answers(teacher, load_world_tokenizer(), rows, seeds=EVAL_SEEDS[:1], max_new_tokens=params["max_new_tokens"])
+    return {"response_ids": written.response_ids[0]}
+
+# %% ../nbs/19_minillm.ipynb #852f6cbb
+def world_exposure(model, teacher, prompts: list[list[int]], own: list[list[int]], theirs: list[list[int]]) -> dict:
+    "KL(p || q) in nats accumulated over the first l tokens, for l in EXPOSED: along the student's own answers and along the teacher's."
+    along = [kl_per_position(model, teacher, prompts, written, batch_size=64).forward for written in (own, theirs)]
+    found = exposure_bias(*along, draws=2, min_alive=1)
+    kept = [n for n in EXPOSED if n <= len(found.student)]
+    return {f"exposure_{who}": [round(float(values[n - 1]), 4) for n in kept] for who, values in
+            (("student", found.student), ("teacher", found.teacher))}
+
+# %% ../nbs/19_minillm.ipynb #7c037a80
+def world_metrics(model, teacher, rows: list[dict], teacher_answers: list[list[int]], seeds: int = 5, max_new_tokens: int = 56) -> dict:
+    "What a student writes, measured: Rouge-L (also per item, packed), calibration, exposure, diversity, lengths, KLs, losses."
     tok = load_world_tokenizer()
     written = write_answers(model, tok, rows, seeds=EVAL_SEEDS[:seeds], max_new_tokens=max_new_tokens)
-    found = text_metrics(written, rows)
-    kl = kl_per_position(model, teacher, written.prompt_ids, written.response_ids[0], batch_size=64)
-    gold = [(tok.encode(r["prompt"], add_special_tokens=False), answer_tokens(tok, r["response"])) for r in rows]
+    found, own = text_metrics(written, rows), written.response_ids[0]
+    kl = kl_per_position(model, teacher, written.prompt_ids, own, batch_size=64)
+    gold = [(ids, answer_tokens(tok, r["response"])) for ids, r in zip(written.prompt_ids, rows)]
     possible = [math.isfinite(log_likelihood(r["prompt"], text)) for r, text in zip(rows, written.texts[0])]
     per_token = {name: torch.cat(values).mean().item() for name, values in (("forward_kl", kl.forward), ("reverse_kl", kl.reverse))}
-    repeated = [repeated_ngrams(ids) for ids in written.response_ids[0]]
-    return per_token | {"rouge_l": float(found["rouge_l"].mean()), "items": pack_scores(found["rouge_l"].mean(0)),
-                        "exact": float(found["exact"].mean()), "dist4": found["dist4"][0], "length": float(found["length"].mean()),
-                        "finished": float(found["finished"].mean()), "loss": mean_nll(model, gold, tok.pad_token_id),
-                        "possible": sum(possible)/len(possible), "repetition": sum(repeated)/len(repeated)}
+    return per_token | world_labels(model, tok, rows) | world_exposure(model, teacher, written.prompt_ids, own, teacher_answers) | {
+        "rouge_l": float(found["rouge_l"].mean()), "items": pack_numbers(found["rouge_l"].mean(0), "u1"),
+        "exact": float(found["exact"].mean()), "dist4": found["dist4"][0], "length": float(found["length"].mean()),
+        "finished": float(found["finished"].mean()), "loss": mean_nll(model, gold, tok.pad_token_id),
+        "possible": sum(possible)/len(possible), "repetition": sum(map(repeated_ngrams, own))/len(own)}
 
 # %% ../nbs/19_minillm.ipynb #707764d0
 def train_onpolicy(params: dict, folder: Path) -> dict:
     "Train and score one arm in the instruction world. Metrics: `world_metrics`, tokens read and drawn, seconds of training."
     p = params
     arm, tok = WORLD_ARMS[p["arm"]], load_world_tokenizer()
-    teacher, _ = world_model(**(WORLD_TEACHER | p["teacher"]))
+    about_teacher = WORLD_TEACHER | p["teacher"]
+    teacher, _ = world_model(**about_teacher)
     model, _ = world_model(size=p["size"], seed=p["seed"], **p["student"])
     given = {"rollouts": p["minibatch"], "minibatch": p["minibatch"], "max_new_tokens": p["max_new_tokens"], "seed": p["seed"]}
     method = onpolicy_method(arm.method, tok, teacher, load_world("train"), corpus=[row["text"] for row in load_corpus()],
@@ -1155,8 +1188,10 @@ def train_onpolicy(params: dict, folder: Path) -> dict:
         gold = [(x, answer_tokens(tok, row["response"])) for x, row in zip(written.prompt_ids, held)]
         return {"score": float(rouge_l(written.texts[0], references_of(held)).mean()), "loss": mean_nll(model, gold, tok.pad_token_id)}
     result = train_on_policy(model, method, cfg, run_dir=folder, validate=validate)
+    asked = {"teacher": about_teacher, "split": p["score_on"], "rows": p["score_rows"], "max_new_tokens": p["max_new_tokens"]}
+    theirs = cached("world_answers", asked, write_world_answers, modules=WORLD_MODULES, checksums=world_checksums())["response_ids"]
     rows = load_world(p["score_on"])[:p["score_rows"] or None]
-    return world_metrics(result.model, teacher, rows, p["score_seeds"], p["max_new_tokens"]) | {
+    return world_metrics(result.model, teacher, rows, theirs, p["score_seeds"], p["max_new_tokens"]) | {
         "train_seconds": result.seconds, "parameters": count_parameters(model), "best_step": result.best["step"], **work_done(method)}
 
 # %% ../nbs/19_minillm.ipynb #5f247272

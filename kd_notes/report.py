@@ -6,7 +6,7 @@
 __all__ = ['OKABE_ITO', 'MARKERS', 'LINES', 'STYLE', 'MIN_SEEDS', 'MAJORITY_MARGIN', 'stack_outcomes', 'paired',
            'small_sample_factor', 'Estimate', 'hierarchical_bootstrap', 'holm', 'why_untested', 'Verdict', 'verdict',
            'verdicts', 'reported', 'cell_text', 'Table', 'results_table', 'arm_styles', 'accuracy_curve', 'SavedFigure',
-           'rows_to_csv', 'png_bytes', 'save_figure', 'floor_accuracy']
+           'rows_to_csv', 'png_bytes', 'save_figure', 'interval_plot', 'reliability_diagram', 'floor_accuracy']
 
 # %% ../nbs/11_report.ipynb #b0e71af5
 import base64
@@ -397,6 +397,43 @@ def save_figure(fig: Any,                     # matplotlib Figure
     atomic_write(folder/f"{name}.csv", rows_to_csv(rows))
     atomic_write(folder/f"{name}.png", png_bytes(fig))
     return SavedFigure(folder/f"{name}.png", folder/f"{name}.csv", alt or name.replace("_", " "))
+
+# %% ../nbs/11_report.ipynb #09b45439
+def interval_plot(rows: Sequence[Mapping[str, Any]],   # arm, value, low, high, and panel where there are several
+                  xlabel: str, scale: float = 1.0):    # factor on the numbers: 100 for per cent
+    "An interval for each arm, arms below each other in the order of their first row. Returns a matplotlib Figure."
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+    arms, panels = (list(dict.fromkeys(r.get(k, "") for r in rows)) for k in ("arm", "panel"))
+    with rc_context(STYLE):
+        fig = Figure(figsize=(3.2 + 3.4*len(panels), 1.4 + 0.42*len(arms)), layout="constrained")
+        for ax, panel in zip(np.ravel(fig.subplots(1, len(panels), sharey=True)), panels):
+            for r in rows:
+                if r.get("panel", "") == panel:
+                    i, value = arms.index(r["arm"]), scale*r["value"]
+                    ax.errorbar(value, i, xerr=[[value - scale*r["low"]], [scale*r["high"] - value]], fmt=MARKERS[i % len(MARKERS)],
+                                color=OKABE_ITO[i % len(OKABE_ITO)], capsize=4)
+            ax.set(xlabel=xlabel, title=panel, yticks=range(len(arms)), yticklabels=arms)
+            ax.set_ylim(len(arms) - 0.5, -0.5)
+    return fig
+
+# %% ../nbs/11_report.ipynb #ac2a26dc
+def reliability_diagram(arms: Mapping[str, Sequence[Mapping]]):  # {name: rows of `reliability`}
+    "Accuracy against confidence, the area of a point in proportion to its answers. Returns a matplotlib Figure."
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+    with rc_context(STYLE):
+        fig = Figure(figsize=(6, 5.2), layout="constrained")
+        ax = fig.subplots()
+        ax.plot([0, 1], [0, 1], color="#777777", lw=1.4, label="calibrated")
+        for i, (name, rows) in enumerate(arms.items()):
+            look = {"color": OKABE_ITO[i % len(OKABE_ITO)], "marker": "os^DvPX*"[i % 8]}
+            x, y = [r["confidence"] for r in rows], [r["accuracy"] for r in rows]
+            ax.plot(x, y, label=name, **look)
+            ax.scatter(x, y, s=[20 + 1500*r["n"]/sum(r["n"] for r in rows) for r in rows], alpha=0.3, **look)
+        ax.set(xlabel="confidence", ylabel="accuracy", xlim=(min(0.45, ax.get_xlim()[0]), 1.02), ylim=(-0.02, 1.02))
+        ax.legend(frameon=False, loc="upper left")
+    return fig
 
 # %% ../nbs/11_report.ipynb #503b994a
 def floor_accuracy(task: str | TaskInfo,

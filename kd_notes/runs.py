@@ -594,7 +594,7 @@ def _run_workers(tasks: list[Task], jobs: int, threads: int, force: bool) -> Ite
             thread.join(timeout=5)
 
 # %% ../nbs/01_runs.ipynb #c83582fd
-ROW_LIMIT = 2048  # bytes of a recorded run
+ROW_LIMIT = 2048  # bytes of the metrics of a recorded run
 
 
 def record_file(stage: str, folder: Path | None = None) -> Path:
@@ -625,11 +625,12 @@ def record_runs(stage: str, results: Iterable[dict], folder: Path | None = None)
                 continue
             row = {name: r[name] for name in ("params", "metrics", "key", "seconds", "device", "date")}
             rows[stable_hash(r["params"])] = row | {"params_hash": stable_hash(r["params"])}
-        lines = [json.dumps(rows[h], sort_keys=True, ensure_ascii=False) for h in sorted(rows)]
-        for line in lines:
-            if len(line.encode()) > ROW_LIMIT:
-                raise UserError(f"a recorded run takes {len(line.encode())} bytes, more than {ROW_LIMIT}", where=path,
+        for row in rows.values():
+            size = len(json.dumps(row["metrics"]).encode())
+            if size > ROW_LIMIT:
+                raise UserError(f"the metrics of a recorded run take {size} bytes, more than {ROW_LIMIT}", where=path,
                                 fix="Return fewer metrics: curves belong into metrics.jsonl.")
+        lines = [json.dumps(rows[h], sort_keys=True, ensure_ascii=False) for h in sorted(rows)]
         atomic_write(path, "".join(line + "\n" for line in lines))
     return len(rows)
 

@@ -10,11 +10,9 @@ __all__ = ['PLAIN_TEMPLATE', 'CROSS_KINDS', 'PROFILES', 'TEXT_OBJECTIVES', 'CROS
            'distill_settings', 'check_objective', 'make_student', 'context_of', 'hold_out', 'Job', 'main_process',
            'shown_name', 'curves_figure', 'distill', 'prompt_texts', 'write_prompts', 'load_prompts', 'pair',
            'dolly_dialogues', 'pair_rows', 'pair_cache', 'pair_validation', 'pair_method', 'measure_costs', 'steps_for',
-           'seconds_at', 'pack_floats', 'unpack_floats', 'item_table', 'train_arm', 'pair_references', 'pair_checksums',
-           'run_pairs']
+           'seconds_at', 'item_table', 'train_arm', 'pair_references', 'pair_checksums', 'run_pairs']
 
 # %% ../nbs/18_whitebox.ipynb #010c9bf6
-import base64
 import math
 import os
 import shutil
@@ -35,6 +33,7 @@ from .core import (UserError, append_jsonl, atomic_write, cache_dir, canonical_j
 from .data import _numbered_rows, load_split
 from .divergences import (DIVERGENCES, Span, _options, align_spans, align_vocabulary, aligned_span_loss, check_tokenizers,
                                   get_divergence, matching_tokens, token_divergence, token_ends)
+from .evaluate import pack_numbers, unpack_numbers
 from .fused import fused_cross_entropy, fused_linear_divergence
 from .generate import Sampling, beam, sample
 from .logit_cache import CachedKD, EncodedRows, LogitCache, write_cache
@@ -990,20 +989,10 @@ def seconds_at(costs: dict, arm: str, step: int) -> float:
     "Wall time after so many steps of an arm, the cache's building included."
     return (costs["cache_seconds"] if arm == "cached" else 0.0) + step*costs["seconds_per_token"][arm]*costs["tokens_per_step"]
 
-# %% ../nbs/18_whitebox.ipynb #1bef7bc3
-def pack_floats(values: Sequence[float]) -> str:
-    "Numbers as text, 32 bits each."
-    return base64.b64encode(np.asarray(values, dtype="<f4").tobytes()).decode()
-
-# %% ../nbs/18_whitebox.ipynb #4a06bfae
-def unpack_floats(text: str) -> np.ndarray:
-    "What `pack_floats` packed, as float64."
-    return np.frombuffer(base64.b64decode(text), dtype="<f4").astype(np.float64)
-
 # %% ../nbs/18_whitebox.ipynb #ff4d6af1
 def item_table(packed: Sequence[str], tokens: int) -> np.ndarray:  # sums per row, packed, one text per seed; tokens of all rows together
     "[seeds, rows], scaled so that the mean over the rows is the token-mean."
-    rows = np.array([unpack_floats(text) for text in packed])
+    rows = np.array([unpack_numbers(text) for text in packed])
     return rows*rows.shape[1]/tokens
 
 # %% ../nbs/18_whitebox.ipynb #7f251274
@@ -1024,7 +1013,7 @@ def train_arm(params: dict, folder: Path) -> dict:
     curve = [[step, round(v["forward_kl"], 4), round(v["nll"], 4)] for step, v in seen]
     return {"nll": float(sums["nll"].sum()/total), "forward_kl": float(sums["forward_kl"].sum()/total), "tokens": total,
             "reverse_kl": float(sums["reverse_kl"].sum()/total), "seconds": round(result.seconds, 2), "trained_tokens": result.tokens,
-            "items": {k: pack_floats(sums[k]) for k in ("nll", "forward_kl")}, "curve": curve}
+            "items": {k: pack_numbers(sums[k]) for k in ("nll", "forward_kl")}, "curve": curve}
 
 # %% ../nbs/18_whitebox.ipynb #5a197696
 def pair_references(params: dict, folder: Path) -> dict:

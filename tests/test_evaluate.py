@@ -1,6 +1,7 @@
 """Answers are judged by value, safely; outcomes survive packing."""
 
 import builtins
+import math
 import time
 from fractions import Fraction
 from types import SimpleNamespace as Row
@@ -156,3 +157,22 @@ def test_import_is_light():
     import sys
     code = "import sys, kd_notes.evaluate; print([m for m in ('torch', 'transformers', 'pandas', 'matplotlib') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+@given(st.lists(st.floats(-1e6, 1e6, width=32), max_size=40))
+def test_packed_numbers_come_back(values):
+    assert ev.unpack_numbers(ev.pack_numbers(values)) == values
+    shares = [abs(v)/1e6 for v in values]
+    assert ev.unpack_numbers(ev.pack_numbers(shares, "u1")) == pytest.approx(shares, abs=1/510)
+
+
+@pytest.mark.parametrize("values,kind", [([0.5], "u2"), ([1.5], "u1"), ([math.nan], "u1"), (["a"], "f4"), ([1e300], "f4")])
+def test_numbers_that_do_not_fit_are_refused(values, kind):
+    with pytest.raises(UserError, match="pack_numbers"):
+        ev.pack_numbers(values, kind)
+
+
+@pytest.mark.parametrize("text", ["f4:AAA", "f4:AAAAAAA=", "f8:AAAA", "AAAA", "", None, 3])
+def test_damaged_numbers_are_refused(text):
+    with pytest.raises(UserError, match="packed"):
+        ev.unpack_numbers(text)

@@ -23,7 +23,7 @@ from kd_notes.backends import Completion, ReplayBackend, completion_row, open_ba
 from kd_notes.core import UserError, append_jsonl, read_jsonl
 from kd_notes.measure import (Judgement, Reply, by_length, by_position, cost_table, distinct_n, ece, exact_matches, exposure_bias, judge, judge_prompt,
                               judge_summary, kl_per_position, label_scores, length_slices, lm_loss, over_seeds, parse_reply, perplexity,
-                              ratio_in_turns, references_of, reliability, reliability_diagram, response_logits, rouge_l, score_labels, text_metrics,
+                              ratio_in_turns, references_of, reliability, response_logits, rouge_l, score_labels, text_metrics,
                               time_in_turns, token_nll, write_answers)
 from kd_notes.models import mini_model, train_mini_tokenizer
 
@@ -294,7 +294,6 @@ def test_extreme_scores_stay_finite_and_impossible_ones_are_refused():
     for c, y in (([1.2], [True]), ([0.5, 0.5], [True]), ([], [])):
         with pytest.raises(UserError):
             ece(c, y)
-    assert reliability_diagram({"a": reliability([0.6, 0.9], [True, False])}).axes[0].get_xlabel() == "confidence"
 
 
 # ---------------------------------------------------------------- slices, answers, costs

@@ -293,3 +293,16 @@ def test_palette_stays_apart_without_red_green_vision():
 def test_import_is_light():
     code = "import sys, kd_notes.report; print([m for m in ('torch', 'transformers', 'pandas', 'matplotlib', 'scipy') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_an_interval_plot_has_a_panel_for_each_world_and_an_arm_in_each_row():
+    rows = [{"arm": a, "panel": w, "value": 0.4, "low": 0.3, "high": 0.6} for w in "xy" for a in "abc"]
+    fig = rp.interval_plot(rows, "share (%)", 100)
+    assert [ax.get_title() for ax in fig.axes] == ["x", "y"] and fig.axes[0].get_xlabel() == "share (%)"
+    assert [t.get_text() for t in fig.axes[0].get_yticklabels()] == ["a", "b", "c"] and len(fig.axes[1].containers) == 3
+    assert len(rp.interval_plot([{"arm": "a", "value": 1, "low": 0, "high": 2}], "x").axes) == 1
+
+
+def test_a_reliability_diagram_is_labelled():
+    fig = rp.reliability_diagram({"a": [{"n": 2, "confidence": 0.6, "accuracy": 0.5}]})
+    assert fig.axes[0].get_xlabel() == "confidence" and fig.axes[0].get_ylabel() == "accuracy"

@@ -14,7 +14,7 @@ __all__ = ['AVERAGES', 'IMPORTANCE', 'WHITENING', 'PRESETS', 'SOURCES', 'DRAW', 
            'Distill', 'chosen_sources', 'raise_share', 'set_skew', 'part_values', 'DPKDConfig', 'pair_margin', 'DPKD',
            'onpolicy_method', 'write', 'mean_nll', 'finetune', 'world_checksums', 'train_world_model', 'world_model',
            'WorldArm', 'world_rate', 'world_run', 'world_labels', 'write_world_answers', 'world_exposure',
-           'world_metrics', 'train_onpolicy', 'work_done', 'run_world']
+           'world_metrics', 'train_onpolicy', 'work_done', 'run_world', 'run_cells', 'item_scores']
 
 # %% ../nbs/19_minillm.ipynb #315521fb
 import math
@@ -25,12 +25,13 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Callable, Iterable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .core import UserError, data_dir, read_json, rng, sha256_file, stable_hash
 from .divergences import check_tokenizers, token_divergence
-from .evaluate import pack_numbers
+from .evaluate import pack_numbers, unpack_numbers
 from .generate import Rollout, Sampling, sample, sample_mixed, speculative
 from .measure import (EVAL_SEEDS, ece, exposure_bias, kl_per_position, references_of, rouge_l, score_labels, text_metrics,
                               write_answers)
@@ -1027,7 +1028,7 @@ def finetune(model, tokenizer, rows: Iterable, valid: Iterable, cfg: TrainConfig
 # %% ../nbs/19_minillm.ipynb #6ac553a1
 WORLD_MODULES = ["minillm"]
 WORLD_MODEL = {"size": "xs", "seed": 0, "pretrain": 200, "steps": 500, "batch_size": 32, "lr": 4e-3}   # a student before distillation
-WORLD_TEACHER = {"size": "l", "seed": 0, "pretrain": 300, "steps": 1500, "batch_size": 32, "lr": 3e-3}
+WORLD_TEACHER = WORLD_MODEL | {"size": "m", "steps": 1500}
 
 
 def world_checksums() -> dict[str, str]:
@@ -1106,7 +1107,7 @@ def world_rate(arm: str) -> float:
     return chosen["lr"].get(arm, chosen["default"])
 
 # %% ../nbs/19_minillm.ipynb #b8407d6e
-WORLD_DEFAULTS = {"size": "xs", "steps": 300, "minibatch": 32, "lr": None, "max_new_tokens": 56, "teacher": {}, "student": {},
+WORLD_DEFAULTS = {"size": "xs", "steps": 150, "minibatch": 32, "lr": None, "max_new_tokens": 56, "teacher": {}, "student": {},
                   "settings": {}, "valid_rows": 128, "score_on": "test", "score_rows": 0,   # score_rows 0: all
                   "score_seeds": 5}                                                  # lr None: world_rate
 
@@ -1118,7 +1119,8 @@ def world_run(arm: str, seed: int, **settings: Any) -> dict:  # settings: any of
         raise UserError(f"{', '.join(unknown)} is not known", where="world_run",
                         fix=f"Arms: {', '.join(WORLD_ARMS)}. Settings: {', '.join(WORLD_DEFAULTS)}.")
     p = {"arm": arm, "seed": seed} | WORLD_DEFAULTS | settings
-    return p | {"lr": p["lr"] or world_rate(arm)}
+    start = {k: v for k, v in WORLD_MODEL.items() if k not in ("size", "seed")}  # those are the run's own
+    return p | {"lr": p["lr"] or world_rate(arm), "teacher": WORLD_TEACHER | p["teacher"], "student": start | p["student"]}
 
 # %% ../nbs/19_minillm.ipynb #0df6b489
 def world_labels(model, tok, rows: list[dict]) -> dict:
@@ -1173,8 +1175,7 @@ def train_onpolicy(params: dict, folder: Path) -> dict:
     "Train and score one arm in the instruction world. Metrics: `world_metrics`, tokens read and drawn, seconds of training."
     p = params
     arm, tok = WORLD_ARMS[p["arm"]], load_world_tokenizer()
-    about_teacher = WORLD_TEACHER | p["teacher"]
-    teacher, _ = world_model(**about_teacher)
+    teacher, _ = world_model(**p["teacher"])
     model, _ = world_model(size=p["size"], seed=p["seed"], **p["student"])
     given = {"rollouts": p["minibatch"], "minibatch": p["minibatch"], "max_new_tokens": p["max_new_tokens"], "seed": p["seed"]}
     method = onpolicy_method(arm.method, tok, teacher, load_world("train"), corpus=[row["text"] for row in load_corpus()],
@@ -1188,7 +1189,7 @@ def train_onpolicy(params: dict, folder: Path) -> dict:
         gold = [(x, answer_tokens(tok, row["response"])) for x, row in zip(written.prompt_ids, held)]
         return {"score": float(rouge_l(written.texts[0], references_of(held)).mean()), "loss": mean_nll(model, gold, tok.pad_token_id)}
     result = train_on_policy(model, method, cfg, run_dir=folder, validate=validate)
-    asked = {"teacher": about_teacher, "split": p["score_on"], "rows": p["score_rows"], "max_new_tokens": p["max_new_tokens"]}
+    asked = {"teacher": p["teacher"], "split": p["score_on"], "rows": p["score_rows"], "max_new_tokens": p["max_new_tokens"]}
     theirs = cached("world_answers", asked, write_world_answers, modules=WORLD_MODULES, checksums=world_checksums())["response_ids"]
     rows = load_world(p["score_on"])[:p["score_rows"] or None]
     return world_metrics(result.model, teacher, rows, theirs, p["score_seeds"], p["max_new_tokens"]) | {
@@ -1203,8 +1204,7 @@ def work_done(method: OnPolicy) -> dict[str, int]:
 def run_world(runs: list[dict], *, jobs: int = 1, use_record: bool = False, desc: str = "students") -> list[dict]:
     "Train all runs (of `world_run`) that the cache or the record does not hold; results in their order. Teachers and starts come first."
     sums = world_checksums()
-    models = [WORLD_MODEL | WORLD_TEACHER | r["teacher"] for r in runs]
-    models += [WORLD_MODEL | {"size": r["size"], "seed": r["seed"]} | r["student"] for r in runs]
+    models = [r["teacher"] for r in runs] + [{"size": r["size"], "seed": r["seed"]} | r["student"] for r in runs]
     known = load_record("onpolicy") if use_record else {}
     if any(stable_hash(r) not in known for r in runs):
         wanted = list({stable_hash(m): m for m in models}.values())
@@ -1212,3 +1212,15 @@ def run_world(runs: list[dict], *, jobs: int = 1, use_record: bool = False, desc
                  desc="teacher, starts")
     return run_grid("onpolicy", "kd_notes.minillm:train_onpolicy", runs, modules=WORLD_MODULES, checksums=sums, jobs=jobs,
                     use_record=use_record, desc=desc)
+
+# %% ../nbs/19_minillm.ipynb #44fac4bd
+def run_cells(cells: dict[Any, dict], seeds: Sequence[int], **how: Any) -> dict[Any, list[dict]]:  # cells: {name: settings, arm included}
+    "{name: metrics of each seed}; `how` is passed to `run_world`."
+    runs = {name: [world_run(seed=s, **settings) for s in seeds] for name, settings in cells.items()}
+    found = {stable_hash(r["params"]): r["metrics"] for r in run_world([r for rs in runs.values() for r in rs], **how)}
+    return {name: [found[stable_hash(r)] for r in rs] for name, rs in runs.items()}
+
+# %% ../nbs/19_minillm.ipynb #f19e6cd7
+def item_scores(metrics: Sequence[dict], name: str = "items") -> np.ndarray:
+    "A packed list of numbers of several runs as a table, (seeds, items)."
+    return np.array([unpack_numbers(m[name]) for m in metrics])

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAX_CHARS', 'MAX_DEPTH', 'METRICS', 'EquationError', 'tokenize', 'parse_equation', 'tree_value', 'equation_value',
-           'equation_equal', 'exact_match', 'is_correct', 'correct', 'outcomes', 'accuracy', 'majority_baseline',
-           'pack_bits', 'unpack_bits', 'pack_numbers', 'unpack_numbers']
+           'equation_equal', 'exact_match', 'is_correct', 'outcomes', 'accuracy', 'majority_baseline', 'pack_bits',
+           'unpack_bits', 'pack_numbers', 'unpack_numbers']
 
 # %% ../nbs/02_evaluate.ipynb #2d0ccf59
 import base64
@@ -135,11 +135,6 @@ def is_correct(metric: str,           # "exact" or "equation"
     if metric not in METRICS:
         raise UserError(f"{metric!r} is not a metric", where="metric", fix=f"Choose one of: {', '.join(sorted(METRICS))}.")
     return METRICS[metric](prediction, label)
-
-
-def correct(task: Any, prediction: Any, example: Any) -> bool:
-    "`is_correct` for a TaskInfo (its `metric`) and an Example (its `label`)."
-    return is_correct(task.metric, prediction, example.label)
 
 # %% ../nbs/02_evaluate.ipynb #42bba4b3
 def outcomes(metric: str,                     # "exact" or "equation"

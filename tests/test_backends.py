@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from transformers import (Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig,
                           MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM)
 
+from helpers import sharper
 from kd_notes import backends as kb
 from kd_notes.backends import Completion, Decoding, LocalBackend, OpenAIBackend, ReplayBackend, completion_row, open_backend
 from kd_notes.core import UserError, append_jsonl, write_json
@@ -35,19 +36,10 @@ def tok(tmp_path_factory):
     return train_mini_tokenizer([" ".join(WORDS), SHOTS] * 20, 600, tmp_path_factory.mktemp("tok"))
 
 
-def sharper(model, seed=0, scale=4.0):
-    "Random weights large enough that greedy choices are not near-ties, and vary."
-    generator = torch.Generator().manual_seed(seed)
-    for p in model.parameters():
-        if p.dim() > 1:
-            p.data = torch.randn(p.shape, generator=generator) * scale / p.shape[-1]**0.5
-    return model.eval().requires_grad_(False)
-
-
 def llama(tok, kv=2, context=512, seed=0):
     return sharper(LlamaForCausalLM(LlamaConfig(vocab_size=len(tok), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
                    num_attention_heads=4, num_key_value_heads=kv, max_position_embeddings=context, tie_word_embeddings=False,
-                   pad_token_id=0, eos_token_id=1, bos_token_id=2)), seed)
+                   pad_token_id=0, eos_token_id=1, bos_token_id=2)), seed, 4.0)
 
 
 @pytest.fixture(scope="module")

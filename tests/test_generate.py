@@ -1,6 +1,7 @@
 """Generation: batches against one by one in float64, distributions by chi-square, beam and speculation against enumeration."""
 import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from transformers import (GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM, OPTConfig, OPTForCausalLM, Qwen2Config,
                           Qwen2ForCausalLM)
 
+import helpers
 from kd_notes import generate as kg
 from kd_notes.backends import draws
 from kd_notes.core import UserError
@@ -20,17 +22,7 @@ torch.set_num_threads(1)
 VOCAB = 40
 STOPS = (1, 2, 3)
 WAYS = [{}, {"temperature": 0.7}, {"top_k": 4}, {"temperature": 1.4, "top_p": 0.6}]
-
-
-def sharper(model, seed=0, scale=2.0):
-    "Random weights large enough that distributions are not flat; float64."
-    generator = torch.Generator().manual_seed(seed)
-    for p in model.parameters():
-        if p.dim() > 1:
-            p.data = torch.randn(p.shape, generator=generator)*scale/p.shape[-1]**0.5
-    return model.double().eval().requires_grad_(False)
-
-
+sharper = partial(helpers.sharper, dtype=torch.float64)
 SIZE = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
             max_position_embeddings=128, pad_token_id=0, eos_token_id=1, bos_token_id=2)
 KINDS = {

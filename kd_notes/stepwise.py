@@ -169,6 +169,7 @@ ARMS = {
     "dss_oracle": Arm("step-by-step, oracle rationales", rationales="oracle"),
     "single_task": Arm("rationale, then label", rationales="teacher", rows=single_task_rows),
     "shuffled": Arm("placebo: shuffled rationales", rationales="shuffled"),
+    "shuffled_oracle": Arm("placebo: shuffled oracle rationales", rationales="shuffled oracle"),
     "empty": Arm("placebo: empty rationales", rationales="empty"),
     "copy": Arm("placebo: copy of the input", rationales="input"),
 }
@@ -190,7 +191,7 @@ def arm_rows(arm: str, task: str, n: int, split: str = "pool", seed: int = 0) ->
 
 # %% ../nbs/14_stepwise.ipynb #afe35d21
 def _reasoned(spec: Arm, drawn: list[Example], seed: int) -> list[Example]:
-    if spec.rationales == "shuffled":
+    if spec.rationales.startswith("shuffled"):
         return shuffled(drawn, seed)
     if spec.rationales == "empty":
         return [replace(e, rationale=" ") for e in drawn]

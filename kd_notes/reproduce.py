@@ -1195,16 +1195,24 @@ def distill_command(data: Annotated[Path, typer.Option(help="JSONL: prompt and r
 
 # %% ../nbs/30_reproduce.ipynb #cli-bench-2
 @app.command("bench")
-def bench_command(tokens: Annotated[list[int] | None, typer.Option(help="Tokens in a batch; may be given several times.")] = None,
-                  vocab: Annotated[int, typer.Option(help="Entries of the vocabulary.")] = 49_152,
-                  width: Annotated[int, typer.Option(help="Width of the hidden states.")] = 576,
-                  repeats: Annotated[int, typer.Option(help="Samples of each arm.")] = 5,
-                  device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu") -> None:
-    "Time the fused loss, plain PyTorch and what else is installed, as ratios to four matrix products at this machine's rate."
+def bench_command(parts: Annotated[list[str] | None, typer.Option("--part", help="loss, loop, pair or on-policy; default: all.")] = None,
+                  tokens: Annotated[list[int] | None, typer.Option(help="Tokens in a batch of the loss; may be repeated.")] = None,
+                  vocab: Annotated[int, typer.Option(help="Entries of the vocabulary of the loss.")] = 49_152,
+                  width: Annotated[int, typer.Option(help="Width of its hidden states.")] = 576,
+                  repeats: Annotated[int, typer.Option(help="Samples of each arm of the loss.")] = 5,
+                  teacher: Annotated[str, typer.Option(help="Of pair and on-policy; mini: a random one.")] = "smollm2",
+                  turns: Annotated[int, typer.Option(help="Turns of each arm of loop, pair and on-policy.")] = 5,
+                  device: Annotated[str, typer.Option(help="cpu, or cuda for the loss alone.")] = "cpu") -> None:
+    "Time loss, loop and on-policy step beside what else is installed, as ratios, and compare them with what is promised."
     with guard():
-        from kd_notes.bench import bench
-        for row in bench(tuple(tokens or (512, 2048)), vocab, width, repeats=repeats, device=device):
-            print(json.dumps(row, default=str))
+        from kd_notes import bench
+        rows = []
+        for row in bench.measure(parts or (("loss", *bench.STEPS) if device == "cpu" else ("loss",)), tokens=tuple(tokens or (512, 2048)),
+                                 vocab=vocab, width=width, repeats=repeats, device=device, teacher=teacher, turns=turns):
+            rows.append(row)
+            print(json.dumps(row, default=str), flush=True)
+        for bar in bench.bars(rows):
+            print(json.dumps(bar))
 
 # %% ../nbs/30_reproduce.ipynb #55dc4a3b
 def _some(names: Sequence[str] | None) -> Sequence[str]:

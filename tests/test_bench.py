@@ -57,6 +57,106 @@ def test_memory_is_that_of_the_arm_above_its_gradients():
         B.extra_memory("nobody", 8, 8, 8)
 
 
+def steps_at(units: int, *rates: float) -> list:
+    return [B.Step(units, 0.5, rate, 1.0, {}) for rate in rates]
+
+
+def test_share_and_speed_are_corrected_by_the_rate_of_their_own_step():
+    "Two steps of half a second, one while the machine is half as fast: 6 N tokens/s over the rate is twice as high there."
+    found = {"ours": [steps_at(100, 2e9, 1e9)], "padded loop": [steps_at(50, 2e9, 2e9)]}
+    share, its_share, speed = B.step_rows({"part": "loop", "case": "x"}, found, {}, work=6*1e6)
+    assert (share["low"], share["high"], share["n"]) == (0.6, 1.2, 2) and its_share["ratio"] == pytest.approx(0.3)
+    assert speed["arm"] == "padded loop" and speed["n"] == 1                 # one turn is one ratio
+    assert speed["ratio"] == pytest.approx((200/1.5e9)/(100/2e9))
+
+
+def test_parts_of_a_step_are_in_units_of_our_step():
+    parts = [dict(zip(B.PARTS, t)) for t in ((1.0, 0.5, 0.5), (4.0, 1.0, 1.0))]
+    found = {"ours": [[B.Step(8, 2.0, 1e9, 1.0, parts[0])]], "TRL": [[B.Step(8, 6.0, 1e9, 1.0, parts[1])]]}
+    rows = [r for r in B.step_rows({"part": "on-policy", "case": "x"}, found, {}) if r["measure"] in B.PARTS]
+    assert [r["ratio"] for r in rows] == [0.5, 0.25, 0.25, 2.0, 0.5, 0.5]
+
+
+def test_a_training_stands_still_between_its_steps_and_ends_when_closed():
+    done, ended = [], []
+
+    def run(step):
+        try:
+            for i in range(5):
+                done.append(i)
+                step(i)
+        finally:
+            ended.append(True)
+    steps = B.in_steps(run)
+    assert done == [] and next(steps) == (0,) and next(steps) == (1,)
+    time.sleep(0.05)
+    assert done == [0, 1] and not ended
+    steps.close()
+    assert ended and done == [0, 1]
+    with pytest.raises(ZeroDivisionError):
+        next(B.in_steps(lambda step: 1/0))
+
+
+def test_both_loops_train_on_the_same_rows_and_count_tokens_without_padding(monkeypatch):
+    rows = B.token_rows(3, 9, n=8, vocab=50)
+    monkeypatch.setattr(B, "token_rows", lambda *args, **kwargs: rows)
+    assert all(3 <= len(r) <= 9 and r[-1] == 1 for r in rows)
+    for arm in (B.our_loop, B.padded_loop):
+        steps = arm(3, 9, "xs", batch=8, vocab=50)
+        assert [next(steps)[0] for _ in range(2)] == [sum(map(len, rows))]*2   # every row in every step
+        steps.close()
+
+
+def test_the_trainer_learns_the_same_kl_as_ours():
+    "On one batch: the peer's loss over whole padded logits is the mean of what our method sums."
+    from kd_notes.whitebox import KD, encode_dialogue, load_prompts
+    student, teacher, tokenizer = B.pair_models("mini")
+    torch.nn.init.normal_(student.get_input_embeddings().weight, std=0.3)
+    rows = [encode_dialogue(d, tokenizer, 64) for d in load_prompts("train")[:3]]
+    inputs = B.padded([r["source"] + r["target"] for r in rows], tokenizer.pad_token_id, [len(r["source"]) for r in rows])
+    method = KD(tokenizer, teacher)
+    batch = method.collate(rows)
+    ours = method.sums(student, batch)["kd"]/method.counts(batch)["kd"]
+    torch.testing.assert_close(B.whole_logits_kl(student, teacher, inputs), ours, rtol=1e-4, atol=1e-5)
+
+
+def test_a_peer_of_the_loop_that_is_missing_or_fails_is_absent_and_ours_is_measured(monkeypatch):
+    def broken(**_):
+        raise RuntimeError("no such kernel\nat line 3")
+        yield
+    tiny = dict(turns=2, count=2, gemm=32, fresh=False)
+    monkeypatch.setitem(B.STEPS["on-policy"], "TRL", broken)
+    monkeypatch.setitem(B.NEEDS, "TRL", "a_library_that_nobody_has")
+    rows = B.bench_onpolicy("mini", 2, 3, **tiny)
+    assert rows[0] == {"part": "on-policy", "case": "mini", "arm": "TRL", "absent": "not installed"}
+    assert sum(r["ratio"] for r in rows[1:]) == pytest.approx(1, abs=0.5) and {r["n"] for r in rows[1:]} == {4}
+    monkeypatch.delitem(B.NEEDS, "TRL")
+    assert B.bench_onpolicy("mini", 2, 3, **tiny)[0]["absent"] == "RuntimeError: no such kernel"
+    assert B.bench_onpolicy("mini", 2, 3, peers=[], **tiny)[0]["absent"] == "left out"
+    monkeypatch.setitem(B.STEPS["on-policy"], "ours", broken)
+    with pytest.raises(RuntimeError, match="no such kernel"):
+        B.bench_onpolicy("mini", 2, 3, **tiny)
+
+
+def test_an_arm_has_its_own_process_which_tells_why_it_ended():
+    call = dict(low=4, high=9, batch=2, vocab=40)
+    with B.worker("loop", "ours", 32, size="xs", **call) as turn, B.worker("loop", "ours", 32, size="no such size", **call) as bad:
+        first, second = turn(1), turn(2)
+        assert [type(s) for s in first + second] == [B.Step]*3 and all(8 <= s.units <= 18 and s.seconds > 0 for s in first + second)
+        with pytest.raises(UserError, match="no such size"):
+            bad(1)
+
+
+def test_a_bar_without_its_peer_is_not_measured():
+    label = {"part": "on-policy", "case": "smollm2", "arm": "TRL"}
+    [open_bar] = B.bars([label | {"absent": "not installed"}])
+    assert (open_bar["measured"], open_bar["met"], open_bar["absent"]) == (None, None, "not installed")
+    [bar] = B.bars([label | {"measure": B.SPEED, "ratio": 1.49}, {"part": "on-policy", "case": "mini", "arm": "TRL", "measure": B.SPEED, "ratio": 9}])
+    assert (bar["bar"], bar["promised"], bar["met"]) == ("on-policy: speed over TRL", 1.5, False)
+    loop = [{"part": "loop", "case": case, "arm": arm, "measure": B.SHARE, "ratio": 0.52} for case in B.LENGTHS for arm in ("ours", "padded loop")]
+    assert [(b["case"], b["promised"], b["met"]) for b in B.bars(loop)] == [("fixed length", 0.55, False), ("variable length", 0.5, True)]
+
+
 def test_bars_compare_our_rows_only():
     rows = [{"arm": "ours", "tokens": 512, "ratio": 1.39, "MB": 251.0}, {"arm": "plain", "tokens": 512, "ratio": 9.0, "MB": 9e3}]
     assert [(b["promised"], b["met"]) for b in B.bars(rows)] == [(1.4, True), (250, False)]

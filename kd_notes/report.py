@@ -108,9 +108,12 @@ def hierarchical_bootstrap(outcomes: Any,                # [seeds, items]: outco
     "Mean over seeds and items with a 95 % percentile interval from drawing both again. One seed: items only. Raises UserError."
     table = _as_table(outcomes)
     mean, factor = table.mean(), small_sample_factor(len(table)) if small_sample else 1.0
+    shares = np.isin(table, (0.0, 1.0)).all()  # of right answers: an interval that leaves [0, 1] says nothing there
     table = table + (factor - 1) * (table.mean(1, keepdims=True) - mean)
     drawn = _draw_means(table, draws, seed)
     low, high = np.quantile(drawn, [0.025, 0.975])
+    if shares:
+        low, high = max(low, 0.0), min(high, 1.0)
     tail = min((drawn <= 0).sum(), (drawn >= 0).sum())
     p = min(1.0, 2 * (tail + 1) / (draws + 1))
     return Estimate(float(mean), float(low), float(high), len(table), table.shape[1], float(p))

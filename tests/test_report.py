@@ -306,3 +306,10 @@ def test_an_interval_plot_has_a_panel_for_each_world_and_an_arm_in_each_row():
 def test_a_reliability_diagram_is_labelled():
     fig = rp.reliability_diagram({"a": [{"n": 2, "confidence": 0.6, "accuracy": 0.5}]})
     assert fig.axes[0].get_xlabel() == "confidence" and fig.axes[0].get_ylabel() == "accuracy"
+
+
+def test_the_interval_of_an_accuracy_stays_within_zero_and_one_and_others_do_not():
+    right = np.ones((3, 100))
+    right[0, :8] = 0
+    assert rp.hierarchical_bootstrap(right).high == 1 and rp.hierarchical_bootstrap(1 - right).low == 0
+    assert rp.hierarchical_bootstrap(right + 0.5).high > 1.5  # no share of right answers

@@ -674,7 +674,7 @@ def _span_uld(student: _Spans, teacher: _Spans) -> Tensor:
 
 # %% ../nbs/06_divergences.ipynb #fa361686
 def matching_tokens(student_tokenizer: Any, teacher_tokenizer: Any) -> tuple[Tensor, Tensor]:
-    "Ids of the tokens that stand for the same text in both vocabularies, (M,) for the student and (M,) for the teacher."
+    "Ids of the tokens that stand for the same text in both vocabularies, (M,) for either. Raises UserError if there is none."
     student, teacher = ({t.replace("▁", "Ġ"): i for t, i in tok.get_vocab().items()} for tok in (student_tokenizer, teacher_tokenizer))
     ends = [tok.eos_token_id for tok in (student_tokenizer, teacher_tokenizer)]
     pairs = {s: teacher[text] for text, s in student.items() if text in teacher and s != ends[0] and teacher[text] != ends[1]}

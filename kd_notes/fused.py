@@ -507,11 +507,6 @@ def _vocabulary(name: str, student_weight: Tensor, teacher_weight: Tensor | None
         return widths
     return (align_vocabulary(*(torch.empty(0, width) for width in widths), size)[0].shape[-1],)*2
 
-# %% ../nbs/07_fused.ipynb #0c7d040a
-def _positive(name: str, value: Any) -> None:
-    if not (isinstance(value, (int, float)) and 0 < value < math.inf):
-        raise UserError(f"{value!r} is not a number above 0", where=name, fix="Pass one, or leave it out.")
-
 # %% ../nbs/07_fused.ipynb #a90b7280
 def _positions(shape: torch.Size, mask: Tensor | None, **tensors: Tensor | None) -> list[Tensor | None]:
     "Every tensor (*shape, ...) as (n, ...), without the masked positions. Raises UserError if a shape differs."

@@ -430,7 +430,7 @@ def judge_summary(judgements: Sequence[Judgement]) -> dict[str, Any]:
 
 # %% ../nbs/17_measure.ipynb #6e6367b8
 def time_in_turns(runs: Mapping[str, Callable[[], Any]], rounds: int = 5) -> dict[str, list[float]]:
-    "Seconds of each run in each round; one round before them is not counted. All runs take their turn in every round."
+    "Seconds of each run in each round; one round before them is not counted. All runs take their turn in every round. Raises UserError."
     if rounds < 1 or not runs:
         raise UserError(f"{len(runs)} runs in {rounds} rounds", where="time_in_turns", fix="Give at least one of each.")
     seconds: dict[str, list[float]] = {name: [] for name in runs}

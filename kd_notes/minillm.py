@@ -421,7 +421,7 @@ class Buffer(Callback):
     def __init__(self, method: "OnPolicy"):
         self.method, self.responses, self.cycle = method, {}, -1
         self.loop, self.student = None, None
-        self.work, self.read = Counter(), 0    # tokens drawn by source and tokens read in training, prompts included; seconds of drawing
+        self.work, self.read = Counter(), 0    # tokens drawn by source and tokens read in training, prompts included
 
     @property
     def epoch_steps(self) -> int:

@@ -357,7 +357,7 @@ def write_responses(path: Path | str,                # JSONL file; an interrupte
 
 # %% ../nbs/18_whitebox.ipynb #fd2b9d34
 def encode_twice(d: Dialogue, tokenizer, teacher_tokenizer, max_length: int = 0, system: str | None = None) -> dict:
-    "`encode_dialogue` with both tokenizers ('teacher_source', ...), and 'ends', 'teacher_ends': where each target token ends in the text."
+    "`encode_dialogue` with both tokenizers ('teacher_source', ...), and where each target token ends ('ends', ...). Raises UserError."
     out = {}
     for prefix, tok in (("", tokenizer), ("teacher_", teacher_tokenizer)):
         row, (ids, ends) = encode_dialogue(d, tok, max_length, system), token_ends(tok, d.response, eos=d.whole)
@@ -929,6 +929,7 @@ def pair_cache(p: dict, teacher, tokenizer, rows: list[dict]) -> tuple[LogitCach
 
 # %% ../nbs/18_whitebox.ipynb #0226d85e
 def pair_validation(p: dict, split: str, teacher, tokenizer, rows: list[dict] | None = None) -> Validation:
+    "Validation on the held-out rows of a pair; the teacher's hidden states are kept in the cache."
     rows = pair_rows(p, split, tokenizer) if rows is None else rows
     return Validation(rows, tokenizer.pad_token_id, teacher, states_file=_pair_folder(p, "states", rows).with_suffix(".safetensors"))
 

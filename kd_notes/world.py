@@ -205,7 +205,7 @@ def _follow(a: Answers, symbols: Iterable) -> Iterator[tuple[float, Closure]]:
 
 
 def log_prob(a: Answers, symbols: Sequence) -> float:
-    "Natural log of the probability of a whole answer, whose last symbol is the end; -inf if it is impossible."
+    "Natural log of the probability of a whole answer; -inf if it is impossible. Raises UserError if its last symbol is not the end."
     if not symbols or symbols[-1] != a.end:
         raise UserError("an answer ends with the end symbol", where="log_prob", fix=f"Append {a.end!r}.")
     return sum(math.log(p) if p else -math.inf for p, _ in _follow(a, symbols))

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['PAIR_RUN', 'UNTRAINED', 'EVAL_FILES', 'RULES', 'ALPACA', 'PHASES', 'UNKNOWN', 'ORIGINS', 'STATUS', 'PARTS', 'is_set',
            'arm_settings', 'check_run', 'pair_run', 'Asked', 'asked', 'real_file', 'hub_rows', 'split_rows', 'load_set',
-           'run_rows', 'corpus_texts', 'open_teacher', 'open_student', 'check_room', 'total_steps', 'sft_phase',
-           'train_pair_teacher', 'train_pair_student', 'phase_run', 'spec_checksums', 'run_checksums', 'run_phase',
-           'phase_model', 'pair_teacher', 'pair_start', 'sampled', 'set_metrics', 'pair_method', 'train_third_phase',
-           'train_pair_arm', 'run_arms', 'PairFile', 'config_of', 'load_pair_file', 'pair_file', 'pair_settings',
-           'pair_memory']
+           'run_rows', 'corpus_texts', 'open_teacher', 'open_student', 'check_room', 'total_steps', 'merged',
+           'sft_phase', 'train_pair_teacher', 'train_pair_student', 'phase_run', 'spec_checksums', 'run_checksums',
+           'run_phase', 'phase_model', 'pair_teacher', 'pair_start', 'sampled', 'set_metrics', 'pair_method',
+           'train_third_phase', 'train_pair_arm', 'run_arms', 'PairFile', 'config_of', 'load_pair_file', 'pair_file',
+           'pair_settings', 'pair_memory']
 
 # %% ../nbs/20_pairs.ipynb #86a20f56
 import math
@@ -228,15 +228,15 @@ def corpus_texts(p: dict) -> list[str]:
         raise UserError("a row has no text", where=p["corpus"], fix='Rows of a corpus have the field "text".')
     return texts
 
-# %% ../nbs/20_pairs.ipynb #869ac019
-def _mini(spec: str, seed: int):
+# %% ../nbs/20_pairs.ipynb #caab4499
+def _mini(spec: str, seed: int, device: str | None):
     kind, _, size = spec.partition(":")
     if kind != "mini":
         return None
     if size not in SIZES["causal"]:
         raise UserError(f"there is no mini model {size!r}", where=spec, fix=f"Sizes are {', '.join(SIZES['causal'])}.")
     tok = load_mini_tokenizer()
-    return mini_model("causal", size, len(tok), seed=seed).to(default_device()), tok
+    return mini_model("causal", size, len(tok), seed=seed).to(device or default_device()), tok
 
 
 def _with_template(tokenizer, p: dict):
@@ -244,18 +244,19 @@ def _with_template(tokenizer, p: dict):
         tokenizer.chat_template = ALPACA
     return tokenizer
 
-# %% ../nbs/20_pairs.ipynb #78ea64a0
+# %% ../nbs/20_pairs.ipynb #770997b4
 def open_teacher(p: dict, trainable: bool = False):  # trainable: for phase 1, in float32
     "(model, tokenizer) of the teacher before phase 1. Raises UserError."
     device = p["train"].get("device")
-    found = _mini(p["teacher"], seed=0) or (load_pretrained(p["teacher"], device=device) if trainable else
+    found = _mini(p["teacher"], 0, device) or (load_pretrained(p["teacher"], device=device) if trainable else
                                             load_teacher(p["teacher"], dtype=p["teacher_dtype"], device=device))
     return found[0] if trainable else freeze(found[0]), _with_template(found[1], p)
 
 
 def open_student(p: dict, teacher, tokenizer):
     "(model, tokenizer) of the student before phase 2, in float32. Raises UserError."
-    model, own = _mini(p["student"], p["seed"]) or make_student(p["student"], teacher, tokenizer, device=p["train"].get("device"))
+    device = p["train"].get("device")
+    model, own = _mini(p["student"], p["seed"], device) or make_student(p["student"], teacher, tokenizer, device=device)
     return model, _with_template(own, p)
 
 # %% ../nbs/20_pairs.ipynb #228a0a71
@@ -271,7 +272,12 @@ def total_steps(length: int | str, rows: int, batch: int) -> int:  # length: ste
     "Optimizer steps of a phase."
     return length if isinstance(length, int) else max(1, math.ceil(float(length.split()[0])*rows/batch))
 
-# %% ../nbs/20_pairs.ipynb #4faef438
+# %% ../nbs/20_pairs.ipynb #8b9d63a2
+def merged(model):
+    "The model with its LoRA adapter, if it was trained with one, merged into its weights."
+    return model.merge_and_unload() if hasattr(model, "peft_config") else model
+
+
 def sft_phase(model, tokenizer, p: dict, length: int | str, lr: float, seed: int, folder: Path) -> TrainResult:
     "Finetune on the run's instructions and save the best checkpoint in folder/model. Continues a killed run. Raises UserError."
     check_room(p, model)
@@ -281,25 +287,26 @@ def sft_phase(model, tokenizer, p: dict, length: int | str, lr: float, seed: int
                           "schedule": "cosine", "weight_decay": 0.01, "seed": seed, "eval_every": max(1, steps//8),
                           "save_every": max(1, min(100, steps//4)), "keep_best": True} | p["train"]))
     result = finetune(model, tokenizer, rows, held, cfg, run_dir=folder/"sft")
+    result.model = merged(result.model)
     save_model(result.model, folder/"model", tokenizer)
     return result
 
-# %% ../nbs/20_pairs.ipynb #99fd630e
-def _sft_metrics(result: TrainResult, model) -> dict:
-    return {"loss": result.best["loss"], "best_step": result.best["step"], "parameters": count_parameters(model),
+# %% ../nbs/20_pairs.ipynb #06dedc7b
+def _sft_metrics(result: TrainResult) -> dict:
+    return {"loss": result.best["loss"], "best_step": result.best["step"], "parameters": count_parameters(result.model),
             "train_seconds": result.seconds}
 
 
 def train_pair_teacher(params: dict, folder: Path) -> dict:
     "Phase 1. For `run_grid`; the model is in folder/model."
     model, tok = open_teacher(params, trainable=True)
-    return _sft_metrics(sft_phase(model, tok, params, params["teacher_steps"], params["teacher_lr"], 0, folder), model)
+    return _sft_metrics(sft_phase(model, tok, params, params["teacher_steps"], params["teacher_lr"], 0, folder))
 
 
 def train_pair_student(params: dict, folder: Path) -> dict:
     "Phase 2. For `run_grid`; the model is in folder/model."
     model, tok = open_student(params, *pair_teacher(params))
-    return _sft_metrics(sft_phase(model, tok, params, params["student_steps"], params["student_lr"], params["seed"], folder), model)
+    return _sft_metrics(sft_phase(model, tok, params, params["student_steps"], params["student_lr"], params["seed"], folder))
 
 # %% ../nbs/20_pairs.ipynb #3902bd39
 _PHASE_1 = ("teacher", "data", "template", "system", "train_rows", "valid_rows", "max_prompt", "max_new_tokens", "teacher_steps",
@@ -408,7 +415,7 @@ def train_third_phase(p: dict, student, tokenizer, teacher, teacher_tokenizer, f
         return {"score": float(rouge_l(texts, [r["references"] for r in held]).mean()), "loss": loss}
     return train_on_policy(student, method, cfg, run_dir=folder, validate=validate), method
 
-# %% ../nbs/20_pairs.ipynb #25ff9e6b
+# %% ../nbs/20_pairs.ipynb #1e322bb7
 def train_pair_arm(params: dict, folder: Path) -> dict:
     "Phase 3 and the evaluation of a run. Metrics: {'sets': {name: `set_metrics`}}, validation, cost. For `run_grid`."
     p, spent = params, {}
@@ -417,7 +424,7 @@ def train_pair_arm(params: dict, folder: Path) -> dict:
     if p["arm"] not in UNTRAINED:
         result, method = train_third_phase(p, model, tok, teacher, teacher_tok, folder)
         best = {"best_step": result.best["step"], "validation": result.best["score"], "valid_loss": result.best["loss"]}
-        spent, model = best | {"train_seconds": result.seconds} | work_done(method), result.model
+        spent, model = best | {"train_seconds": result.seconds} | work_done(method), merged(result.model)
     sets, seeds = {}, EVAL_SEEDS[:p["score_seeds"]]
     with _autocast(p):
         for name in p["evaluate"]:
@@ -526,12 +533,11 @@ def pair_settings(pair: PairFile, arm: str, seed: int, **given: Any) -> dict:  #
                         fix="Give values of yours.")
     return pair_run(arm, seed, **(pair.settings | given))
 
-# %% ../nbs/20_pairs.ipynb #3e01f1d9
-def pair_memory(pair: PairFile, processes: int = 1, **given: Any) -> dict[str, int]:  # processes: with given train={"fsdp": True, ...}
-    "Bytes of phase 3 on one process, from the shapes of the file: see `memory_estimate`. Loads and computes nothing."
+# %% ../nbs/20_pairs.ipynb #e1c2c90b
+def pair_memory(pair: PairFile, **given: Any) -> dict[str, int]:  # given: settings that replace those of the file
+    "Bytes of phase 3 on one GPU, from the shapes of the file: see `memory_estimate`. Loads and computes nothing."
     p = PAIR_RUN | {k: v for k, v in pair.settings.items() if v != UNKNOWN} | given
     cfg = TrainConfig(steps=1, batch_size=p["micro_batch"] or p["minibatch"], lr=1.0, **p["train"])
     student, teacher = (config_of(pair.shapes[who], f"{pair.name}.json, shapes.{who}") for who in ("student", "teacher"))
     teacher.dtype = getattr(torch, p["teacher_dtype"])
-    return memory_estimate(student, cfg, length=p["max_prompt"] + p["max_new_tokens"], targets=p["max_new_tokens"], teacher=teacher,
-                           processes=processes)
+    return memory_estimate(student, cfg, length=p["max_prompt"] + p["max_new_tokens"], targets=p["max_new_tokens"], teacher=teacher)

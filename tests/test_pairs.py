@@ -1,0 +1,282 @@
+"""Real pairs: three phases on tiny models of four architectures, kills and bf16, evaluation sets, parameter files, bad input."""
+import json
+import math
+
+import pytest
+import torch
+
+import kd_notes.pairs as pairs
+from kd_notes.core import UserError
+from kd_notes.generate import Sampling, sample
+from kd_notes.minillm import response, token_logprobs
+from kd_notes.models import load_mini_tokenizer, load_pretrained
+from kd_notes.pairs import (UNKNOWN, check_run, config_of, hub_rows, load_pair_file, load_set, pair_file, pair_memory, pair_method, pair_run,
+                            pair_settings, phase_model, run_arms, run_rows, split_rows, train_pair_arm, train_pair_student)
+from kd_notes.train import Callback
+
+torch.set_num_threads(1)
+FILES = sorted((pair_file("gpt2-120m").parent).glob("*.json"))
+SHAPES = {"gpt2": dict(model_type="gpt2", n_layer=1, n_embd=16, n_head=2, n_positions=160),
+          "opt": dict(model_type="opt", num_hidden_layers=1, hidden_size=16, num_attention_heads=2, ffn_dim=32, word_embed_proj_dim=16,
+                      max_position_embeddings=160),
+          "llama": dict(model_type="llama", num_hidden_layers=1, hidden_size=16, num_attention_heads=2, intermediate_size=32,
+                        max_position_embeddings=160),
+          "qwen2": dict(model_type="qwen2", num_hidden_layers=1, hidden_size=16, num_attention_heads=2, num_key_value_heads=1,
+                        intermediate_size=32, max_position_embeddings=160)}
+
+
+def build(kind, seed=0, rows=0, scale=0.4, **more):
+    "A tiny causal model with random weights, large enough that its distributions are not flat; `rows`: embeddings beyond the tokenizer."
+    from transformers import AutoModelForCausalLM
+    tok = load_mini_tokenizer()
+    config = config_of(SHAPES[kind] | {"vocab_size": len(tok) + rows} | more)
+    config.pad_token_id, config.bos_token_id, config.eos_token_id = tok.pad_token_id, tok.eos_token_id, tok.eos_token_id
+    for name in ("dropout", "embd_pdrop", "attn_pdrop", "resid_pdrop"):
+        if hasattr(config, name):
+            setattr(config, name, 0.0)
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config)
+    for p in model.parameters():
+        if p.dim() > 1:
+            p.data = torch.randn_like(p)*scale
+    return model.eval(), tok
+
+
+def folders(kind, path):
+    "Specs of a teacher and a student of one architecture; the teacher's head is wider where the real family's is."
+    for who, seed in (("teacher", 0), ("student", 1)):
+        model, tok = build(kind, seed, rows=8*(kind == "qwen2" and who == "teacher"))
+        model.save_pretrained(path/who)
+        tok.save_pretrained(path/who)
+    return {"teacher": str(path/"teacher"), "student": str(path/"student")}
+
+
+TINY = dict(system=None, max_prompt=120, max_new_tokens=12, train_rows=6, valid_rows=2, teacher_steps=1, teacher_lr=1e-3, student_steps=2,
+            student_lr=1e-3, sft_batch=2, steps=4, lr=1e-3, minibatch=2, micro_batch=1, score_rows=3, score_seeds=2,
+            minillm={"rollouts": 4, "inner_epochs": 1}, train={"device": "cpu", "precision": "bf16"})
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("KD_NOTES_CACHE", str(tmp_path/"cache"))
+
+
+class Stop(Callback):
+    def on_step(self, loop):
+        if loop.step == 3:
+            raise KeyboardInterrupt
+
+
+def numbers(metrics):
+    return {k: v for k, v in metrics.items() if k != "train_seconds"}
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_three_phases_a_stop_and_a_resume_in_bf16(kind, tmp_path, monkeypatch):
+    "Teacher and student of one architecture: all phases, and phase 3 broken off in the middle gives the same numbers as uninterrupted."
+    run = pair_run("minillm", 0, **TINY, **folders(kind, tmp_path))
+    metrics = run_arms([run])[0]["metrics"]
+    found = metrics["sets"]["prompts"]
+    assert found["rows"] == 3 and all(math.isfinite(v) for v in found.values() if not isinstance(v, str))
+    assert found["reverse_kl"] > 0 and found["forward_kl"] > 0 and metrics["tokens_mixed"] > 0
+    start, _ = load_pretrained(phase_model("student", run), device="cpu")
+    assert start.config.model_type == kind and start.dtype == torch.float32
+    plain, ready = pairs.train_on_policy, tmp_path/"stopped"
+    monkeypatch.setattr(pairs, "train_on_policy", lambda *a, **k: plain(*a, **k, callbacks=[Stop()]))
+    with pytest.raises(KeyboardInterrupt):
+        train_pair_arm(run, ready)
+    monkeypatch.setattr(pairs, "train_on_policy", plain)
+    assert list(ready.glob("**/*.safetensors")) and numbers(train_pair_arm(run, ready)) == numbers(metrics)
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_log_probabilities_as_drawn_are_those_of_a_forward_pass(kind):
+    "With caches and left padding, positions must be right in every architecture."
+    model, tok = build(kind)
+    prompts = [tok.encode(t, add_special_tokens=False) for t in ("What is a ladle used for?", "Why?", "Name a city, and say where it is.")]
+    drawn = sample(model, prompts, Sampling(10, stop_ids=(tok.eos_token_id,), seed=3), vocabulary=len(tok))
+    rows = [response(str(i), p, ids, "student") for i, (p, ids) in enumerate(zip(prompts, drawn.response_ids))]
+    for seen, log in zip(token_logprobs(model, rows, tok.pad_token_id), drawn.log_student):
+        assert torch.allclose(torch.tensor(seen), torch.as_tensor(log), atol=1e-4)
+
+
+def test_phase_two_continues_a_stopped_training(tmp_path, monkeypatch):
+    run = pair_run("sft", 1, **TINY | {"teacher_steps": 0, "student_steps": 6}, **folders("llama", tmp_path))
+    whole, plain = train_pair_student(run, tmp_path/"whole"), pairs.finetune
+    monkeypatch.setattr(pairs, "finetune", lambda *a, **k: plain(*a, **k, callbacks=[Stop()]))
+    with pytest.raises(KeyboardInterrupt):
+        train_pair_student(run, tmp_path/"part")
+    assert not (tmp_path/"part"/"model").exists()
+    monkeypatch.setattr(pairs, "finetune", plain)
+    assert numbers(train_pair_student(run, tmp_path/"part")) == numbers(whole)
+    same = [load_pretrained(tmp_path/name/"model", device="cpu")[0].state_dict() for name in ("whole", "part")]
+    assert all(torch.equal(same[0][k], same[1][k]) for k in same[0])
+
+
+def test_adapters_are_merged_when_a_phase_ends(tmp_path):
+    run = pair_run("minillm", 0, **TINY | {"train": {"device": "cpu", "lora": {"r": 2, "alpha": 4}}}, **folders("llama", tmp_path))
+    metrics = run_arms([run])[0]["metrics"]
+    start, first = (load_pretrained(path, device="cpu")[0] for path in (phase_model("student", run), run["student"]))
+    assert metrics["parameters"] == sum(p.numel() for p in start.parameters()) == sum(p.numel() for p in first.parameters())
+    assert not all(torch.equal(a, b) for a, b in zip(start.parameters(), first.parameters()))
+
+
+def test_arms_share_the_phases_before_and_frames_train_nothing():
+    tiny = TINY | {"teacher": "mini:xs", "student": "layers:1", "train": {"device": "cpu"}, "score_seeds": 1}
+    runs = [pair_run(arm, 0, **tiny) for arm in ("teacher", "start", "sft", "gkd")]
+    teacher, start, sft, gkd = (r["metrics"] for r in run_arms(runs))
+    made = sorted(p.parent.parent.name for p in (pairs.run_folder("x", "y").parents[1]).glob("pair_*/*/metrics.json"))
+    assert made == ["pair_arm"]*4 + ["pair_student", "pair_teacher"]
+    assert teacher["sets"]["prompts"]["reverse_kl"] < 1e-6 < start["sets"]["prompts"]["reverse_kl"]
+    assert "train_seconds" not in start and sft["tokens_read"] > 0 and gkd["parameters"] == start["parameters"] < teacher["parameters"]
+    assert sft["sets"]["prompts"]["loss"] != start["sets"]["prompts"]["loss"]
+    assert all(r["source"] == "cache" for r in run_arms(runs))
+
+
+# ---------------------------------------------------------------- sets
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+
+
+ROW = {"instruction": "Say hello.", "input": "Politely.", "output": "Good day."}
+
+
+def test_files_of_the_data_folder_and_rows_without_references(tmp_path, monkeypatch):
+    monkeypatch.setenv("KD_NOTES_DATA", str(tmp_path))
+    write(tmp_path/"superni_11plus_valid.jsonl", [ROW | {"id": "a", "output": ["Good day.", "Hello."]}, ROW])
+    first, second = load_set("sni")
+    assert first.references == ("Good day.", "Hello.") and first.id == "a" and second.references == ("Good day.",)
+    assert first.messages[0]["content"] == "Say hello.\n\nPolitely."
+    for bad in ({"output": []}, {"output": " "}, {"output": None}):
+        write(tmp_path/"mine.jsonl", [ROW, ROW | bad])
+        with pytest.raises(UserError, match="mine.jsonl:2.*nothing to compare"):
+            load_set("mine.jsonl")
+    with pytest.raises(UserError, match="selfinst_valid.jsonl is not here"):
+        load_set("selfinst")
+    monkeypatch.delenv("KD_NOTES_DATA")
+    with pytest.raises(UserError, match="KD_NOTES_DATA"):
+        load_set("sni")
+    with pytest.raises(UserError, match="no set 'selfinst' with a part 'train'"):
+        load_set("selfinst", "train")
+
+
+def test_a_set_of_the_hub_has_the_fields_of_dolly(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path/"cache")
+    (tmp_path/"set").mkdir()
+    rows = [{"instruction": f"Count to {i % 15}.", "context": "", "response": "One.", "category": "qa"} for i in range(40)]
+    write(tmp_path/"set"/"train.jsonl", rows)
+    name = f"hub:{tmp_path/'set'}"
+    parts = [load_set(name, s) for s in ("train", "validation", "test")]
+    assert [len(p) for p in parts] == [13, 1, 1] and len({a.messages[0]["content"] for p in parts for a in p}) == 15
+    with pytest.raises(UserError, match="could not be loaded"):
+        hub_rows(f"hub:{tmp_path/'none'}")
+
+
+def test_hub_splits_have_the_papers_sizes_when_there_are_enough_rows():
+    rows = [pairs.Asked(str(i), ({"role": "user", "content": str(i)},), ("x",)) for i in range(15000)]
+    assert [len(split_rows(rows, s, "d")) for s in ("test", "validation", "train")] == [500, 1000, 13500]
+
+
+def test_prompts_that_do_not_fit_are_refused(tmp_path):
+    run = pair_run("sft", 0, **TINY | {"max_prompt": 155}, **folders("gpt2", tmp_path))
+    with pytest.raises(UserError, match="do not fit a context of 160.*at most 160"):
+        train_pair_student(run | {"teacher_steps": 0}, tmp_path/"run")
+    with pytest.raises(UserError, match="prompts, test.*prompts of at most 4 tokens"):
+        run_rows(run | {"max_prompt": 4}, "test", load_mini_tokenizer())
+
+
+def test_a_teacher_with_another_vocabulary_is_refused():
+    from kd_notes.world import load_world_tokenizer
+    run, tok = pair_run("minillm", 0, **TINY), load_mini_tokenizer()
+    rows = run_rows(run, "train", tok)
+    with pytest.raises(UserError, match="tokeni[sz]er"):
+        pair_method(run, build("gpt2")[0], load_world_tokenizer(), tok, rows)
+
+
+def test_the_corpus_is_read_and_a_row_without_text_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("KD_NOTES_DATA", str(tmp_path))
+    run, tok = pair_run("minillm", 0, **TINY | {"corpus": "books.jsonl", "corpus_rows": 2}), load_mini_tokenizer()
+    write(tmp_path/"books.jsonl", [{"text": "It was a dark night."}, {"text": "The end."}, {"text": 3}])
+    method = pair_method(run, build("gpt2")[0], tok, tok, run_rows(run, "train", tok))
+    assert len(method.corpus) == 2 and method.weights["pt"] == 1.0
+    assert "pt" not in pair_method(run | {"corpus": None}, build("gpt2")[0], tok, tok, run_rows(run, "train", tok)).weights
+    with pytest.raises(UserError, match="books.jsonl"):
+        pairs.corpus_texts(run | {"corpus_rows": 3})
+
+
+# ---------------------------------------------------------------- parameters and files
+
+@pytest.mark.parametrize("wrong, words", [
+    ({"studnet": "x"}, "'studnet' is not a setting"), ({"lr": 0}, "lr"), ({"lr": True}, "lr"), ({"steps": 0}, "steps"), ({"arm": "ppo"}, "arm"),
+    ({"student_steps": "3 weeks"}, "student_steps"), ({"data": "selfinst"}, "data"), ({"score_seeds": 6}, "score_seeds"),
+    ({"corpus": "prompts"}, "corpus"), ({"train": {"precision": "int8"}}, "train: TrainConfig.precision"), ({"micro_batch": 3}, "minibatch"),
+    ({"minillm": {"rollouts": 10}}, "minibatch"), ({"evaluate": "prompts"}, "evaluate"), ({"teacher_dtype": "int8"}, "teacher_dtype")])
+def test_impossible_parameters_are_named(wrong, words):
+    with pytest.raises(UserError, match=words):
+        check_run(pair_run("minillm", 0) | wrong)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_parameter_files_validate_and_hold_the_papers_numbers(path):
+    pair = load_pair_file(path)
+    assert pair.status == "never run at scale"
+    row = pair_settings(pair, "minillm", 0, **{k: {"corpus": None, "sft_batch": 32}.get(k, 1e-5 if k.endswith("lr") else 9) for k in pair.missing})
+    known = {k: row[k] for k in ("steps", "lr", "minibatch", "student_steps")} | row["minillm"]
+    assert known == dict(steps=5000, lr=5e-6, minibatch=64, student_steps="3 epochs", rollouts=256, inner_epochs=4, alpha=0.2, clip=0.2)
+    assert row["max_prompt"] + row["max_new_tokens"] == 512
+    if pair.missing:
+        with pytest.raises(UserError, match=f"{path.name}.*{pair.missing[0]}|{pair.missing[0]}.*{path.name}"):
+            pair_settings(pair, "minillm", 0)
+
+
+def test_shapes_have_the_sizes_that_the_models_are_named_after():
+    from transformers import AutoModelForCausalLM
+    said = {"gpt2": .124, "gpt2-medium": .355, "gpt2-large": .774, "gpt2-xl": 1.558, "opt-1.3b": 1.316, "opt-2.7b": 2.652, "opt-6.7b": 6.658,
+            "opt-13b": 12.85, "llama-7b": 6.738, "llama-13b": 13.02, "Qwen2.5-0.5B": .494, "Qwen2.5-1.5B": 1.544, "Qwen2.5-7B": 7.616}
+    shapes = {f["settings"][who].split("/")[-1]: f["shapes"][who] for f in (json.loads(p.read_text()) for p in FILES) for who in ("teacher", "student")}
+    assert set(shapes) == set(said)
+    for name, shape in shapes.items():
+        with torch.device("meta"):
+            total = sum(p.numel() for p in AutoModelForCausalLM.from_config(config_of(shape)).parameters())
+        assert abs(total/1e9/said[name] - 1) < 0.01, (name, total)
+
+
+def changed(tmp_path, keys, value):
+    f = json.loads(pair_file("gpt2-120m").read_text())
+    place = f
+    for key in keys[:-1]:
+        place = place[key]
+    if value is None:
+        del place[keys[-1]]
+    else:
+        place[keys[-1]] = value
+    path = tmp_path/"mine.json"
+    path.write_text(json.dumps(f))
+    return path
+
+
+@pytest.mark.parametrize("keys, value, field", [
+    (("status",), "reproduced", "status"), (("about",), None, "about"), (("speed",), 3, "speed"), (("settings", "lr"), -1, "lr"),
+    (("settings", "minibath"), 64, "minibath"), (("settings", "minibatch"), UNKNOWN, "sources.minibatch"), (("settings", "seed"), 1, "seed"),
+    (("settings", "minillm", "alpha"), 1.5, "minillm: MiniLLMConfig.alpha"), (("sources", "lr"), None, "sources.lr"), (("sources", "lr"), "a blog", "sources.lr"),
+    (("sources", "minillm.clip"), None, "sources.minillm.clip"), (("sources", "beta"), "paper", "sources.beta"), (("settings", "stepz"), UNKNOWN, "stepz"),
+    (("shapes", "student", "n_embd"), 0, "shapes.student"), (("shapes", "student", "n_embed"), 768, "shapes.student"), (("shapes", "teacher"), None, "shapes.teacher"),
+    (("shapes", "teacher", "model_type"), "gpt9", "shapes.teacher"), (("memory", "total"), None, "memory"), (("memory", "weights"), "much", "memory")])
+def test_a_mistake_in_a_parameter_file_is_named(tmp_path, keys, value, field):
+    with pytest.raises(UserError) as e:
+        load_pair_file(changed(tmp_path, keys, value))
+    assert "mine.json" in str(e.value) and field in str(e.value)
+
+
+def test_memory_of_a_pair():
+    "16 bytes a parameter in training; a bfloat16 teacher has 2; half the rows at a time, half the activations."
+    pair = load_pair_file(pair_file("gpt2-120m"))
+    whole, half = pair_memory(pair), pair_memory(pair, micro_batch=8)
+    assert whole["gradients"] == whole["weights"] and whole["optimizer"] == 2*whole["weights"] == 8*124_439_808
+    assert abs(whole["teacher"]/(2*1_557_611_200 + 16*256*4*50257) - 1) < 0.01
+    assert abs(whole["activations"]/half["activations"] - 2) < 0.05 and whole["total"] == sum(v for k, v in whole.items() if k != "total")
+    assert all(abs(whole[k]/1e9 - v) < 0.1 for k, v in pair.memory.items())
+    llama = load_pair_file(pair_file("llama-7b"))
+    assert all(abs(v/1e9 - llama.memory[k]) < 0.1 for k, v in pair_memory(llama).items())

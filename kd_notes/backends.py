@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SPARE', 'MIN_PREFIX', 'PREFILL_TOKENS', 'SPECS', 'require', 'Decoding', 'Completion', 'Backend', 'check_requests',
            'roomy', 'Row', 'Batch', 'Scores', 'forward', 'prefill', 'feed', 'keep_rows', 'join_rows', 'draws',
-           'truncate', 'at_least_float32', 'likeliest', 'pick', 'next_draws', 'cut_at', 'shared_length', 'prefix_cache',
-           'LocalBackend', 'check_model', 'weights_hash', 'Loop', 'OpenAIBackend', 'prompt_hash', 'completion_row',
-           'manifest_path', 'ReplayBackend', 'open_backend']
+           'truncate', 'likeliest', 'pick', 'next_draws', 'cut_at', 'shared_length', 'prefix_cache', 'LocalBackend',
+           'check_model', 'weights_hash', 'Loop', 'OpenAIBackend', 'prompt_hash', 'completion_row', 'manifest_path',
+           'ReplayBackend', 'open_backend']
 
 # %% ../nbs/09_backends.ipynb #8c3ac679
 import functools
@@ -28,6 +28,7 @@ from urllib.parse import urlsplit
 import torch
 
 from .core import UserError, read_json, read_jsonl, rng, sha256_file, sha256_text, to_jsonable
+from .train import at_least_float32
 
 # %% ../nbs/09_backends.ipynb #fca69169
 def require(ok: bool, name: str, value: Any, rule: str) -> None:
@@ -262,11 +263,6 @@ def truncate(p: torch.Tensor, top_k: int = 0, top_p: float = 1.0) -> tuple[torch
     return top.masked_fill(before >= top_p, 0.0), ids
 
 # %% ../nbs/09_backends.ipynb #4f3870b8
-def at_least_float32(x: torch.Tensor) -> torch.Tensor:
-    "`x`, in float32 if it was in half precision."
-    return x.float() if x.dtype.itemsize < 4 else x
-
-
 def _candidates(logits: torch.Tensor, decoding: Decoding) -> tuple[torch.Tensor, torch.Tensor | None]:
     "Weights (rows, k) after temperature, top-k and top-p, and the tokens they belong to (None: all, in order of ids)."
     return truncate(torch.softmax(at_least_float32(logits)/decoding.temperature, dim=-1), decoding.top_k, decoding.top_p)

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['NLI_LABELS', 'TASKS', 'SPLITS', 'Parts', 'REAL', 'Example', 'TaskInfo', 'register_task', 'embedded_tasks',
            'task_info', 'nli_input', 'choice_input', 'problem_input', 'split_input', 'example_from_row', 'check_label',
-           'load_jsonl', 'split_path', 'write_split', 'split_checksum', 'withhold', 'load_split', 'normalise',
-           'shingles', 'near_duplicates', 'near_duplicate_share', 'numbers_in', 'equation_template', 'fill_template',
-           'surface_probes', 'RealSet', 'grouped', 'carve', 'without_filler', 'prefix_to_infix', 'real_set',
-           'why_absent', 'load_real']
+           'numbered_rows', 'load_jsonl', 'split_path', 'write_split', 'split_checksum', 'withhold', 'load_split',
+           'normalise', 'shingles', 'near_duplicates', 'near_duplicate_share', 'numbers_in', 'equation_template',
+           'fill_template', 'surface_probes', 'RealSet', 'grouped', 'carve', 'without_filler', 'prefix_to_infix',
+           'real_set', 'why_absent', 'load_real']
 
 # %% ../nbs/03_data.ipynb #7b51970c
 import math
@@ -183,7 +183,7 @@ def _checked(info: TaskInfo, examples: Iterable[tuple[str, Example]], labelled: 
     return out
 
 # %% ../nbs/03_data.ipynb #cf0e67bb
-def _numbered_rows(path: Path) -> list[tuple[str, dict]]:
+def numbered_rows(path: Path) -> list[tuple[str, dict]]:
     "(file:line, row) of each row. Raises UserError for an empty file."
     rows = read_jsonl(path)
     lines = [n for n, line in enumerate(read_text(path).split("\n"), start=1) if line.strip()]
@@ -198,7 +198,7 @@ def load_jsonl(path: Path | str,
                *, labelled: bool = True) -> list[Example]:  # False: a row may lack its label
     "Examples of a JSONL file in canonical form. Raises UserError naming file:line for everything that is wrong with it."
     info = TaskInfo(str(task), str(task), labels=tuple(labels)) if labels is not None else task_info(task)
-    return _checked(info, ((where, example_from_row(row, info.name, where)) for where, row in _numbered_rows(Path(path))), labelled)
+    return _checked(info, ((where, example_from_row(row, info.name, where)) for where, row in numbered_rows(Path(path))), labelled)
 
 # %% ../nbs/03_data.ipynb #2cfce577
 SPLITS = ("teacher", "pool", "unlabelled", "validation", "test")
@@ -770,7 +770,7 @@ def load_real(name: str, split: str,        # "train", "validation", "test"; "un
     spec, hub = real_set(name), source == "hub"
     if source not in ("folder", "hub"):
         raise UserError(f"the source {source!r} is not known", where="source", fix="Use 'folder' or 'hub'.")
-    rows = _hub_rows(spec) if hub else {part: _numbered_rows(path) for part, path in _folder_files(spec, folder).items()}
+    rows = _hub_rows(spec) if hub else {part: numbered_rows(path) for part, path in _folder_files(spec, folder).items()}
     cut = spec.hub_splits if hub and spec.hub_splits else spec.splits
     splits = cut(name, {part: _adapted(spec, places) for part, places in rows.items()})
     if split not in splits:

@@ -18,10 +18,10 @@ from typing import Any, Hashable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .backends import (Batch, Loop, Row, Scores, at_least_float32, check_model, draws, feed, keep_rows, likeliest, next_draws, pick,
-                               prefill, require, roomy, truncate)
+from .backends import (Batch, Loop, Row, Scores, check_model, draws, feed, keep_rows, likeliest, next_draws, pick, prefill,
+                               require, roomy, truncate)
 from .core import UserError, stable_hash
-from .train import causal_batch
+from .train import at_least_float32, causal_batch, unwrapped
 
 # %% ../nbs/10_generate.ipynb #de0b1cfe
 @dataclass(frozen=True)
@@ -71,11 +71,6 @@ class Rollout:
     def importance(self) -> Tensor:
         "q/p~ of each token (n,): the student's own probability over that of the draw."
         return (self.flat("log_student") - self.flat("log_drawn")).exp()
-
-# %% ../nbs/10_generate.ipynb #c73b3e1d
-def _base(model):
-    "The model inside a PEFT wrapper, or the model."
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 # %% ../nbs/10_generate.ipynb #c2a85f0b
 def _vocabulary(models: Sequence, asked: int | None) -> int:
@@ -245,7 +240,7 @@ def _rollout(rows: list[_Sequence], names: Sequence[str], like: Tensor, seconds:
 # %% ../nbs/10_generate.ipynb #5b1fb797
 def _generate(models: list, prompts: Sequence, s: Sampling, alpha: float, names: Sequence[str], streams, vocabulary, size: int) -> Rollout:
     "What `sample` and `sample_mixed` have in common."
-    start, models = time.perf_counter(), [_base(m) for m in models]
+    start, models = time.perf_counter(), [unwrapped(m) for m in models]
     draw = _Draw(s, alpha, _vocabulary(models, vocabulary), models[0].get_output_embeddings())
     rows = _sequences(_checked(models, prompts, s.max_new_tokens), streams, s)
     with _ready(models, min(len(rows), size), s.max_new_tokens):
@@ -328,7 +323,7 @@ def beam(model, prompts: Sequence[Sequence[int]], width: int = 5, max_new_tokens
     "The best responses that beam search finds, as transformers' `generate(num_beams=width)` does. Raises UserError."
     require(width >= 1, "width", width, "a whole number from 1")
     require(1 <= keep <= width, "keep", keep, "a whole number from 1 to the width")
-    start, model, s = time.perf_counter(), _base(model), Sampling(max_new_tokens, stop_ids=tuple(stop_ids))
+    start, model, s = time.perf_counter(), unwrapped(model), Sampling(max_new_tokens, stop_ids=tuple(stop_ids))
     size, beams = _vocabulary([model], vocabulary), [_Beams(p) for p in _checked([model], prompts, max_new_tokens)]
     order, count = sorted(beams, key=lambda b: -len(b.prompt)), max(1, batch_size//width)
     with _ready([model], width, max_new_tokens):
@@ -433,7 +428,7 @@ def speculative(student, teacher, prompts: Sequence[Sequence[int]], sampling: Sa
     "Interleaved responses of student and teacher (SKD, arXiv 2410.11325), with both log-probabilities. Raises UserError."
     require(top_k >= 0, "top_k", top_k, "0 (the teacher alone) or a positive whole number")
     require(block >= 1, "block", block, "a whole number from 1")
-    start, student, teacher = time.perf_counter(), _base(student), _base(teacher)
+    start, student, teacher = time.perf_counter(), unwrapped(student), unwrapped(teacher)
     size = _vocabulary([student, teacher], vocabulary)
     rows = _sequences(_checked([student, teacher], prompts, sampling.max_new_tokens), streams, sampling)
     for row in rows:

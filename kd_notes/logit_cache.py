@@ -32,7 +32,8 @@ from .core import (UserError, append_jsonl, atomic_write, canonical_json, progre
                            stable_hash, write_json)
 from .divergences import get_divergence, token_divergence
 from .fused import Samples, TopK, fused_cross_entropy, fused_linear_divergence
-from .train import _LOGIT_CHANGES, SFT, Method, causal_batch, seq2seq_batch, target_logits
+from .train import (SFT, Method, at_least_float32, causal_batch, plain_logits, seq2seq_batch, target_logits, target_states,
+                            unwrapped)
 
 # %% ../nbs/15_logit_cache.ipynb #bd9da632
 ROWS = 128  # positions that are worked on at a time, where a temporary array of positions times vocabulary is needed
@@ -54,15 +55,14 @@ class _Coarse(torch.autograd.Function):
         return share.mul_(grad[:, -1:]).scatter_(-1, ids, grad[:, :-1]), None
 
 # %% ../nbs/15_logit_cache.ipynb #7f3ff8fd
-def _at_least_float32(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-    return logits if temperature == 1 else logits/temperature
+def _scaled(logits: Tensor, temperature: float) -> Tensor:
+    return at_least_float32(logits) if temperature == 1 else at_least_float32(logits)/temperature
 
 # %% ../nbs/15_logit_cache.ipynb #9129a47d
 def coarse_logits(logits: Tensor,          # (..., V)
                   ids: Tensor) -> Tensor:  # (..., k) int64, no id twice in a position
     "(..., k + 1), at least float32: the logits at `ids` and, last, the logit of the bucket that holds all other tokens."
-    logits = _at_least_float32(logits)
+    logits = at_least_float32(logits)
     flat = _Coarse.apply(logits.reshape(-1, logits.shape[-1]), ids.reshape(-1, ids.shape[-1]))
     return flat.reshape(*ids.shape[:-1], ids.shape[-1] + 1)
 
@@ -70,7 +70,7 @@ def coarse_logits(logits: Tensor,          # (..., V)
 def keep_top_k(logits: Tensor,                 # (n, V), the teacher's
                k: int, temperature: float = 1.0) -> dict[str, Tensor]:
     "The k best tokens of each position: ids (n, k) and log_probs (n, k), best first, and tail (n,), the log of the mass of all others."
-    z = _at_least_float32(logits, temperature)
+    z = _scaled(logits, temperature)
     ids = z.topk(k, -1).indices
     log = coarse_logits(z, ids).log_softmax(-1)
     return {"ids": ids, "log_probs": log[:, :-1], "tail": log[:, -1]}
@@ -101,7 +101,7 @@ def topk_divergence(student_logits: Tensor,           # (..., V)
                     **options) -> Tensor:             # of the divergence, such as alpha=0.1
     "The coarsened divergence of every position, shape (...): between 0 and the full one. Raises UserError for one that is not defined."
     check_divergence("topk", divergence)
-    student = coarse_logits(_at_least_float32(student_logits, temperature), ids)
+    student = coarse_logits(_scaled(student_logits, temperature), ids)
     teacher = torch.cat([log_probs, tail.unsqueeze(-1)], -1).to(student.dtype)
     if ids.shape[-1] == student_logits.shape[-1]:  # every token is kept: there is no bucket
         student, teacher = student[..., :-1], teacher[..., :-1]
@@ -150,7 +150,7 @@ def sampled_divergence(student_logits: Tensor,         # (..., V)
                        divergence: str = "forward_kl", temperature: float = 1.0) -> Tensor:
     "Unbiased estimate of forward_kl or cross_entropy at every position, shape (...). Raises UserError for anything else."
     check_divergence("sampled", divergence)
-    z = _at_least_float32(student_logits, temperature)
+    z = _scaled(student_logits, temperature)
     weights = weights.to(z.dtype)
     picked = z.gather(-1, ids).masked_fill(weights == 0, 0)
     values = weights.sum(-1)*z.logsumexp(-1) - (weights*picked).sum(-1)
@@ -646,18 +646,15 @@ def plain_sums(method: CachedKD, logits: Tensor, batch: dict[str, Tensor]) -> di
     kd = cached_divergence(logits, batch, method.cache, method.divergence, **method.options).sum()*method.scale
     if "sft" not in method.weights:
         return {"kd": kd}
-    return {"kd": kd, "sft": F.cross_entropy(_at_least_float32(logits), batch["target_ids"], reduction="sum")}
+    return {"kd": kd, "sft": F.cross_entropy(at_least_float32(logits), batch["target_ids"], reduction="sum")}
 
 # %% ../nbs/15_logit_cache.ipynb #1023a146
 def target_hidden(model, batch: dict[str, Tensor]) -> tuple[Tensor, torch.nn.Linear]:
     "Hidden states (n, D) at the target positions, and the output layer. Raises UserError if the logits are not that layer's output."
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    head = base.get_output_embeddings()
-    changed = any(getattr(base.config, name, None) not in (None, 1) for name in _LOGIT_CHANGES)
-    if base.config.is_encoder_decoder or changed or type(head) is not torch.nn.Linear:
+    head = unwrapped(model).get_output_embeddings()
+    if not plain_logits(model) or type(head) is not torch.nn.Linear:
         raise UserError("this model's logits are more than one linear layer of its hidden states", where="fused", fix="Use fused=False.")
-    hidden = base.base_model(input_ids=batch["input_ids"], use_cache=False).last_hidden_state
-    return hidden.flatten(0, 1).index_select(0, batch["target_index"]), head
+    return target_states(model, batch), head
 
 # %% ../nbs/15_logit_cache.ipynb #4b32be97
 def fused_sums(method: CachedKD, model, batch: dict[str, Tensor]) -> dict[str, Tensor]:

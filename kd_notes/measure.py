@@ -8,7 +8,7 @@ __all__ = ['EVAL_SEEDS', 'LENGTH_BOUNDS', 'JUDGE_PROMPT', 'REPLY_OUTCOMES', 'rou
            'PositionKL', 'kl_per_position', 'by_position', 'ExposureBias', 'exposure_bias', 'LabelScores',
            'score_labels', 'label_scores', 'reliability', 'ece', 'length_slices', 'by_length', 'judge_prompt', 'Reply',
            'parse_reply', 'Judgement', 'judge', 'judge_summary', 'time_in_turns', 'ratio_in_turns', 'weight_bytes',
-           'cost_table', 'Written', 'write_answers', 'text_metrics']
+           'cost_table', 'Written', 'sample_answers', 'write_answers', 'text_metrics']
 
 # %% ../nbs/17_measure.ipynb #1a95fc8c
 import math
@@ -31,7 +31,7 @@ from .divergences import align_vocabulary, token_divergence
 from .evaluate import exact_match
 from .generate import Rollout, Sampling, sample
 from .models import count_parameters
-from .train import causal_batch, field_of, target_logits
+from .train import at_least_float32, causal_batch, field_of, target_logits
 
 # %% ../nbs/17_measure.ipynb #ffeaf9e9
 @lru_cache
@@ -133,9 +133,7 @@ def response_logits(model, prompts: Sequence[Sequence[int]], responses: Sequence
     for start in range(0, len(prompts), batch_size):
         rows = [(list(p), list(r)) for p, r in zip(prompts[start:start + batch_size], responses[start:start + batch_size])]
         batch = {k: v.to(model.device) for k, v in causal_batch(rows, pad).items()}
-        logits = target_logits(model, batch)
-        logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-        yield from logits.split([len(r) for _, r in rows])
+        yield from at_least_float32(target_logits(model, batch)).split([len(r) for _, r in rows])
 
 # %% ../nbs/17_measure.ipynb #1e951320
 def token_nll(model, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], batch_size: int = 16) -> list[Tensor]:
@@ -482,20 +480,24 @@ class Written:
         "(seeds, items) tokens."
         return np.array([[len(r) for r in rows] for rows in self.response_ids])
 
-# %% ../nbs/17_measure.ipynb #aa4b069a
-def write_answers(model, tokenizer, rows: Sequence[Any], *, seeds: Sequence[int] = EVAL_SEEDS, max_new_tokens: int = 128,
-                  temperature: float = 1.0, top_p: float = 1.0, batch_size: int = 64,
-                  prompt: Callable[[Any], str] = lambda row: field_of(row, "prompt")) -> Written:
-    "Sample an answer to each row with each seed (paper: temperature 1, top-p 1, seeds 10 to 50). Raises UserError."
-    ids = [tokenizer.encode(prompt(row), add_special_tokens=False) for row in rows]
-    out = Written(tuple(seeds), ids, [], [], np.zeros((len(seeds), len(ids)), dtype=bool))
+# %% ../nbs/17_measure.ipynb #1421f499
+def sample_answers(model, tokenizer, prompt_ids: list[list[int]], *, seeds: Sequence[int] = EVAL_SEEDS, max_new_tokens: int = 128,
+                   temperature: float = 1.0, top_p: float = 1.0, batch_size: int = 64) -> Written:
+    "Sample an answer to each prompt with each seed (paper: temperature 1, top-p 1, seeds 10 to 50). Raises UserError."
+    out = Written(tuple(seeds), prompt_ids, [], [], np.zeros((len(seeds), len(prompt_ids)), dtype=bool))
     for i, seed in enumerate(seeds):
         sampling = Sampling(max_new_tokens, temperature, top_p, stop_ids=(tokenizer.eos_token_id,), seed=seed)
-        rollout = sample(model, ids, sampling, vocabulary=len(tokenizer), batch_size=batch_size)
+        rollout = sample(model, prompt_ids, sampling, vocabulary=len(tokenizer), batch_size=batch_size)
         out.response_ids.append(rollout.response_ids)
         out.texts.append([t.strip() for t in tokenizer.batch_decode(rollout.response_ids, skip_special_tokens=True)])
         out.finished[i] = rollout.finished
     return out
+
+# %% ../nbs/17_measure.ipynb #7378505c
+def write_answers(model, tokenizer, rows: Sequence[Any],
+                  prompt: Callable[[Any], str] = lambda row: field_of(row, "prompt"), **how: Any) -> Written:
+    "`sample_answers` to the prompts of rows, as texts; `how`: its settings. Raises UserError."
+    return sample_answers(model, tokenizer, [tokenizer.encode(prompt(row), add_special_tokens=False) for row in rows], **how)
 
 # %% ../nbs/17_measure.ipynb #05397f07
 def text_metrics(written: Written, rows: Sequence[Any], bounds: Sequence[int] = LENGTH_BOUNDS,

@@ -37,7 +37,8 @@ from .measure import (EVAL_SEEDS, ece, exposure_bias, kl_per_position, reference
                               write_answers)
 from .models import count_parameters, freeze, load_pretrained, mini_model
 from .runs import cached, load_record, run_folder, run_grid, run_key
-from .train import SFT, Callback, Loop, Method, TrainConfig, TrainResult, causal_batch, save_model, target_logits, target_nll, train
+from .train import (SFT, Callback, Loop, Method, TrainConfig, TrainResult, at_least_float32, causal_batch, save_model, target_logits,
+                            target_nll, train, unwrapped)
 from .world import (answer_tokens, label_probabilities, load_corpus, load_world, load_world_tokenizer, log_likelihood,
                             world_dir)
 
@@ -273,17 +274,13 @@ def response_batch(responses: list[Response], pad_id: int, dtype: torch.dtype = 
             batch[name] = torch.tensor([x for r in responses for x in getattr(r, name)], dtype=dtype)
     return batch
 
-# %% ../nbs/19_minillm.ipynb #b29ad77d
-def _upcast(logits: Tensor) -> Tensor:
-    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-
 # %% ../nbs/19_minillm.ipynb #5257ac00
 def minillm_terms(student: Tensor,            # logits (n, V) of the student, at the tokens of `batch`
                   teacher: Tensor,            # logits (n, V) of the teacher
                   batch: dict[str, Tensor],   # `response_batch` after `set_advantages`
                   cfg: MiniLLMConfig) -> dict[str, Tensor]:
     "Per token (n,): single and long (the loss), and for the log kl, clipped and ratio."
-    log_q = torch.log_softmax(_upcast(student), dim=-1)
+    log_q = torch.log_softmax(at_least_float32(student), dim=-1)
     kl = token_divergence("reverse_kl", student, teacher)
     ratio = (log_q.gather(-1, batch["target_ids"][:, None])[:, 0] - batch["log_mix"]).exp()
     long, clipped = surrogate(ratio, batch["advantage"], cfg.clip)
@@ -371,7 +368,7 @@ def token_logprobs(model, responses: list[Response], pad_id: int, vocabulary: in
         part = responses[at:at + batch_size]
         batch = causal_batch([(r.prompt, r.tokens) for r in part], pad_id)
         batch = {k: v.to(model.device) for k, v in batch.items()}
-        log = torch.log_softmax(_upcast(target_logits(model, batch))[:, :vocabulary], dim=-1)
+        log = torch.log_softmax(at_least_float32(target_logits(model, batch))[:, :vocabulary], dim=-1)
         out += log.gather(-1, batch["target_ids"][:, None])[:, 0].split([len(r.tokens) for r in part])
     return [x.tolist() for x in out]
 
@@ -539,8 +536,7 @@ def check_drawn(responses: list[Response], where: str = "") -> None:
 
 # %% ../nbs/19_minillm.ipynb #ce90e42d
 def _width(model) -> int:
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return base.get_output_embeddings().weight.shape[0]
+    return unwrapped(model).get_output_embeddings().weight.shape[0]
 
 # %% ../nbs/19_minillm.ipynb #de294f9b
 def check_start(method: "OnPolicy", loop: Loop) -> None:
@@ -614,7 +610,7 @@ def pt_sum(student: Tensor,            # logits (m, V) at the targets of the tex
            teacher: Tensor | None,     # likewise, where `share` is not 0
            target_ids: Tensor, share: float) -> Tensor:  # share: of the cross-entropy to the teacher
     "Sum of the language-modelling term over m tokens; the released code replaces half of it by cross-entropy to the teacher."
-    nll = torch.nn.functional.cross_entropy(_upcast(student), target_ids, reduction="sum")
+    nll = torch.nn.functional.cross_entropy(at_least_float32(student), target_ids, reduction="sum")
     return nll if not share else (1 - share)*nll + share*token_divergence("cross_entropy", student, teacher).sum()
 
 # %% ../nbs/19_minillm.ipynb #b1818d81
@@ -658,7 +654,7 @@ def term_sums(method: "OnPolicy", model, batch: dict[str, Tensor]) -> dict[str, 
     sums = {k: (v*batch["share"] if method.config.average == "responses" and k not in watched else v).sum() for k, v in values.items()}
     sums |= {name: batch[name].sum() for name in CANARIES}
     with torch.no_grad():
-        log_q = torch.log_softmax(_upcast(student[:n]), dim=-1)
+        log_q = torch.log_softmax(at_least_float32(student[:n]), dim=-1)
         sums["entropy"] = -(log_q.exp()*log_q.clamp(min=-1e30)).sum()
     if method.config.pt_weight:
         sums["pt"] = pt_sum(student[n:], None if teacher is None else teacher[n:], batch["target_ids"][n:], share)
@@ -812,7 +808,7 @@ RECIPES: dict[str, dict] = {
 # %% ../nbs/19_minillm.ipynb #4821b188
 def skew_values(student: Tensor, teacher: Tensor, alpha: Tensor | float, reverse: bool) -> Tensor:
     "DistiLLM-2's skew KL (n,) with an alpha (n,) per token: KL(p||a p+(1-a) q), or KL(q||(1-a) p+a q) with q detached in the mixture."
-    log_p, log_q = (torch.log_softmax(_upcast(x), dim=-1).clamp(min=-1e30) for x in (teacher, student))
+    log_p, log_q = (torch.log_softmax(at_least_float32(x), dim=-1).clamp(min=-1e30) for x in (teacher, student))
     a = torch.as_tensor(alpha, dtype=log_q.dtype, device=log_q.device).reshape(-1, 1)
     own, other = (log_q, log_p) if reverse else (log_p, log_q)
     mix = torch.logaddexp(own.detach() + a.log(), other + (1 - a).log())  # own is p, which has no gradient, or q, whose gradient is cut
@@ -901,7 +897,7 @@ def part_values(method: Distill, part: Part, student: Tensor, teacher: Tensor | 
     cfg, ids = method.config, batch["target_ids"]
     about = slice(None) if part.source == "any" else (batch["source"] == SOURCES.index(part.source))[batch["row"]]
     if part.divergence == "nll":
-        values = torch.nn.functional.cross_entropy(_upcast(student[about]), ids[about], reduction="none")
+        values = torch.nn.functional.cross_entropy(at_least_float32(student[about]), ids[about], reduction="none")
     elif part.divergence.startswith("skew") and (cfg.own_skew or cfg.cut_mixture):
         alpha = batch["skew"][about] if cfg.own_skew else part.options["alpha"]
         values = skew_values(student[about], teacher[about], alpha, part.divergence == "skew_reverse_kl")
@@ -948,7 +944,7 @@ class DPKD(OnPolicy):
         return ("gold",) if self.config.per_token else ("teacher", "student")
 
     def objective(self, student: Tensor, teacher: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        log_q, log_p = (torch.log_softmax(_upcast(x), dim=-1) for x in (student, teacher))
+        log_q, log_p = (torch.log_softmax(at_least_float32(x), dim=-1) for x in (student, teacher))
         taken = [x.gather(-1, batch["target_ids"][:, None])[:, 0] for x in (log_q, log_p)]
         about = (batch["source"] == SOURCES.index(self.selects("dpo")))[batch["row"]]
         if self.config.per_token:

@@ -7,9 +7,9 @@ __all__ = ['PAIR_RUN', 'UNTRAINED', 'EVAL_FILES', 'RULES', 'ALPACA', 'PHASES', '
            'arm_settings', 'check_run', 'pair_run', 'Asked', 'asked', 'real_file', 'hub_rows', 'split_rows', 'load_set',
            'run_rows', 'corpus_texts', 'open_teacher', 'open_student', 'check_room', 'total_steps', 'merged',
            'sft_phase', 'train_pair_teacher', 'train_pair_student', 'phase_run', 'spec_checksums', 'run_checksums',
-           'run_phase', 'phase_model', 'pair_teacher', 'pair_start', 'sampled', 'set_metrics', 'pair_method',
-           'train_third_phase', 'train_pair_arm', 'run_arms', 'PairFile', 'config_of', 'load_pair_file', 'pair_file',
-           'pair_settings', 'pair_memory']
+           'run_phase', 'phase_model', 'pair_teacher', 'pair_start', 'set_metrics', 'pair_method', 'train_third_phase',
+           'train_pair_arm', 'run_arms', 'PairFile', 'config_of', 'load_pair_file', 'pair_file', 'pair_settings',
+           'pair_memory']
 
 # %% ../nbs/20_pairs.ipynb #86a20f56
 import math
@@ -20,14 +20,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Callable, Iterable, Sequence
 
-import numpy as np
 import torch
 
 from .core import UserError, data_dir, missing_library, read_json, repo_root, rng, sha256_file, stable_hash, verify_checksums
-from .data import _numbered_rows
+from .data import numbered_rows
 from .evaluate import pack_numbers
-from .generate import Sampling, sample
-from .measure import EVAL_SEEDS, Written, kl_per_position, rouge_l, text_metrics
+from .measure import EVAL_SEEDS, kl_per_position, rouge_l, sample_answers, text_metrics
 from .minillm import (METHODS, OnPolicy, encode_prompts, finetune, mean_nll, onpolicy_config, onpolicy_method, repeated_ngrams,
                               train_on_policy, work_done)
 from .models import (DTYPES, SIZES, count_parameters, default_device, find_smollm2, freeze, load_mini_tokenizer, load_pretrained,
@@ -194,7 +192,7 @@ def load_set(name: str, split: str = "test") -> list[Asked]:  # split: train, va
     if not is_set(name) or split != "test":
         raise UserError(f"there is no set {name!r} with a part {split!r}", where="load_set", fix=f"Use {RULES['evaluate'][1]}.")
     path = real_file(EVAL_FILES.get(name, name))
-    return [asked(row, str(row.get("id", i)), where) for i, (where, row) in enumerate(_numbered_rows(path))]
+    return [asked(row, str(row.get("id", i)), where) for i, (where, row) in enumerate(numbered_rows(path))]
 
 # %% ../nbs/20_pairs.ipynb #0c39ab5b
 ALPACA = ("{{ 'Below is an instruction that describes a task. Write a response that appropriately completes the request.\\n\\n' }}"
@@ -222,7 +220,7 @@ def corpus_texts(p: dict) -> list[str]:
     if p["corpus"] is None:
         return []
     hub = _is_hub(p["corpus"])
-    rows = hub_rows(p["corpus"], streaming=True) if hub else (row for _, row in _numbered_rows(real_file(p["corpus"])))
+    rows = hub_rows(p["corpus"], streaming=True) if hub else (row for _, row in numbered_rows(real_file(p["corpus"])))
     texts = [row.get("text") for row in islice(rows, p["corpus_rows"])]
     if not texts or not all(isinstance(t, str) for t in texts):
         raise UserError("a row has no text", where=p["corpus"], fix='Rows of a corpus have the field "text".')
@@ -364,19 +362,10 @@ def pair_start(p: dict):
     "(model, tokenizer) of the student after phase 2."
     return load_pretrained(phase_model("student", p), device=p["train"].get("device"))
 
-# %% ../nbs/20_pairs.ipynb #96319264
-def sampled(model, tokenizer, rows: Sequence[dict], seeds: Sequence[int], max_new_tokens: int) -> Written:
-    "Answers to rows of ids, with each seed."
-    prompts = [r["prompt"] for r in rows]
-    how = [Sampling(max_new_tokens, stop_ids=(tokenizer.eos_token_id,), seed=s) for s in seeds]
-    drawn = [sample(model, prompts, h, vocabulary=len(tokenizer)) for h in how]
-    texts = [[t.strip() for t in tokenizer.batch_decode(d.response_ids, skip_special_tokens=True)] for d in drawn]
-    return Written(tuple(seeds), prompts, [d.response_ids for d in drawn], texts, np.array([d.finished for d in drawn], dtype=bool))
-
 # %% ../nbs/20_pairs.ipynb #d94d3ec1
 def set_metrics(model, teacher, tokenizer, rows: list[dict], seeds: Sequence[int], max_new_tokens: int) -> dict:
     "Rouge-L (also per row, packed), exact match, lengths, repetition, loss on gold answers, and divergences from the teacher, in nats."
-    written = sampled(model, tokenizer, rows, seeds, max_new_tokens)
+    written = sample_answers(model, tokenizer, [r["prompt"] for r in rows], seeds=seeds, max_new_tokens=max_new_tokens)
     found, own = text_metrics(written, rows), written.response_ids[0]
     width = {m.get_output_embeddings().weight.shape[0] for m in (model, teacher)}
     kl = kl_per_position(model, teacher, written.prompt_ids, own, batch_size=8, size=len(tokenizer) if len(width) > 1 else None)
@@ -410,7 +399,7 @@ def train_third_phase(p: dict, student, tokenizer, teacher, teacher_tokenizer, f
 
     def validate(model) -> dict:
         with _autocast(p):
-            texts = sampled(model, tokenizer, held, (1,), p["max_new_tokens"]).texts[0]
+            texts = sample_answers(model, tokenizer, [r["prompt"] for r in held], seeds=(1,), max_new_tokens=p["max_new_tokens"]).texts[0]
             loss = mean_nll(model, gold, tokenizer.pad_token_id, batch_size=8)
         return {"score": float(rouge_l(texts, [r["references"] for r in held]).mean()), "loss": loss}
     return train_on_policy(student, method, cfg, run_dir=folder, validate=validate), method

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['PLAIN_TEMPLATE', 'CROSS_KINDS', 'PROFILES', 'TEXT_OBJECTIVES', 'CROSS_OBJECTIVES', 'OBJECTIVES', 'PROMPT_SPLITS',
            'PROMPT_WRITING', 'PAIR_ARMS', 'PAIR', 'Dialogue', 'dialogue', 'load_dialogues', 'prompt_ids',
-           'encode_dialogue', 'KD', 'is_encoded', 'kd_sums', 'states_suffice', 'target_states', 'fused_sums',
-           'logit_chunks', 'Validation', 'Writing', 'write_responses', 'encode_twice', 'CrossKD', 'DistillSettings',
-           'distill_settings', 'check_objective', 'make_student', 'context_of', 'hold_out', 'Job', 'main_process',
-           'shown_name', 'curves_figure', 'distill', 'prompt_texts', 'write_prompts', 'load_prompts', 'pair',
-           'dolly_dialogues', 'pair_rows', 'pair_cache', 'pair_validation', 'pair_method', 'measure_costs', 'steps_for',
-           'seconds_at', 'item_table', 'train_arm', 'pair_references', 'pair_checksums', 'run_pairs']
+           'encode_dialogue', 'KD', 'is_encoded', 'kd_sums', 'states_suffice', 'fused_sums', 'logit_chunks',
+           'Validation', 'Writing', 'write_responses', 'encode_twice', 'CrossKD', 'DistillSettings', 'distill_settings',
+           'check_objective', 'make_student', 'context_of', 'hold_out', 'Job', 'main_process', 'shown_name',
+           'curves_figure', 'distill', 'prompt_texts', 'write_prompts', 'load_prompts', 'pair', 'dolly_dialogues',
+           'pair_rows', 'pair_cache', 'pair_validation', 'pair_method', 'measure_costs', 'steps_for', 'seconds_at',
+           'item_table', 'train_arm', 'pair_references', 'pair_checksums', 'run_pairs']
 
 # %% ../nbs/18_whitebox.ipynb #010c9bf6
 import math
@@ -30,7 +30,7 @@ from torch import Tensor
 
 from .core import (UserError, append_jsonl, atomic_write, cache_dir, canonical_json, data_dir, progress, read_json, read_jsonl, rng,
                            sha256_file, stable_hash, to_jsonable, verify_checksums, write_checksums, write_json)
-from .data import _numbered_rows, load_split
+from .data import load_split, numbered_rows
 from .divergences import (DIVERGENCES, Span, _options, align_spans, align_vocabulary, aligned_span_loss, check_tokenizers,
                                   get_divergence, matching_tokens, token_divergence, token_ends)
 from .evaluate import pack_numbers, unpack_numbers
@@ -40,8 +40,8 @@ from .logit_cache import CachedKD, EncodedRows, LogitCache, write_cache
 from .models import count_parameters, default_device, find_smollm2, freeze, layer_drop, load_pretrained, load_teacher
 from .report import OKABE_ITO, STYLE, save_figure
 from .runs import device_class, folder_lock, run_grid, versions
-from .train import (_LOGIT_CHANGES, SFT, Callback, Method, Progress, TrainConfig, causal_batch, field_of, save_model, target_logits,
-                            train)
+from .train import (SFT, Callback, Method, Progress, TrainConfig, at_least_float32, causal_batch, field_of, plain_logits,
+                            save_model, target_logits, target_states, train, unwrapped)
 
 # %% ../nbs/18_whitebox.ipynb #1b5b2ad7
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def dialogue(row: dict, id: str, where: str = "row") -> Dialogue:
 def load_dialogues(path: Path | str,              # JSONL
                    n: int | None = None) -> list[Dialogue]:  # only the first n rows
     "Rows of a file as Dialogues. Raises UserError naming file:line for a row that is not one."
-    rows = _numbered_rows(Path(path))[:n]
+    rows = numbered_rows(Path(path))[:n]
     names = [str(row.get("id", f"{Path(path).stem}-{i}")) for i, (_, row) in enumerate(rows)]
     if len(set(names)) < len(names):
         raise UserError("an id occurs twice", where=path, fix="Give every row an id of its own, or none at all.")
@@ -184,7 +184,7 @@ def kd_sums(method: KD, student: Tensor, teacher: Tensor, target_ids: Tensor) ->
     "Sums of the terms over the positions, from logits (n, V) of both sides."
     sums, options = {}, _with_gold(method, target_ids)
     if "sft" in method.weights:
-        sums["sft"] = F.cross_entropy(student.float() if student.dtype.itemsize < 4 else student, target_ids, reduction="sum")
+        sums["sft"] = F.cross_entropy(at_least_float32(student), target_ids, reduction="sum")
     if student.shape[-1] != teacher.shape[-1]:
         student, teacher = align_vocabulary(student, teacher, method.vocabulary)
     values = token_divergence(method.divergence, student, teacher, method.temperature, **options)
@@ -192,19 +192,9 @@ def kd_sums(method: KD, student: Tensor, teacher: Tensor, target_ids: Tensor) ->
 
 # %% ../nbs/18_whitebox.ipynb #f92fbbcd
 def states_suffice(model) -> bool:
-    "Whether the logits are a plain head times the hidden state, and nothing more (no soft-cap, no scale); a causal model."
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    changed = any(getattr(base.config, name, None) not in (None, 1) for name in _LOGIT_CHANGES)
-    head = base.get_output_embeddings()
-    plain = type(head) is torch.nn.Linear and not hasattr(head.weight, "full_tensor")  # no adapter, not spread over processes
-    return plain and not (base.config.is_encoder_decoder or changed)
-
-# %% ../nbs/18_whitebox.ipynb #76937999
-def target_states(model, batch: dict[str, Tensor]) -> Tensor:
-    "Hidden states (n, D) at the target positions of a causal batch."
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    hidden = base.base_model(input_ids=batch["input_ids"], use_cache=False).last_hidden_state
-    return hidden.flatten(0, 1).index_select(0, batch["target_index"])
+    "Whether the logits are one linear layer of the hidden states, and that layer lies whole in this process."
+    head = unwrapped(model).get_output_embeddings()
+    return plain_logits(model) and type(head) is torch.nn.Linear and not hasattr(head.weight, "full_tensor")  # no adapter, not spread
 
 # %% ../nbs/18_whitebox.ipynb #750f6be4
 def fused_sums(method: KD, model, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -297,7 +287,7 @@ def _batch_terms(check: "Validation", model, number: int, chunk: int = 256) -> I
 # %% ../nbs/18_whitebox.ipynb #19748ca6
 def _token_terms(student: Tensor, teacher: Tensor | None, target_ids: Tensor, vocabulary: int | None) -> Tensor:
     "(1 or 3, n): negative log-likelihood of the target, forward KL, reverse KL; in at least float32."
-    student = student.float() if student.dtype.itemsize < 4 else student
+    student = at_least_float32(student)
     terms = [F.cross_entropy(student, target_ids, reduction="none")]
     if teacher is not None:
         if student.shape[-1] != teacher.shape[-1]:
@@ -425,7 +415,7 @@ def _cross_sums(method: CrossKD, student: Tensor, batch: dict[str, Tensor]) -> d
     sums = {"kd": aligned_span_loss(student[None], teacher[None], batch["target_ids"][None], theirs["target_ids"][None], spans,
                                     CROSS_KINDS[method.how], method.temperature, matches=method.matches, denominator=1)}
     if "sft" in method.weights:
-        sums["sft"] = F.cross_entropy(student.float() if student.dtype.itemsize < 4 else student, batch["target_ids"], reduction="sum")
+        sums["sft"] = F.cross_entropy(at_least_float32(student), batch["target_ids"], reduction="sum")
     return sums
 
 # %% ../nbs/18_whitebox.ipynb #394d7c5b

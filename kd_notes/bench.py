@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['ARMS', 'NEEDS', 'PARTS', 'STEPS', 'SHARE', 'SPEED', 'LENGTHS', 'TIME_BAR', 'MEMORY_BAR', 'LEAST', 'gemm_rate',
            'Inputs', 'make_inputs', 'ours', 'plain', 'liger', 'trl', 'products', 'flops', 'missing', 'reason',
-           'present', 'Sample', 'sample', 'Spread', 'spread', 'extra_memory', 'bench', 'quartiles', 'in_steps',
-           'token_rows', 'trained', 'our_loop', 'padded', 'padded_loop', 'pair_models', 'our_pair', 'whole_logits_kl',
-           'trainer_pair', 'our_onpolicy', 'trl_onpolicy', 'Step', 'unit', 'take', 'worker', 'here', 'in_turns',
-           'speed', 'step_rows', 'bench_loop', 'bench_pair', 'bench_onpolicy', 'bars', 'measure']
+           'present', 'Sample', 'sample', 'Spread', 'spread', 'extra_memory', 'bench', 'quartiles', 'Step', 'unit',
+           'Clock', 'serve', 'token_rows', 'trained', 'our_loop', 'padded', 'padded_loop', 'pair_models', 'our_pair',
+           'whole_logits_kl', 'trainer_pair', 'our_onpolicy', 'trl_onpolicy', 'worker', 'here', 'in_turns', 'speed',
+           'step_rows', 'bench_loop', 'bench_pair', 'bench_onpolicy', 'bars', 'measure']
 
 # %% ../nbs/29_bench.ipynb #011185fc
 import importlib.util
@@ -16,6 +16,7 @@ import itertools
 import json
 import math
 import os
+import queue
 import random
 import statistics
 import subprocess
@@ -24,7 +25,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -248,50 +249,58 @@ def quartiles(values: Sequence[float], shares: Sequence[float]) -> dict:
 def _summary(found: Sequence[Sample]) -> dict:
     return quartiles([s.ratio for s in found], [s.share for s in found])
 
-# %% ../nbs/29_bench.ipynb #1e674e15
+# %% ../nbs/29_bench.ipynb #f0bc3b06
+class Step(NamedTuple):
+    "One step of a training."
+    units: int               # tokens that are no padding, or completions
+    seconds: float
+    rate: float              # of the unit product around the step
+    share: float             # of the processors during that product: below 0.9 the machine was busy with something else
+    parts: dict[str, float]  # seconds of its parts, where they are known
+
+# %% ../nbs/29_bench.ipynb #6f27e45e
+def unit(arrays: Tensor) -> tuple[float, float]:
+    "Rate of a product of the first two of three (size, size) arrays into the third, and the share of the processors that it had."
+    start, used = time.perf_counter(), time.process_time()
+    torch.mm(arrays[0], arrays[1], out=arrays[2])
+    seconds = time.perf_counter() - start
+    return 2*arrays.shape[1]**3/seconds, (time.process_time() - used)/seconds/torch.get_num_threads()
+
+# %% ../nbs/29_bench.ipynb #clk-cls
 class _Over(BaseException):
     "Ends a training from inside."
 
 
-def in_steps(run: Callable[[Callable], Any]) -> Iterator:
-    "Iterator over the steps of `run(step)`, a training that calls `step(...)` after each; it stands still in between. Closing ends it."
-    go, done, box, over = threading.Semaphore(0), threading.Semaphore(0), [], []
+class Clock:
+    "What a training calls after each step: it measures the step. A turn has as many steps as `ask()` says; None ends the training."
+    def __init__(self, ask: Callable[[], int | None], answer: Callable[[list[Step]], Any], size: int = 2048):
+        self.ask, self.answer, self.arrays = ask, answer, torch.ones(3, size, size)
 
-    def step(*said) -> None:
-        box.append(said)
-        done.release()
-        go.acquire()
-        if over:
+    def begin(self) -> None:
+        "Wait for a turn, and start the watch."
+        self.count, self.found = self.ask(), []
+        if self.count is None:
             raise _Over
+        self.before, self.start = unit(self.arrays), time.perf_counter()
 
-    def whole() -> None:
-        try:
-            run(step)
-            box.append(StopIteration("the training has ended"))
-        except BaseException as e:
-            box.append(e)
-        done.release()
-    thread = threading.Thread(target=whole, daemon=True)
-    thread.start()
-    try:
-        yield from _answers(go, done, box)
-    finally:
-        over.append(True)
-        go.release()
-        thread.join()
+    def __call__(self, units: int, parts: dict[str, float] | None = None) -> None:
+        seconds = sum((parts or {}).values()) or time.perf_counter() - self.start
+        after = unit(self.arrays)
+        rate, share = ((a + b)/2 for a, b in zip(self.before, after))
+        self.found.append(Step(units, seconds, rate, share, parts or {}))
+        if len(self.found) < self.count:
+            self.before, self.start = after, time.perf_counter()
+        else:
+            self.answer(self.found)
+            self.begin()
 
-# %% ../nbs/29_bench.ipynb #59c8d1bc
-def _answers(go: threading.Semaphore, done: threading.Semaphore, box: list) -> Iterator:
-    "What the thread has put into the box, one at a time."
-    while True:
-        done.acquire()
-        said = box.pop()
-        if isinstance(said, StopIteration):
-            return
-        if isinstance(said, BaseException):
-            raise said
-        yield said
-        go.release()
+# %% ../nbs/29_bench.ipynb #clk-srv
+def serve(training: Callable, ask: Callable[[], int | None], answer: Callable[[list[Step]], Any], gemm: int = 2048, **call: Any) -> None:
+    "Run `training(clock, **call)` in turns until `ask` returns None. It does nothing before the first turn."
+    with suppress(_Over):
+        clock = Clock(ask, answer, gemm)
+        clock.begin()
+        training(clock, **call)
 
 # %% ../nbs/29_bench.ipynb #68e88c80
 def token_rows(low: int, high: int, n: int = 512, vocab: int = 2560, seed: int = 0) -> list[list[int]]:
@@ -300,29 +309,26 @@ def token_rows(low: int, high: int, n: int = 512, vocab: int = 2560, seed: int =
     return [[*(draw.randrange(4, vocab) for _ in range(draw.randint(low, high) - 1)), 1] for _ in range(n)]
 
 # %% ../nbs/29_bench.ipynb #2b41ae2e
-def trained(model, method, rows: Sequence, batch: int, lr: float = 1e-3) -> Iterator[tuple[int, dict]]:
-    "Steps of our loop: (tokens, {})."
+def trained(step: Callable, model, method, rows: Sequence, batch: int, lr: float = 1e-3) -> None:
+    "Our loop; calls step(tokens)."
     from kd_notes.train import Callback, TrainConfig, train
-    cfg = TrainConfig(steps=10**9, batch_size=batch, lr=lr, schedule="constant", device="cpu")
 
-    def run(step: Callable) -> None:
-        class Watch(Callback):
-            seen = 0
+    class Watch(Callback):
+        seen = 0
 
-            def on_step(self, loop) -> None:
-                tokens, self.seen = loop.tokens - self.seen, loop.tokens
-                step(tokens, {})
-        train(model, method, rows, cfg, callbacks=[Watch()])
-    return in_steps(run)
+        def on_step(self, loop) -> None:
+            tokens, self.seen = loop.tokens - self.seen, loop.tokens
+            step(tokens)
+    train(model, method, rows, TrainConfig(steps=10**9, batch_size=batch, lr=lr, schedule="constant", device="cpu"), callbacks=[Watch()])
 
 # %% ../nbs/29_bench.ipynb #8d605d48
-def our_loop(low: int, high: int, size: str = "m", batch: int = 32, vocab: int = 2560) -> Iterator[tuple[int, dict]]:
+def our_loop(step: Callable, low: int, high: int, size: str = "m", batch: int = 32, vocab: int = 2560) -> None:
     "Cross-entropy of a mini model: every token but the first is a target."
     from kd_notes.models import mini_model
     from kd_notes.train import SFT
     as_it_is = SimpleNamespace(encode=lambda ids, **_: list(ids), pad_token_id=0, eos_token_id=1)
     method = SFT(as_it_is, source=lambda row: row[:1], target=lambda row: row[1:-1])  # SFT adds the end token
-    return trained(mini_model("causal", size, vocab, 0), method, token_rows(low, high, vocab=vocab), batch)
+    trained(step, mini_model("causal", size, vocab, 0), method, token_rows(low, high, vocab=vocab), batch)
 
 # %% ../nbs/29_bench.ipynb #84e8a980
 def padded(rows: Sequence[list[int]], pad: int, prompts: Sequence[int] | None = None) -> dict[str, Tensor]:
@@ -334,7 +340,7 @@ def padded(rows: Sequence[list[int]], pad: int, prompts: Sequence[int] | None = 
     return {"input_ids": ids, "attention_mask": mask.long(), "labels": ids.masked_fill(~target, -100)}
 
 # %% ../nbs/29_bench.ipynb #35d8b6e9
-def padded_loop(low: int, high: int, size: str = "m", batch: int = 32, vocab: int = 2560) -> Iterator[tuple[int, dict]]:
+def padded_loop(step: Callable, low: int, high: int, size: str = "m", batch: int = 32, vocab: int = 2560) -> None:
     "The usual loop around a Hugging Face model."
     from kd_notes.models import mini_model
     model, rows, draw = mini_model("causal", size, vocab, 0), token_rows(low, high, vocab=vocab), random.Random(0)
@@ -345,7 +351,7 @@ def padded_loop(low: int, high: int, size: str = "m", batch: int = 32, vocab: in
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        yield int(inputs["attention_mask"].sum()), {}
+        step(int(inputs["attention_mask"].sum()))
 
 # %% ../nbs/29_bench.ipynb #2c429264
 def pair_models(teacher: str = "smollm2") -> tuple[Any, Any, Any]:
@@ -361,12 +367,12 @@ def pair_models(teacher: str = "smollm2") -> tuple[Any, Any, Any]:
     return layer_drop(large, min(6, large.config.num_hidden_layers)), large, tokenizer
 
 # %% ../nbs/29_bench.ipynb #e46466c7
-def our_pair(teacher: str = "smollm2", batch: int = 8) -> Iterator[tuple[int, dict]]:
+def our_pair(step: Callable, teacher: str = "smollm2", batch: int = 8) -> None:
     "KD on the embedded prompts."
     from kd_notes.whitebox import KD, encode_dialogue, load_prompts
     student, large, tokenizer = pair_models(teacher)
     rows = [encode_dialogue(d, tokenizer, 256) for d in load_prompts("train")]
-    return trained(student, KD(tokenizer, large, "forward_kl"), rows, batch, lr=5e-4)
+    trained(step, student, KD(tokenizer, large, "forward_kl"), rows, batch, lr=5e-4)
 
 # %% ../nbs/29_bench.ipynb #1d3bffa0
 def whole_logits_kl(student, teacher, inputs: dict[str, Tensor]) -> Tensor:
@@ -382,7 +388,7 @@ def whole_logits_kl(student, teacher, inputs: dict[str, Tensor]) -> Tensor:
 _QUIET = dict(max_steps=10**6, use_cpu=True, report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True)
 
 
-def trainer_pair(teacher: str = "smollm2", batch: int = 8) -> Iterator[tuple[int, dict]]:
+def trainer_pair(step: Callable, teacher: str = "smollm2", batch: int = 8) -> None:
     "The same rows in a Hugging Face Trainer."
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -398,21 +404,19 @@ def trainer_pair(teacher: str = "smollm2", batch: int = 8) -> Iterator[tuple[int
             seen.append(int(inputs["attention_mask"].sum()))
             return whole_logits_kl(model, large, inputs)
 
-    def run(step: Callable) -> None:
-        watch = TrainerCallback()
-        watch.on_step_end = lambda *_, **__: step(seen[-1], {})
-        with tempfile.TemporaryDirectory() as folder:
-            how = TrainingArguments(folder, per_device_train_batch_size=batch, learning_rate=5e-4, lr_scheduler_type="constant",
-                                    optim="adamw_torch_fused", remove_unused_columns=False, dataloader_pin_memory=False, **_QUIET)
-            Distil(student, how, data_collator=collate, train_dataset=data, callbacks=[watch]).train()
-    return in_steps(run)
+    watch = TrainerCallback()
+    watch.on_step_end = lambda *_, **__: step(seen[-1])
+    with tempfile.TemporaryDirectory() as folder:
+        how = TrainingArguments(folder, per_device_train_batch_size=batch, learning_rate=5e-4, lr_scheduler_type="constant",
+                                optim="adamw_torch_fused", remove_unused_columns=False, dataloader_pin_memory=False, **_QUIET)
+        Distil(student, how, data_collator=collate, train_dataset=data, callbacks=[watch]).train()
 
 # %% ../nbs/29_bench.ipynb #455fcf56
 PARTS = ("generate", "teacher", "student, loss, backward")
 
 
-def our_onpolicy(teacher: str = "smollm2", prompts: int = 8, new_tokens: int = 32) -> Iterator[tuple[int, dict]]:
-    "(completions, seconds of each of PARTS), reverse KL."
+def our_onpolicy(step: Callable, teacher: str = "smollm2", prompts: int = 8, new_tokens: int = 32) -> None:
+    "Reverse KL; calls step(completions, seconds of each of PARTS)."
     from kd_notes.generate import Sampling, sample as draw
     from kd_notes.train import reused_memory, target_logits
     from kd_notes.whitebox import load_prompts, prompt_ids
@@ -429,7 +433,7 @@ def our_onpolicy(teacher: str = "smollm2", prompts: int = 8, new_tokens: int = 3
             loss(target_logits(student, batch), wanted).backward()
             laps.append(time.perf_counter())
             student.zero_grad()
-            yield prompts, {name: b - a for name, a, b in zip(PARTS, laps, laps[1:])}
+            step(prompts, {name: b - a for name, a, b in zip(PARTS, laps, laps[1:])})
 
 # %% ../nbs/29_bench.ipynb #a7276f8a
 def _clocked(clock: dict, name: str, call: Callable) -> Callable:
@@ -443,7 +447,7 @@ def _clocked(clock: dict, name: str, call: Callable) -> Callable:
     return run
 
 # %% ../nbs/29_bench.ipynb #1baa9722
-def trl_onpolicy(teacher: str = "smollm2", prompts: int = 8, new_tokens: int = 32) -> Iterator[tuple[int, dict]]:
+def trl_onpolicy(step: Callable, teacher: str = "smollm2", prompts: int = 8, new_tokens: int = 32) -> None:
     "The same step of TRL's DistillationTrainer."
     from datasets import Dataset
     from trl import DistillationConfig, DistillationTrainer
@@ -463,48 +467,13 @@ def trl_onpolicy(teacher: str = "smollm2", prompts: int = 8, new_tokens: int = 3
             clock.clear()
             out = _clocked(clock, "all", super().training_step)(*args, **kwargs)
             clock[PARTS[2]] = clock["all"] - clock["generate"] - clock["teacher"]
-            self.step_done(prompts, {name: clock[name] for name in PARTS})
+            step(prompts, {name: clock[name] for name in PARTS})
             return out
 
-    def run(step: Callable) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            how = DistillationConfig(folder, per_device_train_batch_size=prompts, max_completion_length=new_tokens, bf16=False,
-                                     gradient_checkpointing=False, generation_kwargs={"min_new_tokens": new_tokens}, **_QUIET)
-            trainer = Timed(model=student, teacher_model=large, args=how, train_dataset=data, processing_class=tokenizer)
-            trainer.step_done = step
-            trainer.train()
-    return in_steps(run)
-
-# %% ../nbs/29_bench.ipynb #f0bc3b06
-class Step(NamedTuple):
-    "One step of a training."
-    units: int               # tokens that are no padding, or completions
-    seconds: float
-    rate: float              # of the unit product around the step
-    share: float             # of the processors during that product: below 0.9 the machine was busy with something else
-    parts: dict[str, float]  # seconds of its parts, where they are known
-
-# %% ../nbs/29_bench.ipynb #6f27e45e
-def unit(arrays: Tensor) -> tuple[float, float]:
-    "Rate of a product of the first two of three (size, size) arrays into the third, and the share of the processors that it had."
-    start, used = time.perf_counter(), time.process_time()
-    torch.mm(arrays[0], arrays[1], out=arrays[2])
-    seconds = time.perf_counter() - start
-    return 2*arrays.shape[1]**3/seconds, (time.process_time() - used)/seconds/torch.get_num_threads()
-
-# %% ../nbs/29_bench.ipynb #0b679f23
-def take(steps: Iterator, count: int, size: int = 2048) -> list[Step]:
-    "The next `count` steps, measured."
-    arrays, found = torch.ones(3, size, size), []
-    before = unit(arrays)
-    for _ in range(count):
-        start = time.perf_counter()
-        units, parts = next(steps)
-        seconds = sum(parts.values()) or time.perf_counter() - start
-        after = unit(arrays)
-        found.append(Step(units, seconds, (before[0] + after[0])/2, (before[1] + after[1])/2, parts))
-        before = after
-    return found
+    with tempfile.TemporaryDirectory() as folder:
+        how = DistillationConfig(folder, per_device_train_batch_size=prompts, max_completion_length=new_tokens, bf16=False,
+                                 gradient_checkpointing=False, generation_kwargs={"min_new_tokens": new_tokens}, **_QUIET)
+        Timed(model=student, teacher_model=large, args=how, train_dataset=data, processing_class=tokenizer).train()
 
 # %% ../nbs/29_bench.ipynb #c8f53e65
 STEPS: dict[str, dict[str, Callable]] = {"loop": {"ours": our_loop, "padded loop": padded_loop},
@@ -518,10 +487,8 @@ from kd_notes import bench
 out = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)  # whatever a library prints is no answer
 part, arm, gemm, call = json.loads(sys.argv[1])
-steps = bench.STEPS[part][arm](**call)
-for line in sys.stdin:
-    print(json.dumps(bench.take(steps, int(line), gemm)), file=out, flush=True)
-steps.close()
+bench.serve(bench.STEPS[part][arm], lambda: int(sys.stdin.readline() or 0) or None,
+            lambda found: print(json.dumps(found), file=out, flush=True), gemm, **call)
 """
 
 # %% ../nbs/29_bench.ipynb #d1d82dcd
@@ -555,14 +522,28 @@ def worker(part: str, arm: str, gemm: int = 2048, **call: Any) -> Iterator[Calla
 # %% ../nbs/29_bench.ipynb #e1dfb8d5
 @contextmanager
 def here(part: str, arm: str, gemm: int = 2048, **call: Any) -> Iterator[Callable[[int], list[Step]]]:
-    "The same in this process, for a quick try."
-    def begin() -> Iterator:
-        yield from STEPS[part][arm](**call)
-    steps = begin()
+    "The same in a thread of this process, for a quick try; its shares are too low, see above."
+    asked, said = queue.SimpleQueue(), queue.SimpleQueue()
+
+    def whole() -> None:
+        try:
+            serve(STEPS[part][arm], asked.get, said.put, gemm, **call)
+        except BaseException as e:
+            said.put(e)
+
+    def turn(count: int) -> list[Step]:
+        asked.put(count)
+        found = said.get()
+        if isinstance(found, BaseException):
+            raise found
+        return found
+    thread = threading.Thread(target=whole, daemon=True)
+    thread.start()
     try:
-        yield lambda count: take(steps, count, gemm)
+        yield turn
     finally:
-        steps.close()
+        asked.put(None)
+        thread.join()
 
 # %% ../nbs/29_bench.ipynb #410677e1
 def in_turns(part: str,                            # of STEPS

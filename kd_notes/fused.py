@@ -184,7 +184,7 @@ class _Job(NamedTuple):
     dtype: torch.dtype    # of the logits and sums
 
 # %% ../nbs/07_fused.ipynb #894b902a
-BUDGET = {"cpu": 192*2**20, "cuda": 768*2**20}  # bytes for the arrays of a chunk
+BUDGET = {"cpu": 96*2**20, "cuda": 768*2**20}  # bytes for the arrays of a chunk
 BLOCK = 4096                                    # entries of the vocabulary in one product
 STRIP = 2**18                                   # numbers in one in-place pass
 

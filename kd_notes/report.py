@@ -182,7 +182,8 @@ def verdict(claim: str,                            # in words
             low: float, high: float, n: int,       # interval of the difference that the claim is about (fractions), and its seeds
             *, direction: str = "greater",         # the claim: the difference is 'greater' or 'less' than the margin
             margin: float = 0.0,                   # smallest difference that counts
-            arms: Mapping[str, float] | None = None,  # accuracy of every arm involved
+            arms: Mapping[str, float] | None = None,  # accuracy of the arms that must have learnt for any answer
+            beaten: Mapping[str, float] | None = None,  # of those that the claim puts below them: must have learnt for a negative one
             majority: float | None = None,         # accuracy of the most frequent answer
             p: float | None = None) -> Verdict:    # Holm-adjusted p-value, where several tasks share the claim
     "What the interval says about the claim: reproduced, not reproduced or not tested here. Raises UserError for a bad argument."
@@ -190,22 +191,24 @@ def verdict(claim: str,                            # in words
         raise UserError(f"the interval [{low}, {high}] is not one", where="verdict", fix="Give low <= high.")
     side, untested = _side(low, high, direction, margin), why_untested(n, arms or {}, majority)
     interval = f"95 % interval [{100*low:+.1f}, {100*high:+.1f}] points, n = {n}"
-    if untested:
-        return Verdict(claim, "not tested here", f"{untested}; {interval}", low, high, n)
-    if side == "claimed" and (p is None or p < 0.05):
+    if side == "claimed" and (p is None or p < 0.05) and not untested:
         return Verdict(claim, "reproduced", interval, low, high, n)
+    if untested := untested or why_untested(n, beaten or {}, majority):
+        return Verdict(claim, "not tested here", f"{untested}; {interval}", low, high, n)
     because = {"opposite": "the opposite holds", "undecided": f"{100*margin:g} lies inside", "claimed": f"Holm-adjusted p = {p or 0:.3f}"}
     return Verdict(claim, "not reproduced", f"{because[side]}; {interval}", low, high, n)
 
 # %% ../nbs/11_report.ipynb #7f352b26
 def verdicts(claim: str, estimates: Mapping[str, Estimate],         # task -> difference
              *, arms: Mapping[str, Mapping[str, float]] | None = None,  # task -> arm -> accuracy
+             beaten: Mapping[str, Mapping[str, float]] | None = None,  # likewise
              majority: Mapping[str, float] | None = None,           # task -> accuracy of the most frequent answer
              **rule) -> list[Verdict]:                              # direction and margin of `verdict`
     "One verdict per task for a claim about several tasks. Holm's correction applies to claims about zero (margin 0)."
     adjusted = holm({task: e.p for task, e in estimates.items()}) if not rule.get("margin") else {}
-    return [verdict(f"{claim} ({task})", e.low, e.high, e.n, arms=(arms or {}).get(task), majority=(majority or {}).get(task),
-                    p=adjusted.get(task), **rule) for task, e in estimates.items()]
+    given = {"arms": arms or {}, "beaten": beaten or {}, "majority": majority or {}}
+    return [verdict(f"{claim} ({task})", e.low, e.high, e.n, p=adjusted.get(task), **{k: v.get(task) for k, v in given.items()}, **rule)
+            for task, e in estimates.items()]
 
 # %% ../nbs/11_report.ipynb #1a6dcd9d
 def reported(paper: str,                     # file name in data/reported without .csv, such as "dss"

@@ -635,14 +635,15 @@ def record_runs(stage: str, results: Iterable[dict], folder: Path | None = None)
     return len(rows)
 
 # %% ../nbs/01_runs.ipynb #882407ba
-def _plan(stage: str, target: str, params_list: list[dict], modules: list[str], checksums: dict | None, threads: int) -> dict[str, Task]:
+def _plan(stage: str, target: str, params_list: list[dict], modules: list[str], checksums: dict | None, threads: int,
+          facts: Callable[[dict], dict] | None = None) -> dict[str, Task]:
     "{hash of the parameters: task}, in order, without duplicates."
     manifest, tasks = {"checksums": checksums or {}, "code": code_hash(*modules)}, {}
     for params in params_list:
         params = to_jsonable(params, "params")
         if stable_hash(params) not in tasks:
             key = run_key(stage, params, modules, checksums, threads)
-            tasks[stable_hash(params)] = Task(stage, target, params, key, manifest)
+            tasks[stable_hash(params)] = Task(stage, target, params, key, manifest | (facts(params) if facts else {}))
     return tasks
 
 # %% ../nbs/01_runs.ipynb #54e08153
@@ -674,6 +675,7 @@ def _fail(stage: str, failures: list[tuple[Task, dict]], total: int) -> None:
 def run_grid(stage: str, target: str, params_list: list[dict], *,
              modules: Iterable[str],                   # kd_notes modules that compute it
              checksums: dict[str, str] | None = None,  # {data or teacher: sha256}
+             facts: Callable[[dict], dict] | None = None,  # more lines of a run's manifest, from its parameters: see MANIFEST
              jobs: int = 1,                            # runs side by side, in processes of their own
              threads: int = 1,                         # threads of each run
              use_record: bool | Path = False,          # take recorded runs (from this folder)
@@ -682,7 +684,7 @@ def run_grid(stage: str, target: str, params_list: list[dict], *,
     "Run `target` ('package.module:function') for every parameter set; results in their order. Raises GridError after the last run."
     if jobs < 1 or threads < 1:
         raise UserError("at least one is needed", where=f"jobs={jobs}, threads={threads}", fix="Choose positive numbers.")
-    tasks = _plan(stage, target, params_list, list(modules), checksums, threads)
+    tasks = _plan(stage, target, params_list, list(modules), checksums, threads, facts)
     record = load_record(stage, use_record if isinstance(use_record, Path) else None) if use_record and not force else {}
     results = {} if force else {h: r for h, task in tasks.items() if (r := _stored(task, record))}
     todo, failures = [task for h, task in tasks.items() if h not in results], []

@@ -4,22 +4,25 @@
 
 # %% auto #0
 __all__ = ['PREDICT', 'EXPLAIN', 'REAL_SPLITS', 'ANSWER', 'ARMS', 'DEFAULTS', 'EXTRAS', 'MODULES', 'Row', 'step_rows',
-           'StepByStep', 'task_split', 'info_of', 'teacher_file', 'teacher_text', 'teacher_score', 'with_teacher',
-           'plain_rows', 'single_task_rows', 'shuffled', 'Arm', 'arm_rows', 'predict', 'chosen_rate', 'student',
-           'checksums', 'new_student', 'train_student', 'run_students', 'build_tokenizer']
+           'StepByStep', 'task_split', 'info_of', 'teacher_file', 'teacher_text', 'teacher_score', 'teacher_scores',
+           'teacher_title', 'with_teacher', 'plain_rows', 'single_task_rows', 'shuffled', 'Arm', 'arm_rows',
+           'context_of', 'predict', 'chosen_rate', 'student', 'is_pretrained', 'new_student', 'train_student',
+           'checksums', 'facts', 'run_students', 'build_tokenizer']
 
 # %% ../nbs/14_stepwise.ipynb #c9ea84f3
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, Iterable
 
 import torch
 from torch import Tensor
 
 from .core import UserError, cache_dir, data_dir, read_json, read_jsonl, rng, sha256_file, stable_hash
-from .data import Example, TaskInfo, load_real, load_split, real_set, split_checksum, task_info
+from .data import Example, TaskInfo, load_real, load_split, real_set, split_checksum, task_info, withhold
 from .evaluate import accuracy, outcomes, pack_bits
-from .models import count_parameters, layer_drop, load_mini_tokenizer, load_pretrained, mini_model, train_mini_tokenizer
+from .models import (count_parameters, layer_drop, load_mini_tokenizer, load_pretrained, mini_model, resolve_model,
+                             train_mini_tokenizer)
+from .rationales import vote
 from .runs import run_grid
 from .train import Method, TrainConfig, causal_batch, seq2seq_batch, target_nll, train
 
@@ -42,6 +45,8 @@ def step_rows(examples: list[Example]) -> list[Row]:
 # %% ../nbs/14_stepwise.ipynb #111fc682
 class StepByStep(Method):
     "Cross-entropy per term, weighted: alpha for the label, 1 - alpha for the rationale. For causal and encoder-decoder students."
+    optional = frozenset({"rationale"})  # a teacher's completion may be unusable; its example teaches the label alone
+
     def __init__(self, tokenizer, family: str = "causal", alpha: float = 0.5):
         if not 0 <= alpha <= 1:
             raise UserError(f"alpha={alpha} is not a weight", where="alpha", fix="Choose a number from 0 to 1; 0.5 is the paper's.")
@@ -75,7 +80,7 @@ class StepByStep(Method):
         return {"label": nll[:end].sum(), "rationale": nll[end:].sum()}
 
 # %% ../nbs/14_stepwise.ipynb #sw-src-2
-REAL_SPLITS = {"pool": "train", "unlabelled": "train", "validation": "validation", "test": "test"}
+REAL_SPLITS = {"pool": "train", "unlabelled": "unlabelled", "validation": "validation", "test": "test"}
 
 
 def task_split(task: str, split: str) -> list[Example]:
@@ -85,6 +90,8 @@ def task_split(task: str, split: str) -> list[Example]:
         return load_split(name, split)
     if split not in REAL_SPLITS:
         raise UserError(f"the published set {name!r} has no split {split!r}", where=f"task {task}", fix=f"Use {', '.join(REAL_SPLITS)}.")
+    if split == "unlabelled" and name != "asdiv":    # only ASDiv has inputs beside the labelled ones: elsewhere train without its labels
+        return [withhold(e) for e in load_real(name, "train", source=source)]
     return load_real(name, REAL_SPLITS[split], source=source)
 
 
@@ -106,14 +113,32 @@ def teacher_text(task: str, split: str) -> dict[str, tuple[str, str]]:
     if not path.exists():
         raise UserError(f"the teacher's text for {task}/{split} is missing", where=f"data/teacher/{task}/{split}.jsonl",
                         fix=f"Run `kd-notes extract` for task {task}, split {split}.")
-    rows = read_jsonl(path)
+    rows = vote(read_jsonl(path), info_of(task))   # of several samples the majority
     return {r["id"]: (r["label"], r["rationale"]) if r["outcome"] == "ok" else ("", "") for r in rows}
 
 # %% ../nbs/14_stepwise.ipynb #4b1e85a1
+def _report_file(task: str) -> Path:
+    return teacher_file(task, "report").with_suffix(".json")
+
+
 def teacher_score(task: str) -> tuple[float, int]:
     "Test accuracy of the teacher and on how many items: the reference line of the figures. Raises UserError if absent."
-    report = read_json(teacher_file(task, "report").with_suffix(".json"))
+    if not _report_file(task).is_file():
+        raise UserError(f"the teacher of {task} was not scored", where=f"teacher/{task}/report.json",
+                        fix=f"Run `kd-notes extract` for task {task}, split test.")
+    report = read_json(_report_file(task))
     return report["test_accuracy"], report["test_n"]
+
+
+def teacher_scores(tasks: Iterable[str]) -> dict[str, float]:
+    "{task: test accuracy of its teacher}; a task whose teacher was not scored is left out."
+    return {t: teacher_score(t)[0] for t in tasks if _report_file(t).is_file()}
+
+
+def teacher_title(tasks: Iterable[str]) -> str:
+    "The teacher's name in a legend: with its size and what it cost in gold labels, where it is the embedded one."
+    labels = {read_json(_report_file(t)).get("gold_labels", 0) for t in tasks if "@" not in t and _report_file(t).is_file()}
+    return f"teacher (SmolLM2, 135 M, {max(labels)} gold labels)" if labels else "teacher"
 
 # %% ../nbs/14_stepwise.ipynb #62cc9308
 def with_teacher(examples: list[Example], text: dict[str, tuple[str, str]], *, labels: bool) -> list[Example]:
@@ -180,6 +205,9 @@ def arm_rows(arm: str, task: str, n: int, split: str = "pool", seed: int = 0) ->
     if arm not in ARMS:
         raise UserError(f"there is no arm {arm!r}", where="arm", fix=f"Choose one of {', '.join(ARMS)}.")
     spec, pool = ARMS[arm], task_split(task, split)
+    if "@" in task and teacher_file(task, split).is_file():    # a published set need not be extracted as a whole: all arms keep to what is
+        text = teacher_text(task, split)
+        pool = [e for e in pool if e.id in text]
     if spec.labels == "gold" and split == "unlabelled":
         raise UserError(f"arm {arm!r} needs gold labels, which the unlabelled split withholds", where="split", fix="Use split 'pool'.")
     if not 0 < n <= len(pool):
@@ -200,6 +228,11 @@ def _reasoned(spec: Arm, drawn: list[Example], seed: int) -> list[Example]:
     return drawn if spec.rationales else [replace(e, rationale="") for e in drawn]
 
 # %% ../nbs/14_stepwise.ipynb #50e30d8d
+def context_of(model) -> int:
+    "The longest row that a model reads, in tokens; 0 where it has no limit (T5's positions are relative)."
+    return 0 if model.config.is_encoder_decoder else getattr(model.config, "max_position_embeddings", 0)
+
+
 @torch.inference_mode()
 def predict(model, tokenizer, examples: list[Example], *, prefix: str = PREDICT, family: str = "causal",
             max_new_tokens: int = 16, batch_size: int = 128) -> dict[str, str]:
@@ -208,6 +241,10 @@ def predict(model, tokenizer, examples: list[Example], *, prefix: str = PREDICT,
     ids = {e.id: tokenizer.encode(prefix + e.input, add_special_tokens=False) + [tokenizer.eos_token_id] * (family == "t5")
            for e in examples}
     order, out, pad = sorted(ids, key=lambda i: len(ids[i])), {}, tokenizer.pad_token_id
+    context = context_of(model)
+    if order and context and len(ids[order[-1]]) + max_new_tokens > context:
+        raise UserError(f"the input has {len(ids[order[-1]])} tokens, with {max_new_tokens} new ones more than the model's {context}",
+                        where=f"example {order[-1]}", fix="Shorten it, leave it out, or use a model with a longer context.")
     for start in range(0, len(order), batch_size):
         names = order[start:start + batch_size]
         width = max(len(ids[i]) for i in names)
@@ -235,27 +272,26 @@ EXTRAS = {"layers": 0, "precision": "no", "accumulate": 1, "device": None}  # wr
 
 
 def student(task: str, arm: str, n: int, seed: int, **settings: Any) -> dict:  # settings: any of DEFAULTS and EXTRAS
-    "Parameters of a run, complete. Raises UserError for an unknown setting."
+    "Parameters of a run, complete. Raises UserError for an unknown setting or arm."
     unknown = set(settings) - set(DEFAULTS) - set(EXTRAS)
     if unknown:
         raise UserError(f"unknown settings {', '.join(sorted(unknown))}", where="student", fix=f"Known: {', '.join(DEFAULTS | EXTRAS)}.")
+    if arm not in ARMS:
+        raise UserError(f"there is no arm {arm!r}", where="arm", fix=f"Choose one of {', '.join(ARMS)}.")
+    if settings.get("score_on", "test") not in ("validation", "test"):
+        raise UserError(f"{settings['score_on']!r} is not a split to score on", where="score_on", fix="Use 'validation' or 'test'.")
     p = {"task": task, "arm": arm, "n": n, "seed": seed} | DEFAULTS | {k: v for k, v in settings.items() if v != EXTRAS.get(k, ...)}
     return p | {"lr": p["lr"] or chosen_rate(arm, task)}
 
-# %% ../nbs/14_stepwise.ipynb #aa086616
-def checksums(task: str, split: str) -> dict[str, str]:  # split: the training split
-    "Checksums of all that decides a student's numbers besides code and parameters: data, the teacher's text, tokenizer."
-    if "@" in task:
-        found = {f"{task}/{s}": stable_hash([e.to_dict() for e in task_split(task, s)]) for s in ("pool", "validation", "test")}
-    else:
-        found = {f"{task}/{s}": split_checksum(task, s) for s in dict.fromkeys((split, "teacher", "validation", "test"))}
-    files = [teacher_file(task, split), data_dir() / "tokenizer" / "mini" / "tokenizer.json"]
-    return found | {f"{p.parent.name}/{p.name}": sha256_file(p) for p in files if p.exists()}
-
 # %% ../nbs/14_stepwise.ipynb #61e34116
+def is_pretrained(size: str) -> bool:
+    "Whether `size` names a model to load ('smollm2', 'hub:<id>', a folder) and not one of the mini sizes."
+    return size == "smollm2" or bool({":", "/"} & set(size))
+
+
 def new_student(p: dict) -> tuple[Any, Any]:
     "(model, tokenizer): a mini model from random weights, or, if `size` is a model spec, a pretrained one. Raises UserError."
-    if p["size"] != "smollm2" and not {":", "/"} & set(p["size"]):
+    if not is_pretrained(p["size"]):
         tok = load_mini_tokenizer()
         return mini_model(p["family"], p["size"], len(tok), seed=p["seed"]), tok
     model, tok = load_pretrained(p["size"], device=p.get("device"))
@@ -272,16 +308,29 @@ def train_student(params: dict, folder: Path) -> dict:
     rows = arm_rows(p["arm"], p["task"], p["n"], p["split"], p["seed"])
     extra = {k: p[k] for k in ("precision", "accumulate", "device") if k in p}
     cfg = TrainConfig(steps=round(p["steps"] * spec.steps), batch_size=p["batch_size"], lr=p["lr"], warmup=0.04, weight_decay=0.01,
-                      betas=(0.9, 0.98), seed=p["seed"], save_every=400, **extra)
+                      betas=(0.9, 0.98), seed=p["seed"], save_every=400, max_length=context_of(model), **extra)
     result = train(model, StepByStep(tok, p["family"], p["alpha"] if spec.rationales and spec.rows is step_rows else 1.0), rows, cfg,
                    run_dir=folder)
     return _score(result, model, tok, p, task_split(p["task"], p["score_on"])) | {"examples": len(rows)}
+
+# %% ../nbs/14_stepwise.ipynb #aa086616
+def checksums(task: str, split: str, size: str = "xs") -> dict[str, str]:  # split: the training split
+    "Checksums of what decides a student's numbers besides code and parameters: data, the teacher's text, tokenizer, pretrained weights."
+    if "@" in task:
+        found = {f"{task}/{s}": stable_hash([e.to_dict() for e in task_split(task, s)]) for s in ("pool", "validation", "test")}
+    else:
+        found = {f"{task}/{s}": split_checksum(task, s) for s in dict.fromkeys((split, "teacher", "validation", "test"))}
+    files = [teacher_file(task, split), data_dir() / "tokenizer" / "mini" / "tokenizer.json"]
+    if is_pretrained(size) and Path(folder := resolve_model(size)).is_dir():    # a hub model is named by its id
+        files += sorted(p for p in Path(folder).iterdir() if p.suffix in (".json", ".safetensors"))
+    return found | {f"{p.parent.name}/{p.name}": sha256_file(p) for p in files if p.exists()}
 
 # %% ../nbs/14_stepwise.ipynb #d9a8e4a1
 def _score(result, model, tok, p: dict, examples: list[Example]) -> dict:
     single = ARMS[p["arm"]].rows is single_task_rows
     prefix = PREDICT if ARMS[p["arm"]].rows is step_rows else ""
-    said = predict(result.model, tok, examples, prefix=prefix, family=p["family"], max_new_tokens=64 if single else 16)
+    longest = 128 if single and "@" in p["task"] else 64 if single or "@" in p["task"] else 16    # people write longer than our worlds
+    said = predict(result.model, tok, examples, prefix=prefix, family=p["family"], max_new_tokens=longest)
     if single:
         said = {i: t.rpartition(ANSWER)[2].strip() for i, t in said.items()}
     right = outcomes(info_of(p["task"]).metric, said, examples)
@@ -292,13 +341,25 @@ def _score(result, model, tok, p: dict, examples: list[Example]) -> dict:
 MODULES = ["stepwise"]
 
 # %% ../nbs/14_stepwise.ipynb #05429f03
+def facts(p: dict) -> dict:
+    "What a manifest says about a run besides its parameters."
+    spec = ARMS[p["arm"]]
+    taught = "teacher" in (spec.labels, spec.rationales) or spec.rationales == "shuffled"
+    precision, teacher = p.get("precision", "no"), p["task"] if "@" in p["task"] else f"smollm2+{p['task']}"
+    return {"teacher": teacher if taught else None, "student": f"{p['family']}/{p['size']}",
+            "dtype": "float32" if precision == "no" else precision, "effective_batch": p["batch_size"] * p.get("accumulate", 1)}
+
+
 def run_students(runs: list[dict], *, jobs: int = 1, use_record: bool = False, desc: str = "students") -> list[dict]:
     "Train all students that the cache (or the record) does not hold; results in their order, one per run."
     results: dict[str, dict] = {}
-    for group in dict.fromkeys((r["task"], r["split"]) for r in runs):     # a run's key depends on its own data only
-        mine = [r for r in runs if (r["task"], r["split"]) == group]
-        found = run_grid("stepwise", "kd_notes.stepwise:train_student", mine, modules=MODULES, checksums=checksums(*group), jobs=jobs,
-                         use_record=use_record, desc=f"{desc} ({'/'.join(group)})")
+
+    def data_of(r: dict) -> tuple:      # a run's key depends on its own data and weights only
+        return r["task"], r["split"], *([r["size"]] if is_pretrained(r["size"]) else [])
+    for group in dict.fromkeys(map(data_of, runs)):
+        mine = [r for r in runs if data_of(r) == group]
+        found = run_grid("stepwise", "kd_notes.stepwise:train_student", mine, modules=MODULES, checksums=checksums(*group), facts=facts,
+                         jobs=jobs, use_record=use_record, desc=f"{desc} ({'/'.join(group[:2])})")
         results |= {stable_hash(r): f for r, f in zip(mine, found)}
     return [results[stable_hash(r)] for r in runs]
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ADAPTER', 'NEW_TOKENS', 'adapt_teacher', 'teacher_dir', 'open_teacher', 'stored', 'label_accuracy', 'validity',
-           'copied', 'live_check', 'extract_split', 'few_shot_split', 'write_report', 'teacher_outcomes',
+           'copied', 'in_template', 'live_check', 'extract_split', 'few_shot_split', 'write_report', 'teacher_outcomes',
            'minus_teacher']
 
 # %% ../nbs/13_teachers.ipynb #894167e8
@@ -18,7 +18,7 @@ from .data import Example, load_split, task_info
 from .evaluate import outcomes
 from .models import load_pretrained, load_teacher
 from .rationales import (ZERO_SHOT, Prompt, compare_rows, extract, few_shot, format_completion, format_question,
-                                  rationale_decoding)
+                                  rationale_decoding, template_of)
 from .report import Estimate, hierarchical_bootstrap, paired
 from .tasks import valid_rationale
 from .train import SFT, TrainConfig, save_model, train
@@ -81,6 +81,13 @@ def copied(rows: list[dict], examples: list[Example]) -> float:
     by_id = {r["id"]: r["rationale"] for r in rows}
     return sum(by_id[e.id] == e.rationale for e in examples) / len(examples)
 
+
+def in_template(task: str, rows: list[dict], examples: list[Example]) -> float:
+    "Share of rationales whose sentence is one of the teacher split's with other words filled in (`template_of`)."
+    templates = {template_of(e, e.rationale) for e in load_split(task, "teacher")}
+    by_id = {r["id"]: r["rationale"] for r in rows}
+    return sum(template_of(e, by_id[e.id]) in templates for e in examples) / len(examples)
+
 # %% ../nbs/13_teachers.ipynb #70b77fd3
 def live_check(task: str, split: str = "pool", k: int = 8, *, seed: int = 0, out: Path | str, backend=None) -> dict:
     "Generate `k` stored completions again and compare: {'n', 'same_text', 'same_label', ...} as shares."
@@ -114,7 +121,8 @@ def _accuracies(task: str, name: str, split: str) -> dict:
     ids = {r["id"] for r in rows}
     examples = [e for e in load_split(task, split, gold=True) if e.id in ids]
     return {f"{name}_accuracy": label_accuracy(task, rows, examples), f"{name}_n": len(examples),
-            f"{name}_valid": validity(rows, examples), f"{name}_copied": copied(rows, examples)}
+            f"{name}_valid": validity(rows, examples), f"{name}_copied": copied(rows, examples),
+            f"{name}_template": in_template(task, rows, examples)}
 
 
 def write_report(task: str) -> dict:

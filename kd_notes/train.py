@@ -38,6 +38,7 @@ from .core import (UserError, append_jsonl, atomic_write, progress, read_json, r
 class Method:
     "What a batch is and what the loss is. Subclass it; the loop knows nothing else about a method."
     weights: dict[str, float] = {"loss": 1.0}  # weight of each term
+    optional: frozenset[str] = frozenset()     # terms that a batch may lack; without this, one that is lacking is an error
 
     def encode(self, example: Any) -> Any:
         "An example as ids, computed once before the first step; `collate` gets what this returns."
@@ -533,8 +534,10 @@ def _total_counts(loop: Loop, batches: list[dict], rows: list[int]) -> dict[str,
     if loop.accelerator.num_processes > 1:
         shared = loop.accelerator.reduce(torch.tensor([*total.values()], device=loop.accelerator.device), "sum")
         total = dict(zip(total, shared.tolist()))
+    weights, optional = loop.method.weights, loop.method.optional
+    learned = any(n and weights[term] for term, n in total.items())
     for term, n in total.items():
-        if n == 0 and loop.method.weights[term]:
+        if n == 0 and weights[term] and not (learned and term in optional):
             raise UserError(f"the batch of step {loop.step + 1} has no target tokens for the term {term!r}", where=_names(loop, rows),
                             fix="Give every example a target, or do not train on these.")
     return total

@@ -476,6 +476,11 @@ class _Fused(torch.autograd.Function):
         return *(None if g is None else g.to(x.dtype) for g, x in zip(grads, inputs)), None, None
 
 # %% ../nbs/07_fused.ipynb #6fbbff2e
+def _product_dtype(device: str, dtype: torch.dtype, sums: torch.dtype) -> torch.dtype:
+    "In what to multiply. Not in float16: the factors of the gradient's products reach e^40, its largest number is 65,504."
+    return sums if device == "cpu" or dtype == torch.float16 else dtype
+
+
 def _precisions(*tensors: Tensor) -> tuple[torch.dtype, torch.dtype]:
     "(of the products, of logits and sums)"
     device, dtype = tensors[0].device.type, tensors[0].dtype
@@ -484,7 +489,7 @@ def _precisions(*tensors: Tensor) -> tuple[torch.dtype, torch.dtype]:
     sums = torch.promote_types(dtype, torch.float32)
     if torch.is_autocast_enabled(device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
-    return (sums if device == "cpu" else dtype), sums
+    return _product_dtype(device, dtype, sums), sums
 
 # %% ../nbs/07_fused.ipynb #ebfb1379
 def _check_side(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -503,7 +508,9 @@ def _check_side(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) 
 def _vocabulary(name: str, student_weight: Tensor, teacher_weight: Tensor | None, size: int | None) -> tuple[int, int]:
     "How many ids of either vocabulary count. Raises UserError if they differ by more than padding."
     widths = len(student_weight), len(student_weight if teacher_weight is None else teacher_weight)
-    if name == "uld" or (size is None and widths[0] == widths[1]):
+    if name == "uld":    # two vocabularies
+        return widths if size is None else (min(size, widths[0]), min(size, widths[1]))
+    if size is None and widths[0] == widths[1]:
         return widths
     return (align_vocabulary(*(torch.empty(0, width) for width in widths), size)[0].shape[-1],)*2
 

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PAIR_RUN', 'UNTRAINED', 'EVAL_FILES', 'RULES', 'ALPACA', 'PHASES', 'UNKNOWN', 'ORIGINS', 'STATUS', 'PARTS', 'is_set',
-           'arm_settings', 'check_run', 'pair_run', 'Asked', 'asked', 'real_file', 'hub_rows', 'split_rows', 'load_set',
-           'run_rows', 'corpus_texts', 'open_teacher', 'open_student', 'check_room', 'total_steps', 'merged',
-           'sft_phase', 'train_pair_teacher', 'train_pair_student', 'phase_run', 'spec_checksums', 'run_checksums',
-           'run_phase', 'phase_model', 'pair_teacher', 'pair_start', 'set_metrics', 'pair_method', 'train_third_phase',
+           'arm_settings', 'check_run', 'pair_run', 'Asked', 'asked', 'real_file', 'split_rows', 'load_set', 'run_rows',
+           'corpus_texts', 'open_teacher', 'open_student', 'check_room', 'total_steps', 'merged', 'sft_phase',
+           'train_pair_teacher', 'train_pair_student', 'phase_run', 'spec_checksums', 'run_checksums', 'run_phase',
+           'phase_model', 'pair_teacher', 'pair_start', 'set_metrics', 'pair_method', 'train_third_phase',
            'train_pair_arm', 'run_arms', 'PairFile', 'config_of', 'load_pair_file', 'pair_file', 'pair_settings',
            'pair_memory']
 
@@ -18,11 +18,11 @@ import re
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Callable, Iterable, Sequence
+from typing import Any, Callable, Sequence
 
 import torch
 
-from .core import UserError, data_dir, missing_library, read_json, repo_root, rng, sha256_file, stable_hash, verify_checksums
+from .core import UserError, data_dir, read_json, repo_root, rng, sha256_file, stable_hash, verify_checksums
 from .data import numbered_rows
 from .evaluate import pack_numbers
 from .measure import EVAL_SEEDS, kl_per_position, rouge_l, sample_answers, text_metrics
@@ -32,7 +32,7 @@ from .models import (DTYPES, SIZES, count_parameters, default_device, find_smoll
                              load_teacher, mini_model)
 from .runs import load_record, run_folder, run_grid
 from .train import TrainConfig, TrainResult, memory_estimate, save_model
-from .whitebox import PLAIN_TEMPLATE, Dialogue, context_of, dialogue, dolly_dialogues, load_prompts, make_student, prompt_ids
+from .whitebox import PLAIN_TEMPLATE, Dialogue, context_of, dialogue, dolly_dialogues, hub_rows, load_prompts, make_student, prompt_ids
 
 # %% ../nbs/20_pairs.ipynb #32574ae1
 PAIR_RUN = {
@@ -160,18 +160,6 @@ def real_file(name: str) -> Path:
         raise UserError(f"{path.name} is not here", where="KD_NOTES_DATA", fix=f"Set this environment variable to a folder with "
                         f"{path.name}: one JSON object a line with id, instruction, input and output.")
     return path
-
-# %% ../nbs/20_pairs.ipynb #dd666245
-def hub_rows(name: str, streaming: bool = False) -> Iterable[dict]:
-    "Rows of the part `train` of hub:<id>, with the library datasets. Raises UserError with the reason."
-    try:
-        from datasets import load_dataset
-        return load_dataset(name.removeprefix("hub:"), split="train", streaming=streaming)
-    except ModuleNotFoundError as e:
-        raise missing_library(e) from e
-    except (OSError, ValueError) as e:
-        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
-        raise UserError(f"the set could not be loaded: {reason}", where=name, fix="Check the id; the hub needs a network.") from e
 
 # %% ../nbs/20_pairs.ipynb #ede725e1
 def split_rows(rows: Sequence[Asked], split: str, name: str) -> list[Asked]:

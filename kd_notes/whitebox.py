@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['PLAIN_TEMPLATE', 'CROSS_KINDS', 'PROFILES', 'TEXT_OBJECTIVES', 'CROSS_OBJECTIVES', 'OBJECTIVES', 'PROMPT_SPLITS',
            'PROMPT_WRITING', 'PAIR_ARMS', 'PAIR', 'Dialogue', 'dialogue', 'load_dialogues', 'prompt_ids',
-           'encode_dialogue', 'KD', 'is_encoded', 'kd_sums', 'states_suffice', 'fused_sums', 'logit_chunks',
-           'Validation', 'Writing', 'write_responses', 'encode_twice', 'CrossKD', 'DistillSettings', 'distill_settings',
-           'check_objective', 'make_student', 'context_of', 'hold_out', 'Job', 'main_process', 'shown_name',
-           'curves_figure', 'distill', 'prompt_texts', 'write_prompts', 'load_prompts', 'pair', 'dolly_dialogues',
-           'pair_rows', 'pair_cache', 'pair_validation', 'pair_method', 'measure_costs', 'steps_for', 'seconds_at',
-           'item_table', 'train_arm', 'pair_references', 'pair_checksums', 'run_pairs']
+           'encode_dialogue', 'KD', 'is_encoded', 'comparable', 'kd_sums', 'states_suffice', 'fused_sums',
+           'logit_chunks', 'Validation', 'Writing', 'write_responses', 'encode_twice', 'CrossKD', 'DistillSettings',
+           'distill_settings', 'check_objective', 'make_student', 'context_of', 'hold_out', 'Job', 'main_process',
+           'shown_name', 'expected_memory', 'curves_figure', 'distill', 'prompt_texts', 'write_prompts', 'load_prompts',
+           'pair', 'dolly_dialogues', 'hub_rows', 'hub_dialogues', 'pair_rows', 'busy_seconds', 'pair_cache',
+           'pair_validation', 'pair_method', 'measure_costs', 'steps_for', 'seconds_at', 'item_table', 'train_arm',
+           'pair_references', 'pair_checksums', 'run_pairs']
 
 # %% ../nbs/18_whitebox.ipynb #010c9bf6
 import math
@@ -20,7 +21,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Callable, Iterator, Sequence
+from typing import Any, Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -28,20 +29,21 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from .core import (UserError, append_jsonl, atomic_write, cache_dir, canonical_json, data_dir, progress, read_json, read_jsonl, rng,
-                           sha256_file, stable_hash, to_jsonable, verify_checksums, write_checksums, write_json)
+from .core import (UserError, append_jsonl, atomic_write, cache_dir, canonical_json, data_dir, missing_library, progress, read_json,
+                           read_jsonl, rng, sha256_file, stable_hash, to_jsonable, verify_checksums, write_checksums, write_json)
 from .data import load_split, numbered_rows
-from .divergences import (DIVERGENCES, Span, _options, align_spans, align_vocabulary, aligned_span_loss, check_tokenizers,
-                                  get_divergence, matching_tokens, token_divergence, token_ends)
+from .divergences import (DIVERGENCES, Span, _look_up, _options, align_spans, align_vocabulary, aligned_span_loss,
+                                  check_tokenizers, get_divergence, matching_tokens, token_divergence, token_ends)
 from .evaluate import pack_numbers, unpack_numbers
 from .fused import fused_cross_entropy, fused_linear_divergence
 from .generate import Sampling, beam, sample
 from .logit_cache import CachedKD, EncodedRows, LogitCache, write_cache
-from .models import count_parameters, default_device, find_smollm2, freeze, layer_drop, load_pretrained, load_teacher
+from .models import (count_parameters, default_device, find_smollm2, freeze, layer_drop, load_pretrained, load_teacher,
+                             resolve_model)
 from .report import OKABE_ITO, STYLE, save_figure
 from .runs import device_class, folder_lock, run_grid, versions
-from .train import (SFT, Callback, Method, Progress, TrainConfig, at_least_float32, causal_batch, field_of, plain_logits,
-                            save_model, target_logits, target_states, train, unwrapped)
+from .train import (SFT, Callback, Method, Progress, TrainConfig, at_least_float32, causal_batch, field_of, memory_estimate,
+                            plain_logits, save_model, target_logits, target_states, train, unwrapped)
 
 # %% ../nbs/18_whitebox.ipynb #1b5b2ad7
 @dataclass(frozen=True)
@@ -180,13 +182,18 @@ def _with_gold(method: KD, target_ids: Tensor) -> dict:
     return method.options | ({"target_ids": target_ids} if "target_ids" in _options(DIVERGENCES[method.divergence]) else {})
 
 # %% ../nbs/18_whitebox.ipynb #47377818
+def comparable(student: Tensor, teacher: Tensor, vocabulary: int | None) -> tuple[Tensor, Tensor]:
+    "Logits without what pads a vocabulary, on either side; `vocabulary`: ids that the tokenizer has, None: the narrower width."
+    widths = student.shape[-1], teacher.shape[-1]
+    return (student, teacher) if widths == (vocabulary or widths[0],)*2 else align_vocabulary(student, teacher, vocabulary)
+
+
 def kd_sums(method: KD, student: Tensor, teacher: Tensor, target_ids: Tensor) -> dict[str, Tensor]:
     "Sums of the terms over the positions, from logits (n, V) of both sides."
     sums, options = {}, _with_gold(method, target_ids)
     if "sft" in method.weights:
         sums["sft"] = F.cross_entropy(at_least_float32(student), target_ids, reduction="sum")
-    if student.shape[-1] != teacher.shape[-1]:
-        student, teacher = align_vocabulary(student, teacher, method.vocabulary)
+    student, teacher = comparable(student, teacher, method.vocabulary)
     values = token_divergence(method.divergence, student, teacher, method.temperature, **options)
     return {"kd": method.scale*values.sum(), **sums}
 
@@ -290,8 +297,7 @@ def _token_terms(student: Tensor, teacher: Tensor | None, target_ids: Tensor, vo
     student = at_least_float32(student)
     terms = [F.cross_entropy(student, target_ids, reduction="none")]
     if teacher is not None:
-        if student.shape[-1] != teacher.shape[-1]:
-            student, teacher = align_vocabulary(student, teacher, vocabulary)
+        student, teacher = comparable(student, teacher, vocabulary)
         terms += [token_divergence(name, student, teacher) for name in ("forward_kl", "reverse_kl")]
     return torch.stack(terms)
 
@@ -474,10 +480,15 @@ OBJECTIVES = (TEXT_OBJECTIVES | CROSS_OBJECTIVES | {"cached_forward_kl": "forwar
               | {n: f"{n.replace('_', ' ').replace('kl', 'KL')} between teacher and student" for n in DIVERGENCES if n != "uld"})
 
 # %% ../nbs/18_whitebox.ipynb #f1c81546
-def check_objective(name: str) -> str:
-    "The name. Raises UserError for an unknown one."
+def check_objective(name: str, options: dict | None = None) -> str:  # options: of the divergence
+    "The name. Raises UserError for an unknown one, and for options that it does not have."
     if name not in OBJECTIVES:
         raise UserError(f"{name!r} is not an objective", where="objective", fix=f"Choose one of {', '.join(OBJECTIVES)}.")
+    divergence = "forward_kl" if name == "cached_forward_kl" else name
+    if divergence in DIVERGENCES and name not in CROSS_OBJECTIVES:
+        _look_up(divergence, options or {})
+    elif options:
+        raise UserError(f"{name} has no options, and {', '.join(sorted(options))} was given", where="options", fix="Leave them out.")
     return name
 
 # %% ../nbs/18_whitebox.ipynb #c20841b3
@@ -589,6 +600,24 @@ def _load_models(job: Job) -> None:
         job.tokenizer.chat_template = PLAIN_TEMPLATE
     job.max_length = context_of(job.student, job.teacher, limit=s.max_length)
 
+# %% ../nbs/18_whitebox.ipynb #mem-code
+def expected_memory(job: Job) -> dict[str, int] | None:
+    "Bytes of the training by part (`memory_estimate`), from the configs of both models alone; None if one has no config of its own."
+    from transformers import AutoConfig
+    s, kind = job.settings, job.student_spec.partition(":")
+    try:
+        teacher = AutoConfig.from_pretrained(resolve_model(job.teacher_spec))
+        student = AutoConfig.from_pretrained(resolve_model(job.student_spec if kind[0] != "layers" else job.teacher_spec))
+    except (OSError, ValueError, UserError):
+        return None    # loading will say what is wrong
+    if kind[0] == "layers" and kind[2].replace(",", "").isdigit():
+        student.num_hidden_layers = kind[2].count(",") + 1 if "," in kind[2] else int(kind[2])
+        if getattr(student, "layer_types", None):
+            student.layer_types = student.layer_types[:student.num_hidden_layers]
+    cfg = TrainConfig(steps=1, batch_size=s.batch_size, lr=s.lr, precision=s.precision, lora=s.lora,
+                      gradient_checkpointing=s.gradient_checkpointing)
+    return memory_estimate(student, cfg, length=s.max_length or 512, teacher=None if job.objective in TEXT_OBJECTIVES else teacher)
+
 # %% ../nbs/18_whitebox.ipynb #c9fe4354
 def _encode_rows(job: Job) -> None:
     "Every row is encoded before anything is computed, also with the teacher's tokenizer: a bad one is found now or never."
@@ -660,7 +689,8 @@ def _card(job: Job, report: dict) -> str:
     "README.md of the folder."
     names = [n for n in ("perplexity", "bits_per_byte", "forward_kl", "reverse_kl") if n in report["results"]["student"]]
     lines = [f"| {who} | " + " | ".join(f"{r[n]:.4g}" if n in r else "" for n in names) + " |" for who, r in report["results"].items()]
-    base = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}.get(report["teacher"], report["teacher"].removeprefix("hub:"))
+    origin = report["teacher"] if report["student"].startswith("layers:") else report["student"]
+    base = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}.get(origin, origin.removeprefix("hub:"))
     settings = "\n".join(f"- {k}: {v}" for k, v in report["settings"].items() if v not in (None, {}, 0))
     facts = {k: report[k] for k in ("student", "teacher", "objective", "data", "rows", "held_out", "steps", "parameters")}
     return _CARD.format(name=job.out.name, base=base, tags=report["objective"].replace("_", "-"), head=" | ".join(names),
@@ -760,13 +790,17 @@ def distill(data: Path | str,        # JSONL: prompt and response; instruction, 
             out: Path | str,         # a new folder; or one that this call was filling when it was interrupted
             *, profile: str = "cpu", **settings: Any) -> dict:  # a key of PROFILES, and fields of DistillSettings
     "Distil, evaluate and save; the report. The same call continues a killed run. Raises UserError for whatever is wrong with the input."
-    job = Job(Path(data), str(teacher), str(student), check_objective(objective), Path(out), distill_settings(profile, **settings))
+    asked = distill_settings(profile, **settings)
+    job = Job(Path(data), str(teacher), str(student), check_objective(objective, asked.options), Path(out), asked)
     job.out.mkdir(parents=True, exist_ok=True)
     with folder_lock(job.out, wait=False) if main_process() else nullcontext():
         if report := _finished(job):
             job.say("finished already")
             return report
         job.dialogues, job.held_out = hold_out(load_dialogues(job.data, job.settings.n or None), job.settings.validation, job.settings.seed)
+        if memory := expected_memory(job):
+            job.say(f"about {memory['total']/1e9:.1f} GB of memory, {memory['activations']/1e9:.1f} GB of them for activations, "
+                    f"with batches of {job.settings.batch_size} rows of {job.settings.max_length} tokens")
         _load_models(job)
         _encode_rows(job)
         if main_process():
@@ -879,6 +913,28 @@ def dolly_dialogues(split: str) -> list[Dialogue]:
     fresh = [d for d in load_dialogues(paths[1]) if _hashable(d).messages not in seen]
     return fresh[::2] if split == "validation" else fresh[1::2]
 
+
+def hub_rows(name: str, streaming: bool = False) -> Iterable[dict]:
+    "Rows of the part `train` of hub:<id>, with the library datasets. Raises UserError with the reason."
+    try:
+        from datasets import load_dataset
+        return load_dataset(name.removeprefix("hub:"), split="train", streaming=streaming)
+    except ModuleNotFoundError as e:
+        raise missing_library(e) from e
+    except (OSError, ValueError) as e:
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+        raise UserError(f"the set could not be loaded: {reason}", where=name, fix="Check the id; the hub needs a network.") from e
+
+
+def hub_dialogues(name: str, split: str) -> list[Dialogue]:
+    "A part of hub:<id>: at most 500 test rows and as many validation rows (each at most a tenth), the rest to train on. Raises UserError."
+    rows = ({"instruction": r["instruction"], "input": r.get("context", ""), "output": r["response"]} if "context" in r else r
+            for r in hub_rows(name))
+    found = list({_hashable(d).messages: d for i, row in enumerate(rows) for d in [dialogue(row, f"hub-{i}", f"{name}, row {i}")]}.values())
+    rng("hub dialogues", name).shuffle(found)
+    few = min(500, len(found)//10)
+    return {"test": found[:few], "validation": found[few:2*few], "train": found[2*few:]}[split]
+
 # %% ../nbs/18_whitebox.ipynb #2a8aa04a
 def _hashable(d: Dialogue) -> Dialogue:
     return replace(d, messages=tuple(m["content"] for m in d.messages))
@@ -886,10 +942,12 @@ def _hashable(d: Dialogue) -> Dialogue:
 # %% ../nbs/18_whitebox.ipynb #35e9ea5d
 def pair_rows(p: dict, split: str, tokenizer) -> list[dict]:
     "Encoded rows of a pair's data, none longer than max_length: n to train on, held_out otherwise. Raises UserError if there are too few."
-    if p["data"] not in ("prompts", "dolly"):
-        raise UserError(f"{p['data']!r} is not known", where="data", fix="Use 'prompts' or 'dolly'; for a file of yours there is distill.")
+    sources = {"prompts": load_prompts, "dolly": dolly_dialogues}
+    if p["data"] not in sources and not p["data"].startswith("hub:"):
+        raise UserError(f"{p['data']!r} is not known", where="data", fix="Use 'prompts', 'dolly' (a file in KD_NOTES_DATA) or "
+                        "'hub:databricks/databricks-dolly-15k'; for a file of yours there is distill.")
     wanted, rows = p["n"] if split == "train" else p["held_out"], []
-    for d in (load_prompts if p["data"] == "prompts" else dolly_dialogues)(split):
+    for d in sources.get(p["data"], lambda part: hub_dialogues(p["data"], part))(split):
         row = {"id": d.id, "source": prompt_ids(d, tokenizer, p["system"])}
         row["target"] = tokenizer.encode(d.response, add_special_tokens=False) + [tokenizer.eos_token_id]
         if len(row["source"]) + len(row["target"]) <= p["max_length"]:
@@ -906,15 +964,38 @@ def _pair_folder(p: dict, what: str, rows: list[dict]) -> Path:
     facts = [p["teacher"], p["top_k"], *([r["source"], r["target"]] for r in rows)]
     return cache_dir()/"whitebox"/f"{what}-{stable_hash(facts)}"
 
+# %% ../nbs/18_whitebox.ipynb #116bcf5b
+def busy_seconds() -> float:
+    "How long this process has computed, per thread: wall time, if nobody else wants the processors. With a GPU it is wall time."
+    return time.process_time()/torch.get_num_threads() if default_device() == "cpu" else time.perf_counter()
+
+
+class _Timer(Callback):
+    "Busy seconds and tokens of every step, and seconds of the training in all; validations are left out."
+    def __init__(self, validate: Callable | None = None):
+        self.marks, self.away, self.check = [], 0.0, validate
+
+    def on_start(self, loop) -> None:
+        self.start = busy_seconds()
+
+    def on_step(self, loop) -> None:
+        self.marks.append((busy_seconds() - self.start - self.away, loop.tokens))
+
+    def validate(self, model) -> dict:
+        before = busy_seconds()
+        found = self.check(model)
+        self.away += busy_seconds() - before
+        return found
+
 # %% ../nbs/18_whitebox.ipynb #4f06bdd6
 def pair_cache(p: dict, teacher, tokenizer, rows: list[dict]) -> tuple[LogitCache, float]:
     "(cache, seconds that its building took), built now if it is not there."
     folder = _pair_folder(p, "logits", rows)
     if not (folder/"seconds.json").is_file():
         shutil.rmtree(folder, ignore_errors=True)  # half a cache has half a time
-        start = time.perf_counter()
+        start = busy_seconds()
         write_cache(folder, teacher, tokenizer, rows, k=p["top_k"])
-        write_json(folder/"seconds.json", time.perf_counter() - start)
+        write_json(folder/"seconds.json", busy_seconds() - start)
     return LogitCache(folder, tokenizer=tokenizer), read_json(folder/"seconds.json")
 
 # %% ../nbs/18_whitebox.ipynb #0226d85e
@@ -938,15 +1019,6 @@ def pair_method(p: dict, arm: str, teacher, tokenizer, rows: list[dict]) -> Meth
 def _pair_models(p: dict):
     teacher, tokenizer = load_teacher(p["teacher"])
     return teacher, tokenizer, make_student(p["student"], teacher, tokenizer)[0]
-
-# %% ../nbs/18_whitebox.ipynb #116bcf5b
-class _Timer(Callback):
-    "Seconds and tokens of every step."
-    def __init__(self):
-        self.marks = []
-
-    def on_step(self, loop) -> None:
-        self.marks.append((loop.seconds, loop.tokens))
 
 # %% ../nbs/18_whitebox.ipynb #47d19168
 def measure_costs(params: dict, folder: Path) -> dict:
@@ -996,14 +1068,16 @@ def train_arm(params: dict, folder: Path) -> dict:
     watch = pair_validation(p, "validation", teacher, tokenizer, few)
     cfg = TrainConfig(steps=p["steps"], batch_size=p["batch_size"], lr=p["lr"], warmup=0.1, weight_decay=0.01, betas=(0.9, 0.98),
                       seed=p["seed"], eval_every=max(1, math.ceil(p["steps"]/3)))
-    result = train(student, pair_method(p, p["arm"], teacher, tokenizer, rows), rows, cfg, run_dir=folder, validate=watch)
+    timer = _Timer(watch)
+    result = train(student, pair_method(p, p["arm"], teacher, tokenizer, rows), rows, cfg, run_dir=folder, validate=timer.validate,
+                   callbacks=[timer])
     final = pair_validation(p, p["score_on"], teacher, tokenizer)
     sums = final.items(result.model)
     total = int(sums["tokens"].sum())
     seen = [(r["step"], r["validation"]) for r in result.history if "validation" in r]
     curve = [[step, round(v["forward_kl"], 4), round(v["nll"], 4)] for step, v in seen]
     return {"nll": float(sums["nll"].sum()/total), "forward_kl": float(sums["forward_kl"].sum()/total), "tokens": total,
-            "reverse_kl": float(sums["reverse_kl"].sum()/total), "seconds": round(result.seconds, 2), "trained_tokens": result.tokens,
+            "reverse_kl": float(sums["reverse_kl"].sum()/total), "seconds": round(timer.marks[-1][0], 2), "trained_tokens": result.tokens,
             "items": {k: pack_numbers(sums[k]) for k in ("nll", "forward_kl")}, "curve": curve}
 
 # %% ../nbs/18_whitebox.ipynb #5a197696
@@ -1020,6 +1094,8 @@ def pair_checksums(p: dict) -> dict[str, str]:
     "SHA-256 of what decides a pair's numbers besides code and parameters: the rows and the teacher's weights."
     if p["data"] == "prompts":
         found = {f"prompts/{k}": v for k, v in verify_checksums(data_dir()/"prompts").items() if k.endswith(".jsonl")}
+    elif p["data"].startswith("hub:"):
+        found = {}  # named by its id
     else:
         found = {name: sha256_file(Path(os.environ.get("KD_NOTES_DATA", ""))/name) for name in ("dolly_train.jsonl", "dolly_dev.jsonl")}
     teacher = find_smollm2() if p["teacher"] == "smollm2" else Path(p["teacher"])/"model.safetensors"

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from .core import (UserError, append_jsonl, atomic_write, progress, read_json, read_jsonl, rng, seed_everything, stable_hash,
                            write_json)
+from .fused import fused_cross_entropy
 
 # %% ../nbs/08_train.ipynb #11d15468
 class Method:
@@ -77,7 +78,10 @@ def pad_rows(rows: list[list[int]], value: int) -> Tensor:
 # %% ../nbs/08_train.ipynb #fa01b3d8
 def causal_batch(rows: list[tuple[list[int], list[int]]],  # (prompt ids, target ids); the prompt is not empty
                  pad_id: int) -> dict[str, Tensor]:
-    "Batch of a decoder-only model: input_ids (B, L), target_index (n,) into the flattened B*L positions, target_ids (n,)."
+    "Batch of a decoder-only model: input_ids (B, L), target_index (n,) into the flattened B*L positions, target_ids (n,). UserError."
+    if empty := [i for i, (prompt, _) in enumerate(rows) if not prompt]:
+        raise UserError(f"row {empty[0]} has no prompt: no position of it predicts its first target", where="causal_batch",
+                        fix="Put at least one token in front of every target, such as the tokenizer's bos_token.")
     input_ids = pad_rows([prompt + target for prompt, target in rows], pad_id)
     width = input_ids.shape[1]
     index = [b*width + len(prompt) - 1 + i for b, (prompt, target) in enumerate(rows) for i in range(len(target))]
@@ -147,10 +151,13 @@ def field_of(example: Any, name: str) -> Any:
 # %% ../nbs/08_train.ipynb #cbda86b7
 class SFT(Method):
     "Cross-entropy of the target text given the source text."
+    fused = False
+
     def __init__(self, tokenizer, family: str = "causal",                        # "causal" or "t5"
                  source: Callable[[Any], str] = lambda e: field_of(e, "input"),  # text that is read
-                 target: Callable[[Any], str] = lambda e: field_of(e, "label")):  # text that is learned
-        self.tokenizer, self.family, self.source, self.target = tokenizer, family, source, target
+                 target: Callable[[Any], str] = lambda e: field_of(e, "label"),  # text that is learned
+                 fused: bool = False):                                           # without the logits of the batch: memory flat in V
+        self.tokenizer, self.family, self.source, self.target, self.fused = tokenizer, family, source, target, fused
 
     def encode(self, example: Any) -> dict[str, list[int]]:
         eos = [self.tokenizer.eos_token_id]
@@ -165,6 +172,10 @@ class SFT(Method):
         return {"loss": len(batch["target_ids"])}
 
     def sums(self, model, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        head = unwrapped(model).get_output_embeddings()
+        if self.fused and plain_logits(model) and type(head) is torch.nn.Linear:    # no adapter on the head
+            states = target_states(model, batch)
+            return {"loss": fused_cross_entropy(states, head.weight, batch["target_ids"], bias=head.bias, denominator=1)}
         return {"loss": target_nll(model, batch).sum()}
 
 # %% ../nbs/08_train.ipynb #c08b79e4
@@ -284,6 +295,7 @@ class Loop:
     stale: int = 0                 # validations since then
     stop: str = ""                 # a reason, when the training shall end before `steps`
     saved: int = -1                # step of the last checkpoint
+    skipped: int = 0               # steps in a row that fp16's scaler has left out
     unchecked: list = field(default_factory=list)  # (step, rows, loss + gradient norm) not yet looked at
     unwritten: list = field(default_factory=list)  # rows of history that are not on the disk yet
 
@@ -587,6 +599,15 @@ def _culprits(loop: Loop, rows: list[int]) -> list[int]:
     return bad or rows
 
 # %% ../nbs/08_train.ipynb #8ae33bc7
+def _count_skips(loop: Loop, most: int = 50) -> None:
+    "fp16's scaler leaves a step out when a gradient overflows, and tries a smaller scale. Raises UserError if no scale is small enough."
+    if loop.accelerator.scaler:
+        loop.skipped = loop.skipped + 1 if loop.optimizer.step_was_skipped else 0
+        if loop.skipped >= most:
+            raise UserError(f"the gradients of {most} steps in a row overflowed in fp16; nothing is learned", where=f"step {loop.step + 1}",
+                            fix="Use precision 'bf16' or 'no'.")
+
+
 def _apply(loop: Loop, rows: list[int], means: dict[str, Tensor]) -> Tensor:
     "Clip, check, step; returns the gradient norm."
     for group in loop.optimizer.param_groups:
@@ -600,6 +621,7 @@ def _apply(loop: Loop, rows: list[int], means: dict[str, Tensor]) -> Tensor:
         _check_finite(loop)
     wrapped = scaler or loop.accelerator.distributed_type.value == "DEEPSPEED"
     (loop.optimizer if wrapped else loop.optimizer.optimizer).step()  # otherwise Accelerate's wrapper only costs time
+    _count_skips(loop)
     loop.optimizer.zero_grad()
     return norm
 

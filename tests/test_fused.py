@@ -370,6 +370,41 @@ def test_memory_stays_below_the_budget():
     plain_mb = grown(256, "get_divergence('reverse_kl')(h @ w.t(), t @ u.t())")
     assert fused_mb < 250, fused_mb
     assert plain_mb > fused_mb*0.8, plain_mb  # with a quarter of the positions
+    assert grown(2048, "fused_linear_divergence(h, w, t, u)") < fused_mb*1.1 + 10    # twice the positions, no more memory
+
+
+def test_products_in_bfloat16_are_near_and_float16_is_not_multiplied_in(monkeypatch):
+    "What a GPU does: factors are rounded to the products' type, sums stay in float32."
+    from kd_notes import fused
+    assert fused._product_dtype("cuda", torch.bfloat16, torch.float32) == torch.bfloat16
+    assert fused._product_dtype("cuda", torch.float16, torch.float32) == fused._product_dtype("cpu", torch.bfloat16, torch.float32) == torch.float32
+
+    def rounded(out, a, b, add=False):
+        made = a.bfloat16().float() @ b.bfloat16().float()
+        out.add_(made) if add else out.copy_(made)
+    torch.manual_seed(0)
+    x = [torch.randn(*shape) for shape in ((64, 32), (3000, 32), (64, 32), (3000, 32))]
+
+    def gradients(name):
+        h, w = (t.clone().requires_grad_() for t in x[:2])
+        loss = fused_linear_divergence(h, 0.4*w, x[2], 0.4*x[3], name)
+        loss.backward()
+        return [loss.detach(), h.grad, w.grad]
+    for name in ("reverse_kl", "forward_kl", "jsd", "cross_entropy"):
+        exact = gradients(name)
+        with monkeypatch.context() as patch:
+            patch.setattr(fused, "_product", rounded)
+            patch.setattr(fused, "_precisions", lambda *_: (torch.bfloat16, torch.float32))
+            near = gradients(name)
+        for a, b in zip(exact, near):
+            assert (a - b).norm() < 0.03*a.norm(), name
+
+
+def test_uld_counts_the_ids_it_is_told_to():
+    torch.manual_seed(0)
+    h, w, t, u = torch.randn(5, 6), torch.randn(40, 6), torch.randn(5, 6), torch.randn(36, 6)
+    want = get_divergence("uld")(h @ w[:30].t(), t @ u[:30].t())
+    torch.testing.assert_close(fused_linear_divergence(h, w, t, u, "uld", vocab_size=30), want)
 
 
 def test_big_zeros():

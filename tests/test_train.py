@@ -587,11 +587,81 @@ def test_fp16_on_a_cpu_is_refused():
 
 
 def test_gradient_checkpointing_and_compilation_change_no_number():
-    plain = run()
-    for change in ({"gradient_checkpointing": True}, {"compile": "eager"}):
-        assert losses(run(**change)) == pytest.approx(losses(plain), rel=1e-5)
+    plain = losses(run(steps=3))
+    assert losses(run(steps=3, compile="eager")) == pytest.approx(plain, rel=1e-5)
+    calls, inner = [], type(mini_model("causal", "xs", VOCAB, 0).model.layers[0].mlp).forward
+
+    def counted(self, *args, **kwargs):
+        calls.append(1)
+        return inner(self, *args, **kwargs)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(mini_model("causal", "xs", VOCAB, 0).model.layers[0].mlp), "forward", counted)
+        run(steps=3)
+        once, calls[:] = len(calls), []
+        assert losses(run(steps=3, gradient_checkpointing=True)) == pytest.approx(plain, rel=1e-5)
+    assert len(calls) == 2*once                                               # every layer ran again in the backward pass
     lora = {"lora": {"r": 2}, "steps": 3}
     assert losses(run(**lora, gradient_checkpointing=True)) == pytest.approx(losses(run(**lora)), rel=1e-5)
+
+
+def test_fused_sft_is_sft_without_logits(monkeypatch):
+    plain, lean = Rows(), Rows()
+    lean.fused = True
+    batch = plain.collate([plain.encode(e) for e in EXAMPLES[:6]])
+    found = []
+    for method in (plain, lean):
+        model = mini_model("causal", "xs", VOCAB, 0)
+        loss = method.sums(model, batch)["loss"]
+        loss.backward()
+        found.append((loss.detach(), {name: p.grad for name, p in model.named_parameters()}))
+        monkeypatch.setattr(kt, "target_logits", lambda *_: pytest.fail("the logits were computed"))
+    torch.testing.assert_close(found[0], found[1])
+    monkeypatch.undo()
+    assert losses(run(steps=3, method=lean)) == pytest.approx(losses(run(steps=3)), rel=1e-4)
+
+
+def test_a_target_without_a_prompt_is_an_error():
+    "Its first token would be predicted by the last position of the row before."
+    with pytest.raises(UserError, match="row 1 has no prompt"):
+        causal_batch([([2, 4], [5, 1]), ([], [7, 8, 1])], 0)
+
+
+def test_steps_that_fp16_leaves_out_for_good_end_the_training():
+    loop = kt.Loop(config(), Rows(), None)
+    loop.accelerator = type("Scaled", (), {"scaler": object()})
+    loop.optimizer = type("Skips", (), {"step_was_skipped": True})
+    for _ in range(49):
+        kt._count_skips(loop)
+    loop.optimizer.step_was_skipped = False
+    kt._count_skips(loop)
+    assert loop.skipped == 0                                                  # one that was taken begins the count again
+    loop.optimizer.step_was_skipped = True
+    with pytest.raises(UserError, match="50 steps in a row overflowed"):
+        for _ in range(60):
+            kt._count_skips(loop)
+
+
+class Sometimes(Rows):
+    "A second term that only some examples have."
+    weights = {"loss": 0.5, "extra": 0.5}
+
+    def counts(self, batch):
+        return super().counts(batch) | {"extra": int((batch["input_ids"][:, 1] > 60).sum())}
+
+    def sums(self, model, batch):
+        return super().sums(model, batch) | {"extra": 0.0*target_nll(model, batch).sum()}
+
+
+def test_a_batch_may_lack_a_term_only_where_the_method_says_so():
+    few = [e for e in EXAMPLES if e["source"][1] <= 60][:8]
+    with pytest.raises(UserError, match="no target tokens for the term 'extra'"):
+        run(steps=2, examples=few, method=Sometimes())
+    method = Sometimes()
+    method.optional = frozenset({"extra"})
+    assert all(math.isfinite(x) for x in losses(run(steps=2, examples=few, method=method)))
+    method.weights = {"loss": 0.0, "extra": 1.0}
+    with pytest.raises(UserError, match="no target tokens"):                  # nothing at all would be learned
+        run(steps=2, examples=few, method=method)
 
 
 def test_layer_dropped_students_train():

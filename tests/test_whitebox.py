@@ -205,6 +205,22 @@ def test_a_wider_padded_vocabulary_is_sliced_and_two_tokenizers_are_not(rows, te
         KD(TOK, mini_model("causal", "xs", 2*V, seed=0)).sums(student, batch_of(rows[:1]))
 
 
+def test_padding_of_equal_width_is_cut_on_both_sides_fused_or_not(rows, teacher, student):
+    "Two checkpoints of one family are often padded to the same width; the rows beyond the tokenizer were never trained."
+    import copy
+    pair = [copy.deepcopy(m) for m in (student, teacher)]
+    for model in pair:
+        model.resize_token_embeddings(V + 40)
+        with torch.no_grad():
+            model.get_input_embeddings().weight[V:] = 0.5
+    with torch.no_grad():
+        want = KD(TOK, teacher).sums(student, batch_of(rows[:3]))["kd"].item()
+        made = [KD(TOK, pair[1], fused=fused, vocabulary=V).sums(pair[0], batch_of(rows[:3]))["kd"].item() for fused in (True, False)]
+        said = Validation(rows[:3], TOK.pad_token_id, pair[1], vocabulary=V)(pair[0])["forward_kl"]
+    assert made == pytest.approx([want, want], rel=1e-4)
+    assert said == pytest.approx(Validation(rows[:3], TOK.pad_token_id, teacher)(student)["forward_kl"], rel=1e-4)
+
+
 def test_kd_works_for_encoder_decoders():
     from kd_notes.data import Example
     rows = [Example(str(i), "nli", f"say {i}", f"number {i}") for i in range(4)]
@@ -414,6 +430,57 @@ def test_the_card_and_the_report_name_no_path_of_this_machine(place, tmp_path):
         assert str(place) not in (tmp_path/"out"/name).read_text(), name
     card = (tmp_path/"out"/"README.md").read_text()
     assert "base_model: teacher" in card and "| untrained |" in card and "apply_chat_template" in card
+    go(place, tmp_path/"other", "seqkd", student=str(place/"foreign"))
+    assert "base_model: foreign" in (tmp_path/"other"/"README.md").read_text()    # what it was made from, not whom it listened to
+
+
+def test_seqkd_learns_what_the_teacher_wrote_and_asks_it_once_per_prompt(place, tmp_path, monkeypatch):
+    from kd_notes import whitebox
+    asked, learned = [], []
+
+    def written(path, teacher, tokenizer, dialogues, writing, **how):
+        asked.extend(d.id for d in dialogues)
+        return [Dialogue(d.id, d.messages, "the teacher said so") for d in dialogues]
+    inner = whitebox.train
+    monkeypatch.setattr(whitebox, "write_responses", written)
+    monkeypatch.setattr(whitebox, "train", lambda model, method, rows, *a, **k: learned.extend(rows) or inner(model, method, rows, *a, **k))
+    go(place, tmp_path/"out", "seqkd")
+    assert len(asked) == len(set(asked)) == len(learned)
+    assert {TOK.decode(r["target"], skip_special_tokens=True) for r in learned} == {"the teacher said so"}
+
+
+@pytest.mark.parametrize("objective,options", [("cached_forward_kl", {"alpha": 0.1}), ("sft", {"beta": 0.5}), ("reverse_kl", {"beta": 0.5}),
+                                               ("uld", {"alpha": 1})])
+def test_options_are_refused_before_a_model_is_loaded(place, tmp_path, monkeypatch, objective, options):
+    from kd_notes import whitebox
+    monkeypatch.setattr(whitebox, "load_teacher", lambda *a, **k: pytest.fail("the teacher was loaded"))
+    with pytest.raises(UserError):
+        go(place, tmp_path/"out", objective, options=options)
+
+
+def test_memory_is_announced_before_a_model_is_loaded(place, tmp_path, monkeypatch, capsys):
+    from kd_notes import whitebox
+    job = whitebox.Job(place/"chats.jsonl", str(place/"teacher"), "layers:2", "forward_kl", tmp_path, distill_settings("cpu"))
+    monkeypatch.setattr(whitebox, "load_teacher", lambda *a, **k: pytest.fail("the teacher was loaded"))
+    memory = whitebox.expected_memory(job)
+    few = whitebox.expected_memory(whitebox.replace(job, settings=distill_settings("cpu", batch_size=1)))
+    assert memory["total"] > few["total"] > memory["weights"] > 0 and memory["teacher"] > 0
+    assert whitebox.expected_memory(whitebox.replace(job, student_spec="nowhere")) is None
+
+
+def test_distill_on_the_command_line(place, tmp_path):
+    from typer.testing import CliRunner
+
+    from kd_notes.reproduce import app
+
+    def command(*more):
+        words = ["distill", "--data", str(place/"chats.jsonl"), "--teacher", str(place/"teacher"), "--student", "layers:2", "--out", str(tmp_path/"out")]
+        return CliRunner().invoke(app, words + [w for k, v in QUICK.items() for w in ("--set", f"{k}={v}")] + list(more))
+    done = command("--objective", "jsd", "--set", "options={'beta': 0.3}")
+    assert done.exit_code == 0 and (tmp_path/"out"/"model.safetensors").is_file(), done.output
+    assert read_json(tmp_path/"out"/"report.json")["objective"] == "jsd" and "GB of memory" in done.output
+    wrong = command("--objective", "jsd", "--set", "stepz=3")
+    assert wrong.exit_code == 2 and "stepz" in wrong.output and "Traceback" not in wrong.output
 
 
 def test_bad_input_is_explained_before_anything_is_trained(place, tmp_path):

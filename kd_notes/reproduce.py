@@ -1113,27 +1113,45 @@ def publish_command(names: Names = None, profile: ProfileName = "cpu", root: Roo
         print(*publish(_some(names), profile, open_book(root)), sep="\n")
 
 # %% ../nbs/30_reproduce.ipynb #93b1753e
-def _solved(task: str) -> list[Any]:
-    "Solved examples to draw shots from: the teacher split, or the first 500 of a published set's train split."
+def _solved(task: str, split: str) -> list[Any]:
+    "Solved examples to draw shots from, none of them of this split: the teacher split; of a published set that gives reasons another part."
     from kd_notes import stepwise
-    return stepwise.task_split(task, "pool")[:500] if "@" in task else stepwise.task_split(task, "teacher")
+    if "@" not in task:
+        return stepwise.task_split(task, "teacher")
+    others = stepwise.task_split(task, "pool" if split in ("validation", "test") else "validation")[:500]
+    return others if any(e.rationale for e in others) else stepwise.task_split(stepwise.info_of(task).name, "teacher")  # SVAMP gives none
 
 
-def extract_rationales(task: str, out: Path | str,        # JSONL file to fill; an interrupted one is continued
+def _own_place(task: str, split: str, source: Path | None) -> Path:
+    "Where the students look for a teacher's text of a published set. Raises UserError where the file has to be named."
+    from kd_notes import stepwise
+    if "@" not in task or source:
+        raise UserError("no file is named for the completions", where="--out", fix="Give one, such as --out rationales.jsonl.")
+    return stepwise.teacher_file(task, split)
+
+
+def extract_rationales(task: str, out: Path | str | None = None,  # JSONL file to fill, or to continue; None: where students look for it
                        *, split: str = "pool", source: Path | None = None,  # a split of the task, or a JSONL file
                        teacher: str = "smollm2",          # as `open_backend` reads it
                        shots: int | None = None,          # solved examples in the prompt; None: 6, or 0 for an adapted teacher
                        limit: int | None = None, samples: int = 1, temperature: float = 0.0, max_new_tokens: int = 160,
-                       seed: int = 0, dtype: str = "float32") -> dict:
+                       seed: int = 0, dtype: str = "float32", **options: Any) -> dict:  # options: of the back end, such as concurrency
     "Rationales and labels of a teacher: {'file', 'rows', 'outcomes', 'accuracy' (None without gold labels)}. Raises UserError."
     from kd_notes import backends, data, rationales, stepwise
     info = stepwise.info_of(task)
     examples = data.load_jsonl(source, info.name, labelled=False) if source else stepwise.task_split(task, split)
     decoding = rationales.rationale_decoding(max_new_tokens, temperature=temperature, n=samples, seed=seed)
     k = shots if shots is not None else 0 if "+" in teacher or teacher.startswith("replay:") else 6
-    prompt = rationales.few_shot(info, _solved(task), k, seed=seed) if k else rationales.ZERO_SHOT
-    rows = rationales.extract(examples[:limit], backends.open_backend(teacher, dtype=dtype), decoding, out, prompt=prompt)
-    return {"file": str(out), "rows": len(rows), **_judged(info.name, examples, rows)}
+    prompt = rationales.few_shot(info, _solved(task, split), k, seed=seed) if k else rationales.ZERO_SHOT
+    place = out or _own_place(task, split, source)
+    rows = rationales.extract(examples[:limit], backends.open_backend(teacher, dtype=dtype, **options), decoding, place, prompt=prompt)
+    voted = rationales.vote(rows, info) if samples > 1 else rows
+    found = {"file": str(place), "rows": len(rows), **_judged(info.name, examples, voted)}
+    if out is None and found["accuracy"] is not None:
+        report = stepwise.teacher_file(task, "report").with_suffix(".json")
+        known = read_json(report) if report.is_file() else {}
+        write_json(report, known | {f"{split}_accuracy": found["accuracy"], f"{split}_n": len(voted)})
+    return found
 
 # %% ../nbs/30_reproduce.ipynb #df668510
 def _judged(task: str, examples: Sequence[Any], rows: Sequence[Mapping]) -> dict:
@@ -1147,7 +1165,7 @@ def _judged(task: str, examples: Sequence[Any], rows: Sequence[Mapping]) -> dict
 # %% ../nbs/30_reproduce.ipynb #4102ce90
 @app.command("extract")
 def extract_command(task: Annotated[str, typer.Option(help="Task, such as nli.")],
-                    out: Annotated[Path, typer.Option(help="JSONL file to fill.")],
+                    out: Annotated[Path | None, typer.Option(help="JSONL file to fill; not needed for esnli@hub and the like.")] = None,
                     split: Annotated[str, typer.Option(help="Split of the task.")] = "pool",
                     source: Annotated[Path | None, typer.Option("--input", help="A JSONL file instead of a split.")] = None,
                     teacher: Annotated[str, typer.Option(help="smollm2, hub:<id>, openai:<url>#<model>, replay:<file>, ...")] = "smollm2",
@@ -1157,11 +1175,13 @@ def extract_command(task: Annotated[str, typer.Option(help="Task, such as nli.")
                     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
                     max_new_tokens: Annotated[int, typer.Option(help="Longest completion.")] = 160,
                     seed: int = 0,
+                    sets: Annotated[list[str] | None, typer.Option("--set", help="k=v of the back end, such as concurrency=8.")] = None,
                     dtype: Annotated[str, typer.Option(help="Of a local teacher: float32 or bfloat16.")] = "float32") -> None:
     "Let a teacher write rationales and labels for a split; an interrupted extraction goes on where it was."
     with guard():
         made = extract_rationales(task, out, split=split, source=source, teacher=teacher, shots=shots, limit=limit, samples=samples,
-                                  temperature=temperature, max_new_tokens=max_new_tokens, seed=seed, dtype=dtype)
+                                  temperature=temperature, max_new_tokens=max_new_tokens, seed=seed, dtype=dtype,
+                                  **plain_settings(sets or []))
         print(json.dumps(made, indent=1))
 
 # %% ../nbs/30_reproduce.ipynb #cli-dist-2

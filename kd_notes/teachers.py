@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from .backends import LocalBackend
-from .core import UserError, data_dir, read_jsonl, rng, write_json
-from .data import Example, load_split, task_info
+from .core import UserError, cache_dir, data_dir, read_jsonl, rng, write_json
+from .data import Example, load_real, load_split, real_set, task_info
 from .evaluate import outcomes
 from .models import load_pretrained, load_teacher
 from .rationales import (ZERO_SHOT, Prompt, compare_rows, extract, few_shot, format_completion, format_question,
@@ -45,7 +45,7 @@ def adapt_teacher(examples: list[Example], folder: Path | str, *, run_dir: Path 
 # %% ../nbs/13_teachers.ipynb #85cf0f14
 def teacher_dir(task: str) -> Path:
     "Folder of the embedded teacher of a task. Raises UserError if there is none."
-    folder = data_dir() / "teacher" / task
+    folder = (cache_dir() if "@" in task else data_dir()) / "teacher" / task    # 'esnli@hub': what `kd-notes extract` wrote
     if not folder.is_dir():
         known = sorted(p.name for p in (data_dir() / "teacher").glob("*") if p.is_dir())
         raise UserError(f"there is no embedded teacher for task {task!r}", where="data/teacher",
@@ -135,10 +135,13 @@ def write_report(task: str) -> dict:
 
 # %% ../nbs/13_teachers.ipynb #feae27a9
 def teacher_outcomes(task: str) -> np.ndarray:
-    "Right (1) or wrong (0) of the stored teacher on the first items of the test split, shape [1, items]."
+    "Right (1) or wrong (0) of the stored teacher on the first items of the test split, shape [1, items]. Raises UserError if absent."
     rows = {r["id"]: r["label"] if r["outcome"] == "ok" else "" for r in stored(task, "test")}
-    examples = load_split(task, "test")[:len(rows)]
-    return np.array([outcomes(task_info(task).metric, rows, examples)], dtype=np.float64)
+    name, at, source = task.partition("@")
+    examples = (load_real(name, "test", source=source) if at else load_split(task, "test"))[:len(rows)]
+    info = task_info(real_set(name).task if at else name)
+    return np.array([outcomes(info.metric, rows, examples)], dtype=np.float64)
+
 
 def minus_teacher(right: np.ndarray, task: str) -> Estimate:  # outcomes of a student, [seeds, test items]
     "Student minus teacher on the items that the teacher has answered, paired item by item."

@@ -304,6 +304,8 @@ def _draw_panel(ax, rows: Sequence[Mapping], styles: Mapping, xlabel: str, log: 
         _draw_arm(ax, [r for r in rows if r["arm"] == arm], styles[arm], apart)
     if log:
         ax.set_xscale("log", base=2)
+    if len(ticks) == 1:    # otherwise the small gap between the arms would fill the axis
+        ax.set_xlim(0.7*ticks[0], 1.4*ticks[0])
     ax.set_xticks(ticks, labels=[_short(t) for t in ticks])
     ax.minorticks_off()
     ax.set(xlabel=xlabel, ylabel="accuracy (%)")
@@ -347,7 +349,8 @@ def _finish(fig, axes: Sequence, used: int, title: str) -> None:
     for ax in axes[used:]:
         ax.set_axis_off()
     named = {label: handle for ax in axes[:used] for handle, label in zip(*ax.get_legend_handles_labels())}
-    fig.legend(named.values(), named.keys(), loc="outside lower center", ncols=3 if used > 1 else 2, frameon=False)
+    wide = sum(sorted(map(len, named))[-2:]) > 52    # letters that two columns of a single panel have room for
+    fig.legend(named.values(), named.keys(), loc="outside lower center", ncols=3 if used > 1 else 1 if wide else 2, frameon=False)
     if title:
         fig.suptitle(title)
 

@@ -1,15 +1,17 @@
 "Embedded teachers: what is committed is complete, says what its report says, and was made from the teacher split alone."
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from kd_notes.backends import prompt_hash
 from kd_notes.core import UserError, data_dir, read_json
 from kd_notes.data import load_split
 from kd_notes.models import load_mini_tokenizer, mini_model
-from kd_notes.rationales import OUTCOMES
-from kd_notes.teachers import ADAPTER, adapt_teacher, copied, label_accuracy, stored, teacher_dir, validity
+from kd_notes.rationales import OUTCOMES, ZERO_SHOT, parse_for
+from kd_notes.teachers import ADAPTER, adapt_teacher, copied, in_template, label_accuracy, stored, teacher_dir, validity
 
 TASKS = sorted(p.parent.name for p in (data_dir() / "teacher").glob("*/report.json"))
 
@@ -33,6 +35,26 @@ def test_the_report_is_what_the_text_says(task):
     assert report["pool_accuracy"] == pytest.approx(label_accuracy(task, rows, pool))
     assert report["pool_valid"] == pytest.approx(validity(rows, pool))
     assert report["pool_copied"] == pytest.approx(copied(rows, pool))
+    assert report["pool_template"] == pytest.approx(in_template(task, rows, pool))
+    for name in ("test", "few_shot"):                                       # the reference line of the figures, and what the adapter has bought
+        rows = stored(task, name)
+        asked = [e for e in load_split(task, "test") if e.id in {r["id"] for r in rows}]
+        assert report[f"{name}_n"] == len(asked) == len(rows)
+        assert report[f"{name}_accuracy"] == pytest.approx(label_accuracy(task, rows, asked))
+    assert report["test_accuracy"] > report["few_shot_accuracy"]
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("split", ["pool", "unlabelled", "test", "validation"])
+def test_stored_text_belongs_to_the_examples_as_they_are_and_is_parsed_as_it_would_be(task, split):
+    "A task that is made anew with the same ids would otherwise keep the reasons of the old one."
+    if not (teacher_dir(task) / f"{split}.jsonl").exists():
+        pytest.skip(f"no text for {split}")
+    by_id = {e.id: e for e in load_split(task, split)}
+    for row in stored(task, split):
+        example = by_id[row["id"]]
+        again = {"prompt_hash": prompt_hash(ZERO_SHOT(example))} | asdict(parse_for(example, row["text"], row["finish"]))
+        assert again == {name: row[name] for name in again}
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -44,7 +66,8 @@ def test_the_adapter_is_small_and_half_precision(task):
     assert set(settings) == set(ADAPTER) | {"examples"} and settings["examples"] == len(load_split(task, "teacher")) <= 500
 
 
-def test_the_teacher_split_meets_no_other(task="nli"):
+@pytest.mark.parametrize("task", TASKS)
+def test_the_teacher_split_meets_no_other(task):
     own = {e.input for e in load_split(task, "teacher")}
     for split in ("pool", "unlabelled", "validation", "test"):
         assert not own & {e.input for e in load_split(task, split)}

@@ -12,6 +12,7 @@ __all__ = ['SPARE', 'MIN_PREFIX', 'PREFILL_TOKENS', 'SPECS', 'require', 'Decodin
 # %% ../nbs/09_backends.ipynb #8c3ac679
 import functools
 import hashlib
+import inspect
 import math
 import os
 import random
@@ -744,6 +745,14 @@ SPECS = ("smollm2", "smollm2+<adapter folder>", "hub:<id>", "hub:<id>+<adapter f
          "openai:<base-url>#<model>", "openai-chat:<base-url>#<model>", "replay:<file.jsonl>")
 
 
+def _known_options(kind: type, options: dict) -> dict:
+    "The options. Raises UserError for one that this kind of back end does not have."
+    known = [name for name, p in inspect.signature(kind).parameters.items() if p.default is not p.empty]
+    if unknown := sorted(set(options) - set(known)):
+        raise UserError(f"a {kind.__name__} has no option {unknown[0]!r}", where="back end", fix=f"It has {', '.join(known)}.")
+    return options
+
+
 def open_backend(spec: str,             # one of SPECS
                  *, dtype: str = "float32",  # local models: "bfloat16" is 2 to 3 times faster where the processor has AMX
                  device: str | None = None, **options) -> Backend:  # options: those of the back end's class
@@ -754,10 +763,10 @@ def open_backend(spec: str,             # one of SPECS
         url, _, model = rest.rpartition("#")
         if not (url.startswith(("http://", "https://")) and model):
             raise UserError(f"{spec!r} lacks a URL or a model", where="back end", fix="Write openai:http://127.0.0.1:8000/v1#<model>.")
-        return OpenAIBackend(url, model, chat=kind == "openai-chat", **options)
+        return OpenAIBackend(url, model, chat=kind == "openai-chat", **_known_options(OpenAIBackend, options))
     if spec.startswith("replay:"):
-        return ReplayBackend(spec.removeprefix("replay:"), **options)
-    return _open_local(spec, dtype, device, options)
+        return ReplayBackend(spec.removeprefix("replay:"), **_known_options(ReplayBackend, options))
+    return _open_local(spec, dtype, device, _known_options(LocalBackend, options))
 
 # %% ../nbs/09_backends.ipynb #7d54a42e
 def _open_local(spec: str, dtype: str, device: str | None, options: dict) -> LocalBackend:

@@ -284,6 +284,8 @@ def extract(examples: Sequence[Example], backend: Backend, decoding: Decoding, o
         if todo:
             rows += _session(path, manifest, rows, todo, _pull(todo, backend, decoding, {ex.id: ex for ex in examples}, have, path),
                              len(prompts)*decoding.n, desc)
+        elif rows and manifest["status"] != "done":    # killed between the last row and the last line of the manifest
+            write_json(manifest_path(path), manifest | {"status": "done", "totals": _totals(rows)})
     return _in_order(rows, examples)
 
 # %% ../nbs/12_rationales.ipynb #0b757289

@@ -731,6 +731,8 @@ def judge(measured: Mapping[str, float], recorded: Mapping[str, float]) -> tuple
     parts = [p for p in ("value", "low", "high") if p in recorded]
     if any(p not in measured for p in parts):
         return "FAIL", "the interval is missing"
+    if recorded.get("low", 0) > 0 > measured["value"] or recorded.get("high", 0) < 0 < measured["value"]:
+        return "FAIL", "its sign is another one, and zero was outside of the recorded interval"
     worst = max(parts, key=lambda p: abs(measured[p] - recorded[p]))
     off, limit = abs(measured[worst] - recorded[worst]), tolerance(recorded)
     status = "PASS" if off <= limit else "DRIFT" if off <= 2 * limit else "FAIL"

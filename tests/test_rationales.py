@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from kd_notes import rationales as kr
 from kd_notes.backends import Decoding, LocalBackend, ReplayBackend, manifest_path
-from kd_notes.core import UserError, append_jsonl, read_json, read_jsonl
+from kd_notes.core import UserError, append_jsonl, read_json, read_jsonl, write_json
 from kd_notes.data import TASKS, Example, TaskInfo, register_task
 from kd_notes.models import mini_model, train_mini_tokenizer
 from kd_notes.rationales import (END, OUTCOMES, ZERO_SHOT, Parsed, Prompt, clean_label, compare_rows, extract, few_shot, format_completion,
@@ -278,8 +278,11 @@ def test_killed_three_times_and_nothing_is_lost_or_repeated(folder, tmp_path):
     whole = extract(QUESTIONS_60, open_backend(folder, batch_size=8), DECODING, tmp_path/"whole.jsonl")
     rows = read_jsonl(out)
     assert Counter((r["id"], r.get("sample", 0)) for r in rows) == Counter((q.id, k) for q in QUESTIONS_60 for k in range(2))
+    done = read_json(manifest_path(out))
+    write_json(manifest_path(out), done | {"status": "running", "totals": None})   # killed after the last row, before the manifest said so
     again = extract(QUESTIONS_60, open_backend(folder, batch_size=8), DECODING, out)
     assert untimed(again) == untimed(whole) and len(read_jsonl(out)) == 120
+    assert {k: read_json(manifest_path(out))[k] for k in ("status", "totals")} == {k: done[k] for k in ("status", "totals")}
 
 
 def test_ctrl_c_leaves_a_file_that_goes_on(folder, tmp_path):

@@ -456,6 +456,28 @@ def test_numbers_may_bring_their_own_tolerance():
     assert rp.tolerance(rp.with_tolerance({"value": 0})) > 0
 
 
+def test_an_effect_that_turns_round_is_no_drift():
+    "Three seeds have wide intervals; three of their standard errors would let a difference of 14 points become one of -7."
+    recorded = rp.with_tolerance({"value": 0.14, "low": 0.01, "high": 0.28, "n": 3})
+    assert rp.tolerance(recorded) > 0.2
+    assert rp.judge(recorded | {"value": -0.03}, recorded)[0] == "FAIL" and rp.judge(recorded | {"value": 0.03}, recorded)[0] == "PASS"
+    lower = {k: -v if k in ("value",) else v for k, v in recorded.items()} | {"low": -0.28, "high": -0.01}
+    assert rp.judge(lower | {"value": 0.02}, lower)[0] == "FAIL"
+    open_one = rp.with_tolerance({"value": 0.03, "low": -0.05, "high": 0.1, "n": 3})
+    assert rp.judge(open_one | {"value": -0.01}, open_one)[0] == "PASS"
+
+
+@pytest.mark.parametrize("wrong,message", [(["--task", "poetry"], "poetry"), (["--task", "nli", "--split", "pol"], "pol"),
+                                           (["--task", "nli", "--teacher", "palm"], "palm"), (["--task", "nli"], "--out"),
+                                           (["--task", "nli", "--out", "a.jsonl", "--set", "concurency=2", "--teacher", "openai:http://127.0.0.1:9/v1#m"],
+                                            "concurency")])
+def test_extract_names_what_is_wrong_in_one_paragraph(wrong, message, tmp_path):
+    words = wrong if "--out" in wrong or message == "--out" else [*wrong, "--out", str(tmp_path/"a.jsonl")]
+    done = CliRunner().invoke(rp.app, ["extract", "--limit", "1", *words])
+    assert done.exit_code == 2 and message in done.stderr and "Traceback" not in done.output
+    assert len(done.stderr.strip().splitlines()) <= 2
+
+
 def test_record_says_what_changed(copy):
     with_numbers(copy, lambda n: (n["a"].update(value=5), n.update(old={"value": 1.0, "abs": 0.1, "k": 3, "sigma": 0}), n.pop("gain")))
     assert sorted(rp.record(["small"], "smoke", copy)) == ["small: a: 5 -> 4", "small: gain = 2 is new", "small: old is gone (was 1)"]

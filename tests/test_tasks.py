@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kd_notes.core import UserError
-from kd_notes.data import load_split, split_input, split_path, surface_probes, task_info, write_split
+from kd_notes.core import UserError, data_dir, read_json
+from kd_notes.data import load_split, near_duplicate_share, split_input, split_path, surface_probes, task_info, write_split
 from kd_notes.evaluate import equation_value
 from kd_notes.tasks import GENERATORS, SIZES, WORLDS, facts, generate, setting_world, valid_rationale, world_of
 
@@ -144,6 +144,17 @@ def test_surface_probes_stay_near_the_majority(task):
     floor = max(score for name, score in scores.items() if name.startswith("majority"))
     assert ("majority_template" in scores) == (task_info(task).metric == "equation")
     assert max(scores.values()) <= floor + 0.10, scores
+    report = data_dir()/"teacher"/task/"report.json"
+    if report.is_file():                                                     # there is something that only understanding gets
+        assert max(scores.values()) <= read_json(report)["test_accuracy"] - 0.15, scores
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_no_split_nearly_repeats_another(task):
+    "A part of each split, to be quick."
+    parts = {split: load_split(task, split, gold=True)[:250] for split in SIZES}
+    for a, b in combinations(parts, 2):
+        assert near_duplicate_share(parts[a], parts[b]) < 0.01, (a, b)
 
 
 # ---------------------------------------------------------------- worlds and errors

@@ -136,7 +136,7 @@ PRESETS = {
                      reward_clip=100.0, pt_kd_ratio=0.5, eval_no_repeat_ngram=6),
     "exact": dict(_PURE, length_norm=False, clip=0.0, average="sum"),  # the gradient itself
     "on_policy": dict(_PURE, single_step=False, present_reward=True, gamma=0.0, length_norm=False, clip=0.0),  # Thinking Machines, 2025
-    "trl": dict(_PURE, present_reward=True, gamma=0.0),  # TRL's MiniLLMTrainer
+    "trl": dict(_PURE, present_reward=True, gamma=0.0, length_norm=False),  # TRL's MiniLLMTrainer
     "no_length_norm": dict(length_norm=False),
     "no_mixing": dict(alpha=0.0),
     "no_single_step": dict(single_step=False, present_reward=True),
@@ -387,6 +387,10 @@ class Hooks:
         "Which responses a term is about: a source, or any."
         return "any"
 
+    def reads_gold(self) -> bool:
+        "Whether the responses of the data may be trained on."
+        return False
+
     def reads_teacher(self) -> bool:
         "Whether the objective needs the teacher's logits."
         return True
@@ -554,6 +558,10 @@ def check_start(method: "OnPolicy", loop: Loop) -> None:
     if long:
         raise UserError(f"{len(long)} prompts leave no room for {cfg.max_new_tokens} new tokens in a context of {room}",
                         where=f"example {', '.join(long[:8])}", fix="Shorten or drop them, or lower max_new_tokens.")
+    empty = [p["id"] for p in method.prompts if not p["gold"]] if method.reads_gold() else []
+    if empty:
+        raise UserError(f"{len(empty)} examples have no response to learn from", where=f"example {', '.join(empty[:8])}",
+                        fix="Give every example a response that is not empty, or use a method that samples.")
     widths = [_width(m) for m in models]
     if len(set(widths)) > 1 and method.shared is None:
         raise UserError(f"the student has {widths[0]} outputs, the teacher {widths[1]}", where="vocabulary",
@@ -684,6 +692,10 @@ class OnPolicy(Hooks, Method):
     def size(self, item: int) -> int:
         return 1
 
+    def named(self, id: str, item: int) -> str:
+        drawn = self.buffer.responses.get(item)
+        return drawn[0].id if drawn else id
+
     def longest(self, item: int) -> int:
         return max(len(p["prompt"]) for p in self.prompts) + self.config.max_new_tokens
 
@@ -769,7 +781,7 @@ class DistillConfig(OnPolicyConfig):
     parts: tuple[Part, ...] = (Part(),)
     source: str = "student"      # who writes: student, teacher, both, gold, speculative, or adaptive (DistiLLM)
     share: float = 1.0           # GKD's lambda: how often `source` writes; otherwise gold responses are used
-    coin: str = "batch"          # that is decided per batch, or per example
+    coin: str = "batch"          # that is decided per buffer (a batch, if rollouts = minibatch), or per "example"
     accept_top_k: int = 25       # speculative KD: the student's token stays if it is among the teacher's so many likeliest
     block: int = 5               # speculative KD: tokens that the student proposes at a time
     capacity: int = 1000         # DistiLLM: responses in the replay buffer
@@ -820,6 +832,10 @@ class Distill(OnPolicy):
     def __init__(self, *args, **kwargs):
         self.phi, self.before, self.replay, self.anchor = 0.0, None, [], {}
         super().__init__(*args, **kwargs)
+        names = [part.name for part in self.config.parts]
+        if len(set(names)) < len(names):
+            raise UserError(f"two parts are called {max(names, key=names.count)!r}; one of them would not count", where="parts",
+                            fix="Parts must differ in divergence or source; add up two options of one divergence in a Method of your own.")
 
     def loss_weights(self) -> dict[str, float]:
         return {part.name: part.weight for part in self.config.parts}
@@ -829,6 +845,10 @@ class Distill(OnPolicy):
 
     def sources(self, slot: int, cycle: int) -> tuple[str, ...]:
         return chosen_sources(self, slot, cycle)
+
+    def reads_gold(self) -> bool:
+        cfg = self.config
+        return cfg.source in ("gold", "adaptive") or cfg.source != "both" and cfg.share < 1
 
     def reads_teacher(self) -> bool:
         return any(part.divergence != "nll" for part in self.config.parts)
@@ -882,6 +902,8 @@ def raise_share(method: Distill, metrics: dict) -> None:
 # %% ../nbs/19_minillm.ipynb #5204b4b4
 def set_skew(method: Distill, responses: list[Response]) -> None:
     "DistiLLM-2: alpha of each response, smaller where the two models disagree more than they did in the first buffer."
+    student, training = method.buffer.student, method.buffer.student.training
+    student.eval()    # like what was drawn: dropout would make a difference where there is none
     for source, own, other in (("teacher", method.teacher, method.buffer.student), ("student", method.buffer.student, method.teacher)):
         rows = [r for r in responses if r.source == source]
         base = next(part.options["alpha"] for part in method.config.parts if part.source == source)
@@ -890,6 +912,7 @@ def set_skew(method: Distill, responses: list[Response]) -> None:
         anchor = method.anchor.setdefault(source, sum(gap)/len(gap))
         for r, d in zip(rows, gap):
             r.skew = min(max(1 - (1 - base)*anchor/(d + 1e-5), 0.01), base)
+    student.train(training)
 
 # %% ../nbs/19_minillm.ipynb #edd1bb4a
 def part_values(method: Distill, part: Part, student: Tensor, teacher: Tensor | None, batch: dict[str, Tensor]) -> Tensor:

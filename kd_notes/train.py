@@ -18,7 +18,7 @@ import os
 import random
 import shutil
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -53,6 +53,10 @@ class Method:
     def longest(self, item: Any) -> int:
         "Tokens of the longest row that the model will read for this item; compared with `max_length`."
         return self.size(item)
+
+    def named(self, id: str, item: Any) -> str:
+        "What a message calls an example: its id, unless the method trains on something that it drew for it."
+        return id
 
     def place(self, device: torch.device) -> None:
         "Called once before the first step: move what the method owns (a teacher) to the device."
@@ -556,7 +560,7 @@ def _total_counts(loop: Loop, batches: list[dict], rows: list[int]) -> dict[str,
 
 # %% ../nbs/08_train.ipynb #d5fa27a3
 def _names(loop: Loop, rows: list[int]) -> str:
-    names = [loop.ids[i] for i in rows]
+    names = list(dict.fromkeys(loop.method.named(loop.ids[i], loop.items[i]) for i in rows))
     return f"examples {', '.join(names[:8])}{f' and {len(names) - 8} more' if len(names) > 8 else ''}"
 
 # %% ../nbs/08_train.ipynb #5ece49fa
@@ -962,6 +966,14 @@ def _finish(loop: Loop, validate: Callable | None) -> TrainResult:
     return TrainResult(loop.history, loop.best, loop.step, loop.seconds, loop.tokens, loop.model.eval(), loop.stop)
 
 # %% ../nbs/08_train.ipynb #149600e6
+def _keep_good_steps(loop: Loop, random_state: dict[str, Tensor]) -> None:
+    "After an error in a step: a checkpoint of the steps before it. On a GPU the error may be found late, so nothing is saved there."
+    if loop.accelerator.num_processes == 1 and loop.accelerator.device.type == "cpu" and loop.saved < loop.step:
+        set_rng_state(random_state)
+        with suppress(UserError):    # a full disk does not hide the error
+            save_checkpoint(loop)
+
+
 def train(model,                                 # a Hugging Face model; it is trained in place
           method: Method,                        # what a batch is and what the loss is
           examples: Iterable,                    # what `method.encode` takes
@@ -978,14 +990,20 @@ def train(model,                                 # a Hugging Face model; it is t
     order = batch_order(loop.sizes, effective, cfg.seed, cfg.bucket)
     for callback in loop.callbacks:
         callback.on_start(loop)
+    saves, start = bool(loop.run_dir and cfg.save_every), None
     try:
         with reused_memory(cfg.keep_memory and loop.accelerator.device.type == "cpu"):
             for rows in islice(order, loop.step, cfg.steps):
                 if loop.stop:
                     break
+                start = rng_state() if saves else None
                 train_step(loop, rows)
                 _after_step(loop, validate)
         return _finish(loop, validate)
+    except UserError:
+        if start:
+            _keep_good_steps(loop, start)
+        raise
     finally:
         _flush(loop)
 

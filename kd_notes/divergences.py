@@ -6,12 +6,13 @@
 __all__ = ['DIVERGENCES', 'token_divergence', 'forward_kl', 'effective_denominator', 'reverse_kl', 'cross_entropy',
            'symmetric_kl', 'jsd', 'skew_kl', 'skew_reverse_kl', 'total_variation', 'alpha_divergence', 'renyi',
            'adaptive_kl', 'head_weight', 'dkd', 'EasyHard', 'easy_hard', 'log_uncertainty', 'atkd', 'align_vocabulary',
-           'check_tokenizers', 'uld', 'Span', 'align_spans', 'token_ends', 'spans_in_order', 'matching_tokens',
-           'aligned_span_loss', 'get_divergence']
+           'check_tokenizers', 'uld', 'Span', 'align_spans', 'token_ends', 'spans_in_order', 'token_bytes',
+           'matching_tokens', 'aligned_span_loss', 'get_divergence']
 
 # %% ../nbs/06_divergences.ipynb #45d74916
 import inspect
 import math
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -270,7 +271,7 @@ def _jsd(student: _Side, teacher: _Side, *, beta: float = 0.5, scaled: bool = Fa
 # %% ../nbs/06_divergences.ipynb #efa18c90
 def jsd(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor | None = None, temperature: float = 1.0, *,
         beta: float = 0.5,               # weight of the teacher in the mixture, and of its term
-        scaled: bool = False,            # divide by beta (1 - beta): forward KL at 0, reverse KL at 1
+        scaled: bool = False,            # divided by beta (1 - beta): tends to the KLs at 0 and 1; float32: beta from 0.001 to 0.999
         scale_t2: bool = False, denominator: Any = None) -> Tensor:
     "beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q: token-mean, a scalar. Parameters as in forward_kl."
     return _loss("jsd", student_logits, teacher_logits, mask, temperature, scale_t2=scale_t2, denominator=denominator,
@@ -673,9 +674,26 @@ def _span_uld(student: _Spans, teacher: _Spans) -> Tensor:
     return _sorted_gap(p, q)
 
 # %% ../nbs/06_divergences.ipynb #fa361686
+def _byte_letters() -> dict[str, int]:
+    "The letter that byte-level BPE writes for each byte."
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    other = [b for b in range(256) if b not in plain]
+    return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(other)}
+
+
+def token_bytes(tokenizer: Any) -> dict[bytes, int]:
+    "{the bytes that a token stands for: its id}, for byte-level BPE as for SentencePiece with its ▁ and <0xE9>."
+    vocabulary, letters = tokenizer.get_vocab(), _byte_letters()
+    decoder = repr(getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None))
+    if "ByteLevel" in decoder or "Metaspace" not in decoder and "▁" not in "".join(vocabulary):
+        return {bytes(map(letters.get, t)): i for t, i in vocabulary.items() if all(c in letters for c in t)}
+    raw = {bytes([int(t[3:5], 16)]): i for t, i in vocabulary.items() if re.fullmatch("<0x[0-9A-F]{2}>", t)}
+    return raw | {t.replace("▁", " ").encode(): i for t, i in vocabulary.items() if not t.startswith("<0x")}
+
+
 def matching_tokens(student_tokenizer: Any, teacher_tokenizer: Any) -> tuple[Tensor, Tensor]:
-    "Ids of the tokens that stand for the same text in both vocabularies, (M,) for either. Raises UserError if there is none."
-    student, teacher = ({t.replace("▁", "Ġ"): i for t, i in tok.get_vocab().items()} for tok in (student_tokenizer, teacher_tokenizer))
+    "Ids of the tokens that stand for the same bytes in both vocabularies, (M,) for either. Raises UserError if there is none."
+    student, teacher = token_bytes(student_tokenizer), token_bytes(teacher_tokenizer)
     ends = [tok.eos_token_id for tok in (student_tokenizer, teacher_tokenizer)]
     pairs = {s: teacher[text] for text, s in student.items() if text in teacher and s != ends[0] and teacher[text] != ends[1]}
     if None not in ends:

@@ -7,8 +7,8 @@ __all__ = ['WINDOW', 'SCHEDULES', 'PRECISIONS', 'Method', 'pad_rows', 'causal_ba
            'plain_logits', 'target_states', 'target_logits', 'at_least_float32', 'target_nll', 'field_of', 'SFT',
            'batch_order', 'micro_batches', 'TrainConfig', 'check_config', 'lr_factor', 'Loop', 'Callback', 'Progress',
            'Tracker', 'Objective', 'make_accelerator', 'make_optimizer', 'add_lora', 'shard', 'saved_bytes',
-           'memory_estimate', 'train_step', 'trainable', 'averaged', 'rng_state', 'set_rng_state', 'save_checkpoint',
-           'fingerprint', 'last_checkpoint', 'reused_memory', 'TrainResult', 'train', 'save_model']
+           'memory_estimate', 'PackedItems', 'train_step', 'trainable', 'averaged', 'rng_state', 'set_rng_state',
+           'save_checkpoint', 'fingerprint', 'last_checkpoint', 'reused_memory', 'TrainResult', 'train', 'save_model']
 
 # %% ../nbs/08_train.ipynb #dc8dddfe
 import ctypes
@@ -18,6 +18,7 @@ import os
 import random
 import shutil
 import time
+from array import array
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -284,7 +285,7 @@ class Loop:
     module: Any = None             # the same, wrapped by Accelerate; its forward returns the sums of the terms
     optimizer: Any = None
     accelerator: Any = None
-    items: list = field(default_factory=list)    # encoded examples
+    items: list = field(default_factory=lambda: PackedItems())  # encoded examples
     sizes: list = field(default_factory=list)    # tokens of each
     ids: list = field(default_factory=list)      # name of each, for messages
     callbacks: list = field(default_factory=list)
@@ -497,6 +498,35 @@ def memory_estimate(config,                     # a transformers config of the s
     parts = {"weights": sum(p.nbytes for p in model.parameters())//share, "gradients": trained//share, "optimizer": 2*trained//share,
              "activations": activations, "logits": logits, "teacher": teacher_bytes}
     return parts | {"total": sum(parts.values())}
+
+# %% ../nbs/08_train.ipynb #pack-items
+def _pack(item: Any) -> Any:
+    "Lists of ids as arrays: 4 bytes a token instead of 8 to 36."
+    if type(item) is dict:
+        return {k: _pack(v) for k, v in item.items()}
+    if type(item) is tuple:
+        return tuple(map(_pack, item))
+    if type(item) is list:
+        ids = item and all(type(x) is int and -2**31 <= x < 2**31 for x in item)
+        return array("i", item) if ids else [_pack(x) for x in item]
+    return item
+
+
+def _unpack(item: Any) -> Any:
+    if type(item) is dict:
+        return {k: _unpack(v) for k, v in item.items()}
+    if type(item) in (tuple, list):
+        return type(item)(map(_unpack, item))
+    return item.tolist() if isinstance(item, array) else item
+
+
+class PackedItems(list):
+    "A list of encoded examples that keeps ids in arrays and gives lists back."
+    def append(self, item: Any) -> None:
+        super().append(_pack(item))
+
+    def __getitem__(self, i: int) -> Any:
+        return _unpack(super().__getitem__(i))
 
 # %% ../nbs/08_train.ipynb #bd13a57e
 def _encoded(loop: Loop, examples: Iterable) -> None:

@@ -886,6 +886,23 @@ def test_positions_outside_of_the_spans_do_not_matter():
     assert aligned_span_loss(poisoned, teacher, ids, ids_t, spans) == aligned_span_loss(student, teacher, ids_s, ids_t, spans)
 
 
+def test_a_letter_of_sentencepiece_is_no_byte_of_the_other():
+    "Byte-level BPE writes the byte 0xE9 as the letter é; alone it decodes to nothing that one could read."
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    words = ["<unk>", "</s>", "▁the", "▁caf", "é", "ü", "a", "<0xC3>"]
+    piece = Tokenizer(models.Unigram([(w, -1.0) for w in words], unk_id=0, byte_fallback=False))
+    piece.pre_tokenizer, piece.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bpe = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(["</s>", *letters, "Ġthe", "Ã©"])}, merges=[]))
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
+    student, teacher = (PreTrainedTokenizerFast(tokenizer_object=t, eos_token="</s>") for t in (piece, bpe))
+    pairs = {(student.convert_ids_to_tokens(a), teacher.convert_ids_to_tokens(b)) for a, b in zip(*(x.tolist() for x in matching_tokens(student, teacher)))}
+    assert pairs == {("</s>", "</s>"), ("▁the", "Ġthe"), ("é", "Ã©"), ("a", "a"), ("<0xC3>", "Ã")}
+    for a, b in pairs - {("</s>", "</s>"), ("<0xC3>", "Ã")}:
+        assert student.decode(student.convert_tokens_to_ids(a)).strip() == teacher.decode(teacher.convert_tokens_to_ids(b)).strip()
+
+
 def test_matching_tokens(tokenizers):
     student, teacher = tokenizers
     a, b = matching_tokens(student, teacher)

@@ -641,6 +641,25 @@ def test_steps_that_fp16_leaves_out_for_good_end_the_training():
             kt._count_skips(loop)
 
 
+def test_encoded_examples_wait_in_four_bytes_a_token_and_come_back_as_they_were():
+    import tracemalloc
+    from collections import namedtuple
+    Pair = namedtuple("Pair", "a b")
+    odd = [{"id": "x", "source": [1, 2**20], "none": [], "deep": [("label", [5, 6], [7])]}, [1.5, 2], ("a", (1, 2)), 7, Pair(1, [2]), [2**40], [True, 1]]
+    kept = kt.PackedItems()
+    for item in odd:
+        kept.append(item)
+    assert [kept[i] for i in range(len(odd))] == odd and type(kept[4]) is Pair and kept[6][0] is True
+    draw = random.Random(0)
+    tracemalloc.start()
+    rows = kt.PackedItems()
+    for _ in range(1000):
+        rows.append({"source": [draw.randrange(50_000) for _ in range(150)], "target": [draw.randrange(50_000) for _ in range(50)]})
+    size, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert size/200_000 < 7, size                                             # lists of integers take 36
+
+
 class Sometimes(Rows):
     "A second term that only some examples have."
     weights = {"loss": 0.5, "extra": 0.5}

@@ -528,6 +528,9 @@ class PackedItems(list):
     def __getitem__(self, i: int) -> Any:
         return _unpack(super().__getitem__(i))
 
+    def __iter__(self) -> Iterator:
+        return map(_unpack, super().__iter__())
+
 # %% ../nbs/08_train.ipynb #bd13a57e
 def _encoded(loop: Loop, examples: Iterable) -> None:
     "Encode all examples once. Raises UserError for no examples or one that is too long."

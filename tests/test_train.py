@@ -280,11 +280,11 @@ def other_architectures():
 @pytest.mark.parametrize("name, build", list(other_architectures()), ids=lambda x: x if isinstance(x, str) else "")
 def test_target_logits_equal_the_full_models(name, build):
     torch.manual_seed(0)
-    model, method = build().eval(), Rows("t5" if name.startswith("t5") else "causal")
+    model, method = build().double().eval(), Rows("t5" if name.startswith("t5") else "causal")  # in float32 the order of sums shows
     batch = method.collate(EXAMPLES[:4])
     inputs = {k: v for k, v in batch.items() if not k.startswith("target")}
     full = model(**inputs).logits.flatten(0, 1)[batch["target_index"]]
-    torch.testing.assert_close(target_logits(model, batch), full, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(target_logits(model, batch), full, atol=1e-10, rtol=1e-10)
 
 
 # ---------------------------------------------------------------- kills, resumes, checkpoints

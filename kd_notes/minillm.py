@@ -11,10 +11,11 @@ __all__ = ['AVERAGES', 'IMPORTANCE', 'WHITENING', 'PRESETS', 'SOURCES', 'DRAW', 
            'Hooks', 'Buffer', 'identity', 'snapshot', 'restore', 'shuffled_pick', 'refill', 'check_drawn',
            'check_start', 'canaries', 'add_texts', 'logit_sides', 'pt_sum', 'slot_batch', 'term_counts', 'term_sums',
            'OnPolicy', 'train_on_policy', 'onpolicy_config', 'MiniLLM', 'Part', 'DistillConfig', 'skew_values',
-           'Distill', 'chosen_sources', 'raise_share', 'set_skew', 'part_values', 'DPKDConfig', 'pair_margin', 'DPKD',
-           'onpolicy_method', 'write', 'mean_nll', 'finetune', 'world_checksums', 'train_world_model', 'world_model',
-           'WorldArm', 'world_rate', 'world_run', 'world_labels', 'write_world_answers', 'world_exposure',
-           'world_metrics', 'train_onpolicy', 'work_done', 'run_world', 'run_cells', 'item_scores']
+           'check_parts', 'Distill', 'chosen_sources', 'raise_share', 'set_skew', 'part_values', 'DPKDConfig',
+           'pair_margin', 'DPKD', 'onpolicy_method', 'write', 'mean_nll', 'finetune', 'world_checksums',
+           'train_world_model', 'world_model', 'WorldArm', 'world_rate', 'world_run', 'world_labels',
+           'write_world_answers', 'world_exposure', 'world_metrics', 'train_onpolicy', 'work_done', 'run_world',
+           'run_cells', 'item_scores']
 
 # %% ../nbs/19_minillm.ipynb #315521fb
 import math
@@ -375,6 +376,7 @@ def token_logprobs(model, responses: list[Response], pad_id: int, vocabulary: in
 # %% ../nbs/19_minillm.ipynb #e6db786e
 class Hooks:
     "What an on-policy method is, apart from the loop. Subclass `OnPolicy` and override these."
+    reads_gold = False  # whether responses of the data may be trained on
     def loss_weights(self) -> dict[str, float]:
         "{term: weight} of the objective."
         raise NotImplementedError
@@ -386,10 +388,6 @@ class Hooks:
     def selects(self, term: str) -> str:
         "Which responses a term is about: a source, or any."
         return "any"
-
-    def reads_gold(self) -> bool:
-        "Whether the responses of the data may be trained on."
-        return False
 
     def reads_teacher(self) -> bool:
         "Whether the objective needs the teacher's logits."
@@ -558,7 +556,7 @@ def check_start(method: "OnPolicy", loop: Loop) -> None:
     if long:
         raise UserError(f"{len(long)} prompts leave no room for {cfg.max_new_tokens} new tokens in a context of {room}",
                         where=f"example {', '.join(long[:8])}", fix="Shorten or drop them, or lower max_new_tokens.")
-    empty = [p["id"] for p in method.prompts if not p["gold"]] if method.reads_gold() else []
+    empty = [p["id"] for p in method.prompts if not p["gold"]] if method.reads_gold else []
     if empty:
         raise UserError(f"{len(empty)} examples have no response to learn from", where=f"example {', '.join(empty[:8])}",
                         fix="Give every example a response that is not empty, or use a method that samples.")
@@ -674,10 +672,9 @@ class OnPolicy(Hooks, Method):
     def __init__(self, tokenizer, teacher, prompts: Iterable, config: OnPolicyConfig, *, corpus: Iterable = (), teacher_tokenizer=None):
         self.tokenizer, self.teacher, self.config = tokenizer, None if teacher is None else freeze(teacher), config
         self.prompts, self.corpus = encode_prompts(tokenizer, prompts), encode_corpus(tokenizer, corpus, config)
-        self.shared = None if teacher_tokenizer is None else check_tokenizers(tokenizer, teacher_tokenizer)
-        self.vocabulary, self.sampling = None, _draws(config, (tokenizer.eos_token_id,), config.seed)
+        self.vocabulary, self.shared = None, None if teacher_tokenizer is None else check_tokenizers(tokenizer, teacher_tokenizer)
         self.numbers = {p["id"]: i for i, p in enumerate(self.prompts)}
-        self.pad, self.buffer = tokenizer.pad_token_id, Buffer(self)
+        self.sampling, self.pad, self.buffer = _draws(config, (tokenizer.eos_token_id,), config.seed), tokenizer.pad_token_id, Buffer(self)
         self.weights = self.loss_weights() | dict.fromkeys((*CANARIES, "entropy", *self.watched()), 0.0)
         self.weights |= {"pt": config.pt_weight} if config.pt_weight else {}
 
@@ -693,8 +690,7 @@ class OnPolicy(Hooks, Method):
         return 1
 
     def named(self, id: str, item: int) -> str:
-        drawn = self.buffer.responses.get(item)
-        return drawn[0].id if drawn else id
+        return next((r.id for r in self.buffer.responses.get(item, [])), id)    # of the prompt that was drawn for the slot
 
     def longest(self, item: int) -> int:
         return max(len(p["prompt"]) for p in self.prompts) + self.config.max_new_tokens
@@ -826,16 +822,22 @@ def skew_values(student: Tensor, teacher: Tensor, alpha: Tensor | float, reverse
     mix = torch.logaddexp(own.detach() + a.log(), other + (1 - a).log())  # own is p, which has no gradient, or q, whose gradient is cut
     return (own.exp()*(own - mix)).sum(-1)
 
+# %% ../nbs/19_minillm.ipynb #chk-parts
+def check_parts(cfg: DistillConfig) -> bool:
+    "Whether responses of the data may be trained on. Raises UserError for two parts of one name, of which one would not count."
+    names = [part.name for part in cfg.parts]
+    if len(set(names)) < len(names):
+        raise UserError(f"two parts are called {max(names, key=names.count)!r}; one of them would not count", where="parts",
+                        fix="Parts must differ in divergence or source; add up two options of one divergence in a Method of your own.")
+    return cfg.source in ("gold", "adaptive") or cfg.source != "both" and cfg.share < 1
+
 # %% ../nbs/19_minillm.ipynb #07147a57
 class Distill(OnPolicy):
     "A divergence at each token of responses that somebody writes: GKD, DistiLLM (2), speculative KD, f-distill; and SFT, KD, SeqKD."
     def __init__(self, *args, **kwargs):
         self.phi, self.before, self.replay, self.anchor = 0.0, None, [], {}
         super().__init__(*args, **kwargs)
-        names = [part.name for part in self.config.parts]
-        if len(set(names)) < len(names):
-            raise UserError(f"two parts are called {max(names, key=names.count)!r}; one of them would not count", where="parts",
-                            fix="Parts must differ in divergence or source; add up two options of one divergence in a Method of your own.")
+        self.reads_gold = check_parts(self.config)
 
     def loss_weights(self) -> dict[str, float]:
         return {part.name: part.weight for part in self.config.parts}
@@ -845,10 +847,6 @@ class Distill(OnPolicy):
 
     def sources(self, slot: int, cycle: int) -> tuple[str, ...]:
         return chosen_sources(self, slot, cycle)
-
-    def reads_gold(self) -> bool:
-        cfg = self.config
-        return cfg.source in ("gold", "adaptive") or cfg.source != "both" and cfg.share < 1
 
     def reads_teacher(self) -> bool:
         return any(part.divergence != "nll" for part in self.config.parts)

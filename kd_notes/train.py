@@ -998,7 +998,7 @@ def _finish(loop: Loop, validate: Callable | None) -> TrainResult:
         callback.on_end(loop)
     return TrainResult(loop.history, loop.best, loop.step, loop.seconds, loop.tokens, loop.model.eval(), loop.stop)
 
-# %% ../nbs/08_train.ipynb #149600e6
+# %% ../nbs/08_train.ipynb #keep-good
 def _keep_good_steps(loop: Loop, random_state: dict[str, Tensor]) -> None:
     "After an error in a step: a checkpoint of the steps before it. On a GPU the error may be found late, so nothing is saved there."
     if loop.accelerator.num_processes == 1 and loop.accelerator.device.type == "cpu" and loop.saved < loop.step:
@@ -1006,7 +1006,7 @@ def _keep_good_steps(loop: Loop, random_state: dict[str, Tensor]) -> None:
         with suppress(UserError):    # a full disk does not hide the error
             save_checkpoint(loop)
 
-
+# %% ../nbs/08_train.ipynb #149600e6
 def train(model,                                 # a Hugging Face model; it is trained in place
           method: Method,                        # what a batch is and what the loss is
           examples: Iterable,                    # what `method.encode` takes

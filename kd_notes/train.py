@@ -1023,19 +1023,20 @@ def train(model,                                 # a Hugging Face model; it is t
     order = batch_order(loop.sizes, effective, cfg.seed, cfg.bucket)
     for callback in loop.callbacks:
         callback.on_start(loop)
-    saves, start = bool(loop.run_dir and cfg.save_every), None
+    saves = bool(loop.run_dir and cfg.save_every)
+    random_state = rng_state() if saves else None    # after the last whole step
     try:
         with reused_memory(cfg.keep_memory and loop.accelerator.device.type == "cpu"):
             for rows in islice(order, loop.step, cfg.steps):
                 if loop.stop:
                     break
-                start = rng_state() if saves else None
                 train_step(loop, rows)
+                random_state = rng_state() if saves else None
                 _after_step(loop, validate)
         return _finish(loop, validate)
     except UserError:
-        if start:
-            _keep_good_steps(loop, start)
+        if saves:
+            _keep_good_steps(loop, random_state)
         raise
     finally:
         _flush(loop)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AVERAGES', 'IMPORTANCE', 'WHITENING', 'PRESETS', 'SOURCES', 'DRAW', 'CANARIES', 'RECIPES', 'METHODS', 'WORLD_MODULES',
-           'WORLD_MODEL', 'WORLD_TEACHER', 'WORLD_ARMS', 'WORLD_DEFAULTS', 'EXPOSED', 'all_responses',
+           'WORLD_MODEL', 'WORLD_TEACHER', 'WORLD_ARMS', 'UNTRAINED', 'WORLD_DEFAULTS', 'EXPOSED', 'all_responses',
            'response_logprobs', 'exact_kl', 'OnPolicyConfig', 'MiniLLMConfig', 'check_settings', 'Response', 'response',
            'padded', 'returns_to_go', 'whitened', 'token_rewards', 'set_advantages', 'padded_mask', 'surrogate',
            'response_batch', 'minillm_terms', 'encode_prompts', 'encode_corpus', 'repeated_ngrams', 'token_logprobs',
@@ -14,8 +14,8 @@ __all__ = ['AVERAGES', 'IMPORTANCE', 'WHITENING', 'PRESETS', 'SOURCES', 'DRAW', 
            'check_parts', 'Distill', 'chosen_sources', 'raise_share', 'set_skew', 'part_values', 'DPKDConfig',
            'pair_margin', 'DPKD', 'onpolicy_method', 'write', 'mean_nll', 'finetune', 'world_checksums',
            'train_world_model', 'world_model', 'WorldArm', 'world_rate', 'world_run', 'world_labels',
-           'write_world_answers', 'world_exposure', 'world_metrics', 'train_onpolicy', 'work_done', 'run_world',
-           'run_cells', 'item_scores']
+           'write_world_answers', 'world_exposure', 'world_metrics', 'distil_in_world', 'train_onpolicy', 'work_done',
+           'run_world', 'run_cells', 'item_scores']
 
 # %% ../nbs/19_minillm.ipynb #315521fb
 import math
@@ -1117,6 +1117,10 @@ WORLD_ARMS = {
     "dpkd": WorldArm("DPKD", "dpkd"),
 }
 
+
+# Rows to compare with, which nothing trains: the teacher, and the finetuned student that every arm goes on from
+UNTRAINED = {"teacher": "teacher", "start": "student before distillation"}
+
 # %% ../nbs/19_minillm.ipynb #92802d94
 def world_rate(arm: str) -> float:
     "Learning rate that the grid chose for an arm (data/chosen/minillm.json), or the default."
@@ -1131,10 +1135,10 @@ WORLD_DEFAULTS = {"size": "xs", "steps": 150, "minibatch": 32, "lr": None, "max_
 
 def world_run(arm: str, seed: int, **settings: Any) -> dict:  # settings: any of WORLD_DEFAULTS
     "Parameters of a run, complete. Raises UserError for an unknown arm or setting."
-    unknown = sorted(set(settings) - set(WORLD_DEFAULTS)) + ([arm] if arm not in WORLD_ARMS else [])
+    unknown = sorted(set(settings) - set(WORLD_DEFAULTS)) + ([arm] if arm not in WORLD_ARMS | UNTRAINED else [])
     if unknown:
         raise UserError(f"{', '.join(unknown)} is not known", where="world_run",
-                        fix=f"Arms: {', '.join(WORLD_ARMS)}. Settings: {', '.join(WORLD_DEFAULTS)}.")
+                        fix=f"Arms: {', '.join(WORLD_ARMS | UNTRAINED)}. Settings: {', '.join(WORLD_DEFAULTS)}.")
     p = {"arm": arm, "seed": seed} | WORLD_DEFAULTS | settings
     start = {k: v for k, v in WORLD_MODEL.items() if k not in ("size", "seed")}  # those are the run's own
     return p | {"lr": p["lr"] or world_rate(arm), "teacher": WORLD_TEACHER | p["teacher"], "student": start | p["student"]}
@@ -1188,12 +1192,9 @@ def world_metrics(model, teacher, rows: list[dict], teacher_answers: list[list[i
         "possible": sum(possible)/len(possible), "repetition": sum(map(repeated_ngrams, own))/len(own)}
 
 # %% ../nbs/19_minillm.ipynb #707764d0
-def train_onpolicy(params: dict, folder: Path) -> dict:
-    "Train and score one arm in the instruction world. Metrics: `world_metrics`, tokens read and drawn, seconds of training."
-    p = params
+def distil_in_world(p: dict, model, teacher, folder: Path) -> tuple[Any, dict]:
+    "Train a student as the arm of a run says. (the best one on validation, {'train_seconds', 'best_step', tokens})."
     arm, tok = WORLD_ARMS[p["arm"]], load_world_tokenizer()
-    teacher, _ = world_model(**p["teacher"])
-    model, _ = world_model(size=p["size"], seed=p["seed"], **p["student"])
     given = {"rollouts": p["minibatch"], "minibatch": p["minibatch"], "max_new_tokens": p["max_new_tokens"], "seed": p["seed"]}
     method = onpolicy_method(arm.method, tok, teacher, load_world("train"), corpus=[row["text"] for row in load_corpus()],
                              **(given | arm.settings | p["settings"]))
@@ -1206,11 +1207,21 @@ def train_onpolicy(params: dict, folder: Path) -> dict:
         gold = [(x, answer_tokens(tok, row["response"])) for x, row in zip(written.prompt_ids, held)]
         return {"score": float(rouge_l(written.texts[0], references_of(held)).mean()), "loss": mean_nll(model, gold, tok.pad_token_id)}
     result = train_on_policy(model, method, cfg, run_dir=folder, validate=validate)
+    return result.model, {"train_seconds": result.seconds, "best_step": result.best["step"], **work_done(method)}
+
+
+def train_onpolicy(params: dict, folder: Path) -> dict:
+    "Train (unless the arm is one of UNTRAINED) and score one run. Metrics: those of `world_metrics` and `distil_in_world`, and the size."
+    p, spent = params, {}
+    teacher, _ = world_model(**p["teacher"])
+    model = teacher if p["arm"] == "teacher" else world_model(size=p["size"], seed=p["seed"], **p["student"])[0]
+    if p["arm"] not in UNTRAINED:
+        model, spent = distil_in_world(p, model, teacher, folder)
     asked = {"teacher": p["teacher"], "split": p["score_on"], "rows": p["score_rows"], "max_new_tokens": p["max_new_tokens"]}
     theirs = cached("world_answers", asked, write_world_answers, modules=WORLD_MODULES, checksums=world_checksums())["response_ids"]
     rows = load_world(p["score_on"])[:p["score_rows"] or None]
-    return world_metrics(result.model, teacher, rows, theirs, p["score_seeds"], p["max_new_tokens"]) | {
-        "train_seconds": result.seconds, "parameters": count_parameters(model), "best_step": result.best["step"], **work_done(method)}
+    scored = world_metrics(model, teacher, rows, theirs, p["score_seeds"], p["max_new_tokens"])
+    return scored | {"parameters": count_parameters(model), **spent}
 
 # %% ../nbs/19_minillm.ipynb #5f247272
 def work_done(method: OnPolicy) -> dict[str, int]:

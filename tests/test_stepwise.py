@@ -384,3 +384,14 @@ def test_a_pretrained_student_of_the_other_family_is_refused(tiny_t5):
 def test_what_is_not_changed_is_not_in_the_parameters():
     assert student("nli", "dss", 10, 0) == student("nli", "dss", 10, 0, precision="no", layers=0)
     assert "precision" in student("nli", "dss", 10, 0, precision="bf16")
+
+
+def test_rates_of_the_grid_are_for_the_students_that_were_in_it(tiny_t5, tmp_path, monkeypatch):
+    chosen = {"lr": {"nli/dss": 0.003, "nli/finetune": 0.006, "nli/dss/t5": 0.012}, "default": 0.001}
+    write_json(tmp_path / "chosen" / "stepwise.json", chosen)
+    monkeypatch.setattr(ks, "data_dir", lambda: tmp_path)
+    assert student("nli", "dss", 4, 0)["lr"] == student("nli", "empty", 4, 0)["lr"] == 0.003
+    assert student("nli", "dss", 4, 0, family="t5")["lr"] == student("nli", "copy", 4, 0, family="t5")["lr"] == 0.012
+    assert student("nli", "distill", 4, 0, family="t5")["lr"] == 0.006          # not in the grid of T5: the causal student's
+    assert student("cqa", "dss", 4, 0)["lr"] == 0.001
+    assert student("nli", "dss", 4, 0, family="t5", size=str(tiny_t5))["lr"] == 5e-5    # a rate for random weights would ruin a pretrained model

@@ -10,7 +10,7 @@ __all__ = ['PACK_FROM', 'PACK_UP_TO', 'PACK_STEPS', 'Sampling', 'Rollout', 'log_
 import functools
 import math
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Hashable, Iterator, Sequence
@@ -33,6 +33,7 @@ class Sampling:
     top_k: int = 0                      # only the k likeliest tokens; 0 is all
     stop_ids: tuple[int, ...] = ()      # a response ends with the first of these, which is part of it
     seed: int = 0                       # of the random streams; change it from step to step
+    no_repeat_ngram: int = 0            # no n-gram of prompt and response occurs again, as transformers' no_repeat_ngram_size; 0 is off
 
     def __post_init__(self):
         object.__setattr__(self, "stop_ids", tuple(map(int, self.stop_ids)))
@@ -40,6 +41,7 @@ class Sampling:
         require(self.temperature >= 0, "temperature", self.temperature, "0 (greedy) or a positive number")
         require(0 < self.top_p <= 1, "top_p", self.top_p, "a number above 0, at most 1")
         require(self.top_k >= 0, "top_k", self.top_k, "0 (off) or a positive whole number")
+        require(self.no_repeat_ngram >= 0, "no_repeat_ngram", self.no_repeat_ngram, "0 (off) or a positive whole number")
 
 # %% ../nbs/10_generate.ipynb #f2acb0d6
 @dataclass
@@ -110,6 +112,23 @@ def _names(prompts: list[list[int]], streams: Sequence[Hashable] | None) -> list
         raise UserError(f"{distinct} different names for {len(prompts)} prompts", where="streams", fix="Name one for each prompt.")
     return [(str(name), 0) for name in streams]
 
+# %% ../nbs/10_generate.ipynb #b83c19e7
+class _Grams:
+    "What has followed each (n-1)-gram of a sequence."
+    def __init__(self, n: int, ids: Sequence[int]):
+        self.n, self.ids, self.after = n, [], defaultdict(set)
+        for token in ids:
+            self.append(token)
+
+    def append(self, token: int) -> None:
+        self.ids.append(token)
+        if len(self.ids) >= self.n:
+            self.after[tuple(self.ids[len(self.ids) - self.n:-1])].add(token)
+
+    def closed(self) -> set[int]:
+        "Tokens that would complete an n-gram again."
+        return self.after.get(tuple(self.ids[len(self.ids) - self.n + 1:]), set())
+
 # %% ../nbs/10_generate.ipynb #a52ec2f8
 @dataclass
 class _Sequence(Row):
@@ -117,16 +136,20 @@ class _Sequence(Row):
     logs: list[tuple] = field(default_factory=list)
     second: Tensor | None = None                             # more random numbers, for tokens that are drawn again
     accepted: list[bool] = field(default_factory=list)
+    grams: _Grams | None = None                              # of prompt and tokens, if none may occur again
 
     def append(self, token: int, logs: tuple, s: Sampling) -> None:
         "Take a token, which may be the last."
         self.tokens.append(token)
+        if self.grams:
+            self.grams.append(token)
         self.logs.append(logs)
         self.finish = "stop" if token in s.stop_ids else "length" if len(self.tokens) >= s.max_new_tokens else ""
 
 # %% ../nbs/10_generate.ipynb #010e3603
 def _sequences(prompts: list[list[int]], streams: Sequence[Hashable] | None, s: Sampling) -> list[_Sequence]:
-    return [_Sequence(name, k, prompt, draws=draws(s.seed, name, k, s.max_new_tokens))
+    return [_Sequence(name, k, prompt, draws=draws(s.seed, name, k, s.max_new_tokens),
+                      grams=_Grams(s.no_repeat_ngram, prompt) if s.no_repeat_ngram else None)
             for (name, k), prompt in zip(_names(prompts, streams), prompts)]
 
 # %% ../nbs/10_generate.ipynb #5e3f3e65
@@ -141,6 +164,25 @@ def log_mixture(log_q: Tensor, log_p: Tensor, alpha: float) -> Tensor:
         return log_p if alpha else log_q
     return torch.logaddexp(log_p + math.log(alpha), log_q + math.log1p(-alpha))
 
+# %% ../nbs/10_generate.ipynb #e6419d5c
+def _closed(rows: Sequence[_Sequence], size: int, device) -> Tensor | None:
+    "Which tokens (rows, size) would complete an n-gram again; None if none would."
+    found = [(i, [t for t in row.grams.closed() if t < size]) for i, row in enumerate(rows) if row.grams]
+    found = [(i, ids) for i, ids in found if 0 < len(ids) < size]
+    if not found:
+        return None
+    closed = torch.zeros(len(rows), size, dtype=torch.bool)
+    for i, ids in found:
+        closed[i, ids] = True
+    return closed.to(device)
+
+
+def _without(logs: Tensor, closed: Tensor | None) -> Tensor:
+    "Log-probabilities (rows, size) without the closed tokens."
+    if closed is None:
+        return logs
+    return torch.where(closed.any(-1, keepdim=True), torch.log_softmax(logs.masked_fill(closed, -math.inf), dim=-1), logs)
+
 # %% ../nbs/10_generate.ipynb #d90e3319
 class _Draw:
     "Gives the rows of a loop their tokens and keeps the log-probabilities."
@@ -152,15 +194,19 @@ class _Draw:
         logs = [_log_softmax(x.logits.to(scores[0].logits.device), self.size, temperature) for x in scores]
         return [*logs, log_mixture(*logs, self.alpha) if len(logs) > 1 else logs[0]]
 
-    def token(self, scores: Sequence[Scores], rows: list[Row]) -> tuple[Tensor, list[Tensor]]:
+    def token(self, scores: Sequence[Scores], rows: list[_Sequence]) -> tuple[Tensor, list[Tensor]]:
         "Next token of each row (rows,) and its log-probabilities: each model's, the mixture's, and that of the draw."
         logs = self.mixed(scores)
+        closed = _closed(rows, self.size, logs[0].device)
         if self.s.temperature == 0:
             plain = len(scores) == 1 and self.size == scores[0].logits.shape[-1]
-            token, drawn = likeliest(scores[0], self.head) if plain else logs[-1].argmax(-1), torch.zeros_like(logs[0][:, 0])
+            best = scores[0] if closed is None or not plain else scores[0]._replace(logits=scores[0].logits.masked_fill(closed, -math.inf))
+            token = likeliest(best, self.head) if plain else _without(logs[-1], closed).argmax(-1)
+            drawn = torch.zeros_like(logs[0][:, 0])
         else:
             warm = logs if self.s.temperature == 1 else self.mixed(scores, self.s.temperature)
-            token, share = pick(*truncate(warm[-1].exp(), self.s.top_k, self.s.top_p), next_draws(rows, logs[0].device))
+            share = truncate(_without(warm[-1], closed).exp(), self.s.top_k, self.s.top_p)
+            token, share = pick(*share, next_draws(rows, logs[0].device))
             drawn = share.log().to(logs[0].dtype)
         return token, [*(x.gather(-1, token[:, None])[:, 0] for x in logs), drawn]
 
@@ -428,6 +474,7 @@ def speculative(student, teacher, prompts: Sequence[Sequence[int]], sampling: Sa
     "Interleaved responses of student and teacher (SKD, arXiv 2410.11325), with both log-probabilities. Raises UserError."
     require(top_k >= 0, "top_k", top_k, "0 (the teacher alone) or a positive whole number")
     require(block >= 1, "block", block, "a whole number from 1")
+    require(not sampling.no_repeat_ngram, "no_repeat_ngram", sampling.no_repeat_ngram, "0, the only value that speculation knows")
     start, student, teacher = time.perf_counter(), unwrapped(student), unwrapped(teacher)
     size = _vocabulary([student, teacher], vocabulary)
     rows = _sequences(_checked([student, teacher], prompts, sampling.max_new_tokens), streams, sampling)

@@ -482,11 +482,13 @@ class Written:
 
 # %% ../nbs/17_measure.ipynb #1421f499
 def sample_answers(model, tokenizer, prompt_ids: list[list[int]], *, seeds: Sequence[int] = EVAL_SEEDS, max_new_tokens: int = 128,
-                   temperature: float = 1.0, top_p: float = 1.0, batch_size: int = 64) -> Written:
+                   temperature: float = 1.0, top_p: float = 1.0, batch_size: int = 64,
+                   no_repeat_ngram: int = 0) -> Written:  # n-grams of prompt and answer together that may not recur; 0: off
     "Sample an answer to each prompt with each seed (paper: temperature 1, top-p 1, seeds 10 to 50). Raises UserError."
     out = Written(tuple(seeds), prompt_ids, [], [], np.zeros((len(seeds), len(prompt_ids)), dtype=bool))
     for i, seed in enumerate(seeds):
-        sampling = Sampling(max_new_tokens, temperature, top_p, stop_ids=(tokenizer.eos_token_id,), seed=seed)
+        sampling = Sampling(max_new_tokens, temperature, top_p, stop_ids=(tokenizer.eos_token_id,), seed=seed,
+                            no_repeat_ngram=no_repeat_ngram)
         rollout = sample(model, prompt_ids, sampling, vocabulary=len(tokenizer), batch_size=batch_size)
         out.response_ids.append(rollout.response_ids)
         out.texts.append([t.strip() for t in tokenizer.batch_decode(rollout.response_ids, skip_special_tokens=True)])

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PAIR_RUN', 'UNTRAINED', 'EVAL_FILES', 'RULES', 'ALPACA', 'PHASES', 'UNKNOWN', 'ORIGINS', 'STATUS', 'PARTS', 'is_set',
-           'arm_settings', 'check_run', 'pair_run', 'Asked', 'asked', 'real_file', 'split_rows', 'load_set', 'run_rows',
+           'arm_settings', 'check_run', 'pair_run', 'Asked', 'asked', 'real_file', 'load_set', 'run_rows',
            'corpus_texts', 'open_teacher', 'open_student', 'check_room', 'total_steps', 'merged', 'sft_phase',
            'train_pair_teacher', 'train_pair_student', 'phase_run', 'spec_checksums', 'run_checksums', 'run_phase',
            'phase_model', 'pair_teacher', 'pair_start', 'set_metrics', 'pair_method', 'train_third_phase',
@@ -22,9 +22,10 @@ from typing import Any, Callable, Sequence
 
 import torch
 
-from .core import UserError, data_dir, read_json, repo_root, rng, sha256_file, stable_hash, verify_checksums
+from .core import UserError, data_dir, read_json, repo_root, sha256_file, stable_hash, verify_checksums
 from .data import numbered_rows
 from .evaluate import pack_numbers
+from .generate import Sampling
 from .measure import EVAL_SEEDS, kl_per_position, rouge_l, sample_answers, text_metrics
 from .minillm import (METHODS, OnPolicy, encode_prompts, finetune, mean_nll, onpolicy_config, onpolicy_method, repeated_ngrams,
                               train_on_policy, work_done)
@@ -32,7 +33,8 @@ from .models import (DTYPES, SIZES, count_parameters, default_device, find_smoll
                              load_teacher, mini_model)
 from .runs import load_record, run_folder, run_grid
 from .train import TrainConfig, TrainResult, memory_estimate, save_model
-from .whitebox import PLAIN_TEMPLATE, Dialogue, context_of, dialogue, dolly_dialogues, hub_rows, load_prompts, make_student, prompt_ids
+from .whitebox import (PLAIN_TEMPLATE, Dialogue, context_of, dialogue, dolly_dialogues, hub_rows, load_prompts, make_student,
+                               prompt_ids, split_rows)
 
 # %% ../nbs/20_pairs.ipynb #32574ae1
 PAIR_RUN = {
@@ -47,7 +49,7 @@ PAIR_RUN = {
     "steps": 48, "lr": 2e-4, "minibatch": 8,          # phase 3, the same for every arm
     "minillm": {},                                    # MiniLLM's settings, such as {"alpha": 0.5}; other arms have none
     "micro_batch": 0, "train": {},                    # rows at a time, 0: all of a batch; of TrainConfig, such as {"precision": "bf16"}
-    "evaluate": ["prompts"], "score_rows": 0, "score_seeds": 5}        # prompts, dolly, selfinst, sni, a file in KD_NOTES_DATA
+    "evaluate": ["prompts"], "score_rows": 0, "score_seeds": 5}    # prompts, dolly, selfinst, sni, hub:<id>, a file in KD_NOTES_DATA
 
 # %% ../nbs/20_pairs.ipynb #aa39e8fa
 UNTRAINED = ("teacher", "start")
@@ -105,19 +107,24 @@ def check_run(row: dict, where: str = "pair_run") -> dict:
             raise UserError(f"{name!r} is not a setting of a run", where=where, fix=f"Settings are {', '.join(RULES)}.")
         if not RULES[name][0](value):
             raise UserError(f"{value!r} is not possible", where=f"{where}, {name}", fix=f"It should be {RULES[name][1]}.")
-    for name in {"minibatch", "sft_batch"} & set(row):
-        if row.get("micro_batch") and row[name] % row["micro_batch"]:
+    for name in ("minibatch", "sft_batch"):
+        if row.get("micro_batch") and row.get(name, 0) % row["micro_batch"]:
             raise UserError(f"{row[name]} rows are no whole number of micro-batches of {row['micro_batch']}", where=f"{where}, {name}",
                             fix="micro_batch must divide minibatch and sft_batch.")
     _check_tables(PAIR_RUN | {"seed": 0} | row, where)
     return row
 
 # %% ../nbs/20_pairs.ipynb #17920a22
+def _no_repeats(config) -> int:
+    "The n-grams that an arm's evaluation forbids. Raises UserError."
+    return Sampling(1, no_repeat_ngram=getattr(config, "eval_no_repeat_ngram", 0)).no_repeat_ngram
+
+
 def _check_tables(p: dict, where: str) -> None:
     "Raises UserError for settings of MiniLLM or of the loop that do not exist or are impossible."
     tries = {"train": lambda: TrainConfig(steps=1, batch_size=1, lr=1.0, **p["train"])}
     if (arm := p.get("arm", "minillm")) not in UNTRAINED:
-        tries["minillm"] = lambda: METHODS[arm][1](**arm_settings(p | {"arm": arm}))
+        tries["minillm"] = lambda: _no_repeats(METHODS[arm][1](**arm_settings(p | {"arm": arm})))
     for name, build in tries.items():
         try:
             build()
@@ -161,22 +168,14 @@ def real_file(name: str) -> Path:
                         f"{path.name}: one JSON object a line with id, instruction, input and output.")
     return path
 
-# %% ../nbs/20_pairs.ipynb #ede725e1
-def split_rows(rows: Sequence[Asked], split: str, name: str) -> list[Asked]:
-    "A part of a set that comes in one piece: at most 500 test, then 1,000 validation rows (each at most a tenth), the rest to train on."
-    rows = list({a.messages[-1]["content"]: a for a in rows}.values())
-    rng("hub split", name).shuffle(rows)
-    test, validation = min(500, len(rows)//10), min(1000, len(rows)//10)
-    bounds = {"test": (0, test), "validation": (test, test + validation), "train": (test + validation, len(rows))}
-    return rows[slice(*bounds[split])]
-
 # %% ../nbs/20_pairs.ipynb #789396f0
-def load_set(name: str, split: str = "test") -> list[Asked]:  # split: train, validation or test; a file is a test split
+def load_set(name: str, split: str = "test") -> list[Asked]:  # split: train, validation, test; all of a hub set; a file is a test split
     "A set of instructions. Raises UserError if it is unknown, missing, or a row has no answer."
     if name in ("prompts", "dolly"):
         return [Asked(d.id, d.messages, (d.response,)) for d in (load_prompts if name == "prompts" else dolly_dialogues)(split)]
     if name.startswith("hub:"):
-        return split_rows([asked(row, f"hub-{i}", f"{name}, row {i}") for i, row in enumerate(hub_rows(name))], split, name)
+        rows = [asked(row, f"hub-{i}", f"{name}, row {i}") for i, row in enumerate(hub_rows(name))]
+        return rows if split == "all" else split_rows(rows, split, name)
     if not is_set(name) or split != "test":
         raise UserError(f"there is no set {name!r} with a part {split!r}", where="load_set", fix=f"Use {RULES['evaluate'][1]}.")
     path = real_file(EVAL_FILES.get(name, name))
@@ -190,7 +189,8 @@ ALPACA = ("{{ 'Below is an instruction that describes a task. Write a response t
 def run_rows(p: dict, split: str, tokenizer, name: str | None = None) -> list[dict]:  # name: an evaluation set; None: the run's data
     "Rows {'id', 'prompt', 'response', 'references'} of a run, ids but for the references; over-long ones are left out. Raises UserError."
     wanted, found = {"train": p["train_rows"], "validation": p["valid_rows"], "test": p.get("score_rows", 0)}[split], []
-    for a in load_set(name or p["data"], split):
+    foreign = split == "test" and name not in (None, p["data"]) and _is_hub(name)  # nobody trains on it: it needs no split
+    for a in load_set(name or p["data"], "all" if foreign else split):
         prompt = prompt_ids(Dialogue(a.id, a.messages, "", a.id), tokenizer, p["system"])
         gold = tokenizer.encode(a.references[0], add_special_tokens=False) + [tokenizer.eos_token_id]
         if len(prompt) <= p["max_prompt"] and (split != "train" or len(gold) <= p["max_new_tokens"]):
@@ -351,9 +351,11 @@ def pair_start(p: dict):
     return load_pretrained(phase_model("student", p), device=p["train"].get("device"))
 
 # %% ../nbs/20_pairs.ipynb #d94d3ec1
-def set_metrics(model, teacher, tokenizer, rows: list[dict], seeds: Sequence[int], max_new_tokens: int) -> dict:
+def set_metrics(model, teacher, tokenizer, rows: list[dict], seeds: Sequence[int], max_new_tokens: int,
+                no_repeat_ngram: int = 0) -> dict:  # of `sample_answers`
     "Rouge-L (also per row, packed), exact match, lengths, repetition, loss on gold answers, and divergences from the teacher, in nats."
-    written = sample_answers(model, tokenizer, [r["prompt"] for r in rows], seeds=seeds, max_new_tokens=max_new_tokens)
+    written = sample_answers(model, tokenizer, [r["prompt"] for r in rows], seeds=seeds, max_new_tokens=max_new_tokens,
+                             no_repeat_ngram=no_repeat_ngram)
     found, own = text_metrics(written, rows), written.response_ids[0]
     width = {m.get_output_embeddings().weight.shape[0] for m in (model, teacher)}
     kl = kl_per_position(model, teacher, written.prompt_ids, own, batch_size=8, size=len(tokenizer) if len(width) > 1 else None)
@@ -395,18 +397,19 @@ def train_third_phase(p: dict, student, tokenizer, teacher, teacher_tokenizer, f
 # %% ../nbs/20_pairs.ipynb #1e322bb7
 def train_pair_arm(params: dict, folder: Path) -> dict:
     "Phase 3 and the evaluation of a run. Metrics: {'sets': {name: `set_metrics`}}, validation, cost. For `run_grid`."
-    p, spent = params, {}
+    p, spent, ngram = params, {}, 0
     teacher, teacher_tok = pair_teacher(p)
     model, tok = (teacher, teacher_tok) if p["arm"] == "teacher" else pair_start(p)
     if p["arm"] not in UNTRAINED:
         result, method = train_third_phase(p, model, tok, teacher, teacher_tok, folder)
         best = {"best_step": result.best["step"], "validation": result.best["score"], "valid_loss": result.best["loss"]}
+        ngram = _no_repeats(method.config)
         spent, model = best | {"train_seconds": result.seconds} | work_done(method), merged(result.model)
     sets, seeds = {}, EVAL_SEEDS[:p["score_seeds"]]
     with _autocast(p):
         for name in p["evaluate"]:
             rows = run_rows(p, "test", tok, name)
-            sets[name] = set_metrics(model.eval(), teacher, tok, rows, seeds, p["max_new_tokens"])
+            sets[name] = set_metrics(model.eval(), teacher, tok, rows, seeds, p["max_new_tokens"], ngram)
     return {"sets": sets, "parameters": count_parameters(model), **spent}
 
 # %% ../nbs/20_pairs.ipynb #3a46f76d

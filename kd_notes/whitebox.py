@@ -9,9 +9,9 @@ __all__ = ['PLAIN_TEMPLATE', 'CROSS_KINDS', 'PROFILES', 'TEXT_OBJECTIVES', 'CROS
            'logit_chunks', 'Validation', 'Writing', 'write_responses', 'encode_twice', 'CrossKD', 'DistillSettings',
            'distill_settings', 'check_objective', 'make_student', 'context_of', 'hold_out', 'Job', 'main_process',
            'shown_name', 'expected_memory', 'curves_figure', 'distill', 'prompt_texts', 'write_prompts', 'load_prompts',
-           'pair', 'dolly_dialogues', 'hub_rows', 'hub_dialogues', 'pair_rows', 'busy_seconds', 'pair_cache',
-           'pair_validation', 'pair_method', 'measure_costs', 'steps_for', 'seconds_at', 'item_table', 'train_arm',
-           'pair_references', 'pair_checksums', 'run_pairs']
+           'pair', 'dolly_dialogues', 'hub_rows', 'split_rows', 'hub_dialogues', 'pair_rows', 'busy_seconds',
+           'pair_cache', 'pair_validation', 'pair_method', 'measure_costs', 'steps_for', 'seconds_at', 'item_table',
+           'train_arm', 'pair_references', 'pair_checksums', 'run_pairs']
 
 # %% ../nbs/18_whitebox.ipynb #010c9bf6
 import math
@@ -915,28 +915,36 @@ def dolly_dialogues(split: str) -> list[Dialogue]:
 
 
 def hub_rows(name: str, streaming: bool = False) -> Iterable[dict]:
-    "Rows of the part `train` of hub:<id>, with the library datasets. Raises UserError with the reason."
+    "Rows of hub:<id> (its part `train`) or hub:<id>:<part>, with the library datasets. Raises UserError with the reason."
+    known, _, part = name.removeprefix("hub:").partition(":")
     try:
         from datasets import load_dataset
-        return load_dataset(name.removeprefix("hub:"), split="train", streaming=streaming)
+        return load_dataset(known, split=part or "train", streaming=streaming)
     except ModuleNotFoundError as e:
         raise missing_library(e) from e
     except (OSError, ValueError) as e:
         reason = (str(e).strip() or type(e).__name__).splitlines()[0]
-        raise UserError(f"the set could not be loaded: {reason}", where=name, fix="Check the id; the hub needs a network.") from e
+        raise UserError(f"the set could not be loaded: {reason}", where=name,
+                        fix="Check the id and the part (hub:<id>:<part>); the hub needs a network.") from e
+
+
+def split_rows(rows: Sequence[Any], split: str, name: str) -> list:  # rows: dialogues, or anything else with messages
+    "A part of a set that comes in one piece: at most 500 test, then 1,000 validation rows (each at most a tenth), the rest to train on."
+    rows = list({_hashable(row).messages: row for row in rows}.values())
+    rng("hub split", name).shuffle(rows)
+    test, validation = min(500, len(rows)//10), min(1000, len(rows)//10)
+    bounds = {"test": (0, test), "validation": (test, test + validation), "train": (test + validation, len(rows))}
+    return rows[slice(*bounds[split])]
 
 
 def hub_dialogues(name: str, split: str) -> list[Dialogue]:
-    "A part of hub:<id>: at most 500 test rows and as many validation rows (each at most a tenth), the rest to train on. Raises UserError."
+    "A part of hub:<id>, see `split_rows`. Raises UserError."
     rows = ({"instruction": r["instruction"], "input": r.get("context", ""), "output": r["response"]} if "context" in r else r
             for r in hub_rows(name))
-    found = list({_hashable(d).messages: d for i, row in enumerate(rows) for d in [dialogue(row, f"hub-{i}", f"{name}, row {i}")]}.values())
-    rng("hub dialogues", name).shuffle(found)
-    few = min(500, len(found)//10)
-    return {"test": found[:few], "validation": found[few:2*few], "train": found[2*few:]}[split]
+    return split_rows([dialogue(row, f"hub-{i}", f"{name}, row {i}") for i, row in enumerate(rows)], split, name)
 
 # %% ../nbs/18_whitebox.ipynb #2a8aa04a
-def _hashable(d: Dialogue) -> Dialogue:
+def _hashable(d: Any) -> Any:
     return replace(d, messages=tuple(m["content"] for m in d.messages))
 
 # %% ../nbs/18_whitebox.ipynb #35e9ea5d

@@ -1,14 +1,15 @@
 """Generation: batches against one by one in float64, distributions by chi-square, beam and speculation against enumeration."""
 import itertools
 import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import (GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM, OPTConfig, OPTForCausalLM, Qwen2Config,
-                          Qwen2ForCausalLM)
+from transformers import (GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM, NoRepeatNGramLogitsProcessor, OPTConfig,
+                          OPTForCausalLM, Qwen2Config, Qwen2ForCausalLM)
 
 import helpers
 from kd_notes import generate as kg
@@ -65,6 +66,8 @@ def reference(models, alpha, prompt, s, name):
     while len(tokens) < s.max_new_tokens and not (tokens and tokens[-1] in s.stop_ids):
         z = [m(input_ids=torch.tensor([prompt + tokens]), use_cache=False).logits[0, -1] for m in models]
         p = sum(w*torch.softmax(x/s.temperature, -1) for w, x in zip(weights, z))
+        if s.no_repeat_ngram:
+            p = NoRepeatNGramLogitsProcessor(s.no_repeat_ngram)(torch.tensor([prompt + tokens]), p.log()[None])[0].softmax(-1)
         if s.top_k or s.top_p < 1:
             p, order = p.sort(descending=True)
             p = limited(p.log(), Sampling(1, top_k=s.top_k, top_p=s.top_p))  # sorted already, so the order of places is the module's
@@ -105,15 +108,15 @@ def test_the_mixture_gives_what_one_by_one_gives(pair, way, alpha):
 
 
 @settings(max_examples=12, deadline=None)
-@given(order=st.permutations(range(7)), some=st.integers(1, 7), batch_size=st.integers(1, 7), kind=st.sampled_from(["one", "two", "skd"]))
+@given(order=st.permutations(range(7)), some=st.integers(1, 7), batch_size=st.integers(1, 7), kind=st.sampled_from(["one", "two", "skd", "no repeats"]))
 def test_no_sequence_depends_on_its_company(pair, order, some, batch_size, kind):
     prompts, s = prompts_of([4, 1, 9, 2, 4, 18, 3]), Sampling(9, stop_ids=STOPS, seed=1)
     prompts[4] = prompts[0][:3] + prompts[4][3:]
 
     def make(which, size):
         chosen, options = [prompts[i] for i in which], {"streams": [f"s{i}" for i in which], "batch_size": size}
-        if kind == "one":
-            return sample(pair[0], chosen, s, **options)
+        if kind in ("one", "no repeats"):
+            return sample(pair[0], chosen, replace(s, no_repeat_ngram=1) if kind == "no repeats" else s, **options)
         return sample_mixed(*pair, chosen, 0.4, s, **options) if kind == "two" else speculative(*pair, chosen, s, 5, 3, **options)
 
     whole, part = make(range(7), 64), make(order[:some], batch_size)
@@ -194,6 +197,61 @@ def test_log_mixture_by_hand():
     q, p = torch.tensor([0.9, 0.1, 0.0]).double(), torch.tensor([0.2, 0.0, 0.8]).double()
     for alpha in (0.0, 1e-6, 0.5, 1.0):
         assert torch.allclose(log_mixture(q.log(), p.log(), alpha).exp(), alpha*p + (1 - alpha)*q, atol=1e-15)
+
+
+# ---------------------------------------------------------------- no n-gram twice
+
+LOOPS = [[5, 6, 5, 6, 5], [7, 8, 9]*4, [4], [10]*9, [11, 12]]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("n", [1, 2, 3, 6])
+def test_greedy_without_repeats_agrees_with_transformers(kind, n):
+    "Prompts of unequal lengths in one batch, against one at a time; the prompt's own n-grams count."
+    model, s = sharper(KINDS[kind](VOCAB), 6), Sampling(25, temperature=0.0, no_repeat_ngram=n, stop_ids=[1])
+    made = [sample(model, LOOPS, s, batch_size=size).response_ids for size in (64, 2)]
+    assert made[0] == made[1]
+    for prompt, response in zip(LOOPS, made[0]):
+        ids = torch.tensor([prompt])
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=25, do_sample=False, no_repeat_ngram_size=n, eos_token_id=1,
+                             pad_token_id=0)[0, len(prompt):].tolist()
+        assert response == out
+    assert made[0] != greedy(model, LOOPS, 25, [1]).response_ids  # it would repeat
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+@pytest.mark.parametrize("alpha", [0.0, 0.3])
+def test_draws_without_repeats_give_what_one_by_one_gives(pair, way, alpha):
+    "The n-gram rule is applied before top-k and top-p, as transformers does; log-probabilities of the models stay their own."
+    names, s = list("abcde"), Sampling(14, stop_ids=STOPS, seed=2, no_repeat_ngram=2, **way)
+    made = sample_mixed(*pair, LOOPS, alpha, s, streams=names, batch_size=3)
+    for i, (prompt, name) in enumerate(zip(LOOPS, names)):
+        tokens, logs = reference(pair, alpha, prompt, s, name)
+        grams = list(zip(prompt + tokens, (prompt + tokens)[1:]))[len(prompt) - 1:]
+        assert made.response_ids[i] == tokens and len(set(grams)) == len(grams)
+        for k, kept in enumerate(("log_student", "log_teacher", "log_mix")):
+            assert torch.allclose(getattr(made, kept)[i], logs[:, k], atol=1e-9)
+
+
+def test_the_probability_of_a_draw_without_repeats_is_that_of_what_was_left(pair):
+    made, prompt = sample(pair[0], [LOOPS[0]]*50, Sampling(1, no_repeat_ngram=1)), LOOPS[0]
+    q = torch.softmax(pair[0](torch.tensor([prompt])).logits[0, -1], -1)
+    assert torch.allclose(made.flat("log_student") - made.flat("log_drawn"), (1 - q[5] - q[6]).log().expand(50), atol=1e-9)
+    assert not {5, 6} & {t for r in made.response_ids for t in r}
+
+
+def test_a_rule_that_forbids_nothing_changes_no_bit(pair):
+    prompts, s = prompts_of([4, 9, 2]), dict(max_new_tokens=12, stop_ids=STOPS, top_p=0.9)
+    plain, ruled = (sample(pair[0], prompts, Sampling(no_repeat_ngram=n, **s)) for n in (0, 50))
+    assert plain.response_ids == ruled.response_ids
+    assert all(torch.equal(plain.flat(name), ruled.flat(name)) for name in ("log_student", "log_drawn"))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_rule_that_forbids_everything_forbids_nothing(temperature):
+    made = sample(sharper(KINDS["llama"](5), 4), [[4, 2], [3]], Sampling(9, temperature, no_repeat_ngram=1))
+    assert [sorted(r[:k]) for r, k in zip(made.response_ids, (3, 4))] == [[0, 1, 3], [0, 1, 2, 4]]
+    assert [len(r) for r in made.response_ids] == [9, 9] and made.flat("log_drawn").isfinite().all()
 
 
 # ---------------------------------------------------------------- what a training gets
@@ -378,6 +436,8 @@ def test_what_cannot_be_sampled_is_refused_with_its_place(pair):
         (lambda: beam(student, [[5]], 0), "parameter width"), (lambda: beam(student, [[5]], 2, keep=3), "parameter keep"),
         (lambda: speculative(student, teacher, [[5]], Sampling(4), block=0), "parameter block"),
         (lambda: Sampling(0), "max_new_tokens"), (lambda: Sampling(4, temperature=-1.0), "temperature"),
+        (lambda: Sampling(4, no_repeat_ngram=-1), "no_repeat_ngram"),
+        (lambda: speculative(student, teacher, [[5]], Sampling(4, no_repeat_ngram=2)), "no_repeat_ngram"),
     ]
     for call, message in cases:
         with pytest.raises(UserError, match=message):

@@ -11,7 +11,7 @@ from kd_notes.generate import Sampling, sample
 from kd_notes.minillm import response, token_logprobs
 from kd_notes.models import load_mini_tokenizer, load_pretrained
 from kd_notes.pairs import (UNKNOWN, check_run, config_of, hub_rows, load_pair_file, load_set, pair_file, pair_memory, pair_method, pair_run,
-                            pair_settings, phase_model, run_arms, run_rows, split_rows, train_pair_arm, train_pair_student)
+                            pair_settings, phase_model, run_arms, run_rows, train_pair_arm, train_pair_student)
 from kd_notes.train import Callback
 
 torch.set_num_threads(1)
@@ -170,13 +170,39 @@ def test_a_set_of_the_hub_has_the_fields_of_dolly(tmp_path, monkeypatch):
     name = f"hub:{tmp_path/'set'}"
     parts = [load_set(name, s) for s in ("train", "validation", "test")]
     assert [len(p) for p in parts] == [13, 1, 1] and len({a.messages[0]["content"] for p in parts for a in p}) == 15
+    assert [a.id for a in load_set(name, "all")] == [f"hub-{i}" for i in range(40)]
     with pytest.raises(UserError, match="could not be loaded"):
         hub_rows(f"hub:{tmp_path/'none'}")
 
 
-def test_hub_splits_have_the_papers_sizes_when_there_are_enough_rows():
-    rows = [pairs.Asked(str(i), ({"role": "user", "content": str(i)},), ("x",)) for i in range(15000)]
-    assert [len(split_rows(rows, s, "d")) for s in ("test", "validation", "train")] == [500, 1000, 13500]
+def test_a_hub_set_that_nobody_trains_on_is_evaluated_whole(monkeypatch):
+    "The set that a run trains on keeps its split: no training row in the test."
+    rows = [ROW | {"instruction": f"Count to {i}."} for i in range(30)]
+    monkeypatch.setattr(pairs, "hub_rows", lambda name: rows)
+    run, tok = pair_run("sft", 0, **TINY | {"data": "hub:mine", "train_rows": 0, "valid_rows": 0, "score_rows": 0}), load_mini_tokenizer()
+    ids = {s: {r["id"] for r in run_rows(run, s, tok)} for s in ("train", "validation", "test")}
+    assert {r["id"] for r in run_rows(run, "test", tok, "hub:mine")} == ids["test"] and list(map(len, ids.values())) == [24, 3, 3]
+    assert len(set.union(*ids.values())) == 30
+    assert [r["id"] for r in run_rows(run, "test", tok, "hub:other")] == [f"hub-{i}" for i in range(30)]
+    assert len(run_rows(run | {"score_rows": 7}, "test", tok, "hub:other")) == 7
+    assert len(run_rows(run | {"data": "prompts"}, "test", tok, "hub:mine")) == 30
+
+
+def test_the_official_arm_is_evaluated_without_repeats_as_the_released_code_does(tmp_path, monkeypatch):
+    seen, plain = [], pairs.sample_answers
+    monkeypatch.setattr(pairs, "sample_answers", lambda *a, **k: seen.append((k.get("no_repeat_ngram", 0), plain(*a, **k))) or seen[-1][1])
+    tiny = TINY | folders("llama", tmp_path) | {"teacher_steps": 0, "steps": 1, "score_seeds": 1}
+    for arm, changes, n in (("minillm_official", {}, 6), ("minillm_official", {"eval_no_repeat_ngram": 1}, 1), ("minillm", {}, 0), ("kd", {}, 0),
+                            ("start", {}, 0), ("teacher", {}, 0)):
+        seen.clear()
+        train_pair_arm(pair_run(arm, 0, **tiny | {"minillm": tiny["minillm"] | changes}), tmp_path/f"{arm}{n}")
+        said, written = seen[-1]
+        assert said == n and all(s == 0 for s, _ in seen[:-1])  # not while the checkpoint is chosen
+        if n == 1:
+            for prompt, response in zip(written.prompt_ids, written.response_ids[0]):
+                assert len(set(prompt + response)) == len(set(prompt)) + len(response)
+    with pytest.raises(UserError, match="pair_run, minillm: .*no_repeat_ngram"):
+        pair_run("minillm_official", 0, minillm={"eval_no_repeat_ngram": -1})
 
 
 def test_prompts_that_do_not_fit_are_refused(tmp_path):
@@ -211,7 +237,8 @@ def test_the_corpus_is_read_and_a_row_without_text_is_refused(tmp_path, monkeypa
 @pytest.mark.parametrize("wrong, words", [
     ({"studnet": "x"}, "'studnet' is not a setting"), ({"lr": 0}, "lr"), ({"lr": True}, "lr"), ({"steps": 0}, "steps"), ({"arm": "ppo"}, "arm"),
     ({"student_steps": "3 weeks"}, "student_steps"), ({"data": "selfinst"}, "data"), ({"score_seeds": 6}, "score_seeds"),
-    ({"corpus": "prompts"}, "corpus"), ({"train": {"precision": "int8"}}, "train: TrainConfig.precision"), ({"micro_batch": 3}, "minibatch"),
+    ({"corpus": "prompts"}, "corpus"), ({"train": {"precision": "int8"}}, "train: TrainConfig.precision"),
+    ({"micro_batch": 3}, "pair_run, minibatch"),
     ({"minillm": {"rollouts": 10}}, "minibatch"), ({"evaluate": "prompts"}, "evaluate"), ({"teacher_dtype": "int8"}, "teacher_dtype")])
 def test_impossible_parameters_are_named(wrong, words):
     with pytest.raises(UserError, match=words):

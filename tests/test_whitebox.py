@@ -22,9 +22,9 @@ from kd_notes.logit_cache import CachedKD, EncodedRows, write_cache
 from kd_notes.models import load_mini_tokenizer, mini_model, train_mini_tokenizer
 from kd_notes.train import TrainConfig, causal_batch, save_model, target_logits, train
 from kd_notes.whitebox import (KD, OBJECTIVES, PAIR_ARMS, PLAIN_TEMPLATE, PROMPT_SPLITS, CrossKD, Dialogue, Validation, Writing, context_of,
-                               dialogue, distill, distill_settings, encode_dialogue, encode_twice, hold_out, item_table, load_dialogues,
-                               load_prompts, make_student, measure_costs, pair, pair_references, prompt_ids, prompt_texts,
-                               steps_for, train_arm, write_responses)
+                               dialogue, distill, distill_settings, encode_dialogue, encode_twice, hold_out, hub_dialogues, hub_rows, item_table,
+                               load_dialogues, load_prompts, make_student, measure_costs, pair, pair_references, pair_rows, prompt_ids,
+                               prompt_texts, split_rows, steps_for, train_arm, write_responses)
 
 TOK = load_mini_tokenizer()
 V = len(TOK)
@@ -128,6 +128,54 @@ def test_encoding_never_exceeds_the_context_and_ends_only_what_is_whole(limit):
     row = encode_dialogue(d, TOK, limit)
     assert not limit or len(row["source"]) + len(row["target"]) <= limit
     assert row["target"] == full["target"][:len(row["target"])] and row["whole"] == (row["target"][-1] == TOK.eos_token_id)
+
+
+# --- sets of the hub ------------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def hub_set(tmp_path, monkeypatch):
+    "A local folder in the hub's layout, with Dolly's fields; every prompt occurs twice."
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path/"cache")
+    (tmp_path/"set").mkdir()
+    lines = [{"instruction": f"Count to {i % 40}.", "context": "In words."*(i % 2), "response": "One.", "category": "qa"} for i in range(80)]
+    (tmp_path/"set"/"train.jsonl").write_text("".join(json.dumps(x) + "\n" for x in [*lines, *lines]))
+    return f"hub:{tmp_path/'set'}"
+
+
+def test_a_set_of_the_hub_is_split_and_no_prompt_is_in_two_parts(hub_set):
+    found = {s: hub_dialogues(hub_set, s) for s in ("train", "validation", "test")}
+    assert [len(p) for p in found.values()] == [32, 4, 4] and found == {s: hub_dialogues(hub_set, s) for s in found}
+    texts = [d.messages[0]["content"] for p in found.values() for d in p]
+    assert sorted(texts) == sorted(f"Count to {i}." + "\n\nIn words."*(i % 2) for i in range(40))
+    assert all(d.response == "One." and d.where.startswith(f"{hub_set}, row ") for p in found.values() for d in p)
+
+
+def test_a_set_of_the_hub_may_have_no_part_to_train_on(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path/"cache")
+    (tmp_path/"set").mkdir()
+    (tmp_path/"set"/"test.jsonl").write_text("".join(json.dumps({"instruction": f"Say {i}.", "output": "One."}) + "\n" for i in range(3)))
+    assert [r["instruction"] for r in hub_rows(f"hub:{tmp_path/'set'}:test")] == ["Say 0.", "Say 1.", "Say 2."]
+    with pytest.raises(UserError, match="hub:<id>:<part>"):
+        hub_rows(f"hub:{tmp_path/'set'}")
+
+
+def test_both_lessons_split_a_set_alike(hub_set):
+    from kd_notes.pairs import load_set
+    for split in ("train", "validation", "test"):
+        assert [a.id for a in load_set(hub_set, split)] == [d.id for d in hub_dialogues(hub_set, split)]
+
+
+def test_hub_splits_have_the_papers_sizes_when_there_are_enough_rows():
+    many = [Dialogue(str(i), ({"role": "user", "content": str(i)},), "x") for i in range(15000)]
+    assert [len(split_rows(many, s, "d")) for s in ("test", "validation", "train")] == [500, 1000, 13500]
+
+
+def test_rows_of_a_pair_come_from_the_hub(hub_set):
+    assert len(pair_rows(pair(data=hub_set, n=0, held_out=0, system=None), "train", TOK)) == 32
+    with pytest.raises(UserError, match="could not be loaded"):
+        hub_dialogues("hub:/nowhere/at/all", "train")
 
 
 # --- KD -----------------------------------------------------------------------------------------------------------------------------

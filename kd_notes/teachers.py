@@ -4,21 +4,23 @@
 
 # %% auto #0
 __all__ = ['ADAPTER', 'NEW_TOKENS', 'adapt_teacher', 'teacher_dir', 'open_teacher', 'stored', 'label_accuracy', 'validity',
-           'copied', 'in_template', 'live_check', 'extract_split', 'few_shot_split', 'write_report', 'teacher_outcomes',
-           'minus_teacher']
+           'copied', 'in_template', 'live_check', 'extract_split', 'few_shot_split', 'sampled_split', 'vote_outcomes',
+           'write_report', 'search_adapter', 'truncate_adapter', 'teacher_outcomes', 'minus_teacher']
 
 # %% ../nbs/13_teachers.ipynb #894167e8
 from pathlib import Path
 
 import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
 
 from .backends import LocalBackend
-from .core import UserError, cache_dir, data_dir, read_jsonl, rng, write_json
+from .core import UserError, cache_dir, data_dir, read_json, read_jsonl, rng, write_json
 from .data import Example, load_real, load_split, real_set, task_info
 from .evaluate import outcomes
 from .models import load_pretrained, load_teacher
 from .rationales import (ZERO_SHOT, Prompt, compare_rows, extract, few_shot, format_completion, format_question,
-                                  rationale_decoding, template_of)
+                                  rationale_decoding, template_of, vote)
 from .report import Estimate, hierarchical_bootstrap, paired
 from .tasks import valid_rationale
 from .train import SFT, TrainConfig, save_model, train
@@ -112,6 +114,20 @@ def few_shot_split(task: str, backend, n: int = 100, *, shots: int = 6, folder: 
     return extract(load_split(task, "test")[:n], backend, rationale_decoding(NEW_TOKENS), folder / "few_shot.jsonl", prompt=prompt,
                    desc=f"{task}/few-shot")
 
+# %% ../nbs/13_teachers.ipynb #tch-vote
+def sampled_split(task: str, backend, n: int = 300, *, samples: int = 7, temperature: float = 0.7,
+                  folder: Path | None = None) -> list[dict]:
+    "Several completions of each of the first `n` test examples, in `samples.jsonl`, resumable."
+    how = rationale_decoding(NEW_TOKENS, n=samples, temperature=temperature)
+    return extract(load_split(task, "test")[:n], backend, how, (folder or teacher_dir(task)) / "samples.jsonl", desc=f"{task}/samples")
+
+
+def vote_outcomes(task: str, rows: list[dict], k: int) -> np.ndarray:  # rows: of `sampled_split`
+    "Right (1) or wrong (0) of the majority among the first `k` samples of each example, shape [1, items], in the order of the test split."
+    won = {r["id"]: r["label"] if r["outcome"] == "ok" else "" for r in vote([r for r in rows if r.get("sample", 0) < k], task)}
+    examples = [e for e in load_split(task, "test", gold=True) if e.id in won]
+    return np.array([outcomes(task_info(task).metric, won, examples)], dtype=np.float64)
+
 # %% ../nbs/13_teachers.ipynb #feae27a5
 def _accuracies(task: str, name: str, split: str) -> dict:
     "Numbers of one stored file; nothing if there is no such file."
@@ -132,6 +148,39 @@ def write_report(task: str) -> dict:
         report |= _accuracies(task, split, split)
     write_json(teacher_dir(task) / "report.json", report)
     return report
+
+# %% ../nbs/13_teachers.ipynb #tch-search
+def search_adapter(task: str, tries: list[dict], folder: Path, n: int = 128) -> list[dict]:  # tries: settings of ADAPTER
+    "Adapt with each of the settings in a folder of its own; accuracy and validity on the first `n` validation items, best first."
+    found, held = [], load_split(task, "validation", gold=True)[:n]
+    for s in tries:
+        mine = folder / "_".join(f"{k}{v}" for k, v in sorted(s.items()))
+        adapter = mine / "adapter"
+        if not (adapter / "training.json").is_file():
+            adapt_teacher(load_split(task, "teacher"), adapter, **s)
+        model, tokenizer = load_teacher(ADAPTER["base"], adapter=adapter, dtype="bfloat16")
+        rows = extract_split(task, "validation", LocalBackend(model, tokenizer, name=mine.name), n, folder=mine)
+        found.append(s | {"accuracy": label_accuracy(task, rows, held), "valid": validity(rows, held), "n": len(held), "folder": str(mine)})
+    return sorted(found, key=lambda r: -r["accuracy"])
+
+# %% ../nbs/13_teachers.ipynb #tch-cut
+def truncate_adapter(folder: Path | str, rank: int, out: Path | str) -> Path:
+    "An adapter of lower rank in `out`: each layer's best approximation of B·A, in half precision. Raises UserError unless it is lower."
+    folder, out = Path(folder), Path(out)
+    config = read_json(folder / "adapter_config.json")
+    if not 0 < rank < config["r"]:
+        raise UserError(f"rank {rank} is not below the adapter's {config['r']}", where=f"{folder}", fix=f"Choose 1 to {config['r'] - 1}.")
+    old, new = load_file(folder / "adapter_model.safetensors"), {}
+    for name in [n for n in old if n.endswith("lora_A.weight")]:
+        other = name.replace("lora_A", "lora_B")
+        u, s, v = torch.linalg.svd(old[other].double() @ old[name].double(), full_matrices=False)
+        root = s[:rank].sqrt()
+        new |= {name: (root[:, None]*v[:rank]).half().contiguous(), other: (u[:, :rank]*root).half().contiguous()}
+    out.mkdir(parents=True, exist_ok=True)
+    save_file(new, out / "adapter_model.safetensors", metadata={"format": "pt"})
+    write_json(out / "adapter_config.json", config | {"r": rank, "lora_alpha": config["lora_alpha"] * rank / config["r"]})
+    write_json(out / "training.json", read_json(folder / "training.json") | {"truncated": rank})
+    return out
 
 # %% ../nbs/13_teachers.ipynb #feae27a9
 def teacher_outcomes(task: str) -> np.ndarray:

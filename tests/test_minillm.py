@@ -1,24 +1,31 @@
 """MiniLLM and its relatives: expectations by enumeration, invariances, the buffer on the loop, kills and resumes, bad input."""
+import json
 import math
 import os
 import signal
 import subprocess
 import sys
 import textwrap
+from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kd_notes import minillm as kt_minillm
-from kd_notes.core import UserError
+from kd_notes.core import UserError, read_jsonl
 from kd_notes.divergences import forward_kl, jsd, skew_kl, skew_reverse_kl, token_divergence
+from kd_notes.evaluate import unpack_numbers
+from kd_notes.generate import Sampling, log_mixture, sample, sample_mixed
 from kd_notes.minillm import (DPKD, METHODS, PRESETS, RECIPES, SOURCES, Distill, DistillConfig, DPKDConfig, MiniLLM, MiniLLMConfig,
                               OnPolicyConfig, Part, all_responses, check_drawn, exact_kl, minillm_terms, onpolicy_config, onpolicy_method,
                               raise_share, repeated_ngrams, response, response_batch, returns_to_go, set_advantages, set_skew, shuffled_pick, skew_values,
                               surrogate, token_logprobs, token_rewards, train_on_policy, whitened)
+from kd_notes.runs import read_manifest, run_folder, run_status
 from kd_notes.train import Callback, causal_batch, last_checkpoint, target_logits, target_nll
+from kd_notes.world import answer_tokens, load_world, load_world_tokenizer, log_likelihood
 
 torch.set_num_threads(1)
 PROMPT = [1, 2]
@@ -46,6 +53,25 @@ def vector(model, value):
 
 def logs_of(model, tokens, prompt=PROMPT):
     return -target_nll(model, causal_batch([(prompt, tokens)], 0))
+
+
+def plain(vocabulary, width):
+    "GPT-2 whose blocks add nothing: all weights are 0."
+    from transformers import GPT2Config, GPT2LMHeadModel
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=vocabulary, n_positions=32, n_embd=width, n_layer=1, n_head=1, tie_word_embeddings=False,
+                                       embd_pdrop=0, attn_pdrop=0, resid_pdrop=0, bos_token_id=0, eos_token_id=0))
+    for p in model.parameters():
+        p.data.zero_()
+    return model
+
+
+def bigram(table):
+    "A model whose next token depends on the last one only, with the probabilities of this table."
+    model, eye = plain(len(table), 2*len(table)), torch.eye(len(table))
+    model.transformer.wte.weight.data = torch.cat([eye, -eye], 1)
+    model.transformer.ln_f.weight.data.fill_(0.5*(1/len(table) + 1e-5)**0.5)    # makes it half of the embedding
+    model.lm_head.weight.data = (torch.tensor(table).log().T @ model.transformer.wte.weight.data).contiguous()
+    return model
 
 
 ROWS = [{"id": f"p{i}", "prompt": [1, 1 + i % 2], "response": [1 + i % 2, 1, 0]} for i in range(6)]
@@ -174,23 +200,114 @@ def test_token_mean_of_responses_of_one_length_is_the_gradient_up_to_that_length
     assert far(2*expected(every=every, average="tokens"), exact) < 1e-10
 
 
+# ---------------------------------------------------------------- expectations by sampling
+
+def largest_error(preset, n=4000, **changes):
+    "Of the mean gradient of n responses that a training drew itself: the largest distance from the exact one, in standard errors."
+    given = {"pt_weight": 0.0, "inner_epochs": 1, "rollouts": n, "minibatch": n, "max_new_tokens": STEPS, "sample_batch": n, "seed": 1}
+    method = method_of(MiniLLMConfig.preset(preset, **(given | changes)), TEACHER, rows=[{"id": "p0", "prompt": PROMPT}])
+    result, _ = go(method=method, student=toy(0), steps=1, lr=1e-12)
+    method.buffer.loop = None                                                              # from here on nothing is drawn anew
+    slots = {tuple(r.tokens): slot for slot, [r] in method.buffer.responses.items()}
+    often = Counter(tuple(r.tokens) for [r] in method.buffer.responses.values())
+    gradients = []
+    for slot in slots.values():
+        batch = method.collate([slot])
+        counts, sums = method.counts(batch), method.sums(STUDENT, batch)
+        gradients.append(vector(STUDENT, sum(method.weights[k]*sums[k]/counts[k] for k in sums if method.weights[k])))
+    each, share = torch.stack(gradients), torch.tensor([often[tokens]/n for tokens in slots], dtype=torch.float64)
+    mean = share @ each
+    assert result.history[0]["grad_norm"] == pytest.approx(mean.norm().item())             # it is what the training steps along
+    error = (share @ (each - mean)**2/n).sqrt()
+    return ((mean - EXACT).abs()/(error + 1e-9)).max().item()
+
+
+CODE = dict(average="sum", whiten="none", clip=0.0, pt_kd_ratio=0.0, alpha=0.0, length_norm=False)
+
+
+@pytest.mark.parametrize("preset, changes", [("exact", {}), ("exact", dict(single_step=False, present_reward=True)),
+                                             ("paper", dict(importance="exact", alpha=0.5, **MIXED))])
+def test_sampled_gradients_scatter_around_the_exact_one(preset, changes):
+    assert largest_error(preset, **changes) < 4.5
+
+
+@pytest.mark.parametrize("preset, changes", [("exact", dict(present_reward=True)), ("official", CODE), ("official", {"average": "sum"}),
+                                             ("paper", dict(importance="token", alpha=0.5, **MIXED))])
+def test_sampling_finds_the_bias_of_the_released_code_and_of_one_factor_weights(preset, changes):
+    assert largest_error(preset, **changes) > 10
+
+
 # ---------------------------------------------------------------- weights, returns, whitening, clipping
 
-def test_ratio_of_the_mixture():
-    responses, _ = drawn(MiniLLMConfig(alpha=0.0))
-    assert all(r.log_mix == r.log_student for r in responses)                              # alpha 0: weight 1, the student's own
-    responses, _ = drawn(MiniLLMConfig(alpha=1.0))
-    assert all(torch.allclose(torch.tensor(r.log_mix), torch.tensor(r.log_teacher)) for r in responses)
-    log_q, log_p = (torch.log_softmax(torch.randn(50, 7, dtype=torch.float64), -1) for _ in range(2))
-    mix = 0.2*log_p.exp() + 0.8*log_q.exp()
-    assert torch.allclose((mix*(log_q.exp()/mix)).sum(-1), torch.ones(50, dtype=torch.float64))   # E[w] = 1
-    assert (log_q.exp()/mix).max() <= 1/0.8 + 1e-12
+@pytest.mark.parametrize("alpha", [0.0, 0.2, 0.7, 1.0])
+def test_weights_average_to_one_under_the_mixture(alpha):
+    "The ratio q/p~ of every token of a vocabulary of 7, 50 times: its mean under p~ is 1, and it is never above 1/(1 - alpha)."
+    generator = torch.Generator().manual_seed(0)
+    z, t = (2*torch.randn(50, 7, generator=generator, dtype=torch.float64) for _ in range(2))
+    q, p = z.softmax(-1), t.softmax(-1)
+    log_mix, every = log_mixture(q.log(), p.log(), alpha), torch.arange(7).repeat(50)
+    batch = {"target_ids": every, "log_mix": log_mix.flatten(), "advantage": torch.zeros(350), "prefix": torch.ones(350)}
+    ratio = minillm_terms(z.repeat_interleave(7, 0), t.repeat_interleave(7, 0), batch, MiniLLMConfig(alpha=alpha))["ratio"].view(50, 7)
+    assert torch.allclose((log_mix.exp()*ratio).sum(-1), torch.ones(50, dtype=torch.float64))
+    assert alpha == 1 or ratio.max() <= 1/(1 - alpha) + 1e-12
+    ends = {0.0: torch.ones(50, 7, dtype=torch.float64), 1.0: q/p}
+    assert torch.allclose(ratio, ends[alpha]) if alpha in ends else ratio.min() < 0.9 and ratio.max() > 1.1
 
 
-def test_reference_values():
-    "Fixture 1: w = q / (0.2 p + 0.8 q)."
-    p, q = torch.softmax(torch.tensor([2., 1, 0, -1]), 0), torch.softmax(torch.tensor([0., 1, .5, -.5]), 0)
-    torch.testing.assert_close(q/(0.2*p + 0.8*q), torch.tensor([0.637231, 1.106058, 1.158551, 1.158551]), atol=1e-6, rtol=0)
+def test_a_training_draws_from_the_student_alone_or_the_teacher_alone():
+    for alpha, source in ((0.0, "student"), (1.0, "mixed")):
+        result, method = go(steps=1, alpha=alpha, minibatch=16, inner_epochs=1)
+        responses, first = [r for rows in method.buffer.responses.values() for r in rows], result.history[0]
+        assert {r.source for r in responses} == {source} and first["teacher_share"] == pytest.approx(alpha)
+        for r in responses:
+            own, theirs = (logs_of(m, r.tokens, r.prompt).tolist() for m in (small(), BIG))
+            assert r.log_student == pytest.approx(own, abs=1e-4) and r.log_teacher == pytest.approx(theirs, abs=1e-4)
+            assert r.log_mix == (r.log_teacher if alpha else r.log_student)
+        weights = [math.exp(a - b) if alpha else 1.0 for r in responses for a, b in zip(r.log_student, r.log_teacher)]
+        assert first["ratio"] == pytest.approx(sum(weights)/len(weights), rel=1e-4)
+
+
+FIXTURE_P, FIXTURE_Q = [0.643914, 0.236883, 0.087144, 0.032059], [0.167405, 0.455054, 0.276004, 0.101536]
+FIXTURE_W = [0.637231, 1.106058, 1.158551, 1.158551]    # q/(0.2 p + 0.8 q), worked out by hand
+
+
+def test_reference_weights_of_a_sampled_mixture():
+    "Fixture 1, whatever was said before: weights and log-probabilities that the sampler keeps."
+    made = sample_mixed(bigram([FIXTURE_Q]*4), bigram([FIXTURE_P]*4), [[1, 2]]*60, 0.2, Sampling(3))
+    assert {t for tokens in made.response_ids for t in tokens} == {0, 1, 2, 3}
+    mix = [0.262707, 0.411420, 0.238232, 0.087641]
+    for name, values in (("log_student", FIXTURE_Q), ("log_teacher", FIXTURE_P), ("log_mix", mix)):
+        found = [x.exp().tolist() for x in getattr(made, name)]
+        assert found == [pytest.approx([values[t] for t in tokens], abs=2e-6) for tokens in made.response_ids]
+    assert made.importance().tolist() == pytest.approx([FIXTURE_W[t] for tokens in made.response_ids for t in tokens], abs=1e-5)
+
+
+def test_reference_terms_and_gradient():
+    "Fixture 1, each of the four tokens: single part w*KL(q||p) and its gradient, surrogate clipped to 0.8 ... 1.2."
+    t, z = torch.tensor([[2., 1, 0, -1]]).double().expand(4, 4), torch.tensor([[0., 1, .5, -.5]]).double().repeat(4, 1).requires_grad_()
+    log_mix = torch.tensor([0.262707, 0.411420, 0.238232, 0.087641]).double().log()
+    batch = {"target_ids": torch.arange(4), "log_mix": log_mix, "advantage": -torch.ones(4).double(), "prefix": torch.ones(4)}
+    terms = minillm_terms(z, t, batch, MiniLLMConfig())
+    assert terms["kl"].tolist() == pytest.approx([0.506811]*4, abs=1e-6) and terms["ratio"].tolist() == pytest.approx(FIXTURE_W, abs=5e-6)
+    assert terms["single"].tolist() == pytest.approx([0.322956, 0.560562, 0.587166, 0.587166], abs=5e-6)
+    assert terms["long"].tolist() == pytest.approx([0.8, *FIXTURE_W[1:]], abs=5e-6) and terms["clipped"].tolist() == [1, 0, 0, 0]
+    [slope] = torch.autograd.grad(terms["single"][1], z)
+    assert slope[1].tolist() == pytest.approx([1.106058*x for x in (-0.310362, 0.066456, 0.178310, 0.065597)], abs=5e-6)
+    plain_kl = minillm_terms(z, t, batch | {"advantage": torch.ones(4).double()}, MiniLLMConfig(weight_single=False))
+    assert plain_kl["single"].tolist() == pytest.approx([0.506811]*4, abs=1e-6)
+    assert plain_kl["long"].tolist() == pytest.approx([-w for w in FIXTURE_W], abs=5e-6) and not plain_kl["clipped"].any()
+
+
+@pytest.mark.parametrize("changes, expected", [
+    ({}, [-0.902851, -1.152851, 0]), (dict(length_norm=False), [-1.805702, -1.152851, 0]),
+    (dict(present_reward=True, length_norm=False, gamma=0.5), [0.732511, -1.229277, -1.152851]),
+    (dict(importance="product"), [-0.902851, -0.734632, 0]), (dict(importance="exact", length_norm=False), [-2.199384, -0.851109, 0])], ids=str)
+def test_reference_advantages(changes, expected):
+    "Fixture 1, the response (0, 1, 2): rewards log p - log q are 1.347149, -0.652851 and -1.152851."
+    logs = {"log_student": FIXTURE_Q, "log_teacher": FIXTURE_P, "log_mix": [0.262707, 0.411420, 0.238232]}
+    row = response("a", [1], [0, 1, 2], "mixed", **{name: [math.log(x) for x in values[:3]] for name, values in logs.items()})
+    set_advantages([row], MiniLLMConfig(**changes))
+    assert row.advantage == pytest.approx(expected, abs=1e-5) and row.prefix == pytest.approx([1, 0.637231, 0.704814], abs=1e-5)
 
 
 @settings(max_examples=60, deadline=None)
@@ -438,6 +555,84 @@ def test_logs_and_free_checks():
     assert abs(mean["teacher_share"] - 0.2) < 0.02 and abs(mean["ratio"] - 1) < 0.02 and mean["kl"] > 0 and 1 <= mean["length"] <= 5
     read = sum(len(r.prompt) + len(r.tokens) for rows in method.buffer.responses.values() for r in rows)
     assert method.buffer.work["read"] > read
+
+
+# A weak student: all it can learn is one number, which raises the logits of some tokens.
+
+def one_number(direction, value):
+    model = plain(len(direction), 1).requires_grad_(False)
+    model.lm_head.weight.data, model.transformer.ln_f.bias.data = torch.tensor(direction)[:, None].float(), torch.tensor([value])
+    model.transformer.ln_f.bias.requires_grad_(True)
+    return model
+
+
+class Watch(Callback):
+    "Canaries of the responses in use and of the student before each step, by plain counting."
+    def __init__(self, method):
+        self.method, self.seen = method, []
+
+    def on_start(self, loop):
+        self.before = loop.model.transformer.ln_f.bias.item()
+
+    def on_step(self, loop):
+        rows = [r for rows in self.method.buffer.responses.values() for r in rows]
+        p = torch.softmax(self.before*loop.model.lm_head.weight[:, 0], 0)
+        grams = [[r.tokens[i:i + 4] for i in range(len(r.tokens) - 3)] for r in rows]
+        looped = [sum(g in had[:i] for i, g in enumerate(had))/max(len(had), 1) for had in grams]
+        self.seen.append({"length": sum(len(r.tokens) for r in rows)/len(rows), "finished": sum(r.tokens[-1] == 0 for r in rows)/len(rows),
+                          "repetition": sum(looped)/len(rows), "entropy": -(p*p.log()).sum().item()})
+        self.before = loop.model.transformer.ln_f.bias.item()
+
+
+def watched_run(direction, value, teacher, steps=40, lr=0.1, run_dir=None, cfg=None, **changes):
+    "{canary: its logged values}, after they were compared with plain counting."
+    given = dict(teacher=teacher, pt_weight=0.0, rollouts=32, minibatch=32, max_new_tokens=16, inner_epochs=1)
+    method = make(**(given | changes))
+    watch = Watch(method)
+    result, _ = go(method=method, student=one_number(direction, value), steps=steps, lr=lr, callbacks=[watch], run_dir=run_dir, cfg=cfg)
+    logged = {name: [row[name] for row in result.history] for name in ("length", "finished", "repetition", "entropy")}
+    for name, values in logged.items():
+        assert values == pytest.approx([row[name] for row in watch.seen], abs=1e-5), name
+    return logged
+
+
+SHORT = [1.0, 0, 0, 0, 0]    # the number is the logit of the end; the words stay equally likely
+
+
+def test_without_length_norm_and_mixing_a_weak_student_grows_short_in_the_log():
+    "Every word costs it reward, as it cannot choose words like its teacher. Each stabiliser keeps it from falling silent."
+    def end(**changes):
+        logged = watched_run(SHORT, -1.0, bigram([[0.05, 0.8, 0.05, 0.05, 0.05]]*5), **changes)
+        assert logged["length"][0] > 7
+        return np.mean(logged["length"][-10:]), np.mean(logged["finished"][-10:])
+    full, no_mixing, no_norm = end()[0], end(alpha=0.0)[0], end(length_norm=False)[0]
+    neither, finished = end(alpha=0.0, length_norm=False)
+    assert neither + 0.5 < min(no_mixing, no_norm) and max(no_mixing, no_norm) + 1.5 < full
+    assert neither < 2.5 and full > 5 and finished == 1
+
+
+def test_a_collapse_is_stopped_with_step_and_examples_and_the_log_shows_how_it_came(tmp_path):
+    hack = dict(alpha=0.0, length_norm=False, rollouts=16, minibatch=16)
+    with pytest.raises(UserError, match=r"step \d+, examples p\d.*16 responses are empty.*collapsed to silence.*length_norm") as caught:
+        watched_run(SHORT, -1.0, bigram([[0.05, 0.92, 0.01, 0.01, 0.01]]*5), steps=80, lr=0.2, run_dir=tmp_path, cfg={"save_every": 50}, **hack)
+    step = int(str(caught.value).split("step ")[1].split(",")[0])
+    log = read_jsonl(tmp_path/"metrics.jsonl")
+    assert [row["step"] for row in log] == list(range(1, step)) and log[0]["length"] > 7 and np.mean([row["length"] for row in log[-5:]]) < 1.6
+    assert log[0]["finished"] < 0.9 and log[-1]["finished"] == 1 and log[-1]["entropy"] < 0.6*log[0]["entropy"]
+    assert last_checkpoint(tmp_path).name == f"step-{step - 1:07d}"
+
+
+LOOPS = [[1e-4, 0.2499, 0.25, 0.25, 0.25], [1e-4, 0.9699, 0.01, 0.01, 0.01],    # after word 1 comes word 1
+         [1e-4, 0.05, 0.05, 0.8499, 0.05], [1e-4, 0.05, 0.05, 0.05, 0.8499], [1e-4, 0.05, 0.8499, 0.05, 0.05]]
+
+
+def test_without_mixing_a_weak_student_learns_to_loop_where_its_teacher_trusts_loops_and_the_log_says_so():
+    "All that it can learn is to say word 1 more often and to end more rarely. A teacher that does not trust loops is the control."
+    looping = watched_run([-4.0, 1, 0, 0, 0], 0.5, bigram(LOOPS), alpha=0.0)
+    assert looping["repetition"][0] < 0.1 and np.mean(looping["repetition"][-5:]) > 0.5 and looping["finished"][-1] == 0
+    assert looping["entropy"][-1] < 0.4*looping["entropy"][0] and looping["length"][-1] == 16
+    sober = watched_run([-4.0, 1, 0, 0, 0], 0.5, bigram([LOOPS[0]]*5), alpha=0.0)
+    assert max(sober["repetition"]) < 0.15 and sober["entropy"][-1] > 0.8*sober["entropy"][0]
 
 
 def test_mini_llm_lowers_the_exact_reverse_kl():
@@ -768,3 +963,131 @@ def test_log_probabilities_of_a_forward_pass_are_the_samplers():
     found = token_logprobs(BIG, rows, 0)
     for r, log in zip(rows, found):
         torch.testing.assert_close(torch.tensor(r.log_teacher), torch.tensor(log), atol=2e-5, rtol=1e-4)
+
+
+# ---------------------------------------------------------------- the instruction world, in tiny
+
+TINY_TEACHER, TINY_STUDENT = {"size": "xs", "seed": 7, "pretrain": 25, "steps": 2, "batch_size": 16}, {"pretrain": 8, "steps": 1, "batch_size": 8}
+TINY = dict(arm="minillm", steps=6, minibatch=8, lr=2e-3, max_new_tokens=12, teacher=TINY_TEACHER, student=TINY_STUDENT, valid_rows=4, score_rows=12,
+            score_seeds=2, settings={"rollouts": 8, "inner_epochs": 2})
+
+
+@pytest.fixture(scope="module")
+def world_cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("world")
+
+
+@pytest.fixture
+def world(world_cache, monkeypatch):
+    "A cache of its own, so that every model here is trained here."
+    monkeypatch.setenv("KD_NOTES_CACHE", str(world_cache))
+    return world_cache
+
+
+def timeless(metrics):
+    return {name: value for name, value in metrics.items() if name != "train_seconds"}
+
+
+def world_texts(model, tok, prompts, n=12):
+    "Token ids and texts of seeds 10 and 20."
+    made = [sample(model, prompts, Sampling(n, stop_ids=(tok.eos_token_id,), seed=s), vocabulary=len(tok)).response_ids for s in (10, 20)]
+    return made, [[tok.decode(ids, skip_special_tokens=True).strip() for ids in rows] for rows in made]
+
+
+def test_what_is_said_of_a_students_answers_is_true(world):
+    "Rouge-L by the package on the texts themselves, lengths, repetition and ends by counting, the loss by transformers."
+    from rouge_score.rouge_scorer import RougeScorer
+    tok, rows = load_world_tokenizer(), load_world("test")[:12]
+    (teacher, _), (student, _) = kt_minillm.world_model(**TINY_TEACHER), kt_minillm.world_model(**TINY_STUDENT)
+    prompts = [tok.encode(r["prompt"], add_special_tokens=False) for r in rows]
+    found = kt_minillm.world_metrics(student, teacher, rows, world_texts(teacher, tok, prompts)[0][0], 2, 12)
+    ids, texts = world_texts(student, tok, prompts)
+    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    rouge = np.array([[max(scorer.score(ref, t)["rougeL"].fmeasure for ref in r["references"]) for r, t in zip(rows, said)] for said in texts])
+    assert found["rouge_l"] == pytest.approx(rouge.mean()) and rouge.mean() > 0.01
+    assert unpack_numbers(found["items"]) == pytest.approx(rouge.mean(0).tolist(), abs=0.5/255 + 1e-6)
+    every = ids[0] + ids[1]
+    assert found["length"] == pytest.approx(sum(map(len, every))/24) and found["finished"] == sum(x[-1] == tok.eos_token_id for x in every)/24
+    assert found["exact"] == sum(t in r["references"] for said in texts for r, t in zip(rows, said))/24
+    grams = [[tuple(x[i:i + 4]) for i in range(len(x) - 3)] for x in ids[0]]
+    assert found["repetition"] == pytest.approx(sum(1 - len({*g})/len(g) for g in grams if g)/12)
+    assert found["possible"] == sum(log_likelihood(r["prompt"], t) > -math.inf for r, t in zip(rows, texts[0]))/12
+    gold = [answer_tokens(tok, r["response"]) for r in rows]
+    with torch.no_grad():
+        losses = [student(torch.tensor([p + g]), labels=torch.tensor([[-100]*len(p) + g])).loss.item()*len(g) for p, g in zip(prompts, gold)]
+    assert found["loss"] == pytest.approx(sum(losses)/sum(map(len, gold)), rel=1e-4)
+
+
+@torch.no_grad()
+def kl_along(student, teacher, prompt, answer):
+    "KL(p||q) and KL(q||p) before each token of an answer."
+    q, p = (m(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1:-1].log_softmax(-1) for m in (student, teacher))
+    return [torch.nn.functional.kl_div(a, b, log_target=True, reduction="none").sum(-1) for a, b in ((q, p), (p, q))]
+
+
+def test_a_students_divergences_are_those_along_its_own_and_its_teachers_answers(world):
+    tok, rows = load_world_tokenizer(), load_world("test")[:12]
+    (teacher, _), (student, _) = kt_minillm.world_model(**TINY_TEACHER), kt_minillm.world_model(**TINY_STUDENT)
+    prompts = [tok.encode(r["prompt"], add_special_tokens=False) for r in rows]
+    theirs, own = (world_texts(m, tok, prompts)[0][0] for m in (teacher, student))
+    found = kt_minillm.world_metrics(student, teacher, rows, theirs, 1, 12)
+    along = {who: [kl_along(student, teacher, p, a) for p, a in zip(prompts, answers)] for who, answers in (("student", own), ("teacher", theirs))}
+    for i, name in enumerate(("forward_kl", "reverse_kl")):
+        assert found[name] == pytest.approx(torch.cat([kl[i] for kl in along["student"]]).mean().item(), rel=1e-4)
+    for who, kls in along.items():
+        means = [np.mean([kl[t].item() for kl, _ in kls if t < len(kl)]) for t in range(10)]
+        assert found[f"exposure_{who}"][:2] == pytest.approx([sum(means[:5]), sum(means)], abs=2e-3)
+    assert found["exposure_student"][1] != pytest.approx(found["exposure_teacher"][1], abs=0.01)
+
+
+def test_one_seed_is_one_result_another_seed_another_and_cells_keep_their_places(world, tmp_path):
+    cells = {"z": TINY | {"arm": "sft"}, "a": TINY, "t": TINY | {"arm": "teacher"}}
+    found = kt_minillm.run_cells(cells, [0])
+    assert list(found) == ["z", "a", "t"] and found["z"][0]["tokens_gold"] > 0 and found["a"][0]["tokens_mixed"] > 0
+    assert found["t"][0]["forward_kl"] == 0 < found["a"][0]["forward_kl"] and "train_seconds" not in found["t"][0]
+    [mine] = found["a"]
+    run = kt_minillm.world_run(seed=0, **TINY)
+    assert timeless(kt_minillm.train_onpolicy(run, tmp_path/"again")) == timeless(mine)
+    stored = kt_minillm.run_world([run, kt_minillm.world_run(seed=0, **cells["z"])])
+    assert [r["source"] for r in stored] == ["cache", "cache"] and [r["metrics"] for r in stored] == [mine, found["z"][0]]
+    other = kt_minillm.train_onpolicy(run | {"settings": run["settings"] | {"seed": 1}}, tmp_path/"other")  # other words from the same start
+    assert other["tokens_mixed"] != mine["tokens_mixed"] and other["loss"] != mine["loss"]
+
+
+KILLED = """
+    import json, os, signal, sys
+    from kd_notes import minillm
+    before = minillm.Buffer.on_step
+    def on_step(self, loop):
+        before(self, loop)
+        if loop.step == 102: os.kill(os.getpid(), signal.SIGKILL)
+    minillm.Buffer.on_step = on_step
+    minillm.run_world([json.loads(sys.argv[1])])
+"""
+
+
+def test_a_run_of_the_world_that_was_killed_goes_on_and_ends_with_the_same_numbers(world, tmp_path, monkeypatch):
+    "Checkpoints are 100 steps apart; 100 is in the middle of a cycle of 34."
+    brief = dict(steps=104, minibatch=2, lr=3e-4, max_new_tokens=3, valid_rows=2, score_rows=4, score_seeds=1,
+                 settings={"rollouts": 4, "inner_epochs": 17})
+    run = kt_minillm.world_run(seed=0, **(TINY | brief))
+    whole = kt_minillm.train_onpolicy(run, tmp_path/"whole")
+    before = set(world.glob("runs/onpolicy/*"))
+    script = [sys.executable, "-c", textwrap.dedent(KILLED), json.dumps(run)]
+    assert subprocess.run(script, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=120).returncode == -signal.SIGKILL
+    [folder] = set(world.glob("runs/onpolicy/*")) - before
+    assert run_status(folder) == "killed" and last_checkpoint(folder).name == "step-0000100"
+    steps, on_step = [], kt_minillm.Buffer.on_step
+    monkeypatch.setattr(kt_minillm.Buffer, "on_step", lambda self, loop: steps.append(loop.step) or on_step(self, loop))
+    [resumed] = kt_minillm.run_world([run])
+    assert steps == [101, 102, 103, 104] and resumed["source"] == "run" and run_folder("onpolicy", resumed["key"]) == folder
+    assert timeless(resumed["metrics"]) == timeless(whole) and read_manifest(folder)["attempts"] == 2
+    logs = [[{k: v for k, v in row.items() if k != "seconds"} for row in read_jsonl(place/"metrics.jsonl")] for place in (folder, tmp_path/"whole")]
+    assert logs[0] == logs[1] and logs[0][-1]["step"] == 104
+
+
+def test_arms_and_settings_of_the_world_that_do_not_exist_are_named():
+    with pytest.raises(UserError, match="minilm is not known.*Arms: sft, kd"):
+        kt_minillm.world_run("minilm", 0)
+    with pytest.raises(UserError, match="step is not known.*Settings: size, steps"):
+        kt_minillm.run_cells({"a": {"arm": "sft", "step": 3}}, [0])

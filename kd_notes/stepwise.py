@@ -6,7 +6,7 @@
 __all__ = ['PREDICT', 'EXPLAIN', 'REAL_SPLITS', 'ANSWER', 'ARMS', 'PRETRAINED_RATE', 'DEFAULTS', 'EXTRAS', 'MODULES', 'Row',
            'step_rows', 'StepByStep', 'task_split', 'info_of', 'teacher_file', 'teacher_text', 'teacher_score',
            'teacher_scores', 'teacher_title', 'with_teacher', 'plain_rows', 'single_task_rows', 'shuffled', 'Arm',
-           'arm_rows', 'context_of', 'predict', 'rate_key', 'chosen_rate', 'student', 'is_pretrained', 'new_student',
+           'arm_rows', 'context_of', 'predict', 'is_pretrained', 'rate_key', 'chosen_rate', 'student', 'new_student',
            'train_student', 'checksums', 'facts', 'run_students', 'build_tokenizer']
 
 # %% ../nbs/14_stepwise.ipynb #c9ea84f3
@@ -262,6 +262,11 @@ def predict(model, tokenizer, examples: list[Example], *, prefix: str = PREDICT,
 PRETRAINED_RATE = 5e-5     # the paper's, for T5
 
 
+def is_pretrained(size: str) -> bool:
+    "Whether `size` names a model to load ('smollm2', 'hub:<id>', a folder) and not one of the mini sizes."
+    return size == "smollm2" or bool({":", "/"} & set(size))
+
+
 def rate_key(task: str, arm: str, family: str = "causal") -> str:
     "Name of an entry in data/chosen/stepwise.json."
     return f"{task}/{arm}" if family == "causal" else f"{task}/{arm}/{family}"
@@ -293,11 +298,6 @@ def student(task: str, arm: str, n: int, seed: int, **settings: Any) -> dict:  #
     return p | {"lr": p["lr"] or (PRETRAINED_RATE if is_pretrained(p["size"]) else chosen_rate(arm, task, p["family"]))}
 
 # %% ../nbs/14_stepwise.ipynb #61e34116
-def is_pretrained(size: str) -> bool:
-    "Whether `size` names a model to load ('smollm2', 'hub:<id>', a folder) and not one of the mini sizes."
-    return size == "smollm2" or bool({":", "/"} & set(size))
-
-
 def new_student(p: dict) -> tuple[Any, Any]:
     "(model, tokenizer): a mini model from random weights, or, if `size` is a model spec, a pretrained one. Raises UserError."
     if not is_pretrained(p["size"]):

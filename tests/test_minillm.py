@@ -998,16 +998,17 @@ def test_what_is_said_of_a_students_answers_is_true(world):
     "Rouge-L by the package on the texts themselves, lengths, repetition and ends by counting, the loss by transformers."
     from rouge_score.rouge_scorer import RougeScorer
     tok, rows = load_world_tokenizer(), load_world("test")[:12]
-    (teacher, _), (student, _) = kt_minillm.world_model(**TINY_TEACHER), kt_minillm.world_model(**TINY_STUDENT)
+    (student, _), (teacher, _) = kt_minillm.world_model(**TINY_TEACHER), kt_minillm.world_model(**TINY_STUDENT)  # the better one writes
     prompts = [tok.encode(r["prompt"], add_special_tokens=False) for r in rows]
-    found = kt_minillm.world_metrics(student, teacher, rows, world_texts(teacher, tok, prompts)[0][0], 2, 12)
-    ids, texts = world_texts(student, tok, prompts)
+    found = kt_minillm.world_metrics(student, teacher, rows, world_texts(teacher, tok, prompts)[0][0], 2, 30)
+    ids, texts = world_texts(student, tok, prompts, 30)
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
     rouge = np.array([[max(scorer.score(ref, t)["rougeL"].fmeasure for ref in r["references"]) for r, t in zip(rows, said)] for said in texts])
     assert found["rouge_l"] == pytest.approx(rouge.mean()) and rouge.mean() > 0.01
     assert unpack_numbers(found["items"]) == pytest.approx(rouge.mean(0).tolist(), abs=0.5/255 + 1e-6)
     every = ids[0] + ids[1]
     assert found["length"] == pytest.approx(sum(map(len, every))/24) and found["finished"] == sum(x[-1] == tok.eos_token_id for x in every)/24
+    assert 0 < found["finished"] < 1 and len({*map(len, ids[0])}) > 3 and sum(map(len, ids[0])) != sum(map(len, ids[1]))
     assert found["exact"] == sum(t in r["references"] for said in texts for r, t in zip(rows, said))/24
     grams = [[tuple(x[i:i + 4]) for i in range(len(x) - 3)] for x in ids[0]]
     assert found["repetition"] == pytest.approx(sum(1 - len({*g})/len(g) for g in grams if g)/12)

@@ -288,3 +288,19 @@ def test_make_setup_needs_a_new_enough_python(tmp_path):
     done = subprocess.run(["make", "setup", f"PYTHON={tmp_path/'python3'}", f"STAMP={tmp_path/'stamp'}", f"VENV={tmp_path/'venv'}"], cwd=ROOT,
                           capture_output=True, text=True, env=environment)
     assert done.returncode != 0 and "needs Python 3.11 or newer" in done.stderr and not (tmp_path/"venv").exists()
+
+
+def test_pinned_libraries_take_the_python_of_a_stable_distribution():
+    from importlib.metadata import PackageNotFoundError, metadata
+
+    from packaging.specifiers import SpecifierSet
+    picky = []
+    for line in (ROOT/"constraints.txt").read_text().splitlines():
+        pinned = line.partition("==")[0].strip()
+        try:
+            wanted = metadata(pinned)["Requires-Python"] if pinned and not pinned.startswith("#") else None
+        except PackageNotFoundError:        # of an extra that is not installed here
+            continue
+        if wanted and "3.11.2" not in SpecifierSet(wanted):     # Debian 12's; `make setup` would find no version there
+            picky.append(f"{line} wants Python {wanted}")
+    assert not picky, f"pin an earlier version: {picky}"

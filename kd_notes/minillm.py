@@ -12,13 +12,14 @@ __all__ = ['AVERAGES', 'IMPORTANCE', 'WHITENING', 'PRESETS', 'SOURCES', 'DRAW', 
            'check_start', 'canaries', 'add_texts', 'logit_sides', 'pt_sum', 'slot_batch', 'term_counts', 'term_sums',
            'OnPolicy', 'train_on_policy', 'onpolicy_config', 'MiniLLM', 'Part', 'DistillConfig', 'skew_values',
            'check_parts', 'Distill', 'chosen_sources', 'raise_share', 'set_skew', 'part_values', 'DPKDConfig',
-           'pair_margin', 'DPKD', 'onpolicy_method', 'write', 'mean_nll', 'finetune', 'world_checksums',
-           'train_world_model', 'world_model', 'WorldArm', 'world_rate', 'world_run', 'world_labels',
-           'write_world_answers', 'world_exposure', 'world_metrics', 'distil_in_world', 'train_onpolicy', 'work_done',
-           'run_world', 'run_cells', 'item_scores']
+           'pair_margin', 'DPKD', 'onpolicy_method', 'mean_nll', 'finetune', 'world_checksums', 'train_world_model',
+           'world_model', 'WorldArm', 'world_rate', 'world_run', 'world_labels', 'write_world_answers',
+           'world_exposure', 'world_metrics', 'distil_in_world', 'train_onpolicy', 'work_done', 'run_world',
+           'run_cells', 'item_scores']
 
 # %% ../nbs/19_minillm.ipynb #315521fb
 import math
+from abc import ABC, abstractmethod
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -374,12 +375,13 @@ def token_logprobs(model, responses: list[Response], pad_id: int, vocabulary: in
     return [x.tolist() for x in out]
 
 # %% ../nbs/19_minillm.ipynb #e6db786e
-class Hooks:
+class Hooks(ABC):
     "What an on-policy method is, apart from the loop. Subclass `OnPolicy` and override these."
     reads_gold = False  # whether responses of the data may be trained on
+
+    @abstractmethod
     def loss_weights(self) -> dict[str, float]:
         "{term: weight} of the objective."
-        raise NotImplementedError
 
     def watched(self) -> tuple[str, ...]:
         "Terms of the objective that are logged and weigh nothing."
@@ -399,13 +401,15 @@ class Hooks:
 
     def prepare(self, responses: list[Response], where: str) -> None:
         "Once for a fresh buffer; `where` begins an error message."
+        return None
 
+    @abstractmethod
     def objective(self, student: Tensor, teacher: Tensor | None, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         "{term: value (n,) of each token, 0 where a term is not about it}, from logits (n, V)."
-        raise NotImplementedError
 
     def validated(self, loop: Loop, metrics: dict) -> None:
         "After a validation."
+        return None
 
     def memory(self) -> dict:
         "JSON data that a checkpoint shall keep; `recall` takes it back."
@@ -413,6 +417,7 @@ class Hooks:
 
     def recall(self, kept: dict) -> None:
         "Take back what `memory` returned."
+        return None
 
 # %% ../nbs/19_minillm.ipynb #71ac0b08
 class Buffer(Callback):
@@ -995,23 +1000,6 @@ def onpolicy_method(name: str, tokenizer, teacher, prompts: Iterable, *, corpus:
         raise UserError(f"a setting does not exist: {str(e).split('__init__() ')[-1]}", where=name,
                         fix="See the fields of its config.") from e
     return kind(tokenizer, teacher, prompts, settings, corpus=corpus, teacher_tokenizer=teacher_tokenizer)
-
-# %% ../nbs/19_minillm.ipynb #aa0d50e1
-def write(model, tokenizer, prompts: list[list[int]], sampling: Sampling, *, no_repeat_ngram: int = 0) -> list[list[int]]:
-    "Responses (ids, stop token included) for evaluation; `no_repeat_ngram` > 0 forbids repeating an n-gram of prompt or response."
-    if not no_repeat_ngram:
-        return sample(model, prompts, sampling).response_ids
-    pad, width = tokenizer.pad_token_id, max(map(len, prompts))
-    ids = torch.tensor([[pad]*(width - len(p)) + p for p in prompts], device=model.device)
-    mask = torch.tensor([[0]*(width - len(p)) + [1]*len(p) for p in prompts], device=model.device)
-    with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(sampling.seed)
-        warm = sampling.temperature > 0
-        how = dict(do_sample=True, temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k) if warm else {}
-        made = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=sampling.max_new_tokens, pad_token_id=pad,
-                              eos_token_id=tokenizer.eos_token_id, no_repeat_ngram_size=no_repeat_ngram, **how)[:, width:].tolist()
-    stop = tokenizer.eos_token_id
-    return [row[:row.index(stop) + 1] if stop in row else row for row in made]
 
 # %% ../nbs/19_minillm.ipynb #dfecdd3f
 def mean_nll(model, rows: list[tuple[list[int], list[int]]],      # (prompt ids, target ids)

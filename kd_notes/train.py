@@ -18,6 +18,7 @@ import os
 import random
 import shutil
 import time
+from abc import ABC, abstractmethod
 from array import array
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
@@ -37,7 +38,7 @@ from .core import (UserError, append_jsonl, atomic_write, progress, read_json, r
 from .fused import fused_cross_entropy
 
 # %% ../nbs/08_train.ipynb #11d15468
-class Method:
+class Method(ABC):
     "What a batch is and what the loss is. Subclass it; the loop knows nothing else about a method."
     weights: dict[str, float] = {"loss": 1.0}  # weight of each term
     optional: frozenset[str] = frozenset()     # terms that a batch may lack; without this, one that is lacking is an error
@@ -61,18 +62,19 @@ class Method:
 
     def place(self, device: torch.device) -> None:
         "Called once before the first step: move what the method owns (a teacher) to the device."
+        return None
 
+    @abstractmethod
     def collate(self, items: list) -> dict[str, Tensor]:
         "Encoded items as a batch of tensors on the CPU."
-        raise NotImplementedError
 
+    @abstractmethod
     def counts(self, batch: dict[str, Tensor]) -> dict[str, int]:
         "{term: number of target tokens} of a batch (Python integers: no wait for a GPU)."
-        raise NotImplementedError
 
+    @abstractmethod
     def sums(self, model, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         "{term: scalar float32 tensor}, the sum of the term over the target tokens of the batch."
-        raise NotImplementedError
 
 # %% ../nbs/08_train.ipynb #a1a38044
 def pad_rows(rows: list[list[int]], value: int) -> Tensor:

@@ -913,7 +913,7 @@ def dolly_dialogues(split: str) -> list[Dialogue]:
     fresh = [d for d in load_dialogues(paths[1]) if _hashable(d).messages not in seen]
     return fresh[::2] if split == "validation" else fresh[1::2]
 
-
+# %% ../nbs/18_whitebox.ipynb #wb-hub
 def hub_rows(name: str, streaming: bool = False) -> Iterable[dict]:
     "Rows of hub:<id> (its part `train`) or hub:<id>:<part>, with the library datasets. Raises UserError with the reason."
     known, _, part = name.removeprefix("hub:").partition(":")

@@ -77,7 +77,8 @@ def load_mini_tokenizer(folder: Path | str | None = None):  # None: the committe
 
 # %% ../nbs/05_models.ipynb #cba46f17
 SIZES = {
-    "causal": {"xs": dict(width=64, layers=3, heads=4, inner=192),
+    "causal": {"xxs": dict(width=48, layers=2, heads=3, inner=128),
+               "xs": dict(width=64, layers=3, heads=4, inner=192),
                "s": dict(width=96, layers=3, heads=3, inner=256),
                "m": dict(width=128, layers=4, heads=4, inner=384),
                "l": dict(width=192, layers=4, heads=6, inner=512)},

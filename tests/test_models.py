@@ -99,7 +99,7 @@ def test_changed_missing_and_too_small(tmp_path):
 @pytest.mark.parametrize("vocab", [2048, 3000])
 @pytest.mark.parametrize("family", SIZES)
 def test_students_are_50_to_1000_times_smaller_than_the_teacher(family, vocab):
-    counts = [count_parameters(mini_model(family, size, vocab, 0)) for size in ("xs", "s", "m", "l")]
+    counts = [count_parameters(mini_model(family, size, vocab, 0)) for size in SIZES[family]]
     assert counts == sorted(counts)
     assert all(50 <= TEACHER_PARAMETERS/n <= 1000 for n in counts), counts
     assert all(b/a > 1.5 for a, b in zip(counts, counts[1:]))

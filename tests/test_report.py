@@ -80,6 +80,19 @@ def test_small_sample_factor_against_scipy(seeds):
     assert rp.small_sample_factor(1) == 1.0
 
 
+def test_seed_means_cover_the_true_mean_as_often_as_they_say_and_one_run_has_no_interval():
+    g, hits = np.random.default_rng(5), 0
+    for _ in range(200):
+        runs = [{"length": x} for x in g.normal(16, 2, 5)]
+        e = rp.seed_means({"arm": runs}, ["length"])["arm", "length"]
+        hits += e.low <= 16 <= e.high
+    assert 0.88 <= hits/200 <= 0.99  # 95 % within three standard errors, and a little for five seeds
+    alone = rp.seed_means({"a": [{"length": 4.0, "loss": 0.5}], "b": [{"length": 2.0}]}, ["length", "loss"])
+    assert set(alone) == {("a", "length"), ("b", "length"), ("a", "loss")}
+    assert alone["a", "loss"].plain() == "0.5" and alone["a", "loss"].as_run_metric() == {"value": 0.5, "n": 1, "abs": pytest.approx(0.025, rel=1e-3)}
+    assert e.plain(4).count("[") == 1 and e.as_run_metric() == e.as_metric()
+
+
 def test_one_seed_is_the_ordinary_bootstrap_over_items():
     g = np.random.default_rng(3)
     row = (g.random(500) < 0.3).astype(float)

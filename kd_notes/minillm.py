@@ -8,17 +8,18 @@ __all__ = ['AVERAGES', 'IMPORTANCE', 'WHITENING', 'PRESETS', 'SOURCES', 'DRAW', 
            'response_logprobs', 'exact_kl', 'OnPolicyConfig', 'MiniLLMConfig', 'check_settings', 'Response', 'response',
            'padded', 'returns_to_go', 'whitened', 'token_rewards', 'set_advantages', 'padded_mask', 'surrogate',
            'response_batch', 'minillm_terms', 'encode_prompts', 'encode_corpus', 'repeated_ngrams', 'token_logprobs',
-           'Hooks', 'Buffer', 'identity', 'snapshot', 'restore', 'shuffled_pick', 'refill', 'check_drawn',
-           'check_start', 'canaries', 'add_texts', 'logit_sides', 'pt_sum', 'slot_batch', 'term_counts', 'term_sums',
-           'OnPolicy', 'train_on_policy', 'onpolicy_config', 'MiniLLM', 'Part', 'DistillConfig', 'skew_values',
-           'check_parts', 'Distill', 'chosen_sources', 'raise_share', 'set_skew', 'part_values', 'DPKDConfig',
-           'pair_margin', 'DPKD', 'onpolicy_method', 'mean_nll', 'finetune', 'world_checksums', 'train_world_model',
-           'world_model', 'WorldArm', 'world_rate', 'world_run', 'world_labels', 'write_world_answers',
-           'world_exposure', 'world_metrics', 'distil_in_world', 'train_onpolicy', 'work_done', 'run_world',
-           'run_cells', 'item_scores']
+           'Hooks', 'Buffer', 'fingerprint', 'identity', 'snapshot', 'restore', 'shuffled_pick', 'refill',
+           'check_drawn', 'check_context', 'check_ids', 'check_answers', 'check_start', 'canaries', 'add_texts',
+           'logit_sides', 'pt_sum', 'slot_batch', 'term_counts', 'term_sums', 'OnPolicy', 'train_on_policy',
+           'onpolicy_config', 'MiniLLM', 'Part', 'read_parts', 'DistillConfig', 'skew_values', 'check_parts', 'Distill',
+           'chosen_sources', 'raise_share', 'set_skew', 'part_values', 'DPKDConfig', 'pair_margin', 'DPKD',
+           'onpolicy_method', 'mean_nll', 'finetune', 'world_checksums', 'train_world_model', 'world_model', 'WorldArm',
+           'world_rate', 'world_run', 'world_labels', 'write_world_answers', 'world_exposure', 'world_metrics',
+           'distil_in_world', 'train_onpolicy', 'work_done', 'run_world', 'run_cells', 'item_scores']
 
 # %% ../nbs/19_minillm.ipynb #315521fb
 import math
+import os
 from abc import ABC, abstractmethod
 from collections import Counter
 from contextlib import contextmanager
@@ -32,12 +33,12 @@ import torch
 from torch import Tensor
 
 from .core import UserError, data_dir, read_json, rng, sha256_file, stable_hash
-from .divergences import check_tokenizers, token_divergence
+from .divergences import DIVERGENCES, check_tokenizers, token_divergence
 from .evaluate import pack_numbers, unpack_numbers
 from .generate import Rollout, Sampling, sample, sample_mixed, speculative
 from .measure import (EVAL_SEEDS, ece, exposure_bias, kl_per_position, references_of, rouge_l, score_labels, text_metrics,
                               write_answers)
-from .models import count_parameters, freeze, load_pretrained, mini_model
+from .models import context_of, count_parameters, freeze, load_pretrained, mini_model
 from .runs import cached, load_record, run_folder, run_grid, run_key
 from .train import (SFT, Callback, Loop, Method, TrainConfig, TrainResult, at_least_float32, causal_batch, save_model, target_logits,
                             target_nll, train, unwrapped)
@@ -459,9 +460,15 @@ class Buffer(Callback):
         restore(self, state)
 
 # %% ../nbs/19_minillm.ipynb #9e45180a
+def fingerprint(model) -> str:
+    "Hash of the shapes of a model's weights and of a few numbers of each."
+    found = [] if model is None else model.named_parameters()
+    return stable_hash([[name, list(p.shape), str(p.detach().flatten()[::max(1, p.numel()//4)].tolist())] for name, p in found])
+
+
 def identity(method: "OnPolicy") -> str:
-    "Hash of prompts, texts and settings of a method."
-    return stable_hash([type(method).__name__, asdict(method.config), method.prompts, method.corpus])
+    "Hash of prompts, texts and settings of a method, and of its teacher."
+    return stable_hash([type(method).__name__, asdict(method.config), method.prompts, method.corpus, method.taught_by])
 
 # %% ../nbs/19_minillm.ipynb #c4f67f83
 def snapshot(buffer: Buffer) -> dict:
@@ -475,7 +482,8 @@ def snapshot(buffer: Buffer) -> dict:
 def restore(buffer: Buffer, state: dict) -> None:
     "Take back a snapshot. Raises UserError if it belongs to another training."
     if state["identity"] != identity(buffer.method):
-        raise UserError("the checkpoint is of a training with other prompts, texts or settings of the method", where="run_dir",
+        raise UserError("the checkpoint is of a training with other prompts, texts or settings of the method, or another teacher",
+                        where="run_dir",
                         fix="Choose another run_dir, or delete the folder.")
     buffer.cycle, buffer.work = state["cycle"], Counter(state["work"])
     buffer.responses = {int(slot): [Response(**r) for r in rows] for slot, rows in state["responses"].items()}
@@ -545,32 +553,61 @@ def check_drawn(responses: list[Response], where: str = "") -> None:
 def _width(model) -> int:
     return unwrapped(model).get_output_embeddings().weight.shape[0]
 
+# %% ../nbs/19_minillm.ipynb #sizes-fn
+def _named(rows: Sequence[dict]) -> str:
+    return f"example {', '.join(r['id'] for r in rows[:8])}" + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
+
+
+def check_context(rows: Sequence[dict], models: Sequence, new: int = 0) -> None:   # rows of `encode_prompts`; new: tokens to be written
+    "Whether prompts with their answers, or with `new` tokens, fit the context of all models. Raises UserError naming examples."
+    room = context_of(*map(unwrapped, models)) or math.inf
+    long = [r for r in rows if len(r["prompt"]) + (new or len(r["gold"] or [])) > room]
+    if long:
+        what = f"leave no room for {new} new tokens in" if new else "are with their responses longer than"
+        raise UserError(f"{len(long)} prompts {what} a context of {room}", where=_named(long),
+                        fix="Shorten or drop them, or lower max_new_tokens.")
+
+# %% ../nbs/19_minillm.ipynb #sizes-ids
+def check_ids(rows: Sequence[dict], models: Sequence) -> None:
+    "Whether all models have the tokens of prompts and answers. Raises UserError naming examples."
+    width = min(map(_width, models))
+    foreign = [r for r in rows if max([*r["prompt"], *(r["gold"] or [])]) >= width]
+    if foreign:
+        raise UserError(f"{len(foreign)} examples have tokens beyond the {width} of a model", where=_named(foreign),
+                        fix="Encode them with this model's tokenizer; if the teacher has another one, train on text that it wrote (SeqKD).")
+
+
+def check_answers(rows: Sequence[dict]) -> None:
+    "Whether every example has something to learn from. Raises UserError naming those without."
+    empty = [r for r in rows if not r["gold"]]
+    if empty:
+        raise UserError(f"{len(empty)} examples have no response to learn from", where=_named(empty),
+                        fix="Give every example a response that is not empty, or use a method that samples.")
+
 # %% ../nbs/19_minillm.ipynb #de294f9b
 def check_start(method: "OnPolicy", loop: Loop) -> None:
     "Before the first step. Raises UserError for a mini-batch, a context or a vocabulary that does not fit."
     effective, cfg = loop.cfg.batch_size*loop.cfg.accumulate*loop.accelerator.num_processes, method.config
     if effective != cfg.minibatch:
         raise UserError(f"a step of the training has {effective} responses, the method's minibatch is {cfg.minibatch}", where="minibatch",
-                        fix="Make batch_size * accumulate * processes of TrainConfig equal to it; method.train_config does.")
+                        fix="Make batch_size * accumulate * processes of TrainConfig equal to it; onpolicy_config does.")
     if loop.cfg.gradient_checkpointing and not cfg.dropout:
         raise UserError("gradient checkpointing works in training mode, where dropout is on", where="gradient_checkpointing",
                         fix="Set dropout=True in the method's settings.")
     models = [m for m in (loop.model, method.teacher) if m is not None]
-    room = min(getattr(m.config, "max_position_embeddings", None) or math.inf for m in models)
-    long = [p["id"] for p in method.prompts if len(p["prompt"]) + cfg.max_new_tokens > room]
-    if long:
-        raise UserError(f"{len(long)} prompts leave no room for {cfg.max_new_tokens} new tokens in a context of {room}",
-                        where=f"example {', '.join(long[:8])}", fix="Shorten or drop them, or lower max_new_tokens.")
-    empty = [p["id"] for p in method.prompts if not p["gold"]] if method.reads_gold else []
-    if empty:
-        raise UserError(f"{len(empty)} examples have no response to learn from", where=f"example {', '.join(empty[:8])}",
-                        fix="Give every example a response that is not empty, or use a method that samples.")
+    check_context(method.prompts, models, cfg.max_new_tokens)
+    read = method.prompts if method.reads_gold else [r | {"gold": None} for r in method.prompts]
+    read = read + [{"id": f"corpus text {i}", "prompt": text, "gold": None} for i, text in enumerate(method.corpus)]
+    check_context(read, models)
+    if method.reads_gold:
+        check_answers(method.prompts)
     widths = [_width(m) for m in models]
     if len(set(widths)) > 1 and method.shared is None:
         raise UserError(f"the student has {widths[0]} outputs, the teacher {widths[1]}", where="vocabulary",
                         fix="If both use one tokenizer and only the padding differs, pass teacher_tokenizer. If not, train on text that "
                         "the teacher wrote (SeqKD).")
     method.vocabulary = method.shared if len(set(widths)) > 1 else None
+    check_ids(read, models)
 
 # %% ../nbs/19_minillm.ipynb #3fbdc3aa
 def canaries(responses: list[Response]) -> dict[str, Tensor]:
@@ -676,6 +713,7 @@ class OnPolicy(Hooks, Method):
     "Base of the on-policy methods. Its examples are the slots of `buffer`, which must be among the callbacks: `train_on_policy`."
     def __init__(self, tokenizer, teacher, prompts: Iterable, config: OnPolicyConfig, *, corpus: Iterable = (), teacher_tokenizer=None):
         self.tokenizer, self.teacher, self.config = tokenizer, None if teacher is None else freeze(teacher), config
+        self.taught_by = fingerprint(teacher)
         self.prompts, self.corpus = encode_prompts(tokenizer, prompts), encode_corpus(tokenizer, corpus, config)
         self.vocabulary, self.shared = None, None if teacher_tokenizer is None else check_tokenizers(tokenizer, teacher_tokenizer)
         self.numbers = {p["id"]: i for i, p in enumerate(self.prompts)}
@@ -713,17 +751,24 @@ class OnPolicy(Hooks, Method):
         return term_sums(self, model, batch)
 
 # %% ../nbs/19_minillm.ipynb #cdb8ef83
-def train_on_policy(student, method: OnPolicy, cfg: TrainConfig, *,      # cfg: `method.train_config`
+def train_on_policy(student, method: OnPolicy, cfg: TrainConfig, *,      # cfg: of `onpolicy_config`
                     run_dir: Path | str | None = None, validate: Callable | None = None, callbacks: Iterable[Callback] = ()) -> TrainResult:
     "`train` with the slots of the method's buffer as examples and the buffer as a callback. The same call continues a killed run."
     return train(student, method, method.slots, cfg, run_dir=run_dir, validate=validate, callbacks=[method.buffer, *callbacks])
 
 # %% ../nbs/19_minillm.ipynb #50bb8748
-def onpolicy_config(config: OnPolicyConfig, steps: int, lr: float = 5e-6, batch_size: int | None = None, **changes: Any) -> TrainConfig:
+def onpolicy_config(config: OnPolicyConfig, steps: int, lr: float = 5e-6,
+                    batch_size: int | None = None,   # rows of a process at a time; None: its whole share of the mini-batch
+                    **changes: Any) -> TrainConfig:
     "TrainConfig of a method: its mini-batch and seed, and the released code's AdamW (betas 0.9 and 0.95, decay 1e-6, constant lr)."
-    batch_size = batch_size or config.minibatch
+    processes = int(os.environ.get("WORLD_SIZE", 1))  # set by accelerate launch, torchrun and notebook_launcher
+    batch_size = batch_size or max(1, config.minibatch//processes)
+    accumulate, rest = divmod(config.minibatch, batch_size*processes)
+    if rest or not accumulate:
+        raise UserError(f"{config.minibatch} responses are no whole number of batches of {batch_size} in {processes} processes",
+                        where="minibatch", fix="Choose a minibatch that batch_size times processes divides.")
     given = {"betas": (0.9, 0.95), "weight_decay": 1e-6, "schedule": "constant", "warmup": min(100, steps//10), "seed": config.seed}
-    return TrainConfig(steps=steps, lr=lr, batch_size=batch_size, accumulate=config.minibatch//batch_size, **(given | changes))
+    return TrainConfig(steps=steps, lr=lr, batch_size=batch_size, accumulate=accumulate, **(given | changes))
 
 # %% ../nbs/19_minillm.ipynb #751d7b67
 class MiniLLM(OnPolicy):
@@ -774,6 +819,21 @@ class Part:
         "Of the term in logs."
         return self.divergence if self.source == "any" else f"{self.divergence}_{self.source}"
 
+# %% ../nbs/19_minillm.ipynb #parts-read
+def read_parts(parts: Iterable) -> tuple[Part, ...]:   # Part, or a table such as {"divergence": "jsd", "options": {"beta": 0.1}}
+    "The parts of an objective. Raises UserError for a table with other fields, an unknown divergence or source."
+    made = []
+    for part in parts:
+        fields = set(part) - set(Part.__dataclass_fields__) if isinstance(part, dict) else set()
+        if fields or not isinstance(part, (dict, Part)):
+            raise UserError(f"{part!r} is no part of an objective", where="parts",
+                            fix=f"Give a table with some of {', '.join(Part.__dataclass_fields__)}.")
+        made.append(Part(**part) if isinstance(part, dict) else part)
+        for name, known in (("divergence", ["nll", *DIVERGENCES]), ("source", ["any", *SOURCES])):
+            if (given := getattr(made[-1], name)) not in known:
+                raise UserError(f"{given!r} is not known", where=f"parts, {name}", fix=f"Choose one of {', '.join(known)}.")
+    return tuple(made)
+
 # %% ../nbs/19_minillm.ipynb #d3cd3f3c
 @dataclass(kw_only=True)
 class DistillConfig(OnPolicyConfig):
@@ -790,6 +850,10 @@ class DistillConfig(OnPolicyConfig):
     ramp: bool = False           # DistiLLM-2: the student part's weight rises from 1 to 1.5 in the first half
     own_skew: bool = False       # DistiLLM-2: each response has its own alpha
     cut_mixture: bool = False    # DistiLLM-2: no gradient through the mixture of a skewed divergence
+
+    def __post_init__(self):
+        self.parts = read_parts(self.parts)
+        super().__post_init__()
 
     @classmethod
     def recipe(cls, name: str, **changes: Any) -> "DistillConfig":
@@ -1004,7 +1068,9 @@ def onpolicy_method(name: str, tokenizer, teacher, prompts: Iterable, *, corpus:
 # %% ../nbs/19_minillm.ipynb #dfecdd3f
 def mean_nll(model, rows: list[tuple[list[int], list[int]]],      # (prompt ids, target ids)
              pad_id: int, batch_size: int = 64) -> float:
-    "Cross-entropy per target token, in nats."
+    "Cross-entropy per target token, in nats. Raises UserError if there is none."
+    if not any(targets for _, targets in rows):
+        raise UserError(f"{len(rows)} rows have no target token", where="rows", fix="Give at least one row with a response.")
     total = count = 0
     with torch.no_grad():
         for at in range(0, len(rows), batch_size):
@@ -1022,13 +1088,17 @@ class _Rows(SFT):
 # %% ../nbs/19_minillm.ipynb #5679d956
 def finetune(model, tokenizer, rows: Iterable, valid: Iterable, cfg: TrainConfig, run_dir: Path | str | None = None,
              callbacks: Iterable[Callback] = ()) -> TrainResult:
-    "Phases 1 and 2: SFT on prompts and responses; ends with the weights of the lowest validation loss if `cfg.keep_best`."
-    held = [(r["prompt"], r["gold"]) for r in encode_prompts(tokenizer, valid)]
+    "Phases 1 and 2: SFT; ends with the weights of the lowest validation loss if `cfg.keep_best`. Raises UserError naming bad rows."
+    examples, held = encode_prompts(tokenizer, rows), encode_prompts(tokenizer, valid)
+    check_answers([*examples, *held])
+    check_context([*examples, *held], [model])
+    check_ids([*examples, *held], [model])
+    pairs = [(r["prompt"], r["gold"]) for r in held]
 
     def validate(model) -> dict:
-        loss = mean_nll(model, held, tokenizer.pad_token_id)
+        loss = mean_nll(model, pairs, tokenizer.pad_token_id, batch_size=min(64, 4*cfg.batch_size))
         return {"score": -loss, "loss": loss}
-    return train(model, _Rows(tokenizer), encode_prompts(tokenizer, rows), cfg, run_dir=run_dir, validate=validate, callbacks=callbacks)
+    return train(model, _Rows(tokenizer), examples, cfg, run_dir=run_dir, validate=validate, callbacks=callbacks)
 
 # %% ../nbs/19_minillm.ipynb #6ac553a1
 WORLD_MODULES = ["minillm"]

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['SPECIAL_TOKENS', 'SIZES', 'CONTEXT', 'SMOLLM2_FILE', 'DTYPES', 'train_mini_tokenizer', 'load_mini_tokenizer',
-           'mini_model', 'count_parameters', 'find_smollm2', 'smollm2_path', 'resolve_model', 'default_device',
-           'check_vocabulary', 'load_pretrained', 'freeze', 'load_teacher', 'evenly_spaced', 'layer_drop']
+           'context_of', 'mini_model', 'count_parameters', 'find_smollm2', 'smollm2_path', 'resolve_model',
+           'default_device', 'check_vocabulary', 'load_pretrained', 'freeze', 'load_teacher', 'evenly_spaced',
+           'layer_drop']
 
 # %% ../nbs/05_models.ipynb #cd147db4
 import importlib.metadata
@@ -114,6 +115,13 @@ def _t5_config(size: dict, vocab_size: int, dropout: float):
                     pad_token_id=0, eos_token_id=1, decoder_start_token_id=0)
 
 # %% ../nbs/05_models.ipynb #27a574ff
+def context_of(*models, limit: int = 0) -> int:
+    "Tokens that fit into all the models, at most `limit`; 0: no limit (T5's positions are relative)."
+    configs = [m.config for m in models if not m.config.is_encoder_decoder]
+    found = [getattr(c, name, None) for c in configs for name in ("max_position_embeddings", "n_positions")]
+    return min([n for n in [*found, limit] if n], default=0)
+
+
 def mini_model(family: str,            # "causal" or "t5"
                size: str,              # a key of SIZES[family]
                vocab_size: int,

@@ -6,8 +6,8 @@
 __all__ = ['PREDICT', 'EXPLAIN', 'REAL_SPLITS', 'ANSWER', 'ARMS', 'PRETRAINED_RATE', 'DEFAULTS', 'EXTRAS', 'MODULES', 'Row',
            'step_rows', 'StepByStep', 'task_split', 'info_of', 'teacher_file', 'teacher_text', 'teacher_score',
            'teacher_scores', 'teacher_title', 'with_teacher', 'plain_rows', 'single_task_rows', 'shuffled', 'Arm',
-           'arm_rows', 'context_of', 'predict', 'is_pretrained', 'rate_key', 'chosen_rate', 'student', 'new_student',
-           'train_student', 'checksums', 'facts', 'run_students', 'build_tokenizer']
+           'arm_rows', 'predict', 'is_pretrained', 'rate_key', 'chosen_rate', 'student', 'new_student', 'train_student',
+           'checksums', 'facts', 'run_students', 'build_tokenizer']
 
 # %% ../nbs/14_stepwise.ipynb #c9ea84f3
 from dataclasses import dataclass, replace
@@ -20,7 +20,7 @@ from torch import Tensor
 from .core import UserError, cache_dir, data_dir, read_json, read_jsonl, rng, sha256_file, stable_hash
 from .data import Example, TaskInfo, load_real, load_split, real_set, split_checksum, task_info, withhold
 from .evaluate import accuracy, outcomes, pack_bits
-from .models import (count_parameters, layer_drop, load_mini_tokenizer, load_pretrained, mini_model, resolve_model,
+from .models import (context_of, count_parameters, layer_drop, load_mini_tokenizer, load_pretrained, mini_model, resolve_model,
                              train_mini_tokenizer)
 from .rationales import vote
 from .runs import run_grid
@@ -228,11 +228,6 @@ def _reasoned(spec: Arm, drawn: list[Example], seed: int) -> list[Example]:
     return drawn if spec.rationales else [replace(e, rationale="") for e in drawn]
 
 # %% ../nbs/14_stepwise.ipynb #50e30d8d
-def context_of(model) -> int:
-    "The longest row that a model reads, in tokens; 0 where it has no limit (T5's positions are relative)."
-    return 0 if model.config.is_encoder_decoder else getattr(model.config, "max_position_embeddings", 0)
-
-
 @torch.inference_mode()
 def predict(model, tokenizer, examples: list[Example], *, prefix: str = PREDICT, family: str = "causal",
             max_new_tokens: int = 16, batch_size: int = 128) -> dict[str, str]:

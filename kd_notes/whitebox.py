@@ -7,11 +7,11 @@ __all__ = ['PLAIN_TEMPLATE', 'CROSS_KINDS', 'PROFILES', 'TEXT_OBJECTIVES', 'CROS
            'PROMPT_WRITING', 'PAIR_ARMS', 'PAIR', 'Dialogue', 'dialogue', 'load_dialogues', 'prompt_ids',
            'encode_dialogue', 'KD', 'is_encoded', 'comparable', 'kd_sums', 'states_suffice', 'fused_sums',
            'logit_chunks', 'Validation', 'Writing', 'write_responses', 'encode_twice', 'CrossKD', 'DistillSettings',
-           'distill_settings', 'check_objective', 'make_student', 'context_of', 'hold_out', 'Job', 'main_process',
-           'shown_name', 'expected_memory', 'curves_figure', 'distill', 'prompt_texts', 'write_prompts', 'load_prompts',
-           'pair', 'dolly_dialogues', 'hub_rows', 'split_rows', 'hub_dialogues', 'pair_rows', 'busy_seconds',
-           'pair_cache', 'pair_validation', 'pair_method', 'measure_costs', 'steps_for', 'seconds_at', 'item_table',
-           'train_arm', 'pair_references', 'pair_checksums', 'run_pairs']
+           'distill_settings', 'check_objective', 'make_student', 'hold_out', 'Job', 'main_process', 'shown_name',
+           'expected_memory', 'curves_figure', 'distill', 'prompt_texts', 'write_prompts', 'load_prompts', 'pair',
+           'dolly_dialogues', 'hub_rows', 'split_rows', 'hub_dialogues', 'pair_rows', 'busy_seconds', 'pair_cache',
+           'pair_validation', 'pair_method', 'measure_costs', 'steps_for', 'seconds_at', 'item_table', 'train_arm',
+           'pair_references', 'pair_checksums', 'run_pairs']
 
 # %% ../nbs/18_whitebox.ipynb #010c9bf6
 import math
@@ -38,7 +38,7 @@ from .evaluate import pack_numbers, unpack_numbers
 from .fused import fused_cross_entropy, fused_linear_divergence
 from .generate import Sampling, beam, sample
 from .logit_cache import CachedKD, EncodedRows, LogitCache, write_cache
-from .models import (count_parameters, default_device, find_smollm2, freeze, layer_drop, load_pretrained, load_teacher,
+from .models import (context_of, count_parameters, default_device, find_smollm2, freeze, layer_drop, load_pretrained, load_teacher,
                              resolve_model)
 from .report import OKABE_ITO, STYLE, save_figure
 from .runs import device_class, folder_lock, run_grid, versions
@@ -504,12 +504,6 @@ def make_student(spec: str, teacher, teacher_tokenizer, **load):  # load: for `l
     student = layer_drop(teacher, keep).float()
     student.generation_config = teacher.generation_config  # it knows what ends an answer
     return student, teacher_tokenizer
-
-# %% ../nbs/18_whitebox.ipynb #f0111998
-def context_of(*models, limit: int = 0) -> int:
-    "Tokens that fit into all the models, at most `limit` (0: no limit of ours)."
-    found = [getattr(m.config, name, None) for m in models for name in ("max_position_embeddings", "n_positions")]
-    return min([n for n in [*found, limit] if n], default=0)
 
 # %% ../nbs/18_whitebox.ipynb #5abf6123
 def hold_out(rows: Sequence, validation: float, seed: int = 0) -> tuple[list, list]:

@@ -3,6 +3,7 @@ import json
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 
 from kd_notes import minillm as kt_minillm
 from kd_notes.core import UserError, read_jsonl
-from kd_notes.divergences import forward_kl, jsd, skew_kl, skew_reverse_kl, token_divergence
+from kd_notes.divergences import DIVERGENCES, forward_kl, jsd, skew_kl, skew_reverse_kl, token_divergence
 from kd_notes.evaluate import unpack_numbers
 from kd_notes.generate import Sampling, log_mixture, sample, sample_mixed
 from kd_notes.minillm import (DPKD, METHODS, PRESETS, RECIPES, SOURCES, Distill, DistillConfig, DPKDConfig, MiniLLM, MiniLLMConfig,
@@ -24,7 +25,7 @@ from kd_notes.minillm import (DPKD, METHODS, PRESETS, RECIPES, SOURCES, Distill,
                               raise_share, repeated_ngrams, response, response_batch, returns_to_go, set_advantages, set_skew, shuffled_pick, skew_values,
                               surrogate, token_logprobs, token_rewards, train_on_policy, whitened)
 from kd_notes.runs import read_manifest, run_folder, run_status
-from kd_notes.train import Callback, causal_batch, last_checkpoint, target_logits, target_nll
+from kd_notes.train import Callback, TrainConfig, causal_batch, last_checkpoint, target_logits, target_nll
 from kd_notes.world import answer_tokens, load_world, load_world_tokenizer, log_likelihood
 
 torch.set_num_threads(1)
@@ -548,6 +549,55 @@ def test_accumulation_changes_no_number():
     torch.testing.assert_close(torch.tensor(terms(a, *names)), torch.tensor(terms(b, *names)), atol=1e-9, rtol=1e-9)
 
 
+ONE_OF_TWO = """
+    import sys
+    sys.path.insert(0, sys.argv[1])
+    import test_minillm
+    from accelerate import notebook_launcher
+    notebook_launcher(test_minillm.one_of_two, (sys.argv[2],), num_processes=2, use_port=sys.argv[3])
+"""
+
+
+def doubled():
+    "In float64: the bias of attention's keys has no gradient but rounding, and AdamW would make steps of it."
+    return {"student": small(dtype=torch.float64), "dtype": torch.float64}
+
+
+def one_of_two(folder):
+    "What each of two processes does: a mini-batch of 8 in four parts, the responses of a buffer drawn by halves."
+    from accelerate import PartialState
+    from safetensors.torch import save_file
+    for name in ("minillm", "gkd"):
+        result, method = go(name, steps=6, batch_size=2, run_dir=f"{folder}/{name}", **doubled())
+        assert PartialState().num_processes == 2
+        rank = PartialState().process_index
+        save_file({k: v.detach().clone() for k, v in result.model.named_parameters()}, f"{folder}/{name}-{rank}.safetensors")
+        with open(f"{folder}/{name}-{rank}.json", "w") as f:
+            json.dump({slot: [r.tokens for r in rows] for slot, rows in method.buffer.responses.items()}, f)
+
+
+def test_two_processes_that_each_draw_a_half_equal_one(tmp_path):
+    from safetensors.torch import load_file
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    argv = [sys.executable, "-c", textwrap.dedent(ONE_OF_TWO), os.path.dirname(__file__), str(tmp_path), port]
+    cpu = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(argv, env=os.environ | cpu, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in ("minillm", "gkd"):
+        one, method = go(name, steps=6, **doubled())
+        drawn_by = [json.loads((tmp_path/f"{name}-{rank}.json").read_text()) for rank in range(2)]
+        mine = {str(slot): [r.tokens for r in rows] for slot, rows in method.buffer.responses.items()}
+        assert drawn_by[0] == drawn_by[1] == mine and len(mine) == SMALL["rollouts"]   # everybody holds all, and the same ones
+        ranks = [load_file(tmp_path/f"{name}-{rank}.safetensors") for rank in range(2)]
+        for key, p in one.model.named_parameters():
+            assert torch.equal(ranks[0][key], ranks[1][key])
+            torch.testing.assert_close(ranks[0][key], p.detach(), atol=1e-9, rtol=1e-7)
+        logged = [r["loss"] for r in read_jsonl(tmp_path/name/"metrics.jsonl") if "loss" in r]
+        assert logged == pytest.approx([r["loss"] for r in one.history if "loss" in r], rel=1e-8)
+
+
 def test_logs_and_free_checks():
     result, method = go(steps=40, inner_epochs=1, lr=1e-5)
     names = ("reward", "kl", "length", "repetition", "clipped", "entropy", "teacher_share", "ratio", "finished")
@@ -698,6 +748,17 @@ def test_a_checkpoint_of_other_prompts_or_settings_is_refused(tmp_path):
     go(steps=4, run_dir=tmp_path, cfg={"save_every": 2})
     with pytest.raises(UserError, match="other prompts, texts or settings"):
         go(steps=4, run_dir=tmp_path, cfg={"save_every": 2}, alpha=0.3)
+
+
+@pytest.mark.parametrize("name", ["minillm", "gkd"])
+def test_a_checkpoint_is_not_continued_under_another_teacher(tmp_path, name):
+    go(name, steps=4, run_dir=tmp_path, cfg={"save_every": 2})
+    other = toy(3, width=16, vocabulary=5, dtype=torch.float32)
+    go(name, steps=4, run_dir=tmp_path, cfg={"save_every": 2}, teacher=other)   # another object with the same weights: goes on
+    with torch.no_grad():
+        other.transformer.wte.weight[0, 0] += 0.25
+    with pytest.raises(UserError, match="another teacher"):
+        go(name, steps=4, run_dir=tmp_path, cfg={"save_every": 2}, method=make(name, teacher=other))
 
 
 # ---------------------------------------------------------------- the relatives
@@ -945,6 +1006,52 @@ def test_an_empty_gold_response_is_found_before_the_first_step():
     with pytest.raises(UserError, match="example bare"):
         go(method=onpolicy_method("sft", Ids(), None, rows, **SMALL), steps=1, callbacks=[watch])
     assert not steps
+
+
+FULL = [{"id": f"full{i}", "prompt": [1, 2], "response": [3, 1]} for i in range(8)]
+UNFIT = {"empty": ({"prompt": [1], "response": []}, "no response"), "absent": ({"prompt": [1]}, "no response"),
+         "long": ({"prompt": [1]*40, "response": [1]}, "context of"), "foreign": ({"prompt": [1, 77], "response": [1]}, "tokens beyond the 5")}
+
+
+@pytest.mark.parametrize("part", ["rows", "valid"])
+@pytest.mark.parametrize("kind", UNFIT)
+def test_phases_1_and_2_name_examples_that_cannot_be_used_before_the_first_step(kind, part):
+    bad, words = UNFIT[kind]
+    sets = {"rows": FULL, "valid": FULL} | {part: [*FULL, {"id": "bad"} | bad]}
+    steps = []
+    watch = type("Watch", (Callback,), {"on_step": lambda self, loop: steps.append(loop.step)})()
+    with pytest.raises(UserError, match=words) as caught:
+        kt_minillm.finetune(small(), Ids(), **sets, cfg=TrainConfig(steps=1, batch_size=2, lr=1e-3, device="cpu"), callbacks=[watch])
+    assert "example bad" in str(caught.value) and not steps
+
+
+def test_a_loss_over_no_token_is_an_error():
+    with pytest.raises(UserError, match="no target token"):
+        kt_minillm.mean_nll(small(), [([1], [])], 0)
+
+
+def test_prompts_and_texts_of_another_tokenizer_are_named():
+    with pytest.raises(UserError, match="example strange"):
+        go(method=onpolicy_method("minillm", Ids(), BIG, [*ROWS, {"id": "strange", "prompt": [5]}], corpus=CORPUS, **SMALL), steps=1)
+    with pytest.raises(UserError, match="corpus text 3"):
+        go(method=onpolicy_method("minillm", Ids(), BIG, ROWS, corpus=[*CORPUS, [1, 9]], **SMALL), steps=1)
+
+
+@pytest.mark.parametrize("divergence", [d for d in DIVERGENCES if d != "uld"])
+def test_gkd_takes_any_divergence_also_as_a_table(divergence):
+    options = {"jsd": {"beta": 0.3}, "skew_kl": {"alpha": 0.2}, "skew_reverse_kl": {"alpha": 0.2}, "alpha_divergence": {"alpha": 0.4},
+               "renyi": {"alpha": 0.4}}.get(divergence, {})
+    result, method = go("gkd", steps=2, parts=[{"divergence": divergence, "options": options}])
+    assert [p.divergence for p in method.config.parts] == [divergence]
+    assert all(math.isfinite(row[divergence]) for row in result.history if "loss" in row)
+    assert any(not torch.equal(a, b) for a, b in zip(small().parameters(), result.model.parameters()))
+
+
+def test_parts_that_are_none_are_refused():
+    for bad, words in (({"divergence": "kl"}, "'kl' is not known"), ({"source": "nobody"}, "source"), ({"weigth": 2}, "no part of"),
+                       ("jsd", "no part of")):
+        with pytest.raises(UserError, match=words):
+            DistillConfig(**SMALL, parts=[bad])
 
 
 def test_a_ratio_that_is_not_finite_stops_with_its_ids():

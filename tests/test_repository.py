@@ -175,6 +175,17 @@ def test_only_the_headline_has_to_be_published():
     assert due(problems, headline=["a"]) == [problems[0], problems[2]]
 
 
+def test_profiles_keep_the_budgets_that_were_promised():
+    "Seconds on two cores, as the profiles predict them: MiniLLM's notebooks, and both systems together."
+    seconds = {p: load(ROOT/"nbs"/"profiles"/f"{p}.json")["seconds"] for p in ("smoke", "cpu", "cpu-full")}
+    ours = [n for n in seconds["cpu-full"] if n.startswith(("minillm_", "divergence_"))]
+    assert sum(seconds["smoke"][n] for n in ours) <= 3*60
+    assert seconds["cpu"]["minillm_main"] <= 12*60
+    assert sum(seconds["cpu"][n] for n in ("minillm_main", "minillm_ablations", "divergence_zoo")) <= 60*60
+    both = [n for n in seconds["cpu-full"] if n.startswith(("stepwise_", "minillm_", "divergence_"))]
+    assert sum(seconds["cpu-full"][n] for n in both) <= 8*3600
+
+
 # --- no machine, no host ----------------------------------------------------------------------------------------------------------
 
 MACHINE = re.compile(r"(?<![\w.:/-])/(?:work|root|home/\w+|Users/\w+|tmp|opt/\w+|mnt|private)/[\w.-]")

@@ -29,7 +29,7 @@ from .backends import Backend, Decoding, completion_row, prompt_hash
 from .core import UserError, append_jsonl, missing_library, read_jsonl
 from .divergences import align_vocabulary, token_divergence
 from .evaluate import exact_match
-from .generate import Rollout, Sampling, sample
+from .generate import Rollout, Sampling, check_lengths, sample
 from .models import count_parameters
 from .train import at_least_float32, causal_batch, field_of, target_logits
 
@@ -123,12 +123,13 @@ def distinct_n(texts: Sequence, n: int = 4, *, within: bool = False) -> float:  
 @torch.no_grad()
 def response_logits(model, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]],
                     batch_size: int = 16) -> Iterator[Tensor]:
-    "For each item the logits (T, V) that predict its T response tokens, at least float32. Raises UserError for an empty text."
+    "For each item the logits (T, V) that predict its T response tokens, at least float32. Raises UserError: empty, or too long."
     _same_number(prompts, responses)
     for i, (prompt, response) in enumerate(zip(prompts, responses)):
         if not len(prompt) or not len(response):
             raise UserError("the prompt or the response is empty", where=f"item {i}",
                             fix="Leave the item out, or give it a bos token as prompt and the end mark as response.")
+    check_lengths([model], {f"item {i}": len(p) + len(r) for i, (p, r) in enumerate(zip(prompts, responses))})
     pad = getattr(model.config, "pad_token_id", None) or 0
     for start in range(0, len(prompts), batch_size):
         rows = [(list(p), list(r)) for p, r in zip(prompts[start:start + batch_size], responses[start:start + batch_size])]
@@ -266,7 +267,7 @@ class LabelScores:
 # %% ../nbs/17_measure.ipynb #2fbe4a31
 def score_labels(model, tokenizer, prompts: Sequence[str], labels: Sequence[Sequence[str]], *,   # labels of each prompt
                  batch_size: int = 32) -> list[LabelScores]:
-    "The probability of each label as the answer to each prompt. Raises UserError for fewer than two different labels."
+    "The probability of each label as the answer to each prompt. Raises UserError for fewer than two different labels, or no numbers."
     _same_number(prompts, labels)
     for i, known in enumerate(labels):
         if isinstance(known, str) or len(set(known)) < 2 or len(set(known)) < len(known) or not all(known):
@@ -274,8 +275,21 @@ def score_labels(model, tokenizer, prompts: Sequence[str], labels: Sequence[Sequ
     def encode(text: str) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=False)
     pairs = [(encode(p), [*encode(label), tokenizer.eos_token_id]) for p, known in zip(prompts, labels) for label in known]
+    names = [f"item {i}, label {label!r}" for i, known in enumerate(labels) for label in known]
+    check_lengths([model], {name: len(p) + len(r) for name, (p, r) in zip(names, pairs)})
     nll = iter(token_nll(model, *zip(*pairs), batch_size=batch_size))
-    return [label_scores(known, [-float(next(nll).double().sum()) for _ in known]) for known in labels]
+    logs = [[-float(next(nll).double().sum()) for _ in known] for known in labels]
+    _refuse_scores(logs)
+    return [label_scores(known, found) for known, found in zip(labels, logs)]
+
+# %% ../nbs/17_measure.ipynb #scores-fn
+def _refuse_scores(logs: Sequence[Sequence[float]]) -> None:
+    "Raises UserError naming the items whose labels' log-probabilities hold NaN, or rule out every label."
+    bad = [i for i, found in enumerate(logs) if not math.isfinite(np.max(found))]
+    if bad:
+        named, scores = [f"item {i}" for i in bad[:8]] + ["..."]*(len(bad) > 8), ", ".join(f"{x:.3g}" for x in logs[bad[0]])
+        raise UserError(f"the labels' log-probabilities are {scores}", where=", ".join(named), fix="The model computes no numbers, or "
+                        "rules out every label: check its weights and tokenizer, and load it in float32 or bfloat16.")
 
 # %% ../nbs/17_measure.ipynb #22aeca1e
 def label_scores(labels: Sequence[str], logs: Sequence[float]) -> LabelScores:  # logs: log-probability of each label's text
@@ -341,7 +355,7 @@ def judge_prompt(instruction: str, first: str, second: str) -> str:
     return JUDGE_PROMPT.format(instruction=instruction.strip(), first=first.strip(), second=second.strip())
 
 # %% ../nbs/17_measure.ipynb #7b8d17cc
-REPLY_OUTCOMES = ("ok", "empty", "no score", "one score", "more than two scores", "out of range")
+REPLY_OUTCOMES = ("ok", "no reply", "empty", "no score", "one score", "more than two scores", "out of range", "ambiguous")
 
 
 @dataclass(frozen=True)
@@ -351,17 +365,54 @@ class Reply:
     first: float | None = None  # scores from 1 to 10; None unless the outcome is ok
     second: float | None = None
 
+# %% ../nbs/17_measure.ipynb #reply-words
+_NUMBER = r"(?<![\w.])(?:(?<!\S)-)?\d+(?:\.\d+)?(?!\w|\.\d)"
+_LABEL = rf"\b(?:answer|assistant|scores?(?: of| for)?(?: answer)?) *#?([12]) *(?=[:=)]|- |(?:is|gets|scores)\b|\( *{_NUMBER} *\))"
+_LABELLED = (_LABEL + rf"[:=()\s]*(?:(?:-|is|gets|scores)\s+)?({_NUMBER})"
+             r"(?!\s+(?!(?:and|because|points?|vs|answer|assistant|scores?)\b)[^\W\d])")  # "Answer 1: 3 errors" is no score
+_BEFORE = set("score scores rating ratings answer answers both first final my the of for are is as here s i give rate would".split())
+_BETWEEN = r"[\s,;|&()\[\]–—-]*(?:(?:and|vs|versus|points?|the|second)\b[\s,;|&()\[\].:–—-]*)*"
+
+# %% ../nbs/17_measure.ipynb #reply-said
+def _said(text: str) -> str:
+    "The first line that is more than a heading, without thoughts, markdown and '/10'; two lines if each has one label and one score."
+    for thought in (r"<(think(?:ing)?)>.*?</\1>", r"\A.*</think(?:ing)?>", r"<think(?:ing)?>.*"):  # whole; begun before the text; cut off
+        text = re.sub(thought, " ", text, flags=re.I | re.S)
+    text = re.sub(r"(?:/| out of | of ) *10\b(?!\.\d)", " ", re.sub(r"[*`]", " ", text))
+    lines = [x.strip() for x in text.splitlines() if x.strip()]
+    while lines and not re.search(r"\d", lines[0]) and _words(lines[0]) <= _BEFORE:
+        lines.pop(0)
+    if len(lines) > 1 and len(re.findall(_LABELLED, lines[0], re.I)) == 1 and re.match(r"\W*" + _LABEL, lines[1], re.I):
+        return f"{lines[0]}, {lines[1]}"
+    return lines[0] if lines else ""
+
+
+def _words(text: str) -> set[str]:
+    return set(re.findall(r"[^\W\d]+", text.lower()))
+
+# %% ../nbs/17_measure.ipynb #reply-plain
+def _plain(line: str) -> bool:
+    "Whether only words about scores stand before and between its two numbers, and no sign of a fraction, a range or a list."
+    before, between, _ = re.split(_NUMBER, line)
+    listed = before.endswith("#") or re.fullmatch(r"[–—-]|\)\s*", between)
+    return _words(before) <= _BEFORE and not listed and bool(re.fullmatch(_BETWEEN, between, re.I))
+
 # %% ../nbs/17_measure.ipynb #ab52318f
 def parse_reply(text: str) -> Reply:
     "Scores of a judge's reply, or the reason why there are none."
-    line = next((x for x in text.splitlines() if x.strip()), "")
-    if not line:
+    if not text.strip():
         return Reply("empty")
-    line = re.sub(r"(?i)\b(?:answer|assistant|scores?(?: of| for)?(?: answer)?) *#?[12] *(?=[:=)is-])", " ", line)
-    found = [float(x) for x in re.findall(r"(?<![\w.])(?:(?<!\S)-)?\d+(?:\.\d+)?(?!\w)", re.sub(r"(?:/| out of ) *10\b", " ", line))]
+    line = _said(text)
+    bare, labels = re.subn(_LABEL, " ", line, flags=re.I)
+    found = [float(x) for x in re.findall(_NUMBER, bare)]
     if len(found) != 2:
         return Reply({0: "no score", 1: "one score"}.get(len(found), "more than two scores"))
-    return Reply("ok", *found) if all(1 <= x <= 10 for x in found) else Reply("out of range")
+    if not all(1 <= x <= 10 for x in found):
+        return Reply("out of range")
+    if labels:
+        named = re.findall(_LABELLED, line, re.I)
+        found = [float(score) for _, score in sorted(named)] if {label for label, _ in named} == {"1", "2"} else []
+    return Reply("ok", *found) if len(found) == 2 and (labels or _plain(bare)) else Reply("ambiguous")
 
 # %% ../nbs/17_measure.ipynb #de6b4015
 @dataclass(frozen=True)
@@ -406,7 +457,7 @@ def judge(backend: Backend, items: Iterable[tuple[str, str, str, str]],   # (id,
         texts[c.id] = c.text
         if path:
             append_jsonl(path, [completion_row(c, prompts[c.id])])
-    replies = {k: parse_reply(text) for k, text in texts.items()}
+    replies = {k: parse_reply(texts[k]) if k in texts else Reply("no reply") for k in prompts}
     return [Judgement(i, replies[f"{i}/ab"], replies.get(f"{i}/ba")) for i, *_ in items]
 
 # %% ../nbs/17_measure.ipynb #e3854b16

@@ -13,13 +13,15 @@ __all__ = ['AVERAGES', 'IMPORTANCE', 'WHITENING', 'PRESETS', 'SOURCES', 'DRAW', 
            'logit_sides', 'pt_sum', 'slot_batch', 'term_counts', 'term_sums', 'OnPolicy', 'train_on_policy',
            'onpolicy_config', 'MiniLLM', 'Part', 'read_parts', 'DistillConfig', 'skew_values', 'check_parts', 'Distill',
            'chosen_sources', 'raise_share', 'set_skew', 'part_values', 'DPKDConfig', 'pair_margin', 'DPKD',
-           'onpolicy_method', 'mean_nll', 'finetune', 'world_checksums', 'train_world_model', 'world_model', 'WorldArm',
-           'world_rate', 'world_run', 'world_labels', 'write_world_answers', 'world_exposure', 'world_metrics',
-           'distil_in_world', 'train_onpolicy', 'work_done', 'run_world', 'run_cells', 'item_scores']
+           'onpolicy_method', 'mean_nll', 'validation_batch', 'finetune', 'world_checksums', 'train_world_model',
+           'world_model', 'WorldArm', 'world_rate', 'world_run', 'world_labels', 'write_world_answers',
+           'world_exposure', 'world_metrics', 'distil_in_world', 'train_onpolicy', 'work_done', 'run_world',
+           'run_cells', 'item_scores']
 
 # %% ../nbs/19_minillm.ipynb #315521fb
 import math
 import os
+import re
 from abc import ABC, abstractmethod
 from collections import Counter
 from contextlib import contextmanager
@@ -35,10 +37,10 @@ from torch import Tensor
 from .core import UserError, data_dir, read_json, rng, sha256_file, stable_hash
 from .divergences import DIVERGENCES, check_tokenizers, token_divergence
 from .evaluate import pack_numbers, unpack_numbers
-from .generate import Rollout, Sampling, sample, sample_mixed, speculative
+from .generate import Rollout, Sampling, check_lengths, sample, sample_mixed, speculative
 from .measure import (EVAL_SEEDS, ece, exposure_bias, kl_per_position, references_of, rouge_l, score_labels, text_metrics,
                               write_answers)
-from .models import context_of, count_parameters, freeze, load_pretrained, mini_model
+from .models import count_parameters, freeze, load_pretrained, mini_model
 from .runs import cached, load_record, run_folder, run_grid, run_key
 from .train import (SFT, Callback, Loop, Method, TrainConfig, TrainResult, at_least_float32, causal_batch, save_model, target_logits,
                             target_nll, train, unwrapped)
@@ -519,12 +521,17 @@ def refill(buffer: Buffer) -> None:
 
 # %% ../nbs/19_minillm.ipynb #e2b36e15
 def _drawn(method: "OnPolicy", rows: list[dict], wanted: list[tuple[int, str]], cycle: int) -> dict[tuple[int, str], Response]:
-    "The wanted responses, source by source; dropout off, the loop's precision."
-    out = {}
-    with torch.no_grad(), method.buffer.loop.accelerator.autocast():
+    "The wanted responses, source by source; dropout off, the loop's precision. Raises UserError naming step and examples."
+    out, loop = {}, method.buffer.loop
+    with torch.no_grad(), loop.accelerator.autocast():
         for source in dict.fromkeys(s for _, s in wanted):
             keys = [w for w in wanted if w[1] == source]
-            found = DRAW[source](method, [rows[slot] for slot, _ in keys], [f"{cycle}/{slot}/{source}" for slot, _ in keys])
+            try:
+                found = DRAW[source](method, [rows[slot] for slot, _ in keys], [f"{cycle}/{slot}/{source}" for slot, _ in keys])
+            except UserError as e:  # the sampler knows the prompts by their places
+                named = dict.fromkeys(rows[keys[int(i)][0]]["id"] for i in re.findall(r"prompt (\d+)", str(e.where)))
+                raise UserError(e.what, where=f"step {loop.step + 1}, " + (f"example {', '.join(named)}" if named else str(e.where)),
+                                fix=e.fix) from e
             out |= dict(zip(keys, found))
     return out
 
@@ -559,13 +566,9 @@ def _named(rows: Sequence[dict]) -> str:
 
 
 def check_context(rows: Sequence[dict], models: Sequence, new: int = 0) -> None:   # rows of `encode_prompts`; new: tokens to be written
-    "Whether prompts with their answers, or with `new` tokens, fit the context of all models. Raises UserError naming examples."
-    room = context_of(*map(unwrapped, models)) or math.inf
-    long = [r for r in rows if len(r["prompt"]) + (new or len(r["gold"] or [])) > room]
-    if long:
-        what = f"leave no room for {new} new tokens in" if new else "are with their responses longer than"
-        raise UserError(f"{len(long)} prompts {what} a context of {room}", where=_named(long),
-                        fix="Shorten or drop them, or lower max_new_tokens.")
+    "Whether prompts with their answers, or with `new` tokens, fit the context of all models. Raises UserError naming an example."
+    lengths = {f"example {r['id']}": len(r["prompt"]) + (0 if new else len(r["gold"] or [])) for r in rows}
+    check_lengths([unwrapped(m) for m in models], lengths, new)
 
 # %% ../nbs/19_minillm.ipynb #sizes-ids
 def check_ids(rows: Sequence[dict], models: Sequence) -> None:
@@ -597,7 +600,7 @@ def check_start(method: "OnPolicy", loop: Loop) -> None:
     models = [m for m in (loop.model, method.teacher) if m is not None]
     check_context(method.prompts, models, cfg.max_new_tokens)
     read = method.prompts if method.reads_gold else [r | {"gold": None} for r in method.prompts]
-    read = read + [{"id": f"corpus text {i}", "prompt": text, "gold": None} for i, text in enumerate(method.corpus)]
+    read = read + [{"id": f"of the corpus, text {i}", "prompt": text, "gold": None} for i, text in enumerate(method.corpus)]
     check_context(read, models)
     if method.reads_gold:
         check_answers(method.prompts)
@@ -1086,6 +1089,11 @@ class _Rows(SFT):
         return {"source": row["prompt"], "target": row["gold"]}
 
 # %% ../nbs/19_minillm.ipynb #5679d956
+def validation_batch(cfg: TrainConfig) -> int:
+    "Rows that a validation reads side by side: without gradients, four times those of a training step fit, and 64 are enough."
+    return min(64, 4*cfg.batch_size)
+
+
 def finetune(model, tokenizer, rows: Iterable, valid: Iterable, cfg: TrainConfig, run_dir: Path | str | None = None,
              callbacks: Iterable[Callback] = ()) -> TrainResult:
     "Phases 1 and 2: SFT; ends with the weights of the lowest validation loss if `cfg.keep_best`. Raises UserError naming bad rows."
@@ -1096,7 +1104,7 @@ def finetune(model, tokenizer, rows: Iterable, valid: Iterable, cfg: TrainConfig
     pairs = [(r["prompt"], r["gold"]) for r in held]
 
     def validate(model) -> dict:
-        loss = mean_nll(model, pairs, tokenizer.pad_token_id, batch_size=min(64, 4*cfg.batch_size))
+        loss = mean_nll(model, pairs, tokenizer.pad_token_id, batch_size=validation_batch(cfg))
         return {"score": -loss, "loss": loss}
     return train(model, _Rows(tokenizer), examples, cfg, run_dir=run_dir, validate=validate, callbacks=callbacks)
 
@@ -1290,10 +1298,11 @@ def work_done(method: OnPolicy) -> dict[str, int]:
 def run_world(runs: list[dict], *, jobs: int = 1, use_record: bool = False, desc: str = "students") -> list[dict]:
     "Train all runs (of `world_run`) that the cache or the record does not hold; results in their order. Teachers and starts come first."
     sums = world_checksums()
-    models = [r["teacher"] for r in runs] + [{"size": r["size"], "seed": r["seed"]} | r["student"] for r in runs]
     known = load_record("onpolicy") if use_record else {}
-    if any(stable_hash(r) not in known for r in runs):
-        wanted = list({stable_hash(m): m for m in models}.values())
+    missing = [r for r in runs if stable_hash(r) not in known]
+    models = [r["teacher"] for r in missing]
+    models += [{"size": r["size"], "seed": r["seed"]} | r["student"] for r in missing if r["arm"] != "teacher"]
+    if wanted := list({stable_hash(m): m for m in models}.values()):
         run_grid("world_model", "kd_notes.minillm:train_world_model", wanted, modules=WORLD_MODULES, checksums=sums, jobs=jobs,
                  desc="teacher, starts")
     return run_grid("onpolicy", "kd_notes.minillm:train_onpolicy", runs, modules=WORLD_MODULES, checksums=sums, jobs=jobs,

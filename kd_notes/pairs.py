@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['PAIR_RUN', 'EVAL_FILES', 'RULES', 'ALPACA', 'PHASES', 'UNKNOWN', 'ORIGINS', 'STATUS', 'PARTS', 'is_set',
-           'arm_settings', 'check_run', 'pair_run', 'Asked', 'asked', 'real_file', 'load_set', 'run_rows',
-           'corpus_texts', 'open_teacher', 'open_student', 'check_room', 'total_steps', 'merged', 'sft_phase',
-           'train_pair_teacher', 'train_pair_student', 'phase_run', 'spec_checksums', 'run_checksums', 'run_phase',
-           'phase_model', 'pair_teacher', 'pair_start', 'set_metrics', 'pair_method', 'train_third_phase',
-           'train_pair_arm', 'run_arms', 'PairFile', 'config_of', 'load_pair_file', 'pair_file', 'pair_settings',
-           'pair_memory']
+           'arm_settings', 'check_run', 'pair_run', 'Asked', 'asked', 'real_file', 'load_set', 'fitting_rows',
+           'run_rows', 'corpus_texts', 'open_teacher', 'open_student', 'run_tokenizer', 'check_room', 'total_steps',
+           'merged', 'sft_phase', 'train_pair_teacher', 'train_pair_student', 'phase_run', 'spec_checksums',
+           'set_files', 'run_checksums', 'run_phase', 'phase_model', 'pair_teacher', 'pair_start', 'set_metrics',
+           'pair_method', 'train_third_phase', 'train_pair_arm', 'check_inputs', 'run_arms', 'PairFile', 'config_of',
+           'load_pair_file', 'pair_file', 'pair_settings', 'rates_to_try', 'cache_bytes', 'pair_memory']
 
 # %% ../nbs/20_pairs.ipynb #86a20f56
 import math
@@ -22,19 +22,21 @@ from typing import Any, Callable, Sequence
 
 import torch
 
+from .backends import SPARE
 from .core import UserError, data_dir, read_json, repo_root, sha256_file, stable_hash, verify_checksums
 from .data import numbered_rows
+from .divergences import check_tokenizers
 from .evaluate import pack_numbers
 from .generate import Sampling
 from .measure import EVAL_SEEDS, kl_per_position, rouge_l, sample_answers, text_metrics
 from .minillm import (METHODS, UNTRAINED, OnPolicy, encode_prompts, finetune, mean_nll, onpolicy_config, onpolicy_method, repeated_ngrams,
-                              train_on_policy, work_done)
-from .models import (DTYPES, SIZES, count_parameters, default_device, find_smollm2, freeze, load_mini_tokenizer, load_pretrained,
-                             load_teacher, mini_model)
+                              train_on_policy, validation_batch, work_done)
+from .models import (DTYPES, SIZES, _local_snapshot, context_of, count_parameters, default_device, find_smollm2, freeze,
+                             load_mini_tokenizer, load_pretrained, load_teacher, mini_model, resolve_model)
 from .runs import load_record, run_folder, run_grid
 from .train import TrainConfig, TrainResult, memory_estimate, save_model
-from .whitebox import (PLAIN_TEMPLATE, Dialogue, context_of, dialogue, dolly_dialogues, hub_rows, load_prompts, make_student,
-                               prompt_ids, split_rows)
+from .whitebox import (PLAIN_TEMPLATE, Dialogue, dialogue, dolly_dialogues, hub_rows, load_prompts, make_student, prompt_ids,
+                               split_rows)
 
 # %% ../nbs/20_pairs.ipynb #32574ae1
 PAIR_RUN = {
@@ -183,21 +185,28 @@ ALPACA = ("{{ 'Below is an instruction that describes a task. Write a response t
           + PLAIN_TEMPLATE)
 
 # %% ../nbs/20_pairs.ipynb #8cecc286
-def run_rows(p: dict, split: str, tokenizer, name: str | None = None) -> list[dict]:  # name: an evaluation set; None: the run's data
-    "Rows {'id', 'prompt', 'response', 'references'} of a run, ids but for the references; over-long ones are left out. Raises UserError."
-    wanted, found = {"train": p["train_rows"], "validation": p["valid_rows"], "test": p.get("score_rows", 0)}[split], []
+def fitting_rows(p: dict, split: str, tokenizer, name: str | None = None) -> tuple[list[dict], int]:  # name: a set; None: the data
+    "Rows {'id', 'prompt', 'response', 'references'}, ids but for the references, and the number of over-long ones. Raises UserError."
+    wanted, found, left = {"train": p["train_rows"], "validation": p["valid_rows"], "test": p.get("score_rows", 0)}[split], [], 0
     foreign = split == "test" and name not in (None, p["data"]) and _is_hub(name)  # nobody trains on it: it needs no split
     for a in load_set(name or p["data"], "all" if foreign else split):
         prompt = prompt_ids(Dialogue(a.id, a.messages, "", a.id), tokenizer, p["system"])
         gold = tokenizer.encode(a.references[0], add_special_tokens=False) + [tokenizer.eos_token_id]
         if len(prompt) <= p["max_prompt"] and (split != "train" or len(gold) <= p["max_new_tokens"]):
             found.append({"id": a.id, "prompt": prompt, "response": gold[:p["max_new_tokens"]], "references": list(a.references)})
+        else:
+            left += 1
         if len(found) == (wanted or -1):
             break
     if len(found) < 2:
         raise UserError(f"{len(found)} rows have prompts of at most {p['max_prompt']} tokens", where=f"{name or p['data']}, {split}",
                         fix="Raise max_prompt (and max_new_tokens, for training rows).")
-    return found
+    return found, left
+
+
+def run_rows(p: dict, split: str, tokenizer, name: str | None = None) -> list[dict]:
+    "The rows of `fitting_rows`. Raises UserError."
+    return fitting_rows(p, split, tokenizer, name)[0]
 
 # %% ../nbs/20_pairs.ipynb #b50d67dc
 def corpus_texts(p: dict) -> list[str]:
@@ -237,10 +246,31 @@ def open_teacher(p: dict, trainable: bool = False):  # trainable: for phase 1, i
 
 
 def open_student(p: dict, teacher, tokenizer):
-    "(model, tokenizer) of the student before phase 2, in float32. Raises UserError."
+    "(model, tokenizer) of the student before phase 2, in float32. Raises UserError, also for a tokenizer that is not the teacher's."
     device = p["train"].get("device")
     model, own = _mini(p["student"], p["seed"], device) or make_student(p["student"], teacher, tokenizer, device=device)
+    check_tokenizers(own, tokenizer)
     return model, _with_template(own, p)
+
+# %% ../nbs/20_pairs.ipynb #early-tokenizers
+def _tokenizer(spec: str):
+    "The tokenizer of a spec, without its model. Raises UserError."
+    from transformers import AutoTokenizer
+    if spec.startswith("mini:"):
+        return load_mini_tokenizer()
+    try:
+        return AutoTokenizer.from_pretrained(_local_snapshot(resolve_model(spec), None, None))
+    except (OSError, ValueError) as e:
+        raise UserError(f"the tokenizer could not be loaded: {(str(e).strip() or type(e).__name__).splitlines()[0]}", where=spec,
+                        fix="Check the name; a model of the hub needs a network or a filled cache.") from e
+
+
+def run_tokenizer(p: dict):
+    "The tokenizer of a run, without a model. Raises UserError if student and teacher have different ones."
+    tok = _tokenizer(p["teacher"])
+    if p["arm"] != "teacher" and not p["student"].startswith("layers:"):
+        check_tokenizers(_tokenizer(p["student"]), tok)
+    return _with_template(tok, p)
 
 # %% ../nbs/20_pairs.ipynb #228a0a71
 def check_room(p: dict, *models) -> None:
@@ -309,11 +339,16 @@ def spec_checksums(spec: str) -> dict[str, str]:
     return {f"{Path(spec).name}/{f.name}": sha256_file(f) for f in files}
 
 
+def set_files(names: Sequence[str]) -> list[str]:
+    "Names of the files in KD_NOTES_DATA that these sets are read from."
+    files = {f for f in (EVAL_FILES.get(s, s) for s in names) if f.endswith(".jsonl") and not _is_hub(f)}
+    return sorted(files | ({"dolly_train.jsonl", "dolly_dev.jsonl"} if "dolly" in names else set()))
+
+
 def run_checksums(p: dict) -> dict[str, str]:
     "SHA-256 of what decides a phase or a run besides code and parameters. Raises UserError for a missing file."
-    sets, files = {p["data"], *p.get("evaluate", ())}, {EVAL_FILES.get(s, s) for s in p.get("evaluate", ())} | {p.get("corpus")}
-    files = {f for f in files if f and f.endswith(".jsonl")} | ({"dolly_train.jsonl", "dolly_dev.jsonl"} if "dolly" in sets else set())
-    found = {name: sha256_file(real_file(name)) for name in sorted(files)}
+    sets = {p["data"], *p.get("evaluate", ())}
+    found = {name: sha256_file(real_file(name)) for name in set_files([*sets, p.get("corpus") or ""])}
     if "prompts" in sets:
         found |= {f"prompts/{k}": v for k, v in verify_checksums(data_dir()/"prompts").items() if k.endswith(".jsonl")}
     return found | spec_checksums(p["teacher"]) | spec_checksums(p.get("student", ""))
@@ -322,7 +357,8 @@ def run_checksums(p: dict) -> dict[str, str]:
 def run_phase(phase: str, rows: Sequence[dict], **how: Any) -> list[dict]:  # how: jobs, threads, use_record, desc of `run_grid`
     "Results of a phase (teacher, student, arm) for each row, in their order; from the cache where they are there."
     rows, found = [phase_run(phase, p) for p in rows], {}
-    sums = [run_checksums(p) for p in rows]
+    known = load_record(f"pair_{phase}") if how.get("use_record") else {}
+    sums = [{} if stable_hash(p) in known else run_checksums(p) for p in rows]  # what is recorded needs no files
     for each in {stable_hash(s): s for s in sums}.values():
         mine = [p for p, s in zip(rows, sums) if s == each]
         done = run_grid(f"pair_{phase}", f"kd_notes.pairs:train_pair_{phase}", mine, modules=["pairs"], checksums=each, **how)
@@ -393,10 +429,12 @@ def train_third_phase(p: dict, student, tokenizer, teacher, teacher_tokenizer, f
 
 # %% ../nbs/20_pairs.ipynb #1e322bb7
 def train_pair_arm(params: dict, folder: Path) -> dict:
-    "Phase 3 and the evaluation of a run. Metrics: {'sets': {name: `set_metrics`}}, validation, cost. For `run_grid`."
+    "Phase 3 and the evaluation of a run. Metrics: {'sets': {name: `set_metrics` and 'left_out'}}, validation, cost. For `run_grid`."
     p, spent, ngram = params, {}, 0
     teacher, teacher_tok = pair_teacher(p)
     model, tok = (teacher, teacher_tok) if p["arm"] == "teacher" else pair_start(p)
+    check_tokenizers(tok, teacher_tok)
+    tests = {name: fitting_rows(p, "test", tok, name) for name in p["evaluate"]}  # before hours of training, not after
     if p["arm"] not in UNTRAINED:
         result, method = train_third_phase(p, model, tok, teacher, teacher_tok, folder)
         best = {"best_step": result.best["step"], "validation": result.best["score"], "valid_loss": result.best["loss"]}
@@ -404,16 +442,32 @@ def train_pair_arm(params: dict, folder: Path) -> dict:
         spent, model = best | {"train_seconds": result.seconds} | work_done(method), merged(result.model)
     sets, seeds = {}, EVAL_SEEDS[:p["score_seeds"]]
     with _autocast(p):
-        for name in p["evaluate"]:
-            rows = run_rows(p, "test", tok, name)
-            sets[name] = set_metrics(model.eval(), teacher, tok, rows, seeds, p["max_new_tokens"], ngram)
+        for name, (rows, left) in tests.items():
+            sets[name] = set_metrics(model.eval(), teacher, tok, rows, seeds, p["max_new_tokens"], ngram) | {"left_out": left}
     return {"sets": sets, "parameters": count_parameters(model), **spent}
+
+# %% ../nbs/20_pairs.ipynb #check-inputs
+_READ = ("teacher", "student", "data", "template", "system", "train_rows", "valid_rows", "max_prompt", "max_new_tokens", "corpus",
+         "corpus_rows", "evaluate", "score_rows")
+
+
+def check_inputs(runs: Sequence[dict]) -> None:
+    "Read tokenizers, rows and evaluation sets of all runs, and the corpus (of a hub: one text). Loads no model. Raises UserError."
+    for p in {stable_hash([p["arm"] == "teacher", *(p[name] for name in _READ)]): p for p in runs}.values():
+        tok = run_tokenizer(p)
+        if p["arm"] != "teacher" or p["teacher_steps"] != 0:
+            for split in ("train", "validation"):
+                run_rows(p, split, tok)
+        for name in p["evaluate"]:
+            run_rows(p, "test", tok, name)
+        corpus_texts(p | ({"corpus_rows": 1} if _is_hub(p["corpus"] or "") else {}))
 
 # %% ../nbs/20_pairs.ipynb #3a46f76d
 def run_arms(runs: Sequence[dict], *, jobs: int = 1, threads: int = 1, use_record: bool = False, desc: str = "students") -> list[dict]:
     "Results of all runs (of `pair_run`), in their order; phases 1 and 2 come first, once each. Cache and record count as trained."
     known = load_record("pair_arm") if use_record else {}
     todo = [p for p in runs if stable_hash(p) not in known]
+    check_inputs(todo)
     if taught := [p for p in todo if p["teacher_steps"] != 0]:
         run_phase("teacher", taught, jobs=jobs, threads=threads, desc="teachers")
     if starts := [p for p in todo if p["arm"] != "teacher"]:
@@ -433,7 +487,7 @@ class PairFile:
     about: str
     status: str         # that nobody here has run it at this scale
     shapes: dict        # {'teacher', 'student'}: what a config needs, for the memory estimate
-    memory: dict        # GB of phase 3 on one GPU, as `pair_memory` estimates them
+    memory: dict        # GB of each phase on one GPU and of the largest, as `pair_memory` estimates them
     settings: dict      # of `pair_run`; UNKNOWN where the sources give nothing
     sources: dict       # {setting: where its value comes from}
 
@@ -485,8 +539,8 @@ def load_pair_file(path: Path | str) -> PairFile:
         raise UserError("this field does not belong here", where=f"{where}, {unknown[0]}", fix=fix)
     for who in ("teacher", "student"):
         config_of(f["shapes"].get(who, {}), f"{where}, shapes.{who}")
-    if not all(_RATE[0](v) for v in f["memory"].values()) or "total" not in f["memory"]:
-        raise UserError(f"{f['memory']} should be positive numbers of GB with a total", where=f"{where}, memory", fix="See `pair_memory`.")
+    if not all(_RATE[0](v) for v in f["memory"].values()) or "peak" not in f["memory"]:
+        raise UserError(f"{f['memory']} should be positive numbers of GB with a peak", where=f"{where}, memory", fix="See `pair_memory`.")
     check_run({k: v for k, v in f["settings"].items() if v != UNKNOWN or k not in RULES}, where)
     _check_sources(f, where)
     return PairFile(path.stem, **{name: f[name] for name in PARTS})
@@ -510,11 +564,48 @@ def pair_settings(pair: PairFile, arm: str, seed: int, **given: Any) -> dict:  #
                         fix="Give values of yours.")
     return pair_run(arm, seed, **(pair.settings | given))
 
+# %% ../nbs/20_pairs.ipynb #rates-to-try
+def rates_to_try(lrs: Sequence[float], run: dict) -> list[float]:
+    "Learning rates of phase 3: the named ones or, if there are none, that of the run. Raises UserError for one that is not positive."
+    for lr in lrs:
+        if not _RATE[0](lr):
+            raise UserError(f"{lr!r} is no learning rate", where="lrs", fix=f"It should be {_RATE[1]}.")
+    return list(lrs) or [run["lr"]]
+
+# %% ../nbs/20_pairs.ipynb #cache-bytes
+def cache_bytes(config, rows: int, columns: int, dtype: torch.dtype = torch.float32) -> int:
+    "Bytes of the keys and values of so many rows of so many tokens."
+    kept = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size//config.num_attention_heads
+    return 2*config.num_hidden_layers*rows*columns*kept*width*dtype.itemsize
+
 # %% ../nbs/20_pairs.ipynb #e1c2c90b
-def pair_memory(pair: PairFile, **given: Any) -> dict[str, int]:  # given: settings that replace those of the file
-    "Bytes of phase 3 on one GPU, from the shapes of the file: see `memory_estimate`. Loads and computes nothing."
-    p = PAIR_RUN | {k: v for k, v in pair.settings.items() if v != UNKNOWN} | given
-    cfg = TrainConfig(steps=1, batch_size=p["micro_batch"] or p["minibatch"], lr=1.0, **p["train"])
+def _sft_memory(config, p: dict, length: int) -> dict[str, int]:
+    "Bytes of finetuning a model, by part."
+    cfg = TrainConfig(steps=1, batch_size=p["micro_batch"] or p["sft_batch"], lr=1.0, **p["train"])
+    parts = memory_estimate(config, cfg, length=length, targets=p["max_new_tokens"])
+    logits = 2*4*config.vocab_size*min(validation_batch(cfg), p["valid_rows"] or 64)*p["max_new_tokens"]  # and their logarithms
+    del parts["total"]
+    return parts | {"validation": max(0, logits - sum(parts[k] for k in ("gradients", "activations", "logits")))}
+
+
+def pair_memory(pair: PairFile, **given: Any) -> dict[str, dict[str, int]]:  # given: settings that replace those of the file
+    "{phase: {part: bytes, 'total'}} on one GPU, 'peak' the largest, from the shapes of the file: see `memory_estimate`. Loads nothing."
+    said = PAIR_RUN | pair.settings | given
+    p = said | {k: PAIR_RUN[k] for k, v in said.items() if v == UNKNOWN}
+    length, new = p["max_prompt"] + p["max_new_tokens"], p["max_new_tokens"]
     student, teacher = (config_of(pair.shapes[who], f"{pair.name}.json, shapes.{who}") for who in ("student", "teacher"))
+    found = {} if said["teacher_steps"] == 0 else {"phase 1": _sft_memory(teacher, p, length)}
+    found["phase 2"] = _sft_memory(student, p, length)
+    cfg = TrainConfig(steps=1, batch_size=p["micro_batch"] or p["minibatch"], lr=1.0, **p["train"])
     teacher.dtype = getattr(torch, p["teacher_dtype"])
-    return memory_estimate(student, cfg, length=p["max_prompt"] + p["max_new_tokens"], targets=p["max_new_tokens"], teacher=teacher)
+    last = memory_estimate(student, cfg, length=length, targets=new, teacher=teacher)
+    del last["total"]
+    method = METHODS["minillm"][1](**arm_settings(p | {"arm": "minillm", "seed": 0}))
+    drawn = min(method.sample_batch, method.rollouts), length + SPARE
+    found["sampling"] = {"weights": last["weights"], "optimizer": last["optimizer"],
+                         "teacher": last["teacher"] - cfg.batch_size*new*4*teacher.vocab_size,  # without the logits of training
+                         "student's cache": cache_bytes(student, *drawn), "teacher's cache": cache_bytes(teacher, *drawn, teacher.dtype)}
+    found["phase 3"] = last
+    found = {phase: parts | {"total": sum(parts.values())} for phase, parts in found.items()}
+    return found | {"peak": max(found.values(), key=lambda parts: parts["total"])}

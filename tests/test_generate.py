@@ -15,7 +15,7 @@ import helpers
 from kd_notes import generate as kg
 from kd_notes.backends import draws
 from kd_notes.core import UserError
-from kd_notes.generate import Rollout, Sampling, beam, greedy, log_mixture, packed, sample, sample_mixed, speculative
+from kd_notes.generate import Rollout, Sampling, beam, check_lengths, greedy, log_mixture, packed, sample, sample_mixed, speculative
 from kd_notes.models import mini_model
 from kd_notes.train import target_nll
 
@@ -443,6 +443,73 @@ def test_what_cannot_be_sampled_is_refused_with_its_place(pair):
         with pytest.raises(UserError, match=message):
             call()
     assert len(sample(student, [], Sampling(4))) == 0 and len(beam(student, [])) == 0
+
+
+def test_texts_that_do_not_fit_every_context_are_named():
+    long, short = KINDS["llama"](VOCAB), KINDS["gpt2"](VOCAB)      # 512 and 128
+    check_lengths([long, short], {"a": 128, "b": 1})
+    check_lengths([long, short], {"a": 120}, new=8)
+    check_lengths([mini_model("t5", "xs", VOCAB, seed=0)], {"a": 10**6})   # relative positions
+    with pytest.raises(UserError, match="^b: 129 tokens do not fit the context of 128"):
+        check_lengths([long, short], {"a": 128, "b": 129})
+    with pytest.raises(UserError, match="^a: 121 tokens and 8 new ones do not fit the context of 128"):
+        check_lengths([long, short], {"a": 121}, new=8)
+
+
+def untied(*broken):
+    "A model whose embeddings of these tokens are NaN: only texts that hold one of them are lost."
+    model = sharper(KINDS["qwen2"](VOCAB), 6)
+    assert model.get_input_embeddings().weight is not model.get_output_embeddings().weight
+    model.get_input_embeddings().weight.data[list(broken)] = math.nan
+    return model
+
+
+NAN_PROMPTS, EIGHT = [[5, 6], [37, 7], [8], [9, 37]], Sampling(8)  # none of these ways draws 37 by itself
+NAN_WAYS = {
+    "sample": lambda bad, good: sample(bad, NAN_PROMPTS, EIGHT), "top-p": lambda bad, good: sample(bad, NAN_PROMPTS, Sampling(8, top_p=0.5)),
+    "top-k": lambda bad, good: sample(bad, NAN_PROMPTS, Sampling(8, top_k=3)), "greedy": lambda bad, good: greedy(bad, NAN_PROMPTS, 8),
+    "no repeats": lambda bad, good: sample(bad, NAN_PROMPTS, Sampling(8, no_repeat_ngram=1)),
+    "student of a mixture": lambda bad, good: sample_mixed(bad, good, NAN_PROMPTS, 0.4, EIGHT),
+    "teacher of a mixture": lambda bad, good: sample_mixed(good, bad, NAN_PROMPTS, 0.4, EIGHT),
+    "teacher who has no share": lambda bad, good: sample_mixed(good, bad, NAN_PROMPTS, 0.0, EIGHT),
+    "greedy mixture": lambda bad, good: sample_mixed(good, bad, NAN_PROMPTS, 0.4, Sampling(8, 0.0)),
+    "student of a speculation": lambda bad, good: speculative(bad, good, NAN_PROMPTS, EIGHT, 5, 3),
+    "teacher of a speculation": lambda bad, good: speculative(good, bad, NAN_PROMPTS, EIGHT, 5, 3),
+    "greedy speculation": lambda bad, good: speculative(good, bad, NAN_PROMPTS, Sampling(8, 0.0), 5, 3)}
+
+
+@pytest.mark.parametrize("way", NAN_WAYS)
+def test_no_text_is_drawn_from_what_is_no_number(way):
+    with pytest.raises(UserError) as caught:
+        NAN_WAYS[way](untied(37), untied())
+    said = "teacher" if "teacher" in way or way in ("greedy mixture", "greedy speculation") else "student"
+    assert str(caught.value).startswith(f"prompt 1, prompt 3: log_{said} of new token 1 is NaN")
+
+
+@pytest.mark.parametrize("width", [1, 3])
+def test_no_beam_goes_through_what_is_no_number(width):
+    with pytest.raises(UserError, match="^prompt 1: .*new token 1 is NaN"):
+        beam(untied(37), NAN_PROMPTS[:3], width, 8)
+    second = greedy(untied(), [[5, 6]], 2).response_ids[0][0]
+    with pytest.raises(UserError, match="^prompt 0: .*new token 2 is NaN"):
+        beam(untied(second), [[5, 6]], width, 8)
+
+
+def test_what_is_no_number_is_named_with_its_step_and_the_callers_name():
+    first, second, *_ = greedy(untied(), [[5, 6]], 3).response_ids[0]
+    assert len({5, 6, first, second}) == 4
+    with pytest.raises(UserError, match=r"^prompt 0 \(mine\): log_student of new token 3 is NaN"):
+        greedy(untied(second), [[5, 6]], 5, streams=["mine"])
+    assert greedy(untied(second), [[5, 6]], 2).response_ids == [[first, second]]  # ends before anything is lost
+
+
+def test_a_token_that_is_ruled_out_is_no_fault(pair):
+    "-inf is a log-probability."
+    teacher = sharper(KINDS["opt"](VOCAB), 3)
+    inner = teacher.forward
+    teacher.forward = lambda *args, **kwargs: (out := inner(*args, **kwargs)).logits.__setitem__((..., slice(4, 20)), -math.inf) or out
+    made = sample_mixed(pair[0], teacher, prompts_of([3, 5]), 0.1, Sampling(20))
+    assert (made.flat("log_teacher") == -math.inf).any() and made.flat("log_mix").isfinite().all()
 
 
 def test_a_padded_vocabulary_is_cut_on_purpose(pair):

@@ -3,6 +3,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -16,7 +17,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from kd_notes import measure as km
 from kd_notes.backends import Completion, ReplayBackend, completion_row, open_backend
@@ -185,6 +186,24 @@ def test_divergences_at_each_position(models, encoded):
         assert len(got.forward[i]) == len(r)
 
 
+def test_what_is_longer_than_a_context_is_refused_and_what_just_fits_is_not(tok):
+    "GPT-2 would fail with an IndexError, Llama would read on at positions that it does not know."
+    table = GPT2LMHeadModel(GPT2Config(vocab_size=len(tok), n_positions=16, n_embd=8, n_layer=1, n_head=2, bos_token_id=None, eos_token_id=1)).eval()
+    rotary = LlamaForCausalLM(LlamaConfig(vocab_size=len(tok), hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+                                          max_position_embeddings=16)).eval()
+    wide = mini_model("causal", "xs", len(tok), seed=0).eval()
+    fits, long = ([[5]*14, [5]], [[6, 7], [8]]), ([[5], [5]*14], [[6], [7, 8, 9]])
+    calls = {"nll": token_nll, "student": lambda m, *texts: kl_per_position(m, wide, *texts), "teacher": lambda m, *texts: kl_per_position(wide, m, *texts),
+             "logits": lambda m, *texts: list(response_logits(m, *texts, batch_size=1))}
+    for model in (table, rotary):
+        assert [len(x) for x in token_nll(model, *fits)] == [2, 1]
+        for call in calls.values():
+            with pytest.raises(UserError, match="^item 1: 17 tokens do not fit the context of 16"):
+                call(model, *long)
+        with pytest.raises(UserError, match="^item 1, label 'yes': .* do not fit the context of 16"):
+            score_labels(model, tok, ["no", "yes "*16], [["yes", "no"]]*2)
+
+
 def test_what_has_no_position_is_refused(models, encoded):
     prompts, responses = encoded
     for wrong in ((prompts, [[], *responses[1:]]), ([[], *prompts[1:]], responses)):
@@ -303,6 +322,32 @@ def test_too_few_answers_are_named():
 
 # ---------------------------------------------------------------- calibration
 
+def test_labels_whose_scores_are_no_numbers_are_refused_by_prompt(tok):
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tok), hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+                                         max_position_embeddings=64, tie_word_embeddings=False)).eval()
+    prompts, labels = ["The people", "of Ardale", "make rope"], [["yes", "no"]]*3
+    assert all(np.isfinite(s.probabilities).all() for s in score_labels(model, tok, prompts, labels))
+    spoiled = set(tok.encode("of Ardale", add_special_tokens=False)) - set(tok.encode("The people make rope yes no", add_special_tokens=False))
+    model.get_input_embeddings().weight.data[list(spoiled)] = math.nan
+    with pytest.raises(UserError, match="^item 1: .*nan"):
+        score_labels(model, tok, prompts, labels)
+    model.get_input_embeddings().weight.data[:] = math.nan
+    with pytest.raises(UserError, match="^item 0, item 1, item 2: "):
+        score_labels(model, tok, prompts, labels)
+
+
+def test_a_label_that_the_model_rules_out_has_probability_zero_and_all_of_them_are_refused(tok):
+    model = mini_model("causal", "xs", len(tok), seed=0).eval().requires_grad_(False)
+    model.lm_head = torch.nn.Linear(model.config.hidden_size, len(tok))
+    model.lm_head.requires_grad_(False)
+    torch.nn.init.zeros_(model.lm_head.bias)[tok.encode("no", add_special_tokens=False)[0]] = -math.inf
+    got, = score_labels(model, tok, ["The people"], [["yes", "no"]])
+    assert got.probabilities.tolist() == [1.0, 0.0]
+    model.lm_head.bias[tok.eos_token_id] = -math.inf
+    with pytest.raises(UserError, match="^item 0: .*-inf, -inf"):
+        score_labels(model, tok, ["The people"], [["yes", "no"]])
+
+
 def test_label_probability_is_that_of_its_text_with_the_end_mark(models, tok):
     prompt, labels = "The people make", ["happy", "unhappy", "yes"]
     got = score_labels(models[0], tok, [prompt], [labels])[0]
@@ -405,7 +450,7 @@ def test_runs_take_turns():
 # ---------------------------------------------------------------- the judge
 
 @pytest.mark.parametrize("text, expected", [
-    ("8 6", (8, 6)), ("\n\n 9.5, 3 because", (9.5, 3)), ("Answer 1: 8/10\nAnswer 2: 6/10", "one score"), ("Answer 1: 8/10, Answer 2: 6/10", (8, 6)),
+    ("8 6", (8, 6)), ("\n\n 9.5, 3 because", (9.5, 3)), ("Answer 1: 8/10\nAnswer 2: 6/10", (8, 6)), ("Answer 1: 8/10, Answer 2: 6/10", (8, 6)),
     ("Assistant 1: 7; Assistant 2: 10", (7, 10)), ("8 out of 10 and 6 out of 10", (8, 6)), ("1 10", (1, 10)), ("", "empty"), ("  \n", "empty"),
     ("They are equal.", "no score"), ("8", "one score"), ("8 6 4", "more than two scores"), ("0 5", "out of range"), ("8 11", "out of range"),
     ("-3 5", "out of range"), ("1. 8 6", "more than two scores")])
@@ -415,6 +460,52 @@ def test_replies_are_read_or_refused_by_name(text, expected):
         assert got == Reply(expected) and expected in km.REPLY_OUTCOMES
     else:
         assert got == Reply("ok", *expected)
+
+
+THOUGHTS = "<think>\nAnswer 1: 3 facts, answer 2: 2.\n9 9\n</think>"
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("Scores:\n8 6", (8, 6)), ("**Scores:**\n\n8 6\n", (8, 6)), ("Here are my scores:\n```\n8 6\n```", (8, 6)), ("Scores: 8 6", (8, 6)),
+    ("**8** **6**", (8, 6)), ("[8, 6]", (8, 6)), ("8 vs. 6", (8, 6)), ("8 - 6", (8, 6)), ("First: 8, second: 6", (8, 6)), ("| 8 | 6 |", (8, 6)),
+    ("I rate the answers 8 and 6.", (8, 6)), ("8 6\nAnswer 2 has 3 errors.", (8, 6)), ("8 6\n7 7", (8, 6)),
+    (f"{THOUGHTS}\n\n8 6", (8, 6)), (THOUGHTS.replace("<think>", "") + "8 6", (8, 6)), (f"{THOUGHTS}\nScores:\n8 6", (8, 6)), ("8<think>?</think>6", (8, 6)),
+    ("Answer 1 (8), Answer 2 (6)", (8, 6)), ("Answer 1 (8/10) and Answer 2 (6/10)", (8, 6)), ("Answer 1: 8\nAnswer 2: 6", (8, 6)),
+    ("- **Answer 1**: 8/10\n- **Answer 2**: 6.5/10\n\nAnswer 1 has 3 facts.", (8, 6.5)), ("Answer 1: 8\n\nAnswer 2: 6 because", (8, 6)),
+    ("Answer 1: 8 - clear. Answer 2: 6 - short.", (8, 6)), ("Answer 2: 6, Answer 1: 8", (8, 6)), ("Score 2 = 6\nScore 1 = 8", (8, 6)),
+    ("8/10 and 6/10", (8, 6)), ("8 of 10, 6 of 10", (8, 6)), ("10 out of 10 and 10 out of 10", (10, 10))])
+def test_what_judges_like_to_write_around_two_scores_is_read(text, expected):
+    assert parse_reply(text) == Reply("ok", *expected)
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("10 out of 10", "one score"), ("Both get 10 out of 10.", "one score"), ("8 of 10", "one score"), ("8 / 10", "one score"),
+    ("8/100", "out of range"), ("4/5", "ambiguous"), ("7-8", "ambiguous"), ("7–8", "ambiguous"), ("1. 8\n2. 6", "ambiguous"),
+    ("1: 8\n2: 6", "ambiguous"), ("1) 8\n2) 6", "ambiguous"), ("#1 8", "ambiguous"), ("8 ± 1", "ambiguous"),
+    ("I found 3 errors in the first and 2 in the second.", "ambiguous"), ("Answer 1 is missing 3 points; answer 2 is missing 2.", "ambiguous"),
+    ("Answer 1: 3 errors, Answer 2: 2.5 errors", "ambiguous"), ("Answer 1: 8, Answer 1: 6", "ambiguous"), ("Second: 6, first: 8", "ambiguous"),
+    ("Answer 1: 8 6", "ambiguous"), ("Answer 1: 8\nIt has 6 facts.", "one score"), ("Answer 1: 8\nIt is good.\nAnswer 2: 6", "one score"),
+    ("Answer 1: 8\nAnswer 1: 6", "ambiguous"), ("Answer A: 8, Answer B: 6", "ambiguous"), ("Answer 1: 8\nAnswer 2: 6 or 7", "more than two scores"),
+    ("In 1990 Ardale had 8 inns.", "out of range"), ("1990 2005", "out of range"), ("In 1990: 8 6", "more than two scores"),
+    ("Reasons:\n8 6", "no score"), ("Scores:", "no score"), ("Scores:\nI found 3 errors and 2 gaps.", "ambiguous"),
+    ("Answer 1 (8 facts), Answer 2 (6 facts)", "more than two scores"), ("8 6 </think>", "no score"), ("<think>8 6", "no score"),
+    (THOUGHTS, "no score"), (f"{THOUGHTS}\nThey are equal.", "no score")])
+def test_a_reply_that_may_mean_something_else_is_not_guessed(text, expected):
+    assert parse_reply(text) == Reply(expected) and expected in km.REPLY_OUTCOMES
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.sampled_from(["Answer 1", "Answer 2", ":", " (", ")", "/10", " ", "\n", ", ", "8", "6", "1", "2.5", "-", ".", " is ", "<think>", "</think>",
+                                 "Scores:", " and ", "facts"]), max_size=14).map("".join))
+def test_what_is_read_stands_in_the_text_in_range_and_labels_decide(text):
+    reply = parse_reply(text)
+    if reply.outcome == "ok":
+        assert {reply.first, reply.second} <= {float(x) for x in re.findall(r"\d+(?:\.\d+)?", text)} and 1 <= min(reply.first, reply.second)
+        if "Answer" not in text.split("</think>")[-1]:
+            swapped = [x.translate(str.maketrans("86", "68")) for x in (text, f"{reply.first:g} {reply.second:g}")]
+            assert parse_reply(swapped[0]) == parse_reply(swapped[1])       # no order, no number is favoured
+    else:
+        assert reply.outcome in km.REPLY_OUTCOMES
 
 
 @settings(max_examples=100, deadline=None)
@@ -459,6 +550,33 @@ def test_a_killed_job_asks_only_for_the_rest(tmp_path):
         judge(ReplayBackend(only_last), changed, path=kept)
     with pytest.raises(UserError, match="twice"):
         judge(ReplayBackend(stored), [items[0], items[0]])
+
+
+class Forgetful:
+    "A back end that has no answer to some requests, as a content filter has none."
+    name, revision = "forgetful", "1"
+
+    def __init__(self, *forgets):
+        self.forgets, self.asked = forgets, []
+
+    def generate(self, requests, decoding):
+        for name, _ in requests:
+            self.asked.append(name)
+            if name not in self.forgets:
+                yield Completion(name, "8 6", 9, 2, "stop", 0.1)
+
+
+@pytest.mark.parametrize("order", ["ab", "ba"])
+def test_a_reply_that_never_came_is_reported_and_asked_for_again(order, tmp_path):
+    items, path = [("p", "Q?", "one", "two"), ("q", "R?", "three", "four")], tmp_path/"replies.jsonl"
+    judged = judge(Forgetful(f"q/{order}"), items, path=path)
+    assert [j.preferred() for j in judged] == ["contradiction", "unusable"]
+    assert getattr(judged[1], {"ab": "straight", "ba": "swapped"}[order]) == Reply("no reply") and "no reply" in km.REPLY_OUTCOMES
+    summary = judge_summary(judged)
+    assert summary["outcomes"] == {"ok": 3, "no reply": 1} and summary["usable"] == 1
+    again = Forgetful()
+    assert [j.preferred() for j in judge(again, items, path=path)] == ["contradiction"]*2 and again.asked == [f"q/{order}"]
+    assert [j.preferred() for j in judge(Forgetful("q/ab"), items, swap=False)] == ["a", "unusable"]
 
 
 def free_port():

@@ -966,6 +966,19 @@ def test_a_reward_that_is_not_finite_stops_with_step_and_ids(tmp_path):
     assert token_rewards(rows, MiniLLMConfig(reward_clip=100.0)).min() == -100
 
 
+@pytest.mark.parametrize("name", ["minillm", "seqkd", "skd"])
+def test_a_teacher_that_computes_nan_stops_the_drawing_with_step_and_examples(name):
+    broken = toy(3, 16, 5, torch.float32)
+
+    class Break(Callback):
+        def on_step(self, loop):
+            if loop.step == 4:
+                broken.transformer.wte.weight.data.fill_(math.nan)
+    with pytest.raises(UserError, match=r"step 5, example [a-z]\w*.*NaN") as caught:
+        go(method=make(name, inner_epochs=2, teacher=broken), steps=10, callbacks=[Break()])
+    assert any(row["id"] in str(caught.value) for row in ROWS) and "prompt" not in str(caught.value.where)
+
+
 def test_a_loss_that_is_not_finite_names_the_prompts_not_the_places_in_the_buffer():
     broken = toy(3, 16, 5, torch.float32)
 
@@ -1033,7 +1046,7 @@ def test_a_loss_over_no_token_is_an_error():
 def test_prompts_and_texts_of_another_tokenizer_are_named():
     with pytest.raises(UserError, match="example strange"):
         go(method=onpolicy_method("minillm", Ids(), BIG, [*ROWS, {"id": "strange", "prompt": [5]}], corpus=CORPUS, **SMALL), steps=1)
-    with pytest.raises(UserError, match="corpus text 3"):
+    with pytest.raises(UserError, match="of the corpus, text 3"):
         go(method=onpolicy_method("minillm", Ids(), BIG, ROWS, corpus=[*CORPUS, [1, 9]], **SMALL), steps=1)
 
 
@@ -1192,6 +1205,21 @@ def test_a_run_of_the_world_that_was_killed_goes_on_and_ends_with_the_same_numbe
     assert timeless(resumed["metrics"]) == timeless(whole) and read_manifest(folder)["attempts"] == 2
     logs = [[{k: v for k, v in row.items() if k != "seconds"} for row in read_jsonl(place/"metrics.jsonl")] for place in (folder, tmp_path/"whole")]
     assert logs[0] == logs[1] and logs[0][-1]["step"] == 104
+
+
+def test_what_is_recorded_needs_no_teacher_and_no_start(monkeypatch):
+    from kd_notes.runs import stable_hash
+    old, new = kt_minillm.world_run("sft", 0, size="s"), kt_minillm.world_run("sft", 1)
+    asked = {}
+    monkeypatch.setattr(kt_minillm, "load_record", lambda stage: {stable_hash(old): {}})
+    monkeypatch.setattr(kt_minillm, "run_grid", lambda stage, target, runs, **how: asked.update({stage: runs}))
+    kt_minillm.run_world([old, new], use_record=True)
+    assert [(m["size"], m["seed"]) for m in asked["world_model"]] == [("m", 0), ("xs", 1)] and asked["onpolicy"] == [old, new]
+    asked.clear()
+    kt_minillm.run_world([old], use_record=True)
+    assert list(asked) == ["onpolicy"]
+    kt_minillm.run_world([kt_minillm.world_run("teacher", 0)], use_record=True)
+    assert [(m["size"], m["seed"]) for m in asked["world_model"]] == [("m", 0)]
 
 
 def test_arms_and_settings_of_the_world_that_do_not_exist_are_named():

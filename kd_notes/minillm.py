@@ -576,7 +576,7 @@ def check_ids(rows: Sequence[dict], models: Sequence) -> None:
     width = min(map(_width, models))
     foreign = [r for r in rows if max([*r["prompt"], *(r["gold"] or [])]) >= width]
     if foreign:
-        raise UserError(f"{len(foreign)} examples have tokens beyond the {width} of a model", where=_named(foreign),
+        raise UserError(f"{len(foreign)} of {len(rows)} examples have tokens beyond the {width} of a model", where=_named(foreign),
                         fix="Encode them with this model's tokenizer; if the teacher has another one, train on text that it wrote (SeqKD).")
 
 
@@ -584,7 +584,7 @@ def check_answers(rows: Sequence[dict]) -> None:
     "Whether every example has something to learn from. Raises UserError naming those without."
     empty = [r for r in rows if not r["gold"]]
     if empty:
-        raise UserError(f"{len(empty)} examples have no response to learn from", where=_named(empty),
+        raise UserError(f"{len(empty)} of {len(rows)} examples have no response to learn from", where=_named(empty),
                         fix="Give every example a response that is not empty, or use a method that samples.")
 
 # %% ../nbs/19_minillm.ipynb #de294f9b

@@ -398,13 +398,15 @@ def _plain(line: str) -> bool:
     return _words(before) <= _BEFORE and not listed and bool(re.fullmatch(_BETWEEN, between, re.I))
 
 # %% ../nbs/17_measure.ipynb #ab52318f
-def parse_reply(text: str) -> Reply:
-    "Scores of a judge's reply, or the reason why there are none."
+def parse_reply(text: str, cut: bool = False) -> Reply:   # cut: the reply had to end here
+    "Scores of a judge's reply, or the reason why there are none. A number at which a reply was cut off may be half of one."
     if not text.strip():
         return Reply("empty")
     line = _said(text)
     bare, labels = re.subn(_LABEL, " ", line, flags=re.I)
     found = [float(x) for x in re.findall(_NUMBER, bare)]
+    if cut and re.search(r"[\d.]$", text.rstrip()):
+        return Reply("ambiguous")
     if len(found) != 2:
         return Reply({0: "no score", 1: "one score"}.get(len(found), "more than two scores"))
     if not all(1 <= x <= 10 for x in found):
@@ -454,17 +456,18 @@ def judge(backend: Backend, items: Iterable[tuple[str, str, str, str]],   # (id,
         prompts |= {f"{i}/ba": judge_prompt(x, b, a) for i, x, a, b in items}
     texts = _known_replies(path, prompts)
     for c in backend.generate([(k, p) for k, p in prompts.items() if k not in texts], Decoding(max_new_tokens)):
-        texts[c.id] = c.text
+        texts[c.id] = c.text or "", c.finish == "length"
         if path:
             append_jsonl(path, [completion_row(c, prompts[c.id])])
-    replies = {k: parse_reply(texts[k]) if k in texts else Reply("no reply") for k in prompts}
+    replies = {k: parse_reply(*texts[k]) if k in texts else Reply("no reply") for k in prompts}
     return [Judgement(i, replies[f"{i}/ab"], replies.get(f"{i}/ba")) for i, *_ in items]
 
 # %% ../nbs/17_measure.ipynb #e3854b16
-def _known_replies(path: Path | str | None, prompts: Mapping[str, str]) -> dict[str, str]:
-    "{request id: text} of the stored replies that answer exactly these prompts."
+def _known_replies(path: Path | str | None, prompts: Mapping[str, str]) -> dict[str, tuple[str, bool]]:
+    "{request id: (text, whether it was cut off)} of the stored replies that answer exactly these prompts."
     rows = read_jsonl(path, repair_tail=True) if path and Path(path).is_file() else []
-    return {r["id"]: r["text"] for r in rows if r.get("id") in prompts and r.get("prompt_hash") == prompt_hash(prompts[r["id"]])}
+    mine = [r for r in rows if r.get("id") in prompts and r.get("prompt_hash") == prompt_hash(prompts[r["id"]])]
+    return {r["id"]: (r["text"] or "", r.get("finish") == "length") for r in mine}
 
 # %% ../nbs/17_measure.ipynb #5e638d01
 def judge_summary(judgements: Sequence[Judgement]) -> dict[str, Any]:

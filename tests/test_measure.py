@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -577,6 +578,21 @@ def test_a_reply_that_never_came_is_reported_and_asked_for_again(order, tmp_path
     again = Forgetful()
     assert [j.preferred() for j in judge(again, items, path=path)] == ["contradiction"]*2 and again.asked == [f"q/{order}"]
     assert [j.preferred() for j in judge(Forgetful("q/ab"), items, swap=False)] == ["a", "unusable"]
+
+
+@pytest.mark.parametrize("text, cut, outcome", [("8 1", True, "ambiguous"), ("8 1", False, "ok"), ("8 6.", True, "ambiguous"),
+                                                ("8 6\nThe first answer is", True, "ok"), ("8", True, "ambiguous")])
+def test_a_number_at_which_a_reply_was_cut_off_is_not_believed(text, cut, outcome, tmp_path):
+    assert parse_reply(text, cut).outcome == outcome
+
+    class Cut(Forgetful):
+        def generate(self, requests, decoding):
+            for c in super().generate(requests, decoding):
+                yield replace(c, text=text, finish="length" if cut else "stop")
+    items, path = [("p", "Q?", "one", "two")], tmp_path/"replies.jsonl"
+    first = judge(Cut(), items, path=path)[0]
+    assert first.straight.outcome == first.swapped.outcome == outcome
+    assert judge(Forgetful(), items, path=path)[0] == first   # and a stored reply is read in the same way
 
 
 def free_port():

@@ -82,7 +82,7 @@ AVERAGES = ("tokens", "responses", "sum")
 class OnPolicyConfig:
     "What all on-policy methods share. Raises UserError for impossible values."
     rollouts: int = 256           # responses in the buffer; they are drawn together
-    minibatch: int = 64           # responses per optimizer step; divides `rollouts`
+    minibatch: int = 64           # prompts per optimizer step, a response to each or two; divides `rollouts`
     inner_epochs: int = 1         # times that the buffer is gone through before it is filled anew
     max_new_tokens: int = 64      # longest response
     temperature: float = 1.0      # of the sampling; the losses always use 1

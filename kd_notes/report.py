@@ -430,14 +430,15 @@ def save_figure(fig: Any,                     # matplotlib Figure
 
 # %% ../nbs/11_report.ipynb #09b45439
 def interval_plot(rows: Sequence[Mapping[str, Any]],   # arm, value, low, high, and panel where there are several
-                  xlabel: str, scale: float = 1.0):    # factor on the numbers: 100 for per cent
+                  xlabel: str, scale: float = 1.0,    # factor on the numbers: 100 for per cent
+                  sharex: bool = False):              # one axis for all panels, where they show one quantity
     "An interval for each arm, arms below each other in the order of their first row. Returns a matplotlib Figure."
     from matplotlib import rc_context
     from matplotlib.figure import Figure
     arms, panels = (list(dict.fromkeys(r.get(k, "") for r in rows)) for k in ("arm", "panel"))
     with rc_context(STYLE):
         fig = Figure(figsize=(3.2 + 3.4*len(panels), 1.4 + 0.42*len(arms)), layout="constrained")
-        for ax, panel in zip(np.ravel(fig.subplots(1, len(panels), sharey=True)), panels):
+        for ax, panel in zip(np.ravel(fig.subplots(1, len(panels), sharey=True, sharex=sharex)), panels):
             for r in rows:
                 if r.get("panel", "") == panel:
                     i, value = arms.index(r["arm"]), scale*r["value"]

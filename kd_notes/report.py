@@ -462,7 +462,8 @@ def reliability_diagram(arms: Mapping[str, Sequence[Mapping]]):  # {name: rows o
             x, y = [r["confidence"] for r in rows], [r["accuracy"] for r in rows]
             ax.plot(x, y, label=name, **look)
             ax.scatter(x, y, s=[20 + 1500*r["n"]/sum(r["n"] for r in rows) for r in rows], alpha=0.3, **look)
-        ax.set(xlabel="confidence", ylabel="accuracy", xlim=(min(0.45, ax.get_xlim()[0]), 1.02), ylim=(-0.02, 1.02))
+        left, bottom = (min(r[k] for rows in arms.values() for r in rows) - 0.05 for k in ("confidence", "accuracy"))
+        ax.set(xlabel="confidence", ylabel="accuracy", xlim=(max(left, -0.02), 1.02), ylim=(max(bottom, -0.02), 1.02))
         ax.legend(frameon=False, loc="upper left")
     return fig
 

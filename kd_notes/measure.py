@@ -138,7 +138,7 @@ def response_logits(model, prompts: Sequence[Sequence[int]], responses: Sequence
 
 # %% ../nbs/17_measure.ipynb #1e951320
 def token_nll(model, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], batch_size: int = 16) -> list[Tensor]:
-    "Negative log-likelihood of each response token, one (T,) tensor per item, natural logs."
+    "Negative log-likelihood of each response token, one (T,) tensor per item, natural logs. Raises UserError as `response_logits`."
     every = zip(response_logits(model, prompts, responses, batch_size), responses)
     return [torch.nn.functional.cross_entropy(x, torch.tensor(list(r), device=x.device), reduction="none") for x, r in every]
 
@@ -370,7 +370,8 @@ _NUMBER = r"(?<![\w.])(?:(?<!\S)-)?\d+(?:\.\d+)?(?!\w|\.\d)"
 _LABEL = rf"\b(?:answer|assistant|scores?(?: of| for)?(?: answer)?) *#?([12]) *(?=[:=)]|- |(?:is|gets|scores)\b|\( *{_NUMBER} *\))"
 _LABELLED = (_LABEL + rf"[:=()\s]*(?:(?:-|is|gets|scores)\s+)?({_NUMBER})"
              r"(?!\s+(?!(?:and|because|points?|vs|answer|assistant|scores?)\b)[^\W\d])")  # "Answer 1: 3 errors" is no score
-_BEFORE = set("score scores rating ratings answer answers both first final my the of for are is as here s i give rate would".split())
+_BEFORE = set("score scores rating ratings answer answers both first final my the of for are is as here s i give rate would "
+              "evaluation output result sure okay".split())
 _BETWEEN = r"[\s,;|&()\[\]–—-]*(?:(?:and|vs|versus|points?|the|second)\b[\s,;|&()\[\].:–—-]*)*"
 
 # %% ../nbs/17_measure.ipynb #reply-said
@@ -404,8 +405,10 @@ def parse_reply(text: str, cut: bool = False) -> Reply:   # cut: the reply had t
         return Reply("empty")
     line = _said(text)
     bare, labels = re.subn(_LABEL, " ", line, flags=re.I)
+    if labels and re.match(r"\W*" + _NUMBER, line):  # scores first, then words about "answer 1"
+        labels = 0
     found = [float(x) for x in re.findall(_NUMBER, bare)]
-    if cut and re.search(r"[\d.]$", text.rstrip()):
+    if cut and re.search(r"[\d.]$", text.rstrip()) and _said(text.rstrip() + "0") != line:  # the line that is read is the one that was cut
         return Reply("ambiguous")
     if len(found) != 2:
         return Reply({0: "no score", 1: "one score"}.get(len(found), "more than two scores"))

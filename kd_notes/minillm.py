@@ -464,8 +464,9 @@ class Buffer(Callback):
 # %% ../nbs/19_minillm.ipynb #9e45180a
 def fingerprint(model) -> str:
     "Hash of the shapes of a model's weights and of a few numbers of each."
-    found = [] if model is None else model.named_parameters()
-    return stable_hash([[name, list(p.shape), str(p.detach().flatten()[::max(1, p.numel()//4)].tolist())] for name, p in found])
+    found = {} if model is None else {k: p for k, p in model.state_dict().items() if isinstance(p, Tensor)}
+    some = {k: "" if p.is_meta else str(p.flatten()[::max(1, p.numel()//16)].tolist()) for k, p in found.items()}
+    return stable_hash([[k, list(p.shape), some[k]] for k, p in found.items()])
 
 
 def identity(method: "OnPolicy") -> str:
@@ -529,7 +530,8 @@ def _drawn(method: "OnPolicy", rows: list[dict], wanted: list[tuple[int, str]], 
             try:
                 found = DRAW[source](method, [rows[slot] for slot, _ in keys], [f"{cycle}/{slot}/{source}" for slot, _ in keys])
             except UserError as e:  # the sampler knows the prompts by their places
-                named = dict.fromkeys(rows[keys[int(i)][0]]["id"] for i in re.findall(r"prompt (\d+)", str(e.where)))
+                places = re.findall(r"prompt (\d+)", e.where) if e.where.startswith("prompt ") else []
+                named = dict.fromkeys(rows[keys[int(i)][0]]["id"] for i in places)
                 raise UserError(e.what, where=f"step {loop.step + 1}, " + (f"example {', '.join(named)}" if named else str(e.where)),
                                 fix=e.fix) from e
             out |= dict(zip(keys, found))
@@ -537,12 +539,19 @@ def _drawn(method: "OnPolicy", rows: list[dict], wanted: list[tuple[int, str]], 
 
 # %% ../nbs/19_minillm.ipynb #11ca0993
 def _shared(accelerator, wanted: list, draw: Callable[[list], dict]) -> dict:
-    "draw(wanted), each process doing its part and getting all."
+    "draw(wanted), each process doing its part and getting all. A UserError of one process is raised in all of them."
     if accelerator.num_processes == 1:
         return draw(wanted)
     from accelerate.utils import gather_object
-    mine = draw(wanted[accelerator.process_index::accelerator.num_processes])
-    return dict(gather_object(list(mine.items())))
+    mine, wrong = {}, []
+    try:
+        mine = draw(wanted[accelerator.process_index::accelerator.num_processes])
+    except UserError as e:  # the others wait below and must hear of it
+        wrong = [(e.what, e.where, e.fix)]
+    found, wrong = gather_object(list(mine.items())), gather_object(wrong)
+    if wrong:
+        raise UserError(*wrong[0])
+    return dict(found)
 
 # %% ../nbs/19_minillm.ipynb #89af813e
 def check_drawn(responses: list[Response], where: str = "") -> None:
@@ -571,9 +580,9 @@ def check_context(rows: Sequence[dict], models: Sequence, new: int = 0) -> None:
     check_lengths([unwrapped(m) for m in models], lengths, new)
 
 # %% ../nbs/19_minillm.ipynb #sizes-ids
-def check_ids(rows: Sequence[dict], models: Sequence) -> None:
+def check_ids(rows: Sequence[dict], models: Sequence, shared: int | None = None) -> None:   # shared: tokens that both tokenizers have
     "Whether all models have the tokens of prompts and answers. Raises UserError naming examples."
-    width = min(map(_width, models))
+    width = min([*map(_width, models), *([shared] if shared else [])])
     foreign = [r for r in rows if max([*r["prompt"], *(r["gold"] or [])]) >= width]
     if foreign:
         raise UserError(f"{len(foreign)} of {len(rows)} examples have tokens beyond the {width} of a model", where=_named(foreign),
@@ -599,8 +608,9 @@ def check_start(method: "OnPolicy", loop: Loop) -> None:
                         fix="Set dropout=True in the method's settings.")
     models = [m for m in (loop.model, method.teacher) if m is not None]
     check_context(method.prompts, models, cfg.max_new_tokens)
-    read = method.prompts if method.reads_gold else [r | {"gold": None} for r in method.prompts]
-    read = read + [{"id": f"of the corpus, text {i}", "prompt": text, "gold": None} for i, text in enumerate(method.corpus)]
+    read = [r | {"gold": (r["gold"] or [])[:cfg.max_new_tokens] if method.reads_gold else None} for r in method.prompts]
+    texts = method.corpus if cfg.pt_weight else []
+    read += [{"id": f"of the corpus, text {i}", "prompt": text, "gold": None} for i, text in enumerate(texts)]
     check_context(read, models)
     if method.reads_gold:
         check_answers(method.prompts)
@@ -610,7 +620,7 @@ def check_start(method: "OnPolicy", loop: Loop) -> None:
                         fix="If both use one tokenizer and only the padding differs, pass teacher_tokenizer. If not, train on text that "
                         "the teacher wrote (SeqKD).")
     method.vocabulary = method.shared if len(set(widths)) > 1 else None
-    check_ids(read, models)
+    check_ids(read, models, method.vocabulary)
 
 # %% ../nbs/19_minillm.ipynb #3fbdc3aa
 def canaries(responses: list[Response]) -> dict[str, Tensor]:
@@ -763,8 +773,9 @@ def train_on_policy(student, method: OnPolicy, cfg: TrainConfig, *,      # cfg: 
 def onpolicy_config(config: OnPolicyConfig, steps: int, lr: float = 5e-6,
                     batch_size: int | None = None,   # rows of a process at a time; None: its whole share of the mini-batch
                     **changes: Any) -> TrainConfig:
-    "TrainConfig of a method: its mini-batch and seed, and the released code's AdamW (betas 0.9 and 0.95, decay 1e-6, constant lr)."
-    processes = int(os.environ.get("WORLD_SIZE", 1))  # set by accelerate launch, torchrun and notebook_launcher
+    "TrainConfig: mini-batch, seed, and the released code's AdamW (betas 0.9 and 0.95, decay 1e-6, constant lr). Raises UserError."
+    launched = "LOCAL_RANK" in os.environ  # by accelerate launch, torchrun or notebook_launcher; WORLD_SIZE alone may belong to a cluster
+    processes = int(os.environ.get("WORLD_SIZE") or 1) if launched else 1
     batch_size = batch_size or max(1, config.minibatch//processes)
     accumulate, rest = divmod(config.minibatch, batch_size*processes)
     if rest or not accumulate:
@@ -826,6 +837,9 @@ class Part:
 def read_parts(parts: Iterable) -> tuple[Part, ...]:   # Part, or a table such as {"divergence": "jsd", "options": {"beta": 0.1}}
     "The parts of an objective. Raises UserError for a table with other fields, an unknown divergence or source."
     made = []
+    if not isinstance(parts, (list, tuple)):
+        raise UserError(f"{parts!r} is no list of parts", where="parts",
+                        fix='Give a list such as [{"divergence": "jsd", "options": {"beta": 0.1}}].')
     for part in parts:
         fields = set(part) - set(Part.__dataclass_fields__) if isinstance(part, dict) else set()
         if fields or not isinstance(part, (dict, Part)):
@@ -1026,6 +1040,10 @@ def pair_margin(log_q: Tensor, log_p: Tensor, batch: dict[str, Tensor]) -> Tenso
 # %% ../nbs/19_minillm.ipynb #eccb3b3c
 class DPKD(OnPolicy):
     "Direct preference KD: the teacher's response is preferred to the student's; the teacher is the reference."
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.reads_gold = self.config.per_token
+
     def loss_weights(self) -> dict[str, float]:
         lm = self.config.lm_weight
         return {"dpo": 1 - lm} | ({"nll": lm} if lm else {})

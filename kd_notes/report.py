@@ -98,7 +98,8 @@ class Estimate:
 
     def plain(self, digits: int = 3) -> str:
         "In its own unit instead of per cent; one run stands alone."
-        value, *ends = (f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.{digits}g}" for x in (self.value, self.low, self.high))
+        short = [(x, f"{x:.{digits}g}") for x in (self.value, self.low, self.high)]
+        value, *ends = (f"{x:,.0f}" if abs(float(text)) >= 1000 else text for x, text in short)
         return value if self.n == 1 else f"{value} [{', '.join(ends)}]"
 
     def __str__(self) -> str:

@@ -503,7 +503,7 @@ def test_what_is_read_stands_in_the_text_in_range_and_labels_decide(text):
     if reply.outcome == "ok":
         assert {reply.first, reply.second} <= {float(x) for x in re.findall(r"\d+(?:\.\d+)?", text)} and 1 <= min(reply.first, reply.second)
         if "Answer" not in text.split("</think>")[-1]:
-            swapped = [x.translate(str.maketrans("86", "68")) for x in (text, f"{reply.first:g} {reply.second:g}")]
+            swapped = [x.translate(str.maketrans("86", "68")) for x in (text, f"{reply.first!r} {reply.second!r}")]
             assert parse_reply(swapped[0]) == parse_reply(swapped[1])       # no order, no number is favoured
     else:
         assert reply.outcome in km.REPLY_OUTCOMES
@@ -580,8 +580,15 @@ def test_a_reply_that_never_came_is_reported_and_asked_for_again(order, tmp_path
     assert [j.preferred() for j in judge(Forgetful("q/ab"), items, swap=False)] == ["a", "unusable"]
 
 
+@pytest.mark.parametrize("text", ["8 6 Answer 1 is better", "8, 6 - Answer 1 is more detailed", "8 6 (Answer 1: clear)", "Evaluation: 8 6", "Output: 8 6",
+                                  "Sure! 8 6", "Here is my evaluation: 8 6"])
+def test_words_about_the_answers_after_two_scores_void_nothing(text):
+    assert parse_reply(text) == Reply("ok", 8, 6)
+
+
 @pytest.mark.parametrize("text, cut, outcome", [("8 1", True, "ambiguous"), ("8 1", False, "ok"), ("8 6.", True, "ambiguous"),
-                                                ("8 6\nThe first answer is", True, "ok"), ("8", True, "ambiguous")])
+                                                ("8 6\nThe first answer is", True, "ok"), ("8", True, "ambiguous"),
+                                                ("8 6\nThe first answer is better.", True, "ok"), ("8 6\n8 6\n8", True, "ok")])
 def test_a_number_at_which_a_reply_was_cut_off_is_not_believed(text, cut, outcome, tmp_path):
     assert parse_reply(text, cut).outcome == outcome
 

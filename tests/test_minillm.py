@@ -574,9 +574,16 @@ def one_of_two(folder):
         save_file({k: v.detach().clone() for k, v in result.model.named_parameters()}, f"{folder}/{name}-{rank}.safetensors")
         with open(f"{folder}/{name}-{rank}.json", "w") as f:
             json.dump({slot: [r.tokens for r in rows] for slot, rows in method.buffer.responses.items()}, f)
+    method = make("seqkd")
+    draw = kt_minillm._drawn
+    kt_minillm._drawn = lambda *args: draw(*args) if rank == 0 else (_ for _ in ()).throw(UserError("NaN", where="example x", fix="Mend it."))
+    try:
+        go(method=method, steps=1, batch_size=4)
+    except UserError as e:
+        open(f"{folder}/error-{rank}.txt", "w").write(str(e))
 
 
-def test_two_processes_that_each_draw_a_half_equal_one(tmp_path):
+def test_two_processes_that_each_draw_a_half_equal_one_and_an_error_reaches_both(tmp_path):
     from safetensors.torch import load_file
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -596,6 +603,7 @@ def test_two_processes_that_each_draw_a_half_equal_one(tmp_path):
             torch.testing.assert_close(ranks[0][key], p.detach(), atol=1e-9, rtol=1e-7)
         logged = [r["loss"] for r in read_jsonl(tmp_path/name/"metrics.jsonl") if "loss" in r]
         assert logged == pytest.approx([r["loss"] for r in one.history if "loss" in r], rel=1e-8)
+    assert [(tmp_path/f"error-{rank}.txt").read_text() for rank in range(2)] == ["example x: NaN. Mend it."]*2
 
 
 def test_logs_and_free_checks():
@@ -1048,6 +1056,35 @@ def test_prompts_and_texts_of_another_tokenizer_are_named():
         go(method=onpolicy_method("minillm", Ids(), BIG, [*ROWS, {"id": "strange", "prompt": [5]}], corpus=CORPUS, **SMALL), steps=1)
     with pytest.raises(UserError, match="of the corpus, text 3"):
         go(method=onpolicy_method("minillm", Ids(), BIG, ROWS, corpus=[*CORPUS, [1, 9]], **SMALL), steps=1)
+
+
+@pytest.mark.parametrize("name", ["kd", "minillm"])
+def test_what_a_training_does_not_read_may_be_long(name):
+    rows = [*ROWS, {"id": "long", "prompt": [1, 2], "response": [3]*60}]     # of the response, max_new_tokens are read
+    rows = [r | {"response": r.get("response") or [3, 1]} for r in rows]
+    method = onpolicy_method(name, Ids(), BIG, rows, corpus=[*CORPUS, [1]*60], **(SMALL | {"pt_weight": 0.0}))
+    assert [r["step"] for r in go(method=method, steps=1)[0].history if "loss" in r] == [1]
+    with pytest.raises(UserError, match="of the corpus, text 3"):
+        go(method=onpolicy_method(name, Ids(), BIG, rows, corpus=[*CORPUS, [1]*60], **(SMALL | {"pt_weight": 1.0})), steps=1)
+
+
+def test_dpkd_on_gold_names_what_it_cannot_read():
+    given = SMALL | {"per_token": True}
+    full = [r | {"response": [3, 1]} for r in ROWS]
+    for bad, words in (({"id": "prompt 30", "prompt": [1]}, "example prompt 30"), ({"id": "odd", "prompt": [1], "response": [77]}, "example odd")):
+        with pytest.raises(UserError, match=words):
+            go(method=onpolicy_method("dpkd", Ids(), BIG, [*full, bad], **given), steps=1)
+
+
+def test_a_batch_is_divided_by_processes_that_were_launched(monkeypatch):
+    cfg = OnPolicyConfig(rollouts=8, minibatch=8)
+    monkeypatch.setenv("WORLD_SIZE", "2")                       # of a cluster's scheduler, perhaps
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert onpolicy_config(cfg, 2).batch_size == 8
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert (onpolicy_config(cfg, 2).batch_size, onpolicy_config(cfg, 2, batch_size=2).accumulate) == (4, 2)
+    with pytest.raises(UserError, match="no whole number"):
+        onpolicy_config(cfg, 2, batch_size=8)
 
 
 @pytest.mark.parametrize("divergence", [d for d in DIVERGENCES if d != "uld"])

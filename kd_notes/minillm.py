@@ -4,19 +4,19 @@
 
 # %% auto #0
 __all__ = ['AVERAGES', 'IMPORTANCE', 'WHITENING', 'PRESETS', 'SOURCES', 'DRAW', 'CANARIES', 'RECIPES', 'METHODS', 'WORLD_MODULES',
-           'WORLD_MODEL', 'WORLD_TEACHER', 'WORLD_ARMS', 'UNTRAINED', 'WORLD_DEFAULTS', 'EXPOSED', 'all_responses',
-           'response_logprobs', 'exact_kl', 'OnPolicyConfig', 'MiniLLMConfig', 'check_settings', 'Response', 'response',
-           'padded', 'returns_to_go', 'whitened', 'token_rewards', 'set_advantages', 'padded_mask', 'surrogate',
-           'response_batch', 'minillm_terms', 'encode_prompts', 'encode_corpus', 'repeated_ngrams', 'token_logprobs',
-           'Hooks', 'Buffer', 'fingerprint', 'identity', 'snapshot', 'restore', 'shuffled_pick', 'refill',
-           'check_drawn', 'check_context', 'check_ids', 'check_answers', 'check_start', 'canaries', 'add_texts',
-           'logit_sides', 'pt_sum', 'slot_batch', 'term_counts', 'term_sums', 'OnPolicy', 'train_on_policy',
-           'onpolicy_config', 'MiniLLM', 'Part', 'read_parts', 'DistillConfig', 'skew_values', 'check_parts', 'Distill',
-           'chosen_sources', 'raise_share', 'set_skew', 'part_values', 'DPKDConfig', 'pair_margin', 'DPKD',
-           'onpolicy_method', 'mean_nll', 'validation_batch', 'finetune', 'world_checksums', 'train_world_model',
-           'world_model', 'WorldArm', 'world_rate', 'world_run', 'world_labels', 'write_world_answers',
-           'world_exposure', 'world_metrics', 'distil_in_world', 'train_onpolicy', 'work_done', 'run_world',
-           'run_cells', 'item_scores']
+           'WORLD_MODEL', 'WORLD_TEACHER', 'WORLD_ARMS', 'UNTRAINED', 'WORLD_DEFAULTS', 'EXPOSED', 'TITLES',
+           'all_responses', 'response_logprobs', 'exact_kl', 'OnPolicyConfig', 'MiniLLMConfig', 'check_settings',
+           'Response', 'response', 'padded', 'returns_to_go', 'whitened', 'token_rewards', 'set_advantages',
+           'padded_mask', 'surrogate', 'response_batch', 'minillm_terms', 'encode_prompts', 'encode_corpus',
+           'repeated_ngrams', 'token_logprobs', 'Course', 'Hooks', 'Buffer', 'fingerprint', 'identity', 'snapshot',
+           'restore', 'shuffled_pick', 'refill', 'check_drawn', 'check_context', 'check_ids', 'check_answers',
+           'check_start', 'canaries', 'add_texts', 'logit_sides', 'pt_sum', 'slot_batch', 'term_counts', 'term_sums',
+           'OnPolicy', 'train_on_policy', 'onpolicy_config', 'MiniLLM', 'Part', 'read_parts', 'DistillConfig',
+           'skew_values', 'check_parts', 'Distill', 'chosen_sources', 'raise_share', 'set_skew', 'part_values',
+           'DPKDConfig', 'pair_margin', 'DPKD', 'onpolicy_method', 'mean_nll', 'validation_batch', 'finetune',
+           'world_checksums', 'train_world_model', 'world_model', 'WorldArm', 'world_rate', 'world_run', 'world_labels',
+           'write_world_answers', 'world_exposure', 'world_metrics', 'distil_in_world', 'train_onpolicy', 'work_done',
+           'run_world', 'run_cells', 'run_frame', 'item_scores']
 
 # %% ../nbs/19_minillm.ipynb #315521fb
 import math
@@ -378,7 +378,26 @@ def token_logprobs(model, responses: list[Response], pad_id: int, vocabulary: in
     return [x.tolist() for x in out]
 
 # %% ../nbs/19_minillm.ipynb #e6db786e
-class Hooks(ABC):
+class Course:
+    "What a method does while a training goes on; nothing, unless it is overridden."
+    def prepare(self, responses: list[Response], where: str) -> None:
+        "Once for a fresh buffer; `where` begins an error message."
+        return None
+
+    def validated(self, loop: Loop, metrics: dict) -> None:
+        "After a validation."
+        return None
+
+    def memory(self) -> dict:
+        "JSON data that a checkpoint shall keep; `recall` takes it back."
+        return {}
+
+    def recall(self, kept: dict) -> None:
+        "Take back what `memory` returned."
+        return None
+
+# %% ../nbs/19_minillm.ipynb #hooks-objective
+class Hooks(Course, ABC):
     "What an on-policy method is, apart from the loop. Subclass `OnPolicy` and override these."
     reads_gold = False  # whether responses of the data may be trained on
 
@@ -402,25 +421,9 @@ class Hooks(ABC):
         "Where the responses of a slot come from in this cycle: keys of DRAW."
         return ("student",)
 
-    def prepare(self, responses: list[Response], where: str) -> None:
-        "Once for a fresh buffer; `where` begins an error message."
-        return None
-
     @abstractmethod
     def objective(self, student: Tensor, teacher: Tensor | None, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         "{term: value (n,) of each token, 0 where a term is not about it}, from logits (n, V)."
-
-    def validated(self, loop: Loop, metrics: dict) -> None:
-        "After a validation."
-        return None
-
-    def memory(self) -> dict:
-        "JSON data that a checkpoint shall keep; `recall` takes it back."
-        return {}
-
-    def recall(self, kept: dict) -> None:
-        "Take back what `memory` returned."
-        return None
 
 # %% ../nbs/19_minillm.ipynb #71ac0b08
 class Buffer(Callback):
@@ -726,10 +729,9 @@ class OnPolicy(Hooks, Method):
     "Base of the on-policy methods. Its examples are the slots of `buffer`, which must be among the callbacks: `train_on_policy`."
     def __init__(self, tokenizer, teacher, prompts: Iterable, config: OnPolicyConfig, *, corpus: Iterable = (), teacher_tokenizer=None):
         self.tokenizer, self.teacher, self.config = tokenizer, None if teacher is None else freeze(teacher), config
-        self.taught_by = fingerprint(teacher)
         self.prompts, self.corpus = encode_prompts(tokenizer, prompts), encode_corpus(tokenizer, corpus, config)
         self.vocabulary, self.shared = None, None if teacher_tokenizer is None else check_tokenizers(tokenizer, teacher_tokenizer)
-        self.numbers = {p["id"]: i for i, p in enumerate(self.prompts)}
+        self.numbers, self.taught_by = {p["id"]: i for i, p in enumerate(self.prompts)}, fingerprint(teacher)
         self.sampling, self.pad, self.buffer = _draws(config, (tokenizer.eos_token_id,), config.seed), tokenizer.pad_token_id, Buffer(self)
         self.weights = self.loss_weights() | dict.fromkeys((*CANARIES, "entropy", *self.watched()), 0.0)
         self.weights |= {"pt": config.pt_weight} if config.pt_weight else {}
@@ -1332,6 +1334,15 @@ def run_cells(cells: dict[Any, dict], seeds: Sequence[int], **how: Any) -> dict[
     runs = {name: [world_run(seed=s, **settings) for s in seeds] for name, settings in cells.items()}
     found = {stable_hash(r["params"]): r["metrics"] for r in run_world([r for rs in runs.values() for r in rs], **how)}
     return {name: [found[stable_hash(r)] for r in rs] for name, rs in runs.items()}
+
+# %% ../nbs/19_minillm.ipynb #frame-fn
+TITLES = {name: arm.title for name, arm in WORLD_ARMS.items()} | UNTRAINED  # of the rows of a table
+
+
+def run_frame(seeds: Sequence[int], size: str = "xs", settings: dict | None = None, **how: Any) -> dict[str, list[dict]]:
+    "{'teacher': [its metrics], 'start': metrics of each seed's student before distillation}; `how` is passed to `run_world`."
+    teacher = run_cells({"teacher": {"arm": "teacher"} | (settings or {})}, seeds[:1], **how)
+    return teacher | run_cells({"start": {"arm": "start", "size": size} | (settings or {})}, seeds, **how)
 
 # %% ../nbs/19_minillm.ipynb #f19e6cd7
 def item_scores(metrics: Sequence[dict], name: str = "items") -> np.ndarray:

@@ -1259,6 +1259,19 @@ def test_what_is_recorded_needs_no_teacher_and_no_start(monkeypatch):
     assert [(m["size"], m["seed"]) for m in asked["world_model"]] == [("m", 0)]
 
 
+def test_a_frame_is_one_teacher_and_a_start_for_each_seed(monkeypatch):
+    asked = []
+
+    def answer(runs, **how):
+        asked.extend(runs)
+        return [{"params": r, "metrics": {"who": (r["arm"], r["size"], r["seed"], r["steps"])}} for r in runs]
+    monkeypatch.setattr(kt_minillm, "run_world", answer)
+    found = kt_minillm.run_frame([3, 4], "s", {"steps": 7}, jobs=2)
+    assert [m["who"] for m in found["start"]] == [("start", "s", 3, 7), ("start", "s", 4, 7)]
+    assert [m["who"] for m in found["teacher"]] == [("teacher", "xs", 3, 7)] and len(asked) == 3   # the same row whatever the student's size
+    assert set(found) <= set(kt_minillm.TITLES)
+
+
 def test_arms_and_settings_of_the_world_that_do_not_exist_are_named():
     with pytest.raises(UserError, match="minilm is not known.*Arms: sft, kd"):
         kt_minillm.world_run("minilm", 0)

@@ -11,7 +11,9 @@ __all__ = ['WINDOW', 'SCHEDULES', 'PRECISIONS', 'Method', 'pad_rows', 'causal_ba
            'save_checkpoint', 'fingerprint', 'last_checkpoint', 'reused_memory', 'TrainResult', 'train', 'save_model']
 
 # %% ../nbs/08_train.ipynb #dc8dddfe
+import atexit
 import ctypes
+import gc
 import json
 import math
 import os
@@ -384,6 +386,13 @@ class Objective(torch.nn.Module):
         return self.method.sums(self.model, batch)
 
 # %% ../nbs/08_train.ipynb #c2ce2bee
+def _end_group() -> None:
+    "At exit: end the process group while Python runs; a gloo thread that frees its last work after that aborts a finished training."
+    gc.collect()  # DistributedDataParallel lies in a cycle and holds the group
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def make_accelerator(cfg: TrainConfig):
     "An Accelerator for this training. Raises UserError if the precision is impossible on the device."
     from accelerate import Accelerator
@@ -393,6 +402,9 @@ def make_accelerator(cfg: TrainConfig):
     accelerator = Accelerator(mixed_precision=cfg.precision, cpu=cfg.device == "cpu")
     if cfg.precision == "fp16" and accelerator.scaler is None:  # Accelerate would train in float32 without a word
         raise UserError("fp16 needs a GPU", where="TrainConfig.precision", fix="Use 'bf16' or 'no' on this machine.")
+    if accelerator.num_processes > 1:
+        atexit.unregister(_end_group)  # once, however many trainings
+        atexit.register(_end_group)
     return accelerator
 
 # %% ../nbs/08_train.ipynb #9685280c

@@ -10,8 +10,8 @@ __all__ = ['RESERVED', 'NUMBER_FIELDS', 'K_SIGMA', 'ABS_INTERVAL', 'REL_PLAIN', 
            'imported_modules', 'data_hashes', 'outside_data', 'notebook_key', 'read_numbers', 'check_artefacts',
            'jupyter_settings', 'child_main', 'papermill_agrees', 'Ticker', 'NotebookFailed', 'need_papermill', 'Plan',
            'run_fresh', 'make_plan', 'Outcome', 'run_plan', 'columns', 'plan_all', 'reproduce', 'with_tolerance',
-           'tolerance', 'judge', 'expected_file', 'finished_run', 'record', 'Checked', 'check_notebook', 'check',
-           'check_table', 'machine_places', 'clean_output', 'output_text', 'executed_outputs', 'stamp_line',
+           'tolerance', 'judge', 'expected_file', 'finished_run', 'record', 'record_stage', 'Checked', 'check_notebook',
+           'check', 'check_table', 'machine_places', 'clean_output', 'output_text', 'executed_outputs', 'stamp_line',
            'notebook_text', 'outputs_hash', 'numbers_digest', 'publish_one', 'stamps_file', 'publish',
            'check_published', 'guard', 'list_command', 'reproduce_command', 'check_command', 'record_command',
            'publish_command', 'extract_rationales', 'extract_command', 'plain_settings', 'distill_command',
@@ -44,7 +44,8 @@ import typer
 
 from .core import (UserError, atomic_write, cache_dir, data_dir, human_seconds, nbs_dir, progress_mode, read_json, repo_root,
                            sha256_file, stable_hash, to_jsonable, write_json)
-from .runs import Run, _imported, _module_file, code_hash, device_class, environment, read_manifest, run_status, versions
+from .runs import (Run, _imported, _module_file, cached_runs, code_hash, device_class, environment, load_record, read_manifest,
+                           record_runs, run_status, versions)
 
 # %% ../nbs/30_reproduce.ipynb #232242a4
 @dataclass(frozen=True)
@@ -784,6 +785,18 @@ def _changes(old: Mapping[str, Mapping], new: Mapping[str, Mapping]) -> list[str
     moved = [f"{k}: {old[k]['value']:.6g} -> {new[k]['value']:.6g}" for k in new if k in old and dict(old[k]) != dict(new[k])]
     return gone + fresh + moved
 
+# %% ../nbs/30_reproduce.ipynb #7d1f0a32
+def record_stage(stage: str, book: Book | None = None) -> str:
+    "Add the cache's finished runs of a stage to its record; a line that counts them. Raises UserError where the cache has none."
+    folder, found = (book or open_book()).expected/"runs", cached_runs(stage)
+    if not found:
+        known = sorted({path.parts[-3] for path in (cache_dir()/"runs").glob("*/*/manifest.json")})
+        raise UserError("the cache has no finished run of this stage", where=stage, fix=f"Stages there: {', '.join(known) or 'none'}.")
+    known = load_record(stage, folder)
+    new = [r for r in found if stable_hash(r["params"]) not in known]
+    return f"{stage}: {len(new)} new, {record_runs(stage, new, folder)} recorded"
+
+
 # %% ../nbs/30_reproduce.ipynb #7ebfbb5a
 @dataclass(frozen=True)
 class Checked:
@@ -1102,10 +1115,15 @@ def check_command(names: Names = None, profile: ProfileName = "cpu", root: Root 
 
 # %% ../nbs/30_reproduce.ipynb #212e15b9
 @app.command("record")
-def record_command(names: Names = None, profile: ProfileName = "cpu", root: Root = None) -> None:
+def record_command(names: Names = None, profile: ProfileName = "cpu",
+                   stages: Annotated[list[str] | None, typer.Option("--runs", help="Add the cache's finished trainings of this stage, "
+                                                                    "such as onpolicy, to data/expected/runs.")] = None,
+                   root: Root = None) -> None:
     "Store the numbers of finished runs in data/expected, and say what changes."
     with guard():
-        print(*record(_some(names), profile, open_book(root)), sep="\n")
+        book = open_book(root)
+        lines = [record_stage(stage, book) for stage in stages or ()]
+        print(*lines, *(record(_some(names), profile, book) if names or not stages else ()), sep="\n")
 
 # %% ../nbs/30_reproduce.ipynb #74b61ac2
 @app.command("publish")

@@ -6,7 +6,7 @@
 __all__ = ['LIBRARIES', 'MANIFEST', 'THREADS', 'ROW_LIMIT', 'git_state', 'versions', 'device_class', 'environment', 'peak_memory',
            'code_modules', 'code_hash', 'run_key', 'folder_lock', 'read_manifest', 'run_status', 'read_run', 'Run',
            'estimate_pi', 'run_folder', 'cached', 'limit_threads', 'Task', 'find_target', 'worker_main', 'Worker',
-           'record_file', 'load_record', 'record_runs', 'GridError', 'run_grid']
+           'record_file', 'load_record', 'record_runs', 'cached_runs', 'GridError', 'run_grid']
 
 # %% ../nbs/01_runs.ipynb #35672550
 import ast
@@ -633,6 +633,17 @@ def record_runs(stage: str, results: Iterable[dict], folder: Path | None = None)
         lines = [json.dumps(rows[h], sort_keys=True, ensure_ascii=False) for h in sorted(rows)]
         atomic_write(path, "".join(line + "\n" for line in lines))
     return len(rows)
+
+# %% ../nbs/01_runs.ipynb #c4d27a11
+def cached_runs(stage: str) -> list[dict]:
+    "The finished runs of a stage in the cache, as `record_runs` takes them: one for each parameter set, the newest."
+    found = {}
+    for folder in (path.parent for path in sorted((cache_dir()/"runs"/stage).glob("*/manifest.json"))):
+        if done := _finished(folder):
+            params = read_json(folder/"params.json")
+            found.setdefault(stable_hash(params), []).append((read_manifest(folder)["end"], {"params": params, "key": folder.name} | done))
+    return [max(runs, key=lambda r: r[0])[1] | {"source": "cache"} for runs in found.values()]
+
 
 # %% ../nbs/01_runs.ipynb #882407ba
 def _plan(stage: str, target: str, params_list: list[dict], modules: list[str], checksums: dict | None, threads: int,

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from kd_notes import reproduce as rp
 from kd_notes.core import UserError, read_json, stable_hash, write_json
-from kd_notes.runs import read_manifest, run_status
+from kd_notes.runs import load_record, read_manifest, record_runs, run_grid, run_status
 
 PARAMETERS = '''a = 2            # a whole number
 scale = 0.5      # a decimal number
@@ -482,6 +482,20 @@ def test_record_says_what_changed(copy):
     with_numbers(copy, lambda n: (n["a"].update(value=5), n.update(old={"value": 1.0, "abs": 0.1, "k": 3, "sigma": 0}), n.pop("gain")))
     assert sorted(rp.record(["small"], "smoke", copy)) == ["small: a: 5 -> 4", "small: gain = 2 is new", "small: old is gone (was 1)"]
     assert rp.record(["small"], "smoke", copy) == ["small: no number changed"]
+
+
+def test_record_adds_the_trainings_of_a_stage_and_replaces_none(copy, tmp_path, monkeypatch):
+    monkeypatch.setenv("KD_NOTES_CACHE", str(tmp_path/"cache"))
+    grid = [{"draws": 10, "seed": seed} for seed in range(3)]
+    results = run_grid("pi", "kd_notes.runs:estimate_pi", grid, modules=["runs"])
+    record_runs("pi", [results[0] | {"metrics": {"pi": 3.0}}], copy.expected/"runs")
+    done = cli(copy, "record", "--runs", "pi")
+    assert done.returncode == 0 and done.stdout.strip() == "pi: 2 new, 3 recorded"
+    assert load_record("pi", copy.expected/"runs")[stable_hash(grid[0])]["metrics"] == {"pi": 3.0}
+    done = cli(copy, "record", "small", "--profile", "smoke", "--runs", "pi")
+    assert done.stdout.splitlines() == ["pi: 0 new, 3 recorded", "small: no number changed"]
+    done = cli(copy, "record", "--runs", "pie")
+    assert done.returncode == 2 and "pie: the cache has no finished run of this stage. Stages there: pi." in done.stderr
 
 
 @pytest.mark.parametrize("numbers", [{"a": True}, {"a": None}, {"a": "1"}, {"a": {"low": 1}}, {"a": {"value": 1, "mean": 2}}, [1], {"a": [1]}])

@@ -14,8 +14,8 @@ import pytest
 import kd_notes
 from kd_notes import runs
 from kd_notes.core import UserError, append_jsonl, read_json, read_jsonl, stable_hash, write_json
-from kd_notes.runs import (GridError, Run, cached, code_hash, code_modules, environment, limit_threads, load_record, read_manifest,
-                           read_run, record_file, record_runs, run_folder, run_grid, run_key, run_status)
+from kd_notes.runs import (GridError, Run, cached, cached_runs, code_hash, code_modules, environment, limit_threads, load_record,
+                           read_manifest, read_run, record_file, record_runs, run_folder, run_grid, run_key, run_status)
 
 PI = "kd_notes.runs:estimate_pi"
 
@@ -459,6 +459,21 @@ def test_record_merges_sorts_and_replaces(tmp_path, results):
     replayed = [r | {"source": "record", "metrics": {"pi": 0}} for r in results]
     record_runs("pi", replayed, tmp_path/"rec")
     assert record_file("pi", tmp_path/"rec").read_bytes() == text  # a replay is no new measurement
+
+
+def test_cached_runs_are_the_newest_finished_ones(tmp_path, results):
+    record_runs("pi", results, tmp_path/"rec")
+    text = record_file("pi", tmp_path/"rec").read_bytes()
+    with pytest.raises(GridError):
+        run_grid("pi", PI, [{"draws": 0, "seed": 0}], modules=["core"])  # failed: not among them
+    assert record_runs("pi", cached_runs("pi"), tmp_path/"rec") == 3
+    assert record_file("pi", tmp_path/"rec").read_bytes() == text
+    later = run_folder("pi", "of-newer-code")
+    shutil.copytree(run_folder("pi", results[0]["key"]), later)
+    for end, newest in (("2999-01-01T00:00:00+00:00", "of-newer-code"), ("1999-01-01T00:00:00+00:00", results[0]["key"])):
+        write_json(later/"manifest.json", read_manifest(later) | {"end": end})
+        assert {r["key"] for r in cached_runs("pi") if r["params"] == results[0]["params"]} == {newest}
+    assert cached_runs("nothing") == []
 
 
 def test_record_refuses_large_and_damaged_rows(tmp_path, results):

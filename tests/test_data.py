@@ -221,10 +221,10 @@ def test_near_duplicates_are_fast_enough_and_find_what_was_planted():
     text = [" ".join(r.choices(vocabulary, k=25)) for _ in range(4000)]
     planted = {int(i): f"{text[1000 + 2*i]}!" for i in range(0, 1000, 100)}
     test = [planted.get(i, t) for i, t in enumerate(text[:1000])]
-    start = time.perf_counter()
+    start = time.process_time()
     found = near_duplicates(test, text[1000:], 0.9)
     assert [(i, j) for i, j, _ in found] == [(i, 2*i) for i in planted]
-    assert time.perf_counter() - start < 20  # about one second on an idle core
+    assert time.process_time() - start < 20  # about one second on an idle core
 
 
 # --- templates and probes ----------------------------------------------------------------------------------------------------

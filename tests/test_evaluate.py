@@ -84,9 +84,9 @@ def test_nothing_of_the_text_is_run(monkeypatch):
 
 @pytest.mark.parametrize("text", ["(" * 100_000, "-" * 199 + "1", "9" * 100_000, "9**9**9", "1+" * 100_000 + "1", "((((" * 40 + "1" + "))))" * 40])
 def test_hostile_texts_are_refused_quickly(text):
-    start = time.perf_counter()
+    start = time.process_time()
     assert not ev.equation_equal(text, text)
-    assert time.perf_counter() - start < 0.5
+    assert time.process_time() - start < 0.5
 
 
 def test_depth_limit_is_where_it_says():

@@ -52,9 +52,9 @@ def test_blocks_do_not_change_the_shape_or_the_mean():
 def test_ten_thousand_draws_of_5_by_1000_take_about_a_second_at_most():
     table = np.random.default_rng(0).random((5, 1000))
     rp.hierarchical_bootstrap(table, draws=100)
-    start = time.perf_counter()
+    start = time.process_time()
     rp.hierarchical_bootstrap(table)
-    assert time.perf_counter() - start < 2.0  # 0.35 s on an idle core
+    assert time.process_time() - start < 2.0  # 0.35 s on an idle core
 
 
 def test_deterministic_and_seeded():

@@ -1031,7 +1031,7 @@ class DPKDConfig(OnPolicyConfig):
     @classmethod
     def official(cls, **changes: Any) -> "DPKDConfig":
         "The released code's choices, with changes."
-        return cls(**(dict(per_token=True, lm_weight=0.5, average="tokens") | changes))
+        return cls(**(dict(per_token=True, lm_weight=0.5, pt_weight=0.5, pt_kd_ratio=0.5, average="tokens") | changes))
 
 # %% ../nbs/19_minillm.ipynb #39c23ee1
 def pair_margin(log_q: Tensor, log_p: Tensor, batch: dict[str, Tensor]) -> Tensor:
@@ -1071,7 +1071,8 @@ class DPKD(OnPolicy):
 # %% ../nbs/19_minillm.ipynb #bfe32556
 METHODS: dict[str, tuple[type[OnPolicy], Callable[..., OnPolicyConfig]]] = {
     "minillm": (MiniLLM, MiniLLMConfig), "minillm_official": (MiniLLM, MiniLLMConfig.official),
-    "on_policy": (MiniLLM, lambda **c: MiniLLMConfig.preset("on_policy", **c)), "dpkd": (DPKD, DPKDConfig),
+    "on_policy": (MiniLLM, lambda **c: MiniLLMConfig.preset("on_policy", **c)),
+    "dpkd": (DPKD, DPKDConfig), "dpkd_official": (DPKD, DPKDConfig.official),
     **{name: (Distill, partial(DistillConfig.recipe, name)) for name in RECIPES}}
 
 

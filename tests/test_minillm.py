@@ -883,12 +883,22 @@ def test_dpkd():
 
 
 def test_dpkds_code_variant_is_constant_where_both_agree():
-    method = DPKD(Ids(), small(), ROWS, DPKDConfig.official(rollouts=6, minibatch=6))
+    method = DPKD(Ids(), small(), ROWS, DPKDConfig.official(rollouts=6, minibatch=6, pt_weight=0.0))
     student = small()
     batch = in_buffer(method, GOLD).collate(list(range(6)))
     sums = method.sums(student, batch)
     assert sums["dpo"].item()/method.counts(batch)["dpo"] == pytest.approx(math.log(2), abs=1e-6)
     assert vector(student, sums["dpo"]).abs().max() == 0 and method.weights["nll"] == method.weights["dpo"] == 0.5
+
+
+def test_dpkds_code_variant_has_a_language_modelling_term_that_is_half_distilled():
+    result, method = go("dpkd_official", steps=2)
+    assert {k: v for k, v in method.weights.items() if v} == {"dpo": 0.5, "nll": 0.5, "pt": 0.5} and method.config.pt_kd_ratio == 0.5
+    for row in result.history:
+        if "loss" in row:
+            assert row["loss"] == pytest.approx(0.5*(row["dpo"] + row["nll"] + row["pt"]), rel=1e-5) and row["pt"] > 0
+    with pytest.raises(UserError, match="corpus"):
+        DPKD(Ids(), small(), ROWS, DPKDConfig.official(rollouts=6, minibatch=6))
 
 
 @pytest.mark.parametrize("name", [*METHODS])

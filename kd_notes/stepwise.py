@@ -20,6 +20,7 @@ from torch import Tensor
 from .core import UserError, cache_dir, data_dir, read_json, read_jsonl, rng, sha256_file, stable_hash
 from .data import Example, TaskInfo, load_real, load_split, real_set, split_checksum, task_info, withhold
 from .evaluate import accuracy, outcomes, pack_bits
+from .generate import check_lengths
 from .models import (context_of, count_parameters, layer_drop, load_mini_tokenizer, load_pretrained, mini_model, resolve_model,
                              train_mini_tokenizer)
 from .rationales import vote
@@ -236,18 +237,16 @@ def predict(model, tokenizer, examples: list[Example], *, prefix: str = PREDICT,
     ids = {e.id: tokenizer.encode(prefix + e.input, add_special_tokens=False) + [tokenizer.eos_token_id] * (family == "t5")
            for e in examples}
     order, out, pad = sorted(ids, key=lambda i: len(ids[i])), {}, tokenizer.pad_token_id
-    context = context_of(model)
-    if order and context and len(ids[order[-1]]) + max_new_tokens > context:
-        raise UserError(f"the input has {len(ids[order[-1]])} tokens, with {max_new_tokens} new ones more than the model's {context}",
-                        where=f"example {order[-1]}", fix="Shorten it, leave it out, or use a model with a longer context.")
+    check_lengths([model], {f"example {i}": len(ids[i]) for i in reversed(order)}, max_new_tokens)
     for start in range(0, len(order), batch_size):
         names = order[start:start + batch_size]
         width = max(len(ids[i]) for i in names)
         fill = [[pad] * (width - len(ids[i])) for i in names]
         rows = [ids[i] + f if family == "t5" else f + ids[i] for i, f in zip(names, fill)]
-        mask = [[t != pad for t in r] for r in rows]
+        ones = [[1] * len(ids[i]) for i in names]  # by length: a text may hold the padding token
+        mask = [o + [0] * len(f) if family == "t5" else [0] * len(f) + o for o, f in zip(ones, fill)]
         made = model.generate(input_ids=torch.tensor(rows, device=model.device), do_sample=False,
-                              attention_mask=torch.tensor(mask, device=model.device).long(),
+                              attention_mask=torch.tensor(mask, device=model.device),
                               max_new_tokens=max_new_tokens, pad_token_id=pad, eos_token_id=tokenizer.eos_token_id)
         texts = tokenizer.batch_decode(made if family == "t5" else made[:, width:], skip_special_tokens=True)
         out |= {i: t.strip() for i, t in zip(names, texts)}

@@ -355,6 +355,19 @@ def test_several_samples_of_a_teacher_vote(tmp_path, monkeypatch):
     assert ks.teacher_text("nli", "pool") == {"a": ("entailment", "because 0")}
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_padding_token_in_a_text_is_text(family):
+    model = tiny(family, seed=3).eval()
+    odd, long = replace(POOL[0], id="odd", input="a <pad> duck <pad>"), replace(POOL[1], id="long", input="a dog runs " * 9)
+    ids = TOK.encode(ks.PREDICT + odd.input, add_special_tokens=False) + [TOK.eos_token_id]*(family == "t5")
+    assert TOK.pad_token_id in ids
+    rows = torch.tensor([ids])
+    made = model.generate(input_ids=rows, attention_mask=torch.ones_like(rows), do_sample=False, max_new_tokens=8, pad_token_id=TOK.pad_token_id,
+                          eos_token_id=TOK.eos_token_id)[0, 0 if family == "t5" else len(ids):]
+    alone = TOK.decode(made, skip_special_tokens=True).strip()
+    assert predict(model, TOK, [odd, long], family=family, max_new_tokens=8)["odd"] == alone != ""
+
+
 def test_an_input_beyond_the_context_is_named():
     long = replace(POOL[0], id="endless", input="a duck " * 600)
     with pytest.raises(UserError, match="endless"):

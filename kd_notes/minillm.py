@@ -1210,7 +1210,9 @@ UNTRAINED = {"teacher": "teacher", "start": "student before distillation"}
 
 # %% ../nbs/19_minillm.ipynb #92802d94
 def world_rate(arm: str) -> float:
-    "Learning rate that the grid chose for an arm (data/chosen/minillm.json), or the default."
+    "Learning rate that the grid chose for an arm (data/chosen/minillm.json), or the default; 0 for what is not trained."
+    if arm in UNTRAINED:
+        return 0.0
     chosen = read_json(data_dir()/"chosen"/"minillm.json")
     return chosen["lr"].get(arm, chosen["default"])
 
@@ -1228,7 +1230,8 @@ def world_run(arm: str, seed: int, **settings: Any) -> dict:  # settings: any of
                         fix=f"Arms: {', '.join(WORLD_ARMS | UNTRAINED)}. Settings: {', '.join(WORLD_DEFAULTS)}.")
     p = {"arm": arm, "seed": seed} | WORLD_DEFAULTS | settings
     start = {k: v for k, v in WORLD_MODEL.items() if k not in ("size", "seed")}  # those are the run's own
-    return p | {"lr": p["lr"] or world_rate(arm), "teacher": WORLD_TEACHER | p["teacher"], "student": start | p["student"]}
+    rate = world_rate(arm) if p["lr"] is None else p["lr"]
+    return p | {"lr": rate, "teacher": WORLD_TEACHER | p["teacher"], "student": start | p["student"]}
 
 # %% ../nbs/19_minillm.ipynb #0df6b489
 def world_labels(model, tok, rows: list[dict]) -> dict:

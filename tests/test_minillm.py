@@ -910,6 +910,12 @@ def test_every_method_trains(name):
 
 # ---------------------------------------------------------------- settings and bad input
 
+def test_what_is_not_trained_has_no_learning_rate():
+    "Else a new choice of rates would make other runs of the teacher and the start."
+    assert [kt_minillm.world_run(arm, 0)["lr"] for arm in kt_minillm.UNTRAINED] == [0.0, 0.0]
+    assert kt_minillm.world_run("gkd", 0)["lr"] > 0 and kt_minillm.world_run("gkd", 0, lr=0.5)["lr"] == 0.5
+
+
 def test_presets_and_recipes():
     code = MiniLLMConfig.official()
     assert (code.present_reward, code.weight_single, code.gamma, code.whiten, code.reward_scale, code.reward_clip, code.pt_kd_ratio, code.minibatch,

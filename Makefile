@@ -1,5 +1,5 @@
 # make setup     a virtual environment in .venv, from nothing but Python 3.11 and the package index (about 3 minutes)
-# make reproduce the headline figures of the paper, profile cpu (about 30 minutes on two cores; a second call takes seconds)
+# make reproduce the headline figures of the paper, profile cpu (about 40 minutes on two cores; a second call takes seconds)
 # make test      every check that CI runs (less than 30 minutes on two cores)
 # make lab       JupyterLab in nbs/
 SHELL := /bin/bash

@@ -476,6 +476,7 @@ def worker_main() -> None:
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints is not an answer
+    sys.stdout.reconfigure(line_buffering=True)  # it was a pipe: in order with standard error, and not lost if the process is killed
     for line in sys.stdin:
         order = json.loads(line)
         task = Task(**order["task"])

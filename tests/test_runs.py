@@ -363,7 +363,8 @@ def test_a_killed_run_is_resumed_in_its_folder(targets, cache):
     assert [r["source"] for r in results] == ["run", "cache"]
 
 
-def test_what_a_worker_prints_is_kept_and_disturbs_nothing(targets, cache):
+def test_what_a_worker_prints_is_kept_and_disturbs_nothing(targets, cache, monkeypatch):
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     results = run_grid("s", "grid_targets:noisy", [{"seed": s} for s in range(3)], modules=["core"], jobs=2)
     assert [r["metrics"]["x"] for r in results] == [0, 1, 2]
     assert (run_folder("s", results[1]["key"])/"log.txt").read_text().split("\n")[:2] == ["a library prints this", "and this"]

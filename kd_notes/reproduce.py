@@ -790,12 +790,11 @@ def record_stage(stage: str, book: Book | None = None) -> str:
     "Add the cache's finished runs of a stage to its record; a line that counts them. Raises UserError where the cache has none."
     folder, found = (book or open_book()).expected/"runs", cached_runs(stage)
     if not found:
-        known = sorted({path.parts[-3] for path in (cache_dir()/"runs").glob("*/*/manifest.json")})
-        raise UserError("the cache has no finished run of this stage", where=stage, fix=f"Stages there: {', '.join(known) or 'none'}.")
+        stages = sorted({path.parts[-3] for path in (cache_dir()/"runs").glob("*/*/manifest.json")})
+        raise UserError("the cache has no finished run of this stage", where=stage, fix=f"Stages there: {', '.join(stages) or 'none'}.")
     known = load_record(stage, folder)
     new = [r for r in found if stable_hash(r["params"]) not in known]
     return f"{stage}: {len(new)} new, {record_runs(stage, new, folder)} recorded"
-
 
 # %% ../nbs/30_reproduce.ipynb #7ebfbb5a
 @dataclass(frozen=True)

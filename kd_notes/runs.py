@@ -638,13 +638,9 @@ def record_runs(stage: str, results: Iterable[dict], folder: Path | None = None)
 # %% ../nbs/01_runs.ipynb #c4d27a11
 def cached_runs(stage: str) -> list[dict]:
     "The finished runs of a stage in the cache, as `record_runs` takes them: one for each parameter set, the newest."
-    found = {}
-    for folder in (path.parent for path in sorted((cache_dir()/"runs"/stage).glob("*/manifest.json"))):
-        if done := _finished(folder):
-            params = read_json(folder/"params.json")
-            found.setdefault(stable_hash(params), []).append((read_manifest(folder)["end"], {"params": params, "key": folder.name} | done))
-    return [max(runs, key=lambda r: r[0])[1] | {"source": "cache"} for runs in found.values()]
-
+    done = [path.parent for path in (cache_dir()/"runs"/stage).glob("*/manifest.json") if run_status(path.parent) == "done"]
+    newest = {stable_hash(read_json(f/"params.json")): f for f in sorted(done, key=lambda f: read_manifest(f)["end"])}
+    return [{"params": read_json(f/"params.json"), "key": f.name, "source": "cache"} | _finished(f) for f in newest.values()]
 
 # %% ../nbs/01_runs.ipynb #882407ba
 def _plan(stage: str, target: str, params_list: list[dict], modules: list[str], checksums: dict | None, threads: int,

@@ -3,7 +3,7 @@ import sys
 from configparser import ConfigParser
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
 HEAVY = {"adapter", "adapters", "backbone", "backbones"}  # folders of weights below data/: in the repository, not in the wheel
@@ -26,7 +26,7 @@ def data_files() -> list[str]:
 
 
 lib = cfg["lib_name"]
-packages, package_dir, package_data = [lib], {}, {}
+packages, package_dir, package_data = find_packages(ROOT, include=[lib, f"{lib}.*"]), {}, {}
 if not {"editable_wheel", "develop"} & set(sys.argv):
     # A wheel has no checkout around it: the notebooks and the data travel inside the package. An editable install needs neither.
     for name, folder, names in (("_nbs", "nbs", files_below("nbs")), ("_data", "data", data_files())):

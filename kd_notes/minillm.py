@@ -99,6 +99,13 @@ class OnPolicyConfig:
     def __post_init__(self):
         check_settings(self)
 
+    def rules(self) -> dict[str, bool]:
+        "{setting: whether its value is possible}."
+        divides = 1 <= self.minibatch <= self.rollouts and self.rollouts % self.minibatch == 0
+        return {"rollouts": self.rollouts >= 1, "minibatch": divides, "inner_epochs": self.inner_epochs >= 1,
+                "average": self.average in AVERAGES, "pt_weight": self.pt_weight >= 0,
+                "pt_kd_ratio": 0 <= self.pt_kd_ratio <= 1, "pt_length": self.pt_length >= 2}
+
 # %% ../nbs/19_minillm.ipynb #97291b54
 IMPORTANCE, WHITENING = ("token", "product", "exact"), ("none", "responses", "padded")
 
@@ -120,6 +127,17 @@ class MiniLLMConfig(OnPolicyConfig):
     reward_scale: float = 1.0      # factor on rewards; code: 2
     reward_clip: float = 0.0       # rewards clipped to +- this; 0: not; code: 100
     eval_no_repeat_ngram: int = 0  # evaluation forbids repeating an n-gram; code: 6
+
+    def __post_init__(self):
+        super().__post_init__()
+        if (self.temperature, self.top_p, self.top_k) != (1.0, 1.0, 0):
+            raise UserError("importance weights are those of plain sampling", where="temperature, top_p, top_k",
+                            fix="Leave them at 1, 1 and 0.")
+
+    def rules(self) -> dict[str, bool]:
+        return super().rules() | {"alpha": 0 <= self.alpha <= 1, "importance": self.importance in IMPORTANCE,
+                                  "gamma": 0 <= self.gamma <= 1, "clip": self.clip >= 0,
+                                  "whiten": self.whiten in WHITENING, "reward_clip": self.reward_clip >= 0}
 
     @classmethod
     def preset(cls, name: str = "paper", **changes: Any) -> "MiniLLMConfig":
@@ -151,20 +169,10 @@ PRESETS = {
 # %% ../nbs/19_minillm.ipynb #b5019c8b
 def check_settings(cfg: OnPolicyConfig) -> None:
     "Raises UserError naming the first setting that makes no sense."
-    def get(name: str, default: Any) -> Any:
-        return getattr(cfg, name, default)
-    rules = {"rollouts": cfg.rollouts >= 1, "minibatch": 1 <= cfg.minibatch <= cfg.rollouts and cfg.rollouts % cfg.minibatch == 0,
-             "inner_epochs": cfg.inner_epochs >= 1, "average": cfg.average in AVERAGES, "pt_weight": cfg.pt_weight >= 0,
-             "pt_kd_ratio": 0 <= cfg.pt_kd_ratio <= 1, "pt_length": cfg.pt_length >= 2, "alpha": 0 <= get("alpha", 0) <= 1,
-             "importance": get("importance", "token") in IMPORTANCE, "gamma": 0 <= get("gamma", 1) <= 1, "clip": get("clip", 0) >= 0,
-             "whiten": get("whiten", "none") in WHITENING, "reward_clip": get("reward_clip", 0) >= 0}
-    for name, fine in rules.items():
+    for name, fine in cfg.rules().items():
         if not fine:
             raise UserError(f"{getattr(cfg, name)!r} is not possible", where=f"{type(cfg).__name__}.{name}",
                             fix="`minibatch` must divide `rollouts`." if name == "minibatch" else "See the comment of this setting.")
-    if isinstance(cfg, MiniLLMConfig) and (cfg.temperature, cfg.top_p, cfg.top_k) != (1.0, 1.0, 0):
-        raise UserError("importance weights are those of plain sampling", where="temperature, top_p, top_k",
-                        fix="Leave them at 1, 1 and 0.")
     _draws(cfg)
 
 # %% ../nbs/19_minillm.ipynb #680f36de

@@ -44,7 +44,7 @@ import typer
 
 from .core import (UserError, atomic_write, cache_dir, data_dir, human_seconds, nbs_dir, progress_mode, read_json, repo_root,
                            sha256_file, stable_hash, to_jsonable, write_json)
-from .runs import (Run, _imported, _module_file, cached_runs, code_hash, device_class, environment, load_record, read_manifest,
+from .runs import (Run, cached_runs, code_hash, device_class, environment, imported_names, load_record, module_file, read_manifest,
                            record_runs, run_status, versions)
 
 # %% ../nbs/30_reproduce.ipynb #232242a4
@@ -311,10 +311,10 @@ def imported_modules(nb: Mapping, where: str = "notebook") -> list[str]:
     for number, c in enumerate(code_cells(nb), start=1):
         text = re.sub(r"(?m)^([ \t]*)[%!].*$", r"\1pass", cell_source(c))  # magics are not Python
         try:
-            found |= _imported(ast.parse(text))
+            found |= imported_names(ast.parse(text))
         except SyntaxError as e:
             raise UserError(f"code cell {number} is not Python ({e.msg}, line {e.lineno})", where=where, fix="Correct it.") from e
-    return sorted(name for name in found if _module_file(name))
+    return sorted(name for name in found if module_file(name))
 
 # %% ../nbs/30_reproduce.ipynb #965a5687
 @functools.lru_cache(maxsize=None)

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['LIBRARIES', 'MANIFEST', 'THREADS', 'ROW_LIMIT', 'git_state', 'versions', 'device_class', 'environment', 'peak_memory',
-           'code_modules', 'code_hash', 'run_key', 'folder_lock', 'read_manifest', 'run_status', 'read_run', 'Run',
-           'estimate_pi', 'run_folder', 'cached', 'limit_threads', 'Task', 'find_target', 'worker_main', 'Worker',
-           'record_file', 'load_record', 'record_runs', 'cached_runs', 'GridError', 'run_grid']
+           'imported_names', 'module_file', 'module_facts', 'code_modules', 'code_hash', 'run_key', 'folder_lock',
+           'read_manifest', 'run_status', 'read_run', 'Run', 'estimate_pi', 'run_folder', 'cached', 'limit_threads',
+           'Task', 'find_target', 'worker_main', 'Worker', 'record_file', 'load_record', 'record_runs', 'cached_runs',
+           'GridError', 'run_grid']
 
 # %% ../nbs/01_runs.ipynb #35672550
 import ast
@@ -128,52 +129,58 @@ def _tree_hash(source: str) -> str:
     return stable_hash(ast.dump(_without_docstrings(ast.parse(source))))
 
 # %% ../nbs/01_runs.ipynb #9f6d6506
-def _imported(tree: ast.AST) -> set[str]:
-    "Short names of the kd_notes modules that a kd_notes module imports anywhere."
-    found: set[str] = set()
+def imported_names(tree: ast.AST, module: str = "") -> set[str]:
+    "Dotted names below kd_notes that `module` imports anywhere: modules, and perhaps what stands in them."
+    names: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found |= {a.name.removeprefix("kd_notes.") for a in node.names if a.name.startswith("kd_notes.")}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            parts = (["kd_notes"] if node.level == 1 else []) + (node.module.split(".") if node.module else [])
-            if parts == ["kd_notes"]:
-                found |= {a.name for a in node.names}
-            elif parts[:1] == ["kd_notes"]:
-                found.add(parts[1])
-    return found
+            # `from ..core import x` in kd_notes.losses.fused: two levels up from the module is the package
+            above = f"kd_notes.{module}".split(".")[:-node.level] if node.level else []
+            source = ".".join(above + ([node.module] if node.module else []))
+            names |= {source} | {f"{source}.{alias.name}" for alias in node.names}
+    return {name.removeprefix("kd_notes.") for name in names if name.startswith("kd_notes.")}
 
 # %% ../nbs/01_runs.ipynb #22716d9d
-def _module_file(name: str) -> Path | None:
-    path = Path(kd_notes.__file__).parent/f"{name.removeprefix('kd_notes.')}.py"
+def module_file(name: str) -> Path | None:
+    "File of a module such as 'core' or 'losses.fused'; None for a package and for what is no module."
+    path = Path(kd_notes.__file__).parent.joinpath(*name.removeprefix("kd_notes.").split("."))
+    path = path.with_name(path.name + ".py")
     return path if path.is_file() else None
 
 
 @functools.lru_cache(maxsize=None)
-def _module_facts(path: Path, changed: int) -> tuple[str, frozenset[str]]:
+def _module_facts(name: str, path: Path, changed: int) -> tuple[str, frozenset[str]]:
     "Hash of a module's code and the modules it imports; `changed` (mtime) makes the cache forget after an edit."
     source = path.read_text(encoding="utf-8")
-    return _tree_hash(source), frozenset(_imported(ast.parse(source)))
+    names = imported_names(ast.parse(source), name)
+    return _tree_hash(source), frozenset(other for other in names if module_file(other))
+
+
+def module_facts(name: str) -> tuple[str, frozenset[str]]:
+    "Hash of the code of a module of this package, and the modules that it imports."
+    path = module_file(name)
+    return _module_facts(name, path, path.stat().st_mtime_ns)
 
 # %% ../nbs/01_runs.ipynb #e6671547
 def code_modules(*names: str) -> list[str]:
     "These kd_notes modules and all kd_notes modules that they import, directly or not, sorted. Raises UserError for an unknown one."
     found, todo = set(), [n.removeprefix("kd_notes.") for n in names]
     for name in todo:
-        if _module_file(name) is None:
+        if module_file(name) is None:
             raise UserError(f"there is no module kd_notes.{name}", where="modules", fix="Name modules of this package, such as 'train'.")
     while todo:
         name = todo.pop()
-        path = _module_file(name)
-        if path is not None and name not in found:
+        if name not in found:
             found.add(name)
-            todo += _module_facts(path, path.stat().st_mtime_ns)[1]
+            todo += module_facts(name)[1]
     return sorted(found)
 
 # %% ../nbs/01_runs.ipynb #a5360e77
 def code_hash(*names: str) -> str:
     "16 hex digits of the code (no comments, no docstrings) of `code_modules(*names)`."
-    paths = {name: _module_file(name) for name in code_modules(*names)}
-    return stable_hash({name: _module_facts(path, path.stat().st_mtime_ns)[0] for name, path in paths.items()})
+    return stable_hash({name: module_facts(name)[0] for name in code_modules(*names)})
 
 # %% ../nbs/01_runs.ipynb #e911c538
 def run_key(stage: str,                 # what kind of run, such as "stepwise"

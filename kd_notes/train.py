@@ -860,8 +860,6 @@ def _write_checkpoint(loop: Loop, folder: Path) -> None:
 # %% ../nbs/08_train.ipynb #ae165290
 def save_checkpoint(loop: Loop) -> None:
     "Write run_dir/checkpoints/step-N, atomically, and delete the one before. Raises UserError if the disk is full."
-    _check_finite(loop)
-    _flush(loop)
     final = loop.run_dir/"checkpoints"/f"step-{loop.step:07d}"
     part = final.with_name(f".{final.name}.part")
     main = loop.accelerator.is_main_process
@@ -982,6 +980,13 @@ class TrainResult:
     stop: str = ""           # why it ended early, if it did
 
 # %% ../nbs/08_train.ipynb #2e03ac35
+def _save(loop: Loop) -> None:
+    "A checkpoint whose losses were finite and whose history is on the disk."
+    _check_finite(loop)
+    _flush(loop)
+    save_checkpoint(loop)
+
+
 def _after_step(loop: Loop, validate: Callable | None) -> None:
     cfg = loop.cfg
     if validate and cfg.eval_every and loop.step % cfg.eval_every == 0:
@@ -989,7 +994,7 @@ def _after_step(loop: Loop, validate: Callable | None) -> None:
     for callback in loop.callbacks:
         callback.on_step(loop)
     if loop.run_dir and cfg.save_every and loop.step % cfg.save_every == 0:
-        save_checkpoint(loop)
+        _save(loop)
 
 # %% ../nbs/08_train.ipynb #ada63598
 def _finish(loop: Loop, validate: Callable | None) -> TrainResult:
@@ -1000,7 +1005,7 @@ def _finish(loop: Loop, validate: Callable | None) -> TrainResult:
     if validate and not validated:
         _validate(loop, validate)
     if loop.run_dir and cfg.save_every and loop.saved < loop.step:
-        save_checkpoint(loop)
+        _save(loop)
     if loop.best_weights:
         for name, p in trainable(loop.objective).items():
             _write_into(p, loop.best_weights[name])
@@ -1018,7 +1023,7 @@ def _keep_good_steps(loop: Loop, random_state: dict[str, Tensor]) -> None:
     if loop.accelerator.num_processes == 1 and loop.accelerator.device.type == "cpu" and loop.saved < loop.step:
         set_rng_state(random_state)
         with suppress(UserError):    # a full disk does not hide the error
-            save_checkpoint(loop)
+            _save(loop)
 
 # %% ../nbs/08_train.ipynb #149600e6
 def train(model,                                 # a Hugging Face model; it is trained in place

@@ -232,11 +232,11 @@ def number_of_module() -> dict[str, int]:
 
 
 def test_every_module_has_one_notebook_and_imports_only_from_earlier_ones():
-    from kd_notes.runs import _imported
+    from kd_notes.runs import imported_names
     numbers = number_of_module()
     assert set(numbers) == {p.stem for p in MODULES}
     wrong = [f"{m} ({numbers[m]:02d}) imports {other} ({numbers[other]:02d})" for m in numbers
-             for other in _imported(ast.parse((ROOT/"kd_notes"/f"{m}.py").read_text())) if other in numbers and numbers[other] >= numbers[m]]
+             for other in imported_names(ast.parse((ROOT/"kd_notes"/f"{m}.py").read_text()), m) if other in numbers and numbers[other] >= numbers[m]]
     assert not wrong, f"A notebook imports only from lower numbers: {wrong}"
 
 

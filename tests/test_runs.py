@@ -132,6 +132,23 @@ def test_code_changes_the_hash_also_through_imports_and_only_there(package):
     assert changed[0] != before[0] and changed[1] != before[1]
 
 
+def test_the_hash_follows_modules_of_subpackages(package):
+    "A module of a subpackage counts by its dotted name, however it is imported, and so does what it imports itself."
+    folder, ask = package
+    (folder/"deep"/"er").mkdir(parents=True)
+    for path, text in {"deep/__init__.py": "", "deep/er/__init__.py": "", "deep/one.py": "from ..core import rng\nfrom .two import X\n",
+                       "deep/two.py": "X = 1\n", "deep/er/three.py": "from ..two import X\nfrom ...evaluate import accuracy\n",
+                       "deep/four.py": "def f():\n    from kd_notes.deep.er import three\n", "deep/alone.py": "Y = 1\n"}.items():
+        (folder/path).write_text(text)
+    names = "deep.one", "kd_notes.deep.er.three", "deep.four"
+    before = [ask(name) for name in names]
+    assert len(set(before)) == 3
+    (folder/"deep"/"alone.py").write_text("Y = 2\n")
+    assert [ask(name) for name in names] == before
+    (folder/"deep"/"two.py").write_text("X = 2\n")
+    assert all(ask(name) != old for name, old in zip(names, before))
+
+
 def test_code_modules_follow_imports():
     assert code_modules("core") == ["core"] and code_modules("kd_notes.runs") == ["core", "runs"]
     with pytest.raises(UserError, match="kd_notes.nowhere"):

@@ -21,10 +21,14 @@ from transformers import (Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHea
                           MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM)
 
 from helpers import sharper
-from kd_notes import backends as kb
-from kd_notes.backends import Completion, Decoding, LocalBackend, OpenAIBackend, ReplayBackend, completion_row, open_backend
-from kd_notes.core import UserError, append_jsonl, write_json
-from kd_notes.models import mini_model, train_mini_tokenizer
+import kd_notes.generation.backends as backends_module
+import kd_notes.generation.engine as engine_module
+from kd_notes.generation.backends import (
+    Completion, completion_row, LocalBackend, open_backend, OpenAIBackend, ReplayBackend,
+)
+from kd_notes.generation.engine import Decoding
+from kd_notes.core import append_jsonl, UserError, write_json
+from kd_notes.models.mini import mini_model, train_mini_tokenizer
 
 torch.set_num_threads(1)
 WORDS = "Ann has 12 apples and buys 30 more. How many apples are in the box, on the shelf or under the table?".split()
@@ -81,7 +85,7 @@ def outcome(completions):
 @pytest.mark.parametrize("batch_size", [1, 3, 8, 256])
 @pytest.mark.parametrize("prefix", ["", SHOTS])
 def test_batches_give_what_one_prompt_at_a_time_gives(model, tok, batch_size, prefix, monkeypatch):
-    monkeypatch.setattr(kb, "PREFILL_TOKENS", 100)  # several prefills join one batch
+    monkeypatch.setattr(backends_module, "PREFILL_TOKENS", 100)  # several prefills join one batch
     requests, decoding = prompts_of(14, prefix=prefix), Decoding(30)
     reference = one_by_one(model, tok, requests, decoding)
     assert outcome(LocalBackend(model, tok, batch_size=batch_size).generate(requests, decoding)) == reference
@@ -113,12 +117,12 @@ def test_any_mixture_of_lengths(tok, lengths, batch_size, new, seed, stop, spare
     model = llama(tok, seed=seed)
     draw = random.Random(seed)
     requests = [(f"r{i}", " ".join(draw.choices(WORDS, k=n))) for i, n in enumerate(lengths)]
-    decoding, before = Decoding(new, stop=stop), kb.SPARE
+    decoding, before = Decoding(new, stop=stop), engine_module.SPARE
     try:
-        kb.SPARE = spare  # with one spare column the cache grows at nearly every step
+        engine_module.SPARE = spare  # with one spare column the cache grows at nearly every step
         got = outcome(LocalBackend(model, tok, revision="x", batch_size=batch_size).generate(requests, decoding))
     finally:
-        kb.SPARE = before
+        engine_module.SPARE = before
     assert got == one_by_one(model, tok, requests, decoding)
 
 
@@ -264,8 +268,8 @@ def test_a_sample_does_not_depend_on_its_company(model, tok):
 def test_samples_follow_the_distribution(limits):
     logits = torch.randn(20, generator=torch.Generator().manual_seed(1))*1.5
     decoding, n = Decoding(1, temperature=1.3, **limits), 6000
-    rows = [kb.Row(str(i), 0, [], draws=kb.draws(0, str(i), 0, 1)) for i in range(n)]
-    drawn = torch.bincount(kb._choose(kb.Scores(logits.expand(n, 20), None), rows, decoding), minlength=20)/n
+    rows = [engine_module.Row(str(i), 0, [], draws=engine_module.draws(0, str(i), 0, 1)) for i in range(n)]
+    drawn = torch.bincount(engine_module._choose(engine_module.Scores(logits.expand(n, 20), None), rows, decoding), minlength=20)/n
     p = torch.softmax(logits/1.3, -1)  # the same limits, written the plain way
     order = p.argsort(descending=True)
     if "top_k" in limits:
@@ -281,7 +285,7 @@ def test_samples_follow_the_distribution(limits):
 
 def test_top_p_is_exact_when_it_needs_more_than_the_first_thousand():
     flat = torch.zeros(2, 3000)
-    weights, ids = kb._candidates(flat, Decoding(1, temperature=1.0, top_p=0.9))
+    weights, ids = engine_module._candidates(flat, Decoding(1, temperature=1.0, top_p=0.9))
     assert weights.shape[-1] == 3000 and abs(int((weights[0] > 0).sum()) - 2700) <= 2
 
 
@@ -617,7 +621,7 @@ def test_replay_refuses_another_prompt_an_unknown_id_and_other_decoding(model, t
         replay.generate([("r77", "x")], Decoding(6))
     with pytest.raises(UserError, match=r"'r0' \(sample 1\)"):
         replay.generate(requests[:1], Decoding(6, temperature=1.0, n=2))
-    write_json(kb.manifest_path(tmp_path/"a.jsonl"), {"backend": {"model": "tiny", "revision": "abc"}, "decoding": Decoding(6)})
+    write_json(backends_module.manifest_path(tmp_path/"a.jsonl"), {"backend": {"model": "tiny", "revision": "abc"}, "decoding": Decoding(6)})
     replay = ReplayBackend(tmp_path/"a.jsonl")
     assert (replay.name, replay.revision) == ("tiny", "abc") and replay.describe()["kind"] == "replay"
     with pytest.raises(UserError, match=r"max_new_tokens 6 \(asked for: 7\)"):
@@ -638,4 +642,4 @@ def test_replay_refuses_a_damaged_file(model, tok, tmp_path, row, what):
 
 def test_a_completion_survives_its_row():
     for c in [Completion("a", "so", 3, 2, "stop", 0.5), Completion("b", "é\n", 3, 2, "length", 0.5, -1.5, 4)]:
-        assert kb._completion(json.loads(json.dumps(completion_row(c, "p")))) == c
+        assert backends_module._completion(json.loads(json.dumps(completion_row(c, "p")))) == c

@@ -16,10 +16,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kd_notes import core
-from kd_notes.core import (Meter, UserError, append_jsonl, atomic_write, cache_dir, canonical_json, data_dir, expect_error,
-                           human_seconds, nbs_dir, progress, progress_mode, read_json, read_jsonl, repo_root, rng, seed_everything,
-                           sha256_file, sha256_text, stable_hash, to_jsonable, verify_checksums, write_checksums, write_json)
+import kd_notes.core as core_module
+from kd_notes.core import (
+    append_jsonl, atomic_write, cache_dir, canonical_json, data_dir, expect_error, nbs_dir,
+    read_json, read_jsonl, repo_root, rng, seed_everything, sha256_file, sha256_text,
+    stable_hash, to_jsonable, UserError, verify_checksums, write_checksums, write_json,
+)
+from kd_notes.progress import human_seconds, Meter, progress, progress_mode
 
 
 def python(code: str, **env: str) -> subprocess.CompletedProcess:
@@ -53,7 +56,7 @@ def test_expect_error_fails_without_an_error_and_on_the_wrong_one():
 # --- places ---------------------------------------------------------------------------------------------------------------------
 
 def test_places_in_a_checkout(tmp_path, monkeypatch):
-    root = Path(core.__file__).resolve().parent.parent
+    root = Path(core_module.__file__).resolve().parent.parent
     assert repo_root() == root and data_dir() == root/"data" and nbs_dir() == root/"nbs"
     monkeypatch.delenv("KD_NOTES_CACHE", raising=False)
     assert cache_dir() == root/".cache"
@@ -346,7 +349,7 @@ def test_progress_mode_follows_the_stream_and_the_environment(monkeypatch):
 def test_a_log_gets_lines_at_the_interval_and_a_last_one(monkeypatch):
     import io
     now = [100.0]
-    monkeypatch.setattr(core.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(core_module.time, "monotonic", lambda: now[0])
     log = io.StringIO()
     for _ in Meter(range(60), total=60, desc="train", unit="step", file=log):
         now[0] += 1
@@ -377,5 +380,5 @@ def test_human_seconds():
 
 @pytest.mark.parametrize("name, extra", [("papermill", "notebooks"), ("sklearn.linear_model", "notebooks"), ("datasets", "hub"), ("nbdev", "dev")])
 def test_a_missing_library_names_its_extra(name, extra):
-    error = core.missing_library(ModuleNotFoundError(f"No module named {name!r}", name=name))
+    error = core_module.missing_library(ModuleNotFoundError(f"No module named {name!r}", name=name))
     assert name.partition(".")[0] in str(error) and f"kd_notes[{extra}]" in str(error)

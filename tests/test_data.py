@@ -13,10 +13,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kd_notes import data
-from kd_notes.core import UserError, append_jsonl, rng
-from kd_notes.data import Example, TaskInfo, load_jsonl, load_real, load_split, near_duplicates, surface_probes, write_split
-from kd_notes.evaluate import equation_value
+import kd_notes.data.examples as examples_module
+import kd_notes.data.public as public_module
+import kd_notes.data.quality as quality_module
+from kd_notes.core import append_jsonl, rng, UserError
+from kd_notes.data.examples import Example, load_jsonl, load_split, TaskInfo, write_split
+from kd_notes.data.public import load_real
+from kd_notes.data.quality import near_duplicates, surface_probes
+from kd_notes.data.answers import equation_value
 
 FIXTURES = Path(__file__).parent/"fixtures"/"real"
 REAL = os.environ.get("KD_NOTES_DATA")
@@ -41,30 +45,30 @@ def test_example_is_frozen_and_hashable():
 @given(st.builds(Example, id=printable, task=st.just("toy"), input=printable, label=printable, rationale=printable,
                  choices=st.lists(printable, max_size=3).map(tuple), meta=st.dictionaries(printable, st.integers(), max_size=2)))
 def test_row_round_trip(ex):
-    assert data.example_from_row(json.loads(json.dumps(ex.to_dict())), "toy") == ex
+    assert examples_module.example_from_row(json.loads(json.dumps(ex.to_dict())), "toy") == ex
 
 
 def test_unknown_task_names_the_known_ones():
     with pytest.raises(UserError, match="known are anli, cqa, gsm8k, nli, svamp"):
-        data.task_info("mnli")
+        examples_module.task_info("mnli")
 
 
 def test_registered_task_is_found_and_bad_metric_refused():
     info = TaskInfo("colours", "Colours", labels=("red", "blue"))
     try:
-        assert data.task_info(data.register_task(info).name) is info
+        assert examples_module.task_info(examples_module.register_task(info).name) is info
         with pytest.raises(UserError, match="'exact' or 'equation'"):
-            data.register_task(TaskInfo("x", "x", metric="bleu"))
+            examples_module.register_task(TaskInfo("x", "x", metric="bleu"))
     finally:
-        del data.TASKS["colours"]
+        del examples_module.TASKS["colours"]
 
 
 @pytest.mark.parametrize("task, text, parts", [
-    ("nli", data.nli_input("The Hypothesis: is odd.", "Yes\n it  is."), ("Premise: The Hypothesis: is odd.", "Yes it is.")),
-    ("cqa", data.choice_input("Where?", ["a", "b c"]), ("Question: Where?", "a, b c")),
-    ("svamp", data.problem_input("2 and\t2?"), ("", "Question: 2 and 2?"))])
+    ("nli", examples_module.nli_input("The Hypothesis: is odd.", "Yes\n it  is."), ("Premise: The Hypothesis: is odd.", "Yes it is.")),
+    ("cqa", examples_module.choice_input("Where?", ["a", "b c"]), ("Question: Where?", "a, b c")),
+    ("svamp", examples_module.problem_input("2 and\t2?"), ("", "Question: 2 and 2?"))])
 def test_inputs_are_joined_and_split_at_the_last_mark(task, text, parts):
-    assert data.split_input(task, text) == parts
+    assert examples_module.split_input(task, text) == parts
 
 
 # --- JSONL of your own -------------------------------------------------------------------------------------------------------
@@ -136,9 +140,9 @@ def test_split_round_trip_and_withheld_labels(tmp_path):
 
 def test_writing_twice_gives_the_same_bytes(tmp_path):
     path = write_split("svamp", "pool", [problem(i) for i in range(9)], root=tmp_path)
-    before = path.read_bytes(), data.split_checksum("svamp", "pool", root=tmp_path)
+    before = path.read_bytes(), examples_module.split_checksum("svamp", "pool", root=tmp_path)
     write_split("svamp", "pool", load_split("svamp", "pool", root=tmp_path), root=tmp_path)
-    assert (path.read_bytes(), data.split_checksum("svamp", "pool", root=tmp_path)) == before
+    assert (path.read_bytes(), examples_module.split_checksum("svamp", "pool", root=tmp_path)) == before
 
 
 @pytest.mark.parametrize("rows, message", [
@@ -185,7 +189,7 @@ def test_unknown_task_or_split(task, split, message):
 # --- near-duplicates ---------------------------------------------------------------------------------------------------------
 
 def brute_force(a, b, threshold, unit, size):
-    sets = [[data.shingles(x, unit, size) for x in xs] for xs in (a, b)]
+    sets = [[quality_module.shingles(x, unit, size) for x in xs] for xs in (a, b)]
     pairs = [(i, j, len(x & y)/len(x | y)) for i, x in enumerate(sets[0]) for j, y in enumerate(sets[1]) if x | y]
     return [p for p in pairs if p[2] >= threshold]
 
@@ -206,11 +210,11 @@ def test_near_duplicates_within_one_set(a):
 def test_near_duplicates_see_through_case_and_punctuation_and_take_examples():
     a, b = [problem(1, text="Ana has 3 red apples."), problem(2, text="Nobody came.")], ["question: ana has 3 RED apples"]
     assert near_duplicates(a, b) == [(0, 0, 1.0)]
-    assert data.near_duplicate_share(a, b) == 0.5 and data.near_duplicate_share(b, a) == 1.0
+    assert quality_module.near_duplicate_share(a, b) == 0.5 and quality_module.near_duplicate_share(b, a) == 1.0
 
 
 @pytest.mark.parametrize("call", [lambda: near_duplicates(["a"], ["b"], 0.0), lambda: near_duplicates(["a"], ["b"], 1.5),
-                                  lambda: near_duplicates(["a"], ["b"], unit="line"), lambda: data.near_duplicate_share([], ["b"])])
+                                  lambda: near_duplicates(["a"], ["b"], unit="line"), lambda: quality_module.near_duplicate_share([], ["b"])])
 def test_near_duplicates_refuse(call):
     with pytest.raises(UserError):
         call()
@@ -234,22 +238,22 @@ def test_near_duplicates_are_fast_enough_and_find_what_was_planted():
 def test_template_filled_with_its_own_numbers_keeps_the_value(numbers, draw):
     question = "Ana has " + " and ".join(map(str, numbers)) + " figs."
     equation = f"( {draw.draw(st.sampled_from(numbers))}.0 + {draw.draw(st.sampled_from(numbers))} ) * {draw.draw(st.integers(1, 12))}"
-    template = data.equation_template(equation, question)
+    template = quality_module.equation_template(equation, question)
     assert "N" in template
-    assert equation_value(data.fill_template(template, question)) == equation_value(equation)
+    assert equation_value(quality_module.fill_template(template, question)) == equation_value(equation)
 
 
 def test_template_uses_each_slot_once_before_any_again():
-    assert data.equation_template("( 3 * 3 ) - 3", "3 rows of 3 pens") == "( N0 * N1 ) - N0"
-    assert data.fill_template("N0 + N2", "3 rows of 3 pens") == ""
+    assert quality_module.equation_template("( 3 * 3 ) - 3", "3 rows of 3 pens") == "( N0 * N1 ) - N0"
+    assert quality_module.fill_template("N0 + N2", "3 rows of 3 pens") == ""
 
 
 def toy_nli(n, stream, leak):
     r, out = rng(stream), []
     for i in range(n):
-        label = r.choice(data.NLI_LABELS)
-        said = {"entailment": "surely", "neutral": "maybe", "contradiction": "never"}[label if leak else r.choice(data.NLI_LABELS)]
-        out.append(Example(str(i), "nli", data.nli_input(f"Item {r.randint(0, 99)} is here.", f"It is {said} so."), label))
+        label = r.choice(examples_module.NLI_LABELS)
+        said = {"entailment": "surely", "neutral": "maybe", "contradiction": "never"}[label if leak else r.choice(examples_module.NLI_LABELS)]
+        out.append(Example(str(i), "nli", examples_module.nli_input(f"Item {r.randint(0, 99)} is here.", f"It is {said} so."), label))
     return out
 
 
@@ -268,7 +272,7 @@ def toy_cqa(n, stream, rule):
         choices = r.sample(places, 5)
         gold = {"pair": r.choice(choices), "length": max(choices, key=lambda c: (len(c), c)), "position": choices[2]}[rule]
         thing = f"thing{places.index(gold)}" if rule == "pair" else f"thing{r.randint(0, 6)}"
-        out.append(Example(str(i), "cqa", data.choice_input(f"Where is the {thing}?", choices), gold, choices=tuple(choices)))
+        out.append(Example(str(i), "cqa", examples_module.choice_input(f"Where is the {thing}?", choices), gold, choices=tuple(choices)))
     return out
 
 
@@ -283,13 +287,13 @@ def test_closed_vocabulary_probe_answers_within_the_choices():
     train = [Example(str(i), "cqa", f"Question: a{i % 2}? Choices: x, y", "xy"[i % 2], choices=("x", "y")) for i in range(20)]
     test = [Example("t", "cqa", "Question: a0? Choices: u, y", "u", choices=("u", "y")),
             Example("v", "cqa", "Question: a0? Choices: u, w", "u", choices=("u", "w"))]
-    assert data._known_label(data.TASKS["cqa"], train, test) == ["y", "u"]  # x is not on offer; nothing known: the first choice
+    assert quality_module._known_label(examples_module.TASKS["cqa"], train, test) == ["y", "u"]  # x is not on offer; nothing known: the first choice
 
 
 def toy_problems(n, stream):
     r = rng(stream)
     rows = [(r.randint(20, 90), r.randint(2, 19), r.random() < 0.5) for _ in range(n)]
-    return [Example(str(i), "svamp", data.problem_input(f"Ana has {a} figs and {'sells' if less else 'buys'} {b}. How many now?"),
+    return [Example(str(i), "svamp", examples_module.problem_input(f"Ana has {a} figs and {'sells' if less else 'buys'} {b}. How many now?"),
                     f"( {a}.0 - {b}.0 )" if less else f"( {b}.0 + {a}.0 )") for i, (a, b, less) in enumerate(rows)]
 
 
@@ -301,7 +305,7 @@ def test_equation_probes_judge_by_value():
 
 def test_probes_need_labels():
     with pytest.raises(UserError, match="labelled examples"):
-        surface_probes("nli", toy_nli(9, "a", True), [data.withhold(ex) for ex in toy_nli(9, "b", True)])
+        surface_probes("nli", toy_nli(9, "a", True), [examples_module.withhold(ex) for ex in toy_nli(9, "b", True)])
 
 
 def test_probes_name_an_example_whose_label_is_not_allowed():
@@ -331,12 +335,12 @@ SPLITS = ("train", "validation", "test")
 def test_adapters_on_fixtures(name):
     splits = {s: load_real(name, s, folder=FIXTURES) for s in SPLITS}
     everything = [ex for part in splits.values() for ex in part]
-    files = {line["id"] for f in data.REAL[name].files.values() for line in map(json.loads, (FIXTURES/f).read_text().splitlines())}
+    files = {line["id"] for f in public_module.REAL[name].files.values() for line in map(json.loads, (FIXTURES/f).read_text().splitlines())}
     assert {ex.id for ex in everything} == {f"{name}/{i}" for i in files} and len(everything) == len(files)
-    assert all(ex.task == data.REAL[name].task and ex.meta["set"] == name for ex in everything)
+    assert all(ex.task == public_module.REAL[name].task and ex.meta["set"] == name for ex in everything)
     assert all(splits[s] for s in SPLITS)
     if SIZES[name] is None:  # no premise on both sides, so sizes are only near the shares
-        premises = [{data.split_input("nli", ex.input)[0] for ex in splits[s]} for s in SPLITS]
+        premises = [{examples_module.split_input("nli", ex.input)[0] for ex in splits[s]} for s in SPLITS]
         assert not premises[0] & premises[1] and not premises[0] & premises[2] and not premises[1] & premises[2]
     else:
         assert tuple(len(splits[s]) for s in SPLITS) == SIZES[name]
@@ -367,7 +371,7 @@ def test_asdiv_is_unlabelled_infix_and_without_repeats():
     assert [ex.id for ex in gold] == [f"asdiv/train-{i}" for i in range(10) if i != 8]  # 8 repeats 0 with another blank
     assert all(equation_value(ex.label) == Fraction(str(answers[ex.id.removeprefix("asdiv/")])) for ex in gold)
     assert gold[1].label == "( ( 60.0 - 15.0 ) + 8.0 )" and gold[1].task == "svamp"
-    assert load_real("asdiv", "unlabelled", folder=FIXTURES) == [data.withhold(ex) for ex in gold]
+    assert load_real("asdiv", "unlabelled", folder=FIXTURES) == [examples_module.withhold(ex) for ex in gold]
 
 
 def test_n_takes_the_first_and_too_many_is_an_error():
@@ -390,7 +394,7 @@ def test_svamp_split_is_the_papers():
 def test_carve_is_train_test_split(n, share, seed):
     datasets = pytest.importorskip("datasets")
     both = datasets.Dataset.from_dict({"i": list(range(n))}).train_test_split(test_size=share, seed=seed)
-    assert data.carve(range(n), share, seed) == (both["train"]["i"][:], both["test"]["i"][:])
+    assert public_module.carve(range(n), share, seed) == (both["train"]["i"][:], both["test"]["i"][:])
 
 
 def test_filler_becomes_an_empty_rationale_and_keeps_its_label(tmp_path):
@@ -407,12 +411,12 @@ def test_absent_data_says_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.delenv("KD_NOTES_DATA", raising=False)
     with pytest.raises(UserError, match="KD_NOTES_DATA.*svamp_test.jsonl.*source='hub'.*ChilleD/SVAMP"):
         load_real("svamp", "train")
-    assert "esnli_small_train.jsonl and esnli_small_dev.jsonl" in data.why_absent("esnli_small") and not data.why_absent("svamp", "hub")
+    assert "esnli_small_train.jsonl and esnli_small_dev.jsonl" in public_module.why_absent("esnli_small") and not public_module.why_absent("svamp", "hub")
     monkeypatch.setenv("KD_NOTES_DATA", str(tmp_path))
     with pytest.raises(UserError, match=f"{tmp_path}/svamp_test.jsonl: the file .* is absent"):
         load_real("svamp", "train")
     monkeypatch.setenv("KD_NOTES_DATA", str(FIXTURES))
-    assert data.why_absent("svamp") == "" and len(load_real("svamp", "train")) == 7
+    assert public_module.why_absent("svamp") == "" and len(load_real("svamp", "train")) == 7
 
 
 @pytest.mark.parametrize("change, message", [
@@ -437,7 +441,7 @@ def test_load_real_refuses(args, how, message):
 @pytest.mark.parametrize("bad", ["+ 4", "3 4", "", "* + 3 4", "+ a 4"])
 def test_prefix_to_infix_refuses(bad):
     with pytest.raises(ValueError):
-        data.prefix_to_infix(bad)
+        public_module.prefix_to_infix(bad)
 
 
 # --- real sets: a local folder in the hub's layout -----------------------------------------------------------------------------
@@ -447,7 +451,7 @@ def fixture(name):
 
 
 def nli_row(r, **more):
-    return {"premise": r["premise"], "hypothesis": r["hypothesis"], "label": data.NLI_LABELS.index(r["label"]), **more}
+    return {"premise": r["premise"], "hypothesis": r["hypothesis"], "label": examples_module.NLI_LABELS.index(r["label"]), **more}
 
 
 def cose_row(r):
@@ -526,7 +530,7 @@ def test_hub_copy_that_is_absent_or_broken(hub, tmp_path, monkeypatch):
     monkeypatch.setenv("KD_NOTES_HUB", str(tmp_path))
     with pytest.raises(UserError, match="hf download ChilleD/SVAMP"):
         load_real("svamp", "train", source="hub")
-    assert "hf download" in data.why_absent("svamp", "hub")
+    assert "hf download" in public_module.why_absent("svamp", "hub")
     (tmp_path/"ChilleD"/"SVAMP").mkdir(parents=True)
     (tmp_path/"ChilleD"/"SVAMP"/"train.parquet").write_bytes(b"not parquet")
     with pytest.raises(UserError, match="the set did not load"):
@@ -535,7 +539,7 @@ def test_hub_copy_that_is_absent_or_broken(hub, tmp_path, monkeypatch):
 
 def test_without_a_network_the_hub_says_so(monkeypatch, tmp_path):
     pytest.importorskip("datasets")
-    code = "from kd_notes.data import load_real\nload_real('svamp', 'train', source='hub')"
+    code = "from kd_notes.data.public import load_real\nload_real('svamp', 'train', source='hub')"
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     env.pop("KD_NOTES_HUB", None)
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
@@ -554,9 +558,9 @@ class TestRealFiles:
         ids = [ex.id for part in splits for ex in part]
         assert len(ids) == len(set(ids))
         assert sizes is None or tuple(map(len, splits)) == sizes
-        if data.task_info(data.REAL[name].task).labels:
-            assert {ex.label for part in splits for ex in part} == set(data.NLI_LABELS)
-            premises = [{data.normalise(data.split_input("nli", ex.input)[0]) for ex in part} for part in splits]
+        if examples_module.task_info(public_module.REAL[name].task).labels:
+            assert {ex.label for part in splits for ex in part} == set(examples_module.NLI_LABELS)
+            premises = [{quality_module.normalise(examples_module.split_input("nli", ex.input)[0]) for ex in part} for part in splits]
             assert not premises[0] & premises[1] and not premises[0] & premises[2] and not premises[1] & premises[2]
 
     def test_the_small_dev_set_is_part_of_the_large_one(self):
@@ -577,7 +581,7 @@ class TestRealFiles:
         assert 0.09 < np.mean([not ex.rationale for ex in train]) < 0.13
 
     def test_extra_inputs_do_not_repeat_the_test_set(self):
-        assert data.near_duplicate_share(load_real("svamp", "test"), load_real("asdiv", "unlabelled"), 0.9) == 0.0
+        assert quality_module.near_duplicate_share(load_real("svamp", "test"), load_real("asdiv", "unlabelled"), 0.9) == 0.0
 
     def test_hypothesis_alone_beats_the_majority_on_esnli(self):
         scores = surface_probes("nli", load_real("esnli", "train", 2000), load_real("esnli", "validation"))

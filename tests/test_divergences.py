@@ -14,12 +14,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kd_notes import divergences as D
+import kd_notes.losses.cross_tokenizer as cross_tokenizer_module
 from kd_notes.core import UserError
-from kd_notes.divergences import (DIVERGENCES, Span, adaptive_kl, align_spans, align_vocabulary, aligned_span_loss, alpha_divergence, atkd,
-                                  check_tokenizers, cross_entropy, dkd, easy_hard, effective_denominator, forward_kl, get_divergence,
-                                  head_weight, jsd, log_uncertainty, matching_tokens, renyi, reverse_kl, skew_kl, skew_reverse_kl,
-                                  spans_in_order, symmetric_kl, token_divergence, token_ends, total_variation, uld)
+from kd_notes.losses.adaptive import adaptive_kl, head_weight
+from kd_notes.losses.cross_tokenizer import (
+    align_spans, align_vocabulary, aligned_span_loss, check_tokenizers, matching_tokens, Span,
+    spans_in_order, token_ends, uld,
+)
+from kd_notes.losses.decoupled import atkd, dkd, easy_hard, log_uncertainty
+from kd_notes.losses.divergences import (
+    alpha_divergence, cross_entropy, DIVERGENCES, effective_denominator, forward_kl,
+    get_divergence, jsd, renyi, reverse_kl, skew_kl, skew_reverse_kl, symmetric_kl,
+    token_divergence, total_variation,
+)
 
 VARIANTS = [  # every entry of the registry, some with several settings
     ("forward_kl", {}), ("reverse_kl", {}), ("symmetric_kl", {}), ("symmetric_kl", {"weight": 0.2}), ("cross_entropy", {}),
@@ -492,7 +499,7 @@ def test_masks_of_other_kinds():
 
 WORKER = """
     import gc, sys, torch, torch.distributed as dist
-    from kd_notes.divergences import effective_denominator, reverse_kl
+    from kd_notes.losses.divergences import effective_denominator, reverse_kl
     rank = int(sys.argv[1])
     dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
     torch.manual_seed(0)
@@ -993,4 +1000,4 @@ def test_padding_with_zeros_is_what_we_do_not_do():
     student, teacher = torch.randn(4, 1000) - 6, torch.randn(4, 1128) - 6
     aligned = reverse_kl(*align_vocabulary(student, teacher, size=1000))
     zeros = reverse_kl(F.pad(student, (0, 128)), teacher)
-    assert zeros > 2*aligned and D.align_vocabulary(student, teacher, size=1000)[0].shape == (4, 1000)
+    assert zeros > 2*aligned and cross_tokenizer_module.align_vocabulary(student, teacher, size=1000)[0].shape == (4, 1000)

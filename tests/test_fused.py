@@ -9,11 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kd_notes import fused
+import kd_notes.losses.fused as fused_module
 from kd_notes.core import UserError
-from kd_notes.divergences import DIVERGENCES, get_divergence
-from kd_notes.fused import Samples, TopK, big_zeros, fused_cross_entropy, fused_linear_divergence
-from kd_notes.models import mini_model
+from kd_notes.losses.divergences import DIVERGENCES, get_divergence
+from kd_notes.losses.fused import (
+    big_zeros, fused_cross_entropy, fused_linear_divergence, Samples, TopK,
+)
+from kd_notes.models.mini import mini_model
 
 N, D, E, V = 21, 6, 9, 50
 OPTIONS = [("forward_kl", {}), ("forward_kl", {"floor": -5.0}), ("reverse_kl", {}), ("reverse_kl", {"floor": -5.0}), ("cross_entropy", {}),
@@ -77,7 +79,7 @@ def test_the_list_above_has_every_divergence_of_the_registry():
        seed=st.integers(0, 999), temperature=st.floats(0.05, 10), scale=st.floats(0.01, 300))
 def test_chunks_blocks_and_strips_change_nothing(name, n, v, chunk, block, strip, seed, temperature, scale):
     (h, w, b), (t, u, c), ids, mask = case(n, v, seed, scale=scale)
-    before, fused.BLOCK, fused.STRIP = (fused.BLOCK, fused.STRIP), block, strip
+    before, fused_module.BLOCK, fused_module.STRIP = (fused_module.BLOCK, fused_module.STRIP), block, strip
     try:
         options = with_targets(name, {}, ids)
         ours = fused_linear_divergence(h, w, t, u, name, mask, student_bias=b, temperature=temperature, chunk=chunk, **options)
@@ -85,7 +87,7 @@ def test_chunks_blocks_and_strips_change_nothing(name, n, v, chunk, block, strip
         size = 1 + max(g.abs().max().item() for g in gradients(expected, (h, w, b)))
         assert_same(ours, expected, (h, w, b), atol=1e-10*size + 1e-12*abs(expected.item()))
     finally:
-        fused.BLOCK, fused.STRIP = before
+        fused_module.BLOCK, fused_module.STRIP = before
 
 
 def test_gradcheck():
@@ -135,8 +137,8 @@ def test_masked_positions_have_no_influence_even_when_poisoned(name):
 def test_masked_positions_are_never_computed(monkeypatch):
     (h, w, _), (t, u, _), _, mask = case()
     seen = []
-    original = fused._logits
-    monkeypatch.setattr(fused, "_logits", lambda head, rows, *a: (seen.append(head.hidden[rows].shape[0]), original(head, rows, *a)))
+    original = fused_module._logits
+    monkeypatch.setattr(fused_module, "_logits", lambda head, rows, *a: (seen.append(head.hidden[rows].shape[0]), original(head, rows, *a)))
     fused_linear_divergence(h, w, t, u, mask=mask)
     assert set(seen) == {int(mask.sum())}
 
@@ -183,11 +185,11 @@ def test_extreme_logits_in_float32(name, offset, scale, peak):
         b += offset
         b[-1] += peak
         c[-2] += peak
-    before, fused.BLOCK = fused.BLOCK, 16
+    before, fused_module.BLOCK = fused_module.BLOCK, 16
     try:
         ours = fused_linear_divergence(h, w, t, u, name, student_bias=b, teacher_bias=c, chunk=8)
     finally:
-        fused.BLOCK = before
+        fused_module.BLOCK = before
     h64, w64, b64 = (x.detach().double().requires_grad_() for x in (h, w, b))
     exact = get_divergence(name)(logits(h64, w64, b64), logits(t.double(), u.double(), c.double()))
     assert ours.isfinite()
@@ -348,8 +350,8 @@ def test_training_a_model_with_tied_heads():
 
 MEMORY = """
 import json, torch
-from kd_notes.divergences import get_divergence
-from kd_notes.fused import fused_linear_divergence
+from kd_notes.losses.divergences import get_divergence
+from kd_notes.losses.fused import fused_linear_divergence
 n, v, d = {n}, 49152, 16
 h, w = torch.randn(n, d, requires_grad=True), torch.randn(v, d, requires_grad=True)
 t, u = torch.randn(n, d), torch.randn(v, d)
@@ -375,9 +377,8 @@ def test_memory_stays_below_the_budget():
 
 def test_products_in_bfloat16_are_near_and_float16_is_not_multiplied_in(monkeypatch):
     "What a GPU does: factors are rounded to the products' type, sums stay in float32."
-    from kd_notes import fused
-    assert fused._product_dtype("cuda", torch.bfloat16, torch.float32) == torch.bfloat16
-    assert fused._product_dtype("cuda", torch.float16, torch.float32) == fused._product_dtype("cpu", torch.bfloat16, torch.float32) == torch.float32
+    assert fused_module._product_dtype("cuda", torch.bfloat16, torch.float32) == torch.bfloat16
+    assert fused_module._product_dtype("cuda", torch.float16, torch.float32) == fused_module._product_dtype("cpu", torch.bfloat16, torch.float32) == torch.float32
 
     def rounded(out, a, b, add=False):
         made = a.bfloat16().float() @ b.bfloat16().float()
@@ -393,8 +394,8 @@ def test_products_in_bfloat16_are_near_and_float16_is_not_multiplied_in(monkeypa
     for name in ("reverse_kl", "forward_kl", "jsd", "cross_entropy"):
         exact = gradients(name)
         with monkeypatch.context() as patch:
-            patch.setattr(fused, "_product", rounded)
-            patch.setattr(fused, "_precisions", lambda *_: (torch.bfloat16, torch.float32))
+            patch.setattr(fused_module, "_product", rounded)
+            patch.setattr(fused_module, "_precisions", lambda *_: (torch.bfloat16, torch.float32))
             near = gradients(name)
         for a, b in zip(exact, near):
             assert (a - b).norm() < 0.03*a.norm(), name

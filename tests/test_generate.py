@@ -12,12 +12,15 @@ from transformers import (GPT2Config, GPT2LMHeadModel, MistralConfig, MistralFor
                           OPTForCausalLM, Qwen2Config, Qwen2ForCausalLM)
 
 import helpers
-from kd_notes import generate as kg
-from kd_notes.backends import draws
+import kd_notes.generation.sampling as sampling_module
+from kd_notes.generation.engine import draws
 from kd_notes.core import UserError
-from kd_notes.generate import Rollout, Sampling, beam, check_lengths, greedy, log_mixture, packed, sample, sample_mixed, speculative
-from kd_notes.models import mini_model
-from kd_notes.train import target_nll
+from kd_notes.generation.sampling import (
+    beam, check_lengths, greedy, log_mixture, packed, Rollout, sample, sample_mixed, Sampling,
+    speculative,
+)
+from kd_notes.models.mini import mini_model
+from kd_notes.training.batches import target_nll
 
 torch.set_num_threads(1)
 VOCAB = 40
@@ -309,9 +312,9 @@ def test_autocast_around_it_changes_nothing():
 # ---------------------------------------------------------------- packed weights
 
 def test_packed_weights_give_the_same_numbers_and_leave_nothing_behind(monkeypatch):
-    monkeypatch.setattr(kg, "PACK_FROM", 1000)
+    monkeypatch.setattr(sampling_module, "PACK_FROM", 1000)
     model, ids = mini_model("causal", "s", 300, seed=0).eval(), torch.randint(0, 300, (8, 6))
-    assert kg._can_pack() and len(kg._packable(model)) == 22  # 3 layers of 7, and the head
+    assert sampling_module._can_pack() and len(sampling_module._packable(model)) == 22  # 3 layers of 7, and the head
     with torch.no_grad():
         plain = model(ids).logits
         with packed(model):
@@ -322,15 +325,15 @@ def test_packed_weights_give_the_same_numbers_and_leave_nothing_behind(monkeypat
         with packed(model):
             assert (model(ids).logits - plain).abs().max() > 0.01
     assert not any("forward" in vars(m) for m in model.modules())
-    assert kg._packable(model.double()) == []
+    assert sampling_module._packable(model.double()) == []
 
 
 def test_packed_or_not_the_same_tokens(monkeypatch):
     model, prompts, s = mini_model("causal", "s", 300, seed=0), prompts_of([4, 9, 2]), Sampling(20)
     plain = sample(model, prompts, s)
-    monkeypatch.setattr(kg, "PACK_FROM", 1000)
-    seen, inner = [], kg.packed
-    monkeypatch.setattr(kg, "packed", lambda *models, rows: seen.append(len(models)) or inner(*models, rows=rows))
+    monkeypatch.setattr(sampling_module, "PACK_FROM", 1000)
+    seen, inner = [], sampling_module.packed
+    monkeypatch.setattr(sampling_module, "packed", lambda *models, rows: seen.append(len(models)) or inner(*models, rows=rows))
     fast = sample(model, prompts, s)
     assert seen == [1] and fast.response_ids == plain.response_ids
     assert torch.allclose(fast.flat("log_student"), plain.flat("log_student"), atol=1e-4)

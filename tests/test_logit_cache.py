@@ -11,13 +11,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kd_notes.core import UserError, read_jsonl
-from kd_notes.divergences import token_divergence
-from kd_notes.logit_cache import (SUPPORTED, CachedKD, EncodedRows, LogitCache, Recipe, bytes_per_position, cached_divergence, coarse_logits,
-                                  draw_samples, draw_uniforms, encode_rows, keep_top_k, length_batches, rectangle, sampled_divergence,
-                                  shard_plan, teacher_hash, tokenizer_hash, topk_divergence, write_cache)
-from kd_notes.models import load_mini_tokenizer, mini_model
-from kd_notes.train import SFT, TrainConfig, target_logits, train
+from kd_notes.core import read_jsonl, UserError
+from kd_notes.losses.divergences import token_divergence
+from kd_notes.losses.sparse import (
+    coarse_logits, draw_samples, draw_uniforms, keep_top_k, rectangle, sampled_divergence,
+    SUPPORTED, topk_divergence,
+)
+from kd_notes.methods.cached_kd import CachedKD, EncodedRows
+from kd_notes.methods.logit_cache import (
+    bytes_per_position, cached_divergence, encode_rows, length_batches, LogitCache, Recipe,
+    shard_plan, teacher_hash, tokenizer_hash, write_cache,
+)
+from kd_notes.models.mini import load_mini_tokenizer, mini_model
+from kd_notes.training.batches import target_logits
+from kd_notes.training.loop import train
+from kd_notes.training.method import SFT
+from kd_notes.training.state import TrainConfig
 
 torch.set_num_threads(1)
 VOCAB = 64
@@ -798,7 +807,7 @@ def test_reading_is_streaming(tmp_path):
     import random, re, sys
     import torch
     torch.set_num_threads(1)
-    from kd_notes.logit_cache import LogitCache
+    from kd_notes.methods.logit_cache import LogitCache
     def own():
         return int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1])/1e3
     cache = LogitCache({cache!r}, keep_open=4)

@@ -20,14 +20,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from kd_notes import measure as km
-from kd_notes.backends import Completion, ReplayBackend, completion_row, open_backend
-from kd_notes.core import UserError, append_jsonl, read_jsonl
-from kd_notes.measure import (Judgement, Reply, by_length, by_position, cost_table, distinct_n, ece, exact_matches, exposure_bias, judge, judge_prompt,
-                              judge_summary, kl_per_position, label_scores, length_slices, lm_loss, over_seeds, parse_reply, perplexity,
-                              ratio_in_turns, references_of, reliability, response_logits, rouge_l, score_labels, text_metrics,
-                              time_in_turns, token_nll, write_answers)
-from kd_notes.models import mini_model, train_mini_tokenizer
+import kd_notes.evaluation.judge as judge_module
+import kd_notes.evaluation.text as text_module
+from kd_notes.generation.backends import Completion, completion_row, open_backend, ReplayBackend
+from kd_notes.core import append_jsonl, read_jsonl, UserError
+from kd_notes.evaluation.calibration import ece, label_scores, reliability, score_labels
+from kd_notes.evaluation.cost import cost_table, ratio_in_turns, time_in_turns
+from kd_notes.evaluation.divergence import by_position, exposure_bias, kl_per_position
+from kd_notes.evaluation.judge import (
+    judge, judge_prompt, judge_summary, Judgement, parse_reply, Reply,
+)
+from kd_notes.evaluation.text import (
+    by_length, distinct_n, exact_matches, length_slices, lm_loss, over_seeds, perplexity,
+    references_of, response_logits, rouge_l, text_metrics, token_nll, write_answers,
+)
+from kd_notes.models.mini import mini_model, train_mini_tokenizer
 
 torch.set_num_threads(1)
 TEXTS = ["The people make rope.", "The people of Ardale make paper and rope.", "yes", "no", "happy", "unhappy", "7 4", "Scores: 8 5"]
@@ -114,7 +121,7 @@ def test_exact_match_is_the_accuracy_of_sklearn_on_stripped_texts(pairs, space):
 
 def test_seeds_make_rows():
     table = over_seeds(lambda seed: [f"{seed}", "x"], lambda texts: [float(texts[0]), 1.0], seeds=(10, 20))
-    assert table.tolist() == [[10, 1], [20, 1]] and km.EVAL_SEEDS == (10, 20, 30, 40, 50)
+    assert table.tolist() == [[10, 1], [20, 1]] and text_module.EVAL_SEEDS == (10, 20, 30, 40, 50)
 
 
 @settings(max_examples=50, deadline=None)
@@ -143,7 +150,7 @@ def test_distinct_n_of_texts_is_that_of_nltk(texts, n):
     from nltk.tokenize import RegexpTokenizer
     from nltk.util import ngrams
     words = [RegexpTokenizer(r"\w+").tokenize(t.lower()) for t in texts]
-    assert [km.ngrams(t, n) for t in texts] == [list(ngrams(w, n)) for w in words]
+    assert [text_module.ngrams(t, n) for t in texts] == [list(ngrams(w, n)) for w in words]
     counted = [FreqDist(ngrams(w, n)) for w in words]
     whole = sum(counted, FreqDist())
     if not whole.N():
@@ -246,7 +253,7 @@ def excess_in_standard_errors(student, teacher, writers, n=1500, length=6):
     "(bias, its distance from 0 at each l) when these two models wrote the answers, all of one length, to three prompts."
     prompts, sums = [[2], [2, 3, 0], [3, 0]]*(n//3), []
     for seed, writer in enumerate(writers):
-        answers = km.sample(writer, prompts, km.Sampling(length, seed=seed), batch_size=n).response_ids
+        answers = text_module.sample(writer, prompts, text_module.Sampling(length, seed=seed), batch_size=n).response_ids
         sums.append(torch.stack(kl_per_position(student, teacher, prompts, answers, batch_size=n).forward).numpy())
     bias = exposure_bias(*sums, list(range(3))*(n//3), list(range(3))*(n//3), draws=50)
     own, other = (x.cumsum(1) for x in sums)
@@ -292,7 +299,7 @@ def test_against_two_enumerable_models():
     truth = 100*(exact["student"] - exact["teacher"])/exact["teacher"]
     kls = {}
     for name, writer in (("student", student), ("teacher", teacher)):
-        drawn = km.sample(writer, [prompt]*1500, km.Sampling(depth, stop_ids=(1,), seed=5), batch_size=1500).response_ids
+        drawn = text_module.sample(writer, [prompt]*1500, text_module.Sampling(depth, stop_ids=(1,), seed=5), batch_size=1500).response_ids
         kls[name] = kl_per_position(student, teacher, [prompt]*1500, drawn, batch_size=1500).forward
     bias = exposure_bias(kls["student"], kls["teacher"], min_alive=200, draws=200)
     n = len(bias.percent)
@@ -458,7 +465,7 @@ def test_runs_take_turns():
 def test_replies_are_read_or_refused_by_name(text, expected):
     got = parse_reply(text)
     if isinstance(expected, str):
-        assert got == Reply(expected) and expected in km.REPLY_OUTCOMES
+        assert got == Reply(expected) and expected in judge_module.REPLY_OUTCOMES
     else:
         assert got == Reply("ok", *expected)
 
@@ -492,7 +499,7 @@ def test_what_judges_like_to_write_around_two_scores_is_read(text, expected):
     ("Answer 1 (8 facts), Answer 2 (6 facts)", "more than two scores"), ("8 6 </think>", "no score"), ("<think>8 6", "no score"),
     (THOUGHTS, "no score"), (f"{THOUGHTS}\nThey are equal.", "no score")])
 def test_a_reply_that_may_mean_something_else_is_not_guessed(text, expected):
-    assert parse_reply(text) == Reply(expected) and expected in km.REPLY_OUTCOMES
+    assert parse_reply(text) == Reply(expected) and expected in judge_module.REPLY_OUTCOMES
 
 
 @settings(max_examples=300, deadline=None)
@@ -506,14 +513,14 @@ def test_what_is_read_stands_in_the_text_in_range_and_labels_decide(text):
             swapped = [x.translate(str.maketrans("86", "68")) for x in (text, f"{reply.first!r} {reply.second!r}")]
             assert parse_reply(swapped[0]) == parse_reply(swapped[1])       # no order, no number is favoured
     else:
-        assert reply.outcome in km.REPLY_OUTCOMES
+        assert reply.outcome in judge_module.REPLY_OUTCOMES
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.text(max_size=60))
 def test_any_text_has_an_outcome(text):
     reply = parse_reply(text)
-    assert reply.outcome in km.REPLY_OUTCOMES and (reply.first is None) == (reply.second is None) == (reply.outcome != "ok")
+    assert reply.outcome in judge_module.REPLY_OUTCOMES and (reply.first is None) == (reply.second is None) == (reply.outcome != "ok")
 
 
 def test_preferences_need_both_orders():
@@ -572,7 +579,7 @@ def test_a_reply_that_never_came_is_reported_and_asked_for_again(order, tmp_path
     items, path = [("p", "Q?", "one", "two"), ("q", "R?", "three", "four")], tmp_path/"replies.jsonl"
     judged = judge(Forgetful(f"q/{order}"), items, path=path)
     assert [j.preferred() for j in judged] == ["contradiction", "unusable"]
-    assert getattr(judged[1], {"ab": "straight", "ba": "swapped"}[order]) == Reply("no reply") and "no reply" in km.REPLY_OUTCOMES
+    assert getattr(judged[1], {"ab": "straight", "ba": "swapped"}[order]) == Reply("no reply") and "no reply" in judge_module.REPLY_OUTCOMES
     summary = judge_summary(judged)
     assert summary["outcomes"] == {"ok": 3, "no reply": 1} and summary["usable"] == 1
     again = Forgetful()

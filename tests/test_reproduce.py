@@ -14,16 +14,23 @@ import psutil
 import pytest
 from typer.testing import CliRunner
 
-from kd_notes import reproduce as rp
-from kd_notes.core import UserError, read_json, stable_hash, write_json
-from kd_notes.runs import load_record, read_manifest, record_runs, run_grid, run_status
+import kd_notes.cli as cli_module
+import kd_notes.data.examples as examples_module
+import kd_notes.runner.execute as execute_module
+import kd_notes.runner.notebooks as notebooks_module
+import kd_notes.runner.publish as publish_module
+import kd_notes.methods.rationales as rationales_module
+import kd_notes.runner.record as record_module
+from kd_notes.core import read_json, stable_hash, UserError, write_json
+from kd_notes.runner.grid import load_record, record_runs, run_grid
+from kd_notes.runner.runs import read_manifest, run_status
 
 PARAMETERS = '''a = 2            # a whole number
 scale = 0.5      # a decimal number
 names = ["x"]    # a list of texts
 jobs = 1         # processes
 run_dir = "../../runs/reader/small"'''
-ECHO = "from kd_notes.reproduce import echo\nparams = echo(dict(a=a, scale=scale, names=names, jobs=jobs), run_dir)"
+ECHO = "from kd_notes.runner.notebooks import echo\nparams = echo(dict(a=a, scale=scale, names=names, jobs=jobs), run_dir)"
 WORK = '''from kd_notes.core import write_json
 number = {"value": a * scale, "low": a * scale - 0.1, "high": a * scale + 0.1, "n": 5}
 write_json(f"{run_dir}/metrics.json", {"gain": number, "a": a})'''
@@ -31,7 +38,7 @@ FIGURE = '''from pathlib import Path
 Path(run_dir, "curve.csv").write_text("x,y\\n1,2\\n")
 Path(run_dir, "curve.png").write_bytes(b"\\x89PNG")
 print("drawn in", run_dir)'''
-REAL_FIGURE = '''from kd_notes.report import accuracy_curve, save_figure
+REAL_FIGURE = '''from kd_notes.evaluation.figures import accuracy_curve, save_figure
 rows = [{"arm": arm, "x": x, "value": v, "low": v - 0.05, "high": v + 0.05, "n": 5} for arm in ("one", "two") for x, v in ((250, 0.4), (500, 0.5))]
 print("drawn in", run_dir)
 save_figure(accuracy_curve(rows, teacher=0.8), run_dir, "curve", rows, alt="two arms")'''
@@ -57,19 +64,19 @@ def standard(*more: str, parameters: str = PARAMETERS, echo: str = ECHO, work: s
     return notebook(*cells, prose("## Exercises\n"))
 
 
-def make_book(root: Path, profiles: dict | None = None, **notebooks: dict) -> rp.Book:
+def make_book(root: Path, profiles: dict | None = None, **notebooks: dict) -> notebooks_module.Book:
     (root/"nbs"/"results").mkdir(parents=True, exist_ok=True)
     (root/"data").mkdir(exist_ok=True)
     for name, nb in notebooks.items():
-        (root/"nbs"/"results"/f"{name}.ipynb").write_text(rp.notebook_text(nb))
+        (root/"nbs"/"results"/f"{name}.ipynb").write_text(publish_module.notebook_text(nb))
     default = {"headline": sorted(notebooks), "seconds": dict.fromkeys(notebooks, 3)}
     for name, fields in (profiles or {"smoke": default}).items():
         write_json(root/"nbs"/"profiles"/f"{name}.json", fields)
-    return rp.open_book(root)
+    return notebooks_module.open_book(root)
 
 
-def cli(book: rp.Book, *words: str, **env: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-c", "from kd_notes.reproduce import app; app()", *words, "--root", str(book.nbs.parent)]
+def cli(book: notebooks_module.Book, *words: str, **env: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", "from kd_notes.cli import app; app()", *words, "--root", str(book.nbs.parent)]
     return subprocess.run(command, capture_output=True, text=True, env=os.environ | env, timeout=120)
 
 
@@ -79,23 +86,23 @@ def quiet(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory) -> rp.Book:
+def ran(tmp_path_factory) -> notebooks_module.Book:
     "A book whose notebook was run and recorded once; tests copy it if they change it."
     os.environ["KD_NOTES_PROGRESS"] = "off"
     book = make_book(tmp_path_factory.mktemp("ran"), {"smoke": {"headline": ["small"], "seconds": {"small": 3}, "parameters": {"small": {"a": 4}}}},
                      small=standard("import sys\nprint(sys.executable)\nprint('a warning', file=sys.stderr)", figure=REAL_FIGURE))
-    [outcome] = rp.reproduce(profile="smoke", jobs=2, book=book)
+    [outcome] = execute_module.reproduce(profile="smoke", jobs=2, book=book)
     assert outcome.status == "done", outcome.message
-    rp.record(["small"], "smoke", book)
+    record_module.record(["small"], "smoke", book)
     return book
 
 
 @pytest.fixture
-def copy(ran, tmp_path) -> rp.Book:
+def copy(ran, tmp_path) -> notebooks_module.Book:
     "A copy of that book that a test may spoil."
     import shutil
     shutil.copytree(ran.nbs.parent, tmp_path/"book")
-    return rp.open_book(tmp_path/"book")
+    return notebooks_module.open_book(tmp_path/"book")
 
 
 # ---------------------------------------------------------------- parameters and profiles
@@ -111,17 +118,17 @@ def copy(ran, tmp_path) -> rp.Book:
 ])
 def test_parameters_cells_that_are_refused(text, message):
     with pytest.raises(UserError, match=message):
-        rp.notebook_parameters(notebook(code(text, tags=["parameters"])))
+        notebooks_module.notebook_parameters(notebook(code(text, tags=["parameters"])))
 
 
 def test_the_tag_must_be_there_once():
     for cells in ([code(PARAMETERS)], [code(PARAMETERS, tags=["parameters"])] * 2):
         with pytest.raises(UserError, match="tag"):
-            rp.notebook_parameters(notebook(*cells))
+            notebooks_module.notebook_parameters(notebook(*cells))
 
 
 def test_parameters_are_read_with_types_and_help():
-    found = rp.notebook_parameters(notebook(code('n: int = -3  # how many # of them\nx = [1,\n  2]  # list\nt = "#no"\nrun_dir = "é"  # ü', tags=["parameters"])))
+    found = notebooks_module.notebook_parameters(notebook(code('n: int = -3  # how many # of them\nx = [1,\n  2]  # list\nt = "#no"\nrun_dir = "é"  # ü', tags=["parameters"])))
     assert {k: (p.default, p.help) for k, p in found.items()} == {"n": (-3, "how many # of them"), "x": ([1, 2], "list"), "t": ("#no", ""),
                                                                   "run_dir": ("é", "ü")}
 
@@ -130,15 +137,15 @@ def test_parameters_are_read_with_types_and_help():
                                            ({"a": 2.5}, "int"), ({"names": [1]}, "list of str"), ({"scale": math.nan}, "float"),
                                            ({"run_dir": "x"}, "runner"), ({"jobs": 3}, "runner")])
 def test_unknown_and_ill_typed_parameters(given, message):
-    known = rp.notebook_parameters(standard())
+    known = notebooks_module.notebook_parameters(standard())
     with pytest.raises(UserError, match=message):
-        rp.resolve_parameters(known, given, "here")
+        notebooks_module.resolve_parameters(known, given, "here")
 
 
 def test_a_whole_number_may_stand_for_a_decimal_one_with_the_same_key():
-    known = rp.notebook_parameters(standard())
-    one = rp.resolve_parameters(known, {"scale": 1}, "x")
-    assert stable_hash(one) == stable_hash(rp.resolve_parameters(known, {"scale": 1.0}, "x")) and type(one["scale"]) is float
+    known = notebooks_module.notebook_parameters(standard())
+    one = notebooks_module.resolve_parameters(known, {"scale": 1}, "x")
+    assert stable_hash(one) == stable_hash(notebooks_module.resolve_parameters(known, {"scale": 1.0}, "x")) and type(one["scale"]) is float
 
 
 @pytest.mark.parametrize("fields,message", [
@@ -148,7 +155,7 @@ def test_a_whole_number_may_stand_for_a_decimal_one_with_the_same_key():
 def test_bad_profiles_name_the_file_and_the_known(tmp_path, fields, message):
     book = make_book(tmp_path, {"p": fields}, small=standard())
     with pytest.raises(UserError, match=message) as e:
-        rp.load_profile(book, "p")
+        notebooks_module.load_profile(book, "p")
     assert "p.json" in str(e.value)
 
 
@@ -156,7 +163,7 @@ def test_a_profile_that_is_not_json_names_the_line(tmp_path):
     book = make_book(tmp_path, small=standard())
     (book.profiles/"p.json").write_text('{\n "headline": [\n')
     with pytest.raises(UserError, match="p.json:3"):
-        rp.load_profile(book, "p")
+        notebooks_module.load_profile(book, "p")
 
 
 @pytest.mark.parametrize("sets,made", [(["a=3"], {"one": {"a": 3}, "two": {"a": 3}}), (["one.a=3"], {"one": {"a": 3}, "two": {}}),
@@ -164,15 +171,15 @@ def test_a_profile_that_is_not_json_names_the_line(tmp_path):
                                        (["text=3"], {"one": {}, "two": {"text": "3"}}), (["two.text=a=b.c"], {"one": {}, "two": {"text": "a=b.c"}}),
                                        (["flag=true"], {"one": {}, "two": {"flag": True}}), (["flag=False"], {"one": {}, "two": {"flag": False}})])
 def test_settings_from_the_command_line(sets, made):
-    known = {"one": {k: rp.Parameter(k, v) for k, v in {"a": 1, "names": ["x"]}.items()},
-             "two": {k: rp.Parameter(k, v) for k, v in {"a": 1, "text": "", "flag": False}.items()}}
-    assert rp.parse_sets(sets, known) == made
+    known = {"one": {k: notebooks_module.Parameter(k, v) for k, v in {"a": 1, "names": ["x"]}.items()},
+             "two": {k: notebooks_module.Parameter(k, v) for k, v in {"a": 1, "text": "", "flag": False}.items()}}
+    assert notebooks_module.parse_sets(sets, known) == made
 
 
 @pytest.mark.parametrize("text", ["b=1", "three.a=1", "a", ""])
 def test_settings_that_reach_nothing(text):
     with pytest.raises(UserError, match="Known: a"):
-        rp.parse_sets([text], {"one": {"a": rp.Parameter("a", 1)}})
+        notebooks_module.parse_sets([text], {"one": {"a": notebooks_module.Parameter("a", 1)}})
 
 
 # ---------------------------------------------------------------- a run
@@ -189,14 +196,14 @@ def test_a_run_leaves_a_readable_folder(ran):
 
 
 def test_the_kernel_is_this_interpreter_and_jobs_arrive(ran):
-    executed = rp.read_notebook(ran.runs/"smoke"/"small"/"executed.ipynb")
-    texts = "".join(text for _, text in rp.output_text(rp.code_cells(executed)))
+    executed = notebooks_module.read_notebook(ran.runs/"smoke"/"small"/"executed.ipynb")
+    texts = "".join(text for _, text in publish_module.output_text(notebooks_module.code_cells(executed)))
     assert sys.executable in texts
     assert read_json(ran.runs/"smoke"/"small"/"echo.json")["params"]["jobs"] == 2
 
 
 def test_unchanged_is_skipped_without_importing_anything_heavy(ran):
-    program = ("import sys, time; t = time.time(); from pathlib import Path; from kd_notes.reproduce import open_book, reproduce; "
+    program = ("import sys, time; t = time.time(); from pathlib import Path; from kd_notes.runner.notebooks import open_book; from kd_notes.runner.execute import reproduce; "
                f"made = reproduce(profile='smoke', book=open_book(Path({str(ran.nbs.parent)!r}))); "
                "print([o.status for o in made], [m for m in ('torch', 'transformers', 'papermill', 'pandas', 'matplotlib') if m in sys.modules], time.time() - t)")
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
@@ -206,39 +213,39 @@ def test_unchanged_is_skipped_without_importing_anything_heavy(ran):
 
 
 def test_what_is_in_the_key_and_what_is_not(copy, monkeypatch):
-    nb, params = rp.read_notebook(copy.results/"small.ipynb"), {"a": 4}
-    key = rp.notebook_key(copy, nb, params)
-    assert rp.notebook_key(copy, {**nb, "cells": [*nb["cells"], prose("more")]}, params) == key
+    nb, params = notebooks_module.read_notebook(copy.results/"small.ipynb"), {"a": 4}
+    key = notebooks_module.notebook_key(copy, nb, params)
+    assert notebooks_module.notebook_key(copy, {**nb, "cells": [*nb["cells"], prose("more")]}, params) == key
     (copy.data/"README.md").write_text("prose")
     (copy.data/"expected"/"x.json").write_text("{}")
-    assert rp.notebook_key(copy, nb, params) == key
-    assert rp.notebook_key(copy, nb, {"a": 5}) != key
-    assert rp.notebook_key(copy, {**nb, "cells": [*nb["cells"], code("b = 1")]}, params) != key
+    assert notebooks_module.notebook_key(copy, nb, params) == key
+    assert notebooks_module.notebook_key(copy, nb, {"a": 5}) != key
+    assert notebooks_module.notebook_key(copy, {**nb, "cells": [*nb["cells"], code("b = 1")]}, params) != key
     (copy.data/"rows.jsonl").write_text("{}")
-    assert rp.notebook_key(copy, nb, params) != key
+    assert notebooks_module.notebook_key(copy, nb, params) != key
     asked = []
-    monkeypatch.setattr(rp, "code_hash", lambda *names: asked.append(names) or "other")
-    assert rp.notebook_key(copy, notebook(code("from kd_notes.evaluate import accuracy\n%time\nimport kd_notes.report as r")), params) != key
+    monkeypatch.setattr(notebooks_module, "code_hash", lambda *names: asked.append(names) or "other")
+    assert notebooks_module.notebook_key(copy, notebook(code("from kd_notes.data.answers import accuracy\n%time\nimport kd_notes.report as r")), params) != key
     assert asked == [("evaluate", "report")]
 
 
 def test_real_data_outside_counts_only_for_those_who_read_it(copy, tmp_path, monkeypatch):
     reader, other = notebook(code("load_real('esnli', 'test')")), notebook(code("x = 1"))
-    before = [rp.notebook_key(copy, nb, {}) for nb in (reader, other)]
+    before = [notebooks_module.notebook_key(copy, nb, {}) for nb in (reader, other)]
     (tmp_path/"esnli.jsonl").write_text("{}")
     monkeypatch.setenv("KD_NOTES_DATA", str(tmp_path))
-    after = [rp.notebook_key(copy, nb, {}) for nb in (reader, other)]
+    after = [notebooks_module.notebook_key(copy, nb, {}) for nb in (reader, other)]
     assert before[0] != after[0] and before[1] == after[1]
 
 
 def test_a_run_with_lost_or_changed_files_is_not_fresh(copy):
     folder = copy.runs/"smoke"/"small"
     key = read_manifest(folder)["key"]
-    assert rp.run_fresh(folder, key) and not rp.run_fresh(folder, "0" * 16)
+    assert execute_module.run_fresh(folder, key) and not execute_module.run_fresh(folder, "0" * 16)
     (folder/"curve.png").write_bytes(b"other")
-    assert not rp.run_fresh(folder, key)
+    assert not execute_module.run_fresh(folder, key)
     (folder/"curve.png").unlink()
-    assert not rp.run_fresh(folder, key)
+    assert not execute_module.run_fresh(folder, key)
 
 
 def test_failures_do_not_stop_the_others_and_say_why(tmp_path):
@@ -271,44 +278,44 @@ def test_runs_that_ended_well_but_are_not_good(tmp_path, monkeypatch, parts, mes
 
     def run_here(book, plan, ticker):
         space = {}
-        exec("\n".join([f"{k} = {v!r}" for k, v in plan.sent.items()] + [rp.cell_source(c) for c in rp.code_cells(rp.read_notebook(book.results/"small.ipynb"))[1:]]),
+        exec("\n".join([f"{k} = {v!r}" for k, v in plan.sent.items()] + [notebooks_module.cell_source(c) for c in notebooks_module.code_cells(notebooks_module.read_notebook(book.results/"small.ipynb"))[1:]]),
              space)
         return {"error": None, "peak_memory_mib": 1.0}
-    monkeypatch.setattr(rp, "_run_process", run_here)
-    [outcome] = rp.reproduce(profile="smoke", book=book)
+    monkeypatch.setattr(execute_module, "_run_process", run_here)
+    [outcome] = execute_module.reproduce(profile="smoke", book=book)
     assert outcome.status == "failed" and message in outcome.message
     assert run_status(outcome.folder) == "failed"
 
 
 def test_a_parameter_that_papermill_cannot_read_is_an_error(tmp_path):
     book = make_book(tmp_path, small=standard(parameters=PARAMETERS + '\nodd = "a=b"', echo=ECHO.replace("a=a", "a=a, odd=odd")))
-    [outcome] = rp.reproduce(profile="smoke", book=book)
+    [outcome] = execute_module.reproduce(profile="smoke", book=book)
     assert outcome.status == "failed" and "papermill does not understand odd" in outcome.message
 
 
 def test_settings_beside_the_profile_get_a_folder_of_their_own(copy):
-    [outcome] = rp.reproduce(["small"], "smoke", sets=["a=7"], book=copy)
+    [outcome] = execute_module.reproduce(["small"], "smoke", sets=["a=7"], book=copy)
     assert outcome.status == "done" and outcome.folder.parent == copy.runs/"custom"
     assert read_json(outcome.folder/"metrics.json")["a"] == 7 and read_json(copy.runs/"smoke"/"small"/"metrics.json")["a"] == 4
-    assert [o.status for o in rp.reproduce(["small"], "smoke", sets=["small.a=7"], book=copy)] == ["unchanged"]
+    assert [o.status for o in execute_module.reproduce(["small"], "smoke", sets=["small.a=7"], book=copy)] == ["unchanged"]
 
 
 def test_a_failed_rerun_keeps_the_last_good_run(copy):
-    nb = rp.read_notebook(copy.results/"small.ipynb")
-    (copy.results/"small.ipynb").write_text(rp.notebook_text({**nb, "cells": [*nb["cells"], code("1 / 0")]}))
-    [outcome] = rp.reproduce(profile="smoke", book=copy)
+    nb = notebooks_module.read_notebook(copy.results/"small.ipynb")
+    (copy.results/"small.ipynb").write_text(publish_module.notebook_text({**nb, "cells": [*nb["cells"], code("1 / 0")]}))
+    [outcome] = execute_module.reproduce(profile="smoke", book=copy)
     assert outcome.status == "failed" and "ZeroDivisionError" in outcome.message
     assert read_json(copy.runs/"smoke"/".previous"/"small"/"metrics.json")["a"] == 4
 
 
 def test_skipped_notebooks_are_neither_success_nor_failure(tmp_path):
-    book = make_book(tmp_path, small=standard("from kd_notes.reproduce import skip\nskip('needs KD_NOTES_DATA', run_dir)"))
+    book = make_book(tmp_path, small=standard("from kd_notes.runner.notebooks import skip\nskip('needs KD_NOTES_DATA', run_dir)"))
     done = cli(book, "reproduce", "--profile", "smoke")
     assert done.returncode == 0 and "small: skipped" in done.stdout and "needs KD_NOTES_DATA" in done.stdout
-    assert [(r.status, r.note[:19]) for r in rp.check(profile="smoke", book=book)] == [("NOT RUN", "nothing is recorded")]
+    assert [(r.status, r.note[:19]) for r in record_module.check(profile="smoke", book=book)] == [("NOT RUN", "nothing is recorded")]
     with pytest.raises(UserError, match="no finished run"):
-        rp.record(["small"], "smoke", book)
-    assert [o.status for o in rp.reproduce(profile="smoke", book=book)] == ["unchanged"]
+        record_module.record(["small"], "smoke", book)
+    assert [o.status for o in execute_module.reproduce(profile="smoke", book=book)] == ["unchanged"]
 
 
 def test_home_and_foreign_kernels_are_left_alone(tmp_path):
@@ -329,8 +336,8 @@ def test_home_and_foreign_kernels_are_left_alone(tmp_path):
 SLEEP = "import os, time\nopen(f'{run_dir}/pid', 'w').write(str(os.getpid()))\ntime.sleep(a)"
 
 
-def start_and_wait_for_kernel(book: rp.Book, name: str = "slow") -> tuple[subprocess.Popen, int]:
-    command = [sys.executable, "-c", "from kd_notes.reproduce import app; app()", "reproduce", "--profile", "smoke", "--root", str(book.nbs.parent)]
+def start_and_wait_for_kernel(book: notebooks_module.Book, name: str = "slow") -> tuple[subprocess.Popen, int]:
+    command = [sys.executable, "-c", "from kd_notes.cli import app; app()", "reproduce", "--profile", "smoke", "--root", str(book.nbs.parent)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     pid = book.runs/"smoke"/name/"pid"
     limit = time.monotonic() + 60
@@ -364,14 +371,14 @@ def test_interruptions_leave_a_state_to_go_on_from(tmp_path, how):
     if how == signal.SIGTERM:
         return
     write_json(book.profiles/"smoke.json", {**profile, "parameters": {"slow": {"a": 0}}})
-    assert [o.status for o in rp.reproduce(profile="smoke", book=book)] == ["unchanged", "done"]
+    assert [o.status for o in execute_module.reproduce(profile="smoke", book=book)] == ["unchanged", "done"]
 
 
 def test_two_runners_do_not_share_a_folder(tmp_path):
     book = make_book(tmp_path, {"smoke": {"headline": ["slow"], "parameters": {"slow": {"a": 300}}}}, slow=standard(SLEEP))
     process, kernel = start_and_wait_for_kernel(book)
     try:
-        [outcome] = rp.reproduce(profile="smoke", book=book)
+        [outcome] = execute_module.reproduce(profile="smoke", book=book)
         assert outcome.status == "failed" and "another process" in outcome.message
         assert psutil.pid_exists(kernel)
     finally:
@@ -382,21 +389,21 @@ def test_two_runners_do_not_share_a_folder(tmp_path):
 
 # ---------------------------------------------------------------- record and check
 
-def with_numbers(book: rp.Book, change) -> None:
+def with_numbers(book: notebooks_module.Book, change) -> None:
     "Change the recorded numbers honestly, that is with a digest that fits."
-    path = rp.expected_file(book, "smoke", "small")
+    path = record_module.expected_file(book, "smoke", "small")
     stored = read_json(path)
     change(stored["numbers"])
     write_json(path, stored | {"digest": stable_hash(stored["numbers"])})
 
 
-def statuses(book: rp.Book) -> dict[str, str]:
-    return {r.number: r.status for r in rp.check(profile="smoke", book=book)}
+def statuses(book: notebooks_module.Book) -> dict[str, str]:
+    return {r.number: r.status for r in record_module.check(profile="smoke", book=book)}
 
 
 def test_record_and_check_agree(ran):
     assert statuses(ran) == {"gain": "PASS", "a": "PASS"}
-    stored = read_json(rp.expected_file(ran, "smoke", "small"))
+    stored = read_json(record_module.expected_file(ran, "smoke", "small"))
     assert stored["device_class"] in ("cpu", "cuda") and stored["provenance"]["params"]["a"] == 4 and stored["provenance"]["date"]
     assert stored["numbers"]["gain"]["sigma"] == pytest.approx(0.2 / 3.92)
     done = cli(ran, "check", "--profile", "smoke")
@@ -421,7 +428,7 @@ def test_perturbed_expectations_fail(copy, change):
 
 
 def test_hand_edits_fail_however_small(copy):
-    path = rp.expected_file(copy, "smoke", "small")
+    path = record_module.expected_file(copy, "smoke", "small")
     path.write_text(path.read_text().replace('"n": 5', '"n": 6', 1))
     assert statuses(copy) == {"(all)": "FAIL"}
     assert cli(copy, "check", "--profile", "smoke").returncode == 1
@@ -434,37 +441,37 @@ def test_perturbed_metrics_fail_however_small(copy):
     write_json(path, metrics)
     assert statuses(copy) == {"(all)": "FAIL"}
     with pytest.raises(UserError, match="changed after"):
-        rp.record(["small"], "smoke", copy)
+        record_module.record(["small"], "smoke", copy)
 
 
 def test_not_run_in_all_its_forms(copy):
     manifest_file = copy.runs/"smoke"/"small"/"manifest.json"
     manifest = read_json(manifest_file)
     write_json(manifest_file, manifest | {"kernel": manifest["kernel"] | {"device_class": "cuda"}})
-    assert {(r.status, r.note) for r in rp.check(profile="smoke", book=copy)} == {("NOT RUN", "recorded on cpu, run on cuda")}
+    assert {(r.status, r.note) for r in record_module.check(profile="smoke", book=copy)} == {("NOT RUN", "recorded on cpu, run on cuda")}
     for status in ("failed", "killed"):
         write_json(manifest_file, manifest | {"status": status})
-        assert {(r.status, r.note) for r in rp.check(profile="smoke", book=copy)} == {("NOT RUN", f"the last run is {status}")}
+        assert {(r.status, r.note) for r in record_module.check(profile="smoke", book=copy)} == {("NOT RUN", f"the last run is {status}")}
     manifest_file.unlink()
-    assert {(r.status, r.note) for r in rp.check(profile="smoke", book=copy)} == {("NOT RUN", "not run yet")}
+    assert {(r.status, r.note) for r in record_module.check(profile="smoke", book=copy)} == {("NOT RUN", "not run yet")}
 
 
 def test_numbers_may_bring_their_own_tolerance():
-    number = rp.with_tolerance({"value": 0.5, "low": 0.4, "high": 0.6, "n": 5, "abs": 0.001, "k": 0})
-    assert rp.tolerance(number) == 0.001
-    assert rp.judge({"value": 0.5015, "low": 0.4, "high": 0.6, "n": 5}, number)[0] == "DRIFT"
-    assert rp.tolerance(rp.with_tolerance({"value": 0})) > 0
+    number = record_module.with_tolerance({"value": 0.5, "low": 0.4, "high": 0.6, "n": 5, "abs": 0.001, "k": 0})
+    assert record_module.tolerance(number) == 0.001
+    assert record_module.judge({"value": 0.5015, "low": 0.4, "high": 0.6, "n": 5}, number)[0] == "DRIFT"
+    assert record_module.tolerance(record_module.with_tolerance({"value": 0})) > 0
 
 
 def test_an_effect_that_turns_round_is_no_drift():
     "Three seeds have wide intervals; three of their standard errors would let a difference of 14 points become one of -7."
-    recorded = rp.with_tolerance({"value": 0.14, "low": 0.01, "high": 0.28, "n": 3})
-    assert rp.tolerance(recorded) > 0.2
-    assert rp.judge(recorded | {"value": -0.03}, recorded)[0] == "FAIL" and rp.judge(recorded | {"value": 0.03}, recorded)[0] == "PASS"
+    recorded = record_module.with_tolerance({"value": 0.14, "low": 0.01, "high": 0.28, "n": 3})
+    assert record_module.tolerance(recorded) > 0.2
+    assert record_module.judge(recorded | {"value": -0.03}, recorded)[0] == "FAIL" and record_module.judge(recorded | {"value": 0.03}, recorded)[0] == "PASS"
     lower = {k: -v if k in ("value",) else v for k, v in recorded.items()} | {"low": -0.28, "high": -0.01}
-    assert rp.judge(lower | {"value": 0.02}, lower)[0] == "FAIL"
-    open_one = rp.with_tolerance({"value": 0.03, "low": -0.05, "high": 0.1, "n": 3})
-    assert rp.judge(open_one | {"value": -0.01}, open_one)[0] == "PASS"
+    assert record_module.judge(lower | {"value": 0.02}, lower)[0] == "FAIL"
+    open_one = record_module.with_tolerance({"value": 0.03, "low": -0.05, "high": 0.1, "n": 3})
+    assert record_module.judge(open_one | {"value": -0.01}, open_one)[0] == "PASS"
 
 
 @pytest.mark.parametrize("wrong,message", [(["--task", "poetry"], "poetry"), (["--task", "nli", "--split", "pol"], "pol"),
@@ -473,21 +480,21 @@ def test_an_effect_that_turns_round_is_no_drift():
                                             "concurency")])
 def test_extract_names_what_is_wrong_in_one_paragraph(wrong, message, tmp_path):
     words = wrong if "--out" in wrong or message == "--out" else [*wrong, "--out", str(tmp_path/"a.jsonl")]
-    done = CliRunner().invoke(rp.app, ["extract", "--limit", "1", *words])
+    done = CliRunner().invoke(cli_module.app, ["extract", "--limit", "1", *words])
     assert done.exit_code == 2 and message in done.stderr and "Traceback" not in done.output
     assert len(done.stderr.strip().splitlines()) <= 2
 
 
 def test_record_says_what_changed(copy):
     with_numbers(copy, lambda n: (n["a"].update(value=5), n.update(old={"value": 1.0, "abs": 0.1, "k": 3, "sigma": 0}), n.pop("gain")))
-    assert sorted(rp.record(["small"], "smoke", copy)) == ["small: a: 5 -> 4", "small: gain = 2 is new", "small: old is gone (was 1)"]
-    assert rp.record(["small"], "smoke", copy) == ["small: no number changed"]
+    assert sorted(record_module.record(["small"], "smoke", copy)) == ["small: a: 5 -> 4", "small: gain = 2 is new", "small: old is gone (was 1)"]
+    assert record_module.record(["small"], "smoke", copy) == ["small: no number changed"]
 
 
 def test_record_adds_the_trainings_of_a_stage_and_replaces_none(copy, tmp_path, monkeypatch):
     monkeypatch.setenv("KD_NOTES_CACHE", str(tmp_path/"cache"))
     grid = [{"draws": 10, "seed": seed} for seed in range(3)]
-    results = run_grid("pi", "kd_notes.runs:estimate_pi", grid, modules=["runs"])
+    results = run_grid("pi", "kd_notes.runner.runs:estimate_pi", grid, modules=["runner.runs"])
     record_runs("pi", [results[0] | {"metrics": {"pi": 3.0}}], copy.expected/"runs")
     done = cli(copy, "record", "--runs", "pi")
     assert done.returncode == 0 and done.stdout.strip() == "pi: 2 new, 3 recorded"
@@ -502,35 +509,35 @@ def test_record_adds_the_trainings_of_a_stage_and_replaces_none(copy, tmp_path, 
 def test_metrics_must_be_numbers(tmp_path, numbers):
     write_json(tmp_path/"metrics.json", numbers)
     with pytest.raises(UserError, match="metrics.json"):
-        rp.read_numbers(tmp_path/"metrics.json")
+        notebooks_module.read_numbers(tmp_path/"metrics.json")
 
 
 def test_metrics_must_be_finite(tmp_path):
     (tmp_path/"metrics.json").write_text('{"a": NaN}')
     with pytest.raises(UserError, match="finite"):
-        rp.read_numbers(tmp_path/"metrics.json")
+        notebooks_module.read_numbers(tmp_path/"metrics.json")
 
 
 # ---------------------------------------------------------------- publish
 
 @pytest.fixture
-def published(copy) -> rp.Book:
-    rp.publish(["small"], "smoke", copy)
+def published(copy) -> notebooks_module.Book:
+    publish_module.publish(["small"], "smoke", copy)
     return copy
 
 
 def test_publish_copies_outputs_and_nothing_else(ran, published):
-    before, after = (rp.read_notebook(b.results/"small.ipynb") for b in (ran, published))
-    assert [rp.cell_source(c) for c in before["cells"]] == [rp.cell_source(c) for c in after["cells"]]
-    texts = "".join(text for _, text in rp.output_text(rp.code_cells(after)))
+    before, after = (notebooks_module.read_notebook(b.results/"small.ipynb") for b in (ran, published))
+    assert [notebooks_module.cell_source(c) for c in before["cells"]] == [notebooks_module.cell_source(c) for c in after["cells"]]
+    texts = "".join(text for _, text in publish_module.output_text(notebooks_module.code_cells(after)))
     assert "a = 4" in texts and "a warning" not in texts and "drawn in runs/smoke/small" in texts
     assert not re.search("/(tmp|root|home|work)/", texts) and "<environment>" in texts
-    [figure] = [o for c in rp.code_cells(after) for o in c["outputs"] if "image/png" in o.get("data", {})]
+    [figure] = [o for c in notebooks_module.code_cells(after) for o in c["outputs"] if "image/png" in o.get("data", {})]
     assert figure["metadata"]["image/png"]["alt"] == "two arms" and "".join(figure["data"]["text/plain"]) == "Figure: two arms"
-    stamp = read_json(rp.stamps_file(published))["small"]
+    stamp = read_json(publish_module.stamps_file(published))["small"]
     assert stamp["key"] == read_manifest(published.runs/"smoke"/"small")["key"] and stamp["profile"] == "smoke"
     assert f"key {stamp['key']}" in texts and after["metadata"]["kd_notes"]["key"] == stamp["key"]
-    assert rp.check_published(published) == []
+    assert publish_module.check_published(published) == []
 
 
 def test_nbdev_clean_changes_nothing_and_the_tag_survives(published):
@@ -542,20 +549,20 @@ def test_nbdev_clean_changes_nothing_and_the_tag_survives(published):
     before = (published.results/"small.ipynb").read_bytes()
     subprocess.run([str(Path(sys.executable).with_name("nbdev_clean")), "--fname", str(published.results/"small.ipynb")], cwd=root, check=True)
     assert (published.results/"small.ipynb").read_bytes() == before
-    assert rp.notebook_parameters(rp.read_notebook(published.results/"small.ipynb"))["a"].default == 2
-    assert rp.check_published(published) == []
+    assert notebooks_module.notebook_parameters(notebooks_module.read_notebook(published.results/"small.ipynb"))["a"].default == 2
+    assert publish_module.check_published(published) == []
 
 
 def test_publishing_again_is_stable(published):
     before = (published.results/"small.ipynb").read_bytes()
-    rp.publish(["small"], "smoke", published)
+    publish_module.publish(["small"], "smoke", published)
     assert (published.results/"small.ipynb").read_bytes() == before
 
 
 SECRET = "/".join(["", "home", "alice", "secret"])  # a path that is no path in this file
 
 
-def edit(book: rp.Book, old: str, new: str) -> None:
+def edit(book: notebooks_module.Book, old: str, new: str) -> None:
     path = book.results/"small.ipynb"
     text = path.read_text()
     assert old in text
@@ -563,13 +570,13 @@ def edit(book: rp.Book, old: str, new: str) -> None:
 
 
 def test_published_notebooks_that_are_not_what_the_record_says(published):
-    good, stamps = (published.results/"small.ipynb").read_text(), read_json(rp.stamps_file(published))
+    good, stamps = (published.results/"small.ipynb").read_text(), read_json(publish_module.stamps_file(published))
 
     def problems(old="", new=""):
         (published.results/"small.ipynb").write_text(good)
         if old:
             edit(published, old, new)
-        return " ".join(rp.check_published(published))
+        return " ".join(publish_module.check_published(published))
     assert problems() == ""
     assert "code has changed" in problems("a * scale", "a + scale")
     assert "edited after publishing" in problems("drawn in runs", "drawn in heaven")
@@ -577,7 +584,7 @@ def test_published_notebooks_that_are_not_what_the_record_says(published):
     assert problems("## Exercises", "## Questions") == ""
     with_numbers(published, lambda n: n["a"].update(value=5))
     assert "not those of data/expected/smoke/small.json" in problems()
-    write_json(rp.stamps_file(published), {"other": stamps["small"]})
+    write_json(publish_module.stamps_file(published), {"other": stamps["small"]})
     assert "no stamp" in problems() and "other: it has a stamp" in problems()
 
 
@@ -587,23 +594,23 @@ def test_publish_refuses_what_it_should_and_writes_nothing(copy):
 
     def refused(message):
         with pytest.raises(UserError, match=message):
-            rp.publish(["small"], "smoke", copy)
-        assert not rp.stamps_file(copy).exists()
+            publish_module.publish(["small"], "smoke", copy)
+        assert not publish_module.stamps_file(copy).exists()
     executed = copy.runs/"smoke"/"small"/"executed.ipynb"
     good = executed.read_text()
     executed.write_text(good.replace("drawn in", SECRET))
     refused("path of this machine|has changed")
     nb = json.loads(good)
-    rp.code_cells(nb)[-1]["outputs"].append({"output_type": "stream", "name": "stdout", "text": ["see " + SECRET]})
+    notebooks_module.code_cells(nb)[-1]["outputs"].append({"output_type": "stream", "name": "stdout", "text": ["see " + SECRET]})
     executed.write_text(json.dumps(nb))
     refused(SECRET[:11])
-    rp.code_cells(nb)[-1]["outputs"][-1]["text"] = ["x" * 260_000]
+    notebooks_module.code_cells(nb)[-1]["outputs"][-1]["text"] = ["x" * 260_000]
     executed.write_text(json.dumps(nb))
     refused("more than 250; most of it .* code cell 5")
     executed.write_text(good)
     with_numbers(copy, lambda n: n["a"].update(value=5))
     refused("kd-notes record small")
-    rp.record(["small"], "smoke", copy)
+    record_module.record(["small"], "smoke", copy)
     edit(copy, "a * scale", "a + scale")
     refused("code of the notebook has changed")
     path.write_bytes(before)
@@ -614,10 +621,10 @@ def test_publish_refuses_what_it_should_and_writes_nothing(copy):
 
 def test_image_data_is_not_searched_for_paths():
     image = {"output_type": "display_data", "data": {"image/png": "AAA/" + "home/BBB", "text/plain": ["Figure"]}, "metadata": {"image/png": {"alt": "x"}}}
-    made = rp.clean_output(image, {"/home": "~"})
+    made = publish_module.clean_output(image, {"/home": "~"})
     assert made["data"]["image/png"] == "AAA/" + "home/BBB" and made["metadata"] == {"image/png": {"alt": "x"}}
-    rp._no_machine_paths([{"outputs": [made]}], "x")
-    assert rp.clean_output({"output_type": "display_data", "data": {"application/vnd.jupyter.widget-view+json": {}}, "metadata": {}}, {}) is None
+    publish_module._no_machine_paths([{"outputs": [made]}], "x")
+    assert publish_module.clean_output({"output_type": "display_data", "data": {"application/vnd.jupyter.widget-view+json": {}}, "metadata": {}}, {}) is None
 
 
 # ---------------------------------------------------------------- command line
@@ -657,21 +664,20 @@ class Stub:
         return {"kind": "stub", "model": self.name, "revision": self.revision}
 
     def generate(self, requests, decoding):
-        from kd_notes.backends import Completion
+        from kd_notes.generation.backends import Completion
         for name, _ in requests:
             i = int(name[1:])
             yield Completion(name, f" {i} and 2 more.\nAnswer: {i} + {2 + i % 2}\n", 9, 9, "stop", 0.1)
 
 
 def test_extract_on_the_command_line_goes_on_where_it_was(tmp_path):
-    from kd_notes import data, rationales
     source, stored, out = tmp_path/"in.jsonl", tmp_path/"stored.jsonl", tmp_path/"out.jsonl"
     source.write_text("".join(json.dumps(q) + "\n" for q in QUESTIONS))
-    rationales.extract(data.load_jsonl(source, "svamp"), Stub(), rationales.rationale_decoding(), stored)
+    rationales_module.extract(examples_module.load_jsonl(source, "svamp"), Stub(), rationales_module.rationale_decoding(), stored)
 
     def command(*more):
         words = ["extract", "--task", "svamp", "--input", str(source), "--teacher", f"replay:{stored}", "--out", str(out), *more]
-        return CliRunner().invoke(rp.app, words)
+        return CliRunner().invoke(cli_module.app, words)
     done = command("--limit", "2")
     assert done.exit_code == 0 and json.loads(done.stdout)["rows"] == 2 and len(out.read_text().splitlines()) == 2, done.stderr
     made = json.loads(command().stdout)
@@ -686,30 +692,30 @@ def test_extract_on_the_command_line_goes_on_where_it_was(tmp_path):
 
 def test_a_folder_that_is_no_book(tmp_path):
     with pytest.raises(UserError, match="nbs"):
-        rp.open_book(tmp_path)
+        notebooks_module.open_book(tmp_path)
 
 
 def test_plain_progress_has_no_control_characters(capsys, monkeypatch):
-    ticker = rp.Ticker("nb", 7, 60, mode="lines")
+    ticker = execute_module.Ticker("nb", 7, 60, mode="lines")
     ticker.hear("Executing Cell 2-------")
     ticker.hear("students: 1/3\n")
     ticker.shown -= 11
-    rp._tick(ticker)
-    rp._tick(ticker)
-    rp._clear(ticker)
+    execute_module._tick(ticker)
+    execute_module._tick(ticker)
+    execute_module._clear(ticker)
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "nb: cell 2/7" in err and "of about 1 min 00 s; students: 1/3" in err and "\r" not in err
-    bar = rp.Ticker("nb", 7, None, mode="bar")
+    bar = execute_module.Ticker("nb", 7, None, mode="bar")
     bar.shown -= 1
-    rp._tick(bar)
+    execute_module._tick(bar)
     assert capsys.readouterr().err.startswith("\r\x1b[K")
 
 
 # ---------------------------------------------------------------- the project's own book
 
 def test_every_profile_of_this_project_is_valid():
-    book = rp.open_book()
-    for name in rp.profile_names(book):
-        rp.load_profile(book, name)
-    for name in rp.result_names(book):
-        assert rp.notebook_title(rp.read_notebook(book.results/f"{name}.ipynb"))
+    book = notebooks_module.open_book()
+    for name in notebooks_module.profile_names(book):
+        notebooks_module.load_profile(book, name)
+    for name in notebooks_module.result_names(book):
+        assert notebooks_module.notebook_title(notebooks_module.read_notebook(book.results/f"{name}.ipynb"))

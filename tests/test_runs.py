@@ -12,17 +12,22 @@ from pathlib import Path
 import pytest
 
 import kd_notes
-from kd_notes import runs
-from kd_notes.core import UserError, append_jsonl, read_json, read_jsonl, stable_hash, write_json
-from kd_notes.runs import (GridError, Run, cached, cached_runs, code_hash, code_modules, environment, limit_threads, load_record,
-                           read_manifest, read_run, record_file, record_runs, run_folder, run_grid, run_key, run_status)
+import kd_notes.runner.code as code_module
+import kd_notes.environment as environment_module
+from kd_notes.core import append_jsonl, read_json, read_jsonl, stable_hash, UserError, write_json
+from kd_notes.environment import environment
+from kd_notes.runner.code import code_hash, code_modules, run_key
+from kd_notes.runner.grid import (
+    cached_runs, GridError, limit_threads, load_record, record_file, record_runs, run_grid,
+)
+from kd_notes.runner.runs import cached, read_manifest, read_run, Run, run_folder, run_status
 
-PI = "kd_notes.runs:estimate_pi"
+PI = "kd_notes.runner.runs:estimate_pi"
 
 TARGETS = '''
 import os, random, sys, time
 from kd_notes.core import append_jsonl, read_jsonl, seed_everything
-from kd_notes.runs import Run
+from kd_notes.runner.runs import Run
 
 def noisy(params, folder):
     print("a library prints this")
@@ -104,7 +109,7 @@ def package(tmp_path):
     shutil.copytree(Path(kd_notes.__file__).parent, tmp_path/"copy"/"kd_notes", ignore=shutil.ignore_patterns("__pycache__"))
 
     def ask(*modules: str) -> str:
-        code = f"from kd_notes.runs import code_hash; print(code_hash(*{modules!r}))"
+        code = f"from kd_notes.runner.code import code_hash; print(code_hash(*{modules!r}))"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path/"copy")
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()
@@ -168,20 +173,20 @@ def test_code_modules_follow_imports():
     ("x = 1\n'a text in the middle'", "x = 1\n'another'", False),
 ])
 def test_tree_hash(first, second, same):
-    assert (runs._tree_hash(first) == runs._tree_hash(second)) is same
+    assert (code_module._tree_hash(first) == code_module._tree_hash(second)) is same
 
 
 def test_key_depends_on_all_that_decides_the_numbers(monkeypatch):
     def key(stage="s", params=None, modules=("core",), checksums=None, threads=1):
         return run_key(stage, params or {"a": 1}, list(modules), checksums, threads)
-    keys = [key(), key(stage="t"), key(params={"a": 2}), key(params={"a": 1.0}), key(modules=["runs"]), key(checksums={"d": "0"}),
+    keys = [key(), key(stage="t"), key(params={"a": 2}), key(params={"a": 1.0}), key(modules=["runner.runs"]), key(checksums={"d": "0"}),
             key(checksums={"d": "1"}), key(threads=2)]
     assert len(set(keys)) == len(keys) and key() == keys[0]
     assert key(params={"b": 2, "a": (1, 2)}) == key(params={"a": [1, 2], "b": 2})
-    here = runs.versions()
+    here = environment_module.versions()
     for library, decides in (("torch", True), ("transformers", True), ("tokenizers", True), ("papermill", False)):
         with monkeypatch.context() as m:
-            m.setattr(runs, "versions", lambda lib=library: here | {lib: "0.0"})
+            m.setattr(environment_module, "versions", lambda lib=library: here | {lib: "0.0"})
             assert (key() != keys[0]) is decides
 
 
@@ -263,7 +268,7 @@ def test_full_disk_at_the_end_leaves_a_failed_run_not_a_half_result(tmp_path):
     code = f"""
 import resource
 from kd_notes.core import UserError
-from kd_notes.runs import Run
+from kd_notes.runner.runs import Run
 try:
     with Run.open({str(tmp_path/'r')!r}, {{}}) as run:
         resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
@@ -301,7 +306,7 @@ def test_half_a_result_is_never_read(cache):
 
 
 def test_two_processes_asking_for_the_same_run_train_once(tmp_path, targets, cache):
-    code = ("import sys; from kd_notes.runs import cached, find_target\n"
+    code = ("import sys; from kd_notes.runner.runs import cached; from kd_notes.runner.grid import find_target\n"
             f"print(cached('s', {{'seed': 5, 'log': {str(tmp_path/'calls')!r}, 'pause': 1}}, find_target('grid_targets:counting'), modules=['core']))")
     env = os.environ | {"PYTHONPATH": str(tmp_path/"lib")}
     both = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=env, text=True) for _ in range(2)]
@@ -400,7 +405,7 @@ def test_mistakes_in_the_call_are_told(targets, cache):
 
 
 GRID = """
-from kd_notes.runs import run_grid
+from kd_notes.runner.grid import run_grid
 grid = [{{"seed": s, "log": {log!r}, "pause": 0.5}} for s in range(12)]
 run_grid("s", "grid_targets:counting", grid, modules=["core"], jobs={jobs})
 """
@@ -456,11 +461,11 @@ def test_record_replays_without_running(tmp_path, results, cache, monkeypatch):
     assert record_runs("pi", results, tmp_path/"rec") == 3
     monkeypatch.setenv("KD_NOTES_CACHE", str(tmp_path/"empty"))
     grid = [{"draws": 100, "seed": s} for s in range(4)]
-    again = run_grid("pi", PI, grid, modules=["runs"], use_record=tmp_path/"rec", jobs=2)  # other modules, other keys: noted, not required
+    again = run_grid("pi", PI, grid, modules=["runner.runs"], use_record=tmp_path/"rec", jobs=2)  # other modules, other keys: noted, not required
     assert [r["source"] for r in again] == ["record"]*3 + ["run"]
     assert [r["metrics"] for r in again[:3]] == [r["metrics"] for r in results] and [r["key"] for r in again[:3]] == [r["key"] for r in results]
     assert {"params", "metrics", "key", "seconds", "source"} <= again[0].keys() == again[3].keys()
-    forced = run_grid("pi", PI, grid, modules=["runs"], use_record=tmp_path/"rec", force=True)
+    forced = run_grid("pi", PI, grid, modules=["runner.runs"], use_record=tmp_path/"rec", force=True)
     assert {r["source"] for r in forced} == {"run"}
 
 
@@ -516,7 +521,7 @@ def test_two_processes_record_without_losing_rows(tmp_path, cache):
     code = """
 import sys
 from pathlib import Path
-from kd_notes.runs import record_runs
+from kd_notes.runner.grid import record_runs
 me = int(sys.argv[2])
 for n in range(15):
     record_runs("s", [{"params": {"p": me, "n": n}, "metrics": {}, "key": "k", "seconds": 1, "device": "cpu", "date": "d", "source": "run"}], Path(sys.argv[1]))

@@ -12,14 +12,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from kd_notes import stepwise as ks
-from kd_notes.core import UserError, append_jsonl, read_json, write_json
-from kd_notes.data import load_split
-from kd_notes.evaluate import unpack_bits
-from kd_notes.models import count_parameters, load_mini_tokenizer, mini_model
-from kd_notes.stepwise import (ARMS, EXPLAIN, PREDICT, Row, StepByStep, arm_rows, new_student, predict, step_rows, student, task_split,
-                               train_student)
-from kd_notes.train import SFT, TrainConfig, last_checkpoint, save_model, train
+import kd_notes.methods.step_by_step as step_by_step_module
+import kd_notes.experiments.stepwise as stepwise_module
+from kd_notes.core import append_jsonl, read_json, UserError, write_json
+from kd_notes.data.examples import load_split
+from kd_notes.data.answers import unpack_bits
+from kd_notes.models.mini import load_mini_tokenizer, mini_model
+from kd_notes.models.pretrained import count_parameters
+from kd_notes.experiments.stepwise import (
+    arm_rows, ARMS, new_student, student, task_split, train_student,
+)
+from kd_notes.methods.step_by_step import EXPLAIN, predict, PREDICT, Row, step_rows, StepByStep
+from kd_notes.training.checkpoint import last_checkpoint, save_model
+from kd_notes.training.loop import train
+from kd_notes.training.method import SFT
+from kd_notes.training.state import TrainConfig
 
 torch.set_num_threads(1)
 TOK = load_mini_tokenizer()
@@ -59,7 +66,7 @@ def teacher(tmp_path, monkeypatch):
         rows = [{"id": e.id, "label": "neutral" if i % 5 == 0 else e.label, "rationale": e.rationale,
                  "outcome": "truncated" if i % 9 == 4 else "ok"} for i, e in enumerate(load_split("nli", split, gold=True))]
         append_jsonl(tmp_path/f"{split}.jsonl", rows)
-    monkeypatch.setattr(ks, "teacher_file", lambda task, split: tmp_path/f"{split}.jsonl")
+    monkeypatch.setattr(stepwise_module, "teacher_file", lambda task, split: tmp_path/f"{split}.jsonl")
     return tmp_path
 
 
@@ -156,7 +163,7 @@ def test_all_arms_draw_the_same_examples_and_seeds_draw_others(teacher):
 def test_shuffled_gives_everyone_the_rationale_of_somebody_else():
     marked = [replace(e, rationale=f"because of {e.id}") for e in POOL]
     for seed in range(20):
-        mixed = ks.shuffled(marked, seed)
+        mixed = stepwise_module.shuffled(marked, seed)
         assert all(a.rationale != b.rationale and (a.id, a.label) == (b.id, b.label) for a, b in zip(marked, mixed, strict=True))
         assert sorted(e.rationale for e in mixed) == sorted(e.rationale for e in marked)
 
@@ -164,7 +171,7 @@ def test_shuffled_gives_everyone_the_rationale_of_somebody_else():
 def test_what_each_arm_learns_from(teacher):
     text = {a: {r.id: {t: y for t, _, y in r.pairs} for r in arm_rows(a, "nli", 60)} for a in ARMS if ARMS[a].labels == "gold"}
     gold = {e.id: e for e in load_split("nli", "pool")}
-    said = ks.teacher_text("nli", "pool")
+    said = stepwise_module.teacher_text("nli", "pool")
     for i, row in text["dss"].items():
         assert row["label"] == gold[i].label and row.get("rationale", "") == said[i][1]
         assert text["dss_oracle"][i]["rationale"] == gold[i].rationale
@@ -176,7 +183,7 @@ def test_what_each_arm_learns_from(teacher):
 
 @pytest.mark.parametrize("arm", ["distill", "dss_teacher"])
 def test_without_gold_labels_the_teachers_mistakes_are_learned(teacher, arm):
-    said, rows = ks.teacher_text("nli", "unlabelled"), arm_rows(arm, "nli", 200, "unlabelled")
+    said, rows = stepwise_module.teacher_text("nli", "unlabelled"), arm_rows(arm, "nli", 200, "unlabelled")
     gold = {e.id: e.label for e in load_split("nli", "unlabelled", gold=True)}
     assert all(r.pairs[0][2] == said[r.id][0] for r in rows) and any(r.pairs[0][2] != gold[r.id] for r in rows)
     assert 150 < len(rows) < 200, "examples without a label are dropped"
@@ -191,7 +198,7 @@ def test_arm_rows_refuses(args, message):
 
 
 def test_missing_teacher_text_names_file_and_command(tmp_path, monkeypatch):
-    monkeypatch.setattr(ks, "teacher_file", lambda task, split: tmp_path/"none.jsonl")
+    monkeypatch.setattr(stepwise_module, "teacher_file", lambda task, split: tmp_path/"none.jsonl")
     with pytest.raises(UserError, match=r"data/teacher/nli/pool\.jsonl.*kd-notes extract"):
         arm_rows("dss", "nli", 5)
     assert arm_rows("dss_oracle", "nli", 5), "arms that need no teacher still work"
@@ -206,7 +213,7 @@ def test_teacher_text_that_lacks_an_example(teacher):
 
 def test_teacher_score_is_read_from_the_report(teacher):
     write_json(teacher/"report.json", {"test_accuracy": 0.75, "test_n": 1000})
-    assert ks.teacher_score("nli") == (0.75, 1000)
+    assert stepwise_module.teacher_score("nli") == (0.75, 1000)
 
 
 def test_student_settings_are_strict():
@@ -257,7 +264,6 @@ def test_train_student_gives_metrics_that_agree_with_each_other(tmp_path, family
 SCRIPT = """
     import os, signal, sys
     from pathlib import Path
-    from kd_notes import stepwise, train
     from kd_notes.core import read_json
     class Plug(train.Callback):
         def on_step(self, loop):
@@ -274,10 +280,10 @@ def test_resume_after_a_kill_gives_the_same_metrics(tmp_path, monkeypatch):
     write_json(tmp_path/"asked.json", p)
     killed = subprocess.run([sys.executable, "-c", textwrap.dedent(SCRIPT), str(tmp_path)], env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=120)
     assert killed.returncode == -signal.SIGKILL
-    config = ks.TrainConfig
-    monkeypatch.setattr(ks, "TrainConfig", lambda **how: config(**(how | {"save_every": 2})))
-    started, real = [], ks.train
-    monkeypatch.setattr(ks, "train", lambda *a, **how: started.append(last_checkpoint(how["run_dir"])) or real(*a, **how))
+    config = stepwise_module.TrainConfig
+    monkeypatch.setattr(stepwise_module, "TrainConfig", lambda **how: config(**(how | {"save_every": 2})))
+    started, real = [], stepwise_module.train
+    monkeypatch.setattr(stepwise_module, "train", lambda *a, **how: started.append(last_checkpoint(how["run_dir"])) or real(*a, **how))
     resumed, whole = train_student(p, tmp_path/"run"), train_student(p, tmp_path/"whole")
     assert started[0] is not None and started[1] is None, "the first one has gone on from a checkpoint"
     assert numbers(resumed) == numbers(whole) and read_json(tmp_path/"asked.json") == p
@@ -311,31 +317,31 @@ def test_a_pretrained_t5_learns_from_a_published_set(tiny_t5, precision, tmp_pat
 
 def test_the_recipe_of_profile_gpu_on_ten_rows(tiny_t5, tmp_path, monkeypatch):
     "A teacher writes for a published set, some of it only; its line is known; T5 students of all arms learn from the same examples."
-    from kd_notes.reproduce import extract_rationales
+    from kd_notes.cli import extract_rationales
     monkeypatch.setenv("KD_NOTES_DATA", str(FIXTURES))
     monkeypatch.setenv("KD_NOTES_CACHE", str(tmp_path/"cache"))
     save_model(mini_model("causal", "xs", len(TOK), seed=0), tmp_path/"teacher", TOK)
-    assert ks.teacher_scores(["cqa@folder"]) == {}
+    assert stepwise_module.teacher_scores(["cqa@folder"]) == {}
     made = extract_rationales("cqa@folder", split="pool", teacher=str(tmp_path/"teacher"), shots=1, limit=6, max_new_tokens=8)
-    assert made["rows"] == 6 and Path(made["file"]) == ks.teacher_file("cqa@folder", "pool")
+    assert made["rows"] == 6 and Path(made["file"]) == stepwise_module.teacher_file("cqa@folder", "pool")
     extract_rationales("cqa@folder", split="test", teacher=str(tmp_path/"teacher"), shots=1, max_new_tokens=8)
-    assert ks.teacher_scores(["cqa@folder"]).keys() == {"cqa@folder"} and ks.teacher_score("cqa@folder")[1] == 10
+    assert stepwise_module.teacher_scores(["cqa@folder"]).keys() == {"cqa@folder"} and stepwise_module.teacher_score("cqa@folder")[1] == 10
     drawn = {arm: [r.id for r in arm_rows(arm, "cqa@folder", 5)] for arm in ("finetune", "dss", "shuffled")}
     assert len(set(map(tuple, drawn.values()))) == 1
     size = {"family": "t5", "size": str(tiny_t5), "steps": 2, "lr": 1e-3, "batch_size": 2}
     runs = [student("cqa@folder", arm, 5, 0, **size) for arm in drawn]
-    assert all(0 <= r["metrics"]["accuracy"] <= 1 for r in ks.run_students(runs))
+    assert all(0 <= r["metrics"]["accuracy"] <= 1 for r in stepwise_module.run_students(runs))
     folder = next((tmp_path/"cache"/"runs"/"stepwise").iterdir())
     assert {k: read_json(folder/"manifest.json")[k] for k in ("dtype", "effective_batch")} == {"dtype": "float32", "effective_batch": 2}
 
 
 def test_other_weights_at_the_same_path_are_another_student(tiny_t5):
-    before = ks.checksums("nli", "pool", str(tiny_t5))
+    before = stepwise_module.checksums("nli", "pool", str(tiny_t5))
     weights = tiny_t5/"model.safetensors"
     kept = weights.read_bytes()
     try:
         save_model(mini_model("t5", "xs", len(TOK), seed=9), tiny_t5, TOK)
-        assert ks.checksums("nli", "pool", str(tiny_t5)) != before
+        assert stepwise_module.checksums("nli", "pool", str(tiny_t5)) != before
     finally:
         weights.write_bytes(kept)
 
@@ -351,15 +357,15 @@ def test_several_samples_of_a_teacher_vote(tmp_path, monkeypatch):
     rows = [{"id": "a", "sample": i, "label": label, "rationale": f"because {i}", "outcome": "ok"} for i, label in
             enumerate(["entailment", "neutral", "entailment"])]
     append_jsonl(tmp_path/"pool.jsonl", rows)
-    monkeypatch.setattr(ks, "teacher_file", lambda task, split: tmp_path/f"{split}.jsonl")
-    assert ks.teacher_text("nli", "pool") == {"a": ("entailment", "because 0")}
+    monkeypatch.setattr(stepwise_module, "teacher_file", lambda task, split: tmp_path/f"{split}.jsonl")
+    assert stepwise_module.teacher_text("nli", "pool") == {"a": ("entailment", "because 0")}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_padding_token_in_a_text_is_text(family):
     model = tiny(family, seed=3).eval()
     odd, long = replace(POOL[0], id="odd", input="a <pad> duck <pad>"), replace(POOL[1], id="long", input="a dog runs " * 9)
-    ids = TOK.encode(ks.PREDICT + odd.input, add_special_tokens=False) + [TOK.eos_token_id]*(family == "t5")
+    ids = TOK.encode(step_by_step_module.PREDICT + odd.input, add_special_tokens=False) + [TOK.eos_token_id]*(family == "t5")
     assert TOK.pad_token_id in ids
     rows = torch.tensor([ids])
     made = model.generate(input_ids=rows, attention_mask=torch.ones_like(rows), do_sample=False, max_new_tokens=8, pad_token_id=TOK.pad_token_id,
@@ -373,7 +379,7 @@ def test_an_input_beyond_the_context_is_named():
     with pytest.raises(UserError, match="endless"):
         predict(tiny(), TOK, [POOL[1], long])
     with pytest.raises(UserError, match="endless"):
-        train(tiny(), StepByStep(TOK), step_rows([long]), TrainConfig(steps=1, batch_size=1, lr=1e-3, max_length=ks.context_of(tiny())))
+        train(tiny(), StepByStep(TOK), step_rows([long]), TrainConfig(steps=1, batch_size=1, lr=1e-3, max_length=stepwise_module.context_of(tiny())))
 
 
 def test_unknown_arms_and_splits_are_named_before_anything_is_trained():
@@ -402,7 +408,7 @@ def test_what_is_not_changed_is_not_in_the_parameters():
 def test_rates_of_the_grid_are_for_the_students_that_were_in_it(tiny_t5, tmp_path, monkeypatch):
     chosen = {"lr": {"nli/dss": 0.003, "nli/finetune": 0.006, "nli/dss/t5": 0.012}, "default": 0.001}
     write_json(tmp_path / "chosen" / "stepwise.json", chosen)
-    monkeypatch.setattr(ks, "data_dir", lambda: tmp_path)
+    monkeypatch.setattr(stepwise_module, "data_dir", lambda: tmp_path)
     assert student("nli", "dss", 4, 0)["lr"] == student("nli", "empty", 4, 0)["lr"] == 0.003
     assert student("nli", "dss", 4, 0, family="t5")["lr"] == student("nli", "copy", 4, 0, family="t5")["lr"] == 0.012
     assert student("nli", "distill", 4, 0, family="t5")["lr"] == 0.006          # not in the grid of T5: the causal student's

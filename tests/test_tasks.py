@@ -7,10 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kd_notes.core import UserError, data_dir, read_json
-from kd_notes.data import load_split, near_duplicate_share, split_input, split_path, surface_probes, task_info, write_split
-from kd_notes.evaluate import equation_value
-from kd_notes.tasks import GENERATORS, SIZES, WORLDS, facts, generate, setting_world, valid_rationale, world_of
+from kd_notes.core import data_dir, read_json, UserError
+from kd_notes.data.examples import load_split, split_input, split_path, task_info, write_split
+from kd_notes.data.quality import near_duplicate_share, surface_probes
+from kd_notes.data.answers import equation_value
+from kd_notes.data.tasks import (
+    facts, generate, GENERATORS, setting_world, SIZES, valid_rationale, world_of, WORLDS,
+)
 
 TASKS = list(GENERATORS)
 

@@ -6,13 +6,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kd_notes.backends import prompt_hash
-from kd_notes.core import UserError, data_dir, read_json
-from kd_notes.data import load_split
-from kd_notes.models import load_mini_tokenizer, mini_model
-from kd_notes.rationales import OUTCOMES, ZERO_SHOT, parse_for
-from kd_notes.teachers import (ADAPTER, adapt_teacher, copied, in_template, label_accuracy, sampled_split, search_adapter, stored,
-                               teacher_dir, truncate_adapter, validity, vote_outcomes)
+from kd_notes.generation.backends import prompt_hash
+from kd_notes.core import data_dir, read_json, UserError
+from kd_notes.data.examples import load_split
+from kd_notes.models.mini import load_mini_tokenizer, mini_model
+from kd_notes.methods.rationales import OUTCOMES, parse_for, ZERO_SHOT
+from kd_notes.experiments.teachers import (
+    adapt_teacher, ADAPTER, copied, in_template, label_accuracy, sampled_split, search_adapter,
+    stored, teacher_dir, truncate_adapter, validity, vote_outcomes,
+)
 
 TASKS = sorted(p.parent.name for p in (data_dir() / "teacher").glob("*/report.json"))
 
@@ -120,7 +122,7 @@ def test_settings_are_compared_on_validation_items_and_trained_once(base, tmp_pa
     found = search_adapter("nli", tries, tmp_path / "tries", n=3)
     assert sorted(r["rank"] for r in found) == [1, 2] and all(r["n"] == 3 and 0 <= r["accuracy"] <= 1 for r in found)
     assert found[0]["accuracy"] >= found[1]["accuracy"]
-    monkeypatch.setattr("kd_notes.teachers.adapt_teacher", lambda *a, **k: pytest.fail("trained twice"))
+    monkeypatch.setattr("kd_notes.experiments.teachers.adapt_teacher", lambda *a, **k: pytest.fail("trained twice"))
     assert search_adapter("nli", tries, tmp_path / "tries", n=3) == found
 
 
@@ -135,7 +137,7 @@ def test_a_vote_counts_the_first_samples_of_each_example():
 
 
 def test_samples_of_an_example_differ_and_are_kept(base, tmp_path):
-    from kd_notes.backends import LocalBackend
-    from kd_notes.models import load_pretrained
+    from kd_notes.generation.backends import LocalBackend
+    from kd_notes.models.pretrained import load_pretrained
     rows = sampled_split("nli", LocalBackend(*load_pretrained(base), name="mini"), 2, samples=3, temperature=1.0, folder=tmp_path)
     assert len(rows) == 6 and len({r["text"] for r in rows}) > 2 and (tmp_path / "samples.jsonl").is_file()

@@ -17,11 +17,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from kd_notes import train as kt
-from kd_notes.core import UserError, read_jsonl
-from kd_notes.models import layer_drop, mini_model
-from kd_notes.train import (SFT, Callback, TrainConfig, batch_order, causal_batch, last_checkpoint, lr_factor, micro_batches, rng_state,
-                            save_model, seq2seq_batch, set_rng_state, target_logits, target_nll, train)
+import kd_notes.training.batches as batches_module
+import kd_notes.training.loop as loop_module
+import kd_notes.training.memory as memory_module
+import kd_notes.training.setup as setup_module
+import kd_notes.training.state as state_module
+from kd_notes.core import read_jsonl, UserError
+from kd_notes.models.layer_drop import layer_drop
+from kd_notes.models.mini import mini_model
+from kd_notes.training.batches import (
+    batch_order, causal_batch, micro_batches, seq2seq_batch, target_logits, target_nll,
+)
+from kd_notes.training.checkpoint import last_checkpoint, rng_state, save_model, set_rng_state
+from kd_notes.training.loop import train
+from kd_notes.training.method import SFT
+from kd_notes.training.state import Callback, lr_factor, TrainConfig
 
 torch.set_num_threads(1)
 VOCAB = 64
@@ -189,7 +199,7 @@ def test_a_step_is_adamw_with_clipping_and_decay():
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
-@given(st.integers(1, 300), st.floats(0, 0.5), st.sampled_from(kt.SCHEDULES))
+@given(st.integers(1, 300), st.floats(0, 0.5), st.sampled_from(state_module.SCHEDULES))
 def test_schedules_rise_then_fall(steps, warmup, name):
     cfg = TrainConfig(steps=steps, batch_size=1, lr=1.0, warmup=warmup, schedule=name)
     factors = [lr_factor(s, cfg) for s in range(steps)]
@@ -293,7 +303,8 @@ SCRIPT = """
     import os, signal, sys, time
     sys.path.insert(0, sys.argv[1])
     from test_train import EXAMPLES, Rows, config, mean_loss, mini_model
-    from kd_notes.train import Callback, train
+    from kd_notes.training.state import Callback
+    from kd_notes.training.loop import train
     class Plug(Callback):
         def on_step(self, loop):
             if loop.step == int(sys.argv[3]): os.kill(os.getpid(), signal.SIGKILL)
@@ -614,7 +625,7 @@ def test_fused_sft_is_sft_without_logits(monkeypatch):
         loss = method.sums(model, batch)["loss"]
         loss.backward()
         found.append((loss.detach(), {name: p.grad for name, p in model.named_parameters()}))
-        monkeypatch.setattr(kt, "target_logits", lambda *_: pytest.fail("the logits were computed"))
+        monkeypatch.setattr(batches_module, "target_logits", lambda *_: pytest.fail("the logits were computed"))
     torch.testing.assert_close(found[0], found[1])
     monkeypatch.undo()
     assert losses(run(steps=3, method=lean)) == pytest.approx(losses(run(steps=3)), rel=1e-4)
@@ -627,18 +638,18 @@ def test_a_target_without_a_prompt_is_an_error():
 
 
 def test_steps_that_fp16_leaves_out_for_good_end_the_training():
-    loop = kt.Loop(config(), Rows(), None)
+    loop = state_module.Loop(config(), Rows(), None)
     loop.accelerator = type("Scaled", (), {"scaler": object()})
     loop.optimizer = type("Skips", (), {"step_was_skipped": True})
     for _ in range(49):
-        kt._count_skips(loop)
+        loop_module._count_skips(loop)
     loop.optimizer.step_was_skipped = False
-    kt._count_skips(loop)
+    loop_module._count_skips(loop)
     assert loop.skipped == 0                                                  # one that was taken begins the count again
     loop.optimizer.step_was_skipped = True
     with pytest.raises(UserError, match="50 steps in a row overflowed"):
         for _ in range(60):
-            kt._count_skips(loop)
+            loop_module._count_skips(loop)
 
 
 def test_encoded_examples_wait_in_four_bytes_a_token_and_come_back_as_they_were():
@@ -646,13 +657,13 @@ def test_encoded_examples_wait_in_four_bytes_a_token_and_come_back_as_they_were(
     from collections import namedtuple
     Pair = namedtuple("Pair", "a b")
     odd = [{"id": "x", "source": [1, 2**20], "none": [], "deep": [("label", [5, 6], [7])]}, [1.5, 2], ("a", (1, 2)), 7, Pair(1, [2]), [2**40], [True, 1]]
-    kept = kt.PackedItems()
+    kept = batches_module.PackedItems()
     for item in odd:
         kept.append(item)
     assert [kept[i] for i in range(len(odd))] == odd and type(kept[4]) is Pair and kept[6][0] is True
     draw = random.Random(0)
     tracemalloc.start()
-    rows = kt.PackedItems()
+    rows = batches_module.PackedItems()
     for _ in range(1000):
         rows.append({"source": [draw.randrange(50_000) for _ in range(150)], "target": [draw.randrange(50_000) for _ in range(50)]})
     size, _ = tracemalloc.get_traced_memory()
@@ -828,7 +839,7 @@ def file_tracker():
 
 
 def test_trackers_get_every_row(tmp_path):
-    tracker = kt.Tracker(file_tracker()(tmp_path/"log.jsonl"), config={"note": "a test"})
+    tracker = state_module.Tracker(file_tracker()(tmp_path/"log.jsonl"), config={"note": "a test"})
     result = run(callbacks=[tracker], log_every=3, eval_every=6, validate=mean_loss)
     first, *rows, last = read_jsonl(tmp_path/"log.jsonl")
     assert first["config"]["lr"] == 2e-3 and first["config"]["note"] == "a test" and last == {"finished": True}
@@ -838,7 +849,7 @@ def test_trackers_get_every_row(tmp_path):
 
 def test_a_tracker_that_accelerate_knows_by_name(tmp_path):
     pytest.importorskip("tensorboard")
-    run(callbacks=[kt.Tracker("tensorboard", project="board")], run_dir=tmp_path)
+    run(callbacks=[state_module.Tracker("tensorboard", project="board")], run_dir=tmp_path)
     assert list(tmp_path.rglob("events.out.tfevents*"))
 
 
@@ -846,8 +857,8 @@ def test_a_tracker_that_accelerate_knows_by_name(tmp_path):
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_saved_activations_are_counted_without_data(family, precision):
     model = mini_model(family, "s", VOCAB, 0)
-    estimate = kt.memory_estimate(model.config, config(batch_size=8, precision=precision), length=48, targets=20)
-    real = kt.saved_bytes(model, kt._uniform_batch(model.config, 8, 48, 20), precision)
+    estimate = memory_module.memory_estimate(model.config, config(batch_size=8, precision=precision), length=48, targets=20)
+    real = memory_module.saved_bytes(model, memory_module._uniform_batch(model.config, 8, 48, 20), precision)
     assert real <= estimate["activations"] <= 1.1*real
     trained = 4*sum(p.numel() for p in model.parameters())
     assert (estimate["weights"], estimate["gradients"], estimate["optimizer"]) == (trained, trained, 2*trained)
@@ -858,7 +869,7 @@ def test_memory_estimate_knows_the_settings():
     shape = mini_model("causal", "m", VOCAB, 0).config
 
     def estimate(processes=1, teacher=None, **changes):
-        return kt.memory_estimate(shape, config(**changes), length=64, processes=processes, teacher=teacher)
+        return memory_module.memory_estimate(shape, config(**changes), length=64, processes=processes, teacher=teacher)
     plain = estimate()
     assert estimate(fsdp=True, processes=4)["optimizer"] == plain["optimizer"]//4 and estimate(processes=4) == plain
     assert estimate(lora={"r": 2})["gradients"] < 0.1*plain["gradients"]
@@ -896,7 +907,7 @@ def test_memory_estimate_is_near_the_measured_peak():
 FAULTS = """
     import resource, sys, torch
     from contextlib import nullcontext
-    from kd_notes.train import reused_memory
+    from kd_notes.training.memory import reused_memory
     def faults(megabytes):
         for number in range(8):
             if number == 3:
@@ -1040,7 +1051,7 @@ def test_configurations_are_what_accelerate_takes(name, monkeypatch):
             if "FSDP" in key:
                 monkeypatch.setenv(key, value)
         plugin = FullyShardedDataParallelPlugin()
-        plugin.set_auto_wrap_policy(kt.Objective(mini_model("causal", "xs", VOCAB, 0), Rows()))
+        plugin.set_auto_wrap_policy(setup_module.Objective(mini_model("causal", "xs", VOCAB, 0), Rows()))
         assert plugin.fsdp_version == 2 and plugin.reshard_after_forward is True
         assert {c.__name__ for c in plugin.auto_wrap_policy.keywords["transformer_layer_cls"]} == {"LlamaDecoderLayer"}
 
@@ -1052,6 +1063,6 @@ def test_deepspeed_and_what_it_takes_away(change):
     plugin = Space(deepspeed_config={})
     accelerator = Space(distributed_type=Space(value="DEEPSPEED"), state=Space(deepspeed_plugin=plugin))
     with pytest.raises(UserError, match="does not work with DeepSpeed"):
-        kt._check_deepspeed(accelerator, config(**change))
-    kt._check_deepspeed(accelerator, config(batch_size=4))
+        setup_module._check_deepspeed(accelerator, config(**change))
+    setup_module._check_deepspeed(accelerator, config(batch_size=4))
     assert plugin.deepspeed_config == {"train_micro_batch_size_per_gpu": 4}

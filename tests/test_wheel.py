@@ -70,7 +70,7 @@ def test_wheel_works_with_nothing_but_its_core_requirements(python, tmp_path):
     "Places, an embedded task with its checksum verified, one loss; and no library of an extra is present."
     places = "from kd_notes.core import *; print(repo_root(), data_dir().name, nbs_dir().name, (nbs_dir()/'00_core.ipynb').is_file())"
     assert ask(python, places.replace("import *", "import data_dir, nbs_dir, repo_root"), tmp_path) == "None _data _nbs True"
-    task = "from kd_notes.data import load_split; e = load_split('nli', 'test'); print(len(e), e[0].task, bool(e[0].input), e[0].label)"
+    task = "from kd_notes.data.examples import load_split; e = load_split('nli', 'test'); print(len(e), e[0].task, bool(e[0].input), e[0].label)"
     words = ask(python, task, tmp_path).split()
     assert words[:3] == ["1000", "nli", "True"] and words[3] in ("entailment", "neutral", "contradiction")
     teacher = ("from kd_notes.core import data_dir, read_jsonl; files = sorted((data_dir()/'teacher').glob('*/*.jsonl')); "
@@ -82,7 +82,7 @@ def test_wheel_works_with_nothing_but_its_core_requirements(python, tmp_path):
 
 LOSS_BEFORE_DIVERGENCES = """
 import math, types, torch
-from kd_notes.train import causal_batch, target_nll
+from kd_notes.training.batches import causal_batch, target_nll
 class Uniform:
     config = types.SimpleNamespace(is_encoder_decoder=True)
     def __call__(self, input_ids, **_): return types.SimpleNamespace(logits=torch.zeros(*input_ids.shape, 7))
@@ -91,7 +91,7 @@ print(abs(float(nll.float().mean()) - math.log(7)) < 1e-6, nll.numel())
 """
 LOSS = """
 import math, torch
-from kd_notes.divergences import reverse_kl
+from kd_notes.losses.divergences import reverse_kl
 print(abs(float(reverse_kl(torch.zeros(2, 3, 7), torch.zeros(2, 3, 7)))) < 1e-6, 3)
 """
 

@@ -14,17 +14,33 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kd_notes.core import UserError, read_json, verify_checksums
-from kd_notes.data import load_split
-from kd_notes.divergences import DIVERGENCES, forward_kl
-from kd_notes.evaluate import pack_numbers
-from kd_notes.logit_cache import CachedKD, EncodedRows, write_cache
-from kd_notes.models import load_mini_tokenizer, mini_model, train_mini_tokenizer
-from kd_notes.train import TrainConfig, causal_batch, save_model, target_logits, train
-from kd_notes.whitebox import (KD, OBJECTIVES, PAIR_ARMS, PLAIN_TEMPLATE, PROMPT_SPLITS, CrossKD, Dialogue, Validation, Writing, context_of,
-                               dialogue, distill, distill_settings, encode_dialogue, encode_twice, hold_out, hub_dialogues, hub_rows, item_table,
-                               load_dialogues, load_prompts, make_student, measure_costs, pair, pair_references, pair_rows, prompt_ids,
-                               prompt_texts, split_rows, steps_for, train_arm, write_responses)
+import kd_notes.distill as distill_module
+import kd_notes.methods.seqkd as seqkd_module
+from kd_notes.core import read_json, UserError, verify_checksums
+from kd_notes.data.examples import load_split
+from kd_notes.losses.divergences import DIVERGENCES, forward_kl
+from kd_notes.data.answers import pack_numbers
+from kd_notes.methods.cached_kd import CachedKD, EncodedRows
+from kd_notes.methods.logit_cache import write_cache
+from kd_notes.models.mini import load_mini_tokenizer, mini_model, train_mini_tokenizer
+from kd_notes.training.batches import causal_batch, target_logits
+from kd_notes.training.checkpoint import save_model
+from kd_notes.training.loop import train
+from kd_notes.training.state import TrainConfig
+from kd_notes.data.dialogues import (
+    Dialogue, dialogue, encode_dialogue, load_dialogues, load_prompts, PLAIN_TEMPLATE,
+    prompt_ids, PROMPT_SPLITS, prompt_texts,
+)
+from kd_notes.distill import distill, distill_settings, hold_out, OBJECTIVES
+from kd_notes.evaluation.validation import Validation
+from kd_notes.experiments.equal_time import (
+    hub_dialogues, hub_rows, item_table, measure_costs, pair, PAIR_ARMS, pair_references,
+    pair_rows, split_rows, steps_for, train_arm,
+)
+from kd_notes.methods.logit_kd import CrossKD, encode_twice, KD
+from kd_notes.methods.seqkd import write_responses, Writing
+from kd_notes.models.layer_drop import make_student
+from kd_notes.whitebox import context_of
 
 TOK = load_mini_tokenizer()
 V = len(TOK)
@@ -162,7 +178,7 @@ def test_a_set_of_the_hub_may_have_no_part_to_train_on(tmp_path, monkeypatch):
 
 
 def test_both_lessons_split_a_set_alike(hub_set):
-    from kd_notes.pairs import load_set
+    from kd_notes.experiments.pretrained_pairs import load_set
     for split in ("train", "validation", "test"):
         assert [a.id for a in load_set(hub_set, split)] == [d.id for d in hub_dialogues(hub_set, split)]
 
@@ -270,7 +286,7 @@ def test_padding_of_equal_width_is_cut_on_both_sides_fused_or_not(rows, teacher,
 
 
 def test_kd_works_for_encoder_decoders():
-    from kd_notes.data import Example
+    from kd_notes.data.examples import Example
     rows = [Example(str(i), "nli", f"say {i}", f"number {i}") for i in range(4)]
     method = KD(TOK, mini_model("t5", "xs", V, seed=1), sft_weight=0.5, family="t5")
     result = train(mini_model("t5", "xs", V, seed=0), method, rows, TrainConfig(steps=2, batch_size=2, lr=1e-3, device="cpu"))
@@ -483,15 +499,14 @@ def test_the_card_and_the_report_name_no_path_of_this_machine(place, tmp_path):
 
 
 def test_seqkd_learns_what_the_teacher_wrote_and_asks_it_once_per_prompt(place, tmp_path, monkeypatch):
-    from kd_notes import whitebox
     asked, learned = [], []
 
     def written(path, teacher, tokenizer, dialogues, writing, **how):
         asked.extend(d.id for d in dialogues)
         return [Dialogue(d.id, d.messages, "the teacher said so") for d in dialogues]
-    inner = whitebox.train
-    monkeypatch.setattr(whitebox, "write_responses", written)
-    monkeypatch.setattr(whitebox, "train", lambda model, method, rows, *a, **k: learned.extend(rows) or inner(model, method, rows, *a, **k))
+    inner = distill_module.train
+    monkeypatch.setattr(seqkd_module, "write_responses", written)
+    monkeypatch.setattr(distill_module, "train", lambda model, method, rows, *a, **k: learned.extend(rows) or inner(model, method, rows, *a, **k))
     go(place, tmp_path/"out", "seqkd")
     assert len(asked) == len(set(asked)) == len(learned)
     assert {TOK.decode(r["target"], skip_special_tokens=True) for r in learned} == {"the teacher said so"}
@@ -500,26 +515,24 @@ def test_seqkd_learns_what_the_teacher_wrote_and_asks_it_once_per_prompt(place, 
 @pytest.mark.parametrize("objective,options", [("cached_forward_kl", {"alpha": 0.1}), ("sft", {"beta": 0.5}), ("reverse_kl", {"beta": 0.5}),
                                                ("uld", {"alpha": 1})])
 def test_options_are_refused_before_a_model_is_loaded(place, tmp_path, monkeypatch, objective, options):
-    from kd_notes import whitebox
-    monkeypatch.setattr(whitebox, "load_teacher", lambda *a, **k: pytest.fail("the teacher was loaded"))
+    monkeypatch.setattr(distill_module, "load_teacher", lambda *a, **k: pytest.fail("the teacher was loaded"))
     with pytest.raises(UserError):
         go(place, tmp_path/"out", objective, options=options)
 
 
 def test_memory_is_announced_before_a_model_is_loaded(place, tmp_path, monkeypatch, capsys):
-    from kd_notes import whitebox
-    job = whitebox.Job(place/"chats.jsonl", str(place/"teacher"), "layers:2", "forward_kl", tmp_path, distill_settings("cpu"))
-    monkeypatch.setattr(whitebox, "load_teacher", lambda *a, **k: pytest.fail("the teacher was loaded"))
-    memory = whitebox.expected_memory(job)
-    few = whitebox.expected_memory(whitebox.replace(job, settings=distill_settings("cpu", batch_size=1)))
+    job = distill_module.Job(place/"chats.jsonl", str(place/"teacher"), "layers:2", "forward_kl", tmp_path, distill_settings("cpu"))
+    monkeypatch.setattr(distill_module, "load_teacher", lambda *a, **k: pytest.fail("the teacher was loaded"))
+    memory = distill_module.expected_memory(job)
+    few = distill_module.expected_memory(distill_module.replace(job, settings=distill_settings("cpu", batch_size=1)))
     assert memory["total"] > few["total"] > memory["weights"] > 0 and memory["teacher"] > 0
-    assert whitebox.expected_memory(whitebox.replace(job, student_spec="nowhere")) is None
+    assert distill_module.expected_memory(distill_module.replace(job, student_spec="nowhere")) is None
 
 
 def test_distill_on_the_command_line(place, tmp_path):
     from typer.testing import CliRunner
 
-    from kd_notes.reproduce import app
+    from kd_notes.cli import app
 
     def command(*more):
         words = ["distill", "--data", str(place/"chats.jsonl"), "--teacher", str(place/"teacher"), "--student", "layers:2", "--out", str(tmp_path/"out")]
@@ -572,7 +585,7 @@ LONG = {"steps": 40, "evaluations": 2, "batch_size": 4, "validation": 4, "device
 SCRIPT = """
 import sys, torch
 torch.set_num_threads(1)
-from kd_notes.whitebox import distill
+from kd_notes.distill import distill
 distill({data!r}, {teacher!r}, "layers:2", {objective!r}, {out!r}, **{settings!r})
 """
 
@@ -608,7 +621,7 @@ def test_a_killed_distillation_ends_as_if_nothing_had_happened(place, tmp_path):
 
 
 def test_two_processes_do_not_share_a_folder(place, tmp_path):
-    from kd_notes.runs import folder_lock
+    from kd_notes.core import folder_lock
     (tmp_path/"out").mkdir()
     with folder_lock(tmp_path/"out"):
         process = start(place, tmp_path/"out", "sft")
@@ -671,7 +684,7 @@ def test_costs_and_references(tiny, tmp_path):
 
 
 def test_dolly_comes_from_the_named_folder_in_three_disjoint_parts(tmp_path, monkeypatch, tiny):
-    from kd_notes.whitebox import dolly_dialogues, pair_rows
+    from kd_notes.experiments.equal_time import dolly_dialogues, pair_rows
     for part, numbers in (("train", range(20)), ("dev", range(15, 35))):
         lines = ({"id": f"{part}-{i}", "instruction": f"Say {i}.", "input": "", "output": f"It is {i}."} for i in numbers)
         (tmp_path/f"dolly_{part}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -10,16 +10,23 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import kd_notes.world as kw
+import kd_notes.data.grammar as grammar_module
+import kd_notes.data.world as world_module
 from kd_notes.core import UserError
-from kd_notes.data import near_duplicate_share
-from kd_notes.world import (END, Answers, Choice, answer_entropy, answer_tokens, answers, choice, count_answers, draw, draw_corpus, draw_row, draw_split,
-                            draw_villages, entropy, enumerate_answers, generator_logprobs, label_probabilities, likeliest, load_corpus, load_world,
-                            load_world_tokenizer, log_likelihood, log_prob, mean_length, next_symbols, profile, read_prompt, sample_answer,
-                            split_of, text_of, token_answers, villages, word_tokens, words_of)
+from kd_notes.data.quality import near_duplicate_share
+from kd_notes.data.grammar import (
+    answer_entropy, Answers, choice, Choice, count_answers, draw, draw_villages, END,
+    enumerate_answers, likeliest, log_prob, mean_length, next_symbols, text_of, villages,
+    words_of,
+)
+from kd_notes.data.world import (
+    answer_tokens, answers, draw_corpus, draw_row, draw_split, entropy, generator_logprobs,
+    label_probabilities, load_corpus, load_world, load_world_tokenizer, log_likelihood, profile,
+    read_prompt, sample_answer, split_of, token_answers, word_tokens,
+)
 
 torch.set_num_threads(1)
-ROWS = {split: load_world(split) for split in kw.SPLITS}
+ROWS = {split: load_world(split) for split in world_module.SPLITS}
 
 
 def grammars(depth=3):
@@ -115,14 +122,14 @@ def test_committed_files_come_from_the_generator():
     assert draw_villages() == villages()
     for split, n in (("train", 400), ("validation", 150), ("test", 150)):
         assert draw_split(split, n) == ROWS[split][:n]
-    assert draw_corpus(1000) == load_corpus()[:1000] and len(load_corpus()) == kw.CORPUS
-    assert {split: len(rows) for split, rows in ROWS.items()} == kw.SPLITS
+    assert draw_corpus(1000) == load_corpus()[:1000] and len(load_corpus()) == world_module.CORPUS
+    assert {split: len(rows) for split, rows in ROWS.items()} == world_module.SPLITS
 
 
 def test_the_tokenizer_is_trained_on_the_committed_texts(tmp_path):
-    again = kw.build_world_tokenizer(tmp_path)
-    assert (tmp_path/"tokenizer.json").read_bytes() == (kw.data_dir()/"tokenizer"/"world"/"tokenizer.json").read_bytes()
-    assert len(again) == kw.VOCABULARY
+    again = world_module.build_world_tokenizer(tmp_path)
+    assert (tmp_path/"tokenizer.json").read_bytes() == (world_module.data_dir()/"tokenizer"/"world"/"tokenizer.json").read_bytes()
+    assert len(again) == world_module.VOCABULARY
 
 
 def test_every_committed_answer_is_possible_and_labels_are_drawn_with_their_probability():
@@ -165,7 +172,7 @@ def test_every_fact_is_told_in_training():
             told[v] += " | " + text
     for v, facts in villages().items():
         values = [facts[s] for s in ("mood", "feast", "name", "job", "near", "way", "month", "size")]
-        values += [x for slot in kw.RANKED for p, x in facts[slot] if p >= 0.1]
+        values += [x for slot in grammar_module.RANKED for p, x in facts[slot] if p >= 0.1]
         missing = [x for x in values if x not in told[v]]
         assert not missing, (v, missing)
 
@@ -184,14 +191,14 @@ def test_texts_are_english_sentences():
 
 def test_corpus_passages_are_those_of_their_grammar():
     for row in load_corpus()[:200]:
-        a = Answers(kw.passage_grammar(row["kind"], row["slots"]))
+        a = Answers(world_module.passage_grammar(row["kind"], row["slots"]))
         assert log_prob(a, [*words_of(row["text"]), END]) > -math.inf, row
 
 
 def test_a_row_can_be_drawn_for_any_prompt():
     prompt = read_prompt(ROWS["test"][0]["prompt"])
     row = draw_row(prompt, "x", 3, random.Random(0))
-    assert row["prompt"] == prompt.text and row["id"] == "x" and draw(kw.prompt_grammar(prompt.text), random.Random(5))
+    assert row["prompt"] == prompt.text and row["id"] == "x" and draw(world_module.prompt_grammar(prompt.text), random.Random(5))
 
 
 # ---------------------------------------------------------------- tokens
@@ -246,9 +253,9 @@ def test_strangers_are_refused():
 
 
 def test_a_changed_file_is_refused(tmp_path, monkeypatch):
-    shutil.copytree(kw.world_dir(), tmp_path/"world")
-    monkeypatch.setattr(kw, "world_dir", lambda: tmp_path/"world")
-    assert len(load_world("validation")) == kw.SPLITS["validation"]
+    shutil.copytree(grammar_module.world_dir(), tmp_path/"world")
+    monkeypatch.setattr(grammar_module, "world_dir", lambda: tmp_path/"world")
+    assert len(load_world("validation")) == world_module.SPLITS["validation"]
     with open(tmp_path/"world"/"validation.jsonl", "a") as f:
         f.write("{}\n")
     with pytest.raises(UserError, match="checksum"):

@@ -55,8 +55,9 @@ test: setup
 	  echo "== every check passed in $$((SECONDS - start)) s"
 
 lint: setup
-	@echo "== lint: ruff over the exported library, the tests and setup.py"
+	@echo "== lint: ruff over the exported library, the tests and setup.py; one format for notebooks and tests"
 	@$(BIN)/ruff check kd_notes tests setup.py
+	@$(BIN)/ruff format --check --quiet nbs tests setup.py
 
 sync: setup
 	@echo "== sync: exported code, clean notebooks, tags, stamps, sizes"

@@ -24,7 +24,13 @@ from .core import read_json, UserError, write_json
 from .progress import human_seconds
 from .runner.execute import columns, reproduce, _shown
 from kd_notes.runner.notebooks import (
-    Book, load_profile, notebook_title, open_book, Profile, profile_names, read_notebook,
+    Book,
+    load_profile,
+    notebook_title,
+    open_book,
+    Profile,
+    profile_names,
+    read_notebook,
     result_names,
 )
 from .runner.publish import publish
@@ -32,18 +38,31 @@ from .runner.record import check, check_table, record, record_stage
 from .runner.runs import read_manifest, run_status
 
 # %% ../nbs/7_engine_room/26_cli.ipynb #2f20091f
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
-                  help="Notebooks that explain knowledge distillation and reproduce the figures of its papers.")
-Names = Annotated[list[str] | None, typer.Argument(metavar="[NAMES]...", help="Results notebooks, see 'kd-notes list'.")]
-ProfileName = Annotated[str, typer.Option("--profile", "-p", help="Parameter file: smoke, cpu, cpu-full or gpu.")]
-Root = Annotated[Path | None, typer.Option("--root", help="Another book: a folder with nbs/ and data/.")]
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Notebooks that explain knowledge distillation and reproduce the figures of its papers.",
+)
+Names = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[NAMES]...", help="Results notebooks, see 'kd-notes list'."),
+]
+ProfileName = Annotated[
+    str, typer.Option("--profile", "-p", help="Parameter file: smoke, cpu, cpu-full or gpu.")
+]
+Root = Annotated[
+    Path | None, typer.Option("--root", help="Another book: a folder with nbs/ and data/.")
+]
 
 # %% ../nbs/7_engine_room/26_cli.ipynb #77534650
 @contextmanager
 def _terminate_as_interrupt() -> Iterator[None]:
     "Let a polite kill (SIGTERM) end the work as Ctrl-C does."
+
     def interrupt(*_):
         raise KeyboardInterrupt
+
     main = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, interrupt) if main else None
     try:
@@ -64,13 +83,16 @@ def guard() -> Iterator[None]:
         raise typer.Exit(2) from e
     except KeyboardInterrupt as e:
         words = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
-        print(f"\nkd-notes: interrupted. What has finished is kept; the same command goes on from there: {words}", file=sys.stderr)
+        print(
+            f"\nkd-notes: interrupted. What has finished is kept; the same command goes on from there: {words}",
+            file=sys.stderr,
+        )
         raise typer.Exit(130) from e
 
 # %% ../nbs/7_engine_room/26_cli.ipynb #4e561760
 def _state(book: Book, profile: str, name: str) -> str:
     "What is known about a run, in a few words."
-    folder = book.runs/profile/name
+    folder = book.runs / profile / name
     manifest = read_manifest(folder)
     status = run_status(folder)
     return "-" if status == "absent" else f"{status} {(manifest['end'] or manifest['start'])[:10]}"
@@ -81,29 +103,63 @@ def list_command(profile: ProfileName = "cpu", root: Root = None) -> None:
     "Show the results notebooks, the predicted time and the state of their runs; * marks the headline."
     with guard():
         book = open_book(root)
-        chosen = load_profile(book, profile) if profile in profile_names(book) or profile != "cpu" else Profile(profile)
+        chosen = (
+            load_profile(book, profile)
+            if profile in profile_names(book) or profile != "cpu"
+            else Profile(profile)
+        )
         rows = [("", "notebook", "time", "last run", "title")]
         for name in result_names(book):
             seconds = chosen.seconds.get(name)
-            rows.append(("*" if name in chosen.headline else "", name, human_seconds(seconds) if seconds else "?",
-                         _state(book, profile, name), notebook_title(read_notebook(book.results/f"{name}.ipynb"))))
+            rows.append(
+                (
+                    "*" if name in chosen.headline else "",
+                    name,
+                    human_seconds(seconds) if seconds else "?",
+                    _state(book, profile, name),
+                    notebook_title(read_notebook(book.results / f"{name}.ipynb")),
+                )
+            )
         print(columns(rows))
-        print(f"\nprofile {profile}: {chosen.about or 'no description'}\nknown profiles: {', '.join(profile_names(book)) or 'none'}")
+        print(
+            f"\nprofile {profile}: {chosen.about or 'no description'}\nknown profiles: {', '.join(profile_names(book)) or 'none'}"
+        )
 
 # %% ../nbs/7_engine_room/26_cli.ipynb #8c7c0683
 @app.command("reproduce")
-def reproduce_command(names: Names = None, profile: ProfileName = "cpu",
-                      jobs: Annotated[int, typer.Option("--jobs", "-j", help="Trainings side by side.")] = 1,
-                      force: Annotated[bool, typer.Option("--force", help="Run what is unchanged, too.")] = False,
-                      everything: Annotated[bool, typer.Option("--all", help="All results notebooks, not the headline only.")] = False,
-                      sets: Annotated[list[str] | None, typer.Option("--set", help="k=v or notebook.k=v; may be repeated.")] = None,
-                      root: Root = None) -> None:
+def reproduce_command(
+    names: Names = None,
+    profile: ProfileName = "cpu",
+    jobs: Annotated[int, typer.Option("--jobs", "-j", help="Trainings side by side.")] = 1,
+    force: Annotated[bool, typer.Option("--force", help="Run what is unchanged, too.")] = False,
+    everything: Annotated[
+        bool, typer.Option("--all", help="All results notebooks, not the headline only.")
+    ] = False,
+    sets: Annotated[
+        list[str] | None, typer.Option("--set", help="k=v or notebook.k=v; may be repeated.")
+    ] = None,
+    root: Root = None,
+) -> None:
     "Run results notebooks with papermill: the headline of the profile, or those named."
     with guard():
         start, book = time.monotonic(), open_book(root)
-        made = reproduce(names or (), profile, jobs=jobs, force=force, everything=everything, sets=sets or (), book=book)
-        counts = ", ".join(f"{n} {s}" for s in ("done", "unchanged", "skipped", "failed") if (n := sum(o.status == s for o in made)))
-        print(f"{counts} in {human_seconds(time.monotonic() - start)}; results in {_shown(book.runs)}")
+        made = reproduce(
+            names or (),
+            profile,
+            jobs=jobs,
+            force=force,
+            everything=everything,
+            sets=sets or (),
+            book=book,
+        )
+        counts = ", ".join(
+            f"{n} {s}"
+            for s in ("done", "unchanged", "skipped", "failed")
+            if (n := sum(o.status == s for o in made))
+        )
+        print(
+            f"{counts} in {human_seconds(time.monotonic() - start)}; results in {_shown(book.runs)}"
+        )
         if any(o.status == "failed" for o in made):
             raise typer.Exit(1)
 
@@ -119,15 +175,26 @@ def check_command(names: Names = None, profile: ProfileName = "cpu", root: Root 
 
 # %% ../nbs/7_engine_room/26_cli.ipynb #212e15b9
 @app.command("record")
-def record_command(names: Names = None, profile: ProfileName = "cpu",
-                   stages: Annotated[list[str] | None, typer.Option("--runs", help="Add the cache's finished trainings of this stage, "
-                                                                    "such as onpolicy, to data/expected/runs.")] = None,
-                   root: Root = None) -> None:
+def record_command(
+    names: Names = None,
+    profile: ProfileName = "cpu",
+    stages: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--runs",
+            help="Add the cache's finished trainings of this stage, "
+            "such as onpolicy, to data/expected/runs.",
+        ),
+    ] = None,
+    root: Root = None,
+) -> None:
     "Store the numbers of finished runs in data/expected, and say what changes."
     with guard():
         book = open_book(root)
         lines = [record_stage(stage, book) for stage in stages or ()]
-        print(*lines, *(record(_some(names), profile, book) if names or not stages else ()), sep="\n")
+        print(
+            *lines, *(record(_some(names), profile, book) if names or not stages else ()), sep="\n"
+        )
 
 # %% ../nbs/7_engine_room/26_cli.ipynb #74b61ac2
 @app.command("publish")
@@ -140,44 +207,85 @@ def publish_command(names: Names = None, profile: ProfileName = "cpu", root: Roo
 def _solved(task: str, split: str) -> list[Any]:
     "Solved examples to draw shots from, none of them of this split: the teacher split; of a published set that gives reasons another part."
     from kd_notes.experiments import stepwise
+
     if "@" not in task:
         return stepwise.task_split(task, "teacher")
-    others = stepwise.task_split(task, "pool" if split in ("validation", "test") else "validation")[:500]
-    return others if any(e.rationale for e in others) else stepwise.task_split(stepwise.info_of(task).name, "teacher")  # SVAMP gives none
+    others = stepwise.task_split(task, "pool" if split in ("validation", "test") else "validation")[
+        :500
+    ]
+    return (
+        others
+        if any(e.rationale for e in others)
+        else stepwise.task_split(stepwise.info_of(task).name, "teacher")
+    )  # SVAMP gives none
 
 
 def _own_place(task: str, split: str, source: Path | None) -> Path:
     "Where the students look for a teacher's text of a published set. Raises UserError where the file has to be named."
     from kd_notes.experiments import stepwise
+
     if "@" not in task or source:
-        raise UserError("no file is named for the completions", where="--out", fix="Give one, such as --out rationales.jsonl.")
+        raise UserError(
+            "no file is named for the completions",
+            where="--out",
+            fix="Give one, such as --out rationales.jsonl.",
+        )
     return stepwise.teacher_file(task, split)
 
 
-def extract_rationales(task: str, out: Path | str | None = None,  # JSONL file to fill, or to continue; None: where students look for it
-                       *, split: str = "pool", source: Path | None = None,  # a split of the task, or a JSONL file
-                       teacher: str = "smollm2",          # as `open_backend` reads it
-                       shots: int | None = None,          # solved examples in the prompt; None: 6, or 0 for an adapted teacher
-                       limit: int | None = None, samples: int = 1, temperature: float = 0.0, max_new_tokens: int = 160,
-                       seed: int = 0, dtype: str = "float32", **options: Any) -> dict:  # options: of the back end, such as concurrency
+def extract_rationales(
+    task: str,
+    out: Path
+    | str
+    | None = None,  # JSONL file to fill, or to continue; None: where students look for it
+    *,
+    split: str = "pool",
+    source: Path | None = None,  # a split of the task, or a JSONL file
+    teacher: str = "smollm2",  # as `open_backend` reads it
+    shots: int | None = None,  # solved examples in the prompt; None: 6, or 0 for an adapted teacher
+    limit: int | None = None,
+    samples: int = 1,
+    temperature: float = 0.0,
+    max_new_tokens: int = 160,
+    seed: int = 0,
+    dtype: str = "float32",
+    **options: Any,
+) -> dict:  # options: of the back end, such as concurrency
     "Rationales and labels of a teacher: {'file', 'rows', 'outcomes', 'accuracy' (None without gold labels)}. Raises UserError."
     from kd_notes.data.examples import load_jsonl
     from kd_notes.experiments import stepwise
     from kd_notes.generation import backends
     from kd_notes.methods import rationales
+
     info = stepwise.info_of(task)
-    examples = load_jsonl(source, info.name, labelled=False) if source else stepwise.task_split(task, split)
-    decoding = rationales.rationale_decoding(max_new_tokens, temperature=temperature, n=samples, seed=seed)
+    examples = (
+        load_jsonl(source, info.name, labelled=False)
+        if source
+        else stepwise.task_split(task, split)
+    )
+    decoding = rationales.rationale_decoding(
+        max_new_tokens, temperature=temperature, n=samples, seed=seed
+    )
     k = shots if shots is not None else 0 if "+" in teacher or teacher.startswith("replay:") else 6
-    prompt = rationales.few_shot(info, _solved(task, split), k, seed=seed) if k else rationales.ZERO_SHOT
+    prompt = (
+        rationales.few_shot(info, _solved(task, split), k, seed=seed) if k else rationales.ZERO_SHOT
+    )
     place = out or _own_place(task, split, source)
-    rows = rationales.extract(examples[:limit], backends.open_backend(teacher, dtype=dtype, **options), decoding, place, prompt=prompt)
+    rows = rationales.extract(
+        examples[:limit],
+        backends.open_backend(teacher, dtype=dtype, **options),
+        decoding,
+        place,
+        prompt=prompt,
+    )
     voted = rationales.vote(rows, info) if samples > 1 else rows
     found = {"file": str(place), "rows": len(rows), **_judged(info.name, examples, voted)}
     if out is None and found["accuracy"] is not None:
         report = stepwise.teacher_file(task, "report").with_suffix(".json")
         known = read_json(report) if report.is_file() else {}
-        write_json(report, known | {f"{split}_accuracy": found["accuracy"], f"{split}_n": len(voted)})
+        write_json(
+            report, known | {f"{split}_accuracy": found["accuracy"], f"{split}_n": len(voted)}
+        )
     return found
 
 # %% ../nbs/7_engine_room/26_cli.ipynb #df668510
@@ -185,30 +293,62 @@ def _judged(task: str, examples: Sequence[Any], rows: Sequence[Mapping]) -> dict
     "How completions came out: outcomes by name, and the share of right labels where the gold labels are known."
     from collections import Counter
     from kd_notes.data import answers, examples as schema
+
     gold = {e.id: e.label for e in examples if e.label}
-    right = [answers.is_correct(schema.task_info(task).metric, r["label"], gold[r["id"]]) for r in rows if r["id"] in gold]
-    return {"outcomes": dict(Counter(r["outcome"] for r in rows)), "accuracy": answers.accuracy(right) if right else None}
+    right = [
+        answers.is_correct(schema.task_info(task).metric, r["label"], gold[r["id"]])
+        for r in rows
+        if r["id"] in gold
+    ]
+    return {
+        "outcomes": dict(Counter(r["outcome"] for r in rows)),
+        "accuracy": answers.accuracy(right) if right else None,
+    }
 
 # %% ../nbs/7_engine_room/26_cli.ipynb #4102ce90
 @app.command("extract")
-def extract_command(task: Annotated[str, typer.Option(help="Task, such as nli.")],
-                    out: Annotated[Path | None, typer.Option(help="JSONL file to fill; not needed for esnli@hub and the like.")] = None,
-                    split: Annotated[str, typer.Option(help="Split of the task.")] = "pool",
-                    source: Annotated[Path | None, typer.Option("--input", help="A JSONL file instead of a split.")] = None,
-                    teacher: Annotated[str, typer.Option(help="smollm2, hub:<id>, openai:<url>#<model>, replay:<file>, ...")] = "smollm2",
-                    shots: Annotated[int | None, typer.Option(help="Solved examples in the prompt.")] = None,
-                    limit: Annotated[int | None, typer.Option(help="Only the first so many examples.")] = None,
-                    samples: Annotated[int, typer.Option(help="Completions per example.")] = 1,
-                    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-                    max_new_tokens: Annotated[int, typer.Option(help="Longest completion.")] = 160,
-                    seed: int = 0,
-                    sets: Annotated[list[str] | None, typer.Option("--set", help="k=v of the back end, such as concurrency=8.")] = None,
-                    dtype: Annotated[str, typer.Option(help="Of a local teacher: float32 or bfloat16.")] = "float32") -> None:
+def extract_command(
+    task: Annotated[str, typer.Option(help="Task, such as nli.")],
+    out: Annotated[
+        Path | None, typer.Option(help="JSONL file to fill; not needed for esnli@hub and the like.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="Split of the task.")] = "pool",
+    source: Annotated[
+        Path | None, typer.Option("--input", help="A JSONL file instead of a split.")
+    ] = None,
+    teacher: Annotated[
+        str, typer.Option(help="smollm2, hub:<id>, openai:<url>#<model>, replay:<file>, ...")
+    ] = "smollm2",
+    shots: Annotated[int | None, typer.Option(help="Solved examples in the prompt.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first so many examples.")] = None,
+    samples: Annotated[int, typer.Option(help="Completions per example.")] = 1,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest completion.")] = 160,
+    seed: int = 0,
+    sets: Annotated[
+        list[str] | None, typer.Option("--set", help="k=v of the back end, such as concurrency=8.")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="Of a local teacher: float32 or bfloat16.")
+    ] = "float32",
+) -> None:
     "Let a teacher write rationales and labels for a split; an interrupted extraction goes on where it was."
     with guard():
-        made = extract_rationales(task, out, split=split, source=source, teacher=teacher, shots=shots, limit=limit, samples=samples,
-                                  temperature=temperature, max_new_tokens=max_new_tokens, seed=seed, dtype=dtype,
-                                  **plain_settings(sets or []))
+        made = extract_rationales(
+            task,
+            out,
+            split=split,
+            source=source,
+            teacher=teacher,
+            shots=shots,
+            limit=limit,
+            samples=samples,
+            temperature=temperature,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            dtype=dtype,
+            **plain_settings(sets or []),
+        )
         print(json.dumps(made, indent=1))
 
 # %% ../nbs/7_engine_room/26_cli.ipynb #cli-dist-2
@@ -218,7 +358,11 @@ def plain_settings(sets: Iterable[str]) -> dict[str, Any]:
     for text in sets:
         name, equals, value = text.partition("=")
         if not equals or not name:
-            raise UserError(f"{text!r} is not of the form k=v", where="--set", fix="For example --set steps=200.")
+            raise UserError(
+                f"{text!r} is not of the form k=v",
+                where="--set",
+                fix="For example --set steps=200.",
+            )
         try:
             out[name.strip()] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
@@ -227,35 +371,64 @@ def plain_settings(sets: Iterable[str]) -> dict[str, Any]:
 
 # %% ../nbs/7_engine_room/26_cli.ipynb #cli-dist-4
 @app.command("distill")
-def distill_command(data: Annotated[Path, typer.Option(help="JSONL: prompt and response, or chat messages.")],
-                    out: Annotated[Path, typer.Option(help="New folder for the student.")],
-                    teacher: Annotated[str, typer.Option(help="smollm2, hub:<id> or a folder.")] = "smollm2",
-                    student: Annotated[str, typer.Option(help="Likewise, or layers:6 of the teacher.")] = "layers:6",
-                    objective: Annotated[str, typer.Option(help="sft, forward_kl, reverse_kl, seqkd, ...")] = "forward_kl",
-                    profile: Annotated[str, typer.Option(help="smoke, cpu, cpu-full or gpu.")] = "cpu",
-                    sets: Annotated[list[str] | None, typer.Option("--set", help="A setting: k=v, such as steps=200.")] = None) -> None:
+def distill_command(
+    data: Annotated[Path, typer.Option(help="JSONL: prompt and response, or chat messages.")],
+    out: Annotated[Path, typer.Option(help="New folder for the student.")],
+    teacher: Annotated[str, typer.Option(help="smollm2, hub:<id> or a folder.")] = "smollm2",
+    student: Annotated[
+        str, typer.Option(help="Likewise, or layers:6 of the teacher.")
+    ] = "layers:6",
+    objective: Annotated[
+        str, typer.Option(help="sft, forward_kl, reverse_kl, seqkd, ...")
+    ] = "forward_kl",
+    profile: Annotated[str, typer.Option(help="smoke, cpu, cpu-full or gpu.")] = "cpu",
+    sets: Annotated[
+        list[str] | None, typer.Option("--set", help="A setting: k=v, such as steps=200.")
+    ] = None,
+) -> None:
     "Distil a teacher into a student on your data; an interrupted run goes on with the same command."
     with guard():
         from kd_notes.distill import distill
-        report = distill(data, teacher, student, objective, out, profile=profile, **plain_settings(sets or []))
+
+        report = distill(
+            data, teacher, student, objective, out, profile=profile, **plain_settings(sets or [])
+        )
         print(json.dumps(report, indent=1, default=str))
 
 # %% ../nbs/7_engine_room/26_cli.ipynb #cli-bench-2
 @app.command("bench")
-def bench_command(parts: Annotated[list[str] | None, typer.Option("--part", help="loss, loop, pair or on-policy; default: all.")] = None,
-                  tokens: Annotated[list[int] | None, typer.Option(help="Tokens in a batch of the loss; may be repeated.")] = None,
-                  vocab: Annotated[int, typer.Option(help="Entries of the vocabulary of the loss.")] = 49_152,
-                  width: Annotated[int, typer.Option(help="Width of its hidden states.")] = 576,
-                  repeats: Annotated[int, typer.Option(help="Samples of each arm of the loss.")] = 5,
-                  teacher: Annotated[str, typer.Option(help="Of pair and on-policy; mini: a random one.")] = "smollm2",
-                  turns: Annotated[int, typer.Option(help="Turns of each arm of loop, pair and on-policy.")] = 5,
-                  device: Annotated[str, typer.Option(help="cpu, or cuda for the loss alone.")] = "cpu") -> None:
+def bench_command(
+    parts: Annotated[
+        list[str] | None,
+        typer.Option("--part", help="loss, loop, pair or on-policy; default: all."),
+    ] = None,
+    tokens: Annotated[
+        list[int] | None, typer.Option(help="Tokens in a batch of the loss; may be repeated.")
+    ] = None,
+    vocab: Annotated[int, typer.Option(help="Entries of the vocabulary of the loss.")] = 49_152,
+    width: Annotated[int, typer.Option(help="Width of its hidden states.")] = 576,
+    repeats: Annotated[int, typer.Option(help="Samples of each arm of the loss.")] = 5,
+    teacher: Annotated[
+        str, typer.Option(help="Of pair and on-policy; mini: a random one.")
+    ] = "smollm2",
+    turns: Annotated[int, typer.Option(help="Turns of each arm of loop, pair and on-policy.")] = 5,
+    device: Annotated[str, typer.Option(help="cpu, or cuda for the loss alone.")] = "cpu",
+) -> None:
     "Time loss, loop and on-policy step beside what else is installed, as ratios, and compare them with what is promised."
     with guard():
         from kd_notes.experiments import benchmarks as bench
+
         rows = []
-        for row in bench.measure(parts or (("loss", *bench.STEPS) if device == "cpu" else ("loss",)), tokens=tuple(tokens or (512, 2048)),
-                                 vocab=vocab, width=width, repeats=repeats, device=device, teacher=teacher, turns=turns):
+        for row in bench.measure(
+            parts or (("loss", *bench.STEPS) if device == "cpu" else ("loss",)),
+            tokens=tuple(tokens or (512, 2048)),
+            vocab=vocab,
+            width=width,
+            repeats=repeats,
+            device=device,
+            teacher=teacher,
+            turns=turns,
+        ):
             rows.append(row)
             print(json.dumps(row, default=str), flush=True)
         for bar in bench.bars(rows):
@@ -265,5 +438,9 @@ def bench_command(parts: Annotated[list[str] | None, typer.Option("--part", help
 def _some(names: Sequence[str] | None) -> Sequence[str]:
     "The names, of which there must be one."
     if not names:
-        raise UserError("no notebook is named", where="NAMES", fix="Name one or more; 'kd-notes list' shows them.")
+        raise UserError(
+            "no notebook is named",
+            where="NAMES",
+            fix="Name one or more; 'kd-notes list' shows them.",
+        )
     return names

@@ -40,13 +40,21 @@ def folder_lock(folder: Path | str, wait: bool = True) -> Iterator[None]:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder.resolve()
-    lock = FileLock(path/".lock", is_singleton=True)
+    lock = FileLock(path / ".lock", is_singleton=True)
     try:
         lock.acquire(timeout=1 if wait else 0)
     except Timeout as e:
         if not wait:
-            raise UserError("another process is working in this run folder", where=folder, fix="Wait for it, or stop it.") from e
-        print(f"{folder.name}: another process is at this run; waiting for it", file=sys.stderr, flush=True)
+            raise UserError(
+                "another process is working in this run folder",
+                where=folder,
+                fix="Wait for it, or stop it.",
+            ) from e
+        print(
+            f"{folder.name}: another process is at this run; waiting for it",
+            file=sys.stderr,
+            flush=True,
+        )
         lock.acquire()
     _HELD[path] += 1
     try:
@@ -58,11 +66,16 @@ def folder_lock(folder: Path | str, wait: bool = True) -> Iterator[None]:
 # %% ../nbs/7_engine_room/01_core.ipynb #0ce26d0a
 class UserError(Exception):
     "A mistake that the person at the keyboard can mend. `str()` of it is one paragraph: where, what, how to mend it."
-    def __init__(self,
-                 what: str,        # what is wrong, as a sentence
-                 where: str = "",  # file, file:row or parameter
-                 fix: str = ""):   # what to do about it, as a sentence
-        super().__init__(what, str(where), fix)  # plain positional args, so that it survives a trip between processes
+
+    def __init__(
+        self,
+        what: str,  # what is wrong, as a sentence
+        where: str = "",  # file, file:row or parameter
+        fix: str = "",
+    ):  # what to do about it, as a sentence
+        super().__init__(
+            what, str(where), fix
+        )  # plain positional args, so that it survives a trip between processes
         self.what, self.where, self.fix = what, str(where), fix
 
     def __str__(self) -> str:
@@ -87,8 +100,10 @@ def missing_library(error: ModuleNotFoundError) -> UserError:
 
 # %% ../nbs/7_engine_room/01_core.ipynb #86e26d71
 @contextmanager
-def expect_error(kind: type[BaseException] = UserError,  # the class that must be raised
-                 match: str = "") -> Iterator[list]:     # text that the message must contain
+def expect_error(
+    kind: type[BaseException] = UserError,  # the class that must be raised
+    match: str = "",
+) -> Iterator[list]:  # text that the message must contain
     "Run a block that must fail, print its message; raises AssertionError if it does not fail. Yields a list that gets the error."
     caught: list = []
     try:
@@ -109,30 +124,39 @@ def _package_dir() -> Path:
 def repo_root() -> Path | None:
     "The checkout that this package runs from (the folder with settings.ini and nbs), or None in an installed wheel."
     root = _package_dir().parent
-    return root if (root/"settings.ini").is_file() and (root/"nbs").is_dir() else None
+    return root if (root / "settings.ini").is_file() and (root / "nbs").is_dir() else None
 
 # %% ../nbs/7_engine_room/01_core.ipynb #6b3d926a
 def data_dir() -> Path:
     "Folder of the embedded data: `data/` in a checkout, `kd_notes/_data` in a wheel."
     root = repo_root()
-    return root/"data" if root else _package_dir()/"_data"
+    return root / "data" if root else _package_dir() / "_data"
 
 # %% ../nbs/7_engine_room/01_core.ipynb #e5570125
 def nbs_dir() -> Path:
     "Folder of the notebooks: `nbs/` in a checkout, `kd_notes/_nbs` in a wheel."
     root = repo_root()
-    return root/"nbs" if root else _package_dir()/"_nbs"
+    return root / "nbs" if root else _package_dir() / "_nbs"
 
 # %% ../nbs/7_engine_room/01_core.ipynb #6ef1a493
 def cache_dir() -> Path:
     "Folder for everything that can be made again: $KD_NOTES_CACHE, else .cache in the checkout, else the user's cache folder."
     named, root = os.environ.get("KD_NOTES_CACHE"), repo_root()
-    path = Path(named).expanduser() if named else root/".cache" if root else Path(platformdirs.user_cache_dir("kd_notes"))
+    path = (
+        Path(named).expanduser()
+        if named
+        else root / ".cache"
+        if root
+        else Path(platformdirs.user_cache_dir("kd_notes"))
+    )
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as e:
-        raise UserError(f"the cache folder cannot be made ({e.strerror})", where=path,
-                        fix="Set the environment variable KD_NOTES_CACHE to a folder that you may write to.") from e
+        raise UserError(
+            f"the cache folder cannot be made ({e.strerror})",
+            where=path,
+            fix="Set the environment variable KD_NOTES_CACHE to a folder that you may write to.",
+        ) from e
     return path.resolve()
 
 # %% ../nbs/7_engine_room/01_core.ipynb #88d8205c
@@ -144,7 +168,11 @@ def disk_error(e: OSError, path: Path | str) -> UserError:
     full = e.errno in (28, 122, 27)  # ENOSPC, EDQUOT, EFBIG
     reason = e.strerror or type(e).__name__
     fix = _DISK_FIX if full else "Check that the folder exists and that you may write to it."
-    return UserError(f"the file could not be written ({reason}); nothing half-written is left", where=path, fix=fix)
+    return UserError(
+        f"the file could not be written ({reason}); nothing half-written is left",
+        where=path,
+        fix=fix,
+    )
 
 # %% ../nbs/7_engine_room/01_core.ipynb #f5a12d10
 def _sync_folder(folder: Path) -> None:
@@ -159,7 +187,7 @@ def _sync_folder(folder: Path) -> None:
 def atomic_write(path: Path | str, data: str | bytes) -> Path:
     "Write `data` (text as UTF-8) so that `path` holds all of it or what it held before. Raises UserError when it cannot."
     path = Path(path)
-    tmp = path.parent/f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp"
+    tmp = path.parent / f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(tmp, "xb") as f:
@@ -182,7 +210,11 @@ def to_jsonable(obj: Any, where: str = "value") -> Any:
         return obj
     if isinstance(obj, float):
         if not math.isfinite(obj):
-            raise UserError(f"{obj} is not a number that JSON can hold", where=where, fix="Store null and say why in another key.")
+            raise UserError(
+                f"{obj} is not a number that JSON can hold",
+                where=where,
+                fix="Store null and say why in another key.",
+            )
         return float(obj)
     if isinstance(obj, Path):
         return obj.as_posix()
@@ -201,20 +233,31 @@ def _convert(obj: Any, where: str) -> Any:
         return to_jsonable(sorted(obj), where)
     if hasattr(obj, "tolist"):  # numpy arrays and scalars, torch tensors
         return to_jsonable(obj.tolist(), where)
-    raise UserError(f"an object of type {type(obj).__name__} cannot be stored as JSON", where=where,
-                    fix="Store numbers, text, lists and dictionaries only.")
+    raise UserError(
+        f"an object of type {type(obj).__name__} cannot be stored as JSON",
+        where=where,
+        fix="Store numbers, text, lists and dictionaries only.",
+    )
 
 # %% ../nbs/7_engine_room/01_core.ipynb #c60a3d79
 def write_json(path: Path | str, obj: Any) -> Path:
     "Write `obj` as JSON: sorted keys, indent 1, UTF-8, atomic."
-    return atomic_write(path, json.dumps(to_jsonable(obj), sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    return atomic_write(
+        path,
+        json.dumps(to_jsonable(obj), sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False)
+        + "\n",
+    )
 
 # %% ../nbs/7_engine_room/01_core.ipynb #96cb3b15
 def _read_bytes(path: Path | str) -> bytes:
     try:
         return Path(path).read_bytes()
     except OSError as e:
-        raise UserError(f"the file cannot be read ({e.strerror})", where=path, fix="Check the name and the folder.") from e
+        raise UserError(
+            f"the file cannot be read ({e.strerror})",
+            where=path,
+            fix="Check the name and the folder.",
+        ) from e
 
 # %% ../nbs/7_engine_room/01_core.ipynb #a971c971
 def read_text(path: Path | str) -> str:
@@ -223,8 +266,12 @@ def read_text(path: Path | str) -> str:
     try:
         return data.decode()
     except UnicodeDecodeError as e:
-        line = data[:e.start].count(b"\n") + 1
-        raise UserError(f"the file is not UTF-8 text ({e.reason})", where=f"{path}:{line}", fix="Save it as UTF-8.") from e
+        line = data[: e.start].count(b"\n") + 1
+        raise UserError(
+            f"the file is not UTF-8 text ({e.reason})",
+            where=f"{path}:{line}",
+            fix="Save it as UTF-8.",
+        ) from e
 
 # %% ../nbs/7_engine_room/01_core.ipynb #778ee9e6
 def read_json(path: Path | str) -> Any:
@@ -232,8 +279,11 @@ def read_json(path: Path | str) -> Any:
     try:
         return json.loads(read_text(path))
     except json.JSONDecodeError as e:
-        raise UserError(f"the file is not valid JSON ({e.msg}, column {e.colno})", where=f"{path}:{e.lineno}",
-                        fix="Correct that line, or delete the file if kd-notes wrote it: it will be made again.") from e
+        raise UserError(
+            f"the file is not valid JSON ({e.msg}, column {e.colno})",
+            where=f"{path}:{e.lineno}",
+            fix="Correct that line, or delete the file if kd-notes wrote it: it will be made again.",
+        ) from e
 
 # %% ../nbs/7_engine_room/01_core.ipynb #5b8dd4fa
 def _is_json(line: bytes) -> bool:
@@ -254,7 +304,7 @@ def _repair_tail(f) -> None:
         start = max(0, start - 4096)
         f.seek(start)
         chunk = f.read(end - start)
-    tail = chunk[chunk.rfind(b"\n") + 1:]
+    tail = chunk[chunk.rfind(b"\n") + 1 :]
     if tail and not _is_json(tail):
         f.truncate(end - len(tail))
     elif tail:
@@ -264,7 +314,10 @@ def _repair_tail(f) -> None:
 # %% ../nbs/7_engine_room/01_core.ipynb #f89221a6
 def append_jsonl(path: Path | str, rows: Iterable[dict]) -> None:
     "Append one line per row and force them to the disk: all rows or, when the disk is full, none (UserError). One writer per file."
-    lines = [json.dumps(to_jsonable(r, f"row {i}"), sort_keys=True, ensure_ascii=False) for i, r in enumerate(rows)]
+    lines = [
+        json.dumps(to_jsonable(r, f"row {i}"), sort_keys=True, ensure_ascii=False)
+        for i, r in enumerate(rows)
+    ]
     data = "".join(line + "\n" for line in lines).encode()
     path = Path(path)
     try:
@@ -284,12 +337,13 @@ def append_jsonl(path: Path | str, rows: Iterable[dict]) -> None:
 def _write_all(f, data: bytes) -> None:
     view = memoryview(data)
     while view:  # an unbuffered write may take only a part
-        view = view[f.write(view):]
+        view = view[f.write(view) :]
     os.fsync(f.fileno())
 
 # %% ../nbs/7_engine_room/01_core.ipynb #8a799acb
-def read_jsonl(path: Path | str,
-               *, repair_tail: bool = False) -> list[dict]:  # ignore a half-written last line (the mark of a killed writer)
+def read_jsonl(
+    path: Path | str, *, repair_tail: bool = False
+) -> list[dict]:  # ignore a half-written last line (the mark of a killed writer)
     "Rows of a JSONL file; blank lines are skipped. Raises UserError with file:line for a row that is not one JSON object."
     lines = _read_bytes(path).removeprefix(codecs.BOM_UTF8).split(b"\n")
     rows = []
@@ -297,13 +351,19 @@ def read_jsonl(path: Path | str,
         if not line.strip():
             continue
         try:
-            row = json.loads(line.decode())  # decoded line by line: a kill may cut a letter of several bytes in two
+            row = json.loads(
+                line.decode()
+            )  # decoded line by line: a kill may cut a letter of several bytes in two
             if not isinstance(row, dict):
                 raise ValueError(f"a {type(row).__name__} where an object {{...}} was expected")
         except ValueError as e:
             if repair_tail and number == len(lines):
                 break
-            raise UserError(f"the row is not one JSON object ({e})", where=f"{path}:{number}", fix="Correct or delete that line.") from e
+            raise UserError(
+                f"the row is not one JSON object ({e})",
+                where=f"{path}:{number}",
+                fix="Correct or delete that line.",
+            ) from e
         rows.append(row)
     return rows
 
@@ -319,12 +379,18 @@ def sha256_file(path: Path | str) -> str:
         with open(path, "rb") as f:
             return hashlib.file_digest(f, "sha256").hexdigest()
     except OSError as e:
-        raise UserError(f"the file cannot be read ({e.strerror})", where=path, fix="Check the name and the folder.") from e
+        raise UserError(
+            f"the file cannot be read ({e.strerror})",
+            where=path,
+            fix="Check the name and the folder.",
+        ) from e
 
 # %% ../nbs/7_engine_room/01_core.ipynb #4410f02c
 def canonical_json(obj: Any) -> str:
     "`obj` as JSON in one spelling: sorted keys, no spaces."
-    return json.dumps(to_jsonable(obj), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return json.dumps(
+        to_jsonable(obj), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+    )
 
 # %% ../nbs/7_engine_room/01_core.ipynb #a86a20ba
 def stable_hash(obj: Any) -> str:
@@ -336,40 +402,57 @@ def write_checksums(folder: Path | str, names: Iterable[str] | None = None) -> d
     "Write folder/checksums.json for these files, or for all below the folder; names are relative, with forward slashes."
     folder = Path(folder)
     if names is None:
-        found = (p for p in folder.rglob("*") if p.is_file() and p.name != "checksums.json" and not p.name.startswith("."))
+        found = (
+            p
+            for p in folder.rglob("*")
+            if p.is_file() and p.name != "checksums.json" and not p.name.startswith(".")
+        )
         names = (p.relative_to(folder).as_posix() for p in found)
-    sums = {name: sha256_file(folder/name) for name in sorted(names)}
-    write_json(folder/"checksums.json", sums)
+    sums = {name: sha256_file(folder / name) for name in sorted(names)}
+    write_json(folder / "checksums.json", sums)
     return sums
 
 # %% ../nbs/7_engine_room/01_core.ipynb #e0136b4b
-def verify_checksums(folder: Path | str,
-                     names: Iterable[str] | None = None) -> dict[str, str]:  # only these files; None: every file listed
+def verify_checksums(
+    folder: Path | str, names: Iterable[str] | None = None
+) -> dict[str, str]:  # only these files; None: every file listed
     "Check files against folder/checksums.json and return {name: sha256}. Raises UserError for a missing or a changed file."
     folder = Path(folder)
-    sums = read_json(folder/"checksums.json")
+    sums = read_json(folder / "checksums.json")
     fix = "Restore the file (git checkout), or write new checksums if you changed it on purpose."
     wanted = sorted(sums) if names is None else list(names)
     for name in wanted:
         if name not in sums:
-            raise UserError(f"no checksum is recorded for {name}", where=folder/"checksums.json", fix=fix)
-        if not (folder/name).is_file():
-            raise UserError("the file is listed in checksums.json but missing", where=folder/name, fix=fix)
-        if sha256_file(folder/name) != sums[name]:
-            raise UserError("the file differs from its recorded checksum", where=folder/name, fix=fix)
+            raise UserError(
+                f"no checksum is recorded for {name}", where=folder / "checksums.json", fix=fix
+            )
+        if not (folder / name).is_file():
+            raise UserError(
+                "the file is listed in checksums.json but missing", where=folder / name, fix=fix
+            )
+        if sha256_file(folder / name) != sums[name]:
+            raise UserError(
+                "the file differs from its recorded checksum", where=folder / name, fix=fix
+            )
     return {name: sums[name] for name in wanted}
 
 # %% ../nbs/7_engine_room/01_core.ipynb #872bcfe1
 def seed_everything(seed: int) -> None:  # 0 ... 2**32 - 1 (numpy's range)
     "Seed python, numpy and (where installed) torch, CPU and GPU. Raises UserError for a seed out of range."
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
-        raise UserError(f"{seed!r} is not a whole number from 0 to 4294967295", where="seed", fix="Choose such a number.")
+        raise UserError(
+            f"{seed!r} is not a whole number from 0 to 4294967295",
+            where="seed",
+            fix="Choose such a number.",
+        )
     random.seed(seed)
     if importlib.util.find_spec("numpy"):
         import numpy
+
         numpy.random.seed(seed)
     if importlib.util.find_spec("torch"):
         import torch
+
         torch.manual_seed(seed)
 
 # %% ../nbs/7_engine_room/01_core.ipynb #942e286b

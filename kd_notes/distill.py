@@ -17,7 +17,14 @@ from pathlib import Path
 from typing import Any, Sequence
 
 from kd_notes.core import (
-    atomic_write, folder_lock, read_json, rng, sha256_file, to_jsonable, UserError, write_json,
+    atomic_write,
+    folder_lock,
+    read_json,
+    rng,
+    sha256_file,
+    to_jsonable,
+    UserError,
+    write_json,
 )
 from .data.dialogues import encode_dialogue, load_dialogues, PLAIN_TEMPLATE
 from .environment import device_class, versions
@@ -31,7 +38,11 @@ from .methods.logit_kd import CrossKD, encode_twice, KD
 from .methods.seqkd import write_responses, Writing
 from .models.layer_drop import make_student
 from kd_notes.models.pretrained import (
-    context_of, count_parameters, default_device, load_teacher, resolve_model,
+    context_of,
+    count_parameters,
+    default_device,
+    load_teacher,
+    resolve_model,
 )
 from .training.checkpoint import save_model
 from .training.loop import train
@@ -43,76 +54,131 @@ from .training.state import Progress, TrainConfig
 @dataclass(frozen=True)
 class DistillSettings:
     "Settings of `distill`."
-    n: int = 0                      # rows of the file that are used; 0: all
-    validation: float = 0.1         # share (below 1) or number of rows that are held out, at most 200
-    epochs: float = 3.0             # passes over the training rows
-    steps: int = 0                  # optimiser steps; 0: as `epochs` says
+
+    n: int = 0  # rows of the file that are used; 0: all
+    validation: float = 0.1  # share (below 1) or number of rows that are held out, at most 200
+    epochs: float = 3.0  # passes over the training rows
+    steps: int = 0  # optimiser steps; 0: as `epochs` says
     batch_size: int = 8
-    accumulate: int = 1             # micro-batches per step
+    accumulate: int = 1  # micro-batches per step
     lr: float = 5e-4
-    warmup: float = 0.05            # share of the steps
+    warmup: float = 0.05  # share of the steps
     weight_decay: float = 0.01
-    sft_weight: float = 0.5         # weight of the cross-entropy of the responses beside a divergence
-    temperature: float = 1.0        # of the divergence; of the answers, where the teacher writes
+    sft_weight: float = 0.5  # weight of the cross-entropy of the responses beside a divergence
+    temperature: float = 1.0  # of the divergence; of the answers, where the teacher writes
     options: dict = field(default_factory=dict)  # of the divergence, such as {"beta": 0.1}
-    max_length: int = 512           # tokens of prompt and response; 0: as the models' contexts allow
-    system: str | None = None       # system message for rows that have none; None: what the chat template does
-    evaluations: int = 5            # during the training
-    top_k: int = 64                 # of the logit cache
-    max_new_tokens: int = 128       # of the teacher's answers (seqkd)
-    top_p: float = 1.0              # likewise
-    width: int = 5                  # of the beam (seqkd_beam)
+    max_length: int = 512  # tokens of prompt and response; 0: as the models' contexts allow
+    system: str | None = (
+        None  # system message for rows that have none; None: what the chat template does
+    )
+    evaluations: int = 5  # during the training
+    top_k: int = 64  # of the logit cache
+    max_new_tokens: int = 128  # of the teacher's answers (seqkd)
+    top_p: float = 1.0  # likewise
+    width: int = 5  # of the beam (seqkd_beam)
     seed: int = 0
-    dtype: str = "float32"          # of the teacher
-    precision: str = "no"           # of the training: no, bf16, fp16
+    dtype: str = "float32"  # of the teacher
+    precision: str = "no"  # of the training: no, bf16, fp16
     device: str | None = None
-    lora: dict | None = None        # train adapters only; they are merged before saving
+    lora: dict | None = None  # train adapters only; they are merged before saving
     gradient_checkpointing: bool = False
 
 # %% ../nbs/4_probabilities/15_distill.ipynb #83a5fd97
-PROFILES = {"smoke": {"n": 12, "validation": 4, "steps": 2, "batch_size": 2, "max_length": 128, "evaluations": 1, "max_new_tokens": 8},
-            "cpu": {},
-            "cpu-full": {"epochs": 5.0},
-            "gpu": {"batch_size": 16, "lr": 1e-4, "max_length": 1024, "dtype": "bfloat16", "precision": "bf16", "max_new_tokens": 512}}
+PROFILES = {
+    "smoke": {
+        "n": 12,
+        "validation": 4,
+        "steps": 2,
+        "batch_size": 2,
+        "max_length": 128,
+        "evaluations": 1,
+        "max_new_tokens": 8,
+    },
+    "cpu": {},
+    "cpu-full": {"epochs": 5.0},
+    "gpu": {
+        "batch_size": 16,
+        "lr": 1e-4,
+        "max_length": 1024,
+        "dtype": "bfloat16",
+        "precision": "bf16",
+        "max_new_tokens": 512,
+    },
+}
 
 # %% ../nbs/4_probabilities/15_distill.ipynb #7f5e53d5
-def distill_settings(profile: str = "cpu", **settings: Any) -> DistillSettings:  # settings: fields of DistillSettings
+def distill_settings(
+    profile: str = "cpu", **settings: Any
+) -> DistillSettings:  # settings: fields of DistillSettings
     "The settings of a profile with some of them changed. Raises UserError for an unknown profile or setting."
     if profile not in PROFILES:
-        raise UserError(f"{profile!r} is not a profile", where="profile", fix=f"Choose one of {', '.join(PROFILES)}.")
+        raise UserError(
+            f"{profile!r} is not a profile",
+            where="profile",
+            fix=f"Choose one of {', '.join(PROFILES)}.",
+        )
     known = [f.name for f in fields(DistillSettings)]
     if unknown := sorted(set(settings) - set(known)):
-        raise UserError(f"{unknown[0]!r} is not a setting of distill", where="settings", fix=f"Settings are {', '.join(known)}.")
+        raise UserError(
+            f"{unknown[0]!r} is not a setting of distill",
+            where="settings",
+            fix=f"Settings are {', '.join(known)}.",
+        )
     return DistillSettings(**PROFILES[profile] | settings)
 
 # %% ../nbs/4_probabilities/15_distill.ipynb #ff995b33
-TEXT_OBJECTIVES = {"sft": "cross-entropy of the responses in the file", "seqkd": "cross-entropy of responses that the teacher samples",
-                   "seqkd_beam": "cross-entropy of responses that the teacher finds by beam search"}
-CROSS_OBJECTIVES = {"uld": "sorted probabilities, token by token, for a teacher with another tokenizer",
-                    "spans_likelihood": "probability of pieces of text that both tokenizers can cut, for a teacher with another tokenizer",
-                    "spans_uld": "sorted probabilities at such pieces", "spans_matched": "forward KL over common tokens at such pieces"}
-OBJECTIVES = (TEXT_OBJECTIVES | CROSS_OBJECTIVES | {"cached_forward_kl": "forward KL from logits that the teacher gave once"}
-              | {n: f"{n.replace('_', ' ').replace('kl', 'KL')} between teacher and student" for n in DIVERGENCES if n != "uld"})
+TEXT_OBJECTIVES = {
+    "sft": "cross-entropy of the responses in the file",
+    "seqkd": "cross-entropy of responses that the teacher samples",
+    "seqkd_beam": "cross-entropy of responses that the teacher finds by beam search",
+}
+CROSS_OBJECTIVES = {
+    "uld": "sorted probabilities, token by token, for a teacher with another tokenizer",
+    "spans_likelihood": "probability of pieces of text that both tokenizers can cut, for a teacher with another tokenizer",
+    "spans_uld": "sorted probabilities at such pieces",
+    "spans_matched": "forward KL over common tokens at such pieces",
+}
+OBJECTIVES = (
+    TEXT_OBJECTIVES
+    | CROSS_OBJECTIVES
+    | {"cached_forward_kl": "forward KL from logits that the teacher gave once"}
+    | {
+        n: f"{n.replace('_', ' ').replace('kl', 'KL')} between teacher and student"
+        for n in DIVERGENCES
+        if n != "uld"
+    }
+)
 
 # %% ../nbs/4_probabilities/15_distill.ipynb #f1c81546
 def check_objective(name: str, options: dict | None = None) -> str:  # options: of the divergence
     "The name. Raises UserError for an unknown one, and for options that it does not have."
     if name not in OBJECTIVES:
-        raise UserError(f"{name!r} is not an objective", where="objective", fix=f"Choose one of {', '.join(OBJECTIVES)}.")
+        raise UserError(
+            f"{name!r} is not an objective",
+            where="objective",
+            fix=f"Choose one of {', '.join(OBJECTIVES)}.",
+        )
     divergence = "forward_kl" if name == "cached_forward_kl" else name
     if divergence in DIVERGENCES and name not in CROSS_OBJECTIVES:
         _look_up(divergence, options or {})
     elif options:
-        raise UserError(f"{name} has no options, and {', '.join(sorted(options))} was given", where="options", fix="Leave them out.")
+        raise UserError(
+            f"{name} has no options, and {', '.join(sorted(options))} was given",
+            where="options",
+            fix="Leave them out.",
+        )
     return name
 
 # %% ../nbs/4_probabilities/15_distill.ipynb #5abf6123
 def hold_out(rows: Sequence, validation: float, seed: int = 0) -> tuple[list, list]:
     "(training, validation): a share below 1 or a number of rows, drawn by seed, at most 200. Raises UserError if no row is left."
-    number = min(200, max(1, round(validation*len(rows)) if validation < 1 else int(validation)))
+    number = min(200, max(1, round(validation * len(rows)) if validation < 1 else int(validation)))
     if validation <= 0 or number >= len(rows):
-        raise UserError(f"of {len(rows)} rows {validation} cannot be held out", where="validation",
-                        fix="Hold out a share such as 0.1, and give at least two rows.")
+        raise UserError(
+            f"of {len(rows)} rows {validation} cannot be held out",
+            where="validation",
+            fix="Hold out a share such as 0.1, and give at least two rows.",
+        )
     held = set(rng("hold out", seed).sample(range(len(rows)), number))
     return [r for i, r in enumerate(rows) if i not in held], [rows[i] for i in sorted(held)]
 
@@ -120,6 +186,7 @@ def hold_out(rows: Sequence, validation: float, seed: int = 0) -> tuple[list, li
 @dataclass
 class Job:
     "A distillation in progress."
+
     data: Path
     teacher_spec: str
     student_spec: str
@@ -130,16 +197,16 @@ class Job:
     teacher_tokenizer: Any = None
     student: Any = None
     tokenizer: Any = None
-    vocabulary: int | None = None   # ids that both share; None: two tokenizers
+    vocabulary: int | None = None  # ids that both share; None: two tokenizers
     max_length: int = 0
     dialogues: list = field(default_factory=list)  # to train on
     held_out: list = field(default_factory=list)
-    rows: list = field(default_factory=list)       # encoded, to train on
-    parameters: int = 0                            # of the student
+    rows: list = field(default_factory=list)  # encoded, to train on
+    parameters: int = 0  # of the student
 
     @property
     def work(self) -> Path:
-        return self.out/"work"
+        return self.out / "work"
 
     def say(self, text: str) -> None:
         if main_process():
@@ -159,21 +226,34 @@ def shown_name(spec: Any) -> str:
 # %% ../nbs/4_probabilities/15_distill.ipynb #20be1304
 def _request(job: Job) -> dict:
     "What decides the result, as JSON data without a path of this machine."
-    return {"data": job.data.name, "data_sha256": sha256_file(job.data), "teacher": shown_name(job.teacher_spec),
-            "student": shown_name(job.student_spec), "objective": job.objective, "settings": asdict(job.settings)}
+    return {
+        "data": job.data.name,
+        "data_sha256": sha256_file(job.data),
+        "teacher": shown_name(job.teacher_spec),
+        "student": shown_name(job.student_spec),
+        "objective": job.objective,
+        "settings": asdict(job.settings),
+    }
 
 # %% ../nbs/4_probabilities/15_distill.ipynb #5ca384fb
 def _finished(job: Job) -> dict | None:
     "The report, if the folder holds this job's. Raises UserError if it holds something else."
-    file, request = job.out/"request.json", to_jsonable(_request(job))
+    file, request = job.out / "request.json", to_jsonable(_request(job))
     if file.is_file():
         before = read_json(file)
         if changed := [k for k in request if before.get(k) != request[k]]:
-            raise UserError(f"the folder holds a distillation with another {' and '.join(changed)}", where=job.out,
-                            fix="Choose another folder, or delete this one.")
+            raise UserError(
+                f"the folder holds a distillation with another {' and '.join(changed)}",
+                where=job.out,
+                fix="Choose another folder, or delete this one.",
+            )
     elif any(p.name != ".lock" for p in job.out.iterdir()):
-        raise UserError("the folder is not empty, and what is in it is not a distillation", where=job.out, fix="Choose a new folder.")
-    return read_json(job.out/"report.json") if (job.out/"report.json").is_file() else None
+        raise UserError(
+            "the folder is not empty, and what is in it is not a distillation",
+            where=job.out,
+            fix="Choose a new folder.",
+        )
+    return read_json(job.out / "report.json") if (job.out / "report.json").is_file() else None
 
 # %% ../nbs/4_probabilities/15_distill.ipynb #62550ebb
 def _load_models(job: Job) -> None:
@@ -181,16 +261,26 @@ def _load_models(job: Job) -> None:
     s = job.settings
     place = s.device or default_device()
     job.teacher, job.teacher_tokenizer = load_teacher(job.teacher_spec, dtype=s.dtype, device=place)
-    job.student, job.tokenizer = make_student(job.student_spec, job.teacher, job.teacher_tokenizer, device=place)
+    job.student, job.tokenizer = make_student(
+        job.student_spec, job.teacher, job.teacher_tokenizer, device=place
+    )
     for model, spec in ((job.teacher, job.teacher_spec), (job.student, job.student_spec)):
         if model.config.is_encoder_decoder:
-            raise UserError("this is an encoder-decoder", where=shown_name(spec), fix="distill takes causal models; use the Method KD with "
-                            "family='t5' and the loop for others.")
+            raise UserError(
+                "this is an encoder-decoder",
+                where=shown_name(spec),
+                fix="distill takes causal models; use the Method KD with "
+                "family='t5' and the loop for others.",
+            )
     try:
         job.vocabulary = check_tokenizers(job.tokenizer, job.teacher_tokenizer)
     except UserError as e:
         if job.objective not in {*TEXT_OBJECTIVES, *CROSS_OBJECTIVES}:
-            raise UserError(e.what, where="objective", fix=f"{job.objective} compares ids. Use spans_matched, uld or seqkd.") from e
+            raise UserError(
+                e.what,
+                where="objective",
+                fix=f"{job.objective} compares ids. Use spans_matched, uld or seqkd.",
+            ) from e
     if job.tokenizer.chat_template is None:
         job.tokenizer.chat_template = PLAIN_TEMPLATE
     job.max_length = context_of(job.student, job.teacher, limit=s.max_length)
@@ -199,19 +289,33 @@ def _load_models(job: Job) -> None:
 def expected_memory(job: Job) -> dict[str, int] | None:
     "Bytes of the training by part (`memory_estimate`), from the configs of both models alone; None if one has no config of its own."
     from transformers import AutoConfig
+
     s, kind = job.settings, job.student_spec.partition(":")
     try:
         teacher = AutoConfig.from_pretrained(resolve_model(job.teacher_spec))
-        student = AutoConfig.from_pretrained(resolve_model(job.student_spec if kind[0] != "layers" else job.teacher_spec))
+        student = AutoConfig.from_pretrained(
+            resolve_model(job.student_spec if kind[0] != "layers" else job.teacher_spec)
+        )
     except (OSError, ValueError, UserError):
-        return None    # loading will say what is wrong
+        return None  # loading will say what is wrong
     if kind[0] == "layers" and kind[2].replace(",", "").isdigit():
         student.num_hidden_layers = kind[2].count(",") + 1 if "," in kind[2] else int(kind[2])
         if getattr(student, "layer_types", None):
-            student.layer_types = student.layer_types[:student.num_hidden_layers]
-    cfg = TrainConfig(steps=1, batch_size=s.batch_size, lr=s.lr, precision=s.precision, lora=s.lora,
-                      gradient_checkpointing=s.gradient_checkpointing)
-    return memory_estimate(student, cfg, length=s.max_length or 512, teacher=None if job.objective in TEXT_OBJECTIVES else teacher)
+            student.layer_types = student.layer_types[: student.num_hidden_layers]
+    cfg = TrainConfig(
+        steps=1,
+        batch_size=s.batch_size,
+        lr=s.lr,
+        precision=s.precision,
+        lora=s.lora,
+        gradient_checkpointing=s.gradient_checkpointing,
+    )
+    return memory_estimate(
+        student,
+        cfg,
+        length=s.max_length or 512,
+        teacher=None if job.objective in TEXT_OBJECTIVES else teacher,
+    )
 
 # %% ../nbs/4_probabilities/15_distill.ipynb #c9fe4354
 def _encode_rows(job: Job) -> None:
@@ -229,19 +333,60 @@ def _method(job: Job) -> Method:
     "What `train` needs to know about the objective; the rows may be other ones afterwards."
     s, o = job.settings, job.objective
     if o.startswith("seqkd"):
-        writing = Writing("beam" if o == "seqkd_beam" else "sample", s.max_new_tokens, s.temperature, s.top_p, s.width, s.seed, s.system)
-        job.dialogues = write_responses(job.work/"answers.jsonl", job.teacher, job.teacher_tokenizer, job.dialogues, writing,
-                                        name=shown_name(job.teacher_spec))
-        job.rows = [encode_dialogue(d, job.tokenizer, job.max_length, s.system) for d in job.dialogues]
+        writing = Writing(
+            "beam" if o == "seqkd_beam" else "sample",
+            s.max_new_tokens,
+            s.temperature,
+            s.top_p,
+            s.width,
+            s.seed,
+            s.system,
+        )
+        job.dialogues = write_responses(
+            job.work / "answers.jsonl",
+            job.teacher,
+            job.teacher_tokenizer,
+            job.dialogues,
+            writing,
+            name=shown_name(job.teacher_spec),
+        )
+        job.rows = [
+            encode_dialogue(d, job.tokenizer, job.max_length, s.system) for d in job.dialogues
+        ]
     if o in TEXT_OBJECTIVES:
         return EncodedRows(job.tokenizer)
     if o in CROSS_OBJECTIVES:
-        job.rows = [encode_twice(d, job.tokenizer, job.teacher_tokenizer, job.max_length, s.system) for d in job.dialogues]
-        return CrossKD(job.tokenizer, job.teacher_tokenizer, job.teacher, o, sft_weight=s.sft_weight, temperature=s.temperature)
+        job.rows = [
+            encode_twice(d, job.tokenizer, job.teacher_tokenizer, job.max_length, s.system)
+            for d in job.dialogues
+        ]
+        return CrossKD(
+            job.tokenizer,
+            job.teacher_tokenizer,
+            job.teacher,
+            o,
+            sft_weight=s.sft_weight,
+            temperature=s.temperature,
+        )
     if o == "cached_forward_kl":
-        cache = write_cache(job.work/"logits", job.teacher, job.tokenizer, job.rows, k=s.top_k, temperature=s.temperature)
+        cache = write_cache(
+            job.work / "logits",
+            job.teacher,
+            job.tokenizer,
+            job.rows,
+            k=s.top_k,
+            temperature=s.temperature,
+        )
         return CachedKD(cache, EncodedRows(job.tokenizer), sft_weight=s.sft_weight, **s.options)
-    return KD(job.tokenizer, job.teacher, o, sft_weight=s.sft_weight, temperature=s.temperature, vocabulary=job.vocabulary, **s.options)
+    return KD(
+        job.tokenizer,
+        job.teacher,
+        o,
+        sft_weight=s.sft_weight,
+        temperature=s.temperature,
+        vocabulary=job.vocabulary,
+        **s.options,
+    )
 
 # %% ../nbs/4_probabilities/15_distill.ipynb #15f8e132
 def _validation(job: Job) -> Validation:
@@ -250,46 +395,111 @@ def _validation(job: Job) -> Validation:
     rows = [encode_dialogue(d, job.tokenizer, job.max_length, s.system) for d in job.held_out]
     teacher = None if job.vocabulary is None else job.teacher
     score = "nll" if teacher is None or job.objective == "sft" else "forward_kl"
-    return Validation(rows, job.tokenizer.pad_token_id, teacher, score=score, vocabulary=job.vocabulary, batch_size=s.batch_size)
+    return Validation(
+        rows,
+        job.tokenizer.pad_token_id,
+        teacher,
+        score=score,
+        vocabulary=job.vocabulary,
+        batch_size=s.batch_size,
+    )
 
 # %% ../nbs/4_probabilities/15_distill.ipynb #6754fd18
 def _measured(job: Job, found: dict, tokenizer) -> dict:
     "The numbers of a validation without its score, and bits per byte, which models with other tokenizers can be compared by."
-    rows = [encode_dialogue(d, tokenizer, job.max_length, job.settings.system) for d in job.held_out]
+    rows = [
+        encode_dialogue(d, tokenizer, job.max_length, job.settings.system) for d in job.held_out
+    ]
     size = sum(len(tokenizer.decode(r["target"], skip_special_tokens=True).encode()) for r in rows)
-    return {k: v for k, v in found.items() if k != "score"} | {"bits_per_byte": found["nll"]*found["tokens"]/math.log(2)/max(size, 1)}
+    return {k: v for k, v in found.items() if k != "score"} | {
+        "bits_per_byte": found["nll"] * found["tokens"] / math.log(2) / max(size, 1)
+    }
 
 # %% ../nbs/4_probabilities/15_distill.ipynb #cbe7c55a
 def _references(job: Job, check: Validation) -> dict:
     "Teacher and untrained student on the held-out rows; measured once."
-    file = job.work/"references.json"
+    file = job.work / "references.json"
     if not file.is_file():
-        rows = [encode_dialogue(d, job.teacher_tokenizer, job.max_length, job.settings.system) for d in job.held_out]
-        own = Validation(rows, job.teacher_tokenizer.pad_token_id, batch_size=job.settings.batch_size)(job.teacher)
+        rows = [
+            encode_dialogue(d, job.teacher_tokenizer, job.max_length, job.settings.system)
+            for d in job.held_out
+        ]
+        own = Validation(
+            rows, job.teacher_tokenizer.pad_token_id, batch_size=job.settings.batch_size
+        )(job.teacher)
         untrained = _measured(job, check(job.student), job.tokenizer)
-        write_json(file, {"teacher": _measured(job, own, job.teacher_tokenizer), "untrained": untrained})
+        write_json(
+            file, {"teacher": _measured(job, own, job.teacher_tokenizer), "untrained": untrained}
+        )
     return read_json(file)
 
 # %% ../nbs/4_probabilities/15_distill.ipynb #f6f69e23
 def _config(job: Job) -> TrainConfig:
     s, world = job.settings, int(os.environ.get("WORLD_SIZE", "1"))
-    steps = s.steps or max(1, math.ceil(s.epochs*len(job.rows)/(s.batch_size*s.accumulate*world)))
-    return TrainConfig(steps=steps, batch_size=s.batch_size, accumulate=s.accumulate, lr=s.lr, warmup=min(s.warmup, steps), seed=s.seed,
-                       weight_decay=s.weight_decay, log_every=max(1, steps//50), eval_every=max(1, steps//max(s.evaluations, 1)),
-                       save_every=max(1, steps//10), keep_best=True, precision=s.precision, device=s.device, lora=s.lora,
-                       gradient_checkpointing=s.gradient_checkpointing)
+    steps = s.steps or max(
+        1, math.ceil(s.epochs * len(job.rows) / (s.batch_size * s.accumulate * world))
+    )
+    return TrainConfig(
+        steps=steps,
+        batch_size=s.batch_size,
+        accumulate=s.accumulate,
+        lr=s.lr,
+        warmup=min(s.warmup, steps),
+        seed=s.seed,
+        weight_decay=s.weight_decay,
+        log_every=max(1, steps // 50),
+        eval_every=max(1, steps // max(s.evaluations, 1)),
+        save_every=max(1, steps // 10),
+        keep_best=True,
+        precision=s.precision,
+        device=s.device,
+        lora=s.lora,
+        gradient_checkpointing=s.gradient_checkpointing,
+    )
 
 # %% ../nbs/4_probabilities/15_distill.ipynb #e47af3e5
 def _card(job: Job, report: dict) -> str:
     "README.md of the folder."
-    names = [n for n in ("perplexity", "bits_per_byte", "forward_kl", "reverse_kl") if n in report["results"]["student"]]
-    lines = [f"| {who} | " + " | ".join(f"{r[n]:.4g}" if n in r else "" for n in names) + " |" for who, r in report["results"].items()]
+    names = [
+        n
+        for n in ("perplexity", "bits_per_byte", "forward_kl", "reverse_kl")
+        if n in report["results"]["student"]
+    ]
+    lines = [
+        f"| {who} | " + " | ".join(f"{r[n]:.4g}" if n in r else "" for n in names) + " |"
+        for who, r in report["results"].items()
+    ]
     origin = report["teacher"] if report["student"].startswith("layers:") else report["student"]
-    base = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}.get(origin, origin.removeprefix("hub:"))
-    settings = "\n".join(f"- {k}: {v}" for k, v in report["settings"].items() if v not in (None, {}, 0))
-    facts = {k: report[k] for k in ("student", "teacher", "objective", "data", "rows", "held_out", "steps", "parameters")}
-    return _CARD.format(name=job.out.name, base=base, tags=report["objective"].replace("_", "-"), head=" | ".join(names),
-                        rule="|---"*len(names), table="\n".join(lines), config=settings, what=OBJECTIVES[report["objective"]], **facts)
+    base = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}.get(
+        origin, origin.removeprefix("hub:")
+    )
+    settings = "\n".join(
+        f"- {k}: {v}" for k, v in report["settings"].items() if v not in (None, {}, 0)
+    )
+    facts = {
+        k: report[k]
+        for k in (
+            "student",
+            "teacher",
+            "objective",
+            "data",
+            "rows",
+            "held_out",
+            "steps",
+            "parameters",
+        )
+    }
+    return _CARD.format(
+        name=job.out.name,
+        base=base,
+        tags=report["objective"].replace("_", "-"),
+        head=" | ".join(names),
+        rule="|---" * len(names),
+        table="\n".join(lines),
+        config=settings,
+        what=OBJECTIVES[report["objective"]],
+        **facts,
+    )
 
 # %% ../nbs/4_probabilities/15_distill.ipynb #5d1a7c20
 _USE = """## Use
@@ -306,7 +516,8 @@ print(tokenizer.decode(model.generate(**ids, max_new_tokens=64)[0]))
 """
 
 # %% ../nbs/4_probabilities/15_distill.ipynb #9d66ef36
-_CARD = """---
+_CARD = (
+    """---
 library_name: transformers
 pipeline_tag: text-generation
 base_model: {base}
@@ -328,7 +539,9 @@ On {held_out} held-out rows of the same file; natural logs, means over response 
 |---{rule}|
 {table}
 
-""" + _USE + """## Settings
+"""
+    + _USE
+    + """## Settings
 
 {config}
 
@@ -337,88 +550,152 @@ On {held_out} held-out rows of the same file; natural logs, means over response 
 Measured on the data above and nothing else. The student inherits the teacher's errors and biases and adds its own. The licences of
 teacher and data apply.
 """
+)
 
 # %% ../nbs/4_probabilities/15_distill.ipynb #2e9c2663
-def curves_figure(rows: Sequence[dict],   # per validation: step, perplexity and, with one tokenizer, forward_kl
-                  teacher: float):        # the teacher's perplexity
+def curves_figure(
+    rows: Sequence[dict],  # per validation: step, perplexity and, with one tokenizer, forward_kl
+    teacher: float,
+):  # the teacher's perplexity
     "Held-out KL to the teacher and perplexity against optimiser steps, a matplotlib Figure."
     from matplotlib import rc_context
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
+
     names = {"forward_kl": "KL(teacher || student) (nats)", "perplexity": "perplexity"}
     names = {k: v for k, v in names.items() if k in rows[0]}
     with rc_context(STYLE):
-        fig = Figure(figsize=(5.2*len(names), 4.2), layout="constrained")
+        fig = Figure(figsize=(5.2 * len(names), 4.2), layout="constrained")
         for ax, (name, label) in zip(fig.subplots(1, len(names), squeeze=False)[0], names.items()):
-            ax.plot([r["step"] for r in rows], [r[name] for r in rows], color=OKABE_ITO[0], marker="o", label="student")
+            ax.plot(
+                [r["step"] for r in rows],
+                [r[name] for r in rows],
+                color=OKABE_ITO[0],
+                marker="o",
+                label="student",
+            )
             ax.set(xlabel="optimiser steps", ylabel=label, yscale="log", title="held-out rows")
             ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         ax.axhline(teacher, color="black", linestyle="--", label="teacher")
-        fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+        fig.legend(
+            *ax.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False
+        )
     return fig
 
 # %% ../nbs/4_probabilities/15_distill.ipynb #fb64ef1f
 def _report(job: Job, result, references: dict, student: dict) -> dict:
-    own = {"rows": len(job.rows), "held_out": len(job.held_out), "steps": result.steps, "tokens": result.tokens,
-           "best_step": result.best["step"], "parameters": job.parameters, "seconds_training": round(result.seconds, 3)}
-    return _request(job) | own | {"results": references | {"student": student}, "versions": versions(), "device": device_class()}
+    own = {
+        "rows": len(job.rows),
+        "held_out": len(job.held_out),
+        "steps": result.steps,
+        "tokens": result.tokens,
+        "best_step": result.best["step"],
+        "parameters": job.parameters,
+        "seconds_training": round(result.seconds, 3),
+    }
+    return (
+        _request(job)
+        | own
+        | {
+            "results": references | {"student": student},
+            "versions": versions(),
+            "device": device_class(),
+        }
+    )
 
 # %% ../nbs/4_probabilities/15_distill.ipynb #dcca5356
 def _leave(job: Job, model, report: dict, curve: list[dict]) -> None:
     "Write the folder; the report last."
-    made = save_model(model.merge_and_unload() if job.settings.lora else model, job.work/"model", job.tokenizer)
+    made = save_model(
+        model.merge_and_unload() if job.settings.lora else model, job.work / "model", job.tokenizer
+    )
     for path in made.iterdir():
-        os.replace(path, job.out/path.name)
+        os.replace(path, job.out / path.name)
     before, teacher = report["results"]["untrained"], report["results"]["teacher"]["perplexity"]
     points = [{"step": 0} | {k: before[k] for k in curve[0] if k in before}] + curve
     save_figure(curves_figure(points, teacher), job.out, "curves", points)
-    atomic_write(job.out/"README.md", _card(job, report))
-    shutil.copyfile(job.work/"train"/"metrics.jsonl", job.out/"metrics.jsonl")
-    write_json(job.out/"report.json", report)
+    atomic_write(job.out / "README.md", _card(job, report))
+    shutil.copyfile(job.work / "train" / "metrics.jsonl", job.out / "metrics.jsonl")
+    write_json(job.out / "report.json", report)
     shutil.rmtree(job.work)
 
 # %% ../nbs/4_probabilities/15_distill.ipynb #e896597a
-def distill(data: Path | str,        # JSONL: prompt and response; instruction, input and output; or messages
-            teacher: str,            # smollm2, hub:<id> or a folder
-            student: str,            # likewise, or layers:6 or layers:0,9,29 of the teacher
-            objective: str,          # a key of OBJECTIVES
-            out: Path | str,         # a new folder; or one that this call was filling when it was interrupted
-            *, profile: str = "cpu", **settings: Any) -> dict:  # a key of PROFILES, and fields of DistillSettings
+def distill(
+    data: Path | str,  # JSONL: prompt and response; instruction, input and output; or messages
+    teacher: str,  # smollm2, hub:<id> or a folder
+    student: str,  # likewise, or layers:6 or layers:0,9,29 of the teacher
+    objective: str,  # a key of OBJECTIVES
+    out: Path | str,  # a new folder; or one that this call was filling when it was interrupted
+    *,
+    profile: str = "cpu",
+    **settings: Any,
+) -> dict:  # a key of PROFILES, and fields of DistillSettings
     "Distil, evaluate and save; the report. The same call continues a killed run. Raises UserError for whatever is wrong with the input."
     asked = distill_settings(profile, **settings)
-    job = Job(Path(data), str(teacher), str(student), check_objective(objective, asked.options), Path(out), asked)
+    job = Job(
+        Path(data),
+        str(teacher),
+        str(student),
+        check_objective(objective, asked.options),
+        Path(out),
+        asked,
+    )
     job.out.mkdir(parents=True, exist_ok=True)
     with folder_lock(job.out, wait=False) if main_process() else nullcontext():
         if report := _finished(job):
             job.say("finished already")
             return report
-        job.dialogues, job.held_out = hold_out(load_dialogues(job.data, job.settings.n or None), job.settings.validation, job.settings.seed)
+        job.dialogues, job.held_out = hold_out(
+            load_dialogues(job.data, job.settings.n or None),
+            job.settings.validation,
+            job.settings.seed,
+        )
         if memory := expected_memory(job):
-            job.say(f"about {memory['total']/1e9:.1f} GB of memory, {memory['activations']/1e9:.1f} GB of them for activations, "
-                    f"with batches of {job.settings.batch_size} rows of {job.settings.max_length} tokens")
+            job.say(
+                f"about {memory['total'] / 1e9:.1f} GB of memory, {memory['activations'] / 1e9:.1f} GB of them for activations, "
+                f"with batches of {job.settings.batch_size} rows of {job.settings.max_length} tokens"
+            )
         _load_models(job)
         _encode_rows(job)
         if main_process():
-            write_json(job.out/"request.json", _request(job))
+            write_json(job.out / "request.json", _request(job))
         return _run(job)
 
 # %% ../nbs/4_probabilities/15_distill.ipynb #5dcbcd99
 def _run(job: Job) -> dict:
     "From checked input to the finished folder."
     from accelerate import PartialState
-    with PartialState(cpu=job.settings.device == "cpu").main_process_first():  # the others find everything prepared
+
+    with PartialState(
+        cpu=job.settings.device == "cpu"
+    ).main_process_first():  # the others find everything prepared
         check = _validation(job)
         references, method = _references(job, check), _method(job)
     cfg, job.parameters = _config(job), count_parameters(job.student)
     job.teacher = None  # where the method does not hold it, its memory is free
-    job.say(f"{job.objective}, {cfg.steps} steps of {cfg.batch_size*cfg.accumulate} rows, {job.parameters:,} parameters")
-    result = train(job.student, method, job.rows, cfg, run_dir=job.work/"train", validate=check, callbacks=[Progress(job.objective)])
+    job.say(
+        f"{job.objective}, {cfg.steps} steps of {cfg.batch_size * cfg.accumulate} rows, {job.parameters:,} parameters"
+    )
+    result = train(
+        job.student,
+        method,
+        job.rows,
+        cfg,
+        run_dir=job.work / "train",
+        validate=check,
+        callbacks=[Progress(job.objective)],
+    )
     student = _measured(job, check(result.model), job.tokenizer)
     report = _report(job, result, references, student)
     if main_process():
         seen = [r for r in result.history if "validation" in r]
-        curve = [{"step": r["step"]} | {k: v for k, v in r["validation"].items() if k in student} for r in seen]
+        curve = [
+            {"step": r["step"]} | {k: v for k, v in r["validation"].items() if k in student}
+            for r in seen
+        ]
         _leave(job, result.model, report, curve)
         before, goal = (references[who]["perplexity"] for who in ("untrained", "teacher"))
-        job.say(f"perplexity {before:.4g} -> {student['perplexity']:.4g} (teacher {goal:.4g}); the student is in {job.out}")
+        job.say(
+            f"perplexity {before:.4g} -> {student['perplexity']:.4g} (teacher {goal:.4g}); the student is in {job.out}"
+        )
     return report

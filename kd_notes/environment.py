@@ -23,18 +23,35 @@ from .core import repo_root
 @functools.lru_cache(maxsize=1)
 def git_state() -> dict[str, Any]:
     "{'git_commit', 'git_dirty'} of this checkout; None where there is no checkout, no commit or no git."
+
     def ask(*words: str) -> str | None:
         root = repo_root()
-        if root is None or not (root/".git").exists():
+        if root is None or not (root / ".git").exists():
             return None
         with suppress(OSError, subprocess.SubprocessError):
-            done = subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, timeout=30)
+            done = subprocess.run(
+                ["git", *words], cwd=root, capture_output=True, text=True, timeout=30
+            )
             return done.stdout.strip() if done.returncode == 0 else None
+
     commit, changes = ask("rev-parse", "HEAD"), ask("status", "--porcelain", "--untracked-files=no")
-    return {"git_commit": commit, "git_dirty": None if commit is None or changes is None else bool(changes)}
+    return {
+        "git_commit": commit,
+        "git_dirty": None if commit is None or changes is None else bool(changes),
+    }
 
 # %% ../nbs/7_engine_room/03_environment.ipynb #05a0e4c0
-LIBRARIES = ("kd_notes", "torch", "transformers", "tokenizers", "accelerate", "peft", "numpy", "nbdev", "papermill")
+LIBRARIES = (
+    "kd_notes",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "accelerate",
+    "peft",
+    "numpy",
+    "nbdev",
+    "papermill",
+)
 
 
 @functools.lru_cache(maxsize=1)
@@ -77,9 +94,22 @@ def _threads() -> int | None:
 def environment() -> dict[str, Any]:
     "Where a run happens: versions, platform, cpu, threads, device, commit and dirty flag. Unknown values are None."
     torch = sys.modules.get("torch")
-    device = torch.cuda.get_device_name() if device_class() == "cuda" else "cpu" if torch is not None else None
-    return {"versions": versions(), "platform": platform.platform(), "cpu": _cpu_name(), "cpus": _cpu_count(),
-            "threads": _threads(), "device": device, **git_state()}
+    device = (
+        torch.cuda.get_device_name()
+        if device_class() == "cuda"
+        else "cpu"
+        if torch is not None
+        else None
+    )
+    return {
+        "versions": versions(),
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "cpus": _cpu_count(),
+        "threads": _threads(),
+        "device": device,
+        **git_state(),
+    }
 
 # %% ../nbs/7_engine_room/03_environment.ipynb #0c5b159d
 def peak_memory() -> dict[str, float | None]:
@@ -87,8 +117,9 @@ def peak_memory() -> dict[str, float | None]:
     ram = gpu = None
     with suppress(ImportError):  # not on Windows
         import resource
+
         used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, but bytes on macOS
-        ram = round(used/(2**20 if sys.platform == "darwin" else 2**10), 1)
+        ram = round(used / (2**20 if sys.platform == "darwin" else 2**10), 1)
     if device_class() == "cuda":
-        gpu = round(sys.modules["torch"].cuda.max_memory_allocated()/2**20, 1)
+        gpu = round(sys.modules["torch"].cuda.max_memory_allocated() / 2**20, 1)
     return {"peak_memory_mib": ram, "peak_gpu_memory_mib": gpu}

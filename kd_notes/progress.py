@@ -24,16 +24,22 @@ def human_seconds(s: float) -> str:
     if s < 60:
         return f"{s} s"
     if s < 3600:
-        return f"{s//60} min {s%60:02d} s"
-    return f"{s//3600} h {s%3600//60:02d} min"
+        return f"{s // 60} min {s % 60:02d} s"
+    return f"{s // 3600} h {s % 3600 // 60:02d} min"
 
 # %% ../nbs/7_engine_room/02_progress.ipynb #8258967b
-def progress_mode(file=None) -> str:  # the stream that would be written to; standard error by default
+def progress_mode(
+    file=None,
+) -> str:  # the stream that would be written to; standard error by default
     "How progress is shown here: 'bar', 'notebook', 'lines' or 'off' ($KD_NOTES_PROGRESS overrides)."
     wanted, known = os.environ.get("KD_NOTES_PROGRESS", ""), ("bar", "notebook", "lines", "off")
     if wanted:
         if wanted not in known:
-            raise UserError(f"{wanted!r} is not one of {', '.join(known)}", where="KD_NOTES_PROGRESS", fix="Unset it or use one of these.")
+            raise UserError(
+                f"{wanted!r} is not one of {', '.join(known)}",
+                where="KD_NOTES_PROGRESS",
+                fix="Unset it or use one of these.",
+            )
         return wanted
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython else None
@@ -45,7 +51,14 @@ def progress_mode(file=None) -> str:  # the stream that would be written to; sta
 # %% ../nbs/7_engine_room/02_progress.ipynb #dc3d4fc7
 class Tally:
     "Counts in silence: an iterator, a context manager, or `update(n)` by hand; the same small interface as a tqdm bar."
-    def __init__(self, iterable: Iterable | None = None, total: int | None = None, desc: str = "", unit: str = "it"):
+
+    def __init__(
+        self,
+        iterable: Iterable | None = None,
+        total: int | None = None,
+        desc: str = "",
+        unit: str = "it",
+    ):
         self.iterable, self.total, self.desc, self.unit = iterable, total, desc, unit
         self.n, self.postfix, self.closed, self.start = 0, "", False, time.monotonic()
 
@@ -77,21 +90,30 @@ class Tally:
 def progress_line(tally: Tally) -> str:
     "For example 'students: 3/12 run in 41 s (0.07 run/s), about 2 min 03 s left'."
     seconds = time.monotonic() - tally.start
-    rate = tally.n/max(seconds, 1e-9)
+    rate = tally.n / max(seconds, 1e-9)
     text = f"{tally.desc}: " if tally.desc else ""
     text += f"{tally.n}/{tally.total}" if tally.total else f"{tally.n}"
     text += f" {tally.unit} in {human_seconds(seconds)} ({rate:.3g} {tally.unit}/s)"
     if tally.total and 0 < tally.n < tally.total:
-        text += f", about {human_seconds((tally.total - tally.n)/rate)} left"
+        text += f", about {human_seconds((tally.total - tally.n) / rate)} left"
     return f"{text}; {tally.postfix}" if tally.postfix else text
 
 # %% ../nbs/7_engine_room/02_progress.ipynb #755cc2c6
 class Meter(Tally):
     "Progress as text: a line that is replaced in a notebook, or printed lines."
+
     def __init__(self, *args, mode: str = "lines", file=None, every: float | None = None, **kwargs):
         super().__init__(*args, **kwargs)
-        self.mode, self.file, self.handle, self.shown, self.shown_n = mode, file, None, self.start, 0
-        self.every = every if every is not None else (0.5 if mode == "notebook" else 10.0)  # seconds between two lines
+        self.mode, self.file, self.handle, self.shown, self.shown_n = (
+            mode,
+            file,
+            None,
+            self.start,
+            0,
+        )
+        self.every = (
+            every if every is not None else (0.5 if mode == "notebook" else 10.0)
+        )  # seconds between two lines
 
     def update(self, n: int = 1) -> None:
         "Count `n` more; shows the line if the last one is old enough."
@@ -109,7 +131,11 @@ class Meter(Tally):
 
     def close(self) -> None:
         "Show the final state, unless it was shown already or the work took less than a second."
-        if not self.closed and self.n != self.shown_n and (self.handle or time.monotonic() - self.start >= 1):
+        if (
+            not self.closed
+            and self.n != self.shown_n
+            and (self.handle or time.monotonic() - self.start >= 1)
+        ):
             self.show()
         super().close()
 
@@ -117,16 +143,21 @@ class Meter(Tally):
 def _display_line(text: str, handle=None):
     "Show a line of text in a notebook, or replace the one that `handle` shows."
     from IPython.display import display
+
     if handle is None:
         return display({"text/plain": text}, raw=True, display_id=True)
     handle.update({"text/plain": text}, raw=True)
     return handle
 
 # %% ../nbs/7_engine_room/02_progress.ipynb #1a4d2eaa
-def progress(iterable: Iterable | None = None,  # what to go through; None: call update() yourself
-             total: int | None = None,          # number of items, where len(iterable) does not tell
-             desc: str = "", unit: str = "it",
-             mode: str | None = None, file=None):
+def progress(
+    iterable: Iterable | None = None,  # what to go through; None: call update() yourself
+    total: int | None = None,  # number of items, where len(iterable) does not tell
+    desc: str = "",
+    unit: str = "it",
+    mode: str | None = None,
+    file=None,
+):
     "Go through `iterable` and show how far it is, as suits a terminal, a notebook or a log. Returns a tqdm bar, a Meter or a Tally."
     if total is None and hasattr(iterable, "__len__"):
         total = len(iterable)

@@ -8,5 +8,5 @@ def sharper(model, seed: int = 0, scale: float = 2.0, dtype: torch.dtype = torch
     generator = torch.Generator().manual_seed(seed)
     for p in model.parameters():
         if p.dim() > 1:
-            p.data = torch.randn(p.shape, generator=generator)*scale/p.shape[-1]**0.5
+            p.data = torch.randn(p.shape, generator=generator) * scale / p.shape[-1] ** 0.5
     return model.to(dtype).eval().requires_grad_(False)

@@ -1,4 +1,5 @@
 """Back ends: batched generation against one-by-one, a real server that is killed, replay."""
+
 import json
 import os
 import random
@@ -17,14 +18,29 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import (Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig,
-                          MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM)
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from helpers import sharper
 import kd_notes.generation.backends as backends_module
 import kd_notes.generation.engine as engine_module
 from kd_notes.generation.backends import (
-    Completion, completion_row, LocalBackend, open_backend, OpenAIBackend, ReplayBackend,
+    Completion,
+    completion_row,
+    LocalBackend,
+    open_backend,
+    OpenAIBackend,
+    ReplayBackend,
 )
 from kd_notes.generation.engine import Decoding
 from kd_notes.core import append_jsonl, UserError, write_json
@@ -41,9 +57,25 @@ def tok(tmp_path_factory):
 
 
 def llama(tok, kv=2, context=512, seed=0):
-    return sharper(LlamaForCausalLM(LlamaConfig(vocab_size=len(tok), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                   num_attention_heads=4, num_key_value_heads=kv, max_position_embeddings=context, tie_word_embeddings=False,
-                   pad_token_id=0, eos_token_id=1, bos_token_id=2)), seed, 4.0)
+    return sharper(
+        LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=len(tok),
+                hidden_size=32,
+                intermediate_size=48,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=kv,
+                max_position_embeddings=context,
+                tie_word_embeddings=False,
+                pad_token_id=0,
+                eos_token_id=1,
+                bos_token_id=2,
+            )
+        ),
+        seed,
+        4.0,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +85,10 @@ def model(tok):
 
 def prompts_of(count, seed=0, prefix="", longest=40):
     draw = random.Random(seed)
-    return [(f"r{i}", prefix + " ".join(draw.choices(WORDS, k=draw.randint(1, longest)))) for i in range(count)]
+    return [
+        (f"r{i}", prefix + " ".join(draw.choices(WORDS, k=draw.randint(1, longest))))
+        for i in range(count)
+    ]
 
 
 def one_by_one(model, tok, requests, decoding):
@@ -64,7 +99,9 @@ def one_by_one(model, tok, requests, decoding):
         while len(new) < decoding.max_new_tokens:
             logits = model(input_ids=torch.tensor([ids + new]), use_cache=False).logits[0, -1]
             new.append(int(logits.argmax()))
-            if new[-1] == tok.eos_token_id or any(s in tok.decode(new, skip_special_tokens=True) for s in decoding.stop):
+            if new[-1] == tok.eos_token_id or any(
+                s in tok.decode(new, skip_special_tokens=True) for s in decoding.stop
+            ):
                 finish = "stop"
                 break
         text = tok.decode(new, skip_special_tokens=True)
@@ -82,23 +119,44 @@ def outcome(completions):
 
 # ---------------------------------------------------------------- batched == one by one
 
+
 @pytest.mark.parametrize("batch_size", [1, 3, 8, 256])
 @pytest.mark.parametrize("prefix", ["", SHOTS])
 def test_batches_give_what_one_prompt_at_a_time_gives(model, tok, batch_size, prefix, monkeypatch):
     monkeypatch.setattr(backends_module, "PREFILL_TOKENS", 100)  # several prefills join one batch
     requests, decoding = prompts_of(14, prefix=prefix), Decoding(30)
     reference = one_by_one(model, tok, requests, decoding)
-    assert outcome(LocalBackend(model, tok, batch_size=batch_size).generate(requests, decoding)) == reference
-    assert len({text for text, *_ in reference.values()}) > 7  # otherwise the comparison would say little
+    assert (
+        outcome(LocalBackend(model, tok, batch_size=batch_size).generate(requests, decoding))
+        == reference
+    )
+    assert (
+        len({text for text, *_ in reference.values()}) > 7
+    )  # otherwise the comparison would say little
 
 
-SIZE = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-            max_position_embeddings=512, pad_token_id=0, eos_token_id=1, bos_token_id=2)
+SIZE = dict(
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=512,
+    pad_token_id=0,
+    eos_token_id=1,
+    bos_token_id=2,
+)
 ARCHITECTURES = {
-    "gpt2": lambda v: GPT2LMHeadModel(GPT2Config(vocab_size=v, n_embd=32, n_layer=2, n_head=4, n_positions=512, eos_token_id=1)),
+    "gpt2": lambda v: GPT2LMHeadModel(
+        GPT2Config(vocab_size=v, n_embd=32, n_layer=2, n_head=4, n_positions=512, eos_token_id=1)
+    ),
     "qwen2": lambda v: Qwen2ForCausalLM(Qwen2Config(vocab_size=v, **SIZE)),
-    "mistral, window of 16": lambda v: MistralForCausalLM(MistralConfig(vocab_size=v, sliding_window=16, head_dim=8, **SIZE)),
-    "gemma2, windows and soft caps": lambda v: Gemma2ForCausalLM(Gemma2Config(vocab_size=v, sliding_window=16, head_dim=8, **SIZE)),
+    "mistral, window of 16": lambda v: MistralForCausalLM(
+        MistralConfig(vocab_size=v, sliding_window=16, head_dim=8, **SIZE)
+    ),
+    "gemma2, windows and soft caps": lambda v: Gemma2ForCausalLM(
+        Gemma2Config(vocab_size=v, sliding_window=16, head_dim=8, **SIZE)
+    ),
 }
 
 
@@ -107,12 +165,20 @@ def test_other_architectures(tok, kind):
     model = sharper(ARCHITECTURES[kind](len(tok)), scale=2.0)
     requests, decoding = prompts_of(9, prefix=SHOTS), Decoding(12)
     backend = LocalBackend(model, tok, batch_size=4)
-    assert outcome(backend.generate(requests, decoding)) == one_by_one(model, tok, requests, decoding)
+    assert outcome(backend.generate(requests, decoding)) == one_by_one(
+        model, tok, requests, decoding
+    )
 
 
 @settings(max_examples=25, deadline=None)
-@given(lengths=st.lists(st.integers(1, 25), min_size=1, max_size=9), batch_size=st.integers(1, 6), new=st.integers(1, 14),
-       seed=st.integers(0, 5), stop=st.sampled_from([(), ("e",), ("a", "th")]), spare=st.sampled_from([1, 64]))
+@given(
+    lengths=st.lists(st.integers(1, 25), min_size=1, max_size=9),
+    batch_size=st.integers(1, 6),
+    new=st.integers(1, 14),
+    seed=st.integers(0, 5),
+    stop=st.sampled_from([(), ("e",), ("a", "th")]),
+    spare=st.sampled_from([1, 64]),
+)
 def test_any_mixture_of_lengths(tok, lengths, batch_size, new, seed, stop, spare):
     model = llama(tok, seed=seed)
     draw = random.Random(seed)
@@ -120,7 +186,11 @@ def test_any_mixture_of_lengths(tok, lengths, batch_size, new, seed, stop, spare
     decoding, before = Decoding(new, stop=stop), engine_module.SPARE
     try:
         engine_module.SPARE = spare  # with one spare column the cache grows at nearly every step
-        got = outcome(LocalBackend(model, tok, revision="x", batch_size=batch_size).generate(requests, decoding))
+        got = outcome(
+            LocalBackend(model, tok, revision="x", batch_size=batch_size).generate(
+                requests, decoding
+            )
+        )
     finally:
         engine_module.SPARE = before
     assert got == one_by_one(model, tok, requests, decoding)
@@ -128,22 +198,37 @@ def test_any_mixture_of_lengths(tok, lengths, batch_size, new, seed, stop, spare
 
 def test_smollm2_in_a_batch_and_alone():
     backend = open_backend("smollm2", batch_size=4)
-    requests = [(f"r{i}", f"Question: {q}?\nAnswer:") for i, q in enumerate(
-        ["What is the capital of France", "Who wrote Hamlet", "How many legs do a spider and a dog have together", "Is ice cold",
-         "Where would you look for a lamp if it is dark and you have no candle"])]
+    requests = [
+        (f"r{i}", f"Question: {q}?\nAnswer:")
+        for i, q in enumerate(
+            [
+                "What is the capital of France",
+                "Who wrote Hamlet",
+                "How many legs do a spider and a dog have together",
+                "Is ice cold",
+                "Where would you look for a lamp if it is dark and you have no candle",
+            ]
+        )
+    ]
     decoding = Decoding(6, stop=("\n\n",))
-    assert outcome(backend.generate(requests, decoding)) == one_by_one(backend.model, backend.tokenizer, requests, decoding)
+    assert outcome(backend.generate(requests, decoding)) == one_by_one(
+        backend.model, backend.tokenizer, requests, decoding
+    )
     assert backend.describe()["revision"] and backend.describe()["dtype"] == "float32"
 
 
 # ---------------------------------------------------------------- what the speed comes from
 
+
 class Fed:
     "Counts what a model is fed: tokens, and rows of one-token steps."
+
     def __init__(self, model):
         self.tokens, self.steps, self.head_rows = 0, [], 0
-        self.hooks = [model.get_input_embeddings().register_forward_pre_hook(self.count),
-                      model.get_output_embeddings().register_forward_pre_hook(self.head)]
+        self.hooks = [
+            model.get_input_embeddings().register_forward_pre_hook(self.count),
+            model.get_output_embeddings().register_forward_pre_hook(self.head),
+        ]
 
     def count(self, module, args):
         self.tokens += args[0].numel()
@@ -152,7 +237,9 @@ class Fed:
 
     def head(self, module, args):
         self.head_rows += args[0].numel() // args[0].shape[-1]
-        assert args[0].is_contiguous()  # a strided input makes torch copy the head's weights for every row
+        assert args[
+            0
+        ].is_contiguous()  # a strided input makes torch copy the head's weights for every row
 
     def __enter__(self):
         return self
@@ -168,19 +255,19 @@ def test_the_shared_prefix_is_fed_once_and_the_head_sees_last_positions_only(mod
     with Fed(model) as fed:
         done = list(LocalBackend(model, tok, revision="x").generate(requests, Decoding(1)))
     assert len(done) == 10
-    assert prefix <= fed.tokens <= whole - 9*prefix + 20  # a little padding
+    assert prefix <= fed.tokens <= whole - 9 * prefix + 20  # a little padding
     assert fed.head_rows == 11  # one for the prefix, one for each row
 
 
 def test_finished_rows_leave_and_waiting_ones_take_their_place(model, tok):
     requests, decoding = prompts_of(40, seed=3), Decoding(60, stop=("e", "a"))
     lengths = [n for _, n, _ in one_by_one(model, tok, requests, decoding).values()]
-    assert max(lengths) > 3*sorted(lengths)[20]  # some rows run much longer than most
+    assert max(lengths) > 3 * sorted(lengths)[20]  # some rows run much longer than most
     with Fed(model) as fed:
         list(LocalBackend(model, tok, revision="x", batch_size=8).generate(requests, decoding))
     useful = sum(lengths) - len(lengths)  # the first token of each row comes from its prefill
-    naive = sum(max(lengths[i:i + 8])*8 for i in range(0, 40, 8))
-    assert useful <= sum(fed.steps) < 0.6*naive
+    naive = sum(max(lengths[i : i + 8]) * 8 for i in range(0, 40, 8))
+    assert useful <= sum(fed.steps) < 0.6 * naive
     assert max(fed.steps) <= 8
 
 
@@ -195,10 +282,13 @@ def test_the_batch_shrinks_where_the_cache_would_not_fit(model, tok):
 
 # ---------------------------------------------------------------- ends
 
+
 def test_stop_texts_that_spread_over_tokens(model, tok):
     requests = prompts_of(12, seed=5)
-    free = {name: text for name, (text, *_) in one_by_one(model, tok, requests, Decoding(40)).items()}
-    stops = tuple(sorted({t[i:i + 5] for t in free.values() for i in (7, 19) if len(t) > 26}))[:6]
+    free = {
+        name: text for name, (text, *_) in one_by_one(model, tok, requests, Decoding(40)).items()
+    }
+    stops = tuple(sorted({t[i : i + 5] for t in free.values() for i in (7, 19) if len(t) > 26}))[:6]
     got = outcome(LocalBackend(model, tok).generate(requests, Decoding(40, stop=stops)))
     assert got == one_by_one(model, tok, requests, Decoding(40, stop=stops))
     assert sum(finish == "stop" for *_, finish in got.values()) >= len(stops)
@@ -208,8 +298,12 @@ def test_stop_texts_that_spread_over_tokens(model, tok):
 
 def test_the_end_mark_ends_a_row_and_is_not_in_the_text(model, tok):
     requests, backend = prompts_of(8, seed=1), LocalBackend(model, tok)
-    made = {name: model.generate(torch.tensor([tok(p).input_ids]), max_new_tokens=9, do_sample=False)[0, len(tok(p).input_ids):].tolist()
-            for name, p in requests}
+    made = {
+        name: model.generate(torch.tensor([tok(p).input_ids]), max_new_tokens=9, do_sample=False)[
+            0, len(tok(p).input_ids) :
+        ].tolist()
+        for name, p in requests
+    }
     mark = Counter(t for row in made.values() for t in row[2:]).most_common(1)[0][0]
     backend.ends = {mark}
     for c in backend.generate(requests, Decoding(9)):
@@ -220,13 +314,20 @@ def test_the_end_mark_ends_a_row_and_is_not_in_the_text(model, tok):
 
 def test_special_tokens_are_not_in_the_text(model, tok):
     backend, requests = LocalBackend(model, tok), prompts_of(8, seed=1)
-    first = {name: int(model(torch.tensor([tok(p).input_ids])).logits[0, -1].argmax()) for name, p in requests}
+    first = {
+        name: int(model(torch.tensor([tok(p).input_ids])).logits[0, -1].argmax())
+        for name, p in requests
+    }
     with torch.no_grad():
         shifted = llama(tok)
-        shifted.lm_head.weight[tok.eos_token_id] = shifted.lm_head.weight[first["r0"]] * 3  # the end mark wins where r0's first token did
+        shifted.lm_head.weight[tok.eos_token_id] = (
+            shifted.lm_head.weight[first["r0"]] * 3
+        )  # the end mark wins where r0's first token did
     done = {c.id: c for c in LocalBackend(shifted, tok).generate(requests, Decoding(9))}
     assert (done["r0"].text, done["r0"].completion_tokens, done["r0"].finish) == ("", 1, "stop")
-    assert backend.ends == {tok.eos_token_id} and not any(tok.eos_token in c.text for c in done.values())
+    assert backend.ends == {tok.eos_token_id} and not any(
+        tok.eos_token in c.text for c in done.values()
+    )
 
 
 def test_log_probability_is_that_of_the_tokens(model, tok):
@@ -242,12 +343,15 @@ def test_log_probability_is_that_of_the_tokens(model, tok):
 
 def test_seconds_add_up_to_the_time_that_passed(model, tok):
     start = time.perf_counter()
-    done = list(LocalBackend(model, tok, revision="x", batch_size=4).generate(prompts_of(10), Decoding(10)))
+    done = list(
+        LocalBackend(model, tok, revision="x", batch_size=4).generate(prompts_of(10), Decoding(10))
+    )
     passed = time.perf_counter() - start
-    assert 0.2*passed < sum(c.seconds for c in done) <= passed + 0.01
+    assert 0.2 * passed < sum(c.seconds for c in done) <= passed + 0.01
 
 
 # ---------------------------------------------------------------- sampling
+
 
 def texts(completions):
     return {(c.id, c.sample): c.text for c in completions}
@@ -261,26 +365,40 @@ def test_a_sample_does_not_depend_on_its_company(model, tok):
     assert backward == together
     alone = texts(LocalBackend(model, tok, batch_size=1).generate(requests[4:5], decoding))
     assert alone == {k: v for k, v in together.items() if k[0] == "r4"}
-    assert texts(LocalBackend(model, tok).generate(requests, Decoding(12, temperature=1.0, n=3, seed=8))) != together
+    assert (
+        texts(
+            LocalBackend(model, tok).generate(requests, Decoding(12, temperature=1.0, n=3, seed=8))
+        )
+        != together
+    )
 
 
 @pytest.mark.parametrize("limits", [{}, {"top_k": 5}, {"top_p": 0.6}, {"top_k": 8, "top_p": 0.8}])
 def test_samples_follow_the_distribution(limits):
-    logits = torch.randn(20, generator=torch.Generator().manual_seed(1))*1.5
+    logits = torch.randn(20, generator=torch.Generator().manual_seed(1)) * 1.5
     decoding, n = Decoding(1, temperature=1.3, **limits), 6000
-    rows = [engine_module.Row(str(i), 0, [], draws=engine_module.draws(0, str(i), 0, 1)) for i in range(n)]
-    drawn = torch.bincount(engine_module._choose(engine_module.Scores(logits.expand(n, 20), None), rows, decoding), minlength=20)/n
-    p = torch.softmax(logits/1.3, -1)  # the same limits, written the plain way
+    rows = [
+        engine_module.Row(str(i), 0, [], draws=engine_module.draws(0, str(i), 0, 1))
+        for i in range(n)
+    ]
+    drawn = (
+        torch.bincount(
+            engine_module._choose(engine_module.Scores(logits.expand(n, 20), None), rows, decoding),
+            minlength=20,
+        )
+        / n
+    )
+    p = torch.softmax(logits / 1.3, -1)  # the same limits, written the plain way
     order = p.argsort(descending=True)
     if "top_k" in limits:
-        p[order[limits["top_k"]:]] = 0
+        p[order[limits["top_k"] :]] = 0
     p /= p.sum()
     mass = 0.0
     for i in order:
         mass, p[i] = mass + float(p[i]), p[i] if mass < limits.get("top_p", 1.1) else 0.0
     p /= p.sum()
     assert (drawn[p == 0] == 0).all()
-    assert (drawn - p).abs().max() < 4.5*0.5/n**0.5
+    assert (drawn - p).abs().max() < 4.5 * 0.5 / n**0.5
 
 
 def test_top_p_is_exact_when_it_needs_more_than_the_first_thousand():
@@ -310,15 +428,18 @@ def test_half_precision_decides_near_ties_in_float32(tok):
     one_at_a_time = LocalBackend(model, tok, batch_size=1)
     got = [outcome(b.generate(requests, decoding)) for b in (one_at_a_time, backend)]
     same = [sum(g[name][0] == text for name, text in new.items()) for g in got]
-    assert same[0] >= 10 and same[1] >= 8  # the states themselves are in bfloat16 and differ a little with the cache and the batch
+    assert (
+        same[0] >= 10 and same[1] >= 8
+    )  # the states themselves are in bfloat16 and differ a little with the cache and the batch
 
 
 # ---------------------------------------------------------------- refusals
 
+
 def test_what_cannot_be_generated_is_refused_with_its_name(model, tok):
     backend = LocalBackend(model, tok, revision="x")
     with pytest.raises(UserError, match="request long.*context of 512"):
-        backend.generate([("short", "a"), ("long", "apples "*500)], Decoding(30))
+        backend.generate([("short", "a"), ("long", "apples " * 500)], Decoding(30))
     with pytest.raises(UserError, match="'a' occurs 2 times"):
         backend.generate([("a", "x"), ("a", "y")], Decoding(3))
     with pytest.raises(UserError, match="prompt is empty"):
@@ -328,14 +449,27 @@ def test_what_cannot_be_generated_is_refused_with_its_name(model, tok):
         LocalBackend(mini_model("t5", "xs", len(tok), 0), tok)
 
 
-@pytest.mark.parametrize("wrong", [dict(max_new_tokens=0), dict(temperature=-1.0), dict(top_p=0.0), dict(top_p=1.5), dict(top_k=-1),
-                                   dict(n=0), dict(n=2), dict(stop=("",))])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        dict(max_new_tokens=0),
+        dict(temperature=-1.0),
+        dict(top_p=0.0),
+        dict(top_p=1.5),
+        dict(top_k=-1),
+        dict(n=0),
+        dict(n=2),
+        dict(stop=("",)),
+    ],
+)
 def test_impossible_decoding_is_refused(wrong):
     with pytest.raises(UserError, match=f"decoding parameter {next(iter(wrong))}"):
         Decoding(**({"max_new_tokens": 3} | wrong))
 
 
-@pytest.mark.parametrize("spec", ["gpt5", "", "openai:127.0.0.1:80#m", "openai:http://h/v1", "hub", "smollm3+x"])
+@pytest.mark.parametrize(
+    "spec", ["gpt5", "", "openai:127.0.0.1:80#m", "openai:http://h/v1", "hub", "smollm3+x"]
+)
 def test_an_unknown_spec_lists_the_forms(spec):
     with pytest.raises(UserError, match="openai:"):
         open_backend(spec)
@@ -343,44 +477,62 @@ def test_an_unknown_spec_lists_the_forms(spec):
 
 def test_a_folder_is_a_spec_and_its_revision_is_its_weights(model, tok, tmp_path):
     for name, m in [("one", model), ("two", llama(tok, seed=1))]:
-        m.save_pretrained(tmp_path/name)
-        tok.save_pretrained(tmp_path/name)
-    one, two, again = (open_backend(tmp_path/n) for n in ("one", "two", "one"))
+        m.save_pretrained(tmp_path / name)
+        tok.save_pretrained(tmp_path / name)
+    one, two, again = (open_backend(tmp_path / n) for n in ("one", "two", "one"))
     assert one.describe() == again.describe() != two.describe()
     assert one.describe()["model"] == "one" and str(tmp_path) not in json.dumps(one.describe())
     requests = prompts_of(4)
-    assert outcome(one.generate(requests, Decoding(6))) == outcome(LocalBackend(model, tok).generate(requests, Decoding(6)))
-    assert open_backend(tmp_path/"one", dtype="bfloat16").describe()["dtype"] == "bfloat16"
+    assert outcome(one.generate(requests, Decoding(6))) == outcome(
+        LocalBackend(model, tok).generate(requests, Decoding(6))
+    )
+    assert open_backend(tmp_path / "one", dtype="bfloat16").describe()["dtype"] == "bfloat16"
 
 
 def test_an_adapter_is_merged_and_named_by_its_checksum(model, tok, tmp_path):
     from peft import LoraConfig, get_peft_model
-    (tmp_path/"base").mkdir()
-    model.save_pretrained(tmp_path/"base")
-    tok.save_pretrained(tmp_path/"base")
+
+    (tmp_path / "base").mkdir()
+    model.save_pretrained(tmp_path / "base")
+    tok.save_pretrained(tmp_path / "base")
     torch.manual_seed(0)
-    adapted = get_peft_model(llama(tok), LoraConfig(r=4, lora_alpha=64, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
-    adapted.save_pretrained(tmp_path/"adapter")
-    plain, tuned = open_backend(tmp_path/"base"), open_backend(f"{tmp_path/'base'}+{tmp_path/'adapter'}")
+    adapted = get_peft_model(
+        llama(tok),
+        LoraConfig(
+            r=4, lora_alpha=64, target_modules=["q_proj", "down_proj"], init_lora_weights=False
+        ),
+    )
+    adapted.save_pretrained(tmp_path / "adapter")
+    plain, tuned = (
+        open_backend(tmp_path / "base"),
+        open_backend(f"{tmp_path / 'base'}+{tmp_path / 'adapter'}"),
+    )
     requests = prompts_of(6)
     got = outcome(tuned.generate(requests, Decoding(8)))
-    assert got == outcome(LocalBackend(adapted.merge_and_unload(), tok).generate(requests, Decoding(8)))
+    assert got == outcome(
+        LocalBackend(adapted.merge_and_unload(), tok).generate(requests, Decoding(8))
+    )
     assert got != outcome(plain.generate(requests, Decoding(8)))
     assert len(tuned.describe()["adapter"]) == 16 and plain.describe()["adapter"] == ""
     with pytest.raises(UserError, match="adapter"):
-        open_backend(f"{tmp_path/'base'}+{tmp_path/'base'}")
+        open_backend(f"{tmp_path / 'base'}+{tmp_path / 'base'}")
 
 
 def test_a_chat_template_is_applied_on_request(model, tok):
     tok.chat_template = "{% for m in messages %}Question: {{ m.content }}\nAnswer:{% endfor %}"
     try:
-        wrapped = texts(LocalBackend(model, tok, chat=True).generate([("a", "How many?")], Decoding(8)))
+        wrapped = texts(
+            LocalBackend(model, tok, chat=True).generate([("a", "How many?")], Decoding(8))
+        )
     finally:
         tok.chat_template = None
-    assert wrapped == texts(LocalBackend(model, tok).generate([("a", "Question: How many?\nAnswer:")], Decoding(8)))
+    assert wrapped == texts(
+        LocalBackend(model, tok).generate([("a", "Question: How many?\nAnswer:")], Decoding(8))
+    )
 
 
 # ---------------------------------------------------------------- a real server
+
 
 def free_port():
     with socket.socket() as s:
@@ -390,12 +542,28 @@ def free_port():
 
 class Server:
     "`transformers serve` on a local folder, in a process of its own."
+
     def __init__(self, folder, port=None):
         self.folder, self.port = str(folder), port or free_port()
-        env = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HF_HOME": str(Path(folder).parent/"hf")}
-        command = [str(Path(sys.executable).with_name("transformers")), "serve", self.folder, "--host", "127.0.0.1", "--port", str(self.port),
-                   "--device", "cpu", "--log-level", "error"]
-        self.log = open(Path(folder).parent/f"server-{self.port}.log", "w+")
+        env = os.environ | {
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": "1",
+            "HF_HOME": str(Path(folder).parent / "hf"),
+        }
+        command = [
+            str(Path(sys.executable).with_name("transformers")),
+            "serve",
+            self.folder,
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(self.port),
+            "--device",
+            "cpu",
+            "--log-level",
+            "error",
+        ]
+        self.log = open(Path(folder).parent / f"server-{self.port}.log", "w+")
         self.process = subprocess.Popen(command, env=env, stdout=self.log, stderr=subprocess.STDOUT)
         self.url = f"http://127.0.0.1:{self.port}/v1"
 
@@ -404,7 +572,10 @@ class Server:
         while time.monotonic() < end:
             assert self.process.poll() is None, Path(self.log.name).read_text()[-2000:]
             try:
-                if urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=2).status == 200:
+                if (
+                    urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=2).status
+                    == 200
+                ):
                     return self
             except OSError:
                 time.sleep(0.2)
@@ -418,12 +589,16 @@ class Server:
 
 @pytest.fixture(scope="module")
 def folder(model, tok, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("served")/"tiny"
+    folder = tmp_path_factory.mktemp("served") / "tiny"
     model.save_pretrained(folder)
     tok.save_pretrained(folder)
-    settings = json.loads((folder/"generation_config.json").read_text())
-    (folder/"generation_config.json").write_text(json.dumps(settings | {"do_sample": True}))  # without it this server never samples
-    (folder/"chat_template.jinja").write_text("{% for m in messages %}Question: {{ m.content }}\nAnswer:{% endfor %}")
+    settings = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(
+        json.dumps(settings | {"do_sample": True})
+    )  # without it this server never samples
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}Question: {{ m.content }}\nAnswer:{% endfor %}"
+    )
     return folder
 
 
@@ -440,7 +615,9 @@ def test_a_server_gives_the_same_texts_as_the_model_here(server, model, tok):
     done = list(remote.generate(requests, decoding))
     local = outcome(LocalBackend(model, tok).generate(requests, decoding))
     assert {c.id: c.text for c in done} == {name: text for name, (text, *_) in local.items()}
-    assert all(c.prompt_tokens == len(tok(dict(requests)[c.id]).input_ids) and c.seconds > 0 for c in done)
+    assert all(
+        c.prompt_tokens == len(tok(dict(requests)[c.id]).input_ids) and c.seconds > 0 for c in done
+    )
     assert {c.finish for c in done} == {"stop", "length"} == {f for *_, f in local.values()}
 
 
@@ -448,16 +625,25 @@ def test_chat_and_sampling_on_a_server(server):
     chat = open_backend(f"openai-chat:{server.url}#{server.folder}", concurrency=1)
     requests = [("a", "How many?")]
     plain = OpenAIBackend(server.url, server.folder)
-    assert texts(chat.generate(requests, Decoding(8))) == texts(plain.generate([("a", "Question: How many?\nAnswer:")], Decoding(8)))
-    one = OpenAIBackend(server.url, server.folder, concurrency=1)  # this server seeds the whole process: one at a time
+    assert texts(chat.generate(requests, Decoding(8))) == texts(
+        plain.generate([("a", "Question: How many?\nAnswer:")], Decoding(8))
+    )
+    one = OpenAIBackend(
+        server.url, server.folder, concurrency=1
+    )  # this server seeds the whole process: one at a time
     samples = texts(one.generate(requests, Decoding(10, temperature=1.0, n=3, seed=1)))
     assert len(samples) == len(set(samples.values())) == 3
     assert samples == texts(one.generate(requests, Decoding(10, temperature=1.0, n=3, seed=1)))
 
 
 def test_what_a_server_refuses_is_not_tried_again(server):
-    remote, start = OpenAIBackend(server.url, server.folder, retries=5, backoff=20.0), time.monotonic()
-    with pytest.raises(UserError, match=r"refused.*HTTP 422|refused.*top_k"):  # transformers serve knows no top_k
+    remote, start = (
+        OpenAIBackend(server.url, server.folder, retries=5, backoff=20.0),
+        time.monotonic(),
+    )
+    with pytest.raises(
+        UserError, match=r"refused.*HTTP 422|refused.*top_k"
+    ):  # transformers serve knows no top_k
         list(remote.generate(prompts_of(1), Decoding(4, temperature=1.0, top_k=5)))
     wrong = OpenAIBackend(server.url + "/nowhere", server.folder, retries=5, backoff=20.0)
     with pytest.raises(UserError, match=r"refused.*404.*/v1.*models"):
@@ -468,15 +654,22 @@ def test_what_a_server_refuses_is_not_tried_again(server):
 def test_a_server_killed_in_the_middle_keeps_what_it_answered_and_is_waited_for(folder):
     requests, decoding = prompts_of(30), Decoding(4)
     server = Server(folder).ready()
-    remote, first = OpenAIBackend(server.url, server.folder, concurrency=2, retries=2, backoff=0.1, timeout=30), []
-    with pytest.raises(UserError, match=f"127.0.0.1:{server.port}/v1, request r.*3 tries.*[Ss]erver runs"):
+    remote, first = (
+        OpenAIBackend(server.url, server.folder, concurrency=2, retries=2, backoff=0.1, timeout=30),
+        [],
+    )
+    with pytest.raises(
+        UserError, match=f"127.0.0.1:{server.port}/v1, request r.*3 tries.*[Ss]erver runs"
+    ):
         for c in remote.generate(requests, decoding):
             first.append(c)
             if len(first) == 5:
                 server.kill()
     assert 5 <= len(first) < 30
     rest = [r for r in requests if r[0] not in {c.id for c in first}]
-    patient = OpenAIBackend(server.url, server.folder, concurrency=2, retries=50, backoff=0.2, timeout=30)
+    patient = OpenAIBackend(
+        server.url, server.folder, concurrency=2, retries=50, backoff=0.2, timeout=30
+    )
     collected = []
     thread = threading.Thread(target=lambda: collected.extend(patient.generate(rest, decoding)))
     thread.start()  # while there is no server
@@ -488,8 +681,10 @@ def test_a_server_killed_in_the_middle_keeps_what_it_answered_and_is_waited_for(
 
 # ---------------------------------------------------------------- a server of our own, for moods that a good one does not have
 
+
 class Moody(BaseHTTPRequestHandler):
     "Plays `server.script`: (status, headers, body) per request, then completions that repeat the prompt's last word."
+
     def do_POST(self):
         s = self.server
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -502,14 +697,30 @@ class Moody(BaseHTTPRequestHandler):
         with s.lock:
             s.busy -= 1
         self.send_response(status)
-        for key, value in ({"Content-Type": "application/json", "Content-Length": str(len(body))} | headers).items():
+        for key, value in (
+            {"Content-Type": "application/json", "Content-Length": str(len(body))} | headers
+        ).items():
             self.send_header(key, value)
         self.end_headers()
         self.wfile.write(body.encode())
 
     def complete(self, asked):
-        return json.dumps({"id": "1", "object": "text_completion", "created": 0, "model": "m", "choices": [
-            {"index": 0, "text": asked["prompt"].split()[-1], "finish_reason": "stop", "logprobs": None}]})
+        return json.dumps(
+            {
+                "id": "1",
+                "object": "text_completion",
+                "created": 0,
+                "model": "m",
+                "choices": [
+                    {
+                        "index": 0,
+                        "text": asked["prompt"].split()[-1],
+                        "finish_reason": "stop",
+                        "logprobs": None,
+                    }
+                ],
+            }
+        )
 
     def log_message(self, *args):
         pass
@@ -518,7 +729,14 @@ class Moody(BaseHTTPRequestHandler):
 @pytest.fixture
 def moody():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Moody)
-    server.script, server.seen, server.busy, server.most, server.delay, server.lock = [], [], 0, 0, 0.0, threading.Lock()
+    server.script, server.seen, server.busy, server.most, server.delay, server.lock = (
+        [],
+        [],
+        0,
+        0,
+        0.0,
+        threading.Lock(),
+    )
     server.url = f"http://127.0.0.1:{server.server_port}/v1"
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
@@ -527,21 +745,35 @@ def moody():
 
 
 def test_busy_servers_are_given_the_time_they_ask_for(moody):
-    moody.script[:] = [(429, {"Retry-After": "0.6"}, '{"error": {"message": "slow down"}}'), (500, {}, "{}")]
-    done = list(OpenAIBackend(moody.url, "m", backoff=0.01).generate([("a", "one two")], Decoding(3)))
+    moody.script[:] = [
+        (429, {"Retry-After": "0.6"}, '{"error": {"message": "slow down"}}'),
+        (500, {}, "{}"),
+    ]
+    done = list(
+        OpenAIBackend(moody.url, "m", backoff=0.01).generate([("a", "one two")], Decoding(3))
+    )
     assert [c.text for c in done] == ["two"]
     first, second, third = [t for t, *_ in moody.seen]
     assert second - first >= 0.6 and third - second < 0.5
 
 
-@pytest.mark.parametrize("garbage", [(200, {"Content-Type": "text/html"}, "<html>Be right back</html>"), (200, {}, "{not json"),
-                                     (200, {}, "[]"), (200, {}, '{"choices": []}'), (200, {}, '{"choices": [{"text": null}]}'),
-                                     (200, {}, '{"choices": [7]}'), (200, {}, '"hello"')])
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        (200, {"Content-Type": "text/html"}, "<html>Be right back</html>"),
+        (200, {}, "{not json"),
+        (200, {}, "[]"),
+        (200, {}, '{"choices": []}'),
+        (200, {}, '{"choices": [{"text": null}]}'),
+        (200, {}, '{"choices": [7]}'),
+        (200, {}, '"hello"'),
+    ],
+)
 def test_garbage_is_tried_again_and_then_named(moody, garbage):
     remote = OpenAIBackend(moody.url, "m", backoff=0.01, retries=1)
     moody.script[:] = [garbage]
     assert [c.text for c in remote.generate([("a", "one two")], Decoding(3))] == ["two"]
-    moody.script[:] = [garbage]*2
+    moody.script[:] = [garbage] * 2
     with pytest.raises(UserError, match="no usable answer in 2 tries") as e:
         list(remote.generate([("a", "one two")], Decoding(3)))
     assert moody.url in str(e.value) and "request a" in str(e.value)
@@ -552,7 +784,11 @@ def test_concurrency_and_requests_per_minute_are_kept(moody):
     list(OpenAIBackend(moody.url, "m", concurrency=3).generate(prompts_of(12), Decoding(3)))
     assert moody.most == 3
     moody.seen.clear()
-    list(OpenAIBackend(moody.url, "m", concurrency=8, requests_per_minute=600).generate(prompts_of(8), Decoding(3)))
+    list(
+        OpenAIBackend(moody.url, "m", concurrency=8, requests_per_minute=600).generate(
+            prompts_of(8), Decoding(3)
+        )
+    )
     times = [t for t, *_ in moody.seen]
     assert times[-1] - times[0] > 0.6  # seven gaps of 0.1 s, give or take the start of a thread
 
@@ -563,16 +799,27 @@ def test_the_key_is_sent_and_appears_nowhere_else(moody, monkeypatch, capfd, tmp
     remote = OpenAIBackend(moody.url, "m", key_env="MY_KEY", retries=0)
     done = list(remote.generate([("a", "one two")], Decoding(3)))
     assert moody.seen[0][1] == f"Bearer {key}"
-    append_jsonl(tmp_path/"out.jsonl", [completion_row(c, "one two") for c in done])
+    append_jsonl(tmp_path / "out.jsonl", [completion_row(c, "one two") for c in done])
     errors = []
     for status in (401, 429, 500):
-        moody.script[:] = [(status, {}, json.dumps({"error": {"message": f"Incorrect API key provided: {key}"}}))]
+        moody.script[:] = [
+            (status, {}, json.dumps({"error": {"message": f"Incorrect API key provided: {key}"}}))
+        ]
         with pytest.raises(UserError) as e:
             list(remote.generate([("a", "one two")], Decoding(3)))
         errors.append(str(e.value))
     assert "MY_KEY" in errors[0] and "***" in errors[0]
     out = capfd.readouterr()
-    shown = [*errors, repr(remote), str(remote.describe()), str(vars(remote)), (tmp_path/"out.jsonl").read_text(), out.out, out.err, caplog.text]
+    shown = [
+        *errors,
+        repr(remote),
+        str(remote.describe()),
+        str(vars(remote)),
+        (tmp_path / "out.jsonl").read_text(),
+        out.out,
+        out.err,
+        caplog.text,
+    ]
     assert not any(key in text for text in shown)
 
 
@@ -587,7 +834,9 @@ def test_leaving_early_stops_asking(moody):
     assert len(moody.seen) == asked < 10
 
 
-@pytest.mark.parametrize("url", ["127.0.0.1:80/v1", "ftp://h/v1", "http://", "https://me:secret@h/v1"])
+@pytest.mark.parametrize(
+    "url", ["127.0.0.1:80/v1", "ftp://h/v1", "http://", "https://me:secret@h/v1"]
+)
 def test_urls_that_cannot_be_and_urls_with_secrets_are_refused(url):
     with pytest.raises(UserError, match="base_url") as e:
         OpenAIBackend(url, "m")
@@ -596,50 +845,66 @@ def test_urls_that_cannot_be_and_urls_with_secrets_are_refused(url):
 
 # ---------------------------------------------------------------- replay
 
+
 def stored(tmp_path, model, tok, decoding=None):
     requests, decoding = prompts_of(5), decoding or Decoding(6)
     done = list(LocalBackend(model, tok).generate(requests, decoding))
-    append_jsonl(tmp_path/"a.jsonl", [completion_row(c, dict(requests)[c.id]) for c in done])
+    append_jsonl(tmp_path / "a.jsonl", [completion_row(c, dict(requests)[c.id]) for c in done])
     return requests, done
 
 
 def test_replay_gives_back_what_was_stored_whatever_the_order(model, tok, tmp_path):
     decoding = Decoding(6, temperature=1.0, n=2)
     requests, done = stored(tmp_path, model, tok, decoding)
-    again = list(open_backend(f"replay:{tmp_path/'a.jsonl'}").generate(requests[::-1], decoding))
-    assert {(c.id, c.sample): c for c in again} == {(c.id, c.sample): c for c in done} and len(again) == 10
-    part = list(ReplayBackend(tmp_path/"a.jsonl").generate(requests[2:3], decoding))
+    again = list(open_backend(f"replay:{tmp_path / 'a.jsonl'}").generate(requests[::-1], decoding))
+    assert {(c.id, c.sample): c for c in again} == {(c.id, c.sample): c for c in done} and len(
+        again
+    ) == 10
+    part = list(ReplayBackend(tmp_path / "a.jsonl").generate(requests[2:3], decoding))
     assert {c.id for c in part} == {"r2"}
 
 
 def test_replay_refuses_another_prompt_an_unknown_id_and_other_decoding(model, tok, tmp_path):
     requests, _ = stored(tmp_path, model, tok)
-    replay = ReplayBackend(tmp_path/"a.jsonl")
+    replay = ReplayBackend(tmp_path / "a.jsonl")
     with pytest.raises(UserError, match="a.jsonl.*'r1' belongs to another prompt"):
         replay.generate([requests[0], ("r1", requests[1][1] + " ")], Decoding(6))
     with pytest.raises(UserError, match="no answer for the id 'r77'"):
         replay.generate([("r77", "x")], Decoding(6))
     with pytest.raises(UserError, match=r"'r0' \(sample 1\)"):
         replay.generate(requests[:1], Decoding(6, temperature=1.0, n=2))
-    write_json(backends_module.manifest_path(tmp_path/"a.jsonl"), {"backend": {"model": "tiny", "revision": "abc"}, "decoding": Decoding(6)})
-    replay = ReplayBackend(tmp_path/"a.jsonl")
-    assert (replay.name, replay.revision) == ("tiny", "abc") and replay.describe()["kind"] == "replay"
+    write_json(
+        backends_module.manifest_path(tmp_path / "a.jsonl"),
+        {"backend": {"model": "tiny", "revision": "abc"}, "decoding": Decoding(6)},
+    )
+    replay = ReplayBackend(tmp_path / "a.jsonl")
+    assert (replay.name, replay.revision) == ("tiny", "abc") and replay.describe()[
+        "kind"
+    ] == "replay"
     with pytest.raises(UserError, match=r"max_new_tokens 6 \(asked for: 7\)"):
         replay.generate(requests, Decoding(7))
     assert len(list(replay.generate(requests, Decoding(6)))) == 5
 
 
-@pytest.mark.parametrize("row, what", [({"id": "r0", "text": "again", "prompt_hash": "0", "finish": "stop"}, "occurs twice"),
-                                       ({"id": "r9", "text": "x"}, "missing")])
+@pytest.mark.parametrize(
+    "row, what",
+    [
+        ({"id": "r0", "text": "again", "prompt_hash": "0", "finish": "stop"}, "occurs twice"),
+        ({"id": "r9", "text": "x"}, "missing"),
+    ],
+)
 def test_replay_refuses_a_damaged_file(model, tok, tmp_path, row, what):
     stored(tmp_path, model, tok)
-    append_jsonl(tmp_path/"a.jsonl", [row])
+    append_jsonl(tmp_path / "a.jsonl", [row])
     with pytest.raises(UserError, match=f"a.jsonl, row 6.*{what}"):
-        ReplayBackend(tmp_path/"a.jsonl")
+        ReplayBackend(tmp_path / "a.jsonl")
     with pytest.raises(UserError, match="nothing.jsonl"):
-        ReplayBackend(tmp_path/"nothing.jsonl")
+        ReplayBackend(tmp_path / "nothing.jsonl")
 
 
 def test_a_completion_survives_its_row():
-    for c in [Completion("a", "so", 3, 2, "stop", 0.5), Completion("b", "é\n", 3, 2, "length", 0.5, -1.5, 4)]:
+    for c in [
+        Completion("a", "so", 3, 2, "stop", 0.5),
+        Completion("b", "é\n", 3, 2, "length", 0.5, -1.5, 4),
+    ]:
         assert backends_module._completion(json.loads(json.dumps(completion_row(c, "p")))) == c

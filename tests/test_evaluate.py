@@ -12,8 +12,14 @@ from hypothesis import given, settings, strategies as st
 import kd_notes.data.answers as answers_module
 from kd_notes.core import UserError
 
-numbers = st.decimals(min_value=0, max_value=999, places=2, allow_nan=False).map(lambda d: ("num", Fraction(d)))
-trees = st.recursive(numbers, lambda t: st.one_of(st.tuples(st.sampled_from("+-*/"), t, t), st.tuples(st.just("neg"), t)), max_leaves=8)
+numbers = st.decimals(min_value=0, max_value=999, places=2, allow_nan=False).map(
+    lambda d: ("num", Fraction(d))
+)
+trees = st.recursive(
+    numbers,
+    lambda t: st.one_of(st.tuples(st.sampled_from("+-*/"), t, t), st.tuples(st.just("neg"), t)),
+    max_leaves=8,
+)
 
 
 def write(tree) -> str:
@@ -33,8 +39,13 @@ def value(tree):
     values = [value(t) for t in tree[1:]]
     if None in values or (tree[0] == "/" and values[1] == 0):
         return None
-    return {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b, "/": lambda a, b: a / b,
-            "neg": lambda a: -a}[tree[0]](*values)
+    return {
+        "+": lambda a, b: a + b,
+        "-": lambda a, b: a - b,
+        "*": lambda a, b: a * b,
+        "/": lambda a, b: a / b,
+        "neg": lambda a: -a,
+    }[tree[0]](*values)
 
 
 @given(trees)
@@ -60,15 +71,66 @@ def test_any_text_either_has_a_value_or_raises_the_documented_error(text):
         assert not answers_module.equation_equal(text, text)
 
 
-@pytest.mark.parametrize("left,right", [("( 8.0 - 3.0 )", "5"), ("0.1 + 0.2", "0.3"), ("10 / 3 * 3", "10"), ("8 - 3 - 2", "3"), ("16 / 4 / 2", "2"),
-                                        ("2 + 3 * 4", "14"), ("--3", "3"), ("2 * -3", "-6"), (" 5\n", "5"), ("5.", "5"), (".5", "1/2"), ("05", "5")])
+@pytest.mark.parametrize(
+    "left,right",
+    [
+        ("( 8.0 - 3.0 )", "5"),
+        ("0.1 + 0.2", "0.3"),
+        ("10 / 3 * 3", "10"),
+        ("8 - 3 - 2", "3"),
+        ("16 / 4 / 2", "2"),
+        ("2 + 3 * 4", "14"),
+        ("--3", "3"),
+        ("2 * -3", "-6"),
+        (" 5\n", "5"),
+        ("5.", "5"),
+        (".5", "1/2"),
+        ("05", "5"),
+    ],
+)
 def test_equal_by_value(left, right):
     assert answers_module.equation_equal(left, right) and answers_module.equation_equal(right, left)
 
 
-@pytest.mark.parametrize("text", ["", " ", "nan", "NaN", "inf", "1e5", "0x10", "1_000", "1,000", "5 %", "2 ** 3", "2 // 3", "5 = 5", "x", "(5", "5)", "()",
-                                  "5 5", "+ 5", "1 / 0", "1 / (2 - 2)", "__import__('os').getcwd()", "lambda: 5", "[5]", "'5'", "5; 5", "٣",
-                                  "5\x00", "1..2", None, 5, float("nan"), b"5", ["5"]])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        " ",
+        "nan",
+        "NaN",
+        "inf",
+        "1e5",
+        "0x10",
+        "1_000",
+        "1,000",
+        "5 %",
+        "2 ** 3",
+        "2 // 3",
+        "5 = 5",
+        "x",
+        "(5",
+        "5)",
+        "()",
+        "5 5",
+        "+ 5",
+        "1 / 0",
+        "1 / (2 - 2)",
+        "__import__('os').getcwd()",
+        "lambda: 5",
+        "[5]",
+        "'5'",
+        "5; 5",
+        "٣",
+        "5\x00",
+        "1..2",
+        None,
+        5,
+        float("nan"),
+        b"5",
+        ["5"],
+    ],
+)
 def test_invalid_is_wrong_even_against_itself(text):
     assert answers_module.equation_equal(text, text) is False
     assert answers_module.equation_equal(text, "5") is False
@@ -77,12 +139,23 @@ def test_invalid_is_wrong_even_against_itself(text):
 def test_nothing_of_the_text_is_run(monkeypatch):
     def caught(*args, **kwargs):
         raise AssertionError("model output reached an interpreter")
+
     for name in ("eval", "exec", "compile", "__import__"):
         monkeypatch.setattr(builtins, name, caught)
     assert not answers_module.equation_equal("__import__('os').system('true')", "0")
 
 
-@pytest.mark.parametrize("text", ["(" * 100_000, "-" * 199 + "1", "9" * 100_000, "9**9**9", "1+" * 100_000 + "1", "((((" * 40 + "1" + "))))" * 40])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "(" * 100_000,
+        "-" * 199 + "1",
+        "9" * 100_000,
+        "9**9**9",
+        "1+" * 100_000 + "1",
+        "((((" * 40 + "1" + "))))" * 40,
+    ],
+)
 def test_hostile_texts_are_refused_quickly(text):
     start = time.process_time()
     assert not answers_module.equation_equal(text, text)
@@ -105,7 +178,9 @@ def test_exact_match_trims_and_does_nothing_else():
 
 
 def test_metric_by_name():
-    assert answers_module.is_correct("equation", "8-3", "5") and not answers_module.is_correct("exact", "8-3", "5")
+    assert answers_module.is_correct("equation", "8-3", "5") and not answers_module.is_correct(
+        "exact", "8-3", "5"
+    )
     with pytest.raises(UserError, match="equation, exact"):
         answers_module.is_correct("accuracy", "a", "a")
 
@@ -123,7 +198,10 @@ def test_accuracy_and_majority():
     assert answers_module.accuracy([True, False, True, True]) == 0.75
     assert answers_module.majority_baseline(["a", "b", "b"]) == ("b", 2 / 3)
     assert answers_module.majority_baseline(["1 + 1", "3", "4 / 2"], "equation") == ("1 + 1", 2 / 3)
-    for empty in (lambda: answers_module.accuracy([]), lambda: answers_module.majority_baseline([])):
+    for empty in (
+        lambda: answers_module.accuracy([]),
+        lambda: answers_module.majority_baseline([]),
+    ):
         with pytest.raises(UserError):
             empty()
 
@@ -145,7 +223,9 @@ def test_bits_take_numpy_and_agree_with_numpy():
     assert len(answers_module.pack_bits(bits)) == 255
 
 
-@pytest.mark.parametrize("text", ["", "5:", "5:b", "5:b80", "5:zz", "x:b8", "5:B8", "b8", " 5:b8", None, 5])
+@pytest.mark.parametrize(
+    "text", ["", "5:", "5:b", "5:b80", "5:zz", "x:b8", "5:B8", "b8", " 5:b8", None, 5]
+)
 def test_damaged_bits_are_refused(text):
     with pytest.raises(UserError, match="pack_bits"):
         answers_module.unpack_bits(text)
@@ -154,18 +234,29 @@ def test_damaged_bits_are_refused(text):
 def test_import_is_light():
     import subprocess
     import sys
+
     code = "import sys, kd_notes.evaluate; print([m for m in ('torch', 'transformers', 'pandas', 'matplotlib') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "[]"
+    )
 
 
 @given(st.lists(st.floats(-1e6, 1e6, width=32), max_size=40))
 def test_packed_numbers_come_back(values):
     assert answers_module.unpack_numbers(answers_module.pack_numbers(values)) == values
-    shares = [abs(v)/1e6 for v in values]
-    assert answers_module.unpack_numbers(answers_module.pack_numbers(shares, "u1")) == pytest.approx(shares, abs=1/510)
+    shares = [abs(v) / 1e6 for v in values]
+    assert answers_module.unpack_numbers(
+        answers_module.pack_numbers(shares, "u1")
+    ) == pytest.approx(shares, abs=1 / 510)
 
 
-@pytest.mark.parametrize("values,kind", [([0.5], "u2"), ([1.5], "u1"), ([math.nan], "u1"), (["a"], "f4"), ([1e300], "f4")])
+@pytest.mark.parametrize(
+    "values,kind",
+    [([0.5], "u2"), ([1.5], "u1"), ([math.nan], "u1"), (["a"], "f4"), ([1e300], "f4")],
+)
 def test_numbers_that_do_not_fit_are_refused(values, kind):
     with pytest.raises(UserError, match="pack_numbers"):
         answers_module.pack_numbers(values, kind)

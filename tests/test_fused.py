@@ -1,4 +1,5 @@
 """The fused loss equals the plain one, in value and gradient, for everything it takes; and it keeps its memory small."""
+
 import json
 import math
 import subprocess
@@ -13,31 +14,61 @@ import kd_notes.losses.fused as fused_module
 from kd_notes.core import UserError
 from kd_notes.losses.divergences import DIVERGENCES, get_divergence
 from kd_notes.losses.fused import (
-    big_zeros, fused_cross_entropy, fused_linear_divergence, Samples, TopK,
+    big_zeros,
+    fused_cross_entropy,
+    fused_linear_divergence,
+    Samples,
+    TopK,
 )
 from kd_notes.models.mini import mini_model
 
 N, D, E, V = 21, 6, 9, 50
-OPTIONS = [("forward_kl", {}), ("forward_kl", {"floor": -5.0}), ("reverse_kl", {}), ("reverse_kl", {"floor": -5.0}), ("cross_entropy", {}),
-           ("symmetric_kl", {"weight": 0.3}), ("jsd", {"beta": 0.2}), ("jsd", {"beta": 0.7, "scaled": True}),
-           ("jsd", {"beta": 1.0, "scaled": True}), ("skew_kl", {"alpha": 0.3}), ("skew_kl", {"alpha": 0.0}),
-           ("skew_reverse_kl", {"alpha": 0.4}), ("skew_reverse_kl", {"alpha": 0.0}), ("total_variation", {}),
-           ("alpha_divergence", {"alpha": 0.3}), ("alpha_divergence", {"alpha": 1.7}), ("renyi", {"alpha": 2.0}), ("adaptive_kl", {"mu": 0.4}),
-           ("dkd", {}), ("atkd", {}), ("uld", {})]
+OPTIONS = [
+    ("forward_kl", {}),
+    ("forward_kl", {"floor": -5.0}),
+    ("reverse_kl", {}),
+    ("reverse_kl", {"floor": -5.0}),
+    ("cross_entropy", {}),
+    ("symmetric_kl", {"weight": 0.3}),
+    ("jsd", {"beta": 0.2}),
+    ("jsd", {"beta": 0.7, "scaled": True}),
+    ("jsd", {"beta": 1.0, "scaled": True}),
+    ("skew_kl", {"alpha": 0.3}),
+    ("skew_kl", {"alpha": 0.0}),
+    ("skew_reverse_kl", {"alpha": 0.4}),
+    ("skew_reverse_kl", {"alpha": 0.0}),
+    ("total_variation", {}),
+    ("alpha_divergence", {"alpha": 0.3}),
+    ("alpha_divergence", {"alpha": 1.7}),
+    ("renyi", {"alpha": 2.0}),
+    ("adaptive_kl", {"mu": 0.4}),
+    ("dkd", {}),
+    ("atkd", {}),
+    ("uld", {}),
+]
 
 
 def tensors(*shape, seed=0, dtype=torch.float64, scale=1.0):
-    return scale*torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+    return scale * torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
 
 
 def case(n=N, v=V, seed=0, dtype=torch.float64, scale=1.0):
     "Student hidden, weight, bias (with gradient); teacher hidden, weight, bias; gold ids; a mask with at least one True."
-    make = [tensors(*shape, seed=seed + i, dtype=dtype, scale=s)
-            for i, (shape, s) in enumerate([((n, D), 1), ((v, D), scale), ((v,), 1), ((n, E), 1), ((v, E), 0.5), ((v,), 1)])]
+    make = [
+        tensors(*shape, seed=seed + i, dtype=dtype, scale=s)
+        for i, (shape, s) in enumerate(
+            [((n, D), 1), ((v, D), scale), ((v,), 1), ((n, E), 1), ((v, E), 0.5), ((v,), 1)]
+        )
+    ]
     g = torch.Generator().manual_seed(seed)
     mask = torch.rand(n, generator=g) < 0.7
     mask[0] = True
-    return [t.requires_grad_() for t in make[:3]], make[3:], torch.randint(v, (n,), generator=g), mask
+    return (
+        [t.requires_grad_() for t in make[:3]],
+        make[3:],
+        torch.randint(v, (n,), generator=g),
+        mask,
+    )
 
 
 def with_targets(name, options, ids):
@@ -55,17 +86,39 @@ def assert_same(ours, expected, inputs, atol=1e-10, rtol=0.0):
 
 
 def logits(hidden, weight, bias=None, scale=1.0, cap=None):
-    z = scale*(hidden @ weight.t() + (0 if bias is None else bias))
-    return z if cap is None else cap*torch.tanh(z/cap)
+    z = scale * (hidden @ weight.t() + (0 if bias is None else bias))
+    return z if cap is None else cap * torch.tanh(z / cap)
 
 
-@pytest.mark.parametrize("name, options", OPTIONS, ids=lambda x: x if isinstance(x, str) else "-".join(f"{k}={v}" for k, v in x.items()))
+@pytest.mark.parametrize(
+    "name, options",
+    OPTIONS,
+    ids=lambda x: x if isinstance(x, str) else "-".join(f"{k}={v}" for k, v in x.items()),
+)
 def test_equals_the_plain_way_for_every_divergence(name, options):
     (h, w, b), (t, u, c), ids, mask = case()
     options = with_targets(name, options, ids)
-    ours = fused_linear_divergence(h, w, t, u, name, mask, student_bias=b, teacher_bias=c, temperature=1.5, student_softcap=4.0,
-                                   teacher_softcap=7.0, student_logit_scale=0.7, teacher_logit_scale=1.2, scale_t2=True, chunk=5, **options)
-    expected = get_divergence(name)(logits(h, w, b, 0.7, 4.0), logits(t, u, c, 1.2, 7.0), mask, 1.5, scale_t2=True, **options)
+    ours = fused_linear_divergence(
+        h,
+        w,
+        t,
+        u,
+        name,
+        mask,
+        student_bias=b,
+        teacher_bias=c,
+        temperature=1.5,
+        student_softcap=4.0,
+        teacher_softcap=7.0,
+        student_logit_scale=0.7,
+        teacher_logit_scale=1.2,
+        scale_t2=True,
+        chunk=5,
+        **options,
+    )
+    expected = get_divergence(name)(
+        logits(h, w, b, 0.7, 4.0), logits(t, u, c, 1.2, 7.0), mask, 1.5, scale_t2=True, **options
+    )
     assert_same(ours, expected, (h, w, b))
 
 
@@ -74,18 +127,36 @@ def test_the_list_above_has_every_divergence_of_the_registry():
 
 
 @settings(max_examples=40, deadline=None)
-@given(name=st.sampled_from(["forward_kl", "reverse_kl", "jsd", "skew_kl", "cross_entropy", "adaptive_kl", "atkd"]), n=st.integers(1, 20),
-       v=st.integers(2, 40), chunk=st.none() | st.integers(1, 25), block=st.integers(1, 50), strip=st.integers(16, 200),
-       seed=st.integers(0, 999), temperature=st.floats(0.05, 10), scale=st.floats(0.01, 300))
-def test_chunks_blocks_and_strips_change_nothing(name, n, v, chunk, block, strip, seed, temperature, scale):
+@given(
+    name=st.sampled_from(
+        ["forward_kl", "reverse_kl", "jsd", "skew_kl", "cross_entropy", "adaptive_kl", "atkd"]
+    ),
+    n=st.integers(1, 20),
+    v=st.integers(2, 40),
+    chunk=st.none() | st.integers(1, 25),
+    block=st.integers(1, 50),
+    strip=st.integers(16, 200),
+    seed=st.integers(0, 999),
+    temperature=st.floats(0.05, 10),
+    scale=st.floats(0.01, 300),
+)
+def test_chunks_blocks_and_strips_change_nothing(
+    name, n, v, chunk, block, strip, seed, temperature, scale
+):
     (h, w, b), (t, u, c), ids, mask = case(n, v, seed, scale=scale)
-    before, fused_module.BLOCK, fused_module.STRIP = (fused_module.BLOCK, fused_module.STRIP), block, strip
+    before, fused_module.BLOCK, fused_module.STRIP = (
+        (fused_module.BLOCK, fused_module.STRIP),
+        block,
+        strip,
+    )
     try:
         options = with_targets(name, {}, ids)
-        ours = fused_linear_divergence(h, w, t, u, name, mask, student_bias=b, temperature=temperature, chunk=chunk, **options)
+        ours = fused_linear_divergence(
+            h, w, t, u, name, mask, student_bias=b, temperature=temperature, chunk=chunk, **options
+        )
         expected = get_divergence(name)(logits(h, w, b), logits(t, u), mask, temperature, **options)
         size = 1 + max(g.abs().max().item() for g in gradients(expected, (h, w, b)))
-        assert_same(ours, expected, (h, w, b), atol=1e-10*size + 1e-12*abs(expected.item()))
+        assert_same(ours, expected, (h, w, b), atol=1e-10 * size + 1e-12 * abs(expected.item()))
     finally:
         fused_module.BLOCK, fused_module.STRIP = before
 
@@ -93,8 +164,12 @@ def test_chunks_blocks_and_strips_change_nothing(name, n, v, chunk, block, strip
 def test_gradcheck():
     (h, w, b), (t, u, _), _, mask = case(5, 7)
     for name in ("reverse_kl", "jsd", "renyi"):
-        assert torch.autograd.gradcheck(lambda *x, name=name: fused_linear_divergence(*x[:2], t, u, name, mask[:5], student_bias=x[2], chunk=2),
-                                        (h, w, b))
+        assert torch.autograd.gradcheck(
+            lambda *x, name=name: fused_linear_divergence(
+                *x[:2], t, u, name, mask[:5], student_bias=x[2], chunk=2
+            ),
+            (h, w, b),
+        )
 
 
 def test_leading_dimensions_and_frozen_parts():
@@ -112,7 +187,9 @@ def test_student_equal_to_teacher_has_loss_zero_and_no_gradient():
     h, w = t.clone().requires_grad_(), u.clone().requires_grad_()
     for name in DIVERGENCES.keys() - {"cross_entropy", "dkd", "atkd"}:
         loss = fused_linear_divergence(h, w, t, u, name)
-        assert abs(loss.item()) < 1e-12 and max(g.abs().max() for g in gradients(loss, (h, w))) < 1e-12, name
+        assert (
+            abs(loss.item()) < 1e-12 and max(g.abs().max() for g in gradients(loss, (h, w))) < 1e-12
+        ), name
 
 
 def test_the_teacher_gets_no_gradient():
@@ -131,14 +208,22 @@ def test_masked_positions_have_no_influence_even_when_poisoned(name):
     poisoned.requires_grad_()
     again = fused_linear_divergence(poisoned, w, bad, u, name, mask)
     slope_h, slope_w = gradients(again, (poisoned, w))
-    assert again == loss and torch.equal(slope_w, gradients(loss, (w,))[0]) and not slope_h[~mask].any()
+    assert (
+        again == loss
+        and torch.equal(slope_w, gradients(loss, (w,))[0])
+        and not slope_h[~mask].any()
+    )
 
 
 def test_masked_positions_are_never_computed(monkeypatch):
     (h, w, _), (t, u, _), _, mask = case()
     seen = []
     original = fused_module._logits
-    monkeypatch.setattr(fused_module, "_logits", lambda head, rows, *a: (seen.append(head.hidden[rows].shape[0]), original(head, rows, *a)))
+    monkeypatch.setattr(
+        fused_module,
+        "_logits",
+        lambda head, rows, *a: (seen.append(head.hidden[rows].shape[0]), original(head, rows, *a)),
+    )
     fused_linear_divergence(h, w, t, u, mask=mask)
     assert set(seen) == {int(mask.sum())}
 
@@ -146,7 +231,10 @@ def test_masked_positions_are_never_computed(monkeypatch):
 def test_a_denominator_makes_micro_batches_add_up():
     (h, w, _), (t, u, _), _, mask = case(20)
     whole, count = fused_linear_divergence(h, w, t, u, "jsd", mask), float(mask.sum())
-    parts = sum(fused_linear_divergence(h[r], w, t[r], u, "jsd", mask[r], denominator=torch.tensor(count)) for r in (slice(0, 3), slice(3, 20)))
+    parts = sum(
+        fused_linear_divergence(h[r], w, t[r], u, "jsd", mask[r], denominator=torch.tensor(count))
+        for r in (slice(0, 3), slice(3, 20))
+    )
     assert_same(parts, whole, (h, w), atol=1e-14)
     empty = fused_linear_divergence(h[:3], w, t[:3], u, "jsd", torch.zeros(3), denominator=count)
     assert empty == 0 and not any(g.any() for g in gradients(empty, (h, w)))
@@ -159,10 +247,16 @@ def test_padded_vocabulary_is_cut_on_purpose():
     torch.testing.assert_close(loss, get_divergence("reverse_kl")(logits(h, w), logits(t, u)))
     assert not gradients(loss, (padded,))[0][V:].any()
     smaller = fused_linear_divergence(h, w, t, u, vocab_size=30)
-    torch.testing.assert_close(smaller, get_divergence("reverse_kl")(logits(h, w)[:, :30], logits(t, u)[:, :30]))
+    torch.testing.assert_close(
+        smaller, get_divergence("reverse_kl")(logits(h, w)[:, :30], logits(t, u)[:, :30])
+    )
     with pytest.raises(UserError, match="padding"):
         fused_linear_divergence(h, w, t, u[:30])
-    assert_same(fused_linear_divergence(h, w, t, u[:30], "uld"), get_divergence("uld")(logits(h, w), logits(t, u[:30])), (h, w))
+    assert_same(
+        fused_linear_divergence(h, w, t, u[:30], "uld"),
+        get_divergence("uld")(logits(h, w), logits(t, u[:30])),
+        (h, w),
+    )
 
 
 def test_banned_tokens_by_a_bias_of_minus_infinity():
@@ -173,11 +267,27 @@ def test_banned_tokens_by_a_bias_of_minus_infinity():
         ours = fused_linear_divergence(h, w, t, u, name, student_bias=b, teacher_bias=c, chunk=4)
         assert ours.isfinite()
         assert_same(ours, get_divergence(name)(logits(h, w, b), logits(t, u, c)), (h, w, b))
-    assert fused_linear_divergence(h, w, t, u, "reverse_kl", student_bias=b, teacher_bias=c) == math.inf
+    assert (
+        fused_linear_divergence(h, w, t, u, "reverse_kl", student_bias=b, teacher_bias=c)
+        == math.inf
+    )
 
 
-@pytest.mark.parametrize("offset, scale, peak", [(0, 300, 0), (-150, 1, 0), (400, 1, 0), (0, 1, 500), (-90, 1, 200)])
-@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "cross_entropy", "jsd", "skew_kl", "symmetric_kl", "total_variation"])
+@pytest.mark.parametrize(
+    "offset, scale, peak", [(0, 300, 0), (-150, 1, 0), (400, 1, 0), (0, 1, 500), (-90, 1, 200)]
+)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "forward_kl",
+        "reverse_kl",
+        "cross_entropy",
+        "jsd",
+        "skew_kl",
+        "symmetric_kl",
+        "total_variation",
+    ],
+)
 def test_extreme_logits_in_float32(name, offset, scale, peak):
     "Large logits, all far from zero, and one token far above where the first block does not show it."
     (h, w, b), (t, u, c), _, _ = case(dtype=torch.float32, scale=scale)
@@ -195,15 +305,19 @@ def test_extreme_logits_in_float32(name, offset, scale, peak):
     assert ours.isfinite()
     torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=1e-5)
     for a, e in zip(gradients(ours, (h, w, b)), gradients(exact, (h64, w64, b64))):
-        torch.testing.assert_close(a.double(), e, rtol=1e-3, atol=2e-4*max(1.0, e.abs().max().item()))
+        torch.testing.assert_close(
+            a.double(), e, rtol=1e-3, atol=2e-4 * max(1.0, e.abs().max().item())
+        )
 
 
 def test_temperature_near_zero_and_a_certain_teacher():
     (h, w, _), (t, u, _), _, _ = case(dtype=torch.float32)
     for name in ("forward_kl", "reverse_kl", "jsd", "skew_reverse_kl"):
         for temperature, factor in ((0.05, 1.0), (1.0, 1000.0)):
-            loss = fused_linear_divergence(h, w, factor*t, u, name, temperature=temperature)
-            expected = get_divergence(name)(logits(h, w), logits(factor*t, u), temperature=temperature)
+            loss = fused_linear_divergence(h, w, factor * t, u, name, temperature=temperature)
+            expected = get_divergence(name)(
+                logits(h, w), logits(factor * t, u), temperature=temperature
+            )
             torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
             assert all(g.isfinite().all() for g in gradients(loss, (h, w)))
 
@@ -215,9 +329,14 @@ def test_scaled_repeated_and_recomputed_gradients():
     kept = [g.clone() for g in first]
     for g in first:
         g.mul_(0)  # who got a gradient may change it
-    for a, e in zip(gradients(0.25*loss, (h, w, b)), kept):
-        torch.testing.assert_close(a, 0.25*e)
-    assert_same(fused_linear_divergence(h, w, t, u, student_bias=b, recompute=True), loss, (h, w, b), atol=1e-14)
+    for a, e in zip(gradients(0.25 * loss, (h, w, b)), kept):
+        torch.testing.assert_close(a, 0.25 * e)
+    assert_same(
+        fused_linear_divergence(h, w, t, u, student_bias=b, recompute=True),
+        loss,
+        (h, w, b),
+        atol=1e-14,
+    )
 
 
 def test_gradients_accumulate_in_grad():
@@ -234,7 +353,9 @@ def test_bfloat16_and_autocast(name):
     high = [x.detach().float().requires_grad_() for x in low]
     teacher = [x.bfloat16() for x in (t, u)]
     ours = fused_linear_divergence(*low[:2], *teacher, name, student_bias=low[2], chunk=4)
-    exact = fused_linear_divergence(*high[:2], *(x.float() for x in teacher), name, student_bias=high[2])
+    exact = fused_linear_divergence(
+        *high[:2], *(x.float() for x in teacher), name, student_bias=high[2]
+    )
     assert ours.dtype == torch.float32
     torch.testing.assert_close(ours, exact)
     for a, e in zip(gradients(ours, low), gradients(exact, high)):
@@ -255,25 +376,52 @@ def test_cross_entropy_equals_torch():
     masked = fused_cross_entropy(h, w, ids, mask)
     expected = torch.nn.functional.cross_entropy(logits(h, w), ids.masked_fill(~mask, -100))
     torch.testing.assert_close(masked, expected)
-    large = fused_cross_entropy(300*h, w, ids)
-    assert_same(large, torch.nn.functional.cross_entropy(logits(300*h, w), ids), (h, w), atol=1e-5)
+    large = fused_cross_entropy(300 * h, w, ids)
+    assert_same(
+        large, torch.nn.functional.cross_entropy(logits(300 * h, w), ids), (h, w), atol=1e-5
+    )
 
 
 def coarse(z, ids):
     "The logits at `ids` and, as one further token, all others."
-    return torch.cat([z.gather(-1, ids), z.scatter(-1, ids, -math.inf).logsumexp(-1, keepdim=True)], -1)
+    return torch.cat(
+        [z.gather(-1, ids), z.scatter(-1, ids, -math.inf).logsumexp(-1, keepdim=True)], -1
+    )
 
 
-@pytest.mark.parametrize("name, options", [("forward_kl", {}), ("reverse_kl", {}), ("jsd", {"beta": 0.2}), ("renyi", {}), ("total_variation", {})])
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("forward_kl", {}),
+        ("reverse_kl", {}),
+        ("jsd", {"beta": 0.2}),
+        ("renyi", {}),
+        ("total_variation", {}),
+    ],
+)
 @pytest.mark.parametrize("scale", [1.0, 100.0])
 def test_topk_teacher(name, options, scale):
     (h, w, b), (t, u, _), _, mask = case(scale=scale)
-    log = (logits(t, u)/1.5).log_softmax(-1)
+    log = (logits(t, u) / 1.5).log_softmax(-1)
     ids = log.topk(7, -1).indices
     small = coarse(log, ids)
     cached = TopK(ids.int(), small[:, :-1], small[:, -1], temperature=1.5)
-    ours = fused_linear_divergence(h, w, cached, None, name, mask, student_bias=b, student_softcap=6.0, temperature=1.5, chunk=4, **options)
-    expected = get_divergence(name)(coarse(logits(h, w, b, 1.0, 6.0)/1.5, ids), small, mask, **options)
+    ours = fused_linear_divergence(
+        h,
+        w,
+        cached,
+        None,
+        name,
+        mask,
+        student_bias=b,
+        student_softcap=6.0,
+        temperature=1.5,
+        chunk=4,
+        **options,
+    )
+    expected = get_divergence(name)(
+        coarse(logits(h, w, b, 1.0, 6.0) / 1.5, ids), small, mask, **options
+    )
     assert_same(ours, expected, (h, w, b))
     full = get_divergence(name)(logits(h, w, b, 1.0, 6.0), logits(t, u), mask, 1.5, **options)
     assert 0 <= ours <= full + 1e-12
@@ -293,45 +441,109 @@ def test_sampled_teacher():
     weights = tensors(N, 4, seed=2).abs()
     weights[:, 3], weights[2] = 0, 0  # padding of a rectangle, and a position without any
     z = logits(h, w)
-    values = weights.sum(-1)*z.logsumexp(-1) - (weights*z.gather(-1, ids)).sum(-1)
-    assert_same(fused_linear_divergence(h, w, Samples(ids, weights), None, "cross_entropy", mask, chunk=4), values[mask].mean(), (h, w))
+    values = weights.sum(-1) * z.logsumexp(-1) - (weights * z.gather(-1, ids)).sum(-1)
+    assert_same(
+        fused_linear_divergence(h, w, Samples(ids, weights), None, "cross_entropy", mask, chunk=4),
+        values[mask].mean(),
+        (h, w),
+    )
     entropy = tensors(N, seed=3).abs()
-    assert_same(fused_linear_divergence(h, w, Samples(ids, weights, entropy), None, "forward_kl"), (values - entropy).mean(), (h, w))
+    assert_same(
+        fused_linear_divergence(h, w, Samples(ids, weights, entropy), None, "forward_kl"),
+        (values - entropy).mean(),
+        (h, w),
+    )
 
 
-@pytest.mark.parametrize("change, match", [
-    ({"divergence": "froward_kl"}, "forward_kl"), ({"beta": 0.5}, "no option"), ({"temperature": 0.0}, "temperature"), ({"chunk": -1}, "chunk"),
-    ({"student_softcap": -1.0}, "softcap"), ({"student_weight": torch.zeros(D, V)}, "do not fit"), ({"student_bias": torch.zeros(3)}, "bias"),
-    ({"teacher_hidden": torch.zeros(3, E, dtype=torch.float64)}, "positions"), ({"mask": torch.ones(3)}, "mask"),
-    ({"mask": torch.zeros(N)}, "no unmasked"), ({"denominator": 0}, "denominator"), ({"teacher_weight": None}, "lm-head is missing"),
-    ({"divergence": "dkd"}, "target_ids"), ({"divergence": "dkd", "target_ids": torch.full((N,), V)}, "vocabulary has"),
-    ({"teacher_hidden": TopK(torch.zeros(N, 1).long(), torch.zeros(N, 1), torch.zeros(N)), "divergence": "adaptive_kl"}, "cannot be had"),
-    ({"teacher_hidden": TopK(torch.zeros(N, 1).long(), torch.zeros(N, 1), torch.zeros(N)), "temperature": 2.0}, "cached at temperature"),
-    ({"teacher_hidden": Samples(torch.zeros(N, 1).long(), torch.ones(N, 1)), "divergence": "forward_kl"}, "entropy"),
-    ({"teacher_hidden": Samples(torch.full((N, 1), V), torch.ones(N, 1)), "divergence": "cross_entropy"}, "vocabulary has")])
+@pytest.mark.parametrize(
+    "change, match",
+    [
+        ({"divergence": "froward_kl"}, "forward_kl"),
+        ({"beta": 0.5}, "no option"),
+        ({"temperature": 0.0}, "temperature"),
+        ({"chunk": -1}, "chunk"),
+        ({"student_softcap": -1.0}, "softcap"),
+        ({"student_weight": torch.zeros(D, V)}, "do not fit"),
+        ({"student_bias": torch.zeros(3)}, "bias"),
+        ({"teacher_hidden": torch.zeros(3, E, dtype=torch.float64)}, "positions"),
+        ({"mask": torch.ones(3)}, "mask"),
+        ({"mask": torch.zeros(N)}, "no unmasked"),
+        ({"denominator": 0}, "denominator"),
+        ({"teacher_weight": None}, "lm-head is missing"),
+        ({"divergence": "dkd"}, "target_ids"),
+        ({"divergence": "dkd", "target_ids": torch.full((N,), V)}, "vocabulary has"),
+        (
+            {
+                "teacher_hidden": TopK(torch.zeros(N, 1).long(), torch.zeros(N, 1), torch.zeros(N)),
+                "divergence": "adaptive_kl",
+            },
+            "cannot be had",
+        ),
+        (
+            {
+                "teacher_hidden": TopK(torch.zeros(N, 1).long(), torch.zeros(N, 1), torch.zeros(N)),
+                "temperature": 2.0,
+            },
+            "cached at temperature",
+        ),
+        (
+            {
+                "teacher_hidden": Samples(torch.zeros(N, 1).long(), torch.ones(N, 1)),
+                "divergence": "forward_kl",
+            },
+            "entropy",
+        ),
+        (
+            {
+                "teacher_hidden": Samples(torch.full((N, 1), V), torch.ones(N, 1)),
+                "divergence": "cross_entropy",
+            },
+            "vocabulary has",
+        ),
+    ],
+)
 def test_mistakes_are_explained(change, match):
     (h, w, _), (t, u, _), _, _ = case()
-    call = {"student_hidden": h, "student_weight": w, "teacher_hidden": t, "teacher_weight": u} | change
+    call = {
+        "student_hidden": h,
+        "student_weight": w,
+        "teacher_hidden": t,
+        "teacher_weight": u,
+    } | change
     with pytest.raises(UserError, match=match):
         fused_linear_divergence(**call)
 
 
 def test_a_user_function_in_the_registry_works(monkeypatch):
-    monkeypatch.setitem(DIVERGENCES, "squared", lambda s, t, temperature=1.0: ((s/temperature).softmax(-1) - (t/temperature).softmax(-1)).square().sum(-1))
+    monkeypatch.setitem(
+        DIVERGENCES,
+        "squared",
+        lambda s, t, temperature=1.0: (
+            ((s / temperature).softmax(-1) - (t / temperature).softmax(-1)).square().sum(-1)
+        ),
+    )
     (h, w, _), (t, u, _), _, _ = case()
     expected = DIVERGENCES["squared"](logits(h, w), logits(t, u), 2.0).mean()
-    assert_same(fused_linear_divergence(h, w, t, u, "squared", temperature=2.0, chunk=4), expected, (h, w))
+    assert_same(
+        fused_linear_divergence(h, w, t, u, "squared", temperature=2.0, chunk=4), expected, (h, w)
+    )
 
 
 def train_tied(loss_of, steps=5):
     "Losses of a few steps of a model with tied embeddings, and whether they are still tied."
     student, teacher = (mini_model("causal", "xs", 120, seed).train(seed == 0) for seed in (0, 1))
-    optimizer, ids, losses = torch.optim.AdamW(student.parameters(), lr=1e-2), torch.randint(3, 120, (4, 10)), []
+    optimizer, ids, losses = (
+        torch.optim.AdamW(student.parameters(), lr=1e-2),
+        torch.randint(3, 120, (4, 10)),
+        [],
+    )
     for _ in range(steps):
         with torch.no_grad():
             t = teacher.model(ids).last_hidden_state
-        loss = loss_of(student.model(ids).last_hidden_state, student.lm_head.weight, t, teacher.lm_head.weight)
-        (loss/2).backward()
+        loss = loss_of(
+            student.model(ids).last_hidden_state, student.lm_head.weight, t, teacher.lm_head.weight
+        )
+        (loss / 2).backward()
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
@@ -343,7 +555,9 @@ def test_training_a_model_with_tied_heads():
     state = torch.get_rng_state()
     ours, tied = train_tied(lambda *x: fused_linear_divergence(*x, chunk=16))
     torch.set_rng_state(state)
-    expected, _ = train_tied(lambda h, w, t, u: get_divergence("reverse_kl")(logits(h, w), logits(t, u)))
+    expected, _ = train_tied(
+        lambda h, w, t, u: get_divergence("reverse_kl")(logits(h, w), logits(t, u))
+    )
     assert tied and ours[-1] < ours[0]
     torch.testing.assert_close(torch.tensor(ours), torch.tensor(expected), rtol=1e-4, atol=1e-6)
 
@@ -366,31 +580,45 @@ print(json.dumps(peak() - before))
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_memory_stays_below_the_budget():
     def grown(n, loss):
-        done = subprocess.run([sys.executable, "-c", MEMORY.format(n=n, loss=loss)], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", MEMORY.format(n=n, loss=loss)],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         return json.loads(done.stdout)
+
     fused_mb = grown(1024, "fused_linear_divergence(h, w, t, u)")
     plain_mb = grown(256, "get_divergence('reverse_kl')(h @ w.t(), t @ u.t())")
     assert fused_mb < 250, fused_mb
-    assert plain_mb > fused_mb*0.8, plain_mb  # with a quarter of the positions
-    assert grown(2048, "fused_linear_divergence(h, w, t, u)") < fused_mb*1.1 + 10    # twice the positions, no more memory
+    assert plain_mb > fused_mb * 0.8, plain_mb  # with a quarter of the positions
+    assert (
+        grown(2048, "fused_linear_divergence(h, w, t, u)") < fused_mb * 1.1 + 10
+    )  # twice the positions, no more memory
 
 
 def test_products_in_bfloat16_are_near_and_float16_is_not_multiplied_in(monkeypatch):
     "What a GPU does: factors are rounded to the products' type, sums stay in float32."
     assert fused_module._product_dtype("cuda", torch.bfloat16, torch.float32) == torch.bfloat16
-    assert fused_module._product_dtype("cuda", torch.float16, torch.float32) == fused_module._product_dtype("cpu", torch.bfloat16, torch.float32) == torch.float32
+    assert (
+        fused_module._product_dtype("cuda", torch.float16, torch.float32)
+        == fused_module._product_dtype("cpu", torch.bfloat16, torch.float32)
+        == torch.float32
+    )
 
     def rounded(out, a, b, add=False):
         made = a.bfloat16().float() @ b.bfloat16().float()
         out.add_(made) if add else out.copy_(made)
+
     torch.manual_seed(0)
     x = [torch.randn(*shape) for shape in ((64, 32), (3000, 32), (64, 32), (3000, 32))]
 
     def gradients(name):
         h, w = (t.clone().requires_grad_() for t in x[:2])
-        loss = fused_linear_divergence(h, 0.4*w, x[2], 0.4*x[3], name)
+        loss = fused_linear_divergence(h, 0.4 * w, x[2], 0.4 * x[3], name)
         loss.backward()
         return [loss.detach(), h.grad, w.grad]
+
     for name in ("reverse_kl", "forward_kl", "jsd", "cross_entropy"):
         exact = gradients(name)
         with monkeypatch.context() as patch:
@@ -398,7 +626,7 @@ def test_products_in_bfloat16_are_near_and_float16_is_not_multiplied_in(monkeypa
             patch.setattr(fused_module, "_precisions", lambda *_: (torch.bfloat16, torch.float32))
             near = gradients(name)
         for a, b in zip(exact, near):
-            assert (a - b).norm() < 0.03*a.norm(), name
+            assert (a - b).norm() < 0.03 * a.norm(), name
 
 
 def test_uld_counts_the_ids_it_is_told_to():
@@ -418,4 +646,9 @@ def test_big_zeros():
 
 def test_import_is_light():
     code = "import sys, kd_notes.fused; print([m for m in ('transformers', 'pandas', 'matplotlib', 'scipy') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "[]"
+    )

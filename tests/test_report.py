@@ -19,11 +19,17 @@ from kd_notes.data.answers import pack_bits
 
 # ---------------------------------------------------------------- bootstrap
 
+
 def slow_bootstrap(table, draws, seed):
     "One draw at a time, by indexing: the definition."
     g = np.random.default_rng(seed)
     rows, columns = table.shape
-    return np.array([table[np.ix_(g.integers(0, rows, rows), g.integers(0, columns, columns))].mean() for _ in range(draws)])
+    return np.array(
+        [
+            table[np.ix_(g.integers(0, rows, rows), g.integers(0, columns, columns))].mean()
+            for _ in range(draws)
+        ]
+    )
 
 
 def test_draws_have_the_distribution_of_the_definition():
@@ -31,7 +37,11 @@ def test_draws_have_the_distribution_of_the_definition():
     table = (g.random((4, 30)) < 0.6).astype(float) + g.normal(0, 0.3, (4, 1))
     fast, slow = statistics_module._draw_means(table, 20_000, 1), slow_bootstrap(table, 20_000, 2)
     assert abs(fast.mean() - slow.mean()) < 0.01
-    assert np.allclose(np.quantile(fast, [0.025, 0.25, 0.75, 0.975]), np.quantile(slow, [0.025, 0.25, 0.75, 0.975]), atol=0.012)
+    assert np.allclose(
+        np.quantile(fast, [0.025, 0.25, 0.75, 0.975]),
+        np.quantile(slow, [0.025, 0.25, 0.75, 0.975]),
+        atol=0.012,
+    )
 
 
 def test_a_tiny_table_against_full_enumeration():
@@ -60,8 +70,12 @@ def test_ten_thousand_draws_of_5_by_1000_take_about_a_second_at_most():
 
 def test_deterministic_and_seeded():
     table = np.random.default_rng(0).random((5, 50))
-    assert statistics_module.hierarchical_bootstrap(table, draws=500) == statistics_module.hierarchical_bootstrap(table, draws=500)
-    assert statistics_module.hierarchical_bootstrap(table, draws=500, seed=1) != statistics_module.hierarchical_bootstrap(table, draws=500)
+    assert statistics_module.hierarchical_bootstrap(
+        table, draws=500
+    ) == statistics_module.hierarchical_bootstrap(table, draws=500)
+    assert statistics_module.hierarchical_bootstrap(
+        table, draws=500, seed=1
+    ) != statistics_module.hierarchical_bootstrap(table, draws=500)
 
 
 def test_many_items_give_students_interval_over_seeds():
@@ -76,7 +90,11 @@ def test_many_items_give_students_interval_over_seeds():
 @pytest.mark.parametrize("seeds", [2, 3, 4, 5, 10, 40])
 def test_small_sample_factor_against_scipy(seeds):
     scipy_stats = pytest.importorskip("scipy.stats")
-    expected = (seeds / (seeds - 1))**0.5 * scipy_stats.t.ppf(0.975, seeds - 1) / scipy_stats.norm.ppf(0.975)
+    expected = (
+        (seeds / (seeds - 1)) ** 0.5
+        * scipy_stats.t.ppf(0.975, seeds - 1)
+        / scipy_stats.norm.ppf(0.975)
+    )
     assert statistics_module.small_sample_factor(seeds) == pytest.approx(expected, rel=1e-5)
     assert statistics_module.small_sample_factor(1) == 1.0
 
@@ -87,10 +105,18 @@ def test_seed_means_cover_the_true_mean_as_often_as_they_say_and_one_run_has_no_
         runs = [{"length": x} for x in g.normal(16, 2, 5)]
         e = statistics_module.seed_means({"arm": runs}, ["length"])["arm", "length"]
         hits += e.low <= 16 <= e.high
-    assert 0.88 <= hits/200 <= 0.99  # 95 % within three standard errors, and a little for five seeds
-    alone = statistics_module.seed_means({"a": [{"length": 4.0, "loss": 0.5}], "b": [{"length": 2.0}]}, ["length", "loss"])
+    assert (
+        0.88 <= hits / 200 <= 0.99
+    )  # 95 % within three standard errors, and a little for five seeds
+    alone = statistics_module.seed_means(
+        {"a": [{"length": 4.0, "loss": 0.5}], "b": [{"length": 2.0}]}, ["length", "loss"]
+    )
     assert set(alone) == {("a", "length"), ("b", "length"), ("a", "loss")}
-    assert alone["a", "loss"].plain() == "0.5" and alone["a", "loss"].as_run_metric() == {"value": 0.5, "n": 1, "abs": pytest.approx(0.025, rel=1e-3)}
+    assert alone["a", "loss"].plain() == "0.5" and alone["a", "loss"].as_run_metric() == {
+        "value": 0.5,
+        "n": 1,
+        "abs": pytest.approx(0.025, rel=1e-3),
+    }
     assert e.plain(4).count("[") == 1 and e.as_run_metric() == e.as_metric()
 
 
@@ -100,14 +126,18 @@ def test_one_seed_is_the_ordinary_bootstrap_over_items():
     e = statistics_module.hierarchical_bootstrap(row)
     half = 1.96 * row.std() / 500**0.5
     assert e.n == 1 and e.items == 500
-    assert e.low == pytest.approx(row.mean() - half, abs=0.006) and e.high == pytest.approx(row.mean() + half, abs=0.006)
+    assert e.low == pytest.approx(row.mean() - half, abs=0.006) and e.high == pytest.approx(
+        row.mean() + half, abs=0.006
+    )
 
 
 def test_coverage_of_the_truth_with_lucky_seeds():
     "The promise itself: nominal 95 %. The interval over items alone breaks it on the same experiments."
     g, hits, naive = np.random.default_rng(7), 0, 0
     for i in range(200):
-        table = g.normal(0, 0.05, (5, 1)) + g.normal(0, 0.5, (1, 100)) + g.normal(0, 0.5, (5, 100))  # truth 0
+        table = (
+            g.normal(0, 0.05, (5, 1)) + g.normal(0, 0.5, (1, 100)) + g.normal(0, 0.5, (5, 100))
+        )  # truth 0
         e = statistics_module.hierarchical_bootstrap(table, draws=400, seed=i)
         hits += e.low <= 0 <= e.high
         means = table.mean(0)
@@ -133,14 +163,21 @@ def test_p_agrees_with_the_interval_and_shift_moves_both(seeds, items, seed):
 def test_pairing_narrows_the_interval():
     g = np.random.default_rng(0)
     hard = g.random((1, 500))
-    a, b = (g.random((5, 500)) * 0.1 + hard < 0.65) * 1.0, (g.random((5, 500)) * 0.1 + hard < 0.60) * 1.0
+    a, b = (
+        (g.random((5, 500)) * 0.1 + hard < 0.65) * 1.0,
+        (g.random((5, 500)) * 0.1 + hard < 0.60) * 1.0,
+    )
     pair = statistics_module.hierarchical_bootstrap(statistics_module.paired(a, b))
-    other = statistics_module.hierarchical_bootstrap(statistics_module.paired(a, b[:, g.permutation(500)]))
+    other = statistics_module.hierarchical_bootstrap(
+        statistics_module.paired(a, b[:, g.permutation(500)])
+    )
     assert pair.value == pytest.approx(other.value)
     assert pair.high - pair.low < 0.5 * (other.high - other.low)
 
 
-@pytest.mark.parametrize("bad", [[], [[]], [[1.0, float("nan")]], np.zeros((2, 2, 2)), [float("inf")]])
+@pytest.mark.parametrize(
+    "bad", [[], [[]], [[1.0, float("nan")]], np.zeros((2, 2, 2)), [float("inf")]]
+)
 def test_bad_tables_are_refused(bad):
     with pytest.raises(UserError):
         statistics_module.hierarchical_bootstrap(bad)
@@ -163,6 +200,7 @@ def test_stacking_packed_outcomes():
 
 # ---------------------------------------------------------------- Holm, verdicts
 
+
 @given(st.dictionaries(st.text(min_size=1, max_size=3), st.floats(0, 1), max_size=8))
 def test_holm_rejects_what_the_step_down_procedure_rejects(p):
     adjusted = statistics_module.holm(p)
@@ -174,58 +212,97 @@ def test_holm_rejects_what_the_step_down_procedure_rejects(p):
     assert list(adjusted) == list(p) and all(p[k] <= adjusted[k] <= 1 for k in p)
 
 
-@pytest.mark.parametrize("low,high,n,kw,outcome", [
-    (0.01, 0.05, 5, {}, "reproduced"),
-    (0.01, 0.05, 4, {}, "not tested here"),
-    (0.0, 0.05, 5, {}, "not reproduced"),
-    (-0.05, -0.01, 9, {}, "not reproduced"),
-    (-0.05, -0.01, 9, {"direction": "less"}, "reproduced"),
-    (0.01, 0.05, 5, {"margin": 0.02}, "not reproduced"),
-    (0.03, 0.05, 5, {"margin": 0.02}, "reproduced"),
-    (-0.02, 0.005, 5, {"direction": "less", "margin": 0.01}, "reproduced"),
-    (0.01, 0.05, 5, {"p": 0.06}, "not reproduced"),
-    (0.01, 0.05, 5, {"p": 0.049}, "reproduced"),
-    (0.01, 0.05, 5, {"arms": {"a": 0.36, "b": 0.5}, "majority": 0.33}, "not tested here"),
-    (0.01, 0.05, 5, {"arms": {"a": 0.361, "b": 0.5}, "majority": 0.33}, "reproduced"),
-    (-0.05, -0.01, 5, {"arms": {"a": 0.2, "b": 0.5}, "majority": 0.33}, "not tested here"),
-    (0.01, 0.05, 5, {"arms": {"a": 0.2}}, "reproduced"),
-])
+@pytest.mark.parametrize(
+    "low,high,n,kw,outcome",
+    [
+        (0.01, 0.05, 5, {}, "reproduced"),
+        (0.01, 0.05, 4, {}, "not tested here"),
+        (0.0, 0.05, 5, {}, "not reproduced"),
+        (-0.05, -0.01, 9, {}, "not reproduced"),
+        (-0.05, -0.01, 9, {"direction": "less"}, "reproduced"),
+        (0.01, 0.05, 5, {"margin": 0.02}, "not reproduced"),
+        (0.03, 0.05, 5, {"margin": 0.02}, "reproduced"),
+        (-0.02, 0.005, 5, {"direction": "less", "margin": 0.01}, "reproduced"),
+        (0.01, 0.05, 5, {"p": 0.06}, "not reproduced"),
+        (0.01, 0.05, 5, {"p": 0.049}, "reproduced"),
+        (0.01, 0.05, 5, {"arms": {"a": 0.36, "b": 0.5}, "majority": 0.33}, "not tested here"),
+        (0.01, 0.05, 5, {"arms": {"a": 0.361, "b": 0.5}, "majority": 0.33}, "reproduced"),
+        (-0.05, -0.01, 5, {"arms": {"a": 0.2, "b": 0.5}, "majority": 0.33}, "not tested here"),
+        (0.01, 0.05, 5, {"arms": {"a": 0.2}}, "reproduced"),
+    ],
+)
 def test_verdict_table(low, high, n, kw, outcome):
     v = statistics_module.verdict("a claim", low, high, n, **kw)
     assert v.outcome == outcome
-    assert f"[{100*low:+.1f}, {100*high:+.1f}]" in str(v) and "a claim" in str(v) and outcome in str(v)
+    assert (
+        f"[{100 * low:+.1f}, {100 * high:+.1f}]" in str(v)
+        and "a claim" in str(v)
+        and outcome in str(v)
+    )
 
 
-@pytest.mark.parametrize("kw", [{"direction": "bigger"}, {"arms": {"a": 61.0}, "majority": 0.3}, {"low": 0.2, "high": 0.1}, {"majority": 33.0}])
+@pytest.mark.parametrize(
+    "kw",
+    [
+        {"direction": "bigger"},
+        {"arms": {"a": 61.0}, "majority": 0.3},
+        {"low": 0.2, "high": 0.1},
+        {"majority": 33.0},
+    ],
+)
 def test_bad_arguments_of_a_verdict(kw):
     with pytest.raises(UserError):
         statistics_module.verdict(**{"claim": "x", "low": 0.1, "high": 0.2, "n": 5, **kw})
 
 
 def test_holm_can_take_back_a_verdict():
-    strong, weak = statistics_module.Estimate(0.1, 0.05, 0.15, 5, 100, p=0.0002), statistics_module.Estimate(0.1, 0.005, 0.2, 5, 100, p=0.03)
+    strong, weak = (
+        statistics_module.Estimate(0.1, 0.05, 0.15, 5, 100, p=0.0002),
+        statistics_module.Estimate(0.1, 0.005, 0.2, 5, 100, p=0.03),
+    )
     assert [v.outcome for v in statistics_module.verdicts("c", {"a": weak})] == ["reproduced"]
-    assert [v.outcome for v in statistics_module.verdicts("c", {"a": weak, "b": weak})] == ["not reproduced"] * 2
-    assert [v.outcome for v in statistics_module.verdicts("c", {"a": strong, "b": weak})] == ["reproduced", "reproduced"]
-    guess = statistics_module.verdicts("c", {"a": strong}, arms={"a": {"student": 0.3}}, majority={"a": 0.33})
+    assert [v.outcome for v in statistics_module.verdicts("c", {"a": weak, "b": weak})] == [
+        "not reproduced"
+    ] * 2
+    assert [v.outcome for v in statistics_module.verdicts("c", {"a": strong, "b": weak})] == [
+        "reproduced",
+        "reproduced",
+    ]
+    guess = statistics_module.verdicts(
+        "c", {"a": strong}, arms={"a": {"student": 0.3}}, majority={"a": 0.33}
+    )
     assert guess[0].outcome == "not tested here" and "(a)" in guess[0].claim
 
 
 # ---------------------------------------------------------------- reported numbers
 
+
 def test_reported_table_and_tags():
     rows = statistics_module.reported("dss")
     assert set(rows[0]) == {"paper", "artefact", "row", "dataset", "value", "unit", "tag", "note"}
-    assert {r["paper"] for r in rows} == {"dss"} and {r["tag"] for r in rows} <= {"C", "A", "S", "S2", "I", "D", "M"}
+    assert {r["paper"] for r in rows} == {"dss"} and {r["tag"] for r in rows} <= {
+        "C",
+        "A",
+        "S",
+        "S2",
+        "I",
+        "D",
+        "M",
+    }
     one = {(r["row"], r["dataset"]): r for r in statistics_module.reported("dss", "Table 1")}
-    assert one["DSS, 540B PaLM rationales", "ANLI"]["value"] == 49.58 and one["DSS, 540B PaLM rationales", "ANLI"]["tag"] == "S"
+    assert (
+        one["DSS, 540B PaLM rationales", "ANLI"]["value"] == 49.58
+        and one["DSS, 540B PaLM rationales", "ANLI"]["tag"] == "S"
+    )
     assert one["DSS, 20B GPT-NeoX rationales", "SVAMP"]["tag"] == "M"
     assert len({(r["artefact"], r["row"], r["dataset"]) for r in rows}) == len(rows)
 
 
 def test_the_ambiguous_shares_say_so():
     rows = [r for r in statistics_module.reported("dss", "Figs. 4-5") if r["dataset"] != "e-SNLI"]
-    assert len(rows) == 3 and all("REDUCTION" in r["note"] and "reduction" in r["unit"] for r in rows)
+    assert len(rows) == 3 and all(
+        "REDUCTION" in r["note"] and "reduction" in r["unit"] for r in rows
+    )
 
 
 def test_unknown_paper_or_artefact_names_the_known():
@@ -237,22 +314,51 @@ def test_unknown_paper_or_artefact_names_the_known():
 
 # ---------------------------------------------------------------- tables and figures
 
+
 def test_results_table_in_markdown_and_text():
-    table = figures_module.results_table([{"arm": "a|b", "gain": statistics_module.Estimate(0.1, 0.05, 0.15, 5), "n": 5, "x": None},
-                              {"arm": "c", "gain": {"value": 0.2, "low": 0.1, "high": 0.3, "n": 5}, "x": 0.123456}], {"arm": "Arm", "gain": "Gain", "x": "X"})
+    table = figures_module.results_table(
+        [
+            {
+                "arm": "a|b",
+                "gain": statistics_module.Estimate(0.1, 0.05, 0.15, 5),
+                "n": 5,
+                "x": None,
+            },
+            {"arm": "c", "gain": {"value": 0.2, "low": 0.1, "high": 0.3, "n": 5}, "x": 0.123456},
+        ],
+        {"arm": "Arm", "gain": "Gain", "x": "X"},
+    )
     md = table._repr_markdown_().splitlines()
-    assert md[0] == "| Arm | Gain | X |" and md[2] == "| a\\|b | 10.0 [5.0, 15.0] | – |" and md[3] == "| c | 20.0 [10.0, 30.0] | 0.1235 |"
+    assert (
+        md[0] == "| Arm | Gain | X |"
+        and md[2] == "| a\\|b | 10.0 [5.0, 15.0] | – |"
+        and md[3] == "| c | 20.0 [10.0, 30.0] | 0.1235 |"
+    )
     assert str(table).splitlines()[0].startswith("Arm")
     with pytest.raises(UserError, match="arm"):
         figures_module.results_table([{"arm": 1}], ["arms"])
 
 
-points = [{"panel": p, "arm": a, "x": n, "value": 0.4 + 0.1 * i, "low": 0.35 + 0.1 * i, "high": 0.5 + 0.1 * i, "n": 5}
-          for p in ("cqa", "svamp", "nli") for a in ("finetuning", "stepwise") for i, n in enumerate((250, 500, 1000))]
+points = [
+    {
+        "panel": p,
+        "arm": a,
+        "x": n,
+        "value": 0.4 + 0.1 * i,
+        "low": 0.35 + 0.1 * i,
+        "high": 0.5 + 0.1 * i,
+        "n": 5,
+    }
+    for p in ("cqa", "svamp", "nli")
+    for a in ("finetuning", "stepwise")
+    for i, n in enumerate((250, 500, 1000))
+]
 
 
 def test_figure_shows_what_the_rows_say():
-    fig = figures_module.accuracy_curve(points, teacher={"cqa": 0.8, "svamp": 0.7}, majority=0.2, xlabel="examples")
+    fig = figures_module.accuracy_curve(
+        points, teacher={"cqa": 0.8, "svamp": 0.7}, majority=0.2, xlabel="examples"
+    )
     axes = [ax for ax in fig.axes if ax.axison]
     assert [ax.get_title() for ax in axes] == ["cqa", "svamp", "nli"]
     assert all(ax.get_ylabel() == "accuracy (%)" and ax.get_xlabel() == "examples" for ax in axes)
@@ -261,25 +367,49 @@ def test_figure_shows_what_the_rows_say():
     assert np.allclose(line.get_ydata(), [40, 50, 60])
     segments = axes[0].containers[0].lines[2][0].get_segments()
     assert np.allclose(segments[1][:, 1], [45, 60])
-    levels = [[ln.get_ydata()[0] for ln in ax.lines if len(set(ln.get_ydata())) == 1 and len(ln.get_xdata()) == 2] for ax in axes]
+    levels = [
+        [
+            ln.get_ydata()[0]
+            for ln in ax.lines
+            if len(set(ln.get_ydata())) == 1 and len(ln.get_xdata()) == 2
+        ]
+        for ax in axes
+    ]
     assert levels == [[80, 20], [70, 20], [20]]
-    assert len(fig.legends) == 1 and [t.get_text() for t in fig.legends[0].get_texts()] .count("teacher") == 1
+    assert (
+        len(fig.legends) == 1
+        and [t.get_text() for t in fig.legends[0].get_texts()].count("teacher") == 1
+    )
 
 
 def test_figure_and_twin_are_written_and_deterministic(tmp_path):
-    saved = figures_module.save_figure(figures_module.accuracy_curve(points), tmp_path, "curve", points, alt="what it shows")
+    saved = figures_module.save_figure(
+        figures_module.accuracy_curve(points), tmp_path, "curve", points, alt="what it shows"
+    )
     first = saved.png.read_bytes()
     assert first.startswith(b"\x89PNG") and len(first) < 60_000
     figures_module.save_figure(figures_module.accuracy_curve(points), tmp_path, "curve", points)
-    assert (tmp_path/"curve.png").read_bytes() == first
-    back = list(csv.DictReader(io.StringIO((tmp_path/"curve.csv").read_text())))
-    assert len(back) == len(points) and {float(r["value"]) for r in back} == {0.4, 0.5, 0.6} and back[0]["panel"] == "cqa"
+    assert (tmp_path / "curve.png").read_bytes() == first
+    back = list(csv.DictReader(io.StringIO((tmp_path / "curve.csv").read_text())))
+    assert (
+        len(back) == len(points)
+        and {float(r["value"]) for r in back} == {0.4, 0.5, 0.6}
+        and back[0]["panel"] == "cqa"
+    )
     bundle, metadata = saved._repr_mimebundle_()
-    assert set(bundle) == {"image/png", "text/plain"} and metadata["image/png"]["alt"] == "what it shows"
-    assert str(tmp_path) not in bundle["text/plain"] and sorted(p.name for p in tmp_path.iterdir()) == ["curve.csv", "curve.png"]
+    assert (
+        set(bundle) == {"image/png", "text/plain"}
+        and metadata["image/png"]["alt"] == "what it shows"
+    )
+    assert str(tmp_path) not in bundle["text/plain"] and sorted(
+        p.name for p in tmp_path.iterdir()
+    ) == ["curve.csv", "curve.png"]
 
 
-@pytest.mark.parametrize("name,rows,text", [("../x", points, "lower-case"), ("A b", points, "lower-case"), ("ok", [], "rows")])
+@pytest.mark.parametrize(
+    "name,rows,text",
+    [("../x", points, "lower-case"), ("A b", points, "lower-case"), ("ok", [], "rows")],
+)
 def test_save_figure_refuses(tmp_path, name, rows, text):
     with pytest.raises(UserError, match=text):
         figures_module.save_figure(figures_module.accuracy_curve(points), tmp_path, name, rows)
@@ -289,7 +419,9 @@ def test_save_figure_refuses(tmp_path, name, rows, text):
 def test_arms_keep_their_look_and_differ():
     order = ["finetuning", "distillation", "stepwise", "shuffled"]
     full = figures_module.arm_styles(order)
-    assert figures_module.arm_styles(["shuffled", "stepwise"], order) == {k: full[k] for k in ("shuffled", "stepwise")}
+    assert figures_module.arm_styles(["shuffled", "stepwise"], order) == {
+        k: full[k] for k in ("shuffled", "stepwise")
+    }
     styles = figures_module.arm_styles([str(i) for i in range(280)])
     assert len({str(s) for s in styles.values()}) == 280
     eight = list(figures_module.arm_styles([str(i) for i in range(7)]).values())
@@ -298,23 +430,48 @@ def test_arms_keep_their_look_and_differ():
 
 def test_palette_stays_apart_without_red_green_vision():
     "Colours as seen with deuteranopia (Machado et al. 2009, severity 1) keep a distance."
-    seen = np.array([[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]])
-    rgb = np.array([[int(c[i:i + 2], 16) / 255 for i in (1, 3, 5)] for c in figures_module.OKABE_ITO]) @ seen.T
+    seen = np.array(
+        [
+            [0.367322, 0.860646, -0.227968],
+            [0.280085, 0.672501, 0.047413],
+            [-0.011820, 0.042940, 0.968881],
+        ]
+    )
+    rgb = (
+        np.array(
+            [[int(c[i : i + 2], 16) / 255 for i in (1, 3, 5)] for c in figures_module.OKABE_ITO]
+        )
+        @ seen.T
+    )
     distance = np.linalg.norm(rgb[:, None] - rgb[None], axis=-1) + np.eye(len(rgb))
     assert distance.min() > 0.12
 
 
 def test_import_is_light():
     code = "import sys, kd_notes.report; print([m for m in ('torch', 'transformers', 'pandas', 'matplotlib', 'scipy') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "[]"
+    )
 
 
 def test_an_interval_plot_has_a_panel_for_each_world_and_an_arm_in_each_row():
-    rows = [{"arm": a, "panel": w, "value": 0.4, "low": 0.3, "high": 0.6} for w in "xy" for a in "abc"]
+    rows = [
+        {"arm": a, "panel": w, "value": 0.4, "low": 0.3, "high": 0.6} for w in "xy" for a in "abc"
+    ]
     fig = figures_module.interval_plot(rows, "share (%)", 100)
-    assert [ax.get_title() for ax in fig.axes] == ["x", "y"] and fig.axes[0].get_xlabel() == "share (%)"
-    assert [t.get_text() for t in fig.axes[0].get_yticklabels()] == ["a", "b", "c"] and len(fig.axes[1].containers) == 3
-    assert len(figures_module.interval_plot([{"arm": "a", "value": 1, "low": 0, "high": 2}], "x").axes) == 1
+    assert [ax.get_title() for ax in fig.axes] == ["x", "y"] and fig.axes[
+        0
+    ].get_xlabel() == "share (%)"
+    assert [t.get_text() for t in fig.axes[0].get_yticklabels()] == ["a", "b", "c"] and len(
+        fig.axes[1].containers
+    ) == 3
+    assert (
+        len(figures_module.interval_plot([{"arm": "a", "value": 1, "low": 0, "high": 2}], "x").axes)
+        == 1
+    )
 
 
 def test_a_reliability_diagram_is_labelled():
@@ -325,5 +482,10 @@ def test_a_reliability_diagram_is_labelled():
 def test_the_interval_of_an_accuracy_stays_within_zero_and_one_and_others_do_not():
     right = np.ones((3, 100))
     right[0, :8] = 0
-    assert statistics_module.hierarchical_bootstrap(right).high == 1 and statistics_module.hierarchical_bootstrap(1 - right).low == 0
-    assert statistics_module.hierarchical_bootstrap(right + 0.5).high > 1.5  # no share of right answers
+    assert (
+        statistics_module.hierarchical_bootstrap(right).high == 1
+        and statistics_module.hierarchical_bootstrap(1 - right).low == 0
+    )
+    assert (
+        statistics_module.hierarchical_bootstrap(right + 0.5).high > 1.5
+    )  # no share of right answers

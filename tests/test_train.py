@@ -1,4 +1,5 @@
 """The training loop: numbers, invariances, kills and resumes, bad data. Real models, real processes, real kills."""
+
 import json
 import math
 import os
@@ -26,7 +27,12 @@ from kd_notes.core import read_jsonl, UserError
 from kd_notes.models.layer_drop import layer_drop
 from kd_notes.models.mini import mini_model
 from kd_notes.training.batches import (
-    batch_order, causal_batch, micro_batches, seq2seq_batch, target_logits, target_nll,
+    batch_order,
+    causal_batch,
+    micro_batches,
+    seq2seq_batch,
+    target_logits,
+    target_nll,
 )
 from kd_notes.training.checkpoint import last_checkpoint, rng_state, save_model, set_rng_state
 from kd_notes.training.loop import train
@@ -39,8 +45,12 @@ VOCAB = 64
 
 class Rows(SFT):
     "SFT on rows of ids: no tokenizer needed."
+
     def __init__(self, family="causal"):
-        self.family, self.tokenizer = family, type("Ids", (), {"pad_token_id": 0, "eos_token_id": 1})
+        self.family, self.tokenizer = (
+            family,
+            type("Ids", (), {"pad_token_id": 0, "eos_token_id": 1}),
+        )
 
     def encode(self, example):
         return {"source": example["source"], "target": example["target"]}
@@ -51,7 +61,13 @@ def rows(n, seed=0, longest=12):
     draw, out = random.Random(seed), []
     for i in range(n):
         source = [draw.randrange(4, VOCAB) for _ in range(draw.randint(2, longest))]
-        out.append({"id": f"row-{i}", "source": [2, *source, 3], "target": [*source[::-1][:draw.randint(1, 4)], 1]})
+        out.append(
+            {
+                "id": f"row-{i}",
+                "source": [2, *source, 3],
+                "target": [*source[::-1][: draw.randint(1, 4)], 1],
+            }
+        )
     return out
 
 
@@ -59,12 +75,32 @@ EXAMPLES = rows(96)
 
 
 def config(**changes):
-    return TrainConfig(**({"steps": 12, "batch_size": 8, "lr": 2e-3, "log_every": 1, "device": "cpu"} | changes))
+    return TrainConfig(
+        **({"steps": 12, "batch_size": 8, "lr": 2e-3, "log_every": 1, "device": "cpu"} | changes)
+    )
 
 
-def run(family="causal", seed=0, examples=EXAMPLES, method=None, dropout=0.0, run_dir=None, validate=None, callbacks=(), **changes):
+def run(
+    family="causal",
+    seed=0,
+    examples=EXAMPLES,
+    method=None,
+    dropout=0.0,
+    run_dir=None,
+    validate=None,
+    callbacks=(),
+    **changes,
+):
     model = mini_model(family, "xs", VOCAB, seed, dropout)
-    return train(model, method or Rows(family), examples, config(**changes), run_dir=run_dir, validate=validate, callbacks=callbacks)
+    return train(
+        model,
+        method or Rows(family),
+        examples,
+        config(**changes),
+        run_dir=run_dir,
+        validate=validate,
+        callbacks=callbacks,
+    )
 
 
 def losses(result):
@@ -82,7 +118,10 @@ def mean_loss(model):
 
 # ---------------------------------------------------------------- numbers
 
-GOLDEN = {"causal": [4.56300, 4.00247, 4.49845, 4.36674], "t5": [5.24688, 4.78232, 4.59023, 4.51992]}
+GOLDEN = {
+    "causal": [4.56300, 4.00247, 4.49845, 4.36674],
+    "t5": [5.24688, 4.78232, 4.59023, 4.51992],
+}
 
 
 @pytest.mark.parametrize("family", GOLDEN)
@@ -97,10 +136,12 @@ def test_first_loss_is_the_models_own(family):
     model, total, count = mini_model(family, "xs", VOCAB, 0), 0.0, 0
     for i in first:
         source, target = EXAMPLES[i]["source"], EXAMPLES[i]["target"]
-        ids, labels = (source, target) if family == "t5" else (source + target, [-100]*len(source) + target)
+        ids, labels = (
+            (source, target) if family == "t5" else (source + target, [-100] * len(source) + target)
+        )
         loss = model(input_ids=torch.tensor([ids]), labels=torch.tensor([labels])).loss.item()
-        total, count = total + loss*len(target), count + len(target)
-    assert losses(run(family, steps=1))[0] == pytest.approx(total/count, rel=1e-5)
+        total, count = total + loss * len(target), count + len(target)
+    assert losses(run(family, steps=1))[0] == pytest.approx(total / count, rel=1e-5)
 
 
 @pytest.mark.parametrize("family", GOLDEN)
@@ -115,7 +156,10 @@ def test_accumulation_changes_nothing(family, shape):
 def test_accumulation_is_exact_in_float64():
     def train64(micro, accumulate):
         model = mini_model("causal", "xs", VOCAB, 0).double()
-        return train(model, Rows(), EXAMPLES, config(batch_size=micro, accumulate=accumulate, steps=6)).model
+        return train(
+            model, Rows(), EXAMPLES, config(batch_size=micro, accumulate=accumulate, steps=6)
+        ).model
+
     for a, b in zip(train64(8, 1).parameters(), train64(2, 4).parameters()):
         torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-7)
 
@@ -125,7 +169,7 @@ def test_training_learns_and_is_the_same_every_time():
     a = run(steps=150, lr=5e-3, dropout=0.1)
     random.random(), torch.rand(7)
     b = run(steps=150, lr=5e-3, dropout=0.1)
-    assert losses(a)[-1] < 0.8*losses(a)[0]
+    assert losses(a)[-1] < 0.8 * losses(a)[0]
     assert losses(a) == losses(b) and same_bits(a.model, b.model)
 
 
@@ -137,12 +181,16 @@ def test_another_seed_is_another_training():
 
 class TwoTerms(Rows):
     "First target token and the rest as two terms."
+
     def __init__(self, weights):
         super().__init__()
         self.weights = weights
 
     def counts(self, batch):
-        return {"first": len(batch["input_ids"]), "rest": len(batch["target_ids"]) - len(batch["input_ids"])}
+        return {
+            "first": len(batch["input_ids"]),
+            "rest": len(batch["target_ids"]) - len(batch["input_ids"]),
+        }
 
     def sums(self, model, batch):
         nll = target_nll(model, batch)
@@ -156,12 +204,13 @@ class TwoTerms(Rows):
 def test_the_total_is_the_weighted_sum_of_token_means(w1, w2):
     result = run(method=TwoTerms({"first": w1, "rest": w2}), steps=2, batch_size=2, accumulate=4)
     for row in result.history:
-        assert row["loss"] == pytest.approx(w1*row["first"] + w2*row["rest"], rel=1e-6)
+        assert row["loss"] == pytest.approx(w1 * row["first"] + w2 * row["rest"], rel=1e-6)
 
 
 def test_a_term_of_weight_zero_is_measured_and_has_no_effect():
     def final(weights):
         return run(method=TwoTerms(weights), steps=5)
+
     with_zero, other = final({"first": 1.0, "rest": 0.0}), final({"first": 1.0, "rest": 1.0})
     assert all(row["rest"] > 0 and row["loss"] == row["first"] for row in with_zero.history)
     assert not same_bits(with_zero.model, other.model)
@@ -172,6 +221,7 @@ def test_a_term_of_weight_zero_is_measured_and_has_no_effect():
 
         def sums(self, model, batch):
             return {"first": super().sums(model, batch)["first"]}
+
     alone = run(method=OnlyFirst({"first": 1.0}), steps=5)
     for a, b in zip(alone.model.parameters(), with_zero.model.parameters()):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
@@ -182,17 +232,22 @@ def test_a_step_is_adamw_with_clipping_and_decay():
     cfg = config(steps=2, weight_decay=0.1, clip=0.05, warmup=1, lr=1e-2)
     result = train(mini_model("causal", "xs", VOCAB, 0), Rows(), EXAMPLES, cfg)
     model, method = mini_model("causal", "xs", VOCAB, 0), Rows()
-    groups = [{"params": [p for p in model.parameters() if p.ndim == 2], "weight_decay": 0.1},
-              {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0}]
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim == 2], "weight_decay": 0.1},
+        {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.AdamW(groups, lr=1e-2, fused=False, foreach=False)
     order = batch_order([method.size(method.encode(e)) for e in EXAMPLES], 8, 0)
     for step, chosen in enumerate(islice(order, 2)):
         batch = method.collate([method.encode(EXAMPLES[i]) for i in chosen])
         target_nll(model, batch).mean().backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), 0.05)
-        assert result.history[step]["grad_norm"] == pytest.approx(norm.item(), rel=1e-4) and norm > 0.05
+        assert (
+            result.history[step]["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+            and norm > 0.05
+        )
         for group in optimizer.param_groups:
-            group["lr"] = 1e-2*[0.5, 1.0][step]
+            group["lr"] = 1e-2 * [0.5, 1.0][step]
         optimizer.step()
         optimizer.zero_grad()
     for a, b in zip(result.model.parameters(), model.parameters()):
@@ -205,23 +260,29 @@ def test_schedules_rise_then_fall(steps, warmup, name):
     factors = [lr_factor(s, cfg) for s in range(steps)]
     assert all(0 < f <= 1 for f in factors)
     top = factors.index(max(factors))
-    assert factors[:top + 1] == sorted(factors[:top + 1])
+    assert factors[: top + 1] == sorted(factors[: top + 1])
     assert name == "constant" or factors[top:] == sorted(factors[top:], reverse=True)
-    assert top <= math.ceil(warmup*steps)
+    assert top <= math.ceil(warmup * steps)
 
 
 # ---------------------------------------------------------------- batches
 
-@given(st.lists(st.integers(1, 50), min_size=1, max_size=120), st.integers(1, 17), st.integers(0, 5), st.booleans())
+
+@given(
+    st.lists(st.integers(1, 50), min_size=1, max_size=120),
+    st.integers(1, 17),
+    st.integers(0, 5),
+    st.booleans(),
+)
 def test_no_example_is_lost_or_favoured(sizes, batch, seed, bucket):
     epochs, n = 3, len(sizes)
-    first = list(islice(batch_order(sizes, batch, seed, bucket, window=3), epochs*n//batch))
-    again = list(islice(batch_order(sizes, batch, seed, bucket, window=3), epochs*n//batch))
+    first = list(islice(batch_order(sizes, batch, seed, bucket, window=3), epochs * n // batch))
+    again = list(islice(batch_order(sizes, batch, seed, bucket, window=3), epochs * n // batch))
     assert first == again and all(len(b) == batch for b in first)
     seen = [i for b in first for i in b]
-    assert epochs*n - len(seen) < batch  # all but a leftover of less than one batch
-    missing = epochs*n - sum(min(seen.count(i), epochs) for i in range(n))
-    assert missing == epochs*n - len(seen) and max(seen.count(i) for i in range(n)) <= epochs
+    assert epochs * n - len(seen) < batch  # all but a leftover of less than one batch
+    missing = epochs * n - sum(min(seen.count(i), epochs) for i in range(n))
+    assert missing == epochs * n - len(seen) and max(seen.count(i) for i in range(n)) <= epochs
     assert all([sizes[i] for i in b] == sorted(sizes[i] for i in b) for b in first)
 
 
@@ -230,33 +291,52 @@ def test_buckets_save_padding_and_epochs_differ():
     sizes = [draw.randint(5, 100) for _ in range(640)]
 
     def padded(bucket):
-        return sum(len(b)*max(sizes[i] for i in b) for b in islice(batch_order(sizes, 16, 0, bucket), 40))
-    assert padded(True) < 0.75*padded(False)
+        return sum(
+            len(b) * max(sizes[i] for i in b) for b in islice(batch_order(sizes, 16, 0, bucket), 40)
+        )
+
+    assert padded(True) < 0.75 * padded(False)
     stream = list(islice(batch_order(sizes, 16, 0), 80))
-    assert stream[:40] != stream[40:] and not {frozenset(b) for b in stream[:40]} & {frozenset(b) for b in stream[40:]}
+    assert stream[:40] != stream[40:] and not {frozenset(b) for b in stream[:40]} & {
+        frozenset(b) for b in stream[40:]
+    }
 
 
 @given(st.integers(1, 5), st.integers(1, 4), st.integers(1, 4))
 def test_micro_batches_are_a_partition(width, accumulate, world):
-    batch = list(range(width*accumulate*world))
+    batch = list(range(width * accumulate * world))
     shares = [micro_batches(batch, accumulate, world, rank) for rank in range(world)]
     assert all(len(s) == accumulate and all(len(m) == width for m in s) for s in shares)
     assert sorted(i for s in shares for m in s for i in m) == batch
 
 
 @settings(deadline=None, max_examples=25)
-@given(st.lists(st.tuples(st.lists(st.integers(4, 60), min_size=1, max_size=9), st.lists(st.integers(4, 60), min_size=1, max_size=5)),
-                min_size=1, max_size=5))
+@given(
+    st.lists(
+        st.tuples(
+            st.lists(st.integers(4, 60), min_size=1, max_size=9),
+            st.lists(st.integers(4, 60), min_size=1, max_size=5),
+        ),
+        min_size=1,
+        max_size=5,
+    )
+)
 def test_targets_sit_where_they_are_predicted(pairs):
     batch = causal_batch(pairs, 0)
     flat = batch["input_ids"].flatten()
-    assert flat[batch["target_index"] + 1].tolist() == batch["target_ids"].tolist() == [t for _, target in pairs for t in target]
+    assert (
+        flat[batch["target_index"] + 1].tolist()
+        == batch["target_ids"].tolist()
+        == [t for _, target in pairs for t in target]
+    )
     both = seq2seq_batch(pairs, 0, start_id=0)
     decoder = both["decoder_input_ids"]
     assert both["attention_mask"].sum(1).tolist() == [len(s) for s, _ in pairs]
     for b, (_, target) in enumerate(pairs):
-        assert decoder[b, :len(target)].tolist() == [0, *target[:-1]]
-    assert both["target_index"].tolist() == [b*decoder.shape[1] + i for b, (_, t) in enumerate(pairs) for i in range(len(t))]
+        assert decoder[b, : len(target)].tolist() == [0, *target[:-1]]
+    assert both["target_index"].tolist() == [
+        b * decoder.shape[1] + i for b, (_, t) in enumerate(pairs) for i in range(len(t))
+    ]
 
 
 @pytest.mark.parametrize("family", GOLDEN)
@@ -272,25 +352,76 @@ def test_padding_and_neighbours_change_nothing(family):
 
 def other_architectures():
     import transformers as tf
-    small = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
-    yield "gpt2", lambda: tf.GPT2LMHeadModel(tf.GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=2))
+
+    small = {
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 48,
+    }
+    yield (
+        "gpt2",
+        lambda: tf.GPT2LMHeadModel(tf.GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=2)),
+    )
     yield "qwen2", lambda: tf.Qwen2ForCausalLM(tf.Qwen2Config(**small, num_key_value_heads=1))
     yield "neox", lambda: tf.GPTNeoXForCausalLM(tf.GPTNeoXConfig(**small))
     yield "phi", lambda: tf.PhiForCausalLM(tf.PhiConfig(**small))
-    yield "opt", lambda: tf.OPTForCausalLM(tf.OPTConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, ffn_dim=48,
-                                                        word_embed_proj_dim=16))
-    yield "gemma2 (soft cap)", lambda: tf.Gemma2ForCausalLM(tf.Gemma2Config(**small, num_key_value_heads=1, head_dim=16,
-                                                                            final_logit_softcapping=3.0))
-    yield "cohere (logit scale)", lambda: tf.CohereForCausalLM(tf.CohereConfig(**small, logit_scale=0.0625))
-    yield "granite (logits scaling)", lambda: tf.GraniteForCausalLM(tf.GraniteConfig(**small, logits_scaling=8.0))
-    yield "t5 untied", lambda: tf.T5ForConditionalGeneration(tf.T5Config(vocab_size=VOCAB, d_model=32, d_kv=16, d_ff=48, num_layers=2, num_heads=2,
-                                                                         tie_word_embeddings=False, decoder_start_token_id=0))
+    yield (
+        "opt",
+        lambda: tf.OPTForCausalLM(
+            tf.OPTConfig(
+                vocab_size=VOCAB,
+                hidden_size=32,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                ffn_dim=48,
+                word_embed_proj_dim=16,
+            )
+        ),
+    )
+    yield (
+        "gemma2 (soft cap)",
+        lambda: tf.Gemma2ForCausalLM(
+            tf.Gemma2Config(
+                **small, num_key_value_heads=1, head_dim=16, final_logit_softcapping=3.0
+            )
+        ),
+    )
+    yield (
+        "cohere (logit scale)",
+        lambda: tf.CohereForCausalLM(tf.CohereConfig(**small, logit_scale=0.0625)),
+    )
+    yield (
+        "granite (logits scaling)",
+        lambda: tf.GraniteForCausalLM(tf.GraniteConfig(**small, logits_scaling=8.0)),
+    )
+    yield (
+        "t5 untied",
+        lambda: tf.T5ForConditionalGeneration(
+            tf.T5Config(
+                vocab_size=VOCAB,
+                d_model=32,
+                d_kv=16,
+                d_ff=48,
+                num_layers=2,
+                num_heads=2,
+                tie_word_embeddings=False,
+                decoder_start_token_id=0,
+            )
+        ),
+    )
 
 
-@pytest.mark.parametrize("name, build", list(other_architectures()), ids=lambda x: x if isinstance(x, str) else "")
+@pytest.mark.parametrize(
+    "name, build", list(other_architectures()), ids=lambda x: x if isinstance(x, str) else ""
+)
 def test_target_logits_equal_the_full_models(name, build):
     torch.manual_seed(0)
-    model, method = build().double().eval(), Rows("t5" if name.startswith("t5") else "causal")  # in float32 the order of sums shows
+    model, method = (
+        build().double().eval(),
+        Rows("t5" if name.startswith("t5") else "causal"),
+    )  # in float32 the order of sums shows
     batch = method.collate(EXAMPLES[:4])
     inputs = {k: v for k, v in batch.items() if not k.startswith("target")}
     full = model(**inputs).logits.flatten(0, 1)[batch["target_index"]]
@@ -315,12 +446,29 @@ SCRIPT = """
 
 
 def killed_training(folder, at_step, pause=0.0):
-    script = [sys.executable, "-c", textwrap.dedent(SCRIPT), os.path.dirname(__file__), str(folder), str(at_step), str(pause)]
+    script = [
+        sys.executable,
+        "-c",
+        textwrap.dedent(SCRIPT),
+        os.path.dirname(__file__),
+        str(folder),
+        str(at_step),
+        str(pause),
+    ]
     return subprocess.Popen(script, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
 def long_run(folder=None):
-    return run(steps=40, save_every=6, eval_every=9, keep_best=True, lr=5e-3, dropout=0.1, run_dir=folder, validate=mean_loss)
+    return run(
+        steps=40,
+        save_every=6,
+        eval_every=9,
+        keep_best=True,
+        lr=5e-3,
+        dropout=0.1,
+        run_dir=folder,
+        validate=mean_loss,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -331,7 +479,13 @@ def uninterrupted(tmp_path_factory):
 def assert_same_run(a, b):
     def rows_of(result):
         return [{k: v for k, v in r.items() if k != "seconds"} for r in result.history]
-    assert rows_of(a) == rows_of(b) and a.best == b.best and a.tokens == b.tokens and a.steps == b.steps
+
+    assert (
+        rows_of(a) == rows_of(b)
+        and a.best == b.best
+        and a.tokens == b.tokens
+        and a.steps == b.steps
+    )
     assert same_bits(a.model, b.model)
 
 
@@ -341,8 +495,13 @@ def test_kill_9_then_resume_ends_bit_identical(tmp_path, uninterrupted):
     assert last_checkpoint(tmp_path).name == "step-0000024"
     resumed = long_run(tmp_path)
     assert_same_run(resumed, uninterrupted)
-    on_disk = [{k: v for k, v in r.items() if k != "seconds"} for r in read_jsonl(tmp_path/"metrics.jsonl")]
-    assert on_disk == [{k: v for k, v in r.items() if k != "seconds"} for r in uninterrupted.history]
+    on_disk = [
+        {k: v for k, v in r.items() if k != "seconds"}
+        for r in read_jsonl(tmp_path / "metrics.jsonl")
+    ]
+    assert on_disk == [
+        {k: v for k, v in r.items() if k != "seconds"} for r in uninterrupted.history
+    ]
 
 
 def test_kills_at_arbitrary_moments(tmp_path, uninterrupted):
@@ -350,7 +509,11 @@ def test_kills_at_arbitrary_moments(tmp_path, uninterrupted):
     for extra in (0.0, 0.35):
         process = killed_training(tmp_path, at_step=-1, pause=0.05)
         before, deadline = last_checkpoint(tmp_path), time.monotonic() + 120
-        while last_checkpoint(tmp_path) == before and process.poll() is None and time.monotonic() < deadline:
+        while (
+            last_checkpoint(tmp_path) == before
+            and process.poll() is None
+            and time.monotonic() < deadline
+        ):
             time.sleep(0.002)
         time.sleep(extra)
         process.kill()
@@ -368,6 +531,7 @@ def test_a_finished_run_is_read_not_trained_again(tmp_path):
 
         def on_step(self, loop):
             Count.steps += 1
+
     a = run(run_dir=tmp_path, save_every=5, validate=mean_loss, keep_best=True, callbacks=[Count()])
     b = run(run_dir=tmp_path, save_every=5, validate=mean_loss, keep_best=True, callbacks=[Count()])
     assert Count.steps == 12 and b.steps == 12
@@ -376,28 +540,50 @@ def test_a_finished_run_is_read_not_trained_again(tmp_path):
 
 def test_only_the_last_checkpoint_stays_and_holds_no_pickle(tmp_path):
     run(run_dir=tmp_path, save_every=5, validate=mean_loss, keep_best=True)
-    assert [p.name for p in (tmp_path/"checkpoints").iterdir()] == ["step-0000012"]
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-0000012"]
     names = sorted(p.name for p in last_checkpoint(tmp_path).iterdir())
-    assert names == ["best.safetensors", "model.safetensors", "optimizer.safetensors", "rng-0.safetensors", "state.json"]
+    assert names == [
+        "best.safetensors",
+        "model.safetensors",
+        "optimizer.safetensors",
+        "rng-0.safetensors",
+        "state.json",
+    ]
 
 
 def test_half_written_checkpoints_are_ignored(tmp_path):
-    part = tmp_path/"checkpoints/.step-0000099.part"
+    part = tmp_path / "checkpoints/.step-0000099.part"
     part.mkdir(parents=True)
-    (part/"model.safetensors").write_bytes(b"half")
+    (part / "model.safetensors").write_bytes(b"half")
     assert last_checkpoint(tmp_path) is None
     assert same_bits(run(run_dir=tmp_path, save_every=5).model, run().model)
     assert not part.exists()
 
 
-@pytest.mark.parametrize("change", [{"lr": 1e-3}, {"steps": 13}, {"batch_size": 4}, {"seed": 1}, {"examples": EXAMPLES[1:]}, {"family": "t5"},
-                                    {"method": TwoTerms({"first": 1.0, "rest": 1.0})}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"lr": 1e-3},
+        {"steps": 13},
+        {"batch_size": 4},
+        {"seed": 1},
+        {"examples": EXAMPLES[1:]},
+        {"family": "t5"},
+        {"method": TwoTerms({"first": 1.0, "rest": 1.0})},
+    ],
+)
 def test_a_checkpoint_of_another_training_is_refused(tmp_path, change):
     run(run_dir=tmp_path, save_every=5)
     arguments = {"run_dir": tmp_path, "save_every": 5} | change
     with pytest.raises(UserError, match="other settings"):
         if "seed" in change:
-            train(mini_model("causal", "xs", VOCAB, 0), Rows(), EXAMPLES, config(seed=1, save_every=5), run_dir=tmp_path)
+            train(
+                mini_model("causal", "xs", VOCAB, 0),
+                Rows(),
+                EXAMPLES,
+                config(seed=1, save_every=5),
+                run_dir=tmp_path,
+            )
         else:
             run(**arguments)
 
@@ -407,6 +593,7 @@ def test_settings_that_cannot_change_numbers_may_change(tmp_path):
         def on_step(self, loop):
             if loop.step == 8:
                 raise KeyboardInterrupt
+
     with pytest.raises(KeyboardInterrupt):
         run(run_dir=tmp_path, save_every=5, callbacks=[Stop()])
     resumed = run(run_dir=tmp_path, save_every=3, batch_size=4, accumulate=2, log_every=4)
@@ -426,10 +613,17 @@ def test_full_disk_keeps_the_checkpoint_before(tmp_path):
         try: run(run_dir={str(tmp_path)!r}, save_every=5, callbacks=[Shrink()])
         except UserError as e: print(e)
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=400,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert "could not be written" in done.stdout and "Free some space" in done.stdout, done.stderr[-2000:]
-    assert [p.name for p in (tmp_path/"checkpoints").iterdir()] == ["step-0000005"]
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        timeout=400,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert "could not be written" in done.stdout and "Free some space" in done.stdout, done.stderr[
+        -2000:
+    ]
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-0000005"]
     assert same_bits(run(run_dir=tmp_path, save_every=5).model, run().model)
 
 
@@ -438,6 +632,7 @@ def test_random_states_come_back():
 
     def draw():
         return random.gauss(0, 1), np.random.normal(), torch.rand(3).tolist()
+
     draw()
     state = rng_state()
     first = draw(), draw()
@@ -460,6 +655,7 @@ def test_callbacks_keep_their_state(tmp_path):
 
         def load(self, state):
             self.total = state["total"]
+
     with pytest.raises(KeyboardInterrupt):
         run(run_dir=tmp_path, save_every=5, callbacks=[Sum(stop_at=8)])
     counter = Sum()
@@ -469,6 +665,7 @@ def test_callbacks_keep_their_state(tmp_path):
 
 # ---------------------------------------------------------------- validation
 
+
 def test_best_weights_and_early_stopping():
     scores = iter([0.1, 0.5, 0.4, 0.3, 0.9])
     seen = []
@@ -477,8 +674,13 @@ def test_best_weights_and_early_stopping():
         assert not model.training and not torch.is_grad_enabled()
         seen.append([p.clone() for p in model.parameters()])
         return {"score": next(scores)}
+
     result = run(steps=50, eval_every=4, keep_best=True, early_stop=2, validate=validate)
-    assert result.best == {"step": 8, "score": 0.5} and result.steps == 16 and "no better score" in result.stop
+    assert (
+        result.best == {"step": 8, "score": 0.5}
+        and result.steps == 16
+        and "no better score" in result.stop
+    )
     assert all(torch.equal(a, b) for a, b in zip(seen[1], result.model.parameters()))
     assert [r["score"] for r in result.history if "score" in r] == [0.1, 0.5, 0.4, 0.3]
 
@@ -487,6 +689,7 @@ def test_validation_does_not_disturb_training():
     def validate(model):
         torch.rand(100)
         return {"score": 0.0}
+
     a, b = run(dropout=0.2), run(dropout=0.2, eval_every=3, validate=validate)
     assert losses(a) == losses(b) and same_bits(a.model, b.model)
 
@@ -500,18 +703,20 @@ def test_validation_happens_at_the_end_and_needs_a_score():
 
 # ---------------------------------------------------------------- models
 
+
 def test_tied_heads_stay_tied(tmp_path):
     for family in GOLDEN:
-        result = run(family, run_dir=tmp_path/family, save_every=6)
-        resumed = run(family, run_dir=tmp_path/family, save_every=6)
+        result = run(family, run_dir=tmp_path / family, save_every=6)
+        resumed = run(family, run_dir=tmp_path / family, save_every=6)
         for model in (result.model, resumed.model):
             assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    names = json.loads((last_checkpoint(tmp_path/"causal")/"state.json").read_text())
+    names = json.loads((last_checkpoint(tmp_path / "causal") / "state.json").read_text())
     assert names["step"] == 12
 
 
 class FromTeacher(Rows):
     "Cross-entropy to a teacher's distribution: a method that owns a model."
+
     def __init__(self, teacher):
         super().__init__()
         self.teacher = teacher
@@ -519,7 +724,7 @@ class FromTeacher(Rows):
     def sums(self, model, batch):
         with torch.no_grad():
             wanted = target_logits(self.teacher, batch).softmax(-1)
-        return {"loss": -(wanted*target_logits(model, batch).log_softmax(-1)).sum()}
+        return {"loss": -(wanted * target_logits(model, batch).log_softmax(-1)).sum()}
 
 
 def test_a_teacher_in_the_method_is_left_alone():
@@ -529,8 +734,17 @@ def test_a_teacher_in_the_method_is_left_alone():
     class Watch(Callback):
         def on_step(self, loop):
             assert not teacher.training and loop.model.training
-            assert not {id(p) for p in loop.objective.parameters()} & {id(p) for p in teacher.parameters()}
-    result = run(method=FromTeacher(teacher), callbacks=[Watch()], eval_every=4, validate=mean_loss, fsdp=True)  # one process: nothing to split
+            assert not {id(p) for p in loop.objective.parameters()} & {
+                id(p) for p in teacher.parameters()
+            }
+
+    result = run(
+        method=FromTeacher(teacher),
+        callbacks=[Watch()],
+        eval_every=4,
+        validate=mean_loss,
+        fsdp=True,
+    )  # one process: nothing to split
     assert not teacher.training and all(p.grad is None for p in teacher.parameters())
     assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
     assert losses(result)[-1] < losses(result)[0]
@@ -542,7 +756,10 @@ def test_frozen_parts_stay_and_a_frozen_model_is_an_error():
     start = {k: v.clone() for k, v in model.state_dict().items()}
     train(model, Rows(), EXAMPLES, config())
     changed = {k for k, v in model.state_dict().items() if not torch.equal(v, start[k])}
-    assert "model.embed_tokens.weight" not in changed and "model.layers.0.mlp.up_proj.weight" in changed
+    assert (
+        "model.embed_tokens.weight" not in changed
+        and "model.layers.0.mlp.up_proj.weight" in changed
+    )
     with pytest.raises(UserError, match="asks for a gradient"):
         train(model.requires_grad_(False), Rows(), EXAMPLES, config())
 
@@ -550,26 +767,38 @@ def test_frozen_parts_stay_and_a_frozen_model_is_an_error():
 def test_lora_trains_saves_resumes_and_merges(tmp_path):
     def lora_run(folder=None, callbacks=()):
         model = mini_model("causal", "xs", VOCAB, 0)
-        return train(model, Rows(), EXAMPLES, config(lora={"r": 4, "alpha": 8, "dropout": 0.1}, lr=1e-2, save_every=5), run_dir=folder,
-                     callbacks=callbacks)
+        return train(
+            model,
+            Rows(),
+            EXAMPLES,
+            config(lora={"r": 4, "alpha": 8, "dropout": 0.1}, lr=1e-2, save_every=5),
+            run_dir=folder,
+            callbacks=callbacks,
+        )
 
     class Stop(Callback):
         def on_step(self, loop):
             if loop.step == 7:
                 raise KeyboardInterrupt
+
     whole = lora_run()
     with pytest.raises(KeyboardInterrupt):
-        lora_run(tmp_path/"run", [Stop()])
-    resumed = lora_run(tmp_path/"run")
+        lora_run(tmp_path / "run", [Stop()])
+    resumed = lora_run(tmp_path / "run")
     assert same_bits(whole.model, resumed.model)
     base = mini_model("causal", "xs", VOCAB, 0)
     for name, p in base.named_parameters():
         got = dict(whole.model.get_base_model().named_parameters())
         assert torch.equal(p, got.get(name, got.get(name.replace(".weight", ".base_layer.weight"))))
-    saved = save_model(whole.model, tmp_path/"adapter")
-    trained = sum(p.numel() for p in whole.model.parameters() if p.requires_grad)   # the file holds these in float32, and a header
-    assert 4*trained < (saved/"adapter_model.safetensors").stat().st_size < 4*trained + 8_192 and not list(saved.glob("*.bin"))
+    saved = save_model(whole.model, tmp_path / "adapter")
+    trained = sum(
+        p.numel() for p in whole.model.parameters() if p.requires_grad
+    )  # the file holds these in float32, and a header
+    assert 4 * trained < (
+        saved / "adapter_model.safetensors"
+    ).stat().st_size < 4 * trained + 8_192 and not list(saved.glob("*.bin"))
     from peft import PeftModel
+
     merged = PeftModel.from_pretrained(base, str(saved)).merge_and_unload().eval()
     ids = torch.tensor([EXAMPLES[0]["source"]])
     torch.testing.assert_close(merged(ids).logits, whole.model(ids).logits, atol=1e-4, rtol=1e-4)
@@ -588,7 +817,9 @@ def test_bfloat16_autocast_runs_and_keeps_float32_weights(family):
     plain, half = run(family), run(family, precision="bf16")
     assert all(p.dtype == torch.float32 for p in half.model.parameters())
     assert losses(half) == pytest.approx(losses(plain), rel=0.03) and losses(half) != losses(plain)
-    assert losses(run(family)) == losses(plain)  # and the precision of one run does not leak into the next
+    assert losses(run(family)) == losses(
+        plain
+    )  # and the precision of one run does not leak into the next
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="fp16 is fine on a GPU")
@@ -605,14 +836,19 @@ def test_gradient_checkpointing_and_compilation_change_no_number():
     def counted(self, *args, **kwargs):
         calls.append(1)
         return inner(self, *args, **kwargs)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(mini_model("causal", "xs", VOCAB, 0).model.layers[0].mlp), "forward", counted)
+        patch.setattr(
+            type(mini_model("causal", "xs", VOCAB, 0).model.layers[0].mlp), "forward", counted
+        )
         run(steps=3)
         once, calls[:] = len(calls), []
         assert losses(run(steps=3, gradient_checkpointing=True)) == pytest.approx(plain, rel=1e-5)
-    assert len(calls) == 2*once                                               # every layer ran again in the backward pass
+    assert len(calls) == 2 * once  # every layer ran again in the backward pass
     lora = {"lora": {"r": 2}, "steps": 3}
-    assert losses(run(**lora, gradient_checkpointing=True)) == pytest.approx(losses(run(**lora)), rel=1e-5)
+    assert losses(run(**lora, gradient_checkpointing=True)) == pytest.approx(
+        losses(run(**lora)), rel=1e-5
+    )
 
 
 def test_fused_sft_is_sft_without_logits(monkeypatch):
@@ -625,7 +861,9 @@ def test_fused_sft_is_sft_without_logits(monkeypatch):
         loss = method.sums(model, batch)["loss"]
         loss.backward()
         found.append((loss.detach(), {name: p.grad for name, p in model.named_parameters()}))
-        monkeypatch.setattr(batches_module, "target_logits", lambda *_: pytest.fail("the logits were computed"))
+        monkeypatch.setattr(
+            batches_module, "target_logits", lambda *_: pytest.fail("the logits were computed")
+        )
     torch.testing.assert_close(found[0], found[1])
     monkeypatch.undo()
     assert losses(run(steps=3, method=lean)) == pytest.approx(losses(run(steps=3)), rel=1e-4)
@@ -645,7 +883,7 @@ def test_steps_that_fp16_leaves_out_for_good_end_the_training():
         loop_module._count_skips(loop)
     loop.optimizer.step_was_skipped = False
     loop_module._count_skips(loop)
-    assert loop.skipped == 0                                                  # one that was taken begins the count again
+    assert loop.skipped == 0  # one that was taken begins the count again
     loop.optimizer.step_was_skipped = True
     with pytest.raises(UserError, match="50 steps in a row overflowed"):
         for _ in range(60):
@@ -655,31 +893,48 @@ def test_steps_that_fp16_leaves_out_for_good_end_the_training():
 def test_encoded_examples_wait_in_four_bytes_a_token_and_come_back_as_they_were():
     import tracemalloc
     from collections import namedtuple
+
     Pair = namedtuple("Pair", "a b")
-    odd = [{"id": "x", "source": [1, 2**20], "none": [], "deep": [("label", [5, 6], [7])]}, [1.5, 2], ("a", (1, 2)), 7, Pair(1, [2]), [2**40], [True, 1]]
+    odd = [
+        {"id": "x", "source": [1, 2**20], "none": [], "deep": [("label", [5, 6], [7])]},
+        [1.5, 2],
+        ("a", (1, 2)),
+        7,
+        Pair(1, [2]),
+        [2**40],
+        [True, 1],
+    ]
     kept = batches_module.PackedItems()
     for item in odd:
         kept.append(item)
-    assert [kept[i] for i in range(len(odd))] == odd and type(kept[4]) is Pair and kept[6][0] is True
+    assert (
+        [kept[i] for i in range(len(odd))] == odd and type(kept[4]) is Pair and kept[6][0] is True
+    )
     draw = random.Random(0)
     tracemalloc.start()
     rows = batches_module.PackedItems()
     for _ in range(1000):
-        rows.append({"source": [draw.randrange(50_000) for _ in range(150)], "target": [draw.randrange(50_000) for _ in range(50)]})
+        rows.append(
+            {
+                "source": [draw.randrange(50_000) for _ in range(150)],
+                "target": [draw.randrange(50_000) for _ in range(50)],
+            }
+        )
     size, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert size/200_000 < 7, size                                             # lists of integers take 36
+    assert size / 200_000 < 7, size  # lists of integers take 36
 
 
 class Sometimes(Rows):
     "A second term that only some examples have."
+
     weights = {"loss": 0.5, "extra": 0.5}
 
     def counts(self, batch):
         return super().counts(batch) | {"extra": int((batch["input_ids"][:, 1] > 60).sum())}
 
     def sums(self, model, batch):
-        return super().sums(model, batch) | {"extra": 0.0*target_nll(model, batch).sum()}
+        return super().sums(model, batch) | {"extra": 0.0 * target_nll(model, batch).sum()}
 
 
 def test_a_batch_may_lack_a_term_only_where_the_method_says_so():
@@ -690,7 +945,7 @@ def test_a_batch_may_lack_a_term_only_where_the_method_says_so():
     method.optional = frozenset({"extra"})
     assert all(math.isfinite(x) for x in losses(run(steps=2, examples=few, method=method)))
     method.weights = {"loss": 0.0, "extra": 1.0}
-    with pytest.raises(UserError, match="no target tokens"):                  # nothing at all would be learned
+    with pytest.raises(UserError, match="no target tokens"):  # nothing at all would be learned
         run(steps=2, examples=few, method=method)
 
 
@@ -701,18 +956,25 @@ def test_layer_dropped_students_train():
 
 # ---------------------------------------------------------------- bad data and settings
 
+
 def test_no_targets_no_examples_too_long():
-    with pytest.raises(UserError, match=r"row-\d+.*step 1 has no target tokens for the term 'loss'"):
+    with pytest.raises(
+        UserError, match=r"row-\d+.*step 1 has no target tokens for the term 'loss'"
+    ):
         run(examples=[e | {"target": []} for e in EXAMPLES])
     with pytest.raises(UserError, match="no training examples"):
         run(examples=[])
     with pytest.raises(UserError, match="row-3: the example has"):
-        run(examples=EXAMPLES[:3] + [{"id": "row-3", "source": [5]*40, "target": [1]}], max_length=30)
+        run(
+            examples=EXAMPLES[:3] + [{"id": "row-3", "source": [5] * 40, "target": [1]}],
+            max_length=30,
+        )
     assert run(examples=EXAMPLES, max_length=30, steps=1).steps == 1
 
 
 class Poisoned(Rows):
     "The loss (or only its gradient) of rows with a certain token is not finite."
+
     def __init__(self, how):
         super().__init__()
         self.how = how
@@ -722,33 +984,64 @@ class Poisoned(Rows):
         if not (batch["input_ids"] == 63).any():
             return {"loss": nll}
         if self.how == "gradient":
-            zero = (nll*0).clamp(min=0)
+            zero = (nll * 0).clamp(min=0)
             return {"loss": nll + zero.sqrt()}  # value 0, slope infinite times zero
-        return {"loss": nll*math.inf}
+        return {"loss": nll * math.inf}
 
 
 @pytest.mark.parametrize("how", ["loss", "gradient"])
 def test_non_finite_stops_with_step_and_examples_before_the_weights_are_touched(tmp_path, how):
-    examples = [{**e, "source": [min(t, 62) for t in e["source"]], "target": [min(t, 62) for t in e["target"]]} for e in EXAMPLES]
+    examples = [
+        {
+            **e,
+            "source": [min(t, 62) for t in e["source"]],
+            "target": [min(t, 62) for t in e["target"]],
+        }
+        for e in EXAMPLES
+    ]
     examples[41] = {"id": "the-bad-one", "source": [2, 63, 3], "target": [5, 1]}
     weights = []
 
     class Keep(Callback):
         def on_step(self, loop):
             weights[:] = [p.clone() for p in loop.model.parameters()]
+
     model = mini_model("causal", "xs", VOCAB, 0)
     with pytest.raises(UserError, match="not finite at step") as error:
-        train(model, Poisoned(how), examples, config(steps=12, save_every=2), run_dir=tmp_path, callbacks=[Keep()])
+        train(
+            model,
+            Poisoned(how),
+            examples,
+            config(steps=12, save_every=2),
+            run_dir=tmp_path,
+            callbacks=[Keep()],
+        )
     order = batch_order([Rows().size(Rows().encode(e)) for e in examples], 8, 0)
     bad_step = next(i for i, b in enumerate(order, 1) if 41 in b)
     assert f"step {bad_step}." in str(error.value)
-    assert str(error.value).startswith("examples the-bad-one:") if how == "loss" else "the-bad-one" in str(error.value)
+    assert (
+        str(error.value).startswith("examples the-bad-one:")
+        if how == "loss"
+        else "the-bad-one" in str(error.value)
+    )
     assert all(torch.equal(a, b) for a, b in zip(weights, model.parameters()))
     assert last_checkpoint(tmp_path) is None or int(last_checkpoint(tmp_path).name[5:]) < bad_step
 
 
-@pytest.mark.parametrize("change", [{"steps": -1}, {"batch_size": 0}, {"lr": 0}, {"accumulate": 0}, {"schedule": "step"}, {"precision": "fp8"},
-                                    {"warmup": -0.1}, {"clip": -1}, {"log_every": 0}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"steps": -1},
+        {"batch_size": 0},
+        {"lr": 0},
+        {"accumulate": 0},
+        {"schedule": "step"},
+        {"precision": "fp8"},
+        {"warmup": -0.1},
+        {"clip": -1},
+        {"log_every": 0},
+    ],
+)
 def test_impossible_settings_name_themselves(change):
     with pytest.raises(UserError, match=f"TrainConfig.{next(iter(change))}"):
         config(**change)
@@ -756,38 +1049,44 @@ def test_impossible_settings_name_themselves(change):
 
 def test_save_model_replaces_whole_folders(tmp_path):
     a, b = mini_model("causal", "xs", VOCAB, 0), mini_model("t5", "xs", VOCAB, 0)
-    save_model(a, tmp_path/"m")
-    (tmp_path/"m/stray.txt").write_text("from before")
-    save_model(b, tmp_path/"m")
-    assert [p.name for p in tmp_path.iterdir()] == ["m"] and not (tmp_path/"m/stray.txt").exists()
-    assert json.loads((tmp_path/"m/config.json").read_text())["model_type"] == "t5"
+    save_model(a, tmp_path / "m")
+    (tmp_path / "m/stray.txt").write_text("from before")
+    save_model(b, tmp_path / "m")
+    assert [p.name for p in tmp_path.iterdir()] == ["m"] and not (tmp_path / "m/stray.txt").exists()
+    assert json.loads((tmp_path / "m/config.json").read_text())["model_type"] == "t5"
 
 
 # ---------------------------------------------------------------- averaged weights, trackers, memory
 
+
 def test_average_of_the_weights_is_validated_kept_and_resumed(tmp_path):
     class Average(Callback):
         "The same average, by the formula."
+
         def on_start(self, loop):
             self.weights = [p.detach().clone() for p in loop.model.parameters()]
 
         def on_step(self, loop):
-            decay = min(0.9, (1 + loop.step)/(10 + loop.step))
+            decay = min(0.9, (1 + loop.step) / (10 + loop.step))
             for average, p in zip(self.weights, loop.model.parameters()):
-                average.copy_(decay*average + (1 - decay)*p.detach())
+                average.copy_(decay * average + (1 - decay) * p.detach())
 
     class Stop(Callback):
         def on_step(self, loop):
             if loop.step == 8:
                 raise KeyboardInterrupt
+
     validated, average = [], Average()
 
     def validate(model):
         validated.append([p.clone() for p in model.parameters()])
         return {"score": float(len(validated))}
+
     with_average = run(ema=0.9, eval_every=4, validate=validate, callbacks=[average])
     assert losses(with_average) == losses(run())  # the training itself does not notice
-    for mine, seen, kept in zip(average.weights, validated[-1], with_average.model.parameters(), strict=True):
+    for mine, seen, kept in zip(
+        average.weights, validated[-1], with_average.model.parameters(), strict=True
+    ):
         torch.testing.assert_close(mine, kept.detach(), atol=1e-6, rtol=1e-5)
         assert torch.equal(seen, kept)
     with pytest.raises(KeyboardInterrupt):
@@ -804,6 +1103,7 @@ def test_best_of_the_averages_is_kept():
     def validate(model):
         seen.append([p.clone() for p in model.parameters()])
         return {"score": next(scores)}
+
     result = run(ema=0.5, eval_every=4, keep_best=True, validate=validate)
     assert all(torch.equal(a, b) for a, b in zip(seen[1], result.model.parameters()))
 
@@ -835,15 +1135,24 @@ def file_tracker():
 
         def finish(self):
             self.write(finished=True)
+
     return Lines
 
 
 def test_trackers_get_every_row(tmp_path):
-    tracker = state_module.Tracker(file_tracker()(tmp_path/"log.jsonl"), config={"note": "a test"})
+    tracker = state_module.Tracker(
+        file_tracker()(tmp_path / "log.jsonl"), config={"note": "a test"}
+    )
     result = run(callbacks=[tracker], log_every=3, eval_every=6, validate=mean_loss)
-    first, *rows, last = read_jsonl(tmp_path/"log.jsonl")
-    assert first["config"]["lr"] == 2e-3 and first["config"]["note"] == "a test" and last == {"finished": True}
-    assert [(r["step"], r.get("loss"), r.get("score")) for r in rows] == [(r["step"], r.get("loss"), r.get("score")) for r in result.history]
+    first, *rows, last = read_jsonl(tmp_path / "log.jsonl")
+    assert (
+        first["config"]["lr"] == 2e-3
+        and first["config"]["note"] == "a test"
+        and last == {"finished": True}
+    )
+    assert [(r["step"], r.get("loss"), r.get("score")) for r in rows] == [
+        (r["step"], r.get("loss"), r.get("score")) for r in result.history
+    ]
     assert losses(result) == losses(run(log_every=3))
 
 
@@ -857,11 +1166,19 @@ def test_a_tracker_that_accelerate_knows_by_name(tmp_path):
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_saved_activations_are_counted_without_data(family, precision):
     model = mini_model(family, "s", VOCAB, 0)
-    estimate = memory_module.memory_estimate(model.config, config(batch_size=8, precision=precision), length=48, targets=20)
-    real = memory_module.saved_bytes(model, memory_module._uniform_batch(model.config, 8, 48, 20), precision)
-    assert real <= estimate["activations"] <= 1.1*real
-    trained = 4*sum(p.numel() for p in model.parameters())
-    assert (estimate["weights"], estimate["gradients"], estimate["optimizer"]) == (trained, trained, 2*trained)
+    estimate = memory_module.memory_estimate(
+        model.config, config(batch_size=8, precision=precision), length=48, targets=20
+    )
+    real = memory_module.saved_bytes(
+        model, memory_module._uniform_batch(model.config, 8, 48, 20), precision
+    )
+    assert real <= estimate["activations"] <= 1.1 * real
+    trained = 4 * sum(p.numel() for p in model.parameters())
+    assert (estimate["weights"], estimate["gradients"], estimate["optimizer"]) == (
+        trained,
+        trained,
+        2 * trained,
+    )
     assert estimate["total"] == sum(v for k, v in estimate.items() if k != "total")
 
 
@@ -869,12 +1186,20 @@ def test_memory_estimate_knows_the_settings():
     shape = mini_model("causal", "m", VOCAB, 0).config
 
     def estimate(processes=1, teacher=None, **changes):
-        return memory_module.memory_estimate(shape, config(**changes), length=64, processes=processes, teacher=teacher)
+        return memory_module.memory_estimate(
+            shape, config(**changes), length=64, processes=processes, teacher=teacher
+        )
+
     plain = estimate()
-    assert estimate(fsdp=True, processes=4)["optimizer"] == plain["optimizer"]//4 and estimate(processes=4) == plain
-    assert estimate(lora={"r": 2})["gradients"] < 0.1*plain["gradients"]
-    assert estimate(gradient_checkpointing=True)["activations"] < 0.5*plain["activations"]
-    assert estimate(batch_size=16)["activations"] == pytest.approx(2*plain["activations"], rel=0.02)
+    assert (
+        estimate(fsdp=True, processes=4)["optimizer"] == plain["optimizer"] // 4
+        and estimate(processes=4) == plain
+    )
+    assert estimate(lora={"r": 2})["gradients"] < 0.1 * plain["gradients"]
+    assert estimate(gradient_checkpointing=True)["activations"] < 0.5 * plain["activations"]
+    assert estimate(batch_size=16)["activations"] == pytest.approx(
+        2 * plain["activations"], rel=0.02
+    )
     assert estimate(teacher=shape)["teacher"] > plain["weights"] > plain["teacher"] == 0
 
 
@@ -897,11 +1222,16 @@ PEAK = """
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux")
 def test_memory_estimate_is_near_the_measured_peak():
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(PEAK), os.path.dirname(__file__)], capture_output=True, text=True, timeout=400,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(PEAK), os.path.dirname(__file__)],
+        capture_output=True,
+        text=True,
+        timeout=400,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     measured, estimated = json.loads(done.stdout.splitlines()[-1])
-    assert measured > 150e6 and 0.75 < measured/estimated < 1.25, (measured, estimated)
+    assert measured > 150e6 and 0.75 < measured / estimated < 1.25, (measured, estimated)
 
 
 FAULTS = """
@@ -923,16 +1253,23 @@ FAULTS = """
 
 def test_reused_memory_saves_page_faults_and_changes_no_number():
     "In fresh processes with glibc's limit held at its lowest: how far it adapts by itself depends on what was freed before."
+
     def faults(how):
-        done = subprocess.run([sys.executable, "-c", textwrap.dedent(FAULTS), how], capture_output=True, text=True, check=True,
-                              env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072"})
+        done = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(FAULTS), how],
+            capture_output=True,
+            text=True,
+            check=True,
+            env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072"},
+        )
         return done.stdout.split()
+
     known, kept, after = faults("kept")
     if known == "False":
         pytest.skip("not glibc")
     _, returned, never = faults("returned")
-    assert int(kept) < 0.1*int(returned)
-    assert int(after) < 0.1*int(never)  # what follows is not left at the lowest limit
+    assert int(kept) < 0.1 * int(returned)
+    assert int(after) < 0.1 * int(never)  # what follows is not left at the lowest limit
     assert same_bits(run().model, run(keep_memory=False).model)
 
 
@@ -953,14 +1290,27 @@ def one_of_two(folder, fsdp):
     "What each of two processes does; called by Accelerate's notebook_launcher."
     from accelerate import PartialState
     from safetensors.torch import save_file
+
     folder = f"{folder}/{'fsdp' if fsdp else 'ddp'}"
-    result = run(batch_size=2, accumulate=2, run_dir=folder, save_every=6, eval_every=4, fsdp=fsdp, validate=mean_loss, ema=0.5 if fsdp else 0.0,
-                 method=TwoTerms({"first": 0.5, "rest": 2.0}))
+    result = run(
+        batch_size=2,
+        accumulate=2,
+        run_dir=folder,
+        save_every=6,
+        eval_every=4,
+        fsdp=fsdp,
+        validate=mean_loss,
+        ema=0.5 if fsdp else 0.0,
+        method=TwoTerms({"first": 0.5, "rest": 2.0}),
+    )
     assert PartialState().num_processes == 2 and torch.distributed.get_backend() == "gloo"
     assert all(hasattr(p, "full_tensor") == fsdp for p in result.model.parameters())
     assert result.model.get_output_embeddings().weight is result.model.get_input_embeddings().weight
     save_model(result.model, f"{folder}/saved-{0 if fsdp else PartialState().process_index}")
-    weights = {k: (p.full_tensor() if fsdp else p.detach()).contiguous().clone() for k, p in result.model.named_parameters()}
+    weights = {
+        k: (p.full_tensor() if fsdp else p.detach()).contiguous().clone()
+        for k, p in result.model.named_parameters()
+    }
     save_file(weights, f"{folder}/rank{PartialState().process_index}.safetensors")
 
 
@@ -970,13 +1320,26 @@ def free_port():
         return str(s.getsockname()[1])
 
 
-CPU = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
+CPU = {
+    "OMP_NUM_THREADS": "1",
+    "ACCELERATE_USE_CPU": "1",
+    "GLOO_SOCKET_IFNAME": "lo",
+    "CUDA_VISIBLE_DEVICES": "",
+}
 
 
 @pytest.fixture(scope="module")
 def two_in_a_notebook(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
-    argv = [sys.executable, "-c", textwrap.dedent(NOTEBOOK), os.path.dirname(__file__), str(folder), free_port(), free_port()]
+    argv = [
+        sys.executable,
+        "-c",
+        textwrap.dedent(NOTEBOOK),
+        os.path.dirname(__file__),
+        str(folder),
+        free_port(),
+        free_port(),
+    ]
     done = subprocess.run(argv, env=os.environ | CPU, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
@@ -987,25 +1350,42 @@ def test_two_gloo_processes_equal_one(two_in_a_notebook, kind):
     "Plain data parallelism, and torch's fully_shard (FSDP2) with averaged weights; accumulation, two terms, validation in both."
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
-    folder, terms = two_in_a_notebook/kind, TwoTerms({"first": 0.5, "rest": 2.0})
-    settings_ = {"batch_size": 8, "method": terms, "eval_every": 4, "validate": mean_loss, "ema": 0.5 if kind == "fsdp" else 0.0}
-    one, ranks = run(**settings_), [load_file(folder/f"rank{r}.safetensors") for r in range(2)]
+
+    folder, terms = two_in_a_notebook / kind, TwoTerms({"first": 0.5, "rest": 2.0})
+    settings_ = {
+        "batch_size": 8,
+        "method": terms,
+        "eval_every": 4,
+        "validate": mean_loss,
+        "ema": 0.5 if kind == "fsdp" else 0.0,
+    }
+    one, ranks = run(**settings_), [load_file(folder / f"rank{r}.safetensors") for r in range(2)]
     for name, p in one.model.named_parameters():
         assert torch.equal(ranks[0][name], ranks[1][name])
         torch.testing.assert_close(ranks[0][name], p.detach(), atol=2e-4, rtol=1e-3)
-    logged = read_jsonl(folder/"metrics.jsonl")
+    logged = read_jsonl(folder / "metrics.jsonl")
     assert [r["loss"] for r in logged if "loss" in r] == pytest.approx(losses(one), rel=2e-4)
-    assert [r["score"] for r in logged if "score" in r] == pytest.approx([r["score"] for r in one.history if "score" in r], rel=2e-4)
+    assert [r["score"] for r in logged if "score" in r] == pytest.approx(
+        [r["score"] for r in one.history if "score" in r], rel=2e-4
+    )
     assert [r.get("tokens") for r in logged] == [r.get("tokens") for r in one.history]
-    assert {p.name for p in last_checkpoint(folder).iterdir()} >= {"rng-0.safetensors", "rng-1.safetensors"}
-    resumed = run(run_dir=folder, save_every=6, **settings_)  # finished: one process reads what two wrote
+    assert {p.name for p in last_checkpoint(folder).iterdir()} >= {
+        "rng-0.safetensors",
+        "rng-1.safetensors",
+    }
+    resumed = run(
+        run_dir=folder, save_every=6, **settings_
+    )  # finished: one process reads what two wrote
     assert all(torch.equal(p, ranks[0][n]) for n, p in resumed.model.named_parameters())
-    loaded = AutoModelForCausalLM.from_pretrained(folder/"saved-0")
-    assert all(torch.equal(p, ranks[0][n]) for n, p in loaded.named_parameters()) and loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    loaded = AutoModelForCausalLM.from_pretrained(folder / "saved-0")
+    assert (
+        all(torch.equal(p, ranks[0][n]) for n, p in loaded.named_parameters())
+        and loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    )
 
 
 def test_accelerate_launch_with_the_committed_configuration(tmp_path):
-    script = tmp_path/"training.py"
+    script = tmp_path / "training.py"
     script.write_text(f"""
 import atexit, os, sys
 from pathlib import Path
@@ -1015,17 +1395,26 @@ def left():
     names = [p.read_text() for p in Path("/proc/self/task").glob("*/comm")]
     Path({str(tmp_path)!r}, "left-" + os.environ["RANK"]).write_text("".join(names))
 atexit.register(left)  # before the training: it runs after whatever the training leaves for the end
-result = run("t5", batch_size=4, accumulate=2, run_dir={str(tmp_path/'run')!r}, save_every=6)
+result = run("t5", batch_size=4, accumulate=2, run_dir={str(tmp_path / "run")!r}, save_every=6)
 from accelerate import PartialState
 assert PartialState().num_processes == 2
 """)
-    argv = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"{CONFIGS}/cpu.yaml", str(script)]
+    argv = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        f"{CONFIGS}/cpu.yaml",
+        str(script),
+    ]
     done = subprocess.run(argv, env=os.environ | CPU, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
     # a thread of gloo's that frees its last work while Python is ending aborts the process, about once in thirty launches
-    assert all("gloo" not in (tmp_path/f"left-{rank}").read_text() for rank in range(2))
+    assert all("gloo" not in (tmp_path / f"left-{rank}").read_text() for rank in range(2))
     one = run("t5", batch_size=16)
-    assert [r["loss"] for r in read_jsonl(tmp_path/"run/metrics.jsonl")] == pytest.approx(losses(one), rel=2e-4)
+    assert [r["loss"] for r in read_jsonl(tmp_path / "run/metrics.jsonl")] == pytest.approx(
+        losses(one), rel=2e-4
+    )
 
 
 @pytest.mark.parametrize("name", ["cpu", "ddp", "fsdp2", "deepspeed"])
@@ -1033,35 +1422,56 @@ def test_configurations_are_what_accelerate_takes(name, monkeypatch):
     "Not run here (but for cpu.yaml): parsed by Accelerate's own launcher, which refuses unknown keys, down to the environment it would set."
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+
     text = open(f"{CONFIGS}/{name}.yaml").read()
     assert ("not run here" in text) == (name != "cpu")
-    args, defaults, _ = _validate_launch_command(launch_command_parser().parse_args(["--config_file", f"{CONFIGS}/{name}.yaml", "x.py"]))
-    assert (args.multi_gpu, args.use_fsdp, args.use_deepspeed) == (name in ("cpu", "ddp"), name == "fsdp2", name == "deepspeed")
+    args, defaults, _ = _validate_launch_command(
+        launch_command_parser().parse_args(["--config_file", f"{CONFIGS}/{name}.yaml", "x.py"])
+    )
+    assert (args.multi_gpu, args.use_fsdp, args.use_deepspeed) == (
+        name in ("cpu", "ddp"),
+        name == "fsdp2",
+        name == "deepspeed",
+    )
     known = vars(launch_command_parser().parse_args(["x.py"]))
     assert not {*defaults.fsdp_config, *defaults.deepspeed_config} - set(known)
     if name == "deepspeed":
         args.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
         environment = prepare_deepspeed_cmd_env(args)[1]
-        assert environment["ACCELERATE_DEEPSPEED_ZERO_STAGE"] == "2" and environment["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] == "1"
+        assert (
+            environment["ACCELERATE_DEEPSPEED_ZERO_STAGE"] == "2"
+            and environment["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] == "1"
+        )
     else:
         environment = prepare_multi_gpu_env(args)
     if name == "fsdp2":
         from accelerate import FullyShardedDataParallelPlugin
+
         for key, value in environment.items():
             if "FSDP" in key:
                 monkeypatch.setenv(key, value)
         plugin = FullyShardedDataParallelPlugin()
-        plugin.set_auto_wrap_policy(setup_module.Objective(mini_model("causal", "xs", VOCAB, 0), Rows()))
+        plugin.set_auto_wrap_policy(
+            setup_module.Objective(mini_model("causal", "xs", VOCAB, 0), Rows())
+        )
         assert plugin.fsdp_version == 2 and plugin.reshard_after_forward is True
-        assert {c.__name__ for c in plugin.auto_wrap_policy.keywords["transformer_layer_cls"]} == {"LlamaDecoderLayer"}
+        assert {c.__name__ for c in plugin.auto_wrap_policy.keywords["transformer_layer_cls"]} == {
+            "LlamaDecoderLayer"
+        }
 
 
-@pytest.mark.parametrize("change", [{"save_every": 5}, {"ema": 0.9}, {"keep_best": True}, {"accumulate": 2}, {"fsdp": True}])
+@pytest.mark.parametrize(
+    "change",
+    [{"save_every": 5}, {"ema": 0.9}, {"keep_best": True}, {"accumulate": 2}, {"fsdp": True}],
+)
 def test_deepspeed_and_what_it_takes_away(change):
     "DeepSpeed is not installed here: only the refusal is tested, on an object with the two attributes that it looks at."
     from types import SimpleNamespace as Space
+
     plugin = Space(deepspeed_config={})
-    accelerator = Space(distributed_type=Space(value="DEEPSPEED"), state=Space(deepspeed_plugin=plugin))
+    accelerator = Space(
+        distributed_type=Space(value="DEEPSPEED"), state=Space(deepspeed_plugin=plugin)
+    )
     with pytest.raises(UserError, match="does not work with DeepSpeed"):
         setup_module._check_deepspeed(accelerator, config(**change))
     setup_module._check_deepspeed(accelerator, config(batch_size=4))

@@ -19,7 +19,7 @@ from ..core import UserError
 
 # %% ../../nbs/2_playground/02_answers.ipynb #21360102
 MAX_CHARS = 200  # longest text that is read as an equation; the longest label of SVAMP has about 40
-MAX_DEPTH = 32   # deepest nesting of parentheses and minus signs
+MAX_DEPTH = 32  # deepest nesting of parentheses and minus signs
 _TOKEN = re.compile(r"\s*(?:([0-9]+\.?[0-9]*|\.[0-9]+)|([-+*/()]))")
 
 
@@ -37,13 +37,15 @@ def tokenize(text: str) -> list[str]:
     while at < len(text):
         found = _TOKEN.match(text, at)
         if not found:
-            raise EquationError(f"unexpected {text[at:at + 12]!r} at character {at}")
+            raise EquationError(f"unexpected {text[at : at + 12]!r} at character {at}")
         tokens.append(found[1] or found[2])
         at = found.end()
     return tokens
 
 # %% ../../nbs/2_playground/02_answers.ipynb #8d302dfe
-def _chain(tokens: list[str], at: int, depth: int, operators: tuple[str, str], part: Callable) -> tuple[tuple, int]:
+def _chain(
+    tokens: list[str], at: int, depth: int, operators: tuple[str, str], part: Callable
+) -> tuple[tuple, int]:
     "Parts joined by `operators`, grouped from the left: (((a - b) + c) - d)."
     tree, at = part(tokens, at, depth)
     while at < len(tokens) and tokens[at] in operators:
@@ -89,7 +91,11 @@ def parse_equation(text: str) -> tuple:
 
 # %% ../../nbs/2_playground/02_answers.ipynb #5612deae
 _OPERATIONS: dict[str, Callable[[Fraction, Fraction], Fraction]] = {
-    "+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b, "/": lambda a, b: a / b}
+    "+": lambda a, b: a + b,
+    "-": lambda a, b: a - b,
+    "*": lambda a, b: a * b,
+    "/": lambda a, b: a / b,
+}
 
 
 def tree_value(tree: tuple) -> Fraction:
@@ -110,8 +116,10 @@ def equation_value(text: str) -> Fraction:
     return tree_value(parse_equation(text))
 
 # %% ../../nbs/2_playground/02_answers.ipynb #a91ffe8f
-def equation_equal(prediction: Any,       # text of a model
-                   label: Any) -> bool:   # gold equation or number
+def equation_equal(
+    prediction: Any,  # text of a model
+    label: Any,
+) -> bool:  # gold equation or number
     "Do the two texts have the same value? False if either has none (invalid text, division by zero, not a text)."
     try:
         return equation_value(prediction) == equation_value(label)
@@ -119,48 +127,72 @@ def equation_equal(prediction: Any,       # text of a model
         return False
 
 # %% ../../nbs/2_playground/02_answers.ipynb #ad2e5f40
-def exact_match(prediction: Any,       # text of a model
-                label: Any) -> bool:   # gold label
+def exact_match(
+    prediction: Any,  # text of a model
+    label: Any,
+) -> bool:  # gold label
     "Are the two texts equal, apart from white space at the ends? False if either is not a text or the label is empty."
-    return isinstance(prediction, str) and isinstance(label, str) and prediction.strip() == label.strip() != ""
+    return (
+        isinstance(prediction, str)
+        and isinstance(label, str)
+        and prediction.strip() == label.strip() != ""
+    )
 
 # %% ../../nbs/2_playground/02_answers.ipynb #01aff302
 METRICS: dict[str, Callable[[Any, Any], bool]] = {"exact": exact_match, "equation": equation_equal}
 
 
-def is_correct(metric: str,           # "exact" or "equation"
-               prediction: Any,       # text of a model
-               label: Any) -> bool:   # gold label
+def is_correct(
+    metric: str,  # "exact" or "equation"
+    prediction: Any,  # text of a model
+    label: Any,
+) -> bool:  # gold label
     "Is the prediction right by this metric? Raises UserError for an unknown metric."
     if metric not in METRICS:
-        raise UserError(f"{metric!r} is not a metric", where="metric", fix=f"Choose one of: {', '.join(sorted(METRICS))}.")
+        raise UserError(
+            f"{metric!r} is not a metric",
+            where="metric",
+            fix=f"Choose one of: {', '.join(sorted(METRICS))}.",
+        )
     return METRICS[metric](prediction, label)
 
 # %% ../../nbs/2_playground/02_answers.ipynb #42bba4b3
-def outcomes(metric: str,                     # "exact" or "equation"
-             predictions: Mapping[str, Any],  # id -> text of the model
-             examples: Iterable[Any],         # things with .id and .label; their order is the order of the result
-             ) -> list[bool]:
+def outcomes(
+    metric: str,  # "exact" or "equation"
+    predictions: Mapping[str, Any],  # id -> text of the model
+    examples: Iterable[Any],  # things with .id and .label; their order is the order of the result
+) -> list[bool]:
     "Right or wrong, one per example, joined by id. Raises UserError if an example has no prediction."
     examples = list(examples)
     missing = [e.id for e in examples if e.id not in predictions]
     if missing:
-        raise UserError(f"{len(missing)} of {len(examples)} examples have no prediction, the first is {missing[0]!r}", where="predictions",
-                        fix="Predict every example; a model that says nothing counts as the empty text.")
+        raise UserError(
+            f"{len(missing)} of {len(examples)} examples have no prediction, the first is {missing[0]!r}",
+            where="predictions",
+            fix="Predict every example; a model that says nothing counts as the empty text.",
+        )
     return [is_correct(metric, predictions[e.id], e.label) for e in examples]
 
 # %% ../../nbs/2_playground/02_answers.ipynb #7219b316
 def accuracy(rights: Sequence[bool]) -> float:
     "Share of right outcomes, 0 to 1. Raises UserError for an empty list: the accuracy on nothing is not zero."
     if len(rights) == 0:
-        raise UserError("there are no outcomes to average", where="accuracy", fix="Check that the split is not empty.")
+        raise UserError(
+            "there are no outcomes to average",
+            where="accuracy",
+            fix="Check that the split is not empty.",
+        )
     return float(sum(map(bool, rights)) / len(rights))
 
 # %% ../../nbs/2_playground/02_answers.ipynb #f206af93
 def majority_baseline(labels: Sequence[str], metric: str = "exact") -> tuple[str, float]:
     "The label that is right most often when it is always given, and its accuracy (0 to 1). Ties go to the label seen first."
     if not labels:
-        raise UserError("there are no labels", where="majority_baseline", fix="Check that the split is not empty.")
+        raise UserError(
+            "there are no labels",
+            where="majority_baseline",
+            fix="Check that the split is not empty.",
+        )
     keys = [equation_value(x) if metric == "equation" else x.strip() for x in labels]
     key, count = Counter(keys).most_common(1)[0]
     return labels[keys.index(key)], count / len(labels)
@@ -170,20 +202,29 @@ def pack_bits(rights: Sequence[bool]) -> str:
     "Outcomes as text: '<number of outcomes>:<hexadecimal digits>', four outcomes a digit, the first outcome is the highest bit."
     bits = [1 if bool(x) else 0 for x in rights]
     padded = bits + [0] * (-len(bits) % 4)
-    digits = (8*a + 4*b + 2*c + d for a, b, c, d in zip(*[iter(padded)] * 4))
+    digits = (8 * a + 4 * b + 2 * c + d for a, b, c, d in zip(*[iter(padded)] * 4))
     return f"{len(bits)}:" + "".join(f"{digit:x}" for digit in digits)
 
 # %% ../../nbs/2_playground/02_answers.ipynb #dc4f9e8c
-def unpack_bits(text: str,              # made by pack_bits
-                n: int | None = None,   # number of outcomes that is expected
-                ) -> list[bool]:
+def unpack_bits(
+    text: str,  # made by pack_bits
+    n: int | None = None,  # number of outcomes that is expected
+) -> list[bool]:
     "The outcomes again. Raises UserError if the text is damaged or does not hold `n` outcomes."
     found = re.fullmatch(r"([0-9]+):([0-9a-f]*)", text) if isinstance(text, str) else None
     if not found or len(found[2]) != -(-int(found[1]) // 4):
-        raise UserError(f"{str(text)[:40]!r} does not hold packed outcomes", where="unpack_bits", fix="Write it with pack_bits.")
+        raise UserError(
+            f"{str(text)[:40]!r} does not hold packed outcomes",
+            where="unpack_bits",
+            fix="Write it with pack_bits.",
+        )
     length = int(found[1])
     if n is not None and n != length:
-        raise UserError(f"{length} outcomes are stored where {n} were expected", where="unpack_bits", fix="Compare runs on the same split.")
+        raise UserError(
+            f"{length} outcomes are stored where {n} were expected",
+            where="unpack_bits",
+            fix="Compare runs on the same split.",
+        )
     bits = [bool(int(digit, 16) >> shift & 1) for digit in found[2] for shift in (3, 2, 1, 0)]
     return bits[:length]
 
@@ -191,14 +232,22 @@ def unpack_bits(text: str,              # made by pack_bits
 _KINDS = {"u1": "B", "f4": "f"}  # a byte for 0 to 1, or a float of 32 bits
 
 
-def pack_numbers(values: Sequence[float], kind: str = "f4") -> str:  # kind: "f4", or "u1" for numbers from 0 to 1
+def pack_numbers(
+    values: Sequence[float], kind: str = "f4"
+) -> str:  # kind: "f4", or "u1" for numbers from 0 to 1
     "Numbers as text: '<kind>:<base 64>', little-endian. Raises UserError for another kind or a number that does not fit."
     try:
-        made = [round(255*x) for x in values] if kind == "u1" else [float(x) for x in values]
-        return f"{kind}:" + base64.b64encode(struct.pack(f"<{len(made)}{_KINDS[kind]}", *made)).decode()
+        made = [round(255 * x) for x in values] if kind == "u1" else [float(x) for x in values]
+        return (
+            f"{kind}:"
+            + base64.b64encode(struct.pack(f"<{len(made)}{_KINDS[kind]}", *made)).decode()
+        )
     except (KeyError, ValueError, OverflowError, struct.error) as e:
-        raise UserError(f"these numbers cannot be packed as {kind!r} ({e})", where="pack_numbers",
-                        fix="Use 'u1' for finite numbers from 0 to 1 and 'f4' for others.") from e
+        raise UserError(
+            f"these numbers cannot be packed as {kind!r} ({e})",
+            where="pack_numbers",
+            fix="Use 'u1' for finite numbers from 0 to 1 and 'f4' for others.",
+        ) from e
 
 # %% ../../nbs/2_playground/02_answers.ipynb #d2152394
 def unpack_numbers(text: str) -> list[float]:
@@ -207,8 +256,11 @@ def unpack_numbers(text: str) -> list[float]:
         kind, _, digits = text.partition(":")
         data = base64.b64decode(digits, validate=True)
         size = struct.calcsize(_KINDS[kind])
-        found = struct.unpack(f"<{len(data)//size}{_KINDS[kind]}", data)
+        found = struct.unpack(f"<{len(data) // size}{_KINDS[kind]}", data)
     except (AttributeError, KeyError, ValueError, struct.error) as e:
-        raise UserError(f"{str(text)[:40]!r} does not hold packed numbers", where="unpack_numbers",
-                        fix="Write it with pack_numbers.") from e
-    return [x/255 for x in found] if kind == "u1" else list(found)
+        raise UserError(
+            f"{str(text)[:40]!r} does not hold packed numbers",
+            where="unpack_numbers",
+            fix="Write it with pack_numbers.",
+        ) from e
+    return [x / 255 for x in found] if kind == "u1" else list(found)

@@ -18,33 +18,59 @@ from .examples import load_split, numbered_rows
 @dataclass(frozen=True)
 class Dialogue:
     "One example: what the student reads, and the response that it learns to give."
+
     id: str
-    messages: tuple[dict, ...]  # {"role": "system", "user" or "assistant", "content": text}; the last is the user's
+    messages: tuple[
+        dict, ...
+    ]  # {"role": "system", "user" or "assistant", "content": text}; the last is the user's
     response: str
-    where: str = ""             # file:line, for messages
-    whole: bool = True          # the response has an end that can be learned; False: it was cut off
+    where: str = ""  # file:line, for messages
+    whole: bool = True  # the response has an end that can be learned; False: it was cut off
 
 # %% ../../nbs/4_probabilities/06_dialogues.ipynb #ed224d11
-_ROW = ("Write one JSON object a line: {\"prompt\": ..., \"response\": ...}, or instruction, input and output, or messages with roles "
-        "that end with the assistant's answer.")
+_ROW = (
+    'Write one JSON object a line: {"prompt": ..., "response": ...}, or instruction, input and output, or messages with roles '
+    "that end with the assistant's answer."
+)
 
 # %% ../../nbs/4_probabilities/06_dialogues.ipynb #d4d733c5
 def _text(row: dict, name: str, where: str) -> str:
     value = row.get(name)
     if not isinstance(value, str) or not value.strip():
-        problem = "is missing" if value is None else "is empty" if isinstance(value, str) else f"is not text ({value!r:.40})"
+        problem = (
+            "is missing"
+            if value is None
+            else "is empty"
+            if isinstance(value, str)
+            else f"is not text ({value!r:.40})"
+        )
         raise UserError(f"the field {name!r} {problem}", where=where, fix=_ROW)
     return value.strip()
 
 # %% ../../nbs/4_probabilities/06_dialogues.ipynb #80767589
 def _chat(messages: Any, where: str) -> tuple[tuple[dict, ...], str]:
     "Messages before the last, and the last one's text. Raises UserError for anything that is not a chat with an answer."
-    if not isinstance(messages, list) or len(messages) < 2 or not all(isinstance(m, dict) for m in messages):
-        raise UserError("'messages' should be a list of at least two objects with role and content", where=where, fix=_ROW)
+    if (
+        not isinstance(messages, list)
+        or len(messages) < 2
+        or not all(isinstance(m, dict) for m in messages)
+    ):
+        raise UserError(
+            "'messages' should be a list of at least two objects with role and content",
+            where=where,
+            fix=_ROW,
+        )
     roles = [m.get("role") for m in messages]
     if roles[-2:] != ["user", "assistant"] or set(roles) - {"system", "user", "assistant"}:
-        raise UserError(f"the roles are {roles}; the last two should be user and assistant", where=where, fix=_ROW)
-    said = [{"role": r, "content": _text(m, "content", f"{where}, message {i}")} for i, (r, m) in enumerate(zip(roles, messages), 1)]
+        raise UserError(
+            f"the roles are {roles}; the last two should be user and assistant",
+            where=where,
+            fix=_ROW,
+        )
+    said = [
+        {"role": r, "content": _text(m, "content", f"{where}, message {i}")}
+        for i, (r, m) in enumerate(zip(roles, messages), 1)
+    ]
     return tuple(said[:-1]), said[-1]["content"]
 
 # %% ../../nbs/4_probabilities/06_dialogues.ipynb #6d88f3d4
@@ -54,53 +80,88 @@ def dialogue(row: dict, id: str, where: str = "row") -> Dialogue:
         messages, response = _chat(row["messages"], where)
         return Dialogue(id, messages, response, where)
     pairs = (("prompt", "response"), ("prompt", "completion"), ("instruction", "output"))
-    asked, answered = next((p for p in pairs if p[1] in row), next((p for p in pairs if p[0] in row), (None, None)))
+    asked, answered = next(
+        (p for p in pairs if p[1] in row), next((p for p in pairs if p[0] in row), (None, None))
+    )
     if asked is None:
-        raise UserError(f"the row has the fields {', '.join(map(str, row)) or 'none'}, and no prompt among them", where=where, fix=_ROW)
+        raise UserError(
+            f"the row has the fields {', '.join(map(str, row)) or 'none'}, and no prompt among them",
+            where=where,
+            fix=_ROW,
+        )
     prompt, response = _text(row, asked, where), _text(row, answered, where)
     if asked == "instruction" and isinstance(row.get("input"), str) and row["input"].strip():
         prompt += "\n\n" + row["input"].strip()
     return Dialogue(id, ({"role": "user", "content": prompt},), response, where)
 
 # %% ../../nbs/4_probabilities/06_dialogues.ipynb #d88b09e7
-def load_dialogues(path: Path | str,              # JSONL
-                   n: int | None = None) -> list[Dialogue]:  # only the first n rows
+def load_dialogues(
+    path: Path | str,  # JSONL
+    n: int | None = None,
+) -> list[Dialogue]:  # only the first n rows
     "Rows of a file as Dialogues. Raises UserError naming file:line for a row that is not one."
     rows = numbered_rows(Path(path))[:n]
     names = [str(row.get("id", f"{Path(path).stem}-{i}")) for i, (_, row) in enumerate(rows)]
     if len(set(names)) < len(names):
-        raise UserError("an id occurs twice", where=path, fix="Give every row an id of its own, or none at all.")
+        raise UserError(
+            "an id occurs twice", where=path, fix="Give every row an id of its own, or none at all."
+        )
     return [dialogue(row, name, where) for name, (where, row) in zip(names, rows)]
 
 # %% ../../nbs/4_probabilities/06_dialogues.ipynb #c4fe5b56
-PLAIN_TEMPLATE = ("{% for m in messages %}{{ '### ' + {'system': 'System', 'user': 'Instruction', 'assistant': 'Response'}[m['role']] "
-                  "+ ':\\n' + m['content'] + (eos_token if m['role'] == 'assistant' else '') + '\\n\\n' }}{% endfor %}"
-                  "{% if add_generation_prompt %}{{ '### Response:\\n' }}{% endif %}")
+PLAIN_TEMPLATE = (
+    "{% for m in messages %}{{ '### ' + {'system': 'System', 'user': 'Instruction', 'assistant': 'Response'}[m['role']] "
+    "+ ':\\n' + m['content'] + (eos_token if m['role'] == 'assistant' else '') + '\\n\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '### Response:\\n' }}{% endif %}"
+)
 
 # %% ../../nbs/4_probabilities/06_dialogues.ipynb #59db6201
-def prompt_ids(d: Dialogue, tokenizer, system: str | None = None) -> list[int]:  # system: a message to put in front where there is none
+def prompt_ids(
+    d: Dialogue, tokenizer, system: str | None = None
+) -> list[int]:  # system: a message to put in front where there is none
     "What the model reads before the response, in the tokenizer's chat template or in PLAIN_TEMPLATE. Raises UserError."
     from jinja2 import TemplateError
+
     messages = list(d.messages)
     if system is not None and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": system})
     try:
-        return tokenizer.apply_chat_template(messages, chat_template=tokenizer.chat_template or PLAIN_TEMPLATE, tokenize=True,
-                                             add_generation_prompt=True, return_dict=False)
+        return tokenizer.apply_chat_template(
+            messages,
+            chat_template=tokenizer.chat_template or PLAIN_TEMPLATE,
+            tokenize=True,
+            add_generation_prompt=True,
+            return_dict=False,
+        )
     except TemplateError as e:
-        raise UserError(f"the model's chat template refuses these messages: {e}", where=d.where or d.id,
-                        fix="Use the roles that the model knows.") from e
+        raise UserError(
+            f"the model's chat template refuses these messages: {e}",
+            where=d.where or d.id,
+            fix="Use the roles that the model knows.",
+        ) from e
 
 # %% ../../nbs/4_probabilities/06_dialogues.ipynb #927e2f50
-def encode_dialogue(d: Dialogue, tokenizer, max_length: int = 0, system: str | None = None) -> dict:  # max_length: 0 is no limit
+def encode_dialogue(
+    d: Dialogue, tokenizer, max_length: int = 0, system: str | None = None
+) -> dict:  # max_length: 0 is no limit
     "{'id', 'source', 'target', 'whole'}: ids of prompt and response. Raises UserError for a prompt that leaves no room."
     source = prompt_ids(d, tokenizer, system)
     if max_length and len(source) >= max_length:
-        raise UserError(f"the prompt has {len(source)} tokens, the context {max_length}: no room for the response", where=d.where or d.id,
-                        fix="Shorten it or drop the row; raise max_length if the models' contexts allow.")
-    target = tokenizer.encode(d.response, add_special_tokens=False) + [tokenizer.eos_token_id]*d.whole
+        raise UserError(
+            f"the prompt has {len(source)} tokens, the context {max_length}: no room for the response",
+            where=d.where or d.id,
+            fix="Shorten it or drop the row; raise max_length if the models' contexts allow.",
+        )
+    target = (
+        tokenizer.encode(d.response, add_special_tokens=False) + [tokenizer.eos_token_id] * d.whole
+    )
     room = max_length - len(source) if max_length else len(target)
-    return {"id": d.id, "source": source, "target": target[:room], "whole": d.whole and len(target) <= room}
+    return {
+        "id": d.id,
+        "source": source,
+        "target": target[:room],
+        "whole": d.whole and len(target) <= room,
+    }
 
 # %% ../../nbs/4_probabilities/06_dialogues.ipynb #b5c52ab9
 PROMPT_SPLITS = {"train": 192, "validation": 32, "test": 64}
@@ -109,21 +170,34 @@ _AN = tuple("aeiou")
 # %% ../../nbs/4_probabilities/06_dialogues.ipynb #f90d2541
 def _fillers() -> dict[str, list[dict]]:
     "What the wordings are about: kind -> [{'x': ..., 'k': ...}]."
-    facts = {name: read_json(data_dir()/"facts"/f"{name}.json") for name in ("cqa", "anli", "svamp", "nli")}
+    facts = {
+        name: read_json(data_dir() / "facts" / f"{name}.json")
+        for name in ("cqa", "anli", "svamp", "nli")
+    }
     things = [t for p in facts["cqa"]["purposes"].values() for t in p["things"]]
     places = [v for vs in facts["nli"]["topics"]["place"]["values"].values() for v in vs]
-    stories = [e.input.removeprefix("Premise: ").partition(" Hypothesis:")[0] for e in load_split("nli", "teacher")[:80]]
-    return {"thing": [{"x": f"{'an' if t.startswith(_AN) else 'a'} {t}"} for t in things],
-            "city": [{"x": c} for part in facts["anli"]["cities"].values() for c in part],
-            "kind": [{"x": x, "k": k} for k, xs in facts["svamp"]["categories"].items() for x in xs],
-            "place": [{"x": v} for v in places], "story": [{"x": s} for s in dict.fromkeys(stories)]}
+    stories = [
+        e.input.removeprefix("Premise: ").partition(" Hypothesis:")[0]
+        for e in load_split("nli", "teacher")[:80]
+    ]
+    return {
+        "thing": [{"x": f"{'an' if t.startswith(_AN) else 'a'} {t}"} for t in things],
+        "city": [{"x": c} for part in facts["anli"]["cities"].values() for c in part],
+        "kind": [{"x": x, "k": k} for k, xs in facts["svamp"]["categories"].items() for x in xs],
+        "place": [{"x": v} for v in places],
+        "story": [{"x": s} for s in dict.fromkeys(stories)],
+    }
 
 # %% ../../nbs/4_probabilities/06_dialogues.ipynb #0c45e0ac
 def prompt_texts(split: str) -> list[str]:
     "All prompts of a split, in a fixed random order; each thing is in one split only, with two wordings. Raises UserError."
     if split not in PROMPT_SPLITS:
-        raise UserError(f"{split!r} is not a split of the prompts", where="split", fix=f"Choose one of {', '.join(PROMPT_SPLITS)}.")
-    wordings, found = read_json(data_dir()/"prompts"/"templates.json"), []
+        raise UserError(
+            f"{split!r} is not a split of the prompts",
+            where="split",
+            fix=f"Choose one of {', '.join(PROMPT_SPLITS)}.",
+        )
+    wordings, found = read_json(data_dir() / "prompts" / "templates.json"), []
     for kind, fillers in _fillers().items():
         for filler in fillers:
             stream = rng("prompts", kind, filler["x"])
@@ -137,5 +211,5 @@ def prompt_texts(split: str) -> list[str]:
 def load_prompts(split: str) -> list[Dialogue]:
     "An embedded split of prompts with the teacher's answers, checksum verified. Raises UserError."
     name = f"{split}.jsonl"
-    verify_checksums(data_dir()/"prompts", [name])
-    return load_dialogues(data_dir()/"prompts"/name)
+    verify_checksums(data_dir() / "prompts", [name])
+    return load_dialogues(data_dir() / "prompts" / name)

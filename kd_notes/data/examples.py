@@ -14,8 +14,16 @@ from pathlib import Path
 from typing import Iterable, Sequence
 
 from kd_notes.core import (
-    atomic_write, canonical_json, data_dir, read_json, read_jsonl, read_text, sha256_file,
-    UserError, verify_checksums, write_json,
+    atomic_write,
+    canonical_json,
+    data_dir,
+    read_json,
+    read_jsonl,
+    read_text,
+    sha256_file,
+    UserError,
+    verify_checksums,
+    write_json,
 )
 from .answers import equation_value, EquationError
 
@@ -23,31 +31,42 @@ from .answers import equation_value, EquationError
 @dataclass(frozen=True)
 class Example:
     "One item of a task. Raises TypeError for a field that does not exist."
-    id: str                        # unique within a split: everything is joined by it, never by row
-    task: str                      # name of a task in TASKS
-    input: str                     # all that a model may see
-    label: str = ""                # gold label as text; empty where unknown or withheld
-    rationale: str = ""            # reasoning that leads to the label; empty if there is none
+
+    id: str  # unique within a split: everything is joined by it, never by row
+    task: str  # name of a task in TASKS
+    input: str  # all that a model may see
+    label: str = ""  # gold label as text; empty where unknown or withheld
+    rationale: str = ""  # reasoning that leads to the label; empty if there is none
     choices: tuple[str, ...] = ()  # answers to choose from, for tasks with choices
     meta: dict = field(default_factory=dict, hash=False)  # for analysis only; no model ever sees it
 
     def to_dict(self) -> dict:
         "The seven fields as plain JSON data."
-        return {"id": self.id, "task": self.task, "input": self.input, "label": self.label, "rationale": self.rationale,
-                "choices": list(self.choices), "meta": dict(self.meta)}
+        return {
+            "id": self.id,
+            "task": self.task,
+            "input": self.input,
+            "label": self.label,
+            "rationale": self.rationale,
+            "choices": list(self.choices),
+            "meta": dict(self.meta),
+        }
 
 # %% ../../nbs/2_playground/01_examples.ipynb #3cb2e8e9
 @dataclass(frozen=True)
 class TaskInfo:
     "What is common to all examples of a task."
+
     name: str
     title: str
-    mirrors: str = ""                        # the published set that it mirrors
-    labels: tuple[str, ...] | None = None    # the closed set of labels, in a fixed order; None if labels are open
-    metric: str = "exact"                    # "exact": same text; "equation": same value
-    choices: bool = False                    # every example has its own choices and the label is one of them
-    mark: str = ""                           # opens the last part of the input: "Hypothesis:", "Choices:"
-    embedded: bool = False                   # its splits come with the package
+    mirrors: str = ""  # the published set that it mirrors
+    labels: tuple[str, ...] | None = (
+        None  # the closed set of labels, in a fixed order; None if labels are open
+    )
+    metric: str = "exact"  # "exact": same text; "equation": same value
+    choices: bool = False  # every example has its own choices and the label is one of them
+    mark: str = ""  # opens the last part of the input: "Hypothesis:", "Choices:"
+    embedded: bool = False  # its splits come with the package
 
 # %% ../../nbs/2_playground/01_examples.ipynb #5792b9f1
 NLI_LABELS = ("entailment", "neutral", "contradiction")
@@ -57,16 +76,36 @@ TASKS: dict[str, TaskInfo] = {}
 def register_task(info: TaskInfo) -> TaskInfo:
     "Make a task known by its name, so that loaders, metrics and prompts find it."
     if info.metric not in ("exact", "equation"):
-        raise UserError(f"metric {info.metric!r} is not known", where=f"task {info.name}", fix="Use 'exact' or 'equation'.")
+        raise UserError(
+            f"metric {info.metric!r} is not known",
+            where=f"task {info.name}",
+            fix="Use 'exact' or 'equation'.",
+        )
     TASKS[info.name] = info
     return info
 
 # %% ../../nbs/2_playground/01_examples.ipynb #ea5665ad
-for _info in (TaskInfo("nli", "Inference with explanations", "e-SNLI", NLI_LABELS, mark="Hypothesis:", embedded=True),
-              TaskInfo("anli", "Multi-hop inference", "ANLI", NLI_LABELS, mark="Hypothesis:", embedded=True),
-              TaskInfo("cqa", "Five-way commonsense questions", "CommonsenseQA", choices=True, mark="Choices:", embedded=True),
-              TaskInfo("svamp", "Word problems with an equation", "SVAMP", metric="equation", embedded=True),
-              TaskInfo("gsm8k", "Word problems with a number", "GSM8K", metric="equation")):
+for _info in (
+    TaskInfo(
+        "nli",
+        "Inference with explanations",
+        "e-SNLI",
+        NLI_LABELS,
+        mark="Hypothesis:",
+        embedded=True,
+    ),
+    TaskInfo("anli", "Multi-hop inference", "ANLI", NLI_LABELS, mark="Hypothesis:", embedded=True),
+    TaskInfo(
+        "cqa",
+        "Five-way commonsense questions",
+        "CommonsenseQA",
+        choices=True,
+        mark="Choices:",
+        embedded=True,
+    ),
+    TaskInfo("svamp", "Word problems with an equation", "SVAMP", metric="equation", embedded=True),
+    TaskInfo("gsm8k", "Word problems with a number", "GSM8K", metric="equation"),
+):
     register_task(_info)
 
 # %% ../../nbs/2_playground/01_examples.ipynb #eede6809
@@ -80,8 +119,11 @@ def task_info(task: str | TaskInfo) -> TaskInfo:
     if isinstance(task, TaskInfo):
         return task
     if task not in TASKS:
-        raise UserError(f"the task {task!r} is not known; known are {', '.join(sorted(TASKS))}", where="task",
-                        fix="Use one of these, or register_task(TaskInfo(...)) first.")
+        raise UserError(
+            f"the task {task!r} is not known; known are {', '.join(sorted(TASKS))}",
+            where="task",
+            fix="Use one of these, or register_task(TaskInfo(...)) first.",
+        )
     return TASKS[task]
 
 # %% ../../nbs/2_playground/01_examples.ipynb #81b32e24
@@ -111,32 +153,73 @@ def split_input(task: str | TaskInfo, text: str) -> tuple[str, str]:
     return (first.strip(), last.strip()) if found else ("", text)
 
 # %% ../../nbs/2_playground/01_examples.ipynb #7e048d82
-_FIELDS = {"id": str, "task": str, "input": str, "label": str, "rationale": str, "choices": list, "meta": dict}
-_KINDS = {str: "text", list: "a list", dict: "an object", int: "a number", float: "a number", bool: "true or false", type(None): "null"}
+_FIELDS = {
+    "id": str,
+    "task": str,
+    "input": str,
+    "label": str,
+    "rationale": str,
+    "choices": list,
+    "meta": dict,
+}
+_KINDS = {
+    str: "text",
+    list: "a list",
+    dict: "an object",
+    int: "a number",
+    float: "a number",
+    bool: "true or false",
+    type(None): "null",
+}
 
 
 def _check_form(row: dict, where: str) -> None:
     for name in ("id", "input"):
         if row.get(name) is None or isinstance(row[name], str) and not row[name].strip():
-            raise UserError(f"the field {name!r} is missing or empty", where=where, fix="Every row needs an id and an input.")
+            raise UserError(
+                f"the field {name!r} is missing or empty",
+                where=where,
+                fix="Every row needs an id and an input.",
+            )
     for name, value in row.items():
         kind = _FIELDS.get(name)
         if kind is None:
-            raise UserError(f"the field {name!r} is not known; known are {', '.join(_FIELDS)}", where=where,
-                            fix="Correct its name, or move it into 'meta'.")
+            raise UserError(
+                f"the field {name!r} is not known; known are {', '.join(_FIELDS)}",
+                where=where,
+                fix="Correct its name, or move it into 'meta'.",
+            )
         if not isinstance(value, kind):
-            raise UserError(f"the field {name!r} should be {_KINDS[kind]}, not {_KINDS[type(value)]} ({value!r:.60})", where=where,
-                            fix="Correct that field.")
+            raise UserError(
+                f"the field {name!r} should be {_KINDS[kind]}, not {_KINDS[type(value)]} ({value!r:.60})",
+                where=where,
+                fix="Correct that field.",
+            )
     if not all(isinstance(c, str) for c in row.get("choices", ())):
-        raise UserError("the choices should all be text", where=where, fix="Put quotation marks around each choice.")
+        raise UserError(
+            "the choices should all be text",
+            where=where,
+            fix="Put quotation marks around each choice.",
+        )
 
 # %% ../../nbs/2_playground/01_examples.ipynb #a00375ad
 def example_from_row(row: dict, task: str, where: str = "row") -> Example:
     "An Example from one JSON object. Raises UserError for a field that is missing, unknown or of the wrong type."
     _check_form(row, where)
     if row.get("task", task) != task:
-        raise UserError(f"the row belongs to the task {row['task']!r}, not {task!r}", where=where, fix="Load it under its own task.")
-    return Example(**{**row, "task": task, "choices": tuple(row.get("choices", ())), "meta": dict(row.get("meta", {}))})
+        raise UserError(
+            f"the row belongs to the task {row['task']!r}, not {task!r}",
+            where=where,
+            fix="Load it under its own task.",
+        )
+    return Example(
+        **{
+            **row,
+            "task": task,
+            "choices": tuple(row.get("choices", ())),
+            "meta": dict(row.get("meta", {})),
+        }
+    )
 
 # %% ../../nbs/2_playground/01_examples.ipynb #790907fa
 def _has_value(text: str) -> bool:
@@ -150,25 +233,45 @@ def _has_value(text: str) -> bool:
 def check_label(info: TaskInfo, ex: Example, where: str = "row") -> None:
     "Raises UserError if the label is not one that the task allows."
     if not ex.label.strip():
-        raise UserError("the label is empty", where=where, fix="Give a label, or load the file as unlabelled (labelled=False).")
+        raise UserError(
+            "the label is empty",
+            where=where,
+            fix="Give a label, or load the file as unlabelled (labelled=False).",
+        )
     if info.labels is not None and ex.label not in info.labels:
-        raise UserError(f"the label {ex.label!r} is not one of {', '.join(info.labels)}", where=where, fix="Correct the label.")
+        raise UserError(
+            f"the label {ex.label!r} is not one of {', '.join(info.labels)}",
+            where=where,
+            fix="Correct the label.",
+        )
     if info.choices and ex.label not in ex.choices:
-        raise UserError(f"the label {ex.label!r} is not among the choices {list(ex.choices)}", where=where,
-                        fix="Correct the label or add it to the choices.")
+        raise UserError(
+            f"the label {ex.label!r} is not among the choices {list(ex.choices)}",
+            where=where,
+            fix="Correct the label or add it to the choices.",
+        )
     if info.metric == "equation" and not _has_value(ex.label):
-        raise UserError(f"the label {ex.label!r} is not an equation with a value", where=where,
-                        fix="Write numbers, + - * / and brackets only, such as ( 8 - 3 ) * 2.")
+        raise UserError(
+            f"the label {ex.label!r} is not an equation with a value",
+            where=where,
+            fix="Write numbers, + - * / and brackets only, such as ( 8 - 3 ) * 2.",
+        )
 
 # %% ../../nbs/2_playground/01_examples.ipynb #6c005e35
-def _checked(info: TaskInfo, examples: Iterable[tuple[str, Example]], labelled: bool = True) -> list[Example]:
+def _checked(
+    info: TaskInfo, examples: Iterable[tuple[str, Example]], labelled: bool = True
+) -> list[Example]:
     "The examples, once each (place, example) has passed: an allowed label, and an id of its own."
     seen, out = {}, []
     for where, ex in examples:
         if labelled or ex.label:
             check_label(info, ex, where)
         if ex.id in seen:
-            raise UserError(f"the id {ex.id!r} was already used at {seen[ex.id]}", where=where, fix="Give every example an id of its own.")
+            raise UserError(
+                f"the id {ex.id!r} was already used at {seen[ex.id]}",
+                where=where,
+                fix="Give every example an id of its own.",
+            )
         seen[ex.id] = where
         out.append(ex)
     return out
@@ -179,39 +282,68 @@ def numbered_rows(path: Path) -> list[tuple[str, dict]]:
     rows = read_jsonl(path)
     lines = [n for n, line in enumerate(read_text(path).split("\n"), start=1) if line.strip()]
     if not rows:
-        raise UserError("the file has no rows", where=path, fix="Give a file with one example a line.")
+        raise UserError(
+            "the file has no rows", where=path, fix="Give a file with one example a line."
+        )
     return [(f"{path}:{n}", row) for n, row in zip(lines, rows, strict=True)]
 
 # %% ../../nbs/2_playground/01_examples.ipynb #7a53fcf6
-def load_jsonl(path: Path | str,
-               task: str | TaskInfo,                 # a registered task, or any name together with `labels`
-               labels: Sequence[str] | None = None,  # the closed label set, if not the registered task's
-               *, labelled: bool = True) -> list[Example]:  # False: a row may lack its label
+def load_jsonl(
+    path: Path | str,
+    task: str | TaskInfo,  # a registered task, or any name together with `labels`
+    labels: Sequence[str] | None = None,  # the closed label set, if not the registered task's
+    *,
+    labelled: bool = True,
+) -> list[Example]:  # False: a row may lack its label
     "Examples of a JSONL file in canonical form. Raises UserError naming file:line for everything that is wrong with it."
-    info = TaskInfo(str(task), str(task), labels=tuple(labels)) if labels is not None else task_info(task)
-    return _checked(info, ((where, example_from_row(row, info.name, where)) for where, row in numbered_rows(Path(path))), labelled)
+    info = (
+        TaskInfo(str(task), str(task), labels=tuple(labels))
+        if labels is not None
+        else task_info(task)
+    )
+    return _checked(
+        info,
+        (
+            (where, example_from_row(row, info.name, where))
+            for where, row in numbered_rows(Path(path))
+        ),
+        labelled,
+    )
 
 # %% ../../nbs/2_playground/01_examples.ipynb #2cfce577
 SPLITS = ("teacher", "pool", "unlabelled", "validation", "test")
 
 
-def split_path(task: str, split: str, root: Path | str | None = None) -> Path:  # root: folder of the tasks; None: data/tasks
+def split_path(
+    task: str, split: str, root: Path | str | None = None
+) -> Path:  # root: folder of the tasks; None: data/tasks
     "File of an embedded split. Raises UserError naming the known tasks or splits."
     task_info(task)
     if split not in SPLITS:
-        raise UserError(f"the split {split!r} is not known; known are {', '.join(SPLITS)}", where=f"task {task}", fix="Use one of these.")
-    return (Path(root) if root else data_dir()/"tasks")/task/f"{split}.jsonl"
+        raise UserError(
+            f"the split {split!r} is not known; known are {', '.join(SPLITS)}",
+            where=f"task {task}",
+            fix="Use one of these.",
+        )
+    return (Path(root) if root else data_dir() / "tasks") / task / f"{split}.jsonl"
 
 # %% ../../nbs/2_playground/01_examples.ipynb #248f9488
-def write_split(task: str, split: str, examples: Iterable[Example], root: Path | str | None = None) -> Path:
+def write_split(
+    task: str, split: str, examples: Iterable[Example], root: Path | str | None = None
+) -> Path:
     "Check and write a split and record its checksum. Raises UserError for an empty split, a duplicate id or a label not allowed."
-    path, places = split_path(task, split, root), [(f"{task}/{split}, example {i}", ex) for i, ex in enumerate(examples)]
+    path, places = (
+        split_path(task, split, root),
+        [(f"{task}/{split}, example {i}", ex) for i, ex in enumerate(examples)],
+    )
     if not places:
-        raise UserError("the split is empty", where=f"{task}/{split}", fix="Give at least one example.")
+        raise UserError(
+            "the split is empty", where=f"{task}/{split}", fix="Give at least one example."
+        )
     again = [(where, example_from_row(ex.to_dict(), task, where)) for where, ex in places]
     checked = _checked(task_info(task), again, labelled=split != "unlabelled")
     atomic_write(path, "".join(canonical_json(ex.to_dict()) + "\n" for ex in checked))
-    sums = path.parent/"checksums.json"
+    sums = path.parent / "checksums.json"
     write_json(sums, {**(read_json(sums) if sums.exists() else {}), path.name: sha256_file(path)})
     return path
 
@@ -225,7 +357,11 @@ def split_checksum(task: str, split: str, root: Path | str | None = None) -> str
     "Verified SHA-256 of an embedded split. Raises UserError if the file or its checksum is missing or wrong."
     path = split_path(task, split, root)
     if not path.is_file():
-        raise UserError("the split is missing", where=path, fix="Restore it (git checkout -- data/tasks), or write it with write_split.")
+        raise UserError(
+            "the split is missing",
+            where=path,
+            fix="Restore it (git checkout -- data/tasks), or write it with write_split.",
+        )
     stat = path.stat()
     return _verified(path, stat.st_size, stat.st_mtime_ns)
 
@@ -235,9 +371,13 @@ def withhold(ex: Example) -> Example:
     return replace(ex, label="", rationale="", meta={})
 
 
-def load_split(task: str, split: str,  # one of SPLITS
-               *, gold: bool = False,  # keep the labels of the split `unlabelled`
-               root: Path | str | None = None) -> list[Example]:  # folder of the tasks; None: the embedded ones
+def load_split(
+    task: str,
+    split: str,  # one of SPLITS
+    *,
+    gold: bool = False,  # keep the labels of the split `unlabelled`
+    root: Path | str | None = None,
+) -> list[Example]:  # folder of the tasks; None: the embedded ones
     "Examples of an embedded split, checksum verified. Raises UserError for unknown names and for a missing or changed file."
     split_checksum(task, split, root)
     examples = load_jsonl(split_path(task, split, root), task, labelled=split != "unlabelled")

@@ -23,20 +23,29 @@ from ..core import data_dir, read_json, rng, UserError, verify_checksums
 # %% ../../nbs/2_playground/06_grammar.ipynb #156ff934
 def world_dir() -> Path:
     "Folder of the embedded instruction world."
-    return data_dir()/"world"
+    return data_dir() / "world"
 
 
 @lru_cache
 def lexicon() -> dict:
     "The hand-written words, sentence patterns and weights, checksum verified."
     verify_checksums(world_dir(), ["lexicon.json"])
-    return read_json(world_dir()/"lexicon.json")
+    return read_json(world_dir() / "lexicon.json")
 
 # %% ../../nbs/2_playground/06_grammar.ipynb #3519a72f
 SEED, VILLAGES = 2306, 40
 RANKED = {"trade": "trades", "sight": "sights", "food": "foods"}  # three values each, with weights
-SINGLE = {"land": "lands", "size": "sizes", "mood": "moods", "way": "directions", "month": "seasons", "feast": "feasts", "name": "names",
-          "job": "jobs", "near": "towns"}
+SINGLE = {
+    "land": "lands",
+    "size": "sizes",
+    "mood": "moods",
+    "way": "directions",
+    "month": "seasons",
+    "feast": "feasts",
+    "name": "names",
+    "job": "jobs",
+    "near": "towns",
+}
 
 
 def draw_villages(n: int = VILLAGES, seed: int = SEED) -> dict[str, dict]:
@@ -49,7 +58,9 @@ def draw_villages(n: int = VILLAGES, seed: int = SEED) -> dict[str, dict]:
 def _village_facts(r: random.Random, words: dict) -> dict:
     facts = {slot: r.choice(words[key]) for slot, key in SINGLE.items()}
     for slot, key in RANKED.items():
-        facts[slot] = [list(pair) for pair in zip(r.choice(words["patterns"]), r.sample(words[key], 3))]
+        facts[slot] = [
+            list(pair) for pair in zip(r.choice(words["patterns"]), r.sample(words[key], 3))
+        ]
     return facts | {"near": r.choice(words["towns"]), "wet": r.choice([-0.7, 0.7])}
 
 
@@ -57,7 +68,7 @@ def _village_facts(r: random.Random, words: dict) -> dict:
 def villages() -> dict[str, dict]:
     "{name: facts} as committed in data/world/facts.json, checksum verified."
     verify_checksums(world_dir(), ["facts.json"])
-    return read_json(world_dir()/"facts.json")
+    return read_json(world_dir() / "facts.json")
 
 # %% ../../nbs/2_playground/06_grammar.ipynb #261110d2
 END = "</s>"  # what every answer ends with
@@ -76,6 +87,7 @@ def text_of(words: Sequence[str]) -> str:
 @dataclass(frozen=True)
 class Choice:
     "Weighted alternatives; the weights add up to 1."
+
     options: tuple[tuple[float, Any], ...]  # (probability, text or tuple or Choice)
 
 
@@ -83,7 +95,7 @@ def choice(weighted: Iterable[tuple[float, Any]]) -> Any:
     "A Choice with the weights scaled to 1, or the only alternative itself."
     options = tuple((float(w), x) for w, x in weighted)
     total = math.fsum(w for w, _ in options)
-    return options[0][1] if len(options) == 1 else Choice(tuple((w/total, x) for w, x in options))
+    return options[0][1] if len(options) == 1 else Choice(tuple((w / total, x) for w, x in options))
 
 # %% ../../nbs/2_playground/06_grammar.ipynb #b7e3db49
 _SLOT = re.compile(r"\{(\w+)\}")
@@ -97,7 +109,9 @@ def weighted(entries: Iterable) -> list[tuple[float, Any]]:
 def fill(pattern: str, env: dict[str, list[tuple[float, str]]]) -> tuple:
     "The grammar of a pattern: its words and, for each slot, what may stand there."
     parts = _SLOT.split(pattern)  # text, slot, text, slot, ..., text
-    return tuple(part if i % 2 == 0 else fill_slot(part, env) for i, part in enumerate(parts) if part)
+    return tuple(
+        part if i % 2 == 0 else fill_slot(part, env) for i, part in enumerate(parts) if part
+    )
 
 # %% ../../nbs/2_playground/06_grammar.ipynb #aeca6581
 def options_of(slot: str, env: dict) -> list[tuple[float, str]] | None:
@@ -124,7 +138,10 @@ def with_fixed(pattern: str, fixed: Sequence[str], env: dict) -> Any:
     if not fixed:
         return fill(pattern, env)
     slot, rest = fixed[0], fixed[1:]
-    return choice((w, with_fixed(pattern, rest, env | {slot: [(1.0, value)]} | _chosen(slot, value))) for w, value in options_of(slot, env))
+    return choice(
+        (w, with_fixed(pattern, rest, env | {slot: [(1.0, value)]} | _chosen(slot, value)))
+        for w, value in options_of(slot, env)
+    )
 
 
 def _chosen(slot: str, value: str) -> dict:
@@ -135,7 +152,9 @@ def _chosen(slot: str, value: str) -> dict:
 def village_env(name: str) -> dict[str, list[tuple[float, str]]]:
     "The facts of a village, as slots."
     facts = villages()[name]
-    return {slot: [(1.0, facts[slot])] for slot in SINGLE} | {slot: [(p, x) for p, x in facts[slot]] for slot in RANKED}
+    return {slot: [(1.0, facts[slot])] for slot in SINGLE} | {
+        slot: [(p, x) for p, x in facts[slot]] for slot in RANKED
+    }
 
 # %% ../../nbs/2_playground/06_grammar.ipynb #4266ebae
 Closure = tuple[tuple[float, int], ...]  # (probability, state) pairs: where we may be
@@ -143,6 +162,7 @@ Closure = tuple[tuple[float, int], ...]  # (probability, state) pairs: where we 
 
 class Network:
     "States that each read one symbol; `after[state]` says where that leads."
+
     def __init__(self):
         self.symbol: list[Any] = []
         self.after: list[Closure] = []
@@ -155,14 +175,19 @@ class Network:
     def build(self, node: Any, after: Closure, split: Callable[[str], list]) -> Closure:
         "States for a part of a grammar that is followed by `after`."
         if isinstance(node, Choice):
-            return tuple((p*q, s) for p, x in node.options for q, s in self.build(x, after, split))
+            return tuple(
+                (p * q, s) for p, x in node.options for q, s in self.build(x, after, split)
+            )
         for part in reversed(split(node) if isinstance(node, str) else node):
-            after = self.add(part, after) if isinstance(node, str) else self.build(part, after, split)
+            after = (
+                self.add(part, after) if isinstance(node, str) else self.build(part, after, split)
+            )
         return after
 
 # %% ../../nbs/2_playground/06_grammar.ipynb #3aae1e10
 class Answers:
     "The distribution over answers that a grammar defines: exact probabilities, entropies and samples."
+
     def __init__(self, grammar: Any, split: Callable[[str], list] = words_of, end: Any = END):
         self.network = Network()
         self.start = self.network.build(grammar, self.network.add(end, ()), split)
@@ -177,8 +202,11 @@ class Answers:
                 symbol = self.network.symbol[s]
                 total[symbol] += p
                 for q, t in self.network.after[s]:
-                    reach.setdefault(symbol, Counter())[t] += p*q
-            self._steps[state] = {a: (p, tuple(sorted((q/p, t) for t, q in reach.get(a, {}).items()))) for a, p in total.items()}
+                    reach.setdefault(symbol, Counter())[t] += p * q
+            self._steps[state] = {
+                a: (p, tuple(sorted((q / p, t) for t, q in reach.get(a, {}).items())))
+                for a, p in total.items()
+            }
         return self._steps[state]
 
 # %% ../../nbs/2_playground/06_grammar.ipynb #58f90e71
@@ -196,7 +224,9 @@ def _follow(a: Answers, symbols: Iterable) -> Iterator[tuple[float, Closure]]:
 def log_prob(a: Answers, symbols: Sequence) -> float:
     "Natural log of the probability of a whole answer; -inf if it is impossible. Raises UserError if its last symbol is not the end."
     if not symbols or symbols[-1] != a.end:
-        raise UserError("an answer ends with the end symbol", where="log_prob", fix=f"Append {a.end!r}.")
+        raise UserError(
+            "an answer ends with the end symbol", where="log_prob", fix=f"Append {a.end!r}."
+        )
     return sum(math.log(p) if p else -math.inf for p, _ in _follow(a, symbols))
 
 # %% ../../nbs/2_playground/06_grammar.ipynb #28c88f17
@@ -216,9 +246,13 @@ def enumerate_answers(a: Answers, limit: int = 100_000) -> Iterator[tuple[float,
         if not state:
             found += 1
             if found > limit:
-                raise UserError(f"there are more than {limit} answers", where="enumerate_answers", fix="Use count_answers, or sample.")
+                raise UserError(
+                    f"there are more than {limit} answers",
+                    where="enumerate_answers",
+                    fix="Use count_answers, or sample.",
+                )
             yield p, symbols
-        stack.extend((p*q, [*symbols, s], after) for s, (q, after) in a.step(state).items())
+        stack.extend((p * q, [*symbols, s], after) for s, (q, after) in a.step(state).items())
 
 # %% ../../nbs/2_playground/06_grammar.ipynb #c6573298
 def _expected(a: Answers, value: Callable[[dict], float]) -> float:
@@ -228,14 +262,17 @@ def _expected(a: Answers, value: Callable[[dict], float]) -> float:
     def of(state: Closure) -> float:
         if state not in known:
             step = a.step(state)
-            known[state] = (value(step) if step else 0.0) + math.fsum(p*of(after) for p, after in step.values())
+            known[state] = (value(step) if step else 0.0) + math.fsum(
+                p * of(after) for p, after in step.values()
+            )
         return known[state]
+
     return of(a.start)
 
 
 def answer_entropy(a: Answers) -> float:
     "Entropy of a whole answer in nats."
-    return _expected(a, lambda step: -math.fsum(p*math.log(p) for p, _ in step.values()))
+    return _expected(a, lambda step: -math.fsum(p * math.log(p) for p, _ in step.values()))
 
 
 def mean_length(a: Answers) -> float:
@@ -251,6 +288,7 @@ def count_answers(a: Answers) -> int:
         if state not in known:
             known[state] = sum(of(after) for _, after in a.step(state).values())
         return known[state]
+
     return of(a.start)
 
 # %% ../../nbs/2_playground/06_grammar.ipynb #a2b8e911
@@ -273,6 +311,9 @@ def likeliest(a: Answers) -> tuple[float, list]:
     def of(state: Closure) -> tuple[float, list]:
         if state not in known:
             best = ((p, s, of(after)) for s, (p, after) in a.step(state).items())
-            known[state] = max(((p*q, [s, *rest]) for p, s, (q, rest) in best), key=lambda pair: pair[0])
+            known[state] = max(
+                ((p * q, [s, *rest]) for p, s, (q, rest) in best), key=lambda pair: pair[0]
+            )
         return known[state]
+
     return of(a.start)

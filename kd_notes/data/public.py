@@ -19,8 +19,19 @@ import numpy as np
 
 from ..core import cache_dir, rng, UserError
 from kd_notes.data.examples import (
-    _checked, choice_input, Example, _has_value, _KINDS, nli_input, NLI_LABELS, numbered_rows,
-    problem_input, split_input, _squeeze, task_info, withhold,
+    _checked,
+    choice_input,
+    Example,
+    _has_value,
+    _KINDS,
+    nli_input,
+    NLI_LABELS,
+    numbered_rows,
+    problem_input,
+    split_input,
+    _squeeze,
+    task_info,
+    withhold,
 )
 from .quality import normalise
 
@@ -31,20 +42,25 @@ Parts = dict[str, list[Example]]  # name of a part or split -> its examples
 @dataclass(frozen=True)
 class RealSet:
     "Where a published set comes from and how it becomes canonical."
+
     name: str
-    task: str                                # the TASKS entry whose labels and metric it has
+    task: str  # the TASKS entry whose labels and metric it has
     licence: str
-    files: dict[str, str]                    # part -> file name under KD_NOTES_DATA
-    fields: str                              # what a row of the file has, for messages
-    adapt: Callable[[dict], dict]            # row of such a file -> fields of an Example; raises ValueError
-    splits: Callable[[str, Parts], Parts]    # (name, parts) -> train, validation, test
-    tests_only: bool = False                 # licence: feeds no published figure
-    hub: str = ""                            # id on the hub; empty if it is not there
+    files: dict[str, str]  # part -> file name under KD_NOTES_DATA
+    fields: str  # what a row of the file has, for messages
+    adapt: Callable[[dict], dict]  # row of such a file -> fields of an Example; raises ValueError
+    splits: Callable[[str, Parts], Parts]  # (name, parts) -> train, validation, test
+    tests_only: bool = False  # licence: feeds no published figure
+    hub: str = ""  # id on the hub; empty if it is not there
     hub_config: str | None = None
     hub_revision: str | None = None
-    hub_parts: dict[str, str] = field(default_factory=dict)       # part -> split on the hub
-    from_hub: Callable[[dict, str], dict | None] | None = None    # (hub row, an id) -> row of the file; None: leave it out
-    hub_splits: Callable[[str, Parts], Parts] | None = None       # like `splits`, where the hub has other parts
+    hub_parts: dict[str, str] = field(default_factory=dict)  # part -> split on the hub
+    from_hub: Callable[[dict, str], dict | None] | None = (
+        None  # (hub row, an id) -> row of the file; None: leave it out
+    )
+    hub_splits: Callable[[str, Parts], Parts] | None = (
+        None  # like `splits`, where the hub has other parts
+    )
 
 
 REAL: dict[str, RealSet] = {}
@@ -59,7 +75,9 @@ def _take(row: dict, name: str, kind: type = str):
     return row[name].strip() if kind is str else row[name]
 
 # %% ../../nbs/2_playground/05_public.ipynb #1677aadc
-def grouped(name: str, examples: list[Example], **shares: float) -> Parts:  # shares: split=share; they sum to 1
+def grouped(
+    name: str, examples: list[Example], **shares: float
+) -> Parts:  # shares: split=share; they sum to 1
     "Cut examples into splits of about these shares, never parting examples whose inputs have the same first part."
     groups = defaultdict(list)
     for ex in examples:
@@ -68,8 +86,10 @@ def grouped(name: str, examples: list[Example], **shares: float) -> Parts:  # sh
     rng("real split", name).shuffle(keys)
     first, *others = shares
     out: Parts = {split: [] for split in shares}
-    for split in reversed(others):  # each takes premises until it is full; the first split gets the rest
-        while keys and len(out[split]) < round(shares[split]*len(examples)):
+    for split in reversed(
+        others
+    ):  # each takes premises until it is full; the first split gets the rest
+        while keys and len(out[split]) < round(shares[split] * len(examples)):
             out[split] += groups[keys.pop()]
     out[first] = [ex for key in keys for ex in groups[key]]
     return out
@@ -77,8 +97,12 @@ def grouped(name: str, examples: list[Example], **shares: float) -> Parts:  # sh
 # %% ../../nbs/2_playground/05_public.ipynb #01396502
 def _esnli(row: dict) -> dict:
     said = _take(row, "explanations", list)
-    return {"input": nli_input(_take(row, "premise"), _take(row, "hypothesis")), "label": _take(row, "label"),
-            "rationale": _squeeze(said[0]) if said else "", "meta": {"explanations": said[1:]}}
+    return {
+        "input": nli_input(_take(row, "premise"), _take(row, "hypothesis")),
+        "label": _take(row, "label"),
+        "rationale": _squeeze(said[0]) if said else "",
+        "meta": {"explanations": said[1:]},
+    }
 
 # %% ../../nbs/2_playground/05_public.ipynb #04ee11a9
 def _nli_label(row: dict) -> str:
@@ -89,7 +113,13 @@ def _nli_label(row: dict) -> str:
 
 def _esnli_hub(row: dict, id: str) -> dict | None:
     said = [row[k] for k in ("explanation_1", "explanation_2", "explanation_3") if row.get(k)]
-    kept = {"id": id, "premise": row["premise"], "hypothesis": row["hypothesis"], "label": _nli_label(row), "explanations": said}
+    kept = {
+        "id": id,
+        "premise": row["premise"],
+        "hypothesis": row["hypothesis"],
+        "label": _nli_label(row),
+        "explanations": said,
+    }
     return kept if kept["label"] else None
 
 # %% ../../nbs/2_playground/05_public.ipynb #28c84625
@@ -98,39 +128,81 @@ def _official(name: str, parts: Parts) -> Parts:
 
 
 REAL["esnli"] = RealSet(
-    "esnli", "nli", "MIT; SNLI CC BY-SA 4.0", {"dev": "esnli_dev.jsonl"}, "id, premise, hypothesis, label, explanations", _esnli,
+    "esnli",
+    "nli",
+    "MIT; SNLI CC BY-SA 4.0",
+    {"dev": "esnli_dev.jsonl"},
+    "id, premise, hypothesis, label, explanations",
+    _esnli,
     lambda name, parts: grouped(name, parts["dev"], train=0.8, validation=0.1, test=0.1),
-    hub="esnli/esnli", hub_revision="refs/convert/parquet", from_hub=_esnli_hub, hub_splits=_official,
-    hub_parts={"train": "train", "validation": "validation", "test": "test"})
+    hub="esnli/esnli",
+    hub_revision="refs/convert/parquet",
+    from_hub=_esnli_hub,
+    hub_splits=_official,
+    hub_parts={"train": "train", "validation": "validation", "test": "test"},
+)
 
 REAL["esnli_small"] = RealSet(
-    "esnli_small", "nli", "MIT; SNLI CC BY-SA 4.0", {"train": "esnli_small_train.jsonl", "dev": "esnli_small_dev.jsonl"},
-    "id, premise, hypothesis, label, explanations", _esnli,
-    lambda name, parts: {"train": parts["train"], **grouped(name, parts["dev"], validation=0.5, test=0.5)})
+    "esnli_small",
+    "nli",
+    "MIT; SNLI CC BY-SA 4.0",
+    {"train": "esnli_small_train.jsonl", "dev": "esnli_small_dev.jsonl"},
+    "id, premise, hypothesis, label, explanations",
+    _esnli,
+    lambda name, parts: {
+        "train": parts["train"],
+        **grouped(name, parts["dev"], validation=0.5, test=0.5),
+    },
+)
 
 # %% ../../nbs/2_playground/05_public.ipynb #6b8fad40
 def _anli(row: dict) -> dict:
     meta = {k: row[k] for k in ("tags", "teacher_probs", "teacher_prob_order") if k in row}
-    return {"input": nli_input(_take(row, "premise"), _take(row, "hypothesis")), "label": _take(row, "label"),
-            "rationale": _squeeze(_take(row, "reason")), "meta": meta}
+    return {
+        "input": nli_input(_take(row, "premise"), _take(row, "hypothesis")),
+        "label": _take(row, "label"),
+        "rationale": _squeeze(_take(row, "reason")),
+        "meta": meta,
+    }
 
 
 def _anli_hub(row: dict, id: str) -> dict:
-    return {"id": row["uid"], "premise": row["premise"], "hypothesis": row["hypothesis"], "label": _nli_label(row),
-            "reason": row["reason"] or ""}
+    return {
+        "id": row["uid"],
+        "premise": row["premise"],
+        "hypothesis": row["hypothesis"],
+        "label": _nli_label(row),
+        "reason": row["reason"] or "",
+    }
 
 # %% ../../nbs/2_playground/05_public.ipynb #3c2d1db3
 for _name, _round in (("anli", 1), ("anli_r3", 3)):
     REAL[_name] = RealSet(
-        _name, "anli", "CC BY-NC 4.0", {"dev": f"anli_r{_round}_dev.jsonl"}, "id, premise, hypothesis, label, reason", _anli,
-        lambda name, parts: grouped(name, parts["dev"], train=0.6, validation=0.2, test=0.2), tests_only=True,
-        hub="facebook/anli", hub_parts={"train": f"train_r{_round}", "validation": f"dev_r{_round}", "test": f"test_r{_round}"},
-        from_hub=_anli_hub, hub_splits=_official)
+        _name,
+        "anli",
+        "CC BY-NC 4.0",
+        {"dev": f"anli_r{_round}_dev.jsonl"},
+        "id, premise, hypothesis, label, reason",
+        _anli,
+        lambda name, parts: grouped(name, parts["dev"], train=0.6, validation=0.2, test=0.2),
+        tests_only=True,
+        hub="facebook/anli",
+        hub_parts={
+            "train": f"train_r{_round}",
+            "validation": f"dev_r{_round}",
+            "test": f"test_r{_round}",
+        },
+        from_hub=_anli_hub,
+        hub_splits=_official,
+    )
 
 # %% ../../nbs/2_playground/05_public.ipynb #b2b599cf
 def carve(examples: Sequence, share: float = 0.1, seed: int = 0) -> tuple[list, list]:
     "(rest, held out), in the order that `datasets.Dataset.train_test_split(test_size=share, seed=seed)` gives."
-    order, held = np.random.default_rng(seed).permutation(len(examples)), math.ceil(share*len(examples))
+    order, held = (
+        np.random.default_rng(seed).permutation(len(examples)),
+        math.ceil(share * len(examples)),
+    )
     return [examples[i] for i in order[held:]], [examples[i] for i in order[:held]]
 
 
@@ -141,49 +213,93 @@ def _carved(name: str, parts: Parts) -> Parts:
 # %% ../../nbs/2_playground/05_public.ipynb #ff5ea6a4
 def _cqa(row: dict) -> dict:
     choices = tuple(_squeeze(c) for c in _take(row, "choices", list))
-    return {"input": choice_input(_take(row, "question"), choices), "label": _squeeze(_take(row, "answer_text")), "choices": choices,
-            "rationale": _squeeze(_take(row, "explanation"))}
+    return {
+        "input": choice_input(_take(row, "question"), choices),
+        "label": _squeeze(_take(row, "answer_text")),
+        "choices": choices,
+        "rationale": _squeeze(_take(row, "explanation")),
+    }
 
 
 def _cqa_hub(row: dict, id: str) -> dict:
-    return {"id": row["id"], "question": row["question"], "choices": list(row["choices"]), "answer_text": row["answer"],
-            "explanation": row["abstractive_explanation"]}
+    return {
+        "id": row["id"],
+        "question": row["question"],
+        "choices": list(row["choices"]),
+        "answer_text": row["answer"],
+        "explanation": row["abstractive_explanation"],
+    }
 
 # %% ../../nbs/2_playground/05_public.ipynb #ce1a19a0
 def without_filler(examples: list[Example], times: int = 10) -> list[Example]:
     "Examples whose rationale recurs `times` times or more get an empty one; the text moves to meta['filler']."
     count = Counter(normalise(ex.rationale) for ex in examples)
     filler = {text for text, n in count.items() if n >= times and text}
-    return [replace(ex, rationale="", meta={**ex.meta, "filler": ex.rationale}) if normalise(ex.rationale) in filler else ex
-            for ex in examples]
+    return [
+        replace(ex, rationale="", meta={**ex.meta, "filler": ex.rationale})
+        if normalise(ex.rationale) in filler
+        else ex
+        for ex in examples
+    ]
 
 # %% ../../nbs/2_playground/05_public.ipynb #2be3a234
 REAL["cqa"] = RealSet(
-    "cqa", "cqa", "BSD-3; CommonsenseQA MIT", {"train": "cqa_cose_v1.11_train.jsonl", "test": "cqa_cose_v1.11_dev.jsonl"},
-    "id, question, choices, answer_text, explanation", _cqa,
-    lambda name, parts: _carved(name, {part: without_filler(examples) for part, examples in parts.items()}),
-    hub="Salesforce/cos_e", hub_config="v1.11", hub_parts={"train": "train", "test": "validation"}, from_hub=_cqa_hub)
+    "cqa",
+    "cqa",
+    "BSD-3; CommonsenseQA MIT",
+    {"train": "cqa_cose_v1.11_train.jsonl", "test": "cqa_cose_v1.11_dev.jsonl"},
+    "id, question, choices, answer_text, explanation",
+    _cqa,
+    lambda name, parts: _carved(
+        name, {part: without_filler(examples) for part, examples in parts.items()}
+    ),
+    hub="Salesforce/cos_e",
+    hub_config="v1.11",
+    hub_parts={"train": "train", "test": "validation"},
+    from_hub=_cqa_hub,
+)
 
 # %% ../../nbs/2_playground/05_public.ipynb #08c03110
 def _svamp(row: dict) -> dict:
-    return {"input": problem_input(_take(row, "question")), "label": _squeeze(_take(row, "equation")),
-            "meta": {"type": str(row.get("type", ""))}}
+    return {
+        "input": problem_input(_take(row, "question")),
+        "label": _squeeze(_take(row, "equation")),
+        "meta": {"type": str(row.get("type", ""))},
+    }
 
 
 def _svamp_hub(row: dict, id: str) -> dict:
-    return {"id": row["ID"], "question": f"{row['Body']} {row['Question']}", "equation": row["Equation"], "type": row.get("Type", "")}
+    return {
+        "id": row["ID"],
+        "question": f"{row['Body']} {row['Question']}",
+        "equation": row["Equation"],
+        "type": row.get("Type", ""),
+    }
 
 # %% ../../nbs/2_playground/05_public.ipynb #b581a621
 def _svamp_splits(name: str, parts: Parts) -> Parts:
     examples = [ex for part in parts.values() for ex in part]
     if len(parts) > 1:
         examples.sort(key=lambda ex: int(re.sub(r"\D", "", ex.id)))  # svamp/chal-17 -> 17
-    order, cut = np.random.RandomState(0).permutation(len(examples)), int(0.8*len(examples))
-    return _carved(name, {"train": [examples[i] for i in order[:cut]], "test": [examples[i] for i in order[cut:]]})
+    order, cut = np.random.RandomState(0).permutation(len(examples)), int(0.8 * len(examples))
+    return _carved(
+        name,
+        {"train": [examples[i] for i in order[:cut]], "test": [examples[i] for i in order[cut:]]},
+    )
 
 
-REAL["svamp"] = RealSet("svamp", "svamp", "MIT", {"all": "svamp_test.jsonl"}, "id, question, equation", _svamp, _svamp_splits,
-                        hub="ChilleD/SVAMP", hub_parts={"train": "train", "test": "test"}, from_hub=_svamp_hub)
+REAL["svamp"] = RealSet(
+    "svamp",
+    "svamp",
+    "MIT",
+    {"all": "svamp_test.jsonl"},
+    "id, question, equation",
+    _svamp,
+    _svamp_splits,
+    hub="ChilleD/SVAMP",
+    hub_parts={"train": "train", "test": "test"},
+    from_hub=_svamp_hub,
+)
 
 # %% ../../nbs/2_playground/05_public.ipynb #673e38da
 def prefix_to_infix(text: str) -> str:
@@ -209,7 +325,11 @@ def _asdiv(row: dict) -> dict:
 
 def _asdiv_hub(row: dict, id: str) -> dict | None:
     left = row["formula"].split("=")[0].strip()
-    return {"id": id, "question": f"{row['body']} {row['question']}", "equation": left} if _has_value(left) else None
+    return (
+        {"id": id, "question": f"{row['body']} {row['question']}", "equation": left}
+        if _has_value(left)
+        else None
+    )
 
 # %% ../../nbs/2_playground/05_public.ipynb #20a9bd3f
 def _first_of_each(name: str, parts: Parts) -> Parts:
@@ -220,18 +340,37 @@ def _first_of_each(name: str, parts: Parts) -> Parts:
 
 
 REAL["asdiv"] = RealSet(
-    "asdiv", "svamp", "MIT; ASDiv part CC BY-NC 4.0", {"all": "svamp_train_mawps_asdiv.jsonl"}, "id, question, equation, equation_form",
-    _asdiv, _first_of_each, tests_only=True, hub="EleutherAI/asdiv", hub_parts={"all": "validation"}, from_hub=_asdiv_hub)
+    "asdiv",
+    "svamp",
+    "MIT; ASDiv part CC BY-NC 4.0",
+    {"all": "svamp_train_mawps_asdiv.jsonl"},
+    "id, question, equation, equation_form",
+    _asdiv,
+    _first_of_each,
+    tests_only=True,
+    hub="EleutherAI/asdiv",
+    hub_parts={"all": "validation"},
+    from_hub=_asdiv_hub,
+)
 
 # %% ../../nbs/2_playground/05_public.ipynb #30304a08
 def _gsm8k(row: dict) -> dict:
     steps = re.sub(r"<<[^>]*>>", "", _take(row, "rationale"))
-    return {"input": problem_input(_take(row, "question")), "label": _take(row, "answer").replace(",", ""), "rationale": _squeeze(steps)}
+    return {
+        "input": problem_input(_take(row, "question")),
+        "label": _take(row, "answer").replace(",", ""),
+        "rationale": _squeeze(steps),
+    }
 
 
 def _gsm8k_hub(row: dict, id: str) -> dict:
     steps, _, answer = row["answer"].partition("####")
-    return {"id": id, "question": row["question"], "rationale": steps.strip(), "answer": answer.strip()}
+    return {
+        "id": id,
+        "question": row["question"],
+        "rationale": steps.strip(),
+        "answer": answer.strip(),
+    }
 
 # %% ../../nbs/2_playground/05_public.ipynb #fa76901a
 def _gsm8k_splits(name: str, parts: Parts) -> Parts:
@@ -239,45 +378,78 @@ def _gsm8k_splits(name: str, parts: Parts) -> Parts:
     return _carved(name, {"train": rest, "test": test})
 
 
-REAL["gsm8k"] = RealSet("gsm8k", "gsm8k", "MIT", {"train": "gsm8k_train.jsonl"}, "id, question, rationale, answer", _gsm8k, _gsm8k_splits,
-                        hub="openai/gsm8k", hub_config="main", hub_parts={"train": "train", "test": "test"}, from_hub=_gsm8k_hub,
-                        hub_splits=_carved)
+REAL["gsm8k"] = RealSet(
+    "gsm8k",
+    "gsm8k",
+    "MIT",
+    {"train": "gsm8k_train.jsonl"},
+    "id, question, rationale, answer",
+    _gsm8k,
+    _gsm8k_splits,
+    hub="openai/gsm8k",
+    hub_config="main",
+    hub_parts={"train": "train", "test": "test"},
+    from_hub=_gsm8k_hub,
+    hub_splits=_carved,
+)
 
 # %% ../../nbs/2_playground/05_public.ipynb #3e14950d
 def real_set(name: str) -> RealSet:
     "Description of a real set. Raises UserError naming the known ones."
     if name not in REAL:
-        raise UserError(f"the real set {name!r} is not known; known are {', '.join(REAL)}", where="name", fix="Use one of these.")
+        raise UserError(
+            f"the real set {name!r} is not known; known are {', '.join(REAL)}",
+            where="name",
+            fix="Use one of these.",
+        )
     return REAL[name]
 
 
 def _folder_files(spec: RealSet, folder: Path | str | None = None) -> dict[str, Path]:
     "part -> existing file. Raises UserError saying how to get what is absent."
     folder = folder or os.environ.get("KD_NOTES_DATA")
-    advice = f"Put {' and '.join(spec.files.values())} there, one JSON object a line with {spec.fields}" + (
-        f"; or use source='hub' to load {spec.hub} from the Hugging Face hub." if spec.hub else ".")
+    advice = (
+        f"Put {' and '.join(spec.files.values())} there, one JSON object a line with {spec.fields}"
+        + (
+            f"; or use source='hub' to load {spec.hub} from the Hugging Face hub."
+            if spec.hub
+            else "."
+        )
+    )
     if not folder:
-        raise UserError(f"the real set {spec.name!r} is not part of this package and no folder for it is named", where="KD_NOTES_DATA",
-                        fix=f"Set this environment variable to a folder. {advice}")
-    paths = {part: Path(folder).expanduser()/file for part, file in spec.files.items()}
+        raise UserError(
+            f"the real set {spec.name!r} is not part of this package and no folder for it is named",
+            where="KD_NOTES_DATA",
+            fix=f"Set this environment variable to a folder. {advice}",
+        )
+    paths = {part: Path(folder).expanduser() / file for part, file in spec.files.items()}
     for path in paths.values():
         if not path.is_file():
-            raise UserError(f"the file for the real set {spec.name!r} is absent", where=path, fix=advice)
+            raise UserError(
+                f"the file for the real set {spec.name!r} is absent", where=path, fix=advice
+            )
     return paths
 
 # %% ../../nbs/2_playground/05_public.ipynb #3820d1b8
 def _hub_target(spec: RealSet) -> tuple[str, dict]:
     "What to hand to datasets.load_dataset: the id on the hub, or a folder under KD_NOTES_HUB. Raises UserError."
     if not spec.hub:
-        raise UserError(f"the real set {spec.name!r} is not on the hub", where="source", fix="Use source='folder' and KD_NOTES_DATA.")
+        raise UserError(
+            f"the real set {spec.name!r} is not on the hub",
+            where="source",
+            fix="Use source='folder' and KD_NOTES_DATA.",
+        )
     copies = os.environ.get("KD_NOTES_HUB")
     if not copies:
         return spec.hub, {"revision": spec.hub_revision}
-    path = Path(copies).expanduser()/spec.hub
+    path = Path(copies).expanduser() / spec.hub
     if not path.is_dir():
-        raise UserError(f"no copy of the hub's {spec.hub} is here", where=path,
-                        fix=f"Fetch it with: hf download {spec.hub} --repo-type dataset --local-dir {path}; or unset KD_NOTES_HUB.")
-    return str(path), {"cache_dir": str(cache_dir()/"datasets")}
+        raise UserError(
+            f"no copy of the hub's {spec.hub} is here",
+            where=path,
+            fix=f"Fetch it with: hf download {spec.hub} --repo-type dataset --local-dir {path}; or unset KD_NOTES_HUB.",
+        )
+    return str(path), {"cache_dir": str(cache_dir() / "datasets")}
 
 # %% ../../nbs/2_playground/05_public.ipynb #04f26a74
 def why_absent(name: str, source: str = "folder") -> str:
@@ -295,15 +467,25 @@ def _hub_rows(spec: RealSet) -> dict[str, list[tuple[str, dict]]]:
     try:
         from datasets import load_dataset
     except ImportError as e:
-        raise UserError("the hub needs the package datasets", where="source", fix="Install it: pip install 'kd_notes[hub]'.") from e
+        raise UserError(
+            "the hub needs the package datasets",
+            where="source",
+            fix="Install it: pip install 'kd_notes[hub]'.",
+        ) from e
     out = {}
     for part, split in spec.hub_parts.items():
         try:
             rows = list(load_dataset(target, spec.hub_config, split=split, **how))
         except Exception as e:
-            raise UserError(f"the set did not load ({type(e).__name__}: {str(e).strip():.200})", where=f"{target}, split {split}",
-                            fix="Check the network, or name a folder with copies of hub sets in KD_NOTES_HUB.") from e
-        out[part] = [(f"{spec.hub}, {split}, row {i}", {"hub": row, "id": f"{part}-{i}"}) for i, row in enumerate(rows)]
+            raise UserError(
+                f"the set did not load ({type(e).__name__}: {str(e).strip():.200})",
+                where=f"{target}, split {split}",
+                fix="Check the network, or name a folder with copies of hub sets in KD_NOTES_HUB.",
+            ) from e
+        out[part] = [
+            (f"{spec.hub}, {split}, row {i}", {"hub": row, "id": f"{part}-{i}"})
+            for i, row in enumerate(rows)
+        ]
     return out
 
 # %% ../../nbs/2_playground/05_public.ipynb #98840a8f
@@ -318,26 +500,51 @@ def _adapted(spec: RealSet, places: list[tuple[str, dict]]) -> list[Example]:
             ex = Example(id=f"{spec.name}/{_take(row, 'id')}", task=spec.task, **spec.adapt(row))
         except (ValueError, KeyError) as e:
             what = f"the field {e} is missing" if isinstance(e, KeyError) else str(e)
-            raise UserError(what, where=where, fix=f"A row of {spec.name} has {spec.fields}.") from e
+            raise UserError(
+                what, where=where, fix=f"A row of {spec.name} has {spec.fields}."
+            ) from e
         found.append((where, replace(ex, meta={**ex.meta, "set": spec.name})))
     return _checked(task_info(spec.task), found)
 
 # %% ../../nbs/2_playground/05_public.ipynb #63707cb0
-def load_real(name: str, split: str,        # "train", "validation", "test"; "unlabelled" for asdiv
-              n: int | None = None,         # the first n examples of the split; None: all
-              *, source: str = "folder",    # "folder": $KD_NOTES_DATA; "hub": the Hugging Face hub or $KD_NOTES_HUB
-              folder: Path | str | None = None, gold: bool = False) -> list[Example]:
+def load_real(
+    name: str,
+    split: str,  # "train", "validation", "test"; "unlabelled" for asdiv
+    n: int | None = None,  # the first n examples of the split; None: all
+    *,
+    source: str = "folder",  # "folder": $KD_NOTES_DATA; "hub": the Hugging Face hub or $KD_NOTES_HUB
+    folder: Path | str | None = None,
+    gold: bool = False,
+) -> list[Example]:
     "Examples of a published set, in the paper's split where the files allow it. Raises UserError if the data is absent or malformed."
     spec, hub = real_set(name), source == "hub"
     if source not in ("folder", "hub"):
-        raise UserError(f"the source {source!r} is not known", where="source", fix="Use 'folder' or 'hub'.")
-    rows = _hub_rows(spec) if hub else {part: numbered_rows(path) for part, path in _folder_files(spec, folder).items()}
+        raise UserError(
+            f"the source {source!r} is not known", where="source", fix="Use 'folder' or 'hub'."
+        )
+    rows = (
+        _hub_rows(spec)
+        if hub
+        else {part: numbered_rows(path) for part, path in _folder_files(spec, folder).items()}
+    )
     cut = spec.hub_splits if hub and spec.hub_splits else spec.splits
     splits = cut(name, {part: _adapted(spec, places) for part, places in rows.items()})
     if split not in splits:
-        raise UserError(f"the split {split!r} is not known; {name} has {', '.join(splits)}", where="split", fix="Use one of these.")
+        raise UserError(
+            f"the split {split!r} is not known; {name} has {', '.join(splits)}",
+            where="split",
+            fix="Use one of these.",
+        )
     if n is not None and not 0 < n <= len(splits[split]):
-        raise UserError(f"n = {n}, but {name}/{split} has {len(splits[split])} examples", where="n", fix="Ask for 1 to that many.")
+        raise UserError(
+            f"n = {n}, but {name}/{split} has {len(splits[split])} examples",
+            where="n",
+            fix="Ask for 1 to that many.",
+        )
     if not (examples := splits[split][:n]):
-        raise UserError(f"the split {name}/{split} is empty: the data has too few rows to be split", where="split", fix="Give more rows.")
+        raise UserError(
+            f"the split {name}/{split} is empty: the data has too few rows to be split",
+            where="split",
+            fix="Give more rows.",
+        )
     return [withhold(ex) for ex in examples] if split == "unlabelled" and not gold else examples

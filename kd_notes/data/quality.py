@@ -19,7 +19,12 @@ import numpy as np
 from ..core import UserError
 from .answers import accuracy, is_correct, tokenize
 from kd_notes.data.examples import (
-    check_label, Example, load_split, split_input, task_info, TaskInfo,
+    check_label,
+    Example,
+    load_split,
+    split_input,
+    task_info,
+    TaskInfo,
 )
 
 # %% ../../nbs/2_playground/04_quality.ipynb #e4e8dad8
@@ -28,12 +33,18 @@ def normalise(text: str) -> str:
     return " ".join(re.findall(r"\w+", text.lower()))
 
 # %% ../../nbs/2_playground/04_quality.ipynb #a26c75f2
-def shingles(text: str, unit: str = "char", size: int = 5) -> frozenset[str]:  # unit: "char" or "word"
+def shingles(
+    text: str, unit: str = "char", size: int = 5
+) -> frozenset[str]:  # unit: "char" or "word"
     "All runs of `size` characters (or words) of the normalised text; the whole text if it is shorter."
     if unit not in ("char", "word") or size < 1:
-        raise UserError(f"shingles of {size} {unit!r} cannot be made", where="unit, size", fix="Use 'char' or 'word', and 1 or more.")
+        raise UserError(
+            f"shingles of {size} {unit!r} cannot be made",
+            where="unit, size",
+            fix="Use 'char' or 'word', and 1 or more.",
+        )
     parts = normalise(text) if unit == "char" else normalise(text).split()
-    runs = (parts[i:i + size] for i in range(max(1, len(parts) - size + 1)))
+    runs = (parts[i : i + size] for i in range(max(1, len(parts) - size + 1)))
     return frozenset(run if unit == "char" else " ".join(run) for run in runs if run)
 
 # %% ../../nbs/2_playground/04_quality.ipynb #2a277fc8
@@ -49,55 +60,90 @@ def _index(sets: Sequence[frozenset]) -> dict[str, np.ndarray]:
 def _similarities(s: frozenset, index: dict[str, np.ndarray], sizes: np.ndarray) -> np.ndarray:
     "Jaccard similarity of one set with every indexed set; shape (number of sets,)."
     lists = [index[x] for x in s if x in index]
-    common = np.bincount(np.concatenate(lists), minlength=len(sizes)) if lists else np.zeros(len(sizes))
-    return common/np.maximum(len(s) + sizes - common, 1)
+    common = (
+        np.bincount(np.concatenate(lists), minlength=len(sizes)) if lists else np.zeros(len(sizes))
+    )
+    return common / np.maximum(len(s) + sizes - common, 1)
 
 # %% ../../nbs/2_playground/04_quality.ipynb #1c51fcd6
-def near_duplicates(a: Sequence[Example | str], b: Sequence[Example | str] | None = None,  # None: pairs within `a`
-                    threshold: float = 0.9, *, unit: str = "char", size: int = 5) -> list[tuple[int, int, float]]:
+def near_duplicates(
+    a: Sequence[Example | str],
+    b: Sequence[Example | str] | None = None,  # None: pairs within `a`
+    threshold: float = 0.9,
+    *,
+    unit: str = "char",
+    size: int = 5,
+) -> list[tuple[int, int, float]]:
     "All (i, j, similarity) with Jaccard similarity of a[i] and b[j] at or above the threshold, ordered by i and j. Exact."
     if not 0 < threshold <= 1:
-        raise UserError(f"{threshold} is not between 0 and 1", where="threshold", fix="Use a similarity such as 0.9.")
-    sets_a, sets_b = ([shingles(x.input if isinstance(x, Example) else x, unit, size) for x in xs] for xs in (a, a if b is None else b))
+        raise UserError(
+            f"{threshold} is not between 0 and 1",
+            where="threshold",
+            fix="Use a similarity such as 0.9.",
+        )
+    sets_a, sets_b = (
+        [shingles(x.input if isinstance(x, Example) else x, unit, size) for x in xs]
+        for xs in (a, a if b is None else b)
+    )
     index, sizes, found = _index(sets_b), np.array([len(s) for s in sets_b]), []
     for i, s in enumerate(sets_a):
         similar = _similarities(s, index, sizes)
-        found += [(i, int(j), float(similar[j])) for j in np.flatnonzero(similar >= threshold) if b is not None or i < j]
+        found += [
+            (i, int(j), float(similar[j]))
+            for j in np.flatnonzero(similar >= threshold)
+            if b is not None or i < j
+        ]
     return found
 
 # %% ../../nbs/2_playground/04_quality.ipynb #2e31ed2a
-def near_duplicate_share(a: Sequence[Example | str], b: Sequence[Example | str], threshold: float = 0.9, **how) -> float:
+def near_duplicate_share(
+    a: Sequence[Example | str], b: Sequence[Example | str], threshold: float = 0.9, **how
+) -> float:
     "Share of `a`, from 0 to 1, that has at least one near-duplicate in `b`. Keywords as in `near_duplicates`."
     if not a:
         raise UserError("there is nothing to compare", where="a", fix="Give at least one example.")
-    return len({i for i, _, _ in near_duplicates(a, b, threshold, **how)})/len(a)
+    return len({i for i, _, _ in near_duplicates(a, b, threshold, **how)}) / len(a)
 
 # %% ../../nbs/2_playground/04_quality.ipynb #c6469321
 def _words():
     "Vectoriser for single words and pairs of words."
     from sklearn.feature_extraction.text import TfidfVectorizer
-    return TfidfVectorizer(token_pattern=r"(?u)\b\w+\b", ngram_range=(1, 2), sublinear_tf=True, min_df=2, max_features=10_000)
+
+    return TfidfVectorizer(
+        token_pattern=r"(?u)\b\w+\b",
+        ngram_range=(1, 2),
+        sublinear_tf=True,
+        min_df=2,
+        max_features=10_000,
+    )
 
 
 def _chars(most: int | None = 20_000):
     "Vectoriser for runs of two to five characters, the `most` frequent of them."
     from sklearn.feature_extraction.text import TfidfVectorizer
-    return TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 5), sublinear_tf=True, min_df=2, max_features=most)
+
+    return TfidfVectorizer(
+        analyzer="char_wb", ngram_range=(2, 5), sublinear_tf=True, min_df=2, max_features=most
+    )
 
 
 def _given():
     "Vectoriser for documents that are lists of features already."
     from sklearn.feature_extraction.text import TfidfVectorizer
+
     return TfidfVectorizer(analyzer=list, sublinear_tf=True, min_df=2)
 
 # %% ../../nbs/2_playground/04_quality.ipynb #03a3e2ef
 def _fit(x, y: np.ndarray):
     "Logistic regression on features x, shape (rows, features), and labels y; its strength C is 1 or 10."
     from sklearn.linear_model import LogisticRegression
+
     order = np.random.RandomState(0).permutation(len(y))
-    held, rest = order[:len(y)//5], order[len(y)//5:]
+    held, rest = order[: len(y) // 5], order[len(y) // 5 :]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # 200 steps are enough for a probe, converged or not; many classes are expected
+        warnings.simplefilter(
+            "ignore"
+        )  # 200 steps are enough for a probe, converged or not; many classes are expected
         models = {c: LogisticRegression(C=c, max_iter=200) for c in (1.0, 10.0)}
         if len(set(y)) > 10 or len(held) == 0 or len(set(y[rest])) < 2:
             return models[10.0].fit(x, y)
@@ -105,14 +151,18 @@ def _fit(x, y: np.ndarray):
         return models[best].fit(x, y)
 
 # %% ../../nbs/2_playground/04_quality.ipynb #c1ec47e4
-def _scores(train_docs: list, labels: list[str], test_docs: list, vectors, top: int = 500) -> tuple[list[str], np.ndarray]:
+def _scores(
+    train_docs: list, labels: list[str], test_docs: list, vectors, top: int = 500
+) -> tuple[list[str], np.ndarray]:
     "Classes (at most the `top` most frequent labels) and their log-probabilities, shape (test items, classes)."
     counts = Counter(labels).most_common(top)
     common = [x for x, n in counts if n > 1] or [x for x, _ in counts]
     if len(common) == 1:
         return common, np.zeros((len(test_docs), 1))
     kept = [i for i, x in enumerate(labels) if x in set(common)]
-    model = _fit(vectors.fit_transform([train_docs[i] for i in kept]), np.array([labels[i] for i in kept]))
+    model = _fit(
+        vectors.fit_transform([train_docs[i] for i in kept]), np.array([labels[i] for i in kept])
+    )
     return [str(c) for c in model.classes_], model.predict_log_proba(vectors.transform(test_docs))
 
 
@@ -120,42 +170,71 @@ def _likeliest(classes: list[str], scores: np.ndarray) -> list[str]:
     return [classes[i] for i in scores.argmax(1)]
 
 # %% ../../nbs/2_playground/04_quality.ipynb #ac2cd263
-def _class_probes(info: TaskInfo, train: list[Example], test: list[Example]) -> dict[str, list[str]]:
+def _class_probes(
+    info: TaskInfo, train: list[Example], test: list[Example]
+) -> dict[str, list[str]]:
     "Predictions of the probes for a closed set of labels."
     labels = [ex.label for ex in train]
-    out = {"majority": [Counter(labels).most_common(1)[0][0]]*len(test)}
-    views = {"": lambda ex: ex.input} | ({"last_part_": lambda ex: split_input(info, ex.input)[1]} if info.mark else {})
+    out = {"majority": [Counter(labels).most_common(1)[0][0]] * len(test)}
+    views = {"": lambda ex: ex.input} | (
+        {"last_part_": lambda ex: split_input(info, ex.input)[1]} if info.mark else {}
+    )
     for view, read in views.items():
         for name, vectors in (("words", _words()), ("chars", _chars())):
-            out[view + name] = _likeliest(*_scores([read(ex) for ex in train], labels, [read(ex) for ex in test], vectors))
+            out[view + name] = _likeliest(
+                *_scores([read(ex) for ex in train], labels, [read(ex) for ex in test], vectors)
+            )
     return out
 
 # %% ../../nbs/2_playground/04_quality.ipynb #3d348360
 def _choice_features(ex: Example, i: int) -> list[str]:
     "Features of choice i of an example, without its question."
-    words, rivals = normalise(ex.choices[i]).split(), {w for j, c in enumerate(ex.choices) if j != i for w in normalise(c).split()}
+    words, rivals = (
+        normalise(ex.choices[i]).split(),
+        {w for j, c in enumerate(ex.choices) if j != i for w in normalise(c).split()},
+    )
     longer = sum(len(c) > len(ex.choices[i]) for c in ex.choices)
-    pieces = [f"#{normalise(ex.choices[i])[k:k + 4]}" for k in range(max(1, len(ex.choices[i]) - 3))]
+    pieces = [
+        f"#{normalise(ex.choices[i])[k : k + 4]}" for k in range(max(1, len(ex.choices[i]) - 3))
+    ]
     crossed = [f"{w}<>{r}" for w in words for r in sorted(rivals)]
-    return words + pieces + crossed + [f"position={i}", f"longer={longer}", f"shared={len(rivals & set(words))}"]
+    return (
+        words
+        + pieces
+        + crossed
+        + [f"position={i}", f"longer={longer}", f"shared={len(rivals & set(words))}"]
+    )
 
 # %% ../../nbs/2_playground/04_quality.ipynb #6d550057
 def _pair_features(info: TaskInfo, ex: Example, i: int) -> list[str]:
     "Features of choice i together with the question."
-    question, words = sorted(set(normalise(split_input(info, ex.input)[0]).split())), normalise(ex.choices[i]).split()
+    question, words = (
+        sorted(set(normalise(split_input(info, ex.input)[0]).split())),
+        normalise(ex.choices[i]).split(),
+    )
     common = len(set(question) & set(words))
-    return [f"{q}|{w}" for q in question for w in words] + words + [f"common={common}", f"position={i}"]
+    return (
+        [f"{q}|{w}" for q in question for w in words]
+        + words
+        + [f"common={common}", f"position={i}"]
+    )
 
 # %% ../../nbs/2_playground/04_quality.ipynb #b30a403a
-def _best_choice(features: Callable[[Example, int], list[str]], train: list[Example], test: list[Example]) -> list[str]:
+def _best_choice(
+    features: Callable[[Example, int], list[str]], train: list[Example], test: list[Example]
+) -> list[str]:
     "Train on every choice of every example; predict the choice that is most likely right."
     docs, right = [], []
     for ex in train:
         docs += [features(ex, i) for i in range(len(ex.choices))]
         right += ["right" if c == ex.label else "wrong" for c in ex.choices]
-    classes, scores = _scores(docs, right, [features(ex, i) for ex in test for i in range(len(ex.choices))], _given())
+    classes, scores = _scores(
+        docs, right, [features(ex, i) for ex in test for i in range(len(ex.choices))], _given()
+    )
     column, ends = scores[:, classes.index("right")], np.cumsum([len(ex.choices) for ex in test])
-    return [ex.choices[int(column[end - len(ex.choices):end].argmax())] for ex, end in zip(test, ends)]
+    return [
+        ex.choices[int(column[end - len(ex.choices) : end].argmax())] for ex, end in zip(test, ends)
+    ]
 
 # %% ../../nbs/2_playground/04_quality.ipynb #56c32a07
 def _known_label(info: TaskInfo, train: list[Example], test: list[Example]) -> list[str]:
@@ -163,16 +242,23 @@ def _known_label(info: TaskInfo, train: list[Example], test: list[Example]) -> l
     questions = [[split_input(info, ex.input)[0] for ex in xs] for xs in (train, test)]
     classes, scores = _scores(questions[0], [ex.label for ex in train], questions[1], _words())
     column = {c: k for k, c in enumerate(classes)}
-    return [max(ex.choices, key=lambda c: row[column[c]] if c in column else -math.inf) for ex, row in zip(test, scores)]
+    return [
+        max(ex.choices, key=lambda c: row[column[c]] if c in column else -math.inf)
+        for ex, row in zip(test, scores)
+    ]
 
 
-def _choice_probes(info: TaskInfo, train: list[Example], test: list[Example]) -> dict[str, list[str]]:
+def _choice_probes(
+    info: TaskInfo, train: list[Example], test: list[Example]
+) -> dict[str, list[str]]:
     "Predictions of the probes for a choice among answers; the majority is the most frequent position."
     place = Counter(ex.choices.index(ex.label) for ex in train).most_common(1)[0][0]
-    return {"majority": [ex.choices[min(place, len(ex.choices) - 1)] for ex in test],
-            "choices_only": _best_choice(_choice_features, train, test),
-            "pairs": _best_choice(lambda ex, i: _pair_features(info, ex, i), train, test),
-            "labels": _known_label(info, train, test)}
+    return {
+        "majority": [ex.choices[min(place, len(ex.choices) - 1)] for ex in test],
+        "choices_only": _best_choice(_choice_features, train, test),
+        "pairs": _best_choice(lambda ex, i: _pair_features(info, ex, i), train, test),
+        "labels": _known_label(info, train, test),
+    }
 
 # %% ../../nbs/2_playground/04_quality.ipynb #26a982dd
 _NUMBER = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?")
@@ -189,7 +275,9 @@ def equation_template(equation: str, question: str) -> str:
     for t in tokenize(equation):
         places = [i for i, v in enumerate(values) if t not in "+-*/()" and v == Fraction(t)]
         if places:
-            place = next((i for i in places if i not in used), places[0])  # two equal numbers: the first not yet used
+            place = next(
+                (i for i in places if i not in used), places[0]
+            )  # two equal numbers: the first not yet used
             used.add(place)
             t = f"N{place}"
         out.append(t)
@@ -199,43 +287,83 @@ def equation_template(equation: str, question: str) -> str:
 def fill_template(template: str, question: str) -> str:
     "The template with the question's numbers in its slots; empty if the question has too few."
     numbers = numbers_in(question)
-    tokens = [t if t[0] != "N" else numbers[int(t[1:])] if int(t[1:]) < len(numbers) else "" for t in template.split()]
+    tokens = [
+        t if t[0] != "N" else numbers[int(t[1:])] if int(t[1:]) < len(numbers) else ""
+        for t in template.split()
+    ]
     return " ".join(tokens) if all(tokens) else ""
 
 # %% ../../nbs/2_playground/04_quality.ipynb #686dbbcf
 def _masked(text: str) -> str:
     "The text with every number replaced by the word num, and which of its first four numbers is larger than which."
     values = [Fraction(x) for x in numbers_in(text)[:4]]
-    larger = [f"larger{i}{j}" for i, a in enumerate(values) for j, b in enumerate(values) if i != j and a > b]
+    larger = [
+        f"larger{i}{j}"
+        for i, a in enumerate(values)
+        for j, b in enumerate(values)
+        if i != j and a > b
+    ]
     return " ".join([_NUMBER.sub("num", text), *larger])
 
 # %% ../../nbs/2_playground/04_quality.ipynb #8ce34870
-def _equation_probes(info: TaskInfo, train: list[Example], test: list[Example]) -> dict[str, list[str]]:
+def _equation_probes(
+    info: TaskInfo, train: list[Example], test: list[Example]
+) -> dict[str, list[str]]:
     "Predictions of the probes for equations: over label texts, and over templates that are then filled in."
-    labels, templates = [ex.label for ex in train], [equation_template(ex.label, ex.input) for ex in train]
-    read, masked = [[ex.input for ex in xs] for xs in (train, test)], [[_masked(ex.input) for ex in xs] for xs in (train, test)]
-    guesses = {"majority_template": [Counter(templates).most_common(1)[0][0]]*len(test)}
+    labels, templates = (
+        [ex.label for ex in train],
+        [equation_template(ex.label, ex.input) for ex in train],
+    )
+    read, masked = (
+        [[ex.input for ex in xs] for xs in (train, test)],
+        [[_masked(ex.input) for ex in xs] for xs in (train, test)],
+    )
+    guesses = {"majority_template": [Counter(templates).most_common(1)[0][0]] * len(test)}
     for name, vectors in (("words", _words()), ("chars", _chars(4_000))):
-        guesses[f"template_{name}"] = _likeliest(*_scores(masked[0], templates, masked[1], vectors, top=50))
-    return {"majority": [Counter(labels).most_common(1)[0][0]]*len(test),
-            "labels": _likeliest(*_scores(read[0], labels, read[1], _words(), top=100)),
-            **{name: [fill_template(t, ex.input) for t, ex in zip(guess, test)] for name, guess in guesses.items()}}
+        guesses[f"template_{name}"] = _likeliest(
+            *_scores(masked[0], templates, masked[1], vectors, top=50)
+        )
+    return {
+        "majority": [Counter(labels).most_common(1)[0][0]] * len(test),
+        "labels": _likeliest(*_scores(read[0], labels, read[1], _words(), top=100)),
+        **{
+            name: [fill_template(t, ex.input) for t, ex in zip(guess, test)]
+            for name, guess in guesses.items()
+        },
+    }
 
 # %% ../../nbs/2_playground/04_quality.ipynb #06bed0a3
-def surface_probes(task: str | TaskInfo, train: Sequence[Example], test: Sequence[Example]) -> dict[str, float]:
+def surface_probes(
+    task: str | TaskInfo, train: Sequence[Example], test: Sequence[Example]
+) -> dict[str, float]:
     "Accuracy, 0 to 1, of probes that cannot reason, with 'majority' among them. Deterministic. Needs scikit-learn."
     info, train, test = task_info(task), list(train), list(test)
     if not train or not test or not all(ex.label for ex in [*train, *test]):
-        raise UserError("a probe needs labelled examples in both sets", where="train, test", fix="Give splits with gold labels.")
+        raise UserError(
+            "a probe needs labelled examples in both sets",
+            where="train, test",
+            fix="Give splits with gold labels.",
+        )
     for ex in [*train, *test]:
         check_label(info, ex, f"example {ex.id}")
-    probes = _equation_probes if info.metric == "equation" else _choice_probes if info.choices else _class_probes
-    return {name: accuracy([is_correct(info.metric, p, ex.label) for p, ex in zip(out, test, strict=True)])
-            for name, out in probes(info, train, test).items()}
+    probes = (
+        _equation_probes
+        if info.metric == "equation"
+        else _choice_probes
+        if info.choices
+        else _class_probes
+    )
+    return {
+        name: accuracy(
+            [is_correct(info.metric, p, ex.label) for p, ex in zip(out, test, strict=True)]
+        )
+        for name, out in probes(info, train, test).items()
+    }
 
 # %% ../../nbs/2_playground/04_quality.ipynb #503b994a
-def floor_accuracy(task: str | TaskInfo,
-                   examples: Sequence[Example] | None = None) -> float:  # None: the test split of the embedded task
+def floor_accuracy(
+    task: str | TaskInfo, examples: Sequence[Example] | None = None
+) -> float:  # None: the test split of the embedded task
     "Accuracy of always giving the most frequent answer. Raises UserError for an unknown task."
     info = task_info(task)
     test = load_split(info.name, "test") if examples is None else examples

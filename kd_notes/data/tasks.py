@@ -15,7 +15,12 @@ from itertools import combinations
 
 from ..core import data_dir, read_json, rng, stable_hash, UserError
 from kd_notes.data.examples import (
-    choice_input, Example, nli_input, problem_input, task_info, write_split,
+    choice_input,
+    Example,
+    nli_input,
+    problem_input,
+    task_info,
+    write_split,
 )
 from ..progress import progress
 
@@ -25,11 +30,21 @@ def facts(task: str) -> dict:  # name of an embedded task
     "The table of facts and phrases of a task, from data/facts. Raises UserError for an unknown task."
     path = data_dir() / "facts" / f"{task}.json"
     if not path.exists():
-        raise UserError(f"there are no facts for task {task!r}", where=str(path.name), fix=f"Choose one of {', '.join(GENERATORS)}.")
+        raise UserError(
+            f"there are no facts for task {task!r}",
+            where=str(path.name),
+            fix=f"Choose one of {', '.join(GENERATORS)}.",
+        )
     return read_json(path)
 
 # %% ../../nbs/2_playground/03_tasks.ipynb #57784fb4
-WORLDS = {"teacher": "train", "pool": "train", "unlabelled": "train", "validation": "validation", "test": "test"}
+WORLDS = {
+    "teacher": "train",
+    "pool": "train",
+    "unlabelled": "train",
+    "validation": "validation",
+    "test": "test",
+}
 
 
 def world_of(*fact_names: str) -> str:  # facts that meet in one input
@@ -61,7 +76,11 @@ def _nli_slots(r: random.Random, topics: dict, label: str) -> tuple[str, str, di
     others = r.sample([t for t in topics if t != topic], 3 if label == "neutral" else 2)
     kinds = {t: r.choice(list(topics[t]["values"])) for t in others}
     if label != "neutral":
-        kinds[topic] = kind if label == "entailment" else r.choice([k for k in topics[topic]["values"] if k != kind])
+        kinds[topic] = (
+            kind
+            if label == "entailment"
+            else r.choice([k for k in topics[topic]["values"] if k != kind])
+        )
     return topic, kind, {t: (r.choice(topics[t]["values"][k]), k) for t, k in kinds.items()}
 
 # %% ../../nbs/2_playground/03_tasks.ipynb #cd796754
@@ -84,12 +103,22 @@ def nli_example(r: random.Random, world: str) -> dict | None:
         phrase, true_kind = things[topic]
         noun = noun_of(phrase)
         end = f["agree"] if label == "entailment" else f["clash"]
-        why = r.choice(t["fact"]).format(e=noun, E=noun, v=true_kind) + " " + r.choice(end).format(v=kind)
-    return {"input": nli_input(english(premise), english(hypothesis)), "label": label, "rationale": english(why),
-            "meta": {"topic": topic, "facts": sorted(phrases)}}
+        why = (
+            r.choice(t["fact"]).format(e=noun, E=noun, v=true_kind)
+            + " "
+            + r.choice(end).format(v=kind)
+        )
+    return {
+        "input": nli_input(english(premise), english(hypothesis)),
+        "label": label,
+        "rationale": english(why),
+        "meta": {"topic": topic, "facts": sorted(phrases)},
+    }
 
 # %% ../../nbs/2_playground/03_tasks.ipynb #8b19e163
-def _anli_slots(r: random.Random, f: dict, label: str) -> tuple[str, str, list[tuple[str, str, str]]]:
+def _anli_slots(
+    r: random.Random, f: dict, label: str
+) -> tuple[str, str, list[tuple[str, str, str]]]:
     "Event and continent of the hypothesis, and the two (event, city, continent) of the premise; the decisive one first."
     event = r.choice(list(f["events"]))
     there = r.choice(list(f["cities"]))
@@ -97,7 +126,11 @@ def _anli_slots(r: random.Random, f: dict, label: str) -> tuple[str, str, list[t
     others = r.sample([e for e in f["events"] if e != event], 2)
     events = others if label == "neutral" else [event, others[0]]
     continents = [away, there] if label == "contradiction" else [there, away]
-    return event, there, [(e, r.choice(list(f["cities"][c])), c) for e, c in zip(events, continents)]
+    return (
+        event,
+        there,
+        [(e, r.choice(list(f["cities"][c])), c) for e, c in zip(events, continents)],
+    )
 
 # %% ../../nbs/2_playground/03_tasks.ipynb #ac3e5d6b
 def anli_example(r: random.Random, world: str) -> dict | None:
@@ -118,10 +151,16 @@ def anli_example(r: random.Random, world: str) -> dict | None:
     else:
         _, city, continent = places[0]
         end = f["agree"] if label == "entailment" else f["clash"]
-        why = r.choice(f["found"]).format(n=who, e=said[0], c=city, k=f["cities"][continent][city], v=continent)
+        why = r.choice(f["found"]).format(
+            n=who, e=said[0], c=city, k=f["cities"][continent][city], v=continent
+        )
         why += " " + r.choice(end).format(v=there)
-    return {"input": nli_input(premise, hypothesis), "label": label, "rationale": why,
-            "meta": {"event": event, "facts": sorted(p[1] for p in places)}}
+    return {
+        "input": nli_input(premise, hypothesis),
+        "label": label,
+        "rationale": why,
+        "meta": {"event": event, "facts": sorted(p[1] for p in places)},
+    }
 
 # %% ../../nbs/2_playground/03_tasks.ipynb #e7b4caa1
 def setting_world(thing: str, setting: str) -> str:
@@ -147,10 +186,23 @@ def cqa_example(r: random.Random, world: str) -> dict | None:
     choices = _cqa_choices(r, f, purpose, setting)
     room, where = choices[0], r.choice(f["settings"][setting])
     r.shuffle(choices)
-    words = {"n": r.choice(f["names"]), "s": where, "s_": where, "e": "a " + thing, "E": "a " + thing, "t": purpose, "r": room}
+    words = {
+        "n": r.choice(f["names"]),
+        "s": where,
+        "s_": where,
+        "e": "a " + thing,
+        "E": "a " + thing,
+        "t": purpose,
+        "r": room,
+    }
     question = english(r.choice(f["questions"]).format(**words))
-    return {"input": choice_input(question, choices), "label": room, "choices": choices, "meta": {"facts": sorted([thing, setting])},
-            "rationale": english(r.choice(f["rationales"]).format(**words))}
+    return {
+        "input": choice_input(question, choices),
+        "label": room,
+        "choices": choices,
+        "meta": {"facts": sorted([thing, setting])},
+        "rationale": english(r.choice(f["rationales"]).format(**words)),
+    }
 
 # %% ../../nbs/2_playground/03_tasks.ipynb #8c1fbe9b
 def svamp_example(r: random.Random, world: str) -> dict | None:
@@ -163,11 +215,30 @@ def svamp_example(r: random.Random, world: str) -> dict | None:
     change = r.choice(f["changes"][sign])
     if world_of(thing, change) != world:
         return None
-    a, b = sorted(r.sample(range(2, 21), 2), reverse=True) if sign == "-" else r.sample(range(2, 21), 2)
-    words = {"n": r.choice(f["names"]), "a": a, "b": b, "c": category, "k": kind, "e": thing, "E": thing}
-    text = " ".join(r.choice(f[part]) if part != "changes" else change for part in ("starts", "changes", "questions"))
-    return {"input": problem_input(english(text.format(**words))), "label": f"{a} {sign} {b}" if fits else f"{a}",
-            "rationale": english(r.choice(f["fits" if fits else "differs"]).format(**words)), "meta": {"facts": sorted([thing, change])}}
+    a, b = (
+        sorted(r.sample(range(2, 21), 2), reverse=True)
+        if sign == "-"
+        else r.sample(range(2, 21), 2)
+    )
+    words = {
+        "n": r.choice(f["names"]),
+        "a": a,
+        "b": b,
+        "c": category,
+        "k": kind,
+        "e": thing,
+        "E": thing,
+    }
+    text = " ".join(
+        r.choice(f[part]) if part != "changes" else change
+        for part in ("starts", "changes", "questions")
+    )
+    return {
+        "input": problem_input(english(text.format(**words))),
+        "label": f"{a} {sign} {b}" if fits else f"{a}",
+        "rationale": english(r.choice(f["fits" if fits else "differs"]).format(**words)),
+        "meta": {"facts": sorted([thing, change])},
+    }
 
 # %% ../../nbs/2_playground/03_tasks.ipynb #2fc22c84
 GENERATORS = {"nli": nli_example, "anli": anli_example, "cqa": cqa_example, "svamp": svamp_example}
@@ -175,7 +246,9 @@ SIZES = {"teacher": 500, "pool": 2000, "unlabelled": 1000, "validation": 500, "t
 SEED = 2305
 
 
-def generate(task: str, sizes: dict[str, int] = SIZES, seed: int = SEED) -> dict[str, list[Example]]:  # {split: number}
+def generate(
+    task: str, sizes: dict[str, int] = SIZES, seed: int = SEED
+) -> dict[str, list[Example]]:  # {split: number}
     "All splits of an embedded task; no input occurs twice. Raises UserError for an unknown task."
     facts(task)
     task_info(task)
@@ -206,10 +279,32 @@ def _texts(tree) -> list[str]:
 def fact_words(task: str) -> frozenset[str]:
     "The words that carry facts in a task: names of things, kinds, cities, rooms, purposes; lower case."
     f = facts(task)
-    tables = {"nli": lambda: {k: t["values"] for k, t in f["topics"].items()}, "anli": lambda: f["cities"],
-              "cqa": lambda: f["purposes"], "svamp": lambda: f["categories"]}[task]()
+    tables = {
+        "nli": lambda: {k: t["values"] for k, t in f["topics"].items()},
+        "anli": lambda: f["cities"],
+        "cqa": lambda: f["purposes"],
+        "svamp": lambda: f["categories"],
+    }[task]()
     words = {w for text in _texts(tables) for w in re.findall(r"[a-z-]+", text.lower())}
-    return frozenset(words - {"a", "an", "of", "on", "in", "by", "to", "with", "next", "wearing", "eating", "things", "rooms", "the"})
+    return frozenset(
+        words
+        - {
+            "a",
+            "an",
+            "of",
+            "on",
+            "in",
+            "by",
+            "to",
+            "with",
+            "next",
+            "wearing",
+            "eating",
+            "things",
+            "rooms",
+            "the",
+        }
+    )
 
 
 def said_facts(task: str, text: str) -> tuple[bool, frozenset[str]]:
@@ -218,7 +313,9 @@ def said_facts(task: str, text: str) -> tuple[bool, frozenset[str]]:
     return bool(words & {"not", "nothing", "no"}), frozenset(words & fact_words(task))
 
 
-def valid_rationale(example: Example, rationale: str) -> bool:  # of an embedded task, with its oracle rationale
+def valid_rationale(
+    example: Example, rationale: str
+) -> bool:  # of an embedded task, with its oracle rationale
     "Whether a rationale states the facts of the oracle's and reaches the same side. Raises KeyError for other tasks."
     return said_facts(example.task, rationale) == said_facts(example.task, example.rationale)
 

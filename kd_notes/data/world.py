@@ -24,12 +24,34 @@ import torch
 from torch import Tensor
 
 from kd_notes.core import (
-    atomic_write, canonical_json, data_dir, read_jsonl, rng, stable_hash, UserError,
-    verify_checksums, write_checksums, write_json,
+    atomic_write,
+    canonical_json,
+    data_dir,
+    read_jsonl,
+    rng,
+    stable_hash,
+    UserError,
+    verify_checksums,
+    write_checksums,
+    write_json,
 )
 from kd_notes.data.grammar import (
-    answer_entropy, Answers, choice, draw, draw_villages, END, lexicon, log_prob, SEED, _SLOT,
-    text_of, village_env, villages, with_fixed, words_of, world_dir,
+    answer_entropy,
+    Answers,
+    choice,
+    draw,
+    draw_villages,
+    END,
+    lexicon,
+    log_prob,
+    SEED,
+    _SLOT,
+    text_of,
+    village_env,
+    villages,
+    with_fixed,
+    words_of,
+    world_dir,
 )
 from ..models.mini import load_mini_tokenizer, train_mini_tokenizer
 
@@ -37,6 +59,7 @@ from ..models.mini import load_mini_tokenizer, train_mini_tokenizer
 @dataclass(frozen=True)
 class Prompt:
     "What a prompt asks: its kind and the values of its slots."
+
     kind: str
     slots: tuple[tuple[str, str], ...]
     text: str = field(default="", compare=False)
@@ -48,9 +71,17 @@ class Prompt:
 def slot_values(slot: str) -> list[str]:
     "What a slot of a prompt can be."
     words = lexicon()
-    return {"v": list(villages()), "u": list(villages()), "season": words["seasons"], "visitor": words["visitors"],
-            "noun": words["nouns"], "other": words["nouns"], "adjective": list(words["adjectives"]), "last": list(words["adjectives"]),
-            "joint": ["and", "but"]}[slot]
+    return {
+        "v": list(villages()),
+        "u": list(villages()),
+        "season": words["seasons"],
+        "visitor": words["visitors"],
+        "noun": words["nouns"],
+        "other": words["nouns"],
+        "adjective": list(words["adjectives"]),
+        "last": list(words["adjectives"]),
+        "joint": ["and", "but"],
+    }[slot]
 
 # %% ../../nbs/2_playground/07_world.ipynb #70052c5d
 @lru_cache
@@ -61,7 +92,14 @@ def _patterns() -> list[tuple[str, re.Pattern]]:
         groups = {slot: f"(?P<{slot}>{'|'.join(slot_values(slot))})" for slot in entry["slots"]}
         for ask in entry["asks"]:
             parts = _SLOT.split(ask)
-            out.append((kind, re.compile("".join(groups[p] if i % 2 else re.escape(p) for i, p in enumerate(parts)))))
+            out.append(
+                (
+                    kind,
+                    re.compile(
+                        "".join(groups[p] if i % 2 else re.escape(p) for i, p in enumerate(parts))
+                    ),
+                )
+            )
     return out
 
 
@@ -70,8 +108,14 @@ def read_prompt(text: str) -> Prompt:
     "Kind and slots of a prompt. Raises UserError if it is none of this world."
     for kind, pattern in _patterns():
         if found := pattern.fullmatch(text.strip()):
-            return Prompt(kind, tuple((s, found[s]) for s in lexicon()["kinds"][kind]["slots"]), text.strip())
-    raise UserError(f"{text!r:.80} is not a prompt of the instruction world", where="prompt", fix="Take prompts from load_world.")
+            return Prompt(
+                kind, tuple((s, found[s]) for s in lexicon()["kinds"][kind]["slots"]), text.strip()
+            )
+    raise UserError(
+        f"{text!r:.80} is not a prompt of the instruction world",
+        where="prompt",
+        fix="Take prompts from load_world.",
+    )
 
 # %% ../../nbs/2_playground/07_world.ipynb #85713e0d
 WEATHER = (0.6, 0.3, 0.1)  # weights of the three kinds of weather that a land has in a season
@@ -79,21 +123,21 @@ WEATHER = (0.6, 0.3, 0.1)  # weights of the three kinds of weather that a land h
 
 def sigmoid(x: float) -> float:
     "1 / (1 + exp(-x))."
-    return 1/(1 + math.exp(-x))
+    return 1 / (1 + math.exp(-x))
 
 
 def rain_probability(village: str, season: str) -> float:
     "Probability of the answer 'yes' to the question whether it rains; wet villages lie above their land's value, dry ones below."
     facts, words = villages()[village], lexicon()
     base = words["rain"][facts["land"]][words["seasons"].index(season)]
-    return sigmoid(math.log(base/(1 - base)) + facts["wet"])
+    return sigmoid(math.log(base / (1 - base)) + facts["wet"])
 
 # %% ../../nbs/2_playground/07_world.ipynb #71727d4e
 def happy_probability(adjective: str, joint: str, last: str) -> float:
     "Probability that a guest is happy; after 'but', the second remark counts more."
     score = lexicon()["adjectives"]
     first, second = (1.0, 1.0) if joint == "and" else (0.4, 1.6)
-    return sigmoid(first*score[adjective] + second*score[last])
+    return sigmoid(first * score[adjective] + second * score[last])
 
 
 def preference(visitor: str, v: str, u: str) -> float:
@@ -111,7 +155,10 @@ def environment(prompt: Prompt) -> dict[str, list[tuple[float, str]]]:
         if "season" in slots:
             sky = lexicon()["weather"][villages()[slots["v"]]["land"]][slots["season"]]
             wet = rain_probability(slots["v"], slots["season"])
-            env |= {"weather": list(zip(WEATHER, sky)), "rained": [(wet, "It rained"), (1 - wet, "It did not rain")]}
+            env |= {
+                "weather": list(zip(WEATHER, sky)),
+                "rained": [(wet, "It rained"), (1 - wet, "It did not rain")],
+            }
     if "u" in slots:
         p = preference(slots["visitor"], slots["v"], slots["u"])
         env["chosen"] = [(p, slots["v"]), (1 - p, slots["u"])]
@@ -162,7 +209,9 @@ def sample_answer(prompt: str, r: random.Random) -> str:
 def log_likelihood(prompt: str, answer: str) -> float:
     "Natural log of the generator's probability of this answer, word for word; -inf for a text that it never writes."
     words = words_of(answer)
-    return log_prob(answers(prompt), [*words, END]) if text_of(words) == answer.strip() else -math.inf
+    return (
+        log_prob(answers(prompt), [*words, END]) if text_of(words) == answer.strip() else -math.inf
+    )
 
 
 def entropy(prompt: str) -> float:
@@ -171,7 +220,11 @@ def entropy(prompt: str) -> float:
 
 # %% ../../nbs/2_playground/07_world.ipynb #f1787b54
 SPLITS = {"train": 2400, "validation": 300, "test": 500}
-REFERENCES = {"train": 1, "validation": 4, "test": 8}  # different answers that are kept per prompt, where there are so many
+REFERENCES = {
+    "train": 1,
+    "validation": 4,
+    "test": 8,
+}  # different answers that are kept per prompt, where there are so many
 
 
 def split_of(prompt: Prompt) -> str:
@@ -210,9 +263,19 @@ def draw_prompts(split: str, n: int, seed: int = SEED) -> list[Prompt]:
 def draw_row(prompt: Prompt, name: str, references: int, r: random.Random) -> dict:
     "A row: id, kind, prompt, response, references (the response first); with labels, where the prompt has some."
     response = sample_answer(prompt.text, r)
-    others = [] if label_probabilities(prompt.text) else [sample_answer(prompt.text, r) for _ in range(3*references)]
+    others = (
+        []
+        if label_probabilities(prompt.text)
+        else [sample_answer(prompt.text, r) for _ in range(3 * references)]
+    )
     kept = list(dict.fromkeys([response, *others]))[:references]
-    row = {"id": name, "kind": prompt.kind, "prompt": prompt.text, "response": response, "references": kept}
+    row = {
+        "id": name,
+        "kind": prompt.kind,
+        "prompt": prompt.text,
+        "response": response,
+        "references": kept,
+    }
     labels = list(label_probabilities(prompt.text))
     return row | ({"labels": labels} if labels else {})
 
@@ -220,10 +283,16 @@ def draw_row(prompt: Prompt, name: str, references: int, r: random.Random) -> di
 def draw_split(split: str, n: int | None = None, seed: int = SEED) -> list[dict]:
     "The rows of a split; n: how many, the committed number if it is None. Raises UserError for an unknown split."
     if split not in SPLITS:
-        raise UserError(f"the split {split!r} is not known", where="split", fix=f"Use one of {', '.join(SPLITS)}.")
+        raise UserError(
+            f"the split {split!r} is not known",
+            where="split",
+            fix=f"Use one of {', '.join(SPLITS)}.",
+        )
     r = rng("world", "rows", split, seed)
     prompts = draw_prompts(split, n or SPLITS[split], seed)
-    return [draw_row(p, f"world-{split}-{i:04d}", REFERENCES[split], r) for i, p in enumerate(prompts)]
+    return [
+        draw_row(p, f"world-{split}-{i:04d}", REFERENCES[split], r) for i, p in enumerate(prompts)
+    ]
 
 # %% ../../nbs/2_playground/07_world.ipynb #8c973152
 CORPUS = 6000
@@ -231,7 +300,9 @@ CORPUS = 6000
 
 def passage_grammar(kind: str, slots: dict[str, str]) -> Any:
     "The grammar of a passage of the corpus about these slots."
-    return grammar_of(lexicon()["corpus"][kind]["modes"], environment(Prompt(kind, tuple(slots.items()))))
+    return grammar_of(
+        lexicon()["corpus"][kind]["modes"], environment(Prompt(kind, tuple(slots.items())))
+    )
 
 
 def draw_corpus(n: int = CORPUS, seed: int = SEED) -> list[dict]:
@@ -249,10 +320,10 @@ def draw_corpus(n: int = CORPUS, seed: int = SEED) -> list[dict]:
 def write_world(folder: Path | str | None = None) -> None:  # None: data/world
     "Write facts, splits and corpus, with checksums."
     folder = Path(folder) if folder else world_dir()
-    write_json(folder/"facts.json", draw_villages())
+    write_json(folder / "facts.json", draw_villages())
     for split in SPLITS:
-        _write_rows(folder/f"{split}.jsonl", draw_split(split))
-    _write_rows(folder/"corpus.jsonl", draw_corpus())
+        _write_rows(folder / f"{split}.jsonl", draw_split(split))
+    _write_rows(folder / "corpus.jsonl", draw_corpus())
     write_checksums(folder)
 
 
@@ -262,13 +333,17 @@ def _write_rows(path: Path, rows: Iterable[dict]) -> None:
 # %% ../../nbs/2_playground/07_world.ipynb #097e4694
 def _load(name: str) -> list[dict]:
     verify_checksums(world_dir(), [name])
-    return read_jsonl(world_dir()/name)
+    return read_jsonl(world_dir() / name)
 
 
 def load_world(split: str) -> list[dict]:
     "Rows of a split: id, kind, prompt, response, references, and labels of classification prompts. Raises UserError."
     if split not in SPLITS:
-        raise UserError(f"the split {split!r} is not known", where="split", fix=f"Use one of {', '.join(SPLITS)}.")
+        raise UserError(
+            f"the split {split!r} is not known",
+            where="split",
+            fix=f"Use one of {', '.join(SPLITS)}.",
+        )
     return _load(f"{split}.jsonl")
 
 
@@ -284,11 +359,11 @@ def profile(a: Answers) -> list[tuple[float, float]]:
         alive, total, after = math.fsum(states.values()), 0.0, Counter()
         for state, p in states.items():
             step = a.step(state)
-            total -= p*math.fsum(q*math.log(q) for q, _ in step.values())
+            total -= p * math.fsum(q * math.log(q) for q, _ in step.values())
             for q, following in step.values():
                 if following:
-                    after[following] += p*q
-        out.append((alive, total/alive))
+                    after[following] += p * q
+        out.append((alive, total / alive))
         states = after
     return out
 
@@ -298,14 +373,16 @@ VOCABULARY = 1408
 
 def build_world_tokenizer(folder: Path | str | None = None):  # None: data/tokenizer/world
     "Train and save the world's tokenizer on training prompts, responses and the corpus."
-    texts = [row[key] for row in load_world("train") for key in ("prompt", "response")] + [row["text"] for row in load_corpus()]
-    return train_mini_tokenizer(texts, VOCABULARY, folder or data_dir()/"tokenizer"/"world")
+    texts = [row[key] for row in load_world("train") for key in ("prompt", "response")] + [
+        row["text"] for row in load_corpus()
+    ]
+    return train_mini_tokenizer(texts, VOCABULARY, folder or data_dir() / "tokenizer" / "world")
 
 
 @lru_cache
 def load_world_tokenizer():
     "The world's tokenizer (PreTrainedTokenizerFast), checksum verified."
-    return load_mini_tokenizer(data_dir()/"tokenizer"/"world")
+    return load_mini_tokenizer(data_dir() / "tokenizer" / "world")
 
 # %% ../../nbs/2_playground/07_world.ipynb #c32bff90
 @lru_cache(maxsize=20_000)
@@ -314,27 +391,34 @@ def word_tokens(tokenizer: Any, word: str) -> tuple[int, ...]:
     if word.isalpha():
         return tuple(tokenizer.encode(word, add_special_tokens=False))
     before = tokenizer.encode("a", add_special_tokens=False)
-    return tuple(tokenizer.encode(f"a{word}", add_special_tokens=False)[len(before):])
+    return tuple(tokenizer.encode(f"a{word}", add_special_tokens=False)[len(before) :])
 
 
 def answer_tokens(tokenizer: Any, answer: str) -> list[int]:
     "Token ids of an answer, end of text included. Raises UserError if the tokenizer does not cut at words."
     ids = [t for word in words_of(answer) for t in word_tokens(tokenizer, word)]
     if ids != tokenizer.encode(answer, add_special_tokens=False):
-        raise UserError(f"the tokens of {answer!r:.60} are not those of its words", where="tokenizer",
-                        fix="Use load_world_tokenizer or load_mini_tokenizer.")
+        raise UserError(
+            f"the tokens of {answer!r:.60} are not those of its words",
+            where="tokenizer",
+            fix="Use load_world_tokenizer or load_mini_tokenizer.",
+        )
     return [*ids, tokenizer.eos_token_id]
 
 # %% ../../nbs/2_playground/07_world.ipynb #9270942c
 @lru_cache(maxsize=2048)
 def token_answers(prompt: str, tokenizer: Any) -> Answers:
     "The distribution over the answers to a prompt, token by token."
+
     def split(text: str) -> list[int]:
         return [t for word in words_of(text) for t in word_tokens(tokenizer, word)]
+
     return Answers(prompt_grammar(prompt), split, tokenizer.eos_token_id)
 
 # %% ../../nbs/2_playground/07_world.ipynb #3171bbd3
-def generator_logprobs(prompt: str, response_ids: Sequence[int], tokenizer: Any, size: int | None = None) -> tuple[Tensor, Tensor]:
+def generator_logprobs(
+    prompt: str, response_ids: Sequence[int], tokenizer: Any, size: int | None = None
+) -> tuple[Tensor, Tensor]:
     "(T, V) log-probabilities before each response token, float64, and (T,) bool: whether the prefix is one that the generator writes."
     size, a = size or len(tokenizer), token_answers(prompt, tokenizer)
     out = torch.full((len(response_ids), size), -math.inf, dtype=torch.float64)

@@ -20,9 +20,10 @@ from ..generation.sampling import check_lengths
 @dataclass(frozen=True)
 class LabelScores:
     "What a model thinks of the labels of one prompt."
+
     labels: tuple[str, ...]
-    probabilities: np.ndarray   # (labels,), normalised over the labels
-    mass: float                 # probability of all labels together, before that
+    probabilities: np.ndarray  # (labels,), normalised over the labels
+    mass: float  # probability of all labels together, before that
 
     @property
     def label(self) -> str:
@@ -35,16 +36,37 @@ class LabelScores:
         return float(self.probabilities.max())
 
 # %% ../../nbs/2_playground/12_calibration.ipynb #2fbe4a31
-def score_labels(model, tokenizer, prompts: Sequence[str], labels: Sequence[Sequence[str]], *,   # labels of each prompt
-                 batch_size: int = 32) -> list[LabelScores]:
+def score_labels(
+    model,
+    tokenizer,
+    prompts: Sequence[str],
+    labels: Sequence[Sequence[str]],
+    *,  # labels of each prompt
+    batch_size: int = 32,
+) -> list[LabelScores]:
     "The probability of each label as the answer to each prompt. Raises UserError for fewer than two different labels, or no numbers."
     _same_number(prompts, labels)
     for i, known in enumerate(labels):
-        if isinstance(known, str) or len(set(known)) < 2 or len(set(known)) < len(known) or not all(known):
-            raise UserError(f"{known!r} are not two or more different labels", where=f"item {i}", fix="Give a list of label texts.")
+        if (
+            isinstance(known, str)
+            or len(set(known)) < 2
+            or len(set(known)) < len(known)
+            or not all(known)
+        ):
+            raise UserError(
+                f"{known!r} are not two or more different labels",
+                where=f"item {i}",
+                fix="Give a list of label texts.",
+            )
+
     def encode(text: str) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=False)
-    pairs = [(encode(p), [*encode(label), tokenizer.eos_token_id]) for p, known in zip(prompts, labels) for label in known]
+
+    pairs = [
+        (encode(p), [*encode(label), tokenizer.eos_token_id])
+        for p, known in zip(prompts, labels)
+        for label in known
+    ]
     names = [f"item {i}, label {label!r}" for i, known in enumerate(labels) for label in known]
     check_lengths([model], {name: len(p) + len(r) for name, (p, r) in zip(names, pairs)})
     nll = iter(token_nll(model, *zip(*pairs), batch_size=batch_size))
@@ -57,31 +79,58 @@ def _refuse_scores(logs: Sequence[Sequence[float]]) -> None:
     "Raises UserError naming the items whose labels' log-probabilities hold NaN, or rule out every label."
     bad = [i for i, found in enumerate(logs) if not math.isfinite(np.max(found))]
     if bad:
-        named, scores = [f"item {i}" for i in bad[:8]] + ["..."]*(len(bad) > 8), ", ".join(f"{x:.3g}" for x in logs[bad[0]])
-        raise UserError(f"the labels' log-probabilities are {scores}", where=", ".join(named), fix="The model computes no numbers, or "
-                        "rules out every label: check its weights and tokenizer, and load it in float32 or bfloat16.")
+        named, scores = (
+            [f"item {i}" for i in bad[:8]] + ["..."] * (len(bad) > 8),
+            ", ".join(f"{x:.3g}" for x in logs[bad[0]]),
+        )
+        raise UserError(
+            f"the labels' log-probabilities are {scores}",
+            where=", ".join(named),
+            fix="The model computes no numbers, or "
+            "rules out every label: check its weights and tokenizer, and load it in float32 or bfloat16.",
+        )
 
 # %% ../../nbs/2_playground/12_calibration.ipynb #22aeca1e
-def label_scores(labels: Sequence[str], logs: Sequence[float]) -> LabelScores:  # logs: log-probability of each label's text
+def label_scores(
+    labels: Sequence[str], logs: Sequence[float]
+) -> LabelScores:  # logs: log-probability of each label's text
     "LabelScores from log-probabilities."
     logs = np.asarray(logs, dtype=np.float64)
     weights = np.exp(logs - logs.max())
-    return LabelScores(tuple(labels), weights/weights.sum(), float(np.exp(logs).sum()))
+    return LabelScores(tuple(labels), weights / weights.sum(), float(np.exp(logs).sum()))
 
 # %% ../../nbs/2_playground/12_calibration.ipynb #c2ab8d39
 def reliability(confidence: Sequence[float], right: Sequence[bool], bins: int = 10) -> list[dict]:
     "Per bin (low, high] that is not empty: low, high, n, confidence, accuracy. Raises UserError for values outside 0 to 1."
     c, y = np.asarray(confidence, dtype=np.float64), np.asarray(right, dtype=np.float64)
-    if c.shape != y.shape or c.ndim != 1 or not len(c) or bins < 1 or not ((0 <= c) & (c <= 1)).all():
-        raise UserError(f"{c.shape} confidences and {y.shape} outcomes cannot be compared in {bins} bins", where="reliability",
-                        fix="Give one probability from 0 to 1 and one outcome per answer, and at least one bin.")
+    if (
+        c.shape != y.shape
+        or c.ndim != 1
+        or not len(c)
+        or bins < 1
+        or not ((0 <= c) & (c <= 1)).all()
+    ):
+        raise UserError(
+            f"{c.shape} confidences and {y.shape} outcomes cannot be compared in {bins} bins",
+            where="reliability",
+            fix="Give one probability from 0 to 1 and one outcome per answer, and at least one bin.",
+        )
     edges = np.linspace(0, 1, bins + 1)
     where = np.clip(np.searchsorted(edges, c, side="left") - 1, 0, bins - 1)
-    return [{"low": float(edges[b]), "high": float(edges[b + 1]), "n": int((where == b).sum()), "confidence": float(c[where == b].mean()),
-             "accuracy": float(y[where == b].mean())} for b in range(bins) if (where == b).any()]
+    return [
+        {
+            "low": float(edges[b]),
+            "high": float(edges[b + 1]),
+            "n": int((where == b).sum()),
+            "confidence": float(c[where == b].mean()),
+            "accuracy": float(y[where == b].mean()),
+        }
+        for b in range(bins)
+        if (where == b).any()
+    ]
 
 # %% ../../nbs/2_playground/12_calibration.ipynb #3d7d69ed
 def ece(confidence: Sequence[float], right: Sequence[bool], bins: int = 10) -> float:
     "Expected calibration error, 0 to 1 (Guo et al. 2017, eq. 3): mean gap of the bins, weighted by their answers."
     rows = reliability(confidence, right, bins)
-    return sum(r["n"]*abs(r["accuracy"] - r["confidence"]) for r in rows)/len(confidence)
+    return sum(r["n"] * abs(r["accuracy"] - r["confidence"]) for r in rows) / len(confidence)

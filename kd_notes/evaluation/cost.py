@@ -18,7 +18,11 @@ from ..models.pretrained import count_parameters
 def time_in_turns(runs: Mapping[str, Callable[[], Any]], rounds: int = 5) -> dict[str, list[float]]:
     "Seconds of each run in each round; one round before them is not counted. All runs take their turn in every round. Raises UserError."
     if rounds < 1 or not runs:
-        raise UserError(f"{len(runs)} runs in {rounds} rounds", where="time_in_turns", fix="Give at least one of each.")
+        raise UserError(
+            f"{len(runs)} runs in {rounds} rounds",
+            where="time_in_turns",
+            fix="Give at least one of each.",
+        )
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(rounds + 1):
         for name, run in runs.items():
@@ -31,25 +35,44 @@ def time_in_turns(runs: Mapping[str, Callable[[], Any]], rounds: int = 5) -> dic
 # %% ../../nbs/2_playground/16_cost.ipynb #22d428e4
 def ratio_in_turns(slow: Sequence[float], fast: Sequence[float]) -> float:
     "How many times as long the first takes: the median over rounds of the ratio."
-    return statistics.median(a/b for a, b in zip(slow, fast, strict=True))
+    return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
 
 # %% ../../nbs/2_playground/16_cost.ipynb #bc0da8bd
 def weight_bytes(model) -> int:
     "Bytes of the parameters; a tied weight counts once."
-    return sum(p.numel()*p.element_size() for p in model.parameters())
+    return sum(p.numel() * p.element_size() for p in model.parameters())
 
 # %% ../../nbs/2_playground/16_cost.ipynb #d304f73e
-def cost_table(models: Mapping[str, Any],                    # {name: model}; the first is what the others are compared with
-               prompts: Sequence[Sequence[int]], *, new_tokens: int = 32, rounds: int = 3) -> list[dict]:
+def cost_table(
+    models: Mapping[str, Any],  # {name: model}; the first is what the others are compared with
+    prompts: Sequence[Sequence[int]],
+    *,
+    new_tokens: int = 32,
+    rounds: int = 3,
+) -> list[dict]:
     "Size and speed of each model on these prompts as one batch: one row per model, ratios to the first."
+
     def write(model, n: int) -> Rollout:
         return sample(model, prompts, Sampling(max_new_tokens=n), batch_size=len(prompts))
-    runs = {(name, n): lambda m=model, n=n: write(m, n) for name, model in models.items() for n in (1, new_tokens)}
+
+    runs = {
+        (name, n): lambda m=model, n=n: write(m, n)
+        for name, model in models.items()
+        for n in (1, new_tokens)
+    }
     seconds, rows, reference = time_in_turns(runs, rounds), [], next(iter(models))
     for name, model in models.items():
         first, whole = (statistics.median(seconds[name, n]) for n in (1, new_tokens))
-        rows.append({"model": name, "parameters": count_parameters(model), "MB": weight_bytes(model)/1e6, "first token (ms)": 1000*first,
-                     "next token (ms)": 1000*(whole - first)/max(new_tokens - 1, 1), "tokens/s": len(prompts)*new_tokens/whole,
-                     "smaller": count_parameters(models[reference])/count_parameters(model),
-                     "faster": ratio_in_turns(seconds[reference, new_tokens], seconds[name, new_tokens])})
+        rows.append(
+            {
+                "model": name,
+                "parameters": count_parameters(model),
+                "MB": weight_bytes(model) / 1e6,
+                "first token (ms)": 1000 * first,
+                "next token (ms)": 1000 * (whole - first) / max(new_tokens - 1, 1),
+                "tokens/s": len(prompts) * new_tokens / whole,
+                "smaller": count_parameters(models[reference]) / count_parameters(model),
+                "faster": ratio_in_turns(seconds[reference, new_tokens], seconds[name, new_tokens]),
+            }
+        )
     return rows

@@ -21,15 +21,25 @@ from ..losses.divergences import token_divergence
 @dataclass
 class PositionKL:
     "Divergences along each response: forward KL(p || q) and reverse KL(q || p), one (T,) tensor per item, in nats."
+
     forward: list[Tensor]
     reverse: list[Tensor]
 
 # %% ../../nbs/4_probabilities/13_divergence_from_teacher.ipynb #4ac7ab69
-def kl_per_position(student, teacher, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], *,
-                    batch_size: int = 16, size: int | None = None) -> PositionKL:  # size: ids that the shared tokenizer has
+def kl_per_position(
+    student,
+    teacher,
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    *,
+    batch_size: int = 16,
+    size: int | None = None,
+) -> PositionKL:  # size: ids that the shared tokenizer has
     "Both divergences before every response token. Raises UserError for models whose vocabularies differ by more than padding."
     out = PositionKL([], [])
-    pairs = zip(*(response_logits(model, prompts, responses, batch_size) for model in (student, teacher)))
+    pairs = zip(
+        *(response_logits(model, prompts, responses, batch_size) for model in (student, teacher))
+    )
     for q, p in pairs:
         q, p = align_vocabulary(q, p.to(q.device), size)
         out.forward.append(token_divergence("forward_kl", q, p))
@@ -41,71 +51,109 @@ def by_position(values: Sequence[Tensor | Sequence[float]]) -> tuple[np.ndarray,
     "(mean, number of items) at each position, over the items that reach it. Raises UserError if there is none."
     table = _padded(values)
     alive = np.isfinite(table).sum(0)
-    return np.nansum(table, 0)/alive, alive
+    return np.nansum(table, 0) / alive, alive
 
 # %% ../../nbs/4_probabilities/13_divergence_from_teacher.ipynb #06b9bb13
 def _padded(values: Sequence[Tensor | Sequence[float]]) -> np.ndarray:
     "(items, longest), NaN where an item has ended. Raises UserError for no items or a value that is not finite."
-    rows = [np.asarray(v.detach().cpu() if isinstance(v, Tensor) else v, dtype=np.float64) for v in values]
+    rows = [
+        np.asarray(v.detach().cpu() if isinstance(v, Tensor) else v, dtype=np.float64)
+        for v in values
+    ]
     longest = max(map(len, rows), default=0)
     for i, row in enumerate(rows):
         if not np.isfinite(row).all():
-            raise UserError(f"position {int(np.flatnonzero(~np.isfinite(row))[0])} holds a value that is not finite", where=f"item {i}",
-                            fix="Leave the item out, or give the divergence a floor.")
+            raise UserError(
+                f"position {int(np.flatnonzero(~np.isfinite(row))[0])} holds a value that is not finite",
+                where=f"item {i}",
+                fix="Leave the item out, or give the divergence a floor.",
+            )
     if longest == 0:
-        raise UserError("there are no positions", where="by_position", fix="Give at least one response with a token.")
+        raise UserError(
+            "there are no positions",
+            where="by_position",
+            fix="Give at least one response with a token.",
+        )
     return np.stack([np.pad(row, (0, longest - len(row)), constant_values=np.nan) for row in rows])
 
 # %% ../../nbs/4_probabilities/13_divergence_from_teacher.ipynb #f61ca076
 @dataclass(frozen=True)
 class ExposureBias:
     "Accumulated errors for l = 1 ... L, each an array (L,)."
-    student: np.ndarray        # R(l), nats
-    teacher: np.ndarray        # l * epsilon(l), nats
-    percent: np.ndarray        # ExAccErr(l)
-    low: np.ndarray            # 95 % interval of it, from drawing prompts again
+
+    student: np.ndarray  # R(l), nats
+    teacher: np.ndarray  # l * epsilon(l), nats
+    percent: np.ndarray  # ExAccErr(l)
+    low: np.ndarray  # 95 % interval of it, from drawing prompts again
     high: np.ndarray
-    alive: np.ndarray          # answers that reach position l, the fewer of the two kinds
+    alive: np.ndarray  # answers that reach position l, the fewer of the two kinds
 
     def rows(self) -> list[dict]:
         "One row per l, for a table or a figure."
         names = ("student", "teacher", "percent", "low", "high")
-        return [{"l": i + 1, "alive": int(self.alive[i])} | {n: float(getattr(self, n)[i]) for n in names} for i in range(len(self.alive))]
+        return [
+            {"l": i + 1, "alive": int(self.alive[i])}
+            | {n: float(getattr(self, n)[i]) for n in names}
+            for i in range(len(self.alive))
+        ]
 
 # %% ../../nbs/4_probabilities/13_divergence_from_teacher.ipynb #c64d1609
 def _excess(r: np.ndarray, e: np.ndarray) -> np.ndarray:
     "(r - e)/e in per cent; 0 where both are 0."
     with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where((r < 1e-9) & (e < 1e-9), 0.0, 100*(r - e)/e)
+        return np.where((r < 1e-9) & (e < 1e-9), 0.0, 100 * (r - e) / e)
 
 # %% ../../nbs/4_probabilities/13_divergence_from_teacher.ipynb #bbe342e5
 def _accumulated(table: np.ndarray, weight: np.ndarray) -> np.ndarray:
     "Sum over positions of the weighted mean over items, (draws, L) for weights (draws, items)."
     there = np.isfinite(table).astype(float)
     with np.errstate(divide="ignore", invalid="ignore"):  # a draw may hold no item that is so long
-        return np.cumsum((weight @ np.nan_to_num(table))/(weight @ there), axis=1)
+        return np.cumsum((weight @ np.nan_to_num(table)) / (weight @ there), axis=1)
 
 # %% ../../nbs/4_probabilities/13_divergence_from_teacher.ipynb #4cf3595d
-def exposure_bias(on_student: Sequence, on_teacher: Sequence,     # KL(p || q) along each answer of the student, of the teacher
-                  student_groups: Sequence[int] | None = None,    # number of the prompt of each answer; None: one answer per prompt
-                  teacher_groups: Sequence[int] | None = None,
-                  *, min_alive: int = 10, draws: int = 1000, seed: int = 0) -> ExposureBias:
+def exposure_bias(
+    on_student: Sequence,
+    on_teacher: Sequence,  # KL(p || q) along each answer of the student, of the teacher
+    student_groups: Sequence[int]
+    | None = None,  # number of the prompt of each answer; None: one answer per prompt
+    teacher_groups: Sequence[int] | None = None,
+    *,
+    min_alive: int = 10,
+    draws: int = 1000,
+    seed: int = 0,
+) -> ExposureBias:
     "ExAccErr(l) by the paper's definition, with an interval over prompts. Raises UserError if no position is reached by enough answers."
     tables = [_padded(v) for v in (on_student, on_teacher)]
-    groups = [np.arange(len(t)) if g is None else np.asarray(g) for t, g in zip(tables, (student_groups, teacher_groups))]
+    groups = [
+        np.arange(len(t)) if g is None else np.asarray(g)
+        for t, g in zip(tables, (student_groups, teacher_groups))
+    ]
     width = min(t.shape[1] for t in tables)
     alive = np.minimum(*(np.isfinite(t[:, :width]).sum(0) for t in tables))
     length = int((alive >= max(min_alive, 1)).sum())
     if length == 0 or [len(g) for g in groups] != [len(t) for t in tables]:
-        raise UserError(f"{len(on_student)} and {len(on_teacher)} answers are too few for min_alive = {min_alive}, or groups are missing",
-                        where="exposure_bias", fix="Sample more answers, lower min_alive, or give one group per answer.")
+        raise UserError(
+            f"{len(on_student)} and {len(on_teacher)} answers are too few for min_alive = {min_alive}, or groups are missing",
+            where="exposure_bias",
+            fix="Sample more answers, lower min_alive, or give one group per answer.",
+        )
     return _exposure(tables, groups, alive[:length], draws, np.random.default_rng(seed))
 
 # %% ../../nbs/4_probabilities/13_divergence_from_teacher.ipynb #e6154e5d
-def _exposure(tables: list[np.ndarray], groups: list[np.ndarray], alive: np.ndarray, draws: int, g: np.random.Generator) -> ExposureBias:
+def _exposure(
+    tables: list[np.ndarray],
+    groups: list[np.ndarray],
+    alive: np.ndarray,
+    draws: int,
+    g: np.random.Generator,
+) -> ExposureBias:
     length, names = len(alive), np.unique(np.concatenate(groups))
-    times = g.multinomial(len(names), np.full(len(names), 1/len(names)), size=draws)        # how often each prompt is drawn
-    weights = [np.concatenate([np.ones((1, len(k))), times[:, np.searchsorted(names, k)]]) for k in groups]
+    times = g.multinomial(
+        len(names), np.full(len(names), 1 / len(names)), size=draws
+    )  # how often each prompt is drawn
+    weights = [
+        np.concatenate([np.ones((1, len(k))), times[:, np.searchsorted(names, k)]]) for k in groups
+    ]
     r, e = (_accumulated(t[:, :length], w) for t, w in zip(tables, weights))
     percent = _excess(r, e)
     low, high = np.nanquantile(percent[1:], [0.025, 0.975], axis=0)

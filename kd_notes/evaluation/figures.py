@@ -21,12 +21,34 @@ from ..core import atomic_write, UserError
 from .statistics import Estimate
 
 # %% ../../nbs/2_playground/14_figures.ipynb #023e4d7e
-OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # without the yellow: too pale for lines
+OKABE_ITO = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+    "#000000",
+)  # without the yellow: too pale for lines
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 LINES = ("-", "--", "-.", ":", (0, (5, 1)))
-STYLE = {"font.family": "DejaVu Sans", "font.size": 13, "axes.titlesize": 14, "axes.labelsize": 13, "legend.fontsize": 12,
-         "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#dddddd", "grid.linewidth": 0.8,
-         "lines.linewidth": 2.2, "lines.markersize": 8, "figure.facecolor": "white", "savefig.facecolor": "white", "savefig.dpi": 100}
+STYLE = {
+    "font.family": "DejaVu Sans",
+    "font.size": 13,
+    "axes.titlesize": 14,
+    "axes.labelsize": 13,
+    "legend.fontsize": 12,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#dddddd",
+    "grid.linewidth": 0.8,
+    "lines.linewidth": 2.2,
+    "lines.markersize": 8,
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+    "savefig.dpi": 100,
+}
 
 # %% ../../nbs/2_playground/14_figures.ipynb #61539ce7
 def cell_text(value: Any) -> str:
@@ -43,42 +65,64 @@ def cell_text(value: Any) -> str:
 @dataclass(frozen=True)
 class Table:
     "Rows of text that show themselves as a Markdown table in a notebook and as aligned columns in a terminal."
+
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
 
     def _repr_markdown_(self) -> str:
         lines = [self.columns, ("---",) * len(self.columns), *self.rows]
-        return "\n".join("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in line) + " |" for line in lines)
+        return "\n".join(
+            "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in line) + " |"
+            for line in lines
+        )
 
     def __str__(self) -> str:
         lines = [self.columns, *self.rows]
         widths = [max(len(line[i]) for line in lines) for i in range(len(self.columns))]
-        return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in lines)
+        return "\n".join(
+            "  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in lines
+        )
 
     __repr__ = __str__
 
 # %% ../../nbs/2_playground/14_figures.ipynb #10b39e92
-def results_table(rows: Iterable[Mapping[str, Any]],             # one mapping per row
-                  columns: Sequence[str] | Mapping[str, str] | None = None,  # which keys, in which order; a mapping gives headings
-                  ) -> Table:
+def results_table(
+    rows: Iterable[Mapping[str, Any]],  # one mapping per row
+    columns: Sequence[str]
+    | Mapping[str, str]
+    | None = None,  # which keys, in which order; a mapping gives headings
+) -> Table:
     "A Table of results. Raises UserError if a column is in no row."
     rows = list(rows)
     keys = list(dict.fromkeys(k for row in rows for k in row))
     wanted = list(columns) if columns is not None else keys
     unknown = [k for k in wanted if rows and k not in keys]
     if unknown:
-        raise UserError(f"no row has {', '.join(map(repr, unknown))}", where="columns", fix=f"Choose among: {', '.join(keys)}.")
+        raise UserError(
+            f"no row has {', '.join(map(repr, unknown))}",
+            where="columns",
+            fix=f"Choose among: {', '.join(keys)}.",
+        )
     headings = [columns[k] for k in wanted] if isinstance(columns, Mapping) else wanted
-    return Table(tuple(headings), tuple(tuple(cell_text(row.get(k)) for k in wanted) for row in rows))
+    return Table(
+        tuple(headings), tuple(tuple(cell_text(row.get(k)) for k in wanted) for row in rows)
+    )
 
 # %% ../../nbs/2_playground/14_figures.ipynb #07bfa671
-def arm_styles(arms: Sequence[str],          # arms in this figure
-               order: Sequence[str] = (),    # all arms of the paper, in a fixed order
-               ) -> dict[str, dict]:
+def arm_styles(
+    arms: Sequence[str],  # arms in this figure
+    order: Sequence[str] = (),  # all arms of the paper, in a fixed order
+) -> dict[str, dict]:
     "Colour, marker and line style of each arm; no two arms share all three (up to 280 arms)."
     known = list(dict.fromkeys([*order, *arms]))
-    look = {a: {"color": OKABE_ITO[i % len(OKABE_ITO)], "marker": MARKERS[i % len(MARKERS)], "linestyle": LINES[i % len(LINES)]}
-            for i, a in enumerate(known)}
+    look = {
+        a: {
+            "color": OKABE_ITO[i % len(OKABE_ITO)],
+            "marker": MARKERS[i % len(MARKERS)],
+            "linestyle": LINES[i % len(LINES)],
+        }
+        for i, a in enumerate(known)
+    }
     return {a: look[a] for a in arms}
 
 # %% ../../nbs/2_playground/14_figures.ipynb #7c745f48
@@ -89,13 +133,17 @@ def _draw_arm(ax, rows: Sequence[Mapping], style: Mapping, shift: float) -> None
     low = np.array([100 * r.get("low", r["value"]) for r in rows])
     high = np.array([100 * r.get("high", r["value"]) for r in rows])
     bars = np.maximum(0, [y - low, high - y])
-    ax.errorbar([r["x"] * shift for r in rows], y, yerr=bars, capsize=4, label=rows[0]["arm"], **style)
+    ax.errorbar(
+        [r["x"] * shift for r in rows], y, yerr=bars, capsize=4, label=rows[0]["arm"], **style
+    )
 
 # %% ../../nbs/2_playground/14_figures.ipynb #8433bead
 def _reference(ax, value: float | None, label: str, linestyle: Any, color: str) -> None:
     "A horizontal line with its name, such as the teacher's accuracy."
     if value is not None:
-        ax.axhline(100 * value, color=color, linestyle=linestyle, linewidth=1.6, label=label, zorder=1)
+        ax.axhline(
+            100 * value, color=color, linestyle=linestyle, linewidth=1.6, label=label, zorder=1
+        )
 
 # %% ../../nbs/2_playground/14_figures.ipynb #c460d4d4
 def _draw_panel(ax, rows: Sequence[Mapping], styles: Mapping, xlabel: str, log: bool) -> None:
@@ -106,8 +154,8 @@ def _draw_panel(ax, rows: Sequence[Mapping], styles: Mapping, xlabel: str, log: 
         _draw_arm(ax, [r for r in rows if r["arm"] == arm], styles[arm], apart)
     if log:
         ax.set_xscale("log", base=2)
-    if len(ticks) == 1:    # otherwise the small gap between the arms would fill the axis
-        ax.set_xlim(0.7*ticks[0], 1.4*ticks[0])
+    if len(ticks) == 1:  # otherwise the small gap between the arms would fill the axis
+        ax.set_xlim(0.7 * ticks[0], 1.4 * ticks[0])
     ax.set_xticks(ticks, labels=[_short(t) for t in ticks])
     ax.minorticks_off()
     ax.set(xlabel=xlabel, ylabel="accuracy (%)")
@@ -121,23 +169,39 @@ def _short(x: float) -> str:
     return f"{x:g}"
 
 # %% ../../nbs/2_playground/14_figures.ipynb #a357ebd9
-def accuracy_curve(rows: Iterable[Mapping[str, Any]],   # per point: arm, x, value, low, high (fractions), and panel where there are several
-                   *, xlabel: str = "training examples",
-                   teacher: float | Mapping[str, float] | None = None,   # accuracy of the teacher, 0 to 1; by panel where they differ
-                   majority: float | Mapping[str, float] | None = None,  # accuracy of the most frequent answer
-                   teacher_label: str = "teacher", title: str = "", log: bool = True, order: Sequence[str] = ()):
+def accuracy_curve(
+    rows: Iterable[
+        Mapping[str, Any]
+    ],  # per point: arm, x, value, low, high (fractions), and panel where there are several
+    *,
+    xlabel: str = "training examples",
+    teacher: float
+    | Mapping[str, float]
+    | None = None,  # accuracy of the teacher, 0 to 1; by panel where they differ
+    majority: float | Mapping[str, float] | None = None,  # accuracy of the most frequent answer
+    teacher_label: str = "teacher",
+    title: str = "",
+    log: bool = True,
+    order: Sequence[str] = (),
+):
     "Accuracy against data or size, one panel per task, error bars = 95 % intervals. Returns a matplotlib Figure of fixed size."
     from matplotlib import rc_context
     from matplotlib.figure import Figure
+
     rows = list(rows)
     panels = list(dict.fromkeys(r.get("panel", "") for r in rows))
     styles = arm_styles(list(dict.fromkeys(r["arm"] for r in rows)), order)
     across, down = (1, 1) if len(panels) == 1 else (2, -(-len(panels) // 2))
     with rc_context(STYLE):
-        fig = Figure(figsize=(6.6, 5.0) if across == 1 else (10, 0.9 + 3.9 * down), layout="constrained")
+        fig = Figure(
+            figsize=(6.6, 5.0) if across == 1 else (10, 0.9 + 3.9 * down), layout="constrained"
+        )
         axes = fig.subplots(down, across, squeeze=False).ravel()
         for ax, panel in zip(axes, panels):
-            pick = {k: v.get(panel) if isinstance(v, Mapping) else v for k, v in {"teacher": teacher, "majority": majority}.items()}
+            pick = {
+                k: v.get(panel) if isinstance(v, Mapping) else v
+                for k, v in {"teacher": teacher, "majority": majority}.items()
+            }
             _draw_panel(ax, [r for r in rows if r.get("panel", "") == panel], styles, xlabel, log)
             _reference(ax, pick["teacher"], teacher_label, (0, (8, 3)), "black")
             _reference(ax, pick["majority"], "most frequent answer", ":", "#777777")
@@ -150,9 +214,21 @@ def _finish(fig, axes: Sequence, used: int, title: str) -> None:
     "One legend for the whole figure, below it; axes without a panel disappear."
     for ax in axes[used:]:
         ax.set_axis_off()
-    named = {label: handle for ax in axes[:used] for handle, label in zip(*ax.get_legend_handles_labels())}
-    wide = sum(sorted(map(len, named))[-2:]) > 52    # letters that two columns of a single panel have room for
-    fig.legend(named.values(), named.keys(), loc="outside lower center", ncols=3 if used > 1 else 1 if wide else 2, frameon=False)
+    named = {
+        label: handle
+        for ax in axes[:used]
+        for handle, label in zip(*ax.get_legend_handles_labels())
+    }
+    wide = (
+        sum(sorted(map(len, named))[-2:]) > 52
+    )  # letters that two columns of a single panel have room for
+    fig.legend(
+        named.values(),
+        named.keys(),
+        loc="outside lower center",
+        ncols=3 if used > 1 else 1 if wide else 2,
+        frameon=False,
+    )
     if title:
         fig.suptitle(title)
 
@@ -160,13 +236,16 @@ def _finish(fig, axes: Sequence, used: int, title: str) -> None:
 @dataclass(frozen=True)
 class SavedFigure:
     "Paths of a saved figure; shows the image in a notebook, its description elsewhere."
+
     png: Path
     csv: Path
     alt: str
 
     def _repr_mimebundle_(self, include=None, exclude=None):
         image = base64.b64encode(self.png.read_bytes()).decode()
-        return {"image/png": image, "text/plain": f"Figure: {self.alt}"}, {"image/png": {"alt": self.alt}}
+        return {"image/png": image, "text/plain": f"Figure: {self.alt}"}, {
+            "image/png": {"alt": self.alt}
+        }
 
     def __repr__(self) -> str:
         return f"Figure: {self.alt}"
@@ -178,7 +257,9 @@ def rows_to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(keys)
     for row in rows:
-        writer.writerow([f"{row[k]:.6g}" if isinstance(row.get(k), float) else row.get(k, "") for k in keys])
+        writer.writerow(
+            [f"{row[k]:.6g}" if isinstance(row.get(k), float) else row.get(k, "") for k in keys]
+        )
     return out.getvalue()
 
 # %% ../../nbs/2_playground/14_figures.ipynb #8cc22893
@@ -186,6 +267,7 @@ def png_bytes(fig: Any) -> bytes:
     "A matplotlib figure as a PNG of 64 colours: a third of the bytes of a full one, and the same bytes every time."
     from matplotlib import rc_context
     from PIL import Image
+
     full, small = io.BytesIO(), io.BytesIO()
     with rc_context(STYLE):
         fig.savefig(full, format="png", dpi=STYLE["savefig.dpi"])
@@ -194,37 +276,63 @@ def png_bytes(fig: Any) -> bytes:
     return small.getvalue()
 
 # %% ../../nbs/2_playground/14_figures.ipynb #91165f0e
-def save_figure(fig: Any,                     # matplotlib Figure
-                run_dir: Path | str,          # folder of the run
-                name: str,                    # file name without ending: lower-case letters, digits, - and _
-                rows: Iterable[Mapping[str, Any]],  # the numbers in the figure
-                alt: str = "") -> SavedFigure:      # what the figure shows, in a sentence
+def save_figure(
+    fig: Any,  # matplotlib Figure
+    run_dir: Path | str,  # folder of the run
+    name: str,  # file name without ending: lower-case letters, digits, - and _
+    rows: Iterable[Mapping[str, Any]],  # the numbers in the figure
+    alt: str = "",
+) -> SavedFigure:  # what the figure shows, in a sentence
     "Write <name>.png and <name>.csv into `run_dir`, atomically. Raises UserError for a bad name, no rows, or a full disk."
     rows, folder = list(rows), Path(run_dir)
     if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", name):
-        raise UserError(f"{name!r} is not a good file name", where="save_figure", fix="Use lower-case letters, digits, - and _.")
+        raise UserError(
+            f"{name!r} is not a good file name",
+            where="save_figure",
+            fix="Use lower-case letters, digits, - and _.",
+        )
     if not rows:
-        raise UserError("a figure needs the rows that it shows", where=f"save_figure {name}", fix="Pass the plotted rows.")
-    atomic_write(folder/f"{name}.csv", rows_to_csv(rows))
-    atomic_write(folder/f"{name}.png", png_bytes(fig))
-    return SavedFigure(folder/f"{name}.png", folder/f"{name}.csv", alt or name.replace("_", " "))
+        raise UserError(
+            "a figure needs the rows that it shows",
+            where=f"save_figure {name}",
+            fix="Pass the plotted rows.",
+        )
+    atomic_write(folder / f"{name}.csv", rows_to_csv(rows))
+    atomic_write(folder / f"{name}.png", png_bytes(fig))
+    return SavedFigure(
+        folder / f"{name}.png", folder / f"{name}.csv", alt or name.replace("_", " ")
+    )
 
 # %% ../../nbs/2_playground/14_figures.ipynb #09b45439
-def interval_plot(rows: Sequence[Mapping[str, Any]],   # arm, value, low, high, and panel where there are several
-                  xlabel: str, scale: float = 1.0,    # factor on the numbers: 100 for per cent
-                  sharex: bool = False):              # one axis for all panels, where they show one quantity
+def interval_plot(
+    rows: Sequence[Mapping[str, Any]],  # arm, value, low, high, and panel where there are several
+    xlabel: str,
+    scale: float = 1.0,  # factor on the numbers: 100 for per cent
+    sharex: bool = False,
+):  # one axis for all panels, where they show one quantity
     "An interval for each arm, arms below each other in the order of their first row. Returns a matplotlib Figure."
     from matplotlib import rc_context
     from matplotlib.figure import Figure
+
     arms, panels = (list(dict.fromkeys(r.get(k, "") for r in rows)) for k in ("arm", "panel"))
     with rc_context(STYLE):
-        fig = Figure(figsize=(3.2 + 3.4*len(panels), 1.4 + 0.42*len(arms)), layout="constrained")
-        for ax, panel in zip(np.ravel(fig.subplots(1, len(panels), sharey=True, sharex=sharex)), panels):
+        fig = Figure(
+            figsize=(3.2 + 3.4 * len(panels), 1.4 + 0.42 * len(arms)), layout="constrained"
+        )
+        for ax, panel in zip(
+            np.ravel(fig.subplots(1, len(panels), sharey=True, sharex=sharex)), panels
+        ):
             for r in rows:
                 if r.get("panel", "") == panel:
-                    i, value = arms.index(r["arm"]), scale*r["value"]
-                    ax.errorbar(value, i, xerr=[[value - scale*r["low"]], [scale*r["high"] - value]], fmt=MARKERS[i % len(MARKERS)],
-                                color=OKABE_ITO[i % len(OKABE_ITO)], capsize=4)
+                    i, value = arms.index(r["arm"]), scale * r["value"]
+                    ax.errorbar(
+                        value,
+                        i,
+                        xerr=[[value - scale * r["low"]], [scale * r["high"] - value]],
+                        fmt=MARKERS[i % len(MARKERS)],
+                        color=OKABE_ITO[i % len(OKABE_ITO)],
+                        capsize=4,
+                    )
             ax.set(xlabel=xlabel, title=panel, yticks=range(len(arms)), yticklabels=arms)
             ax.set_ylim(len(arms) - 0.5, -0.5)
     return fig
@@ -234,6 +342,7 @@ def reliability_diagram(arms: Mapping[str, Sequence[Mapping]]):  # {name: rows o
     "Accuracy against confidence, the area of a point in proportion to its answers. Returns a matplotlib Figure."
     from matplotlib import rc_context
     from matplotlib.figure import Figure
+
     with rc_context(STYLE):
         fig = Figure(figsize=(6, 5.2), layout="constrained")
         ax = fig.subplots()
@@ -242,8 +351,22 @@ def reliability_diagram(arms: Mapping[str, Sequence[Mapping]]):  # {name: rows o
             look = {"color": OKABE_ITO[i % len(OKABE_ITO)], "marker": "os^DvPX*"[i % 8]}
             x, y = [r["confidence"] for r in rows], [r["accuracy"] for r in rows]
             ax.plot(x, y, label=name, **look)
-            ax.scatter(x, y, s=[20 + 1500*r["n"]/sum(r["n"] for r in rows) for r in rows], alpha=0.3, **look)
-        left, bottom = (min(r[k] for rows in arms.values() for r in rows) - 0.05 for k in ("confidence", "accuracy"))
-        ax.set(xlabel="confidence", ylabel="accuracy", xlim=(max(left, -0.02), 1.02), ylim=(max(bottom, -0.02), 1.02))
+            ax.scatter(
+                x,
+                y,
+                s=[20 + 1500 * r["n"] / sum(r["n"] for r in rows) for r in rows],
+                alpha=0.3,
+                **look,
+            )
+        left, bottom = (
+            min(r[k] for rows in arms.values() for r in rows) - 0.05
+            for k in ("confidence", "accuracy")
+        )
+        ax.set(
+            xlabel="confidence",
+            ylabel="accuracy",
+            xlim=(max(left, -0.02), 1.02),
+            ylim=(max(bottom, -0.02), 1.02),
+        )
         ax.legend(frameon=False, loc="upper left")
     return fig

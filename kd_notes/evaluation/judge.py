@@ -33,38 +33,62 @@ Scores:"""
 # %% ../../nbs/2_playground/15_judge.ipynb #08be879e
 def judge_prompt(instruction: str, first: str, second: str) -> str:
     "What the judge reads. Braces in the texts are harmless."
-    return JUDGE_PROMPT.format(instruction=instruction.strip(), first=first.strip(), second=second.strip())
+    return JUDGE_PROMPT.format(
+        instruction=instruction.strip(), first=first.strip(), second=second.strip()
+    )
 
 # %% ../../nbs/2_playground/15_judge.ipynb #7b8d17cc
-REPLY_OUTCOMES = ("ok", "no reply", "empty", "no score", "one score", "more than two scores", "out of range", "ambiguous")
+REPLY_OUTCOMES = (
+    "ok",
+    "no reply",
+    "empty",
+    "no score",
+    "one score",
+    "more than two scores",
+    "out of range",
+    "ambiguous",
+)
 
 
 @dataclass(frozen=True)
 class Reply:
     "What the judge said about (first, second)."
-    outcome: str                # one of REPLY_OUTCOMES
+
+    outcome: str  # one of REPLY_OUTCOMES
     first: float | None = None  # scores from 1 to 10; None unless the outcome is ok
     second: float | None = None
 
 # %% ../../nbs/2_playground/15_judge.ipynb #reply-words
 _NUMBER = r"(?<![\w.])(?:(?<!\S)-)?\d+(?:\.\d+)?(?!\w|\.\d)"
 _LABEL = rf"\b(?:answer|assistant|scores?(?: of| for)?(?: answer)?) *#?([12]) *(?=[:=)]|- |(?:is|gets|scores)\b|\( *{_NUMBER} *\))"
-_LABELLED = (_LABEL + rf"[:=()\s]*(?:(?:-|is|gets|scores)\s+)?({_NUMBER})"
-             r"(?!\s+(?!(?:and|because|points?|vs|answer|assistant|scores?)\b)[^\W\d])")  # "Answer 1: 3 errors" is no score
-_BEFORE = set("score scores rating ratings answer answers both first final my the of for are is as here s i give rate would "
-              "evaluation output result sure okay".split())
+_LABELLED = (
+    _LABEL + rf"[:=()\s]*(?:(?:-|is|gets|scores)\s+)?({_NUMBER})"
+    r"(?!\s+(?!(?:and|because|points?|vs|answer|assistant|scores?)\b)[^\W\d])"
+)  # "Answer 1: 3 errors" is no score
+_BEFORE = set(
+    "score scores rating ratings answer answers both first final my the of for are is as here s i give rate would "
+    "evaluation output result sure okay".split()
+)
 _BETWEEN = r"[\s,;|&()\[\]–—-]*(?:(?:and|vs|versus|points?|the|second)\b[\s,;|&()\[\].:–—-]*)*"
 
 # %% ../../nbs/2_playground/15_judge.ipynb #reply-said
 def _said(text: str) -> str:
     "The first line that is more than a heading, without thoughts, markdown and '/10'; two lines if each has one label and one score."
-    for thought in (r"<(think(?:ing)?)>.*?</\1>", r"\A.*</think(?:ing)?>", r"<think(?:ing)?>.*"):  # whole; begun before the text; cut off
+    for thought in (
+        r"<(think(?:ing)?)>.*?</\1>",
+        r"\A.*</think(?:ing)?>",
+        r"<think(?:ing)?>.*",
+    ):  # whole; begun before the text; cut off
         text = re.sub(thought, " ", text, flags=re.I | re.S)
     text = re.sub(r"(?:/| out of | of ) *10\b(?!\.\d)", " ", re.sub(r"[*`]", " ", text))
     lines = [x.strip() for x in text.splitlines() if x.strip()]
     while lines and not re.search(r"\d", lines[0]) and _words(lines[0]) <= _BEFORE:
         lines.pop(0)
-    if len(lines) > 1 and len(re.findall(_LABELLED, lines[0], re.I)) == 1 and re.match(r"\W*" + _LABEL, lines[1], re.I):
+    if (
+        len(lines) > 1
+        and len(re.findall(_LABELLED, lines[0], re.I)) == 1
+        and re.match(r"\W*" + _LABEL, lines[1], re.I)
+    ):
         return f"{lines[0]}, {lines[1]}"
     return lines[0] if lines else ""
 
@@ -80,7 +104,7 @@ def _plain(line: str) -> bool:
     return _words(before) <= _BEFORE and not listed and bool(re.fullmatch(_BETWEEN, between, re.I))
 
 # %% ../../nbs/2_playground/15_judge.ipynb #ab52318f
-def parse_reply(text: str, cut: bool = False) -> Reply:   # cut: the reply had to end here
+def parse_reply(text: str, cut: bool = False) -> Reply:  # cut: the reply had to end here
     "Scores of a judge's reply, or the reason why there are none. A number at which a reply was cut off may be half of one."
     if not text.strip():
         return Reply("empty")
@@ -89,7 +113,9 @@ def parse_reply(text: str, cut: bool = False) -> Reply:   # cut: the reply had t
     if labels and re.match(r"\W*" + _NUMBER, line):  # scores first, then words about "answer 1"
         labels = 0
     found = [float(x) for x in re.findall(_NUMBER, bare)]
-    if cut and re.search(r"[\d.]$", text.rstrip()) and _said(text.rstrip() + "0") != line:  # the line that is read is the one that was cut
+    if (
+        cut and re.search(r"[\d.]$", text.rstrip()) and _said(text.rstrip() + "0") != line
+    ):  # the line that is read is the one that was cut
         return Reply("ambiguous")
     if len(found) != 2:
         return Reply({0: "no score", 1: "one score"}.get(len(found), "more than two scores"))
@@ -97,20 +123,29 @@ def parse_reply(text: str, cut: bool = False) -> Reply:   # cut: the reply had t
         return Reply("out of range")
     if labels:
         named = re.findall(_LABELLED, line, re.I)
-        found = [float(score) for _, score in sorted(named)] if {label for label, _ in named} == {"1", "2"} else []
-    return Reply("ok", *found) if len(found) == 2 and (labels or _plain(bare)) else Reply("ambiguous")
+        found = (
+            [float(score) for _, score in sorted(named)]
+            if {label for label, _ in named} == {"1", "2"}
+            else []
+        )
+    return (
+        Reply("ok", *found) if len(found) == 2 and (labels or _plain(bare)) else Reply("ambiguous")
+    )
 
 # %% ../../nbs/2_playground/15_judge.ipynb #de6b4015
 @dataclass(frozen=True)
 class Judgement:
     "Two replies about one pair of answers (a, b)."
+
     id: str
-    straight: Reply             # a first
-    swapped: Reply | None       # b first; None if the order was not swapped
+    straight: Reply  # a first
+    swapped: Reply | None  # b first; None if the order was not swapped
 
     def scores(self) -> tuple[float, float] | None:
         "(score of a, score of b), averaged over the orders; None if a reply is unusable."
-        pairs = [(self.straight.first, self.straight.second)] + ([(self.swapped.second, self.swapped.first)] if self.swapped else [])
+        pairs = [(self.straight.first, self.straight.second)] + (
+            [(self.swapped.second, self.swapped.first)] if self.swapped else []
+        )
         return None if None in sum(pairs, ()) else tuple(statistics.fmean(x) for x in zip(*pairs))
 
     def preferred(self) -> str:
@@ -128,18 +163,27 @@ def _sign(x: float) -> int:
     return (x > 0) - (x < 0)
 
 # %% ../../nbs/2_playground/15_judge.ipynb #40dbf426
-def judge(backend: Backend, items: Iterable[tuple[str, str, str, str]],   # (id, instruction, answer a, answer b)
-          *, swap: bool = True, path: Path | str | None = None,           # JSONL file of the replies, to continue from
-          max_new_tokens: int = 16) -> list[Judgement]:
+def judge(
+    backend: Backend,
+    items: Iterable[tuple[str, str, str, str]],  # (id, instruction, answer a, answer b)
+    *,
+    swap: bool = True,
+    path: Path | str | None = None,  # JSONL file of the replies, to continue from
+    max_new_tokens: int = 16,
+) -> list[Judgement]:
     "Let a model compare pairs of answers. Raises UserError (a repeated id, a server that gives up); what has arrived is kept in `path`."
     items = list(items)
     prompts = {f"{i}/ab": judge_prompt(x, a, b) for i, x, a, b in items}
     if len(prompts) < len(items):
-        raise UserError("an id occurs twice", where="judge", fix="Give every pair of answers an id of its own.")
+        raise UserError(
+            "an id occurs twice", where="judge", fix="Give every pair of answers an id of its own."
+        )
     if swap:
         prompts |= {f"{i}/ba": judge_prompt(x, b, a) for i, x, a, b in items}
     texts = _known_replies(path, prompts)
-    for c in backend.generate([(k, p) for k, p in prompts.items() if k not in texts], Decoding(max_new_tokens)):
+    for c in backend.generate(
+        [(k, p) for k, p in prompts.items() if k not in texts], Decoding(max_new_tokens)
+    ):
         texts[c.id] = c.text or "", c.finish == "length"
         if path:
             append_jsonl(path, [completion_row(c, prompts[c.id])])
@@ -147,10 +191,16 @@ def judge(backend: Backend, items: Iterable[tuple[str, str, str, str]],   # (id,
     return [Judgement(i, replies[f"{i}/ab"], replies.get(f"{i}/ba")) for i, *_ in items]
 
 # %% ../../nbs/2_playground/15_judge.ipynb #e3854b16
-def _known_replies(path: Path | str | None, prompts: Mapping[str, str]) -> dict[str, tuple[str, bool]]:
+def _known_replies(
+    path: Path | str | None, prompts: Mapping[str, str]
+) -> dict[str, tuple[str, bool]]:
     "{request id: (text, whether it was cut off)} of the stored replies that answer exactly these prompts."
     rows = read_jsonl(path, repair_tail=True) if path and Path(path).is_file() else []
-    mine = [r for r in rows if r.get("id") in prompts and r.get("prompt_hash") == prompt_hash(prompts[r["id"]])]
+    mine = [
+        r
+        for r in rows
+        if r.get("id") in prompts and r.get("prompt_hash") == prompt_hash(prompts[r["id"]])
+    ]
     return {r["id"]: (r["text"] or "", r.get("finish") == "length") for r in mine}
 
 # %% ../../nbs/2_playground/15_judge.ipynb #5e638d01
@@ -158,8 +208,17 @@ def judge_summary(judgements: Sequence[Judgement]) -> dict[str, Any]:
     "Ratio of the score sums in per cent, preferences, outcomes of the replies, and by how much the first place is favoured."
     usable = [s for s in (j.scores() for j in judgements) if s is not None]
     replies = [r for j in judgements for r in (j.straight, j.swapped) if r is not None]
-    lead = [r.first - r.second for j in judgements if j.swapped and j.scores() for r in (j.straight, j.swapped)]
-    return {"pairs": len(judgements), "usable": len(usable), "outcomes": dict(Counter(r.outcome for r in replies)),
-            "preferred": dict(Counter(j.preferred() for j in judgements)),
-            "ratio": 100*sum(a for a, _ in usable)/sum(b for _, b in usable) if usable else None,
-            "first_place": statistics.fmean(lead) if lead else None}  # 0 for a judge without a bias to the first place
+    lead = [
+        r.first - r.second
+        for j in judgements
+        if j.swapped and j.scores()
+        for r in (j.straight, j.swapped)
+    ]
+    return {
+        "pairs": len(judgements),
+        "usable": len(usable),
+        "outcomes": dict(Counter(r.outcome for r in replies)),
+        "preferred": dict(Counter(j.preferred() for j in judgements)),
+        "ratio": 100 * sum(a for a, _ in usable) / sum(b for _, b in usable) if usable else None,
+        "first_place": statistics.fmean(lead) if lead else None,
+    }  # 0 for a judge without a bias to the first place

@@ -24,19 +24,33 @@ from ..data.answers import unpack_bits
 def stack_outcomes(packed: Sequence[str]) -> np.ndarray:
     "Packed outcomes of several seeds as a table of 0.0 and 1.0, shape [seeds, items]. Raises UserError if lengths differ."
     if not packed:
-        raise UserError("there are no runs to stack", where="stack_outcomes", fix="Check that the runs of this arm have finished.")
+        raise UserError(
+            "there are no runs to stack",
+            where="stack_outcomes",
+            fix="Check that the runs of this arm have finished.",
+        )
     rows = [unpack_bits(packed[0])]
     rows += [unpack_bits(text, n=len(rows[0])) for text in packed[1:]]
     return np.array(rows, dtype=np.float64)
 
 # %% ../../nbs/2_playground/13_statistics.ipynb #e851ab1e
-def paired(a: Any,                 # outcomes of one arm, [seeds, items]
-           b: Any) -> np.ndarray:  # outcomes of the other arm, same shape; or one row: something without a seed, such as a teacher
+def paired(
+    a: Any,  # outcomes of one arm, [seeds, items]
+    b: Any,
+) -> (
+    np.ndarray
+):  # outcomes of the other arm, same shape; or one row: something without a seed, such as a teacher
     "Difference a - b cell by cell, shape [seeds, items]. Raises UserError if the two do not belong to the same seeds and items."
-    a, b = np.atleast_2d(np.asarray(a, dtype=np.float64)), np.atleast_2d(np.asarray(b, dtype=np.float64))
+    a, b = (
+        np.atleast_2d(np.asarray(a, dtype=np.float64)),
+        np.atleast_2d(np.asarray(b, dtype=np.float64)),
+    )
     if a.shape[1] != b.shape[1] or (a.shape[0] != b.shape[0] and 1 not in (a.shape[0], b.shape[0])):
-        raise UserError(f"tables of shape {a.shape} and {b.shape} cannot be paired", where="paired",
-                        fix="Use the same seeds and the same test items for both arms.")
+        raise UserError(
+            f"tables of shape {a.shape} and {b.shape} cannot be paired",
+            where="paired",
+            fix="Use the same seeds and the same test items for both arms.",
+        )
     return a - b
 
 # %% ../../nbs/2_playground/13_statistics.ipynb #987c384d
@@ -51,7 +65,9 @@ def _draw_means(table: np.ndarray, draws: int, seed: int) -> np.ndarray:
     g, (rows, columns) = np.random.default_rng(seed), table.shape
     step = max(1, 2_000_000 // columns)  # keeps a block of counts below 16 MB
     blocks = [min(step, draws - start) for start in range(0, draws, step)]
-    return np.concatenate([((_shares(g, k, columns) @ table.T) * _shares(g, k, rows)).sum(1) for k in blocks])
+    return np.concatenate(
+        [((_shares(g, k, columns) @ table.T) * _shares(g, k, rows)).sum(1) for k in blocks]
+    )
 
 # %% ../../nbs/2_playground/13_statistics.ipynb #bb7985fa
 @lru_cache
@@ -73,20 +89,30 @@ ONE_RUN = 0.05  # share by which a number of a single training may differ on ano
 @dataclass(frozen=True)
 class Estimate:
     "A mean with its 95 % interval; accuracies and their differences are fractions, not per cent."
+
     value: float
     low: float
     high: float
-    n: int            # seeds
-    items: int = 0    # test items
-    p: float = 1.0    # two-sided bootstrap p-value of the mean being zero
+    n: int  # seeds
+    items: int = 0  # test items
+    p: float = 1.0  # two-sided bootstrap p-value of the mean being zero
 
     def as_metric(self) -> dict[str, float]:
         "For metrics.json."
-        return {"value": round(self.value, 6), "low": round(self.low, 6), "high": round(self.high, 6), "n": self.n}
+        return {
+            "value": round(self.value, 6),
+            "low": round(self.low, 6),
+            "high": round(self.high, 6),
+            "n": self.n,
+        }
 
     def as_run_metric(self) -> dict[str, float]:
         "For metrics.json, of a number that a run has once (`seed_means`): one run has no interval, another machine's may be 5 % off."
-        return self.as_metric() if self.n > 1 else {"value": round(self.value, 6), "n": 1, "abs": ONE_RUN*abs(self.value) + 1e-6}
+        return (
+            self.as_metric()
+            if self.n > 1
+            else {"value": round(self.value, 6), "n": 1, "abs": ONE_RUN * abs(self.value) + 1e-6}
+        )
 
     def plain(self, digits: int = 3) -> str:
         "In its own unit instead of per cent; one run stands alone."
@@ -95,26 +121,33 @@ class Estimate:
         return value if self.n == 1 else f"{value} [{', '.join(ends)}]"
 
     def __str__(self) -> str:
-        return f"{100*self.value:.1f} [{100*self.low:.1f}, {100*self.high:.1f}]"
+        return f"{100 * self.value:.1f} [{100 * self.low:.1f}, {100 * self.high:.1f}]"
 
 # %% ../../nbs/2_playground/13_statistics.ipynb #32514cea
 def _as_table(outcomes: Any) -> np.ndarray:
     table = np.atleast_2d(np.asarray(outcomes, dtype=np.float64))
     if table.ndim != 2 or table.size == 0 or not np.isfinite(table).all():
-        raise UserError(f"expected a table [seeds, items] of finite numbers, got shape {table.shape} or a value that is none",
-                        where="outcomes", fix="Stack the outcomes of the finished runs with stack_outcomes.")
+        raise UserError(
+            f"expected a table [seeds, items] of finite numbers, got shape {table.shape} or a value that is none",
+            where="outcomes",
+            fix="Stack the outcomes of the finished runs with stack_outcomes.",
+        )
     return table
 
 # %% ../../nbs/2_playground/13_statistics.ipynb #c69c64e5
-def hierarchical_bootstrap(outcomes: Any,                # [seeds, items]: outcomes, or paired differences of outcomes
-                           *, draws: int = 10_000,
-                           seed: int = 0,                # of the drawing; the result is a function of its arguments
-                           small_sample: bool = True,    # widen the deviations between seeds as Student would
-                           ) -> Estimate:
+def hierarchical_bootstrap(
+    outcomes: Any,  # [seeds, items]: outcomes, or paired differences of outcomes
+    *,
+    draws: int = 10_000,
+    seed: int = 0,  # of the drawing; the result is a function of its arguments
+    small_sample: bool = True,  # widen the deviations between seeds as Student would
+) -> Estimate:
     "Mean over seeds and items with a 95 % percentile interval from drawing both again. One seed: items only. Raises UserError."
     table = _as_table(outcomes)
     mean, factor = table.mean(), small_sample_factor(len(table)) if small_sample else 1.0
-    shares = np.isin(table, (0.0, 1.0)).all()  # of right answers: an interval that leaves [0, 1] says nothing there
+    shares = np.isin(
+        table, (0.0, 1.0)
+    ).all()  # of right answers: an interval that leaves [0, 1] says nothing there
     table = table + (factor - 1) * (table.mean(1, keepdims=True) - mean)
     drawn = _draw_means(table, draws, seed)
     low, high = np.quantile(drawn, [0.025, 0.975])
@@ -125,12 +158,17 @@ def hierarchical_bootstrap(outcomes: Any,                # [seeds, items]: outco
     return Estimate(float(mean), float(low), float(high), len(table), table.shape[1], float(p))
 
 # %% ../../nbs/2_playground/13_statistics.ipynb #seed-means
-def seed_means(found: Mapping[Any, Sequence[Mapping[str, Any]]],   # {cell: metrics of each seed}
-               names: Iterable[str],
-               ) -> dict[tuple, Estimate]:
+def seed_means(
+    found: Mapping[Any, Sequence[Mapping[str, Any]]],  # {cell: metrics of each seed}
+    names: Iterable[str],
+) -> dict[tuple, Estimate]:
     "{(cell, name): mean over a cell's runs of a number that each of them has once}; names that a run lacks are left out."
-    return {(cell, name): hierarchical_bootstrap([[m[name]] for m in runs])
-            for name in names for cell, runs in found.items() if all(name in m for m in runs)}
+    return {
+        (cell, name): hierarchical_bootstrap([[m[name]] for m in runs])
+        for name in names
+        for cell, runs in found.items()
+        if all(name in m for m in runs)
+    }
 
 # %% ../../nbs/2_playground/13_statistics.ipynb #f4a32dbb
 def holm(p: Mapping[str, float]) -> dict[str, float]:
@@ -145,27 +183,38 @@ def holm(p: Mapping[str, float]) -> dict[str, float]:
 MIN_SEEDS, MAJORITY_MARGIN = 5, 0.03
 
 
-def why_untested(n: int,                        # seeds
-                 arms: Mapping[str, float],     # accuracy of each arm, 0 to 1
-                 majority: float | None) -> str:
+def why_untested(
+    n: int,  # seeds
+    arms: Mapping[str, float],  # accuracy of each arm, 0 to 1
+    majority: float | None,
+) -> str:
     "Why this experiment cannot decide a claim; empty if it can."
     wrong = {k: v for k, v in {**arms, "majority": majority or 0.0}.items() if not 0 <= v <= 1}
     if wrong:
-        raise UserError(f"{wrong} is not an accuracy from 0 to 1", where="verdict", fix="Give fractions, not per cent.")
+        raise UserError(
+            f"{wrong} is not an accuracy from 0 to 1",
+            where="verdict",
+            fix="Give fractions, not per cent.",
+        )
     if n < MIN_SEEDS:
         return f"{n} seeds where a claim needs {MIN_SEEDS}"
-    weak = [k for k, v in arms.items() if majority is not None and v <= majority + MAJORITY_MARGIN + 1e-9]
+    weak = [
+        k
+        for k, v in arms.items()
+        if majority is not None and v <= majority + MAJORITY_MARGIN + 1e-9
+    ]
     if weak:
-        return f"{', '.join(weak)} within {100*MAJORITY_MARGIN:.0f} points of the majority baseline ({100*majority:.1f} %)"
+        return f"{', '.join(weak)} within {100 * MAJORITY_MARGIN:.0f} points of the majority baseline ({100 * majority:.1f} %)"
     return ""
 
 # %% ../../nbs/2_playground/13_statistics.ipynb #731de487
 @dataclass(frozen=True)
 class Verdict:
     "A claim and what became of it."
+
     claim: str
-    outcome: str   # reproduced, not reproduced, not tested here
-    reason: str    # the interval that decides it, in points
+    outcome: str  # reproduced, not reproduced, not tested here
+    reason: str  # the interval that decides it, in points
     low: float
     high: float
     n: int
@@ -177,57 +226,95 @@ class Verdict:
 def _side(low: float, high: float, direction: str, margin: float) -> str:
     "On which side of the margin does the interval lie: claimed, opposite or undecided?"
     if direction not in ("greater", "less"):
-        raise UserError(f"{direction!r} is not a direction", where="verdict", fix="Use 'greater' or 'less'.")
+        raise UserError(
+            f"{direction!r} is not a direction", where="verdict", fix="Use 'greater' or 'less'."
+        )
     above, below = low > margin, high < margin
     if not (above or below):
         return "undecided"
     return "claimed" if above == (direction == "greater") else "opposite"
 
 # %% ../../nbs/2_playground/13_statistics.ipynb #6e82f6d9
-def verdict(claim: str,                            # in words
-            low: float, high: float, n: int,       # interval of the difference that the claim is about (fractions), and its seeds
-            *, direction: str = "greater",         # the claim: the difference is 'greater' or 'less' than the margin
-            margin: float = 0.0,                   # smallest difference that counts
-            arms: Mapping[str, float] | None = None,  # accuracy of the arms that must have learnt for any answer
-            beaten: Mapping[str, float] | None = None,  # of those that the claim puts below them: must have learnt for a negative one
-            majority: float | None = None,         # accuracy of the most frequent answer
-            p: float | None = None) -> Verdict:    # Holm-adjusted p-value, where several tasks share the claim
+def verdict(
+    claim: str,  # in words
+    low: float,
+    high: float,
+    n: int,  # interval of the difference that the claim is about (fractions), and its seeds
+    *,
+    direction: str = "greater",  # the claim: the difference is 'greater' or 'less' than the margin
+    margin: float = 0.0,  # smallest difference that counts
+    arms: Mapping[str, float]
+    | None = None,  # accuracy of the arms that must have learnt for any answer
+    beaten: Mapping[str, float]
+    | None = None,  # of those that the claim puts below them: must have learnt for a negative one
+    majority: float | None = None,  # accuracy of the most frequent answer
+    p: float | None = None,
+) -> Verdict:  # Holm-adjusted p-value, where several tasks share the claim
     "What the interval says about the claim: reproduced, not reproduced or not tested here. Raises UserError for a bad argument."
     if not low <= high:
-        raise UserError(f"the interval [{low}, {high}] is not one", where="verdict", fix="Give low <= high.")
+        raise UserError(
+            f"the interval [{low}, {high}] is not one", where="verdict", fix="Give low <= high."
+        )
     side, untested = _side(low, high, direction, margin), why_untested(n, arms or {}, majority)
-    interval = f"95 % interval [{100*low:+.1f}, {100*high:+.1f}] points, n = {n}"
+    interval = f"95 % interval [{100 * low:+.1f}, {100 * high:+.1f}] points, n = {n}"
     if side == "claimed" and (p is None or p < 0.05) and not untested:
         return Verdict(claim, "reproduced", interval, low, high, n)
     if untested := untested or why_untested(n, beaten or {}, majority):
         return Verdict(claim, "not tested here", f"{untested}; {interval}", low, high, n)
-    because = {"opposite": "the opposite holds", "undecided": f"{100*margin:g} lies inside", "claimed": f"Holm-adjusted p = {p or 0:.3f}"}
+    because = {
+        "opposite": "the opposite holds",
+        "undecided": f"{100 * margin:g} lies inside",
+        "claimed": f"Holm-adjusted p = {p or 0:.3f}",
+    }
     return Verdict(claim, "not reproduced", f"{because[side]}; {interval}", low, high, n)
 
 # %% ../../nbs/2_playground/13_statistics.ipynb #7f352b26
-def verdicts(claim: str, estimates: Mapping[str, Estimate],         # task -> difference
-             *, arms: Mapping[str, Mapping[str, float]] | None = None,  # task -> arm -> accuracy
-             beaten: Mapping[str, Mapping[str, float]] | None = None,  # likewise
-             majority: Mapping[str, float] | None = None,           # task -> accuracy of the most frequent answer
-             **rule) -> list[Verdict]:                              # direction and margin of `verdict`
+def verdicts(
+    claim: str,
+    estimates: Mapping[str, Estimate],  # task -> difference
+    *,
+    arms: Mapping[str, Mapping[str, float]] | None = None,  # task -> arm -> accuracy
+    beaten: Mapping[str, Mapping[str, float]] | None = None,  # likewise
+    majority: Mapping[str, float] | None = None,  # task -> accuracy of the most frequent answer
+    **rule,
+) -> list[Verdict]:  # direction and margin of `verdict`
     "One verdict per task for a claim about several tasks. Holm's correction applies to claims about zero (margin 0)."
     adjusted = holm({task: e.p for task, e in estimates.items()}) if not rule.get("margin") else {}
     given = {"arms": arms or {}, "beaten": beaten or {}, "majority": majority or {}}
-    return [verdict(f"{claim} ({task})", e.low, e.high, e.n, p=adjusted.get(task), **{k: v.get(task) for k, v in given.items()}, **rule)
-            for task, e in estimates.items()]
+    return [
+        verdict(
+            f"{claim} ({task})",
+            e.low,
+            e.high,
+            e.n,
+            p=adjusted.get(task),
+            **{k: v.get(task) for k, v in given.items()},
+            **rule,
+        )
+        for task, e in estimates.items()
+    ]
 
 # %% ../../nbs/2_playground/13_statistics.ipynb #1a6dcd9d
-def reported(paper: str,                     # file name in data/reported without .csv, such as "dss"
-             artefact: str | None = None,    # "Table 1", "Figs. 4-5", ...; None: all
-             ) -> list[dict]:
+def reported(
+    paper: str,  # file name in data/reported without .csv, such as "dss"
+    artefact: str | None = None,  # "Table 1", "Figs. 4-5", ...; None: all
+) -> list[dict]:
     "Rows that a paper reports: paper, artefact, row, dataset, value (number or None), unit, tag, note. Raises UserError for unknown names."
-    folder = data_dir()/"reported"
+    folder = data_dir() / "reported"
     known = sorted(p.stem for p in folder.glob("*.csv"))
     if paper not in known:
-        raise UserError(f"no reported numbers of {paper!r}", where=folder, fix=f"Known papers: {', '.join(known) or 'none'}.")
-    rows = list(csv.DictReader(io.StringIO(read_text(folder/f"{paper}.csv"))))
+        raise UserError(
+            f"no reported numbers of {paper!r}",
+            where=folder,
+            fix=f"Known papers: {', '.join(known) or 'none'}.",
+        )
+    rows = list(csv.DictReader(io.StringIO(read_text(folder / f"{paper}.csv"))))
     rows = [{**row, "value": float(row["value"]) if row["value"] else None} for row in rows]
     artefacts = list(dict.fromkeys(row["artefact"] for row in rows))
     if artefact is not None and artefact not in artefacts:
-        raise UserError(f"no artefact {artefact!r}", where=folder/f"{paper}.csv", fix=f"Known: {', '.join(artefacts)}.")
+        raise UserError(
+            f"no artefact {artefact!r}",
+            where=folder / f"{paper}.csv",
+            fix=f"Known: {', '.join(artefacts)}.",
+        )
     return [row for row in rows if artefact in (None, row["artefact"])]

@@ -42,19 +42,28 @@ def _rouge_scorer(stem: bool):
 # %% ../../nbs/2_playground/11_text.ipynb #36e90450
 def _same_number(predictions: Sequence, references: Sequence) -> None:
     if len(predictions) != len(references) or not len(predictions):
-        raise UserError(f"{len(predictions)} predictions for {len(references)} items", where="predictions",
-                        fix="Give one prediction per item, an empty text where the model said nothing, and at least one item.")
+        raise UserError(
+            f"{len(predictions)} predictions for {len(references)} items",
+            where="predictions",
+            fix="Give one prediction per item, an empty text where the model said nothing, and at least one item.",
+        )
 
 # %% ../../nbs/2_playground/11_text.ipynb #d802c2c3
-def rouge_l(predictions: Sequence[str],
-            references: Sequence[Sequence[str]],   # of each item; the best one counts
-            stem: bool = True) -> np.ndarray:
+def rouge_l(
+    predictions: Sequence[str],
+    references: Sequence[Sequence[str]],  # of each item; the best one counts
+    stem: bool = True,
+) -> np.ndarray:
     "Rouge-L F1 of each item, (n,), 0 to 1. Raises UserError for an item without a reference and for lists of different length."
     _same_number(predictions, references)
     scorer, out = _rouge_scorer(stem), []
     for i, (text, known) in enumerate(zip(predictions, references)):
         if isinstance(known, str) or not known:
-            raise UserError("there is no list of references", where=f"item {i}", fix="Give each item a list with at least one text.")
+            raise UserError(
+                "there is no list of references",
+                where=f"item {i}",
+                fix="Give each item a list with at least one text.",
+            )
         out.append(max(scorer.score(ref, text)["rougeL"].fmeasure for ref in known))
     return np.array(out)
 
@@ -67,8 +76,11 @@ def references_of(rows: Sequence[Any]) -> list[list[str]]:
         known = found[0] or [text for text in found[1:] if text][:1]
         known = [known] if isinstance(known, str) else [text for text in known if text.strip()]
         if not known:
-            raise UserError("this row has nothing to compare an answer with", where=f"evaluation set, row {i} ({_field(row, 'id')})",
-                            fix="Give it 'references' (a list) or 'response', or use a metric that needs none: distinct_n or judge.")
+            raise UserError(
+                "this row has nothing to compare an answer with",
+                where=f"evaluation set, row {i} ({_field(row, 'id')})",
+                fix="Give it 'references' (a list) or 'response', or use a metric that needs none: distinct_n or judge.",
+            )
         out.append(known)
     return out
 
@@ -81,9 +93,11 @@ def _field(row: Any, name: str) -> Any:
 EVAL_SEEDS = (10, 20, 30, 40, 50)  # those of the official code
 
 
-def over_seeds(answer: Callable[[int], Sequence[str]],              # seed -> one text per item
-               score: Callable[[Sequence[str]], Sequence[float]],   # texts -> one number per item
-               seeds: Sequence[int] = EVAL_SEEDS) -> np.ndarray:
+def over_seeds(
+    answer: Callable[[int], Sequence[str]],  # seed -> one text per item
+    score: Callable[[Sequence[str]], Sequence[float]],  # texts -> one number per item
+    seeds: Sequence[int] = EVAL_SEEDS,
+) -> np.ndarray:
     "Scores of each seed's answers, (seeds, items)."
     return np.stack([np.asarray(score(answer(seed)), dtype=np.float64) for seed in seeds])
 
@@ -91,49 +105,85 @@ def over_seeds(answer: Callable[[int], Sequence[str]],              # seed -> on
 def exact_matches(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[bool]:
     "Whether each prediction equals one of its references, apart from white space at the ends."
     _same_number(predictions, references)
-    return [any(exact_match(text, ref) for ref in known) for text, known in zip(predictions, references)]
+    return [
+        any(exact_match(text, ref) for ref in known) for text, known in zip(predictions, references)
+    ]
 
 # %% ../../nbs/2_playground/11_text.ipynb #a081de4c
 def ngrams(text: str | Sequence, n: int) -> list[tuple]:
     "All runs of n words (lower case, without punctuation) of a text, or of n elements of a sequence such as token ids."
     parts = re.findall(r"\w+", text.lower()) if isinstance(text, str) else list(text)
-    return [tuple(parts[i:i + n]) for i in range(len(parts) - n + 1)]
+    return [tuple(parts[i : i + n]) for i in range(len(parts) - n + 1)]
 
 # %% ../../nbs/2_playground/11_text.ipynb #f9ec20f5
-def distinct_n(texts: Sequence, n: int = 4, *, within: bool = False) -> float:  # within: mean over the answers that have n words
+def distinct_n(
+    texts: Sequence, n: int = 4, *, within: bool = False
+) -> float:  # within: mean over the answers that have n words
     "Different n-grams over all n-grams, 0 to 1. Raises UserError if no text has n words."
     if isinstance(texts, str) or n < 1:
-        raise UserError(f"{texts!r:.40} with n = {n} is not a list of texts", where="distinct_n", fix="Give a list, and n from 1.")
+        raise UserError(
+            f"{texts!r:.40} with n = {n} is not a list of texts",
+            where="distinct_n",
+            fix="Give a list, and n from 1.",
+        )
     found = [g for g in (ngrams(t, n) for t in texts) if g]
     if not found:
-        raise UserError(f"none of the {len(texts)} texts has {n} words", where="distinct_n", fix="Use a smaller n or longer answers.")
+        raise UserError(
+            f"none of the {len(texts)} texts has {n} words",
+            where="distinct_n",
+            fix="Use a smaller n or longer answers.",
+        )
     if within:
-        return statistics.fmean(len(set(g))/len(g) for g in found)
+        return statistics.fmean(len(set(g)) / len(g) for g in found)
     every = [x for g in found for x in g]
-    return len(set(every))/len(every)
+    return len(set(every)) / len(every)
 
 # %% ../../nbs/2_playground/11_text.ipynb #dac79d1e
 @torch.no_grad()
-def response_logits(model, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]],
-                    batch_size: int = 16) -> Iterator[Tensor]:
+def response_logits(
+    model,
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    batch_size: int = 16,
+) -> Iterator[Tensor]:
     "For each item the logits (T, V) that predict its T response tokens, at least float32. Raises UserError: empty, or too long."
     _same_number(prompts, responses)
     for i, (prompt, response) in enumerate(zip(prompts, responses)):
         if not len(prompt) or not len(response):
-            raise UserError("the prompt or the response is empty", where=f"item {i}",
-                            fix="Leave the item out, or give it a bos token as prompt and the end mark as response.")
-    check_lengths([model], {f"item {i}": len(p) + len(r) for i, (p, r) in enumerate(zip(prompts, responses))})
+            raise UserError(
+                "the prompt or the response is empty",
+                where=f"item {i}",
+                fix="Leave the item out, or give it a bos token as prompt and the end mark as response.",
+            )
+    check_lengths(
+        [model], {f"item {i}": len(p) + len(r) for i, (p, r) in enumerate(zip(prompts, responses))}
+    )
     pad = getattr(model.config, "pad_token_id", None) or 0
     for start in range(0, len(prompts), batch_size):
-        rows = [(list(p), list(r)) for p, r in zip(prompts[start:start + batch_size], responses[start:start + batch_size])]
+        rows = [
+            (list(p), list(r))
+            for p, r in zip(
+                prompts[start : start + batch_size], responses[start : start + batch_size]
+            )
+        ]
         batch = {k: v.to(model.device) for k, v in causal_batch(rows, pad).items()}
         yield from at_least_float32(target_logits(model, batch)).split([len(r) for _, r in rows])
 
 # %% ../../nbs/2_playground/11_text.ipynb #1e951320
-def token_nll(model, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], batch_size: int = 16) -> list[Tensor]:
+def token_nll(
+    model,
+    prompts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    batch_size: int = 16,
+) -> list[Tensor]:
     "Negative log-likelihood of each response token, one (T,) tensor per item, natural logs. Raises UserError as `response_logits`."
     every = zip(response_logits(model, prompts, responses, batch_size), responses)
-    return [torch.nn.functional.cross_entropy(x, torch.tensor(list(r), device=x.device), reduction="none") for x, r in every]
+    return [
+        torch.nn.functional.cross_entropy(
+            x, torch.tensor(list(r), device=x.device), reduction="none"
+        )
+        for x, r in every
+    ]
 
 # %% ../../nbs/2_playground/11_text.ipynb #dce4c50d
 def lm_loss(nll: Sequence[Tensor]) -> float:
@@ -149,67 +199,134 @@ def perplexity(nll: Sequence[Tensor]) -> float:
 LENGTH_BOUNDS = (5, 10)  # slices [0, 5], [6, 10], [11, inf)
 
 
-def length_slices(lengths: Sequence[int], bounds: Sequence[int] = LENGTH_BOUNDS) -> dict[str, np.ndarray]:
+def length_slices(
+    lengths: Sequence[int], bounds: Sequence[int] = LENGTH_BOUNDS
+) -> dict[str, np.ndarray]:
     "{'0-5': numbers of the items, ...}; empty slices are left out. Raises UserError for bounds that do not rise."
     if not len(bounds) or list(bounds) != sorted(set(bounds)) or bounds[0] < 0:
-        raise UserError(f"{bounds!r} are not rising lengths", where="bounds", fix="Give numbers such as (5, 10).")
+        raise UserError(
+            f"{bounds!r} are not rising lengths",
+            where="bounds",
+            fix="Give numbers such as (5, 10).",
+        )
     n, lows = np.asarray(lengths), [0, *(b + 1 for b in bounds)]
     names = [f"{low}-{high}" for low, high in zip(lows, bounds)] + [f"{lows[-1]}+"]
-    return {name: found for i, name in enumerate(names) if len(found := np.flatnonzero(np.searchsorted(bounds, n) == i))}
+    return {
+        name: found
+        for i, name in enumerate(names)
+        if len(found := np.flatnonzero(np.searchsorted(bounds, n) == i))
+    }
 
 # %% ../../nbs/2_playground/11_text.ipynb #d5f8b655
-def by_length(scores: np.ndarray, lengths: Sequence[int], bounds: Sequence[int] = LENGTH_BOUNDS) -> dict[str, np.ndarray]:
+def by_length(
+    scores: np.ndarray, lengths: Sequence[int], bounds: Sequence[int] = LENGTH_BOUNDS
+) -> dict[str, np.ndarray]:
     "{slice: its columns of the scores}, for scores (items,) or (seeds, items). Raises UserError if the numbers of items differ."
     scores = np.asarray(scores, dtype=np.float64)
     if scores.shape[-1] != len(lengths):
-        raise UserError(f"scores of {scores.shape[-1]} items, lengths of {len(lengths)}", where="by_length", fix="Give every item one.")
+        raise UserError(
+            f"scores of {scores.shape[-1]} items, lengths of {len(lengths)}",
+            where="by_length",
+            fix="Give every item one.",
+        )
     return {name: scores[..., found] for name, found in length_slices(lengths, bounds).items()}
 
 # %% ../../nbs/2_playground/11_text.ipynb #4ba01aba
 @dataclass
 class Written:
     "Sampled answers to the rows of an evaluation set, per seed."
+
     seeds: tuple[int, ...]
     prompt_ids: list[list[int]]
-    response_ids: list[list[list[int]]]   # [seed][item], the end mark included
-    texts: list[list[str]]                # [seed][item]
-    finished: np.ndarray                  # (seeds, items) bool: ended by itself
+    response_ids: list[list[list[int]]]  # [seed][item], the end mark included
+    texts: list[list[str]]  # [seed][item]
+    finished: np.ndarray  # (seeds, items) bool: ended by itself
 
     def lengths(self) -> np.ndarray:
         "(seeds, items) tokens."
         return np.array([[len(r) for r in rows] for rows in self.response_ids])
 
 # %% ../../nbs/2_playground/11_text.ipynb #1421f499
-def sample_answers(model, tokenizer, prompt_ids: list[list[int]], *, seeds: Sequence[int] = EVAL_SEEDS, max_new_tokens: int = 128,
-                   temperature: float = 1.0, top_p: float = 1.0, batch_size: int = 64,
-                   no_repeat_ngram: int = 0) -> Written:  # n-grams of prompt and answer together that may not recur; 0: off
+def sample_answers(
+    model,
+    tokenizer,
+    prompt_ids: list[list[int]],
+    *,
+    seeds: Sequence[int] = EVAL_SEEDS,
+    max_new_tokens: int = 128,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    batch_size: int = 64,
+    no_repeat_ngram: int = 0,
+) -> Written:  # n-grams of prompt and answer together that may not recur; 0: off
     "Sample an answer to each prompt with each seed (paper: temperature 1, top-p 1, seeds 10 to 50). Raises UserError."
-    out = Written(tuple(seeds), prompt_ids, [], [], np.zeros((len(seeds), len(prompt_ids)), dtype=bool))
+    out = Written(
+        tuple(seeds), prompt_ids, [], [], np.zeros((len(seeds), len(prompt_ids)), dtype=bool)
+    )
     for i, seed in enumerate(seeds):
-        sampling = Sampling(max_new_tokens, temperature, top_p, stop_ids=(tokenizer.eos_token_id,), seed=seed,
-                            no_repeat_ngram=no_repeat_ngram)
-        rollout = sample(model, prompt_ids, sampling, vocabulary=len(tokenizer), batch_size=batch_size)
+        sampling = Sampling(
+            max_new_tokens,
+            temperature,
+            top_p,
+            stop_ids=(tokenizer.eos_token_id,),
+            seed=seed,
+            no_repeat_ngram=no_repeat_ngram,
+        )
+        rollout = sample(
+            model, prompt_ids, sampling, vocabulary=len(tokenizer), batch_size=batch_size
+        )
         out.response_ids.append(rollout.response_ids)
-        out.texts.append([t.strip() for t in tokenizer.batch_decode(rollout.response_ids, skip_special_tokens=True)])
+        out.texts.append(
+            [
+                t.strip()
+                for t in tokenizer.batch_decode(rollout.response_ids, skip_special_tokens=True)
+            ]
+        )
         out.finished[i] = rollout.finished
     return out
 
 # %% ../../nbs/2_playground/11_text.ipynb #7378505c
-def write_answers(model, tokenizer, rows: Sequence[Any],
-                  prompt: Callable[[Any], str] = lambda row: field_of(row, "prompt"), **how: Any) -> Written:
+def write_answers(
+    model,
+    tokenizer,
+    rows: Sequence[Any],
+    prompt: Callable[[Any], str] = lambda row: field_of(row, "prompt"),
+    **how: Any,
+) -> Written:
     "`sample_answers` to the prompts of rows, as texts; `how`: its settings. Raises UserError."
-    return sample_answers(model, tokenizer, [tokenizer.encode(prompt(row), add_special_tokens=False) for row in rows], **how)
+    return sample_answers(
+        model,
+        tokenizer,
+        [tokenizer.encode(prompt(row), add_special_tokens=False) for row in rows],
+        **how,
+    )
 
 # %% ../../nbs/2_playground/11_text.ipynb #05397f07
-def text_metrics(written: Written, rows: Sequence[Any], bounds: Sequence[int] = LENGTH_BOUNDS,
-                 gold_lengths: Sequence[int] | None = None) -> dict[str, Any]:  # tokens of each gold answer, for slices
+def text_metrics(
+    written: Written,
+    rows: Sequence[Any],
+    bounds: Sequence[int] = LENGTH_BOUNDS,
+    gold_lengths: Sequence[int] | None = None,
+) -> dict[str, Any]:  # tokens of each gold answer, for slices
     "Tables (seeds, items) of Rouge-L and exact match, Rouge-L by gold length, and means per seed of the rest. Raises UserError."
     known = references_of(rows)
     rouge = np.stack([rouge_l(texts, known) for texts in written.texts])
-    exact = np.stack([np.array(exact_matches(texts, known), dtype=float) for texts in written.texts])
-    out = {"rouge_l": rouge, "exact": exact, "length": written.lengths().mean(1), "finished": written.finished.mean(1),
-           "dist4": [_distinct(t) for t in written.texts], "dist4_within": [_distinct(t, within=True) for t in written.texts]}
-    return out | ({"rouge_l_by_length": by_length(rouge, gold_lengths, bounds)} if gold_lengths is not None else {})
+    exact = np.stack(
+        [np.array(exact_matches(texts, known), dtype=float) for texts in written.texts]
+    )
+    out = {
+        "rouge_l": rouge,
+        "exact": exact,
+        "length": written.lengths().mean(1),
+        "finished": written.finished.mean(1),
+        "dist4": [_distinct(t) for t in written.texts],
+        "dist4_within": [_distinct(t, within=True) for t in written.texts],
+    }
+    return out | (
+        {"rouge_l_by_length": by_length(rouge, gold_lengths, bounds)}
+        if gold_lengths is not None
+        else {}
+    )
 
 # %% ../../nbs/2_playground/11_text.ipynb #abf66d2f
 def _distinct(texts: Sequence[str], **how) -> float | None:

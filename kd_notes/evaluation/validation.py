@@ -22,7 +22,9 @@ from ..methods.logit_kd import comparable, states_suffice
 from ..training.batches import causal_batch, target_logits, target_states
 
 # %% ../../nbs/4_probabilities/08_validation.ipynb #1fe106ef
-def logit_chunks(model, batch: dict[str, Tensor], chunk: int = 256, states: Tensor | None = None) -> Iterator[Tensor]:
+def logit_chunks(
+    model, batch: dict[str, Tensor], chunk: int = 256, states: Tensor | None = None
+) -> Iterator[Tensor]:
     "Logits at the target positions, `chunk` positions at a time; from `states` if they are given (`model` may then be the head alone)."
     if states is None and not states_suffice(model):
         yield from target_logits(model, batch).split(chunk)
@@ -34,15 +36,30 @@ def logit_chunks(model, batch: dict[str, Tensor], chunk: int = 256, states: Tens
 # %% ../../nbs/4_probabilities/08_validation.ipynb #124b5377
 class Validation:
     "Held-out rows: perplexity of a model and, with a teacher of the same tokenizer, its KL divergences. The teacher runs once."
-    def __init__(self, rows: Sequence[dict],          # of `encode_dialogue`
-                 pad_id: int, teacher=None, *,        # None: perplexity only
-                 score: str = "nll",                  # what a training shall make small: nll, forward_kl or reverse_kl
-                 states_file: Path | None = None,     # keeps what the teacher said for the next time; the caller answers for its name
-                 vocabulary: int | None = None, batch_size: int = 8):
+
+    def __init__(
+        self,
+        rows: Sequence[dict],  # of `encode_dialogue`
+        pad_id: int,
+        teacher=None,
+        *,  # None: perplexity only
+        score: str = "nll",  # what a training shall make small: nll, forward_kl or reverse_kl
+        states_file: Path
+        | None = None,  # keeps what the teacher said for the next time; the caller answers for its name
+        vocabulary: int | None = None,
+        batch_size: int = 8,
+    ):
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["source"] + rows[i]["target"]))
-        self.parts = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
-        self.batches = [causal_batch([(rows[i]["source"], rows[i]["target"]) for i in part], pad_id) for part in self.parts]
-        self.lengths, self.score, self.vocabulary = [len(r["target"]) for r in rows], score, vocabulary
+        self.parts = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+        self.batches = [
+            causal_batch([(rows[i]["source"], rows[i]["target"]) for i in part], pad_id)
+            for part in self.parts
+        ]
+        self.lengths, self.score, self.vocabulary = (
+            [len(r["target"]) for r in rows],
+            score,
+            vocabulary,
+        )
         self.teacher, self.states = teacher, None
         if teacher is not None:
             teacher.eval()
@@ -53,13 +70,19 @@ class Validation:
     @torch.no_grad()
     def items(self, model) -> dict[str, np.ndarray]:
         "Sums over the response of each row, in the order of the rows: nll, forward_kl, reverse_kl; and tokens."
-        names = ["nll"] + ["forward_kl", "reverse_kl"]*(self.teacher is not None)
-        out = {name: np.zeros(len(self.lengths)) for name in names} | {"tokens": np.array(self.lengths)}
+        names = ["nll"] + ["forward_kl", "reverse_kl"] * (self.teacher is not None)
+        out = {name: np.zeros(len(self.lengths)) for name in names} | {
+            "tokens": np.array(self.lengths)
+        }
         for number, part in enumerate(self.parts):
             values = torch.cat(list(_batch_terms(self, model, number)), dim=1).double().cpu()
-            row = torch.repeat_interleave(torch.arange(len(part)), torch.tensor([self.lengths[i] for i in part]))
+            row = torch.repeat_interleave(
+                torch.arange(len(part)), torch.tensor([self.lengths[i] for i in part])
+            )
             for name, value in zip(names, values):
-                out[name][part] = torch.zeros(len(part), dtype=torch.float64).index_add(0, row, value).numpy()
+                out[name][part] = (
+                    torch.zeros(len(part), dtype=torch.float64).index_add(0, row, value).numpy()
+                )
         return out
 
     def __call__(self, model) -> dict[str, float]:
@@ -67,8 +90,12 @@ class Validation:
         training = model.training
         sums = self.items(model.eval())
         model.train(training)
-        means = {k: float(v.sum()/sum(self.lengths)) for k, v in sums.items() if k != "tokens"}
-        return means | {"perplexity": math.exp(min(means["nll"], 700)), "tokens": sum(self.lengths), "score": -means[self.score]}
+        means = {k: float(v.sum() / sum(self.lengths)) for k, v in sums.items() if k != "tokens"}
+        return means | {
+            "perplexity": math.exp(min(means["nll"], 700)),
+            "tokens": sum(self.lengths),
+            "score": -means[self.score],
+        }
 
 # %% ../../nbs/4_probabilities/08_validation.ipynb #e060f394
 def _to(batch: dict[str, Tensor], device) -> dict[str, Tensor]:
@@ -79,7 +106,11 @@ def _to(batch: dict[str, Tensor], device) -> dict[str, Tensor]:
 def _teacher_states(batches: list[dict], teacher, file: Path | None) -> list[Tensor]:
     "Hidden states of the teacher at the target positions of each batch; from the file if it is there, else kept in it."
     if file is not None and file.is_file():
-        return list(load_file(file)["states"].to(teacher.device).split([len(b["target_ids"]) for b in batches]))
+        return list(
+            load_file(file)["states"]
+            .to(teacher.device)
+            .split([len(b["target_ids"]) for b in batches])
+        )
     states = [target_states(teacher, _to(b, teacher.device)) for b in batches]
     if file is not None:
         atomic_write(file, save({"states": torch.cat(states).cpu()}))
@@ -91,13 +122,22 @@ def _batch_terms(check: "Validation", model, number: int, chunk: int = 256) -> I
     batch = _to(check.batches[number], model.device)
     targets = batch["target_ids"].split(chunk)
     if check.teacher is None:
-        return (_token_terms(s, None, t, None) for s, t in zip(logit_chunks(model, batch, chunk), targets))
+        return (
+            _token_terms(s, None, t, None)
+            for s, t in zip(logit_chunks(model, batch, chunk), targets)
+        )
     states = None if check.states is None else check.states[number].to(model.device)
-    sides = zip(logit_chunks(model, batch, chunk), logit_chunks(check.teacher, batch, chunk, states), targets)
+    sides = zip(
+        logit_chunks(model, batch, chunk),
+        logit_chunks(check.teacher, batch, chunk, states),
+        targets,
+    )
     return (_token_terms(s, t, g, check.vocabulary) for s, t, g in sides)
 
 # %% ../../nbs/4_probabilities/08_validation.ipynb #19748ca6
-def _token_terms(student: Tensor, teacher: Tensor | None, target_ids: Tensor, vocabulary: int | None) -> Tensor:
+def _token_terms(
+    student: Tensor, teacher: Tensor | None, target_ids: Tensor, vocabulary: int | None
+) -> Tensor:
     "(1 or 3, n): negative log-likelihood of the target, forward KL, reverse KL; in at least float32."
     student = at_least_float32(student)
     terms = [F.cross_entropy(student, target_ids, reduction="none")]

@@ -24,10 +24,11 @@ from ..losses.divergences import get_divergence
 # %% ../../nbs/7_engine_room/21_bench_steps.ipynb #f0bc3b06
 class Step(NamedTuple):
     "One step of a training."
-    units: int               # tokens that are no padding, or completions
+
+    units: int  # tokens that are no padding, or completions
     seconds: float
-    rate: float              # of the unit product around the step
-    share: float             # of the processors during that product: below 0.9 the machine was busy with something else
+    rate: float  # of the unit product around the step
+    share: float  # of the processors during that product: below 0.9 the machine was busy with something else
     parts: dict[str, float]  # seconds of its parts, where they are known
 
 # %% ../../nbs/7_engine_room/21_bench_steps.ipynb #6f27e45e
@@ -36,7 +37,9 @@ def unit(arrays: Tensor) -> tuple[float, float]:
     start, used = time.perf_counter(), time.process_time()
     torch.mm(arrays[0], arrays[1], out=arrays[2])
     seconds = time.perf_counter() - start
-    return 2*arrays.shape[1]**3/seconds, (time.process_time() - used)/seconds/torch.get_num_threads()
+    return 2 * arrays.shape[1] ** 3 / seconds, (
+        time.process_time() - used
+    ) / seconds / torch.get_num_threads()
 
 # %% ../../nbs/7_engine_room/21_bench_steps.ipynb #clk-cls
 class _Over(BaseException):
@@ -45,7 +48,10 @@ class _Over(BaseException):
 
 class Clock:
     "What a training calls after each step: it measures the step. A turn has as many steps as `ask()` says; None ends the training."
-    def __init__(self, ask: Callable[[], int | None], answer: Callable[[list[Step]], Any], size: int = 2048):
+
+    def __init__(
+        self, ask: Callable[[], int | None], answer: Callable[[list[Step]], Any], size: int = 2048
+    ):
         self.ask, self.answer, self.arrays = ask, answer, torch.ones(3, size, size)
 
     def begin(self) -> None:
@@ -58,7 +64,7 @@ class Clock:
     def __call__(self, units: int, parts: dict[str, float] | None = None) -> None:
         seconds = sum((parts or {}).values()) or time.perf_counter() - self.start
         after = unit(self.arrays)
-        rate, share = ((a + b)/2 for a, b in zip(self.before, after))
+        rate, share = ((a + b) / 2 for a, b in zip(self.before, after))
         self.found.append(Step(units, seconds, rate, share, parts or {}))
         if len(self.found) < self.count:
             self.before, self.start = after, time.perf_counter()
@@ -67,7 +73,13 @@ class Clock:
             self.begin()
 
 # %% ../../nbs/7_engine_room/21_bench_steps.ipynb #clk-srv
-def serve(training: Callable, ask: Callable[[], int | None], answer: Callable[[list[Step]], Any], gemm: int = 2048, **call: Any) -> None:
+def serve(
+    training: Callable,
+    ask: Callable[[], int | None],
+    answer: Callable[[list[Step]], Any],
+    gemm: int = 2048,
+    **call: Any,
+) -> None:
     "Run `training(clock, **call)` in turns until `ask` returns None. It does nothing before the first turn."
     with suppress(_Over):
         clock = Clock(ask, answer, gemm)
@@ -75,10 +87,15 @@ def serve(training: Callable, ask: Callable[[], int | None], answer: Callable[[l
         training(clock, **call)
 
 # %% ../../nbs/7_engine_room/21_bench_steps.ipynb #68e88c80
-def token_rows(low: int, high: int, n: int = 512, vocab: int = 2560, seed: int = 0) -> list[list[int]]:
+def token_rows(
+    low: int, high: int, n: int = 512, vocab: int = 2560, seed: int = 0
+) -> list[list[int]]:
     "n rows of random ids with the end token 1, low to high tokens long."
     draw = random.Random(seed)
-    return [[*(draw.randrange(4, vocab) for _ in range(draw.randint(low, high) - 1)), 1] for _ in range(n)]
+    return [
+        [*(draw.randrange(4, vocab) for _ in range(draw.randint(low, high) - 1)), 1]
+        for _ in range(n)
+    ]
 
 # %% ../../nbs/7_engine_room/21_bench_steps.ipynb #2b41ae2e
 def trained(step: Callable, model, method, rows: Sequence, batch: int, lr: float = 1e-3) -> None:
@@ -92,31 +109,63 @@ def trained(step: Callable, model, method, rows: Sequence, batch: int, lr: float
         def on_step(self, loop) -> None:
             tokens, self.seen = loop.tokens - self.seen, loop.tokens
             step(tokens)
-    train(model, method, rows, TrainConfig(steps=10**9, batch_size=batch, lr=lr, schedule="constant", device="cpu"), callbacks=[Watch()])
+
+    train(
+        model,
+        method,
+        rows,
+        TrainConfig(steps=10**9, batch_size=batch, lr=lr, schedule="constant", device="cpu"),
+        callbacks=[Watch()],
+    )
 
 # %% ../../nbs/7_engine_room/21_bench_steps.ipynb #8d605d48
-def our_loop(step: Callable, low: int, high: int, size: str = "m", batch: int = 32, vocab: int = 2560) -> None:
+def our_loop(
+    step: Callable, low: int, high: int, size: str = "m", batch: int = 32, vocab: int = 2560
+) -> None:
     "Cross-entropy of a mini model: every token but the first is a target."
     from kd_notes.models.mini import mini_model
     from kd_notes.training.method import SFT
+
     as_it_is = SimpleNamespace(encode=lambda ids, **_: list(ids), pad_token_id=0, eos_token_id=1)
-    method = SFT(as_it_is, source=lambda row: row[:1], target=lambda row: row[1:-1])  # SFT adds the end token
-    trained(step, mini_model("causal", size, vocab, 0), method, token_rows(low, high, vocab=vocab), batch)
+    method = SFT(
+        as_it_is, source=lambda row: row[:1], target=lambda row: row[1:-1]
+    )  # SFT adds the end token
+    trained(
+        step,
+        mini_model("causal", size, vocab, 0),
+        method,
+        token_rows(low, high, vocab=vocab),
+        batch,
+    )
 
 # %% ../../nbs/7_engine_room/21_bench_steps.ipynb #84e8a980
-def padded(rows: Sequence[list[int]], pad: int, prompts: Sequence[int] | None = None) -> dict[str, Tensor]:
+def padded(
+    rows: Sequence[list[int]], pad: int, prompts: Sequence[int] | None = None
+) -> dict[str, Tensor]:
     "input_ids, attention_mask and labels (-100 at the padding, and in the first `prompts` tokens) of rows, padded on the right."
     from kd_notes.training.batches import pad_rows
+
     ids, place = pad_rows(list(rows), pad), torch.arange(max(map(len, rows)))[None]
     mask = place < torch.tensor([len(r) for r in rows])[:, None]
-    target = mask & (place >= torch.tensor(prompts or [0]*len(rows))[:, None])
-    return {"input_ids": ids, "attention_mask": mask.long(), "labels": ids.masked_fill(~target, -100)}
+    target = mask & (place >= torch.tensor(prompts or [0] * len(rows))[:, None])
+    return {
+        "input_ids": ids,
+        "attention_mask": mask.long(),
+        "labels": ids.masked_fill(~target, -100),
+    }
 
 # %% ../../nbs/7_engine_room/21_bench_steps.ipynb #35d8b6e9
-def padded_loop(step: Callable, low: int, high: int, size: str = "m", batch: int = 32, vocab: int = 2560) -> None:
+def padded_loop(
+    step: Callable, low: int, high: int, size: str = "m", batch: int = 32, vocab: int = 2560
+) -> None:
     "The usual loop around a Hugging Face model."
     from kd_notes.models.mini import mini_model
-    model, rows, draw = mini_model("causal", size, vocab, 0), token_rows(low, high, vocab=vocab), random.Random(0)
+
+    model, rows, draw = (
+        mini_model("causal", size, vocab, 0),
+        token_rows(low, high, vocab=vocab),
+        random.Random(0),
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0, fused=True)
     while True:
         inputs = padded(draw.sample(rows, batch), pad=0)
@@ -133,6 +182,7 @@ def pair_models(teacher: str = "smollm2") -> tuple[Any, Any, Any]:
     from kd_notes.models.mini import load_mini_tokenizer, mini_model
     from kd_notes.models.pretrained import freeze, load_teacher
     from kd_notes.data.dialogues import PLAIN_TEMPLATE
+
     if teacher == "mini":
         tokenizer = load_mini_tokenizer()
         large = freeze(mini_model("causal", "xs", len(tokenizer), 0))
@@ -146,6 +196,7 @@ def our_pair(step: Callable, teacher: str = "smollm2", batch: int = 8) -> None:
     "KD on the embedded prompts."
     from kd_notes.data.dialogues import encode_dialogue, load_prompts
     from kd_notes.methods.logit_kd import KD
+
     student, large, tokenizer = pair_models(teacher)
     rows = [encode_dialogue(d, tokenizer, 256) for d in load_prompts("train")]
     trained(step, student, KD(tokenizer, large, "forward_kl"), rows, batch, lr=5e-4)
@@ -158,10 +209,17 @@ def whole_logits_kl(student, teacher, inputs: dict[str, Tensor]) -> Tensor:
         wanted = teacher(**feed).logits[:, :-1].log_softmax(-1)
     mine, mask = student(**feed).logits[:, :-1].log_softmax(-1), inputs["labels"][:, 1:] != -100
     each = torch.nn.functional.kl_div(mine, wanted, reduction="none", log_target=True).sum(-1)
-    return (each*mask).sum()/mask.sum()
+    return (each * mask).sum() / mask.sum()
 
 # %% ../../nbs/7_engine_room/21_bench_steps.ipynb #34e470fd
-_QUIET = dict(max_steps=10**6, use_cpu=True, report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True)
+_QUIET = dict(
+    max_steps=10**6,
+    use_cpu=True,
+    report_to=[],
+    save_strategy="no",
+    logging_strategy="no",
+    disable_tqdm=True,
+)
 
 
 def trainer_pair(step: Callable, teacher: str = "smollm2", batch: int = 8) -> None:
@@ -169,11 +227,16 @@ def trainer_pair(step: Callable, teacher: str = "smollm2", batch: int = 8) -> No
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     from kd_notes.data.dialogues import encode_dialogue, load_prompts
+
     student, large, tokenizer = pair_models(teacher)
     data, seen = [encode_dialogue(d, tokenizer, 256) for d in load_prompts("train")], []
 
     def collate(rows: list[dict]) -> dict[str, Tensor]:
-        return padded([r["source"] + r["target"] for r in rows], tokenizer.pad_token_id, [len(r["source"]) for r in rows])
+        return padded(
+            [r["source"] + r["target"] for r in rows],
+            tokenizer.pad_token_id,
+            [len(r["source"]) for r in rows],
+        )
 
     class Distil(Trainer):
         def compute_loss(self, model, inputs, **_) -> Tensor:
@@ -183,26 +246,42 @@ def trainer_pair(step: Callable, teacher: str = "smollm2", batch: int = 8) -> No
     watch = TrainerCallback()
     watch.on_step_end = lambda *_, **__: step(seen[-1])
     with tempfile.TemporaryDirectory() as folder:
-        how = TrainingArguments(folder, per_device_train_batch_size=batch, learning_rate=5e-4, lr_scheduler_type="constant",
-                                optim="adamw_torch_fused", remove_unused_columns=False, dataloader_pin_memory=False, **_QUIET)
+        how = TrainingArguments(
+            folder,
+            per_device_train_batch_size=batch,
+            learning_rate=5e-4,
+            lr_scheduler_type="constant",
+            optim="adamw_torch_fused",
+            remove_unused_columns=False,
+            dataloader_pin_memory=False,
+            **_QUIET,
+        )
         Distil(student, how, data_collator=collate, train_dataset=data, callbacks=[watch]).train()
 
 # %% ../../nbs/7_engine_room/21_bench_steps.ipynb #455fcf56
 PARTS = ("generate", "teacher", "student, loss, backward")
 
 
-def our_onpolicy(step: Callable, teacher: str = "smollm2", prompts: int = 8, new_tokens: int = 32) -> None:
+def our_onpolicy(
+    step: Callable, teacher: str = "smollm2", prompts: int = 8, new_tokens: int = 32
+) -> None:
     "Reverse KL; calls step(completions, seconds of each of PARTS)."
     from kd_notes.generation.sampling import sample as draw, Sampling
     from kd_notes.training.batches import target_logits
     from kd_notes.training.memory import reused_memory
     from kd_notes.data.dialogues import load_prompts, prompt_ids
+
     student, large, tokenizer = pair_models(teacher)
-    ids, loss = [prompt_ids(d, tokenizer) for d in load_prompts("train")[:prompts]], get_divergence("reverse_kl")
+    ids, loss = (
+        [prompt_ids(d, tokenizer) for d in load_prompts("train")[:prompts]],
+        get_divergence("reverse_kl"),
+    )
     with reused_memory():  # as `train` does
         for seed in itertools.count():
             laps = [time.perf_counter()]
-            batch = draw(student, ids, Sampling(new_tokens, seed=seed)).batch(tokenizer.pad_token_id)
+            batch = draw(student, ids, Sampling(new_tokens, seed=seed)).batch(
+                tokenizer.pad_token_id
+            )
             laps.append(time.perf_counter())
             with torch.no_grad():
                 wanted = target_logits(large, batch)
@@ -215,30 +294,39 @@ def our_onpolicy(step: Callable, teacher: str = "smollm2", prompts: int = 8, new
 # %% ../../nbs/7_engine_room/21_bench_steps.ipynb #a7276f8a
 def _clocked(clock: dict, name: str, call: Callable) -> Callable:
     "The same call, whose seconds are added to the clock."
+
     def run(*args, **kwargs):
         start = time.perf_counter()
         try:
             return call(*args, **kwargs)
         finally:
             clock[name] = clock.get(name, 0.0) + time.perf_counter() - start
+
     return run
 
 # %% ../../nbs/7_engine_room/21_bench_steps.ipynb #1baa9722
-def trl_onpolicy(step: Callable, teacher: str = "smollm2", prompts: int = 8, new_tokens: int = 32) -> None:
+def trl_onpolicy(
+    step: Callable, teacher: str = "smollm2", prompts: int = 8, new_tokens: int = 32
+) -> None:
     "The same step of TRL's DistillationTrainer."
     from datasets import Dataset
     from trl import DistillationConfig, DistillationTrainer
 
     from kd_notes.data.dialogues import load_prompts
+
     student, large, tokenizer = pair_models(teacher)
-    data = Dataset.from_list([{"prompt": list(d.messages)} for d in load_prompts("train")[:prompts]])
+    data = Dataset.from_list(
+        [{"prompt": list(d.messages)} for d in load_prompts("train")[:prompts]]
+    )
 
     clock: dict[str, float] = {}
     large.base_model.forward = _clocked(clock, "teacher", large.base_model.forward)
 
     class Timed(DistillationTrainer):
         def _generate_and_score_completions(self, *args, **kwargs) -> dict:
-            return _clocked(clock, "generate", super()._generate_and_score_completions)(*args, **kwargs)
+            return _clocked(clock, "generate", super()._generate_and_score_completions)(
+                *args, **kwargs
+            )
 
         def training_step(self, *args, **kwargs) -> Tensor:
             clock.clear()
@@ -248,6 +336,19 @@ def trl_onpolicy(step: Callable, teacher: str = "smollm2", prompts: int = 8, new
             return out
 
     with tempfile.TemporaryDirectory() as folder:
-        how = DistillationConfig(folder, per_device_train_batch_size=prompts, max_completion_length=new_tokens, bf16=False,
-                                 gradient_checkpointing=False, generation_kwargs={"min_new_tokens": new_tokens}, **_QUIET)
-        Timed(model=student, teacher_model=large, args=how, train_dataset=data, processing_class=tokenizer).train()
+        how = DistillationConfig(
+            folder,
+            per_device_train_batch_size=prompts,
+            max_completion_length=new_tokens,
+            bf16=False,
+            gradient_checkpointing=False,
+            generation_kwargs={"min_new_tokens": new_tokens},
+            **_QUIET,
+        )
+        Timed(
+            model=student,
+            teacher_model=large,
+            args=how,
+            train_dataset=data,
+            processing_class=tokenizer,
+        ).train()

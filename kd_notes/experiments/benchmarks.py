@@ -29,7 +29,14 @@ from torch import Tensor
 
 from ..core import UserError
 from kd_notes.experiments.bench_steps import (
-    our_loop, our_onpolicy, our_pair, padded_loop, serve, Step, trainer_pair, trl_onpolicy,
+    our_loop,
+    our_onpolicy,
+    our_pair,
+    padded_loop,
+    serve,
+    Step,
+    trainer_pair,
+    trl_onpolicy,
 )
 from ..losses.divergences import get_divergence
 from ..losses.fused import fused_linear_divergence
@@ -42,7 +49,7 @@ def gemm_rate(size: int = 2048, device: str = "cpu") -> float:
     start = time.perf_counter()
     torch.mm(a, b, out=out)
     _finish(device)
-    return 2*size**3/(time.perf_counter() - start)
+    return 2 * size**3 / (time.perf_counter() - start)
 
 # %% ../../nbs/7_engine_room/20_benchmarks.ipynb #b0a9d66a
 def _finish(device: str) -> None:
@@ -52,6 +59,7 @@ def _finish(device: str) -> None:
 # %% ../../nbs/7_engine_room/20_benchmarks.ipynb #14b81884
 class Inputs(NamedTuple):
     "Hidden states (tokens, width) and lm-heads (vocabulary, width) of student and teacher."
+
     student_hidden: Tensor
     student_weight: Tensor
     teacher_hidden: Tensor
@@ -67,7 +75,10 @@ def make_inputs(tokens: int, vocab: int, width: int, seed: int = 0, device: str 
     "Random inputs in float32 whose logits have a standard deviation of about 2.4."
     g = torch.Generator().manual_seed(seed)
     h, t = (torch.randn(tokens, width, generator=g).to(device) for _ in range(2))
-    w, u = (torch.randn(vocab, width, generator=g).mul_(2.4/math.sqrt(width)).to(device) for _ in range(2))
+    w, u = (
+        torch.randn(vocab, width, generator=g).mul_(2.4 / math.sqrt(width)).to(device)
+        for _ in range(2)
+    )
     return Inputs(h.requires_grad_(), w.requires_grad_(), t, u)
 
 # %% ../../nbs/7_engine_room/20_benchmarks.ipynb #334a5c30
@@ -78,19 +89,25 @@ def ours(x: Inputs, name: str = "jsd") -> Tensor:
 
 def plain(x: Inputs, name: str = "jsd") -> Tensor:
     "Both logits in full, then a divergence of `kd_notes.divergences`."
-    return get_divergence(name)(x.student_hidden @ x.student_weight.t(), x.teacher_hidden @ x.teacher_weight.t())
+    return get_divergence(name)(
+        x.student_hidden @ x.student_weight.t(), x.teacher_hidden @ x.teacher_weight.t()
+    )
 
 # %% ../../nbs/7_engine_room/20_benchmarks.ipynb #3cd083aa
 def liger(x: Inputs) -> Tensor:
     "Liger's chunked JSD, not compiled, in chunks of 128 positions: its own default, 1024, would leave a batch of 512 in one piece."
     from liger_kernel.chunked_loss.jsd_loss import LigerFusedLinearJSDFunction
+
     labels = torch.zeros(len(x.student_hidden), dtype=torch.long, device=x.student_hidden.device)
-    return LigerFusedLinearJSDFunction.apply(*x, labels, None, None, 0.0, 1.0, 0.5, -100, 1.0, False, 128)
+    return LigerFusedLinearJSDFunction.apply(
+        *x, labels, None, None, 0.0, 1.0, 0.5, -100, 1.0, False, 128
+    )
 
 # %% ../../nbs/7_engine_room/20_benchmarks.ipynb #39ca0777
 def trl(x: Inputs) -> Tensor:
     "The chunked loss of TRL's DistillationTrainer."
     from trl.trainer.distillation_trainer import _chunked_divergence_loss
+
     mask = torch.ones(1, len(x.student_hidden), device=x.student_hidden.device)
     h, t = x.student_hidden.unsqueeze(0), x.teacher_hidden.unsqueeze(0)
     return _chunked_divergence_loss(h, t, x.student_weight, x.teacher_weight, mask, 0.5)[0]
@@ -110,12 +127,13 @@ def products(x: Inputs) -> Callable[[], None]:
         torch.mm(h, w.t(), out=z)
         torch.mm(z, w, out=grad_h)
         torch.mm(z.t(), h, out=grad_w)
+
     return run
 
 # %% ../../nbs/7_engine_room/20_benchmarks.ipynb #7630b600
 def flops(tokens: int, vocab: int, width: int) -> float:
     "Operations of the four products."
-    return 4*2*tokens*vocab*width
+    return 4 * 2 * tokens * vocab * width
 
 # %% ../../nbs/7_engine_room/20_benchmarks.ipynb #d01cc3e9
 def missing(name: str) -> bool:
@@ -125,7 +143,11 @@ def missing(name: str) -> bool:
 
 def reason(e: Exception) -> str:
     "An exception in one line."
-    return str(e) if isinstance(e, UserError) else f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
+    return (
+        str(e)
+        if isinstance(e, UserError)
+        else f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
+    )
 
 # %% ../../nbs/7_engine_room/20_benchmarks.ipynb #705eaaaf
 def present(names: Iterable[str]) -> tuple[list[str], dict[str, str]]:
@@ -133,7 +155,9 @@ def present(names: Iterable[str]) -> tuple[list[str], dict[str, str]]:
     can, absent = [], {}
     for name in names:
         if name not in ARMS:
-            raise UserError(f"{name!r} is not an arm", where="bench", fix=f"Choose from {', '.join(ARMS)}.")
+            raise UserError(
+                f"{name!r} is not an arm", where="bench", fix=f"Choose from {', '.join(ARMS)}."
+            )
         if missing(name):
             absent[name] = "not installed"
             continue
@@ -147,8 +171,9 @@ def present(names: Iterable[str]) -> tuple[list[str], dict[str, str]]:
 # %% ../../nbs/7_engine_room/20_benchmarks.ipynb #ead0548b
 class Sample(NamedTuple):
     "One measurement."
-    ratio: float    # time over that of the four products at the machine's rate
-    share: float    # processor time over wall time and threads: below 0.9 the machine was busy with something else
+
+    ratio: float  # time over that of the four products at the machine's rate
+    share: float  # processor time over wall time and threads: below 0.9 the machine was busy with something else
 
 # %% ../../nbs/7_engine_room/20_benchmarks.ipynb #17c0ade7
 def sample(run: Callable, work: float, size: int = 2048, device: str = "cpu") -> Sample:
@@ -159,13 +184,14 @@ def sample(run: Callable, work: float, size: int = 2048, device: str = "cpu") ->
     run()
     _finish(device)
     seconds = time.perf_counter() - begin
-    rate = (before + gemm_rate(size, device))/2
-    share = (time.process_time() - used)/(time.perf_counter() - start)/torch.get_num_threads()
-    return Sample(seconds*rate/work, share)
+    rate = (before + gemm_rate(size, device)) / 2
+    share = (time.process_time() - used) / (time.perf_counter() - start) / torch.get_num_threads()
+    return Sample(seconds * rate / work, share)
 
 # %% ../../nbs/7_engine_room/20_benchmarks.ipynb #f648acd5
 class Spread(NamedTuple):
     "Median, quartiles and number of samples."
+
     value: float
     low: float
     high: float
@@ -175,9 +201,11 @@ class Spread(NamedTuple):
 def spread(values: Sequence[float]) -> Spread:
     "Median and quartiles. Raises UserError without values."
     if not values:
-        raise UserError("there is nothing to summarise", where="spread", fix="Ask for at least one repeat.")
+        raise UserError(
+            "there is nothing to summarise", where="spread", fix="Ask for at least one repeat."
+        )
     v, n = sorted(values), len(values)
-    return Spread(statistics.median(v), v[n//4], v[(3*n - 1)//4], n)
+    return Spread(statistics.median(v), v[n // 4], v[(3 * n - 1) // 4], n)
 
 # %% ../../nbs/7_engine_room/20_benchmarks.ipynb #047df6b4
 _PEAK = """
@@ -199,18 +227,30 @@ print(json.dumps(peak() - before))
 # %% ../../nbs/7_engine_room/20_benchmarks.ipynb #5e0ab81a
 def extra_memory(name: str, tokens: int, vocab: int, width: int) -> float:
     "MB (10^6 bytes) that forward and backward need above inputs and gradients, in a process of its own. Raises UserError."
-    done = subprocess.run([sys.executable, "-c", _PEAK, name, *map(str, (tokens, vocab, width))], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", _PEAK, name, *map(str, (tokens, vocab, width))],
+        capture_output=True,
+        text=True,
+    )
     if done.returncode:
-        raise UserError(f"the arm {name} ended with: {done.stderr.strip().splitlines()[-1]}", where="extra_memory", fix="Try `present`.")
-    return (json.loads(done.stdout.splitlines()[-1]) - 4*width*(tokens + vocab))/1e6
+        raise UserError(
+            f"the arm {name} ended with: {done.stderr.strip().splitlines()[-1]}",
+            where="extra_memory",
+            fix="Try `present`.",
+        )
+    return (json.loads(done.stdout.splitlines()[-1]) - 4 * width * (tokens + vocab)) / 1e6
 
 # %% ../../nbs/7_engine_room/20_benchmarks.ipynb #03cc340b
-def bench(tokens: Sequence[int] = (512, 2048),   # sizes of the batch
-          vocab: int = 49_152, width: int = 576,
-          arms: Sequence[str] = tuple(ARMS),
-          repeats: int = 5,                      # samples of each arm; a small one is made first and left out
-          memory: bool = True,                   # measure memory too, in processes of their own
-          gemm: int = 2048, device: str = "cpu") -> list[dict]:
+def bench(
+    tokens: Sequence[int] = (512, 2048),  # sizes of the batch
+    vocab: int = 49_152,
+    width: int = 576,
+    arms: Sequence[str] = tuple(ARMS),
+    repeats: int = 5,  # samples of each arm; a small one is made first and left out
+    memory: bool = True,  # measure memory too, in processes of their own
+    gemm: int = 2048,
+    device: str = "cpu",
+) -> list[dict]:
     "A row for every arm and size: ratio and its quartiles, share of the processors, n, MB; or why it is absent. Raises UserError."
     can, absent = present(arms)
     rows = [{"arm": name, "absent": why} for name, why in absent.items()]
@@ -224,7 +264,9 @@ def bench(tokens: Sequence[int] = (512, 2048),   # sizes of the batch
             for name, run in runs.items():
                 samples[name].append(sample(run, flops(n, vocab, width), gemm, device))
         for name, found in samples.items():
-            rows.append({"arm": name, "tokens": n, "vocab": vocab, "width": width} | _summary(found))
+            rows.append(
+                {"arm": name, "tokens": n, "vocab": vocab, "width": width} | _summary(found)
+            )
             if memory and name in can and device == "cpu":
                 rows[-1]["MB"] = extra_memory(name, n, vocab, width)
     return rows
@@ -232,25 +274,35 @@ def bench(tokens: Sequence[int] = (512, 2048),   # sizes of the batch
 # %% ../../nbs/7_engine_room/20_benchmarks.ipynb #34016b0b
 def _step(arm: Callable, x: Inputs) -> Callable[[], None]:
     "Forward and backward; the gradients are new arrays each time, as after zero_grad."
+
     def run() -> None:
         x.student_hidden.grad = x.student_weight.grad = None
         arm(x).backward()
+
     return run
 
 # %% ../../nbs/7_engine_room/20_benchmarks.ipynb #cad3240c
 def quartiles(values: Sequence[float], shares: Sequence[float]) -> dict:
     "The columns of a row: ratio, low, high, n, and the median share of the processors."
     found = spread(values)
-    return {"ratio": found.value, "low": found.low, "high": found.high, "n": found.n, "share": statistics.median(shares)}
+    return {
+        "ratio": found.value,
+        "low": found.low,
+        "high": found.high,
+        "n": found.n,
+        "share": statistics.median(shares),
+    }
 
 
 def _summary(found: Sequence[Sample]) -> dict:
     return quartiles([s.ratio for s in found], [s.share for s in found])
 
 # %% ../../nbs/7_engine_room/20_benchmarks.ipynb #c8f53e65
-STEPS: dict[str, dict[str, Callable]] = {"loop": {"ours": our_loop, "padded loop": padded_loop},
-                                         "pair": {"ours": our_pair, "Trainer": trainer_pair},
-                                         "on-policy": {"ours": our_onpolicy, "TRL": trl_onpolicy}}
+STEPS: dict[str, dict[str, Callable]] = {
+    "loop": {"ours": our_loop, "padded loop": padded_loop},
+    "pair": {"ours": our_pair, "Trainer": trainer_pair},
+    "on-policy": {"ours": our_onpolicy, "TRL": trl_onpolicy},
+}
 
 # %% ../../nbs/7_engine_room/20_benchmarks.ipynb #ef919fe6
 _SERVE = """
@@ -266,12 +318,23 @@ serve(bench.STEPS[part][arm], lambda: int(sys.stdin.readline() or 0) or None,
 
 # %% ../../nbs/7_engine_room/20_benchmarks.ipynb #d1d82dcd
 @contextmanager
-def worker(part: str, arm: str, gemm: int = 2048, **call: Any) -> Iterator[Callable[[int], list[Step]]]:
+def worker(
+    part: str, arm: str, gemm: int = 2048, **call: Any
+) -> Iterator[Callable[[int], list[Step]]]:
     "An arm of STEPS in a process of its own: `turn(count)` are its next steps. Raises UserError with the last line of its errors."
-    job, threads = json.dumps([part, arm, gemm, call]), {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    job, threads = (
+        json.dumps([part, arm, gemm, call]),
+        {"OMP_NUM_THREADS": str(torch.get_num_threads())},
+    )
     with tempfile.TemporaryFile("w+") as errors:
-        child = subprocess.Popen([sys.executable, "-c", _SERVE, job], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
-                                 text=True, env=os.environ | threads)
+        child = subprocess.Popen(
+            [sys.executable, "-c", _SERVE, job],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env=os.environ | threads,
+        )
 
         def turn(count: int) -> list[Step]:
             try:
@@ -282,7 +345,12 @@ def worker(part: str, arm: str, gemm: int = 2048, **call: Any) -> Iterator[Calla
                 return [Step(*values) for values in json.loads(line)]
             errors.seek(0)
             last = (errors.read().strip().splitlines() or ["it ended without a word"])[-1]
-            raise UserError(last, where=f"the arm {arm!r} of {part!r}", fix="See what this says about the libraries, or leave the arm out.")
+            raise UserError(
+                last,
+                where=f"the arm {arm!r} of {part!r}",
+                fix="See what this says about the libraries, or leave the arm out.",
+            )
+
         try:
             yield turn
         finally:
@@ -294,7 +362,9 @@ def worker(part: str, arm: str, gemm: int = 2048, **call: Any) -> Iterator[Calla
 
 # %% ../../nbs/7_engine_room/20_benchmarks.ipynb #e1dfb8d5
 @contextmanager
-def here(part: str, arm: str, gemm: int = 2048, **call: Any) -> Iterator[Callable[[int], list[Step]]]:
+def here(
+    part: str, arm: str, gemm: int = 2048, **call: Any
+) -> Iterator[Callable[[int], list[Step]]]:
     "The same in a thread of this process, for a quick try; its shares are too low, see above."
     asked, said = queue.SimpleQueue(), queue.SimpleQueue()
 
@@ -310,6 +380,7 @@ def here(part: str, arm: str, gemm: int = 2048, **call: Any) -> Iterator[Callabl
         if isinstance(found, BaseException):
             raise found
         return found
+
     thread = threading.Thread(target=whole, daemon=True)
     thread.start()
     try:
@@ -319,20 +390,28 @@ def here(part: str, arm: str, gemm: int = 2048, **call: Any) -> Iterator[Callabl
         thread.join()
 
 # %% ../../nbs/7_engine_room/20_benchmarks.ipynb #410677e1
-def in_turns(part: str,                            # of STEPS
-             peers: Sequence[str] | None = None,   # None: all of them
-             turns: int = 3, count: int = 1,       # turns of each arm, steps in a turn
-             warm: int = 1,                        # steps before the first turn, left out
-             gemm: int = 2048, fresh: bool = True,  # size of the unit product; a process for each arm
-             **call: Any) -> tuple[dict[str, list[list[Step]]], dict[str, str]]:
+def in_turns(
+    part: str,  # of STEPS
+    peers: Sequence[str] | None = None,  # None: all of them
+    turns: int = 3,
+    count: int = 1,  # turns of each arm, steps in a turn
+    warm: int = 1,  # steps before the first turn, left out
+    gemm: int = 2048,
+    fresh: bool = True,  # size of the unit product; a process for each arm
+    **call: Any,
+) -> tuple[dict[str, list[list[Step]]], dict[str, str]]:
     "{arm: turns of steps}, and why arms are absent. Raises UserError if ours fails."
     ready, absent, wanted = {}, {}, STEPS[part] if peers is None else ("ours", *peers)
     with ExitStack() as stack:
-        for arm in STEPS[part]:  # processes load their libraries at the same time, and then do nothing until they are asked
+        for arm in STEPS[
+            part
+        ]:  # processes load their libraries at the same time, and then do nothing until they are asked
             if missing(arm) or arm not in wanted:
                 absent[arm] = "not installed" if missing(arm) else "left out"
             else:
-                ready[arm] = stack.enter_context((worker if fresh else here)(part, arm, gemm, **call))
+                ready[arm] = stack.enter_context(
+                    (worker if fresh else here)(part, arm, gemm, **call)
+                )
         for arm in list(ready):
             try:
                 ready[arm](warm)
@@ -353,30 +432,40 @@ SHARE, SPEED = "share of the GEMM rate", "our speed over its"
 
 def speed(steps: Sequence[Step]) -> float:
     "Units per operation that the machine could have done meanwhile."
-    return sum(s.units for s in steps)/sum(s.seconds*s.rate for s in steps)
+    return sum(s.units for s in steps) / sum(s.seconds * s.rate for s in steps)
 
 # %% ../../nbs/7_engine_room/20_benchmarks.ipynb #11ab23b7
-def step_rows(label: dict, found: dict[str, list[list[Step]]], absent: dict[str, str], work: float = 0) -> list[dict]:
+def step_rows(
+    label: dict, found: dict[str, list[list[Step]]], absent: dict[str, str], work: float = 0
+) -> list[dict]:
     "Rows {**label, arm, measure, ratio, low, high, n, share}; `work`: operations of a unit, for SHARE. Absent arms: a row with the reason."
     rows = [label | {"arm": arm, "absent": why} for arm, why in absent.items()]
     for arm, turns in found.items():
         steps = [s for turn in turns for s in turn]
         if work:
-            rows.append(label | {"arm": arm, "measure": SHARE} | quartiles([work*speed([s]) for s in steps], [s.share for s in steps]))
+            rows.append(
+                label
+                | {"arm": arm, "measure": SHARE}
+                | quartiles([work * speed([s]) for s in steps], [s.share for s in steps])
+            )
         if arm != "ours":
-            ratios = [speed(mine)/speed(its) for mine, its in zip(found["ours"], turns)]
-            rows.append(label | {"arm": arm, "measure": SPEED} | quartiles(ratios, [s.share for s in steps]))
+            ratios = [speed(mine) / speed(its) for mine, its in zip(found["ours"], turns)]
+            rows.append(
+                label | {"arm": arm, "measure": SPEED} | quartiles(ratios, [s.share for s in steps])
+            )
     return rows + _part_rows(label, found)
 
 # %% ../../nbs/7_engine_room/20_benchmarks.ipynb #b88d2dd5
 def _part_rows(label: dict, found: dict[str, list[list[Step]]]) -> list[dict]:
     "Rows whose measure is a part of a step and whose ratio is its time over our whole step's."
-    whole = statistics.median(s.seconds*s.rate for turn in found["ours"] for s in turn)
+    whole = statistics.median(s.seconds * s.rate for turn in found["ours"] for s in turn)
     rows = []
     for arm, turns in found.items():
         steps = [s for turn in turns for s in turn]
         for name in steps[0].parts:
-            times = quartiles([s.parts[name]*s.rate/whole for s in steps], [s.share for s in steps])
+            times = quartiles(
+                [s.parts[name] * s.rate / whole for s in steps], [s.share for s in steps]
+            )
             rows.append(label | {"arm": arm, "measure": name} | times)
     return rows
 
@@ -384,33 +473,78 @@ def _part_rows(label: dict, found: dict[str, list[list[Step]]]) -> list[dict]:
 LENGTHS = {"fixed length": (80, 80), "variable length": (16, 96)}
 
 
-def bench_loop(lengths: dict[str, tuple[int, int]] = LENGTHS, size: str = "m", batch: int = 32, vocab: int = 2560,
-               turns: int = 3, count: int = 8, **how: Any) -> list[dict]:
+def bench_loop(
+    lengths: dict[str, tuple[int, int]] = LENGTHS,
+    size: str = "m",
+    batch: int = 32,
+    vocab: int = 2560,
+    turns: int = 3,
+    count: int = 8,
+    **how: Any,
+) -> list[dict]:
     "The loop on rows of each kind: SHARE of all arms, SPEED over the padded loop. `how`: peers, warm, gemm, fresh of `in_turns`."
     from kd_notes.models.mini import mini_model
     from kd_notes.models.pretrained import count_parameters
-    work = 6*count_parameters(mini_model("causal", size, vocab, 0))
-    return [row for case, (low, high) in lengths.items()
-            for row in step_rows({"part": "loop", "case": case, "batch": batch}, *in_turns(
-                "loop", turns=turns, count=count, low=low, high=high, size=size, batch=batch, vocab=vocab, **how), work)]
+
+    work = 6 * count_parameters(mini_model("causal", size, vocab, 0))
+    return [
+        row
+        for case, (low, high) in lengths.items()
+        for row in step_rows(
+            {"part": "loop", "case": case, "batch": batch},
+            *in_turns(
+                "loop",
+                turns=turns,
+                count=count,
+                low=low,
+                high=high,
+                size=size,
+                batch=batch,
+                vocab=vocab,
+                **how,
+            ),
+            work,
+        )
+    ]
 
 # %% ../../nbs/7_engine_room/20_benchmarks.ipynb #dfccfe54
-def bench_pair(teacher: str = "smollm2", batch: int = 8, turns: int = 3, count: int = 2, **how: Any) -> list[dict]:
+def bench_pair(
+    teacher: str = "smollm2", batch: int = 8, turns: int = 3, count: int = 2, **how: Any
+) -> list[dict]:
     "SPEED of KD over a Hugging Face Trainer's."
     found = in_turns("pair", turns=turns, count=count, teacher=teacher, batch=batch, **how)
     return step_rows({"part": "pair", "case": teacher}, *found)
 
 
-def bench_onpolicy(teacher: str = "smollm2", prompts: int = 8, new_tokens: int = 32, turns: int = 3, count: int = 1,
-                   **how: Any) -> list[dict]:
+def bench_onpolicy(
+    teacher: str = "smollm2",
+    prompts: int = 8,
+    new_tokens: int = 32,
+    turns: int = 3,
+    count: int = 1,
+    **how: Any,
+) -> list[dict]:
     "SPEED of an on-policy step over TRL's, and the parts of both."
-    found = in_turns("on-policy", turns=turns, count=count, teacher=teacher, prompts=prompts, new_tokens=new_tokens, **how)
+    found = in_turns(
+        "on-policy",
+        turns=turns,
+        count=count,
+        teacher=teacher,
+        prompts=prompts,
+        new_tokens=new_tokens,
+        **how,
+    )
     return step_rows({"part": "on-policy", "case": teacher}, *found)
 
 # %% ../../nbs/7_engine_room/20_benchmarks.ipynb #596ca6a7
 TIME_BAR, MEMORY_BAR = 1.4, 250
-LEAST = {("loop", "fixed length", SHARE): 0.55, ("loop", "variable length", SHARE): 0.5, ("loop", "variable length", SPEED): 1.3,
-         ("pair", "smollm2", SPEED): 1.5, ("on-policy", "smollm2", SPEED): 1.5}
+LEAST = {
+    ("loop", "fixed length", SHARE): 0.55,
+    ("loop", "variable length", SHARE): 0.5,
+    ("loop", "variable length", SPEED): 1.3,
+    ("pair", "smollm2", SPEED): 1.5,
+    ("on-policy", "smollm2", SPEED): 1.5,
+}
 
 # %% ../../nbs/7_engine_room/20_benchmarks.ipynb #8c443e07
 def bars(rows: Sequence[dict]) -> list[dict]:
@@ -420,10 +554,19 @@ def bars(rows: Sequence[dict]) -> list[dict]:
         if "part" in row:
             out += _least(row)
         elif row["arm"] == "ours" and "ratio" in row:
-            bar = {"bar": "time over the four products", "case": f"{row['tokens']} tokens", "promised": TIME_BAR, "measured": row["ratio"]}
+            bar = {
+                "bar": "time over the four products",
+                "case": f"{row['tokens']} tokens",
+                "promised": TIME_BAR,
+                "measured": row["ratio"],
+            }
             out.append(bar | {"met": row["ratio"] <= TIME_BAR})
             if "MB" in row:
-                bar |= {"bar": "MB above inputs and gradients", "promised": MEMORY_BAR, "measured": row["MB"]}
+                bar |= {
+                    "bar": "MB above inputs and gradients",
+                    "promised": MEMORY_BAR,
+                    "measured": row["MB"],
+                }
                 out.append(bar | {"met": row["MB"] <= MEMORY_BAR})
     return out
 
@@ -431,19 +574,49 @@ def bars(rows: Sequence[dict]) -> list[dict]:
 def _least(row: dict) -> list[dict]:
     "The bars of LEAST that a row of `step_rows` decides."
     measure, arm = row.get("measure", SPEED), row["arm"]  # an absent peer leaves the speed open
-    if (promised := LEAST.get((row["part"], row["case"], measure))) is None or measure == SHARE and arm != "ours":
+    if (
+        (promised := LEAST.get((row["part"], row["case"], measure))) is None
+        or measure == SHARE
+        and arm != "ours"
+    ):
         return []
     name = SHARE if measure == SHARE else f"speed over {'the ' if arm != 'TRL' else ''}{arm}"
-    bar = {"bar": f"{row['part']}: {name}", "case": row["case"], "promised": promised, "measured": row.get("ratio")}
-    return [bar | ({"met": row["ratio"] >= promised} if "ratio" in row else {"met": None, "absent": row["absent"]})]
+    bar = {
+        "bar": f"{row['part']}: {name}",
+        "case": row["case"],
+        "promised": promised,
+        "measured": row.get("ratio"),
+    }
+    return [
+        bar
+        | (
+            {"met": row["ratio"] >= promised}
+            if "ratio" in row
+            else {"met": None, "absent": row["absent"]}
+        )
+    ]
 
 # %% ../../nbs/7_engine_room/20_benchmarks.ipynb #0a6cce61
-def measure(parts: Sequence[str] = ("loss", *STEPS), *, tokens: Sequence[int] = (512, 2048), vocab: int = 49_152, width: int = 576,
-            repeats: int = 5, device: str = "cpu", teacher: str = "smollm2", turns: int = 3, gemm: int = 2048,
-            **how: Any) -> Iterator[dict]:
+def measure(
+    parts: Sequence[str] = ("loss", *STEPS),
+    *,
+    tokens: Sequence[int] = (512, 2048),
+    vocab: int = 49_152,
+    width: int = 576,
+    repeats: int = 5,
+    device: str = "cpu",
+    teacher: str = "smollm2",
+    turns: int = 3,
+    gemm: int = 2048,
+    **how: Any,
+) -> Iterator[dict]:
     "Rows of the parts. `how`: peers, warm and fresh of `in_turns`. Raises UserError for an unknown part."
     if unknown := sorted(set(parts) - {"loss", *STEPS}):
-        raise UserError(f"{unknown[0]!r} is not a part", where="bench", fix=f"Choose from loss, {', '.join(STEPS)}.")
+        raise UserError(
+            f"{unknown[0]!r} is not a part",
+            where="bench",
+            fix=f"Choose from loss, {', '.join(STEPS)}.",
+        )
     if "loss" in parts:
         yield from bench(tokens, vocab, width, repeats=repeats, gemm=gemm, device=device)
     if "loop" in parts:

@@ -20,8 +20,16 @@ import numpy as np
 import torch
 
 from kd_notes.core import (
-    cache_dir, data_dir, missing_library, read_json, rng, sha256_file, stable_hash, UserError,
-    verify_checksums, write_json,
+    cache_dir,
+    data_dir,
+    missing_library,
+    read_json,
+    rng,
+    sha256_file,
+    stable_hash,
+    UserError,
+    verify_checksums,
+    write_json,
 )
 from ..data.answers import pack_numbers, unpack_numbers
 from ..data.dialogues import Dialogue, dialogue, load_dialogues, load_prompts, prompt_ids
@@ -37,25 +45,50 @@ from ..training.method import Method
 from ..training.state import Callback, TrainConfig
 
 # %% ../../nbs/4_probabilities/14_equal_time.ipynb #7e272c97
-PAIR_ARMS = {"sft": "SFT", "kd": "KD, teacher in the loop", "cached": "KD, cached logits", "reverse_kl": "reverse KL, teacher in the loop"}
-PAIR = {"data": "prompts", "teacher": "smollm2", "student": "layers:6", "n": 192, "held_out": 64, "batch_size": 4, "lr": 1e-3,
-        "sft_weight": 0.5, "max_length": 128, "top_k": 32, "system": "", "score_on": "test"}
+PAIR_ARMS = {
+    "sft": "SFT",
+    "kd": "KD, teacher in the loop",
+    "cached": "KD, cached logits",
+    "reverse_kl": "reverse KL, teacher in the loop",
+}
+PAIR = {
+    "data": "prompts",
+    "teacher": "smollm2",
+    "student": "layers:6",
+    "n": 192,
+    "held_out": 64,
+    "batch_size": 4,
+    "lr": 1e-3,
+    "sft_weight": 0.5,
+    "max_length": 128,
+    "top_k": 32,
+    "system": "",
+    "score_on": "test",
+}
 
 # %% ../../nbs/4_probabilities/14_equal_time.ipynb #3b248461
 def pair(**settings: Any) -> dict:
     "PAIR with some settings changed or added (arm, seed, steps, ...). Raises UserError for an unknown one."
     if unknown := sorted(set(settings) - set(PAIR) - {"arm", "arms", "seed", "steps", "rounds"}):
-        raise UserError(f"{unknown[0]!r} is not a setting of a pair", where="pair", fix=f"Settings are {', '.join(PAIR)}.")
+        raise UserError(
+            f"{unknown[0]!r} is not a setting of a pair",
+            where="pair",
+            fix=f"Settings are {', '.join(PAIR)}.",
+        )
     return PAIR | settings
 
 # %% ../../nbs/4_probabilities/14_equal_time.ipynb #357123b5
 def dolly_dialogues(split: str) -> list[Dialogue]:
     "Dolly from $KD_NOTES_DATA: train, or the two halves of dev (without prompts of train) as validation and test. Raises UserError."
     folder = os.environ.get("KD_NOTES_DATA")
-    paths = [Path(folder or "")/f"dolly_{part}.jsonl" for part in ("train", "dev")]
+    paths = [Path(folder or "") / f"dolly_{part}.jsonl" for part in ("train", "dev")]
     if not folder or not all(p.is_file() for p in paths):
-        raise UserError("Dolly is not here", where="KD_NOTES_DATA", fix="Set this environment variable to a folder with dolly_train.jsonl "
-                        "and dolly_dev.jsonl: one JSON object a line with id, instruction, input, output.")
+        raise UserError(
+            "Dolly is not here",
+            where="KD_NOTES_DATA",
+            fix="Set this environment variable to a folder with dolly_train.jsonl "
+            "and dolly_dev.jsonl: one JSON object a line with id, instruction, input, output.",
+        )
     trained = load_dialogues(paths[0])
     if split == "train":
         rng("dolly").shuffle(trained)
@@ -70,29 +103,45 @@ def hub_rows(name: str, streaming: bool = False) -> Iterable[dict]:
     known, _, part = name.removeprefix("hub:").partition(":")
     try:
         from datasets import load_dataset
+
         return load_dataset(known, split=part or "train", streaming=streaming)
     except ModuleNotFoundError as e:
         raise missing_library(e) from e
     except (OSError, ValueError) as e:
         reason = (str(e).strip() or type(e).__name__).splitlines()[0]
-        raise UserError(f"the set could not be loaded: {reason}", where=name,
-                        fix="Check the id and the part (hub:<id>:<part>); the hub needs a network.") from e
+        raise UserError(
+            f"the set could not be loaded: {reason}",
+            where=name,
+            fix="Check the id and the part (hub:<id>:<part>); the hub needs a network.",
+        ) from e
 
 
-def split_rows(rows: Sequence[Any], split: str, name: str) -> list:  # rows: dialogues, or anything else with messages
+def split_rows(
+    rows: Sequence[Any], split: str, name: str
+) -> list:  # rows: dialogues, or anything else with messages
     "A part of a set that comes in one piece: at most 500 test, then 1,000 validation rows (each at most a tenth), the rest to train on."
     rows = list({_hashable(row).messages: row for row in rows}.values())
     rng("hub split", name).shuffle(rows)
-    test, validation = min(500, len(rows)//10), min(1000, len(rows)//10)
-    bounds = {"test": (0, test), "validation": (test, test + validation), "train": (test + validation, len(rows))}
+    test, validation = min(500, len(rows) // 10), min(1000, len(rows) // 10)
+    bounds = {
+        "test": (0, test),
+        "validation": (test, test + validation),
+        "train": (test + validation, len(rows)),
+    }
     return rows[slice(*bounds[split])]
 
 
 def hub_dialogues(name: str, split: str) -> list[Dialogue]:
     "A part of hub:<id>, see `split_rows`. Raises UserError."
-    rows = ({"instruction": r["instruction"], "input": r.get("context", ""), "output": r["response"]} if "context" in r else r
-            for r in hub_rows(name))
-    return split_rows([dialogue(row, f"hub-{i}", f"{name}, row {i}") for i, row in enumerate(rows)], split, name)
+    rows = (
+        {"instruction": r["instruction"], "input": r.get("context", ""), "output": r["response"]}
+        if "context" in r
+        else r
+        for r in hub_rows(name)
+    )
+    return split_rows(
+        [dialogue(row, f"hub-{i}", f"{name}, row {i}") for i, row in enumerate(rows)], split, name
+    )
 
 # %% ../../nbs/4_probabilities/14_equal_time.ipynb #2a8aa04a
 def _hashable(d: Any) -> Any:
@@ -103,34 +152,49 @@ def pair_rows(p: dict, split: str, tokenizer) -> list[dict]:
     "Encoded rows of a pair's data, none longer than max_length: n to train on, held_out otherwise. Raises UserError if there are too few."
     sources = {"prompts": load_prompts, "dolly": dolly_dialogues}
     if p["data"] not in sources and not p["data"].startswith("hub:"):
-        raise UserError(f"{p['data']!r} is not known", where="data", fix="Use 'prompts', 'dolly' (a file in KD_NOTES_DATA) or "
-                        "'hub:databricks/databricks-dolly-15k'; for a file of yours there is distill.")
+        raise UserError(
+            f"{p['data']!r} is not known",
+            where="data",
+            fix="Use 'prompts', 'dolly' (a file in KD_NOTES_DATA) or "
+            "'hub:databricks/databricks-dolly-15k'; for a file of yours there is distill.",
+        )
     wanted, rows = p["n"] if split == "train" else p["held_out"], []
     for d in sources.get(p["data"], lambda part: hub_dialogues(p["data"], part))(split):
         row = {"id": d.id, "source": prompt_ids(d, tokenizer, p["system"])}
-        row["target"] = tokenizer.encode(d.response, add_special_tokens=False) + [tokenizer.eos_token_id]
+        row["target"] = tokenizer.encode(d.response, add_special_tokens=False) + [
+            tokenizer.eos_token_id
+        ]
         if len(row["source"]) + len(row["target"]) <= p["max_length"]:
             rows.append(row)
         if len(rows) == wanted:
             break
     if len(rows) < min(wanted, 2):
-        raise UserError(f"{len(rows)} rows have at most {p['max_length']} tokens", where=f"{p['data']}, {split}", fix="Raise max_length.")
+        raise UserError(
+            f"{len(rows)} rows have at most {p['max_length']} tokens",
+            where=f"{p['data']}, {split}",
+            fix="Raise max_length.",
+        )
     return rows
 
 # %% ../../nbs/4_probabilities/14_equal_time.ipynb #f57bb81f
 def _pair_folder(p: dict, what: str, rows: list[dict]) -> Path:
     "Folder in the cache for something that the teacher computed from these rows."
     facts = [p["teacher"], p["top_k"], *([r["source"], r["target"]] for r in rows)]
-    return cache_dir()/"whitebox"/f"{what}-{stable_hash(facts)}"
+    return cache_dir() / "whitebox" / f"{what}-{stable_hash(facts)}"
 
 # %% ../../nbs/4_probabilities/14_equal_time.ipynb #116bcf5b
 def busy_seconds() -> float:
     "How long this process has computed, per thread: wall time, if nobody else wants the processors. With a GPU it is wall time."
-    return time.process_time()/torch.get_num_threads() if default_device() == "cpu" else time.perf_counter()
+    return (
+        time.process_time() / torch.get_num_threads()
+        if default_device() == "cpu"
+        else time.perf_counter()
+    )
 
 
 class _Timer(Callback):
     "Busy seconds and tokens of every step, and seconds of the training in all; validations are left out."
+
     def __init__(self, validate: Callable | None = None):
         self.marks, self.away, self.check = [], 0.0, validate
 
@@ -150,29 +214,47 @@ class _Timer(Callback):
 def pair_cache(p: dict, teacher, tokenizer, rows: list[dict]) -> tuple[LogitCache, float]:
     "(cache, seconds that its building took), built now if it is not there."
     folder = _pair_folder(p, "logits", rows)
-    if not (folder/"seconds.json").is_file():
+    if not (folder / "seconds.json").is_file():
         shutil.rmtree(folder, ignore_errors=True)  # half a cache has half a time
         start = busy_seconds()
         write_cache(folder, teacher, tokenizer, rows, k=p["top_k"])
-        write_json(folder/"seconds.json", busy_seconds() - start)
-    return LogitCache(folder, tokenizer=tokenizer), read_json(folder/"seconds.json")
+        write_json(folder / "seconds.json", busy_seconds() - start)
+    return LogitCache(folder, tokenizer=tokenizer), read_json(folder / "seconds.json")
 
 # %% ../../nbs/4_probabilities/14_equal_time.ipynb #0226d85e
-def pair_validation(p: dict, split: str, teacher, tokenizer, rows: list[dict] | None = None) -> Validation:
+def pair_validation(
+    p: dict, split: str, teacher, tokenizer, rows: list[dict] | None = None
+) -> Validation:
     "Validation on the held-out rows of a pair; the teacher's hidden states are kept in the cache."
     rows = pair_rows(p, split, tokenizer) if rows is None else rows
-    return Validation(rows, tokenizer.pad_token_id, teacher, states_file=_pair_folder(p, "states", rows).with_suffix(".safetensors"))
+    return Validation(
+        rows,
+        tokenizer.pad_token_id,
+        teacher,
+        states_file=_pair_folder(p, "states", rows).with_suffix(".safetensors"),
+    )
 
 # %% ../../nbs/4_probabilities/14_equal_time.ipynb #9c994db2
 def pair_method(p: dict, arm: str, teacher, tokenizer, rows: list[dict]) -> Method:
     "What an arm learns from. Raises UserError for an unknown arm."
     if arm not in PAIR_ARMS:
-        raise UserError(f"{arm!r} is not an arm", where="arm", fix=f"Choose one of {', '.join(PAIR_ARMS)}.")
+        raise UserError(
+            f"{arm!r} is not an arm", where="arm", fix=f"Choose one of {', '.join(PAIR_ARMS)}."
+        )
     if arm == "sft":
         return EncodedRows(tokenizer)
     if arm == "cached":
-        return CachedKD(pair_cache(p, teacher, tokenizer, rows)[0], EncodedRows(tokenizer), sft_weight=p["sft_weight"])
-    return KD(tokenizer, teacher, "reverse_kl" if arm == "reverse_kl" else "forward_kl", sft_weight=p["sft_weight"])
+        return CachedKD(
+            pair_cache(p, teacher, tokenizer, rows)[0],
+            EncodedRows(tokenizer),
+            sft_weight=p["sft_weight"],
+        )
+    return KD(
+        tokenizer,
+        teacher,
+        "reverse_kl" if arm == "reverse_kl" else "forward_kl",
+        sft_weight=p["sft_weight"],
+    )
 
 # %% ../../nbs/4_probabilities/14_equal_time.ipynb #b16da3ba
 def _pair_models(p: dict):
@@ -188,34 +270,55 @@ def measure_costs(params: dict, folder: Path) -> dict:
     seconds = pair_cache(p, teacher, tokenizer, rows)[1] if "cached" in rounds else 0.0
     for _ in range(p["rounds"]):
         for arm, found in rounds.items():
-            timer, cfg = _Timer(), TrainConfig(steps=p["steps"] + 1, batch_size=p["batch_size"], lr=1e-5, seed=7)
-            train(student, pair_method(p, arm, teacher, tokenizer, rows), rows, cfg, callbacks=[timer])
+            timer, cfg = (
+                _Timer(),
+                TrainConfig(steps=p["steps"] + 1, batch_size=p["batch_size"], lr=1e-5, seed=7),
+            )
+            train(
+                student, pair_method(p, arm, teacher, tokenizer, rows), rows, cfg, callbacks=[timer]
+            )
             (s0, t0), (s1, t1) = timer.marks[0], timer.marks[-1]
-            found.append((s1 - s0)/(t1 - t0))
+            found.append((s1 - s0) / (t1 - t0))
     tokens = sum(len(r["source"]) + len(r["target"]) for r in rows)
-    return {"seconds_per_token": {arm: min(found) for arm, found in rounds.items()}, "cache_seconds": seconds,
-            "rows": len(rows), "tokens_per_step": tokens/len(rows)*p["batch_size"], "parameters": count_parameters(student)}
+    return {
+        "seconds_per_token": {arm: min(found) for arm, found in rounds.items()},
+        "cache_seconds": seconds,
+        "rows": len(rows),
+        "tokens_per_step": tokens / len(rows) * p["batch_size"],
+        "parameters": count_parameters(student),
+    }
 
 # %% ../../nbs/4_probabilities/14_equal_time.ipynb #db6ef2f8
-def steps_for(costs: dict, arm: str, budget: float) -> int:  # costs: of `measure_costs`; budget: seconds
+def steps_for(
+    costs: dict, arm: str, budget: float
+) -> int:  # costs: of `measure_costs`; budget: seconds
     "Optimiser steps that an arm can do in a budget of wall time. Raises UserError if the cache alone takes it."
     left = budget - (costs["cache_seconds"] if arm == "cached" else 0.0)
-    steps = int(left/(costs["seconds_per_token"][arm]*costs["tokens_per_step"]))
+    steps = int(left / (costs["seconds_per_token"][arm] * costs["tokens_per_step"]))
     if steps < 1:
-        raise UserError(f"{budget:g} seconds are not enough for one step of {arm!r}", where="budget",
-                        fix=f"The cache alone takes {budget - left:.0f}." if arm == "cached" else "Give it more.")
+        raise UserError(
+            f"{budget:g} seconds are not enough for one step of {arm!r}",
+            where="budget",
+            fix=f"The cache alone takes {budget - left:.0f}."
+            if arm == "cached"
+            else "Give it more.",
+        )
     return steps
 
 # %% ../../nbs/4_probabilities/14_equal_time.ipynb #16efd708
 def seconds_at(costs: dict, arm: str, step: int) -> float:
     "Wall time after so many steps of an arm, the cache's building included."
-    return (costs["cache_seconds"] if arm == "cached" else 0.0) + step*costs["seconds_per_token"][arm]*costs["tokens_per_step"]
+    return (costs["cache_seconds"] if arm == "cached" else 0.0) + step * costs["seconds_per_token"][
+        arm
+    ] * costs["tokens_per_step"]
 
 # %% ../../nbs/4_probabilities/14_equal_time.ipynb #ff4d6af1
-def item_table(packed: Sequence[str], tokens: int) -> np.ndarray:  # sums per row, packed, one text per seed; tokens of all rows together
+def item_table(
+    packed: Sequence[str], tokens: int
+) -> np.ndarray:  # sums per row, packed, one text per seed; tokens of all rows together
     "[seeds, rows], scaled so that the mean over the rows is the token-mean."
     rows = np.array([unpack_numbers(text) for text in packed])
-    return rows*rows.shape[1]/tokens
+    return rows * rows.shape[1] / tokens
 
 # %% ../../nbs/4_probabilities/14_equal_time.ipynb #7f251274
 def train_arm(params: dict, folder: Path) -> dict:
@@ -225,19 +328,41 @@ def train_arm(params: dict, folder: Path) -> dict:
     rows = pair_rows(p, "train", tokenizer)
     few = pair_rows(p | {"held_out": min(p["held_out"], 24)}, "validation", tokenizer)
     watch = pair_validation(p, "validation", teacher, tokenizer, few)
-    cfg = TrainConfig(steps=p["steps"], batch_size=p["batch_size"], lr=p["lr"], warmup=0.1, weight_decay=0.01, betas=(0.9, 0.98),
-                      seed=p["seed"], eval_every=max(1, math.ceil(p["steps"]/3)))
+    cfg = TrainConfig(
+        steps=p["steps"],
+        batch_size=p["batch_size"],
+        lr=p["lr"],
+        warmup=0.1,
+        weight_decay=0.01,
+        betas=(0.9, 0.98),
+        seed=p["seed"],
+        eval_every=max(1, math.ceil(p["steps"] / 3)),
+    )
     timer = _Timer(watch)
-    result = train(student, pair_method(p, p["arm"], teacher, tokenizer, rows), rows, cfg, run_dir=folder, validate=timer.validate,
-                   callbacks=[timer])
+    result = train(
+        student,
+        pair_method(p, p["arm"], teacher, tokenizer, rows),
+        rows,
+        cfg,
+        run_dir=folder,
+        validate=timer.validate,
+        callbacks=[timer],
+    )
     final = pair_validation(p, p["score_on"], teacher, tokenizer)
     sums = final.items(result.model)
     total = int(sums["tokens"].sum())
     seen = [(r["step"], r["validation"]) for r in result.history if "validation" in r]
     curve = [[step, round(v["forward_kl"], 4), round(v["nll"], 4)] for step, v in seen]
-    return {"nll": float(sums["nll"].sum()/total), "forward_kl": float(sums["forward_kl"].sum()/total), "tokens": total,
-            "reverse_kl": float(sums["reverse_kl"].sum()/total), "seconds": round(timer.marks[-1][0], 2), "trained_tokens": result.tokens,
-            "items": {k: pack_numbers(sums[k]) for k in ("nll", "forward_kl")}, "curve": curve}
+    return {
+        "nll": float(sums["nll"].sum() / total),
+        "forward_kl": float(sums["forward_kl"].sum() / total),
+        "tokens": total,
+        "reverse_kl": float(sums["reverse_kl"].sum() / total),
+        "seconds": round(timer.marks[-1][0], 2),
+        "trained_tokens": result.tokens,
+        "items": {k: pack_numbers(sums[k]) for k in ("nll", "forward_kl")},
+        "curve": curve,
+    }
 
 # %% ../../nbs/4_probabilities/14_equal_time.ipynb #5a197696
 def pair_references(params: dict, folder: Path) -> dict:
@@ -252,23 +377,41 @@ def pair_references(params: dict, folder: Path) -> dict:
 def pair_checksums(p: dict) -> dict[str, str]:
     "SHA-256 of what decides a pair's numbers besides code and parameters: the rows and the teacher's weights."
     if p["data"] == "prompts":
-        found = {f"prompts/{k}": v for k, v in verify_checksums(data_dir()/"prompts").items() if k.endswith(".jsonl")}
+        found = {
+            f"prompts/{k}": v
+            for k, v in verify_checksums(data_dir() / "prompts").items()
+            if k.endswith(".jsonl")
+        }
     elif p["data"].startswith("hub:"):
         found = {}  # named by its id
     else:
-        found = {name: sha256_file(Path(os.environ.get("KD_NOTES_DATA", ""))/name) for name in ("dolly_train.jsonl", "dolly_dev.jsonl")}
-    teacher = find_smollm2() if p["teacher"] == "smollm2" else Path(p["teacher"])/"model.safetensors"
+        found = {
+            name: sha256_file(Path(os.environ.get("KD_NOTES_DATA", "")) / name)
+            for name in ("dolly_train.jsonl", "dolly_dev.jsonl")
+        }
+    teacher = (
+        find_smollm2() if p["teacher"] == "smollm2" else Path(p["teacher"]) / "model.safetensors"
+    )
     return found | ({p["teacher"]: sha256_file(teacher)} if teacher.is_file() else {})
 
 # %% ../../nbs/4_probabilities/14_equal_time.ipynb #2ea898ee
-def run_pairs(what: str,                 # measure_costs, train_arm or pair_references
-              runs: list[dict],          # parameters of each
-              **grid: Any) -> list[dict]:  # jobs, threads, use_record of `run_grid`
+def run_pairs(
+    what: str,  # measure_costs, train_arm or pair_references
+    runs: list[dict],  # parameters of each
+    **grid: Any,
+) -> list[dict]:  # jobs, threads, use_record of `run_grid`
     "Results of this function for every run, in their order; one grid for each set of rows."
     found: dict[str, dict] = {}
     for data in dict.fromkeys(r["data"] for r in runs):
         mine = [r for r in runs if r["data"] == data]
-        done = run_grid(f"whitebox_{what}", f"kd_notes.experiments.equal_time:{what}", mine, modules=["experiments.equal_time"], checksums=pair_checksums(mine[0]),
-                        desc=f"{what} ({data})", **grid)
+        done = run_grid(
+            f"whitebox_{what}",
+            f"kd_notes.experiments.equal_time:{what}",
+            mine,
+            modules=["experiments.equal_time"],
+            checksums=pair_checksums(mine[0]),
+            desc=f"{what} ({data})",
+            **grid,
+        )
         found |= {stable_hash(r): d for r, d in zip(mine, done)}
     return [found[stable_hash(r)] for r in runs]

@@ -21,7 +21,11 @@ from ..core import data_dir, read_json, sha256_file, stable_hash, UserError
 from ..data.answers import pack_numbers, unpack_numbers
 from ..data.grammar import world_dir
 from kd_notes.data.world import (
-    answer_tokens, label_probabilities, load_corpus, load_world, load_world_tokenizer,
+    answer_tokens,
+    label_probabilities,
+    load_corpus,
+    load_world,
+    load_world_tokenizer,
     log_likelihood,
 )
 from ..evaluation.calibration import ece, score_labels
@@ -41,54 +45,91 @@ from ..training.state import TrainConfig
 
 # %% ../../nbs/5_own_words/08_instruction_world.ipynb #6ac553a1
 WORLD_MODULES = ["experiments.instruction_world"]
-WORLD_MODEL = {"size": "xs", "seed": 0, "pretrain": 200, "steps": 500, "batch_size": 32, "lr": 4e-3}   # a student before distillation
+WORLD_MODEL = {
+    "size": "xs",
+    "seed": 0,
+    "pretrain": 200,
+    "steps": 500,
+    "batch_size": 32,
+    "lr": 4e-3,
+}  # a student before distillation
 WORLD_TEACHER = WORLD_MODEL | {"size": "m", "steps": 1500}
 
 
 def world_checksums() -> dict[str, str]:
     "Checksums of all that decides the numbers of a run in the world besides code and parameters: data and tokenizer."
-    files = sorted(world_dir().glob("*.json*")) + [data_dir()/"tokenizer"/"world"/"tokenizer.json"]
-    return {f"{p.parent.name}/{p.name}": sha256_file(p) for p in files if p.name != "checksums.json"}
+    files = sorted(world_dir().glob("*.json*")) + [
+        data_dir() / "tokenizer" / "world" / "tokenizer.json"
+    ]
+    return {
+        f"{p.parent.name}/{p.name}": sha256_file(p) for p in files if p.name != "checksums.json"
+    }
 
 # %% ../../nbs/5_own_words/08_instruction_world.ipynb #8feba89e
 def train_world_model(params: dict, folder: Path) -> dict:
     "Read the corpus, then finetune; the checkpoint of the lowest validation loss is saved in folder/model. Metrics: loss, steps, size."
     p, tok = WORLD_MODEL | params, load_world_tokenizer()
     model = mini_model("causal", p["size"], len(tok), seed=p["seed"])
-    common = dict(batch_size=p["batch_size"], lr=p["lr"], warmup=0.05, weight_decay=0.01, betas=(0.9, 0.98), seed=p["seed"],
-                  save_every=200)
-    texts = [{"id": row["id"], "prompt": ids[:1], "gold": ids[1:]} for row in load_corpus()
-             for ids in [tok.encode(row["text"], add_special_tokens=False) + [tok.eos_token_id]]]
+    common = dict(
+        batch_size=p["batch_size"],
+        lr=p["lr"],
+        warmup=0.05,
+        weight_decay=0.01,
+        betas=(0.9, 0.98),
+        seed=p["seed"],
+        save_every=200,
+    )
+    texts = [
+        {"id": row["id"], "prompt": ids[:1], "gold": ids[1:]}
+        for row in load_corpus()
+        for ids in [tok.encode(row["text"], add_special_tokens=False) + [tok.eos_token_id]]
+    ]
     first = TrainConfig(steps=p["pretrain"], **common)
-    read = train(model, _Rows(tok), texts, first, run_dir=folder/"pretrain") if p["pretrain"] else None
-    cfg = TrainConfig(steps=p["steps"], eval_every=max(p["steps"]//8, 1), keep_best=True, **common)
-    result = finetune(model, tok, load_world("train"), load_world("validation"), cfg, run_dir=folder/"sft")
+    read = (
+        train(model, _Rows(tok), texts, first, run_dir=folder / "pretrain")
+        if p["pretrain"]
+        else None
+    )
+    cfg = TrainConfig(
+        steps=p["steps"], eval_every=max(p["steps"] // 8, 1), keep_best=True, **common
+    )
+    result = finetune(
+        model, tok, load_world("train"), load_world("validation"), cfg, run_dir=folder / "sft"
+    )
     _quiet_bars()
-    save_model(model, folder/"model", tok)
-    return {"loss": result.best["loss"], "best_step": result.best["step"], "parameters": count_parameters(model),
-            "train_seconds": result.seconds + (read.seconds if read else 0)}
+    save_model(model, folder / "model", tok)
+    return {
+        "loss": result.best["loss"],
+        "best_step": result.best["step"],
+        "parameters": count_parameters(model),
+        "train_seconds": result.seconds + (read.seconds if read else 0),
+    }
 
 # %% ../../nbs/5_own_words/08_instruction_world.ipynb #0acb847b
 def world_model(**params: Any):
     "(model, metrics) of `train_world_model`, from the cache or trained now."
     params, sums = WORLD_MODEL | params, world_checksums()
-    metrics = cached("world_model", params, train_world_model, modules=WORLD_MODULES, checksums=sums)
+    metrics = cached(
+        "world_model", params, train_world_model, modules=WORLD_MODULES, checksums=sums
+    )
     folder = run_folder("world_model", run_key("world_model", params, WORLD_MODULES, sums))
     _quiet_bars()
-    return load_pretrained(folder/"model", device="cpu")[0], metrics
+    return load_pretrained(folder / "model", device="cpu")[0], metrics
 
 
 def _quiet_bars() -> None:
     "No progress bars for models that load in a blink."
     from transformers.utils import logging
+
     logging.disable_progress_bar()
 
 # %% ../../nbs/5_own_words/08_instruction_world.ipynb #d4d94ff4
 @dataclass(frozen=True)
 class WorldArm:
     "One way to go on from the finetuned student."
+
     title: str
-    method: str                                   # a key of METHODS
+    method: str  # a key of METHODS
     settings: dict = field(default_factory=dict)  # of the method
 
 # %% ../../nbs/5_own_words/08_instruction_world.ipynb #a74fddf3
@@ -100,17 +141,23 @@ WORLD_ARMS = {
     "gkd": WorldArm("GKD", "gkd"),
     "minillm": WorldArm("MiniLLM", "minillm", _PPO),
     "minillm_code": WorldArm("MiniLLM, released code", "minillm_official", _PPO),
-    "no_length_norm": WorldArm("MiniLLM without length normalisation", "minillm", _PPO | {"length_norm": False}),
+    "no_length_norm": WorldArm(
+        "MiniLLM without length normalisation", "minillm", _PPO | {"length_norm": False}
+    ),
     "no_mixing": WorldArm("MiniLLM without teacher mixing", "minillm", _PPO | {"alpha": 0.0}),
-    "no_single_step": WorldArm("MiniLLM without single-step part", "minillm",
-                               _PPO | {"single_step": False, "present_reward": True}),
+    "no_single_step": WorldArm(
+        "MiniLLM without single-step part",
+        "minillm",
+        _PPO | {"single_step": False, "present_reward": True},
+    ),
     "no_pt": WorldArm("MiniLLM without language modelling", "minillm", _PPO | {"pt_weight": 0.0}),
     "on_policy": WorldArm("on-policy distillation", "on_policy"),
     "on_policy_kd": WorldArm("on-policy KD, reverse KL", "on_policy_kd"),
     "distillm": WorldArm("DistiLLM", "distillm"),
     "distillm2": WorldArm("DistiLLM-2", "distillm2"),
     "skd": WorldArm("speculative KD", "skd"),
-    "fdistill_js": WorldArm("f-distill, JS", "fdistill_js"), "fdistill_tvd": WorldArm("f-distill, TVD", "fdistill_tvd"),
+    "fdistill_js": WorldArm("f-distill, JS", "fdistill_js"),
+    "fdistill_tvd": WorldArm("f-distill, TVD", "fdistill_tvd"),
     "dpkd": WorldArm("DPKD", "dpkd"),
 }
 
@@ -123,25 +170,47 @@ def world_rate(arm: str) -> float:
     "Learning rate that the grid chose for an arm (data/chosen/minillm.json), or the default; 0 for what is not trained."
     if arm in UNTRAINED:
         return 0.0
-    chosen = read_json(data_dir()/"chosen"/"minillm.json")
+    chosen = read_json(data_dir() / "chosen" / "minillm.json")
     return chosen["lr"].get(arm, chosen["default"])
 
 # %% ../../nbs/5_own_words/08_instruction_world.ipynb #b8407d6e
-WORLD_DEFAULTS = {"size": "xs", "steps": 150, "minibatch": 32, "lr": None, "max_new_tokens": 56, "teacher": {}, "student": {},
-                  "settings": {}, "valid_rows": 128, "score_on": "test", "score_rows": 0,   # score_rows 0: all
-                  "score_seeds": 5}                                                  # lr None: world_rate
+WORLD_DEFAULTS = {
+    "size": "xs",
+    "steps": 150,
+    "minibatch": 32,
+    "lr": None,
+    "max_new_tokens": 56,
+    "teacher": {},
+    "student": {},
+    "settings": {},
+    "valid_rows": 128,
+    "score_on": "test",
+    "score_rows": 0,  # score_rows 0: all
+    "score_seeds": 5,
+}  # lr None: world_rate
 
 
 def world_run(arm: str, seed: int, **settings: Any) -> dict:  # settings: any of WORLD_DEFAULTS
     "Parameters of a run, complete. Raises UserError for an unknown arm or setting."
-    unknown = sorted(set(settings) - set(WORLD_DEFAULTS)) + ([arm] if arm not in WORLD_ARMS | UNTRAINED else [])
+    unknown = sorted(set(settings) - set(WORLD_DEFAULTS)) + (
+        [arm] if arm not in WORLD_ARMS | UNTRAINED else []
+    )
     if unknown:
-        raise UserError(f"{', '.join(unknown)} is not known", where="world_run",
-                        fix=f"Arms: {', '.join(WORLD_ARMS | UNTRAINED)}. Settings: {', '.join(WORLD_DEFAULTS)}.")
+        raise UserError(
+            f"{', '.join(unknown)} is not known",
+            where="world_run",
+            fix=f"Arms: {', '.join(WORLD_ARMS | UNTRAINED)}. Settings: {', '.join(WORLD_DEFAULTS)}.",
+        )
     p = {"arm": arm, "seed": seed} | WORLD_DEFAULTS | settings
-    start = {k: v for k, v in WORLD_MODEL.items() if k not in ("size", "seed")}  # those are the run's own
+    start = {
+        k: v for k, v in WORLD_MODEL.items() if k not in ("size", "seed")
+    }  # those are the run's own
     rate = world_rate(arm) if p["lr"] is None else p["lr"]
-    return p | {"lr": rate, "teacher": WORLD_TEACHER | p["teacher"], "student": start | p["student"]}
+    return p | {
+        "lr": rate,
+        "teacher": WORLD_TEACHER | p["teacher"],
+        "student": start | p["student"],
+    }
 
 # %% ../../nbs/5_own_words/08_instruction_world.ipynb #0df6b489
 def world_labels(model, tok, rows: list[dict]) -> dict:
@@ -151,9 +220,16 @@ def world_labels(model, tok, rows: list[dict]) -> dict:
     if not asked:
         return {}
     said = score_labels(model, tok, list(asked), [list(found) for found in asked.values()])
-    confidence, right = [s.confidence for s in said], [found[s.label] for s, found in zip(said, asked.values())]
-    return {"ece": ece(confidence, right), "confidence": pack_numbers(confidence, "u1"), "right": pack_numbers(right, "u1"),
-            "label_mass": sum(s.mass for s in said)/len(said)}
+    confidence, right = (
+        [s.confidence for s in said],
+        [found[s.label] for s, found in zip(said, asked.values())],
+    )
+    return {
+        "ece": ece(confidence, right),
+        "confidence": pack_numbers(confidence, "u1"),
+        "right": pack_numbers(right, "u1"),
+        "label_mass": sum(s.mass for s in said) / len(said),
+    }
 
 # %% ../../nbs/5_own_words/08_instruction_world.ipynb #5a0872c0
 EXPOSED = (5, 10, 15, 20, 25, 30)  # numbers of tokens at which a run keeps the accumulated errors
@@ -162,64 +238,146 @@ EXPOSED = (5, 10, 15, 20, 25, 30)  # numbers of tokens at which a run keeps the 
 def write_world_answers(params: dict, folder: Path) -> dict:
     "The teacher's answers to test prompts: {'response_ids'}. For `cached`."
     teacher, _ = world_model(**params["teacher"])
-    rows = load_world(params["split"])[:params["rows"] or None]
-    written = write_answers(teacher, load_world_tokenizer(), rows, seeds=EVAL_SEEDS[:1], max_new_tokens=params["max_new_tokens"])
+    rows = load_world(params["split"])[: params["rows"] or None]
+    written = write_answers(
+        teacher,
+        load_world_tokenizer(),
+        rows,
+        seeds=EVAL_SEEDS[:1],
+        max_new_tokens=params["max_new_tokens"],
+    )
     return {"response_ids": written.response_ids[0]}
 
 # %% ../../nbs/5_own_words/08_instruction_world.ipynb #852f6cbb
-def world_exposure(model, teacher, prompts: list[list[int]], own: list[list[int]], theirs: list[list[int]]) -> dict:
+def world_exposure(
+    model, teacher, prompts: list[list[int]], own: list[list[int]], theirs: list[list[int]]
+) -> dict:
     "KL(p || q) in nats accumulated over the first l tokens, for l in EXPOSED: along the student's own answers and along the teacher's."
-    along = [kl_per_position(model, teacher, prompts, written, batch_size=64).forward for written in (own, theirs)]
+    along = [
+        kl_per_position(model, teacher, prompts, written, batch_size=64).forward
+        for written in (own, theirs)
+    ]
     found = exposure_bias(*along, draws=2, min_alive=1)
     kept = [n for n in EXPOSED if n <= len(found.student)]
-    return {f"exposure_{who}": [round(float(values[n - 1]), 4) for n in kept] for who, values in
-            (("student", found.student), ("teacher", found.teacher))}
+    return {
+        f"exposure_{who}": [round(float(values[n - 1]), 4) for n in kept]
+        for who, values in (("student", found.student), ("teacher", found.teacher))
+    }
 
 # %% ../../nbs/5_own_words/08_instruction_world.ipynb #7c037a80
-def world_metrics(model, teacher, rows: list[dict], teacher_answers: list[list[int]], seeds: int = 5, max_new_tokens: int = 56) -> dict:
+def world_metrics(
+    model,
+    teacher,
+    rows: list[dict],
+    teacher_answers: list[list[int]],
+    seeds: int = 5,
+    max_new_tokens: int = 56,
+) -> dict:
     "What a student writes, measured: Rouge-L (also per item, packed), calibration, exposure, diversity, lengths, KLs, losses."
     tok = load_world_tokenizer()
-    written = write_answers(model, tok, rows, seeds=EVAL_SEEDS[:seeds], max_new_tokens=max_new_tokens)
+    written = write_answers(
+        model, tok, rows, seeds=EVAL_SEEDS[:seeds], max_new_tokens=max_new_tokens
+    )
     found, own = text_metrics(written, rows), written.response_ids[0]
     kl = kl_per_position(model, teacher, written.prompt_ids, own, batch_size=64)
     gold = [(ids, answer_tokens(tok, r["response"])) for ids, r in zip(written.prompt_ids, rows)]
-    possible = [math.isfinite(log_likelihood(r["prompt"], text)) for r, text in zip(rows, written.texts[0])]
-    per_token = {name: torch.cat(values).mean().item() for name, values in (("forward_kl", kl.forward), ("reverse_kl", kl.reverse))}
-    return per_token | world_labels(model, tok, rows) | world_exposure(model, teacher, written.prompt_ids, own, teacher_answers) | {
-        "rouge_l": float(found["rouge_l"].mean()), "items": pack_numbers(found["rouge_l"].mean(0), "u1"),
-        "exact": float(found["exact"].mean()), "dist4": found["dist4"][0], "length": float(found["length"].mean()),
-        "finished": float(found["finished"].mean()), "loss": mean_nll(model, gold, tok.pad_token_id),
-        "possible": sum(possible)/len(possible), "repetition": sum(map(repeated_ngrams, own))/len(own)}
+    possible = [
+        math.isfinite(log_likelihood(r["prompt"], text)) for r, text in zip(rows, written.texts[0])
+    ]
+    per_token = {
+        name: torch.cat(values).mean().item()
+        for name, values in (("forward_kl", kl.forward), ("reverse_kl", kl.reverse))
+    }
+    return (
+        per_token
+        | world_labels(model, tok, rows)
+        | world_exposure(model, teacher, written.prompt_ids, own, teacher_answers)
+        | {
+            "rouge_l": float(found["rouge_l"].mean()),
+            "items": pack_numbers(found["rouge_l"].mean(0), "u1"),
+            "exact": float(found["exact"].mean()),
+            "dist4": found["dist4"][0],
+            "length": float(found["length"].mean()),
+            "finished": float(found["finished"].mean()),
+            "loss": mean_nll(model, gold, tok.pad_token_id),
+            "possible": sum(possible) / len(possible),
+            "repetition": sum(map(repeated_ngrams, own)) / len(own),
+        }
+    )
 
 # %% ../../nbs/5_own_words/08_instruction_world.ipynb #707764d0
 def distil_in_world(p: dict, model, teacher, folder: Path) -> tuple[Any, dict]:
     "Train a student as the arm of a run says. (the best one on validation, {'train_seconds', 'best_step', tokens})."
     arm, tok = WORLD_ARMS[p["arm"]], load_world_tokenizer()
-    given = {"rollouts": p["minibatch"], "minibatch": p["minibatch"], "max_new_tokens": p["max_new_tokens"], "seed": p["seed"]}
-    method = onpolicy_method(arm.method, tok, teacher, load_world("train"), corpus=[row["text"] for row in load_corpus()],
-                             **(given | arm.settings | p["settings"]))
-    cfg = onpolicy_config(method.config, p["steps"], p["lr"], warmup=0.05, schedule="linear", eval_every=max(p["steps"]//3, 1),
-                          keep_best=True, save_every=100)
-    held = load_world("validation")[:p["valid_rows"]]
+    given = {
+        "rollouts": p["minibatch"],
+        "minibatch": p["minibatch"],
+        "max_new_tokens": p["max_new_tokens"],
+        "seed": p["seed"],
+    }
+    method = onpolicy_method(
+        arm.method,
+        tok,
+        teacher,
+        load_world("train"),
+        corpus=[row["text"] for row in load_corpus()],
+        **(given | arm.settings | p["settings"]),
+    )
+    cfg = onpolicy_config(
+        method.config,
+        p["steps"],
+        p["lr"],
+        warmup=0.05,
+        schedule="linear",
+        eval_every=max(p["steps"] // 3, 1),
+        keep_best=True,
+        save_every=100,
+    )
+    held = load_world("validation")[: p["valid_rows"]]
 
     def validate(model) -> dict:
         written = write_answers(model, tok, held, seeds=(1,), max_new_tokens=p["max_new_tokens"])
-        gold = [(x, answer_tokens(tok, row["response"])) for x, row in zip(written.prompt_ids, held)]
-        return {"score": float(rouge_l(written.texts[0], references_of(held)).mean()), "loss": mean_nll(model, gold, tok.pad_token_id)}
+        gold = [
+            (x, answer_tokens(tok, row["response"])) for x, row in zip(written.prompt_ids, held)
+        ]
+        return {
+            "score": float(rouge_l(written.texts[0], references_of(held)).mean()),
+            "loss": mean_nll(model, gold, tok.pad_token_id),
+        }
+
     result = train_on_policy(model, method, cfg, run_dir=folder, validate=validate)
-    return result.model, {"train_seconds": result.seconds, "best_step": result.best["step"], **work_done(method)}
+    return result.model, {
+        "train_seconds": result.seconds,
+        "best_step": result.best["step"],
+        **work_done(method),
+    }
 
 
 def train_onpolicy(params: dict, folder: Path) -> dict:
     "Train (unless the arm is one of UNTRAINED) and score one run. Metrics: those of `world_metrics` and `distil_in_world`, and the size."
     p, spent = params, {}
     teacher, _ = world_model(**p["teacher"])
-    model = teacher if p["arm"] == "teacher" else world_model(size=p["size"], seed=p["seed"], **p["student"])[0]
+    model = (
+        teacher
+        if p["arm"] == "teacher"
+        else world_model(size=p["size"], seed=p["seed"], **p["student"])[0]
+    )
     if p["arm"] not in UNTRAINED:
         model, spent = distil_in_world(p, model, teacher, folder)
-    asked = {"teacher": p["teacher"], "split": p["score_on"], "rows": p["score_rows"], "max_new_tokens": p["max_new_tokens"]}
-    theirs = cached("world_answers", asked, write_world_answers, modules=WORLD_MODULES, checksums=world_checksums())["response_ids"]
-    rows = load_world(p["score_on"])[:p["score_rows"] or None]
+    asked = {
+        "teacher": p["teacher"],
+        "split": p["score_on"],
+        "rows": p["score_rows"],
+        "max_new_tokens": p["max_new_tokens"],
+    }
+    theirs = cached(
+        "world_answers",
+        asked,
+        write_world_answers,
+        modules=WORLD_MODULES,
+        checksums=world_checksums(),
+    )["response_ids"]
+    rows = load_world(p["score_on"])[: p["score_rows"] or None]
     scored = world_metrics(model, teacher, rows, theirs, p["score_seeds"], p["max_new_tokens"])
     return scored | {"parameters": count_parameters(model), **spent}
 
@@ -229,34 +387,66 @@ def work_done(method: OnPolicy) -> dict[str, int]:
     return {f"tokens_{name}": n for name, n in sorted(method.buffer.work.items())}
 
 # %% ../../nbs/5_own_words/08_instruction_world.ipynb #a050f031
-def run_world(runs: list[dict], *, jobs: int = 1, use_record: bool = False, desc: str = "students") -> list[dict]:
+def run_world(
+    runs: list[dict], *, jobs: int = 1, use_record: bool = False, desc: str = "students"
+) -> list[dict]:
     "Train all runs (of `world_run`) that the cache or the record does not hold; results in their order. Teachers and starts come first."
     sums = world_checksums()
     known = load_record("onpolicy") if use_record else {}
     missing = [r for r in runs if stable_hash(r) not in known]
     models = [r["teacher"] for r in missing]
-    models += [{"size": r["size"], "seed": r["seed"]} | r["student"] for r in missing if r["arm"] != "teacher"]
+    models += [
+        {"size": r["size"], "seed": r["seed"]} | r["student"]
+        for r in missing
+        if r["arm"] != "teacher"
+    ]
     if wanted := list({stable_hash(m): m for m in models}.values()):
-        run_grid("world_model", "kd_notes.experiments.instruction_world:train_world_model", wanted, modules=WORLD_MODULES, checksums=sums, jobs=jobs,
-                 desc="teacher, starts")
-    return run_grid("onpolicy", "kd_notes.experiments.instruction_world:train_onpolicy", runs, modules=WORLD_MODULES, checksums=sums, jobs=jobs,
-                    use_record=use_record, desc=desc)
+        run_grid(
+            "world_model",
+            "kd_notes.experiments.instruction_world:train_world_model",
+            wanted,
+            modules=WORLD_MODULES,
+            checksums=sums,
+            jobs=jobs,
+            desc="teacher, starts",
+        )
+    return run_grid(
+        "onpolicy",
+        "kd_notes.experiments.instruction_world:train_onpolicy",
+        runs,
+        modules=WORLD_MODULES,
+        checksums=sums,
+        jobs=jobs,
+        use_record=use_record,
+        desc=desc,
+    )
 
 # %% ../../nbs/5_own_words/08_instruction_world.ipynb #44fac4bd
-def run_cells(cells: dict[Any, dict], seeds: Sequence[int], **how: Any) -> dict[Any, list[dict]]:  # cells: {name: settings, arm included}
+def run_cells(
+    cells: dict[Any, dict], seeds: Sequence[int], **how: Any
+) -> dict[Any, list[dict]]:  # cells: {name: settings, arm included}
     "{name: metrics of each seed}; `how` is passed to `run_world`."
-    runs = {name: [world_run(seed=s, **settings) for s in seeds] for name, settings in cells.items()}
-    found = {stable_hash(r["params"]): r["metrics"] for r in run_world([r for rs in runs.values() for r in rs], **how)}
+    runs = {
+        name: [world_run(seed=s, **settings) for s in seeds] for name, settings in cells.items()
+    }
+    found = {
+        stable_hash(r["params"]): r["metrics"]
+        for r in run_world([r for rs in runs.values() for r in rs], **how)
+    }
     return {name: [found[stable_hash(r)] for r in rs] for name, rs in runs.items()}
 
 # %% ../../nbs/5_own_words/08_instruction_world.ipynb #frame-fn
 TITLES = {name: arm.title for name, arm in WORLD_ARMS.items()} | UNTRAINED  # of the rows of a table
 
 
-def run_frame(seeds: Sequence[int], size: str = "xs", settings: dict | None = None, **how: Any) -> dict[str, list[dict]]:
+def run_frame(
+    seeds: Sequence[int], size: str = "xs", settings: dict | None = None, **how: Any
+) -> dict[str, list[dict]]:
     "{'teacher': [its metrics], 'start': metrics of each seed's student before distillation}; `how` is passed to `run_world`."
     teacher = run_cells({"teacher": {"arm": "teacher"} | (settings or {})}, seeds[:1], **how)
-    return teacher | run_cells({"start": {"arm": "start", "size": size} | (settings or {})}, seeds, **how)
+    return teacher | run_cells(
+        {"start": {"arm": "start", "size": size} | (settings or {})}, seeds, **how
+    )
 
 # %% ../../nbs/5_own_words/08_instruction_world.ipynb #f19e6cd7
 def item_scores(metrics: Sequence[dict], name: str = "items") -> np.ndarray:

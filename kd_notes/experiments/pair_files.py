@@ -16,7 +16,15 @@ import torch
 from ..core import read_json, repo_root, UserError
 from .phases import validation_batch
 from kd_notes.experiments.pretrained_pairs import (
-    _among, arm_settings, check_run, _NAME, PAIR_RUN, pair_run, _RATE, RULES, _TABLE,
+    _among,
+    arm_settings,
+    check_run,
+    _NAME,
+    PAIR_RUN,
+    pair_run,
+    _RATE,
+    RULES,
+    _TABLE,
 )
 from ..generation.engine import SPARE
 from ..methods.registry import METHODS
@@ -26,19 +34,27 @@ from ..training.state import TrainConfig
 # %% ../../nbs/5_own_words/10_pair_files.ipynb #4294956c
 UNKNOWN, ORIGINS = "not established", ("paper", "code", "ours", "not established")
 STATUS = "never run at scale"
-PARTS = {"about": _NAME, "status": _among(STATUS), "shapes": _TABLE, "memory": _TABLE, "settings": _TABLE, "sources": _TABLE}
+PARTS = {
+    "about": _NAME,
+    "status": _among(STATUS),
+    "shapes": _TABLE,
+    "memory": _TABLE,
+    "settings": _TABLE,
+    "sources": _TABLE,
+}
 
 
 @dataclass(frozen=True)
 class PairFile:
     "A parameter file, validated."
+
     name: str
     about: str
-    status: str         # that nobody here has run it at this scale
-    shapes: dict        # {'teacher', 'student'}: what a config needs, for the memory estimate
-    memory: dict        # GB of each phase on one GPU and of the largest, as `pair_memory` estimates them
-    settings: dict      # of `pair_run`; UNKNOWN where the sources give nothing
-    sources: dict       # {setting: where its value comes from}
+    status: str  # that nobody here has run it at this scale
+    shapes: dict  # {'teacher', 'student'}: what a config needs, for the memory estimate
+    memory: dict  # GB of each phase on one GPU and of the largest, as `pair_memory` estimates them
+    settings: dict  # of `pair_run`; UNKNOWN where the sources give nothing
+    sources: dict  # {setting: where its value comes from}
 
     @property
     def missing(self) -> list[str]:
@@ -49,7 +65,12 @@ class PairFile:
 def config_of(shape: dict, where: str = "shape"):
     "A transformers config from model_type and sizes. Raises UserError for an unknown type or a size that is not a positive number."
     from transformers import AutoConfig
-    wrong = [k for k, v in shape.items() if k not in ("model_type", "tie_word_embeddings") and not (type(v) is int and v > 0)]
+
+    wrong = [
+        k
+        for k, v in shape.items()
+        if k not in ("model_type", "tie_word_embeddings") and not (type(v) is int and v > 0)
+    ]
     try:
         if wrong:
             raise ValueError(f"{wrong[0]} is {shape[wrong[0]]!r}, no positive whole number")
@@ -59,7 +80,9 @@ def config_of(shape: dict, where: str = "shape"):
             raise ValueError(f"{unknown[0]} is not a field of {shape['model_type']}")
         return AutoConfig.for_model(**shape)
     except (ValueError, TypeError) as e:
-        raise UserError(str(e).splitlines()[0], where=where, fix="Give model_type and the sizes of its config.") from e
+        raise UserError(
+            str(e).splitlines()[0], where=where, fix="Give model_type and the sizes of its config."
+        ) from e
 
 # %% ../../nbs/5_own_words/10_pair_files.ipynb #d9e0781f
 def _check_sources(f: dict, where: str) -> None:
@@ -69,11 +92,17 @@ def _check_sources(f: dict, where: str) -> None:
     for name in [*flat, *f["sources"]]:
         said = f["sources"].get(name)
         if name not in flat or not isinstance(said, str) or not said.startswith(ORIGINS):
-            raise UserError(f"the origin of {name} is {said!r}, its value {flat.get(name)!r}", where=f"{where}, sources.{name}",
-                            fix=f"Every setting has a source, and only settings have; it begins with {', '.join(ORIGINS)}.")
+            raise UserError(
+                f"the origin of {name} is {said!r}, its value {flat.get(name)!r}",
+                where=f"{where}, sources.{name}",
+                fix=f"Every setting has a source, and only settings have; it begins with {', '.join(ORIGINS)}.",
+            )
         if (flat[name] == UNKNOWN) != (said.startswith(UNKNOWN)):
-            raise UserError(f"the value is {flat[name]!r}, the source {said!r}", where=f"{where}, sources.{name}",
-                            fix=f'Where the source is "{UNKNOWN}", the value is so too.')
+            raise UserError(
+                f"the value is {flat[name]!r}, the source {said!r}",
+                where=f"{where}, sources.{name}",
+                fix=f'Where the source is "{UNKNOWN}", the value is so too.',
+            )
 
 # %% ../../nbs/5_own_words/10_pair_files.ipynb #9e726ebd
 def load_pair_file(path: Path | str) -> PairFile:
@@ -89,7 +118,11 @@ def load_pair_file(path: Path | str) -> PairFile:
     for who in ("teacher", "student"):
         config_of(f["shapes"].get(who, {}), f"{where}, shapes.{who}")
     if not all(_RATE[0](v) for v in f["memory"].values()) or "peak" not in f["memory"]:
-        raise UserError(f"{f['memory']} should be positive numbers of GB with a peak", where=f"{where}, memory", fix="See `pair_memory`.")
+        raise UserError(
+            f"{f['memory']} should be positive numbers of GB with a peak",
+            where=f"{where}, memory",
+            fix="See `pair_memory`.",
+        )
     check_run({k: v for k, v in f["settings"].items() if v != UNKNOWN or k not in RULES}, where)
     _check_sources(f, where)
     return PairFile(path.stem, **{name: f[name] for name in PARTS})
@@ -97,20 +130,30 @@ def load_pair_file(path: Path | str) -> PairFile:
 # %% ../../nbs/5_own_words/10_pair_files.ipynb #706bd859
 def pair_file(name: str) -> Path:
     "The file of a pair of this checkout, such as gpt2-120m. Raises UserError that lists them."
-    folder = (repo_root() or Path())/"configs"/"minillm"
-    if not (folder/f"{name}.json").is_file():
+    folder = (repo_root() or Path()) / "configs" / "minillm"
+    if not (folder / f"{name}.json").is_file():
         known = ", ".join(sorted(p.stem for p in folder.glob("*.json")))
-        raise UserError(f"there is no pair {name!r}", where="configs/minillm", fix=f"Pairs are {known}." if known else
-                        "The files are in the repository, not in the wheel: pass load_pair_file a path.")
-    return folder/f"{name}.json"
+        raise UserError(
+            f"there is no pair {name!r}",
+            where="configs/minillm",
+            fix=f"Pairs are {known}."
+            if known
+            else "The files are in the repository, not in the wheel: pass load_pair_file a path.",
+        )
+    return folder / f"{name}.json"
 
 
-def pair_settings(pair: PairFile, arm: str, seed: int, **given: Any) -> dict:  # given: settings that replace those of the file
+def pair_settings(
+    pair: PairFile, arm: str, seed: int, **given: Any
+) -> dict:  # given: settings that replace those of the file
     "Parameters of a run of a pair. Raises UserError naming what is not established and was not given."
     missing = [name for name in pair.missing if name not in given]
     if missing:
-        raise UserError(f"{', '.join(missing)}: {UNKNOWN} in our sources of the paper", where=f"{pair.name}.json",
-                        fix="Give values of yours.")
+        raise UserError(
+            f"{', '.join(missing)}: {UNKNOWN} in our sources of the paper",
+            where=f"{pair.name}.json",
+            fix="Give values of yours.",
+        )
     return pair_run(arm, seed, **(pair.settings | given))
 
 # %% ../../nbs/5_own_words/10_pair_files.ipynb #rates-to-try
@@ -118,32 +161,47 @@ def rates_to_try(lrs: Sequence[float], run: dict) -> list[float]:
     "Learning rates of phase 3: the named ones or, if there are none, that of the run. Raises UserError for one that is not positive."
     for lr in lrs:
         if not _RATE[0](lr):
-            raise UserError(f"{lr!r} is no learning rate", where="lrs", fix=f"It should be {_RATE[1]}.")
+            raise UserError(
+                f"{lr!r} is no learning rate", where="lrs", fix=f"It should be {_RATE[1]}."
+            )
     return list(lrs) or [run["lr"]]
 
 # %% ../../nbs/5_own_words/10_pair_files.ipynb #cache-bytes
 def cache_bytes(config, rows: int, columns: int, dtype: torch.dtype = torch.float32) -> int:
     "Bytes of the keys and values of so many rows of so many tokens."
     kept = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size//config.num_attention_heads
-    return 2*config.num_hidden_layers*rows*columns*kept*width*dtype.itemsize
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * rows * columns * kept * width * dtype.itemsize
 
 # %% ../../nbs/5_own_words/10_pair_files.ipynb #e1c2c90b
 def _sft_memory(config, p: dict, length: int) -> dict[str, int]:
     "Bytes of finetuning a model, by part."
     cfg = TrainConfig(steps=1, batch_size=p["micro_batch"] or p["sft_batch"], lr=1.0, **p["train"])
     parts = memory_estimate(config, cfg, length=length, targets=p["max_new_tokens"])
-    logits = 2*4*config.vocab_size*min(validation_batch(cfg), p["valid_rows"] or 64)*p["max_new_tokens"]  # and their logarithms
+    logits = (
+        2
+        * 4
+        * config.vocab_size
+        * min(validation_batch(cfg), p["valid_rows"] or 64)
+        * p["max_new_tokens"]
+    )  # and their logarithms
     del parts["total"]
-    return parts | {"validation": max(0, logits - sum(parts[k] for k in ("gradients", "activations", "logits")))}
+    return parts | {
+        "validation": max(0, logits - sum(parts[k] for k in ("gradients", "activations", "logits")))
+    }
 
 
-def pair_memory(pair: PairFile, **given: Any) -> dict[str, dict[str, int]]:  # given: settings that replace those of the file
+def pair_memory(
+    pair: PairFile, **given: Any
+) -> dict[str, dict[str, int]]:  # given: settings that replace those of the file
     "{phase: {part: bytes, 'total'}} on one GPU, 'peak' the largest, from the shapes of the file: see `memory_estimate`. Loads nothing."
     said = PAIR_RUN | pair.settings | given
     p = said | {k: PAIR_RUN[k] for k, v in said.items() if v == UNKNOWN}
     length, new = p["max_prompt"] + p["max_new_tokens"], p["max_new_tokens"]
-    student, teacher = (config_of(pair.shapes[who], f"{pair.name}.json, shapes.{who}") for who in ("student", "teacher"))
+    student, teacher = (
+        config_of(pair.shapes[who], f"{pair.name}.json, shapes.{who}")
+        for who in ("student", "teacher")
+    )
     found = {} if said["teacher_steps"] == 0 else {"phase 1": _sft_memory(teacher, p, length)}
     found["phase 2"] = _sft_memory(student, p, length)
     cfg = TrainConfig(steps=1, batch_size=p["micro_batch"] or p["minibatch"], lr=1.0, **p["train"])
@@ -152,9 +210,14 @@ def pair_memory(pair: PairFile, **given: Any) -> dict[str, dict[str, int]]:  # g
     del last["total"]
     method = METHODS["minillm"][1](**arm_settings(p | {"arm": "minillm", "seed": 0}))
     drawn = min(method.sample_batch, method.rollouts), length + SPARE
-    found["sampling"] = {"weights": last["weights"], "optimizer": last["optimizer"],
-                         "teacher": last["teacher"] - cfg.batch_size*new*4*teacher.vocab_size,  # without the logits of training
-                         "student's cache": cache_bytes(student, *drawn), "teacher's cache": cache_bytes(teacher, *drawn, teacher.dtype)}
+    found["sampling"] = {
+        "weights": last["weights"],
+        "optimizer": last["optimizer"],
+        "teacher": last["teacher"]
+        - cfg.batch_size * new * 4 * teacher.vocab_size,  # without the logits of training
+        "student's cache": cache_bytes(student, *drawn),
+        "teacher's cache": cache_bytes(teacher, *drawn, teacher.dtype),
+    }
     found["phase 3"] = last
     found = {phase: parts | {"total": sum(parts.values())} for phase, parts in found.items()}
     return found | {"peak": max(found.values(), key=lambda parts: parts["total"])}

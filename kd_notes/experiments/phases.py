@@ -19,33 +19,52 @@ from ..training.method import SFT
 from ..training.state import Callback, TrainConfig
 
 # %% ../../nbs/5_own_words/07_phases.ipynb #dfecdd3f
-def mean_nll(model, rows: list[tuple[list[int], list[int]]],      # (prompt ids, target ids)
-             pad_id: int, batch_size: int = 64) -> float:
+def mean_nll(
+    model,
+    rows: list[tuple[list[int], list[int]]],  # (prompt ids, target ids)
+    pad_id: int,
+    batch_size: int = 64,
+) -> float:
     "Cross-entropy per target token, in nats. Raises UserError if there is none."
     if not any(targets for _, targets in rows):
-        raise UserError(f"{len(rows)} rows have no target token", where="rows", fix="Give at least one row with a response.")
+        raise UserError(
+            f"{len(rows)} rows have no target token",
+            where="rows",
+            fix="Give at least one row with a response.",
+        )
     total = count = 0
     with torch.no_grad():
         for at in range(0, len(rows), batch_size):
-            batch = {k: v.to(model.device) for k, v in causal_batch(rows[at:at + batch_size], pad_id).items()}
+            batch = {
+                k: v.to(model.device)
+                for k, v in causal_batch(rows[at : at + batch_size], pad_id).items()
+            }
             nll = target_nll(model, batch)
             total, count = total + nll.sum().item(), count + len(nll)
-    return total/count
+    return total / count
 
 # %% ../../nbs/5_own_words/07_phases.ipynb #c61a221a
 class _Rows(SFT):
     "SFT on rows {'id', 'prompt', 'gold'} of `encode_prompts`."
+
     def encode(self, row: dict) -> dict[str, list[int]]:
         return {"source": row["prompt"], "target": row["gold"]}
 
 # %% ../../nbs/5_own_words/07_phases.ipynb #5679d956
 def validation_batch(cfg: TrainConfig) -> int:
     "Rows that a validation reads side by side: without gradients, four times those of a training step fit, and 64 are enough."
-    return min(64, 4*cfg.batch_size)
+    return min(64, 4 * cfg.batch_size)
 
 
-def finetune(model, tokenizer, rows: Iterable, valid: Iterable, cfg: TrainConfig, run_dir: Path | str | None = None,
-             callbacks: Iterable[Callback] = ()) -> TrainResult:
+def finetune(
+    model,
+    tokenizer,
+    rows: Iterable,
+    valid: Iterable,
+    cfg: TrainConfig,
+    run_dir: Path | str | None = None,
+    callbacks: Iterable[Callback] = (),
+) -> TrainResult:
     "Phases 1 and 2: SFT; ends with the weights of the lowest validation loss if `cfg.keep_best`. Raises UserError naming bad rows."
     examples, held = encode_prompts(tokenizer, rows), encode_prompts(tokenizer, valid)
     check_answers([*examples, *held])
@@ -56,4 +75,13 @@ def finetune(model, tokenizer, rows: Iterable, valid: Iterable, cfg: TrainConfig
     def validate(model) -> dict:
         loss = mean_nll(model, pairs, tokenizer.pad_token_id, batch_size=validation_batch(cfg))
         return {"score": -loss, "loss": loss}
-    return train(model, _Rows(tokenizer), examples, cfg, run_dir=run_dir, validate=validate, callbacks=callbacks)
+
+    return train(
+        model,
+        _Rows(tokenizer),
+        examples,
+        cfg,
+        run_dir=run_dir,
+        validate=validate,
+        callbacks=callbacks,
+    )

@@ -33,14 +33,26 @@ from .phases import finetune, mean_nll
 from ..generation.sampling import Sampling
 from ..losses.cross_tokenizer import check_tokenizers
 from kd_notes.methods.on_policy import (
-    encode_prompts, OnPolicy, onpolicy_config, repeated_ngrams, train_on_policy,
+    encode_prompts,
+    OnPolicy,
+    onpolicy_config,
+    repeated_ngrams,
+    train_on_policy,
 )
 from ..methods.registry import METHODS, onpolicy_method
 from ..models.layer_drop import make_student
 from ..models.mini import load_mini_tokenizer, mini_model, SIZES
 from kd_notes.models.pretrained import (
-    context_of, count_parameters, default_device, DTYPES, find_smollm2, freeze, load_pretrained,
-    load_teacher, _local_snapshot, resolve_model,
+    context_of,
+    count_parameters,
+    default_device,
+    DTYPES,
+    find_smollm2,
+    freeze,
+    load_pretrained,
+    load_teacher,
+    _local_snapshot,
+    resolve_model,
 )
 from ..runner.grid import load_record, run_grid
 from ..runner.runs import run_folder
@@ -50,18 +62,33 @@ from ..training.state import TrainConfig
 
 # %% ../../nbs/5_own_words/09_pretrained_pairs.ipynb #32574ae1
 PAIR_RUN = {
-    "teacher": "smollm2", "student": "layers:6",      # smollm2, hub:<id>, a folder, mini:<size>; a student also layers:<n>
+    "teacher": "smollm2",
+    "student": "layers:6",  # smollm2, hub:<id>, a folder, mini:<size>; a student also layers:<n>
     "teacher_dtype": "float32",
-    "data": "prompts", "train_rows": 192, "valid_rows": 24,            # prompts, dolly, hub:<id>; rows 0: all
-    "template": "chat", "system": "",                 # chat: the tokenizer's own, or a plain one; alpaca. System message, or None
-    "max_prompt": 80, "max_new_tokens": 48,           # tokens; longer rows are left out
-    "corpus": None, "corpus_rows": 2000,              # of the language-modelling term: hub:<id>, a file in KD_NOTES_DATA; None: no term
-    "teacher_steps": 0, "teacher_lr": 5e-5,           # phase 1; steps may be "3 epochs"; 0: the teacher follows instructions already
-    "student_steps": 160, "student_lr": 1e-3, "sft_batch": 8,          # phase 2
-    "steps": 48, "lr": 2e-4, "minibatch": 8,          # phase 3, the same for every arm
-    "minillm": {},                                    # MiniLLM's settings, such as {"alpha": 0.5}; other arms have none
-    "micro_batch": 0, "train": {},                    # rows at a time, 0: all of a batch; of TrainConfig, such as {"precision": "bf16"}
-    "evaluate": ["prompts"], "score_rows": 0, "score_seeds": 5}    # prompts, dolly, selfinst, sni, hub:<id>, a file in KD_NOTES_DATA
+    "data": "prompts",
+    "train_rows": 192,
+    "valid_rows": 24,  # prompts, dolly, hub:<id>; rows 0: all
+    "template": "chat",
+    "system": "",  # chat: the tokenizer's own, or a plain one; alpaca. System message, or None
+    "max_prompt": 80,
+    "max_new_tokens": 48,  # tokens; longer rows are left out
+    "corpus": None,
+    "corpus_rows": 2000,  # of the language-modelling term: hub:<id>, a file in KD_NOTES_DATA; None: no term
+    "teacher_steps": 0,
+    "teacher_lr": 5e-5,  # phase 1; steps may be "3 epochs"; 0: the teacher follows instructions already
+    "student_steps": 160,
+    "student_lr": 1e-3,
+    "sft_batch": 8,  # phase 2
+    "steps": 48,
+    "lr": 2e-4,
+    "minibatch": 8,  # phase 3, the same for every arm
+    "minillm": {},  # MiniLLM's settings, such as {"alpha": 0.5}; other arms have none
+    "micro_batch": 0,
+    "train": {},  # rows at a time, 0: all of a batch; of TrainConfig, such as {"precision": "bf16"}
+    "evaluate": ["prompts"],
+    "score_rows": 0,
+    "score_seeds": 5,
+}  # prompts, dolly, selfinst, sni, hub:<id>, a file in KD_NOTES_DATA
 
 # %% ../../nbs/5_own_words/09_pretrained_pairs.ipynb #aa39e8fa
 def _whole(least: int) -> tuple[Callable, str]:
@@ -78,48 +105,105 @@ EVAL_FILES = {"selfinst": "selfinst_valid.jsonl", "sni": "superni_11plus_valid.j
 def is_set(name: Any, training: bool = False) -> bool:
     "Whether a set of instructions can be called so; `training`: whether it has rows to train on."
     known = ("prompts", "dolly") if training else ("prompts", "dolly", *EVAL_FILES)
-    return isinstance(name, str) and (name in known or _is_hub(name) or name.endswith(".jsonl") and not training)
+    return isinstance(name, str) and (
+        name in known or _is_hub(name) or name.endswith(".jsonl") and not training
+    )
 
 
 def _is_hub(name: str) -> bool:
     return bool(re.fullmatch(r"hub:.+", name))
 
 # %% ../../nbs/5_own_words/09_pretrained_pairs.ipynb #8511d821
-_NAME, _TABLE = (lambda v: isinstance(v, str) and bool(v), "a text"), (lambda v: isinstance(v, dict), "an object")
+_NAME, _TABLE = (
+    (lambda v: isinstance(v, str) and bool(v), "a text"),
+    (lambda v: isinstance(v, dict), "an object"),
+)
 _RATE = (lambda v: type(v) in (int, float) and 0 < v < math.inf, "a positive number")
-_LENGTH = (lambda v: type(v) is int and v >= 0 or isinstance(v, str) and bool(re.fullmatch(r"\d+(\.\d+)? epochs?", v)),
-           'a number of steps, or a text such as "3 epochs"')
+_LENGTH = (
+    lambda v: (
+        type(v) is int
+        and v >= 0
+        or isinstance(v, str)
+        and bool(re.fullmatch(r"\d+(\.\d+)? epochs?", v))
+    ),
+    'a number of steps, or a text such as "3 epochs"',
+)
 RULES: dict[str, tuple[Callable, str]] = {
-    "arm": _among(*METHODS, *UNTRAINED), "seed": _whole(0), "teacher": _NAME, "student": _NAME, "teacher_dtype": _among(*DTYPES),
-    "data": (lambda v: is_set(v, True), "prompts, dolly or hub:<id>"), "train_rows": _whole(0), "valid_rows": _whole(0),
-    "template": _among("chat", "alpaca"), "system": (lambda v: v is None or isinstance(v, str), "a text or null"),
-    "max_prompt": _whole(1), "max_new_tokens": _whole(1), "corpus_rows": _whole(1),
-    "corpus": (lambda v: v is None or isinstance(v, str) and (_is_hub(v) or v.endswith(".jsonl")), "null, hub:<id> or a .jsonl file"),
-    "teacher_steps": _LENGTH, "teacher_lr": _RATE, "student_steps": _LENGTH, "student_lr": _RATE, "sft_batch": _whole(1),
-    "steps": _whole(1), "lr": _RATE, "minibatch": _whole(1), "minillm": _TABLE, "micro_batch": _whole(0), "train": _TABLE,
-    "evaluate": (lambda v: isinstance(v, list) and all(map(is_set, v)),
-                 f"a list of prompts, dolly, {', '.join(EVAL_FILES)}, hub:<id>, .jsonl files"),
-    "score_rows": _whole(0), "score_seeds": (lambda v: v in range(1, 1 + len(EVAL_SEEDS)), f"from 1 to {len(EVAL_SEEDS)}")}
+    "arm": _among(*METHODS, *UNTRAINED),
+    "seed": _whole(0),
+    "teacher": _NAME,
+    "student": _NAME,
+    "teacher_dtype": _among(*DTYPES),
+    "data": (lambda v: is_set(v, True), "prompts, dolly or hub:<id>"),
+    "train_rows": _whole(0),
+    "valid_rows": _whole(0),
+    "template": _among("chat", "alpaca"),
+    "system": (lambda v: v is None or isinstance(v, str), "a text or null"),
+    "max_prompt": _whole(1),
+    "max_new_tokens": _whole(1),
+    "corpus_rows": _whole(1),
+    "corpus": (
+        lambda v: v is None or isinstance(v, str) and (_is_hub(v) or v.endswith(".jsonl")),
+        "null, hub:<id> or a .jsonl file",
+    ),
+    "teacher_steps": _LENGTH,
+    "teacher_lr": _RATE,
+    "student_steps": _LENGTH,
+    "student_lr": _RATE,
+    "sft_batch": _whole(1),
+    "steps": _whole(1),
+    "lr": _RATE,
+    "minibatch": _whole(1),
+    "minillm": _TABLE,
+    "micro_batch": _whole(0),
+    "train": _TABLE,
+    "evaluate": (
+        lambda v: isinstance(v, list) and all(map(is_set, v)),
+        f"a list of prompts, dolly, {', '.join(EVAL_FILES)}, hub:<id>, .jsonl files",
+    ),
+    "score_rows": _whole(0),
+    "score_seeds": (lambda v: v in range(1, 1 + len(EVAL_SEEDS)), f"from 1 to {len(EVAL_SEEDS)}"),
+}
 
 # %% ../../nbs/5_own_words/09_pretrained_pairs.ipynb #6eaf0b26
 def arm_settings(p: dict) -> dict:
     "Settings of a run's method. MiniLLM goes 4 times through 4 mini-batches, as in the paper; SeqKD's text is kept for longer."
     kept = 4 if p["arm"].startswith("minillm") else 16 if p["arm"] == "seqkd" else 1
-    return ({"rollouts": kept*p["minibatch"], "minibatch": p["minibatch"], "max_new_tokens": p["max_new_tokens"], "seed": p["seed"]}
-            | ({"inner_epochs": 4} if kept > 1 else {}) | ({} if p["corpus"] else {"pt_weight": 0.0}) | p["minillm"])
+    return (
+        {
+            "rollouts": kept * p["minibatch"],
+            "minibatch": p["minibatch"],
+            "max_new_tokens": p["max_new_tokens"],
+            "seed": p["seed"],
+        }
+        | ({"inner_epochs": 4} if kept > 1 else {})
+        | ({} if p["corpus"] else {"pt_weight": 0.0})
+        | p["minillm"]
+    )
 
 # %% ../../nbs/5_own_words/09_pretrained_pairs.ipynb #03422a56
 def check_run(row: dict, where: str = "pair_run") -> dict:
     "The row. Raises UserError naming the first field that makes no sense."
     for name, value in row.items():
         if name not in RULES:
-            raise UserError(f"{name!r} is not a setting of a run", where=where, fix=f"Settings are {', '.join(RULES)}.")
+            raise UserError(
+                f"{name!r} is not a setting of a run",
+                where=where,
+                fix=f"Settings are {', '.join(RULES)}.",
+            )
         if not RULES[name][0](value):
-            raise UserError(f"{value!r} is not possible", where=f"{where}, {name}", fix=f"It should be {RULES[name][1]}.")
+            raise UserError(
+                f"{value!r} is not possible",
+                where=f"{where}, {name}",
+                fix=f"It should be {RULES[name][1]}.",
+            )
     for name in ("minibatch", "sft_batch"):
         if row.get("micro_batch") and row.get(name, 0) % row["micro_batch"]:
-            raise UserError(f"{row[name]} rows are no whole number of micro-batches of {row['micro_batch']}", where=f"{where}, {name}",
-                            fix="micro_batch must divide minibatch and sft_batch.")
+            raise UserError(
+                f"{row[name]} rows are no whole number of micro-batches of {row['micro_batch']}",
+                where=f"{where}, {name}",
+                fix="micro_batch must divide minibatch and sft_batch.",
+            )
     _check_tables(PAIR_RUN | {"seed": 0} | row, where)
     return row
 
@@ -138,8 +222,16 @@ def _check_tables(p: dict, where: str) -> None:
         try:
             build()
         except (TypeError, UserError) as e:
-            what = f"{e.where}: {e.what}" if isinstance(e, UserError) else str(e).split("__init__() ")[-1]
-            raise UserError(what, where=f"{where}, {name}", fix="See the fields of MiniLLMConfig and TrainConfig.") from e
+            what = (
+                f"{e.where}: {e.what}"
+                if isinstance(e, UserError)
+                else str(e).split("__init__() ")[-1]
+            )
+            raise UserError(
+                what,
+                where=f"{where}, {name}",
+                fix="See the fields of MiniLLMConfig and TrainConfig.",
+            ) from e
 
 # %% ../../nbs/5_own_words/09_pretrained_pairs.ipynb #37ff43ce
 def pair_run(arm: str, seed: int, **settings: Any) -> dict:  # settings: any of PAIR_RUN
@@ -153,6 +245,7 @@ def pair_run(arm: str, seed: int, **settings: Any) -> dict:  # settings: any of 
 @dataclass(frozen=True)
 class Asked:
     "An instruction and the answers that are right."
+
     id: str
     messages: tuple[dict, ...]
     references: tuple[str, ...]
@@ -161,56 +254,110 @@ class Asked:
 def asked(row: dict, id: str, where: str) -> Asked:
     "A row with instruction (or prompt), input (or context), output (or response; a text or a list). Raises UserError without an answer."
     known = row.get("output", row.get("response"))
-    known = [text for text in (known if isinstance(known, list) else [known]) if isinstance(text, str) and text.strip()]
+    known = [
+        text
+        for text in (known if isinstance(known, list) else [known])
+        if isinstance(text, str) and text.strip()
+    ]
     if not known:
-        raise UserError("this row has nothing to compare an answer with", where=where, fix="Give it `output`: a text, or a list of texts.")
-    texts = {"instruction": row.get("instruction", row.get("prompt")), "input": row.get("input", row.get("context")), "output": known[0]}
+        raise UserError(
+            "this row has nothing to compare an answer with",
+            where=where,
+            fix="Give it `output`: a text, or a list of texts.",
+        )
+    texts = {
+        "instruction": row.get("instruction", row.get("prompt")),
+        "input": row.get("input", row.get("context")),
+        "output": known[0],
+    }
     return Asked(id, dialogue(texts, id, where).messages, tuple(known))
 
 # %% ../../nbs/5_own_words/09_pretrained_pairs.ipynb #7e9746e7
 def real_file(name: str) -> Path:
     "A file in $KD_NOTES_DATA. Raises UserError if there is no folder or no file."
     folder = os.environ.get("KD_NOTES_DATA", "")
-    path = Path(folder)/Path(name).name
+    path = Path(folder) / Path(name).name
     if not folder or not path.is_file():
-        raise UserError(f"{path.name} is not here", where="KD_NOTES_DATA", fix=f"Set this environment variable to a folder with "
-                        f"{path.name}: one JSON object a line with id, instruction, input and output.")
+        raise UserError(
+            f"{path.name} is not here",
+            where="KD_NOTES_DATA",
+            fix=f"Set this environment variable to a folder with "
+            f"{path.name}: one JSON object a line with id, instruction, input and output.",
+        )
     return path
 
 # %% ../../nbs/5_own_words/09_pretrained_pairs.ipynb #789396f0
-def load_set(name: str, split: str = "test") -> list[Asked]:  # split: train, validation, test; all of a hub set; a file is a test split
+def load_set(
+    name: str, split: str = "test"
+) -> list[Asked]:  # split: train, validation, test; all of a hub set; a file is a test split
     "A set of instructions. Raises UserError if it is unknown, missing, or a row has no answer."
     if name in ("prompts", "dolly"):
-        return [Asked(d.id, d.messages, (d.response,)) for d in (load_prompts if name == "prompts" else dolly_dialogues)(split)]
+        return [
+            Asked(d.id, d.messages, (d.response,))
+            for d in (load_prompts if name == "prompts" else dolly_dialogues)(split)
+        ]
     if name.startswith("hub:"):
         rows = [asked(row, f"hub-{i}", f"{name}, row {i}") for i, row in enumerate(hub_rows(name))]
         return rows if split == "all" else split_rows(rows, split, name)
     if not is_set(name) or split != "test":
-        raise UserError(f"there is no set {name!r} with a part {split!r}", where="load_set", fix=f"Use {RULES['evaluate'][1]}.")
+        raise UserError(
+            f"there is no set {name!r} with a part {split!r}",
+            where="load_set",
+            fix=f"Use {RULES['evaluate'][1]}.",
+        )
     path = real_file(EVAL_FILES.get(name, name))
-    return [asked(row, str(row.get("id", i)), where) for i, (where, row) in enumerate(numbered_rows(path))]
+    return [
+        asked(row, str(row.get("id", i)), where)
+        for i, (where, row) in enumerate(numbered_rows(path))
+    ]
 
 # %% ../../nbs/5_own_words/09_pretrained_pairs.ipynb #0c39ab5b
-ALPACA = ("{{ 'Below is an instruction that describes a task. Write a response that appropriately completes the request.\\n\\n' }}"
-          + PLAIN_TEMPLATE)
+ALPACA = (
+    "{{ 'Below is an instruction that describes a task. Write a response that appropriately completes the request.\\n\\n' }}"
+    + PLAIN_TEMPLATE
+)
 
 # %% ../../nbs/5_own_words/09_pretrained_pairs.ipynb #8cecc286
-def fitting_rows(p: dict, split: str, tokenizer, name: str | None = None) -> tuple[list[dict], int]:  # name: a set; None: the data
+def fitting_rows(
+    p: dict, split: str, tokenizer, name: str | None = None
+) -> tuple[list[dict], int]:  # name: a set; None: the data
     "Rows {'id', 'prompt', 'response', 'references'}, ids but for the references, and the number of over-long ones. Raises UserError."
-    wanted, found, left = {"train": p["train_rows"], "validation": p["valid_rows"], "test": p.get("score_rows", 0)}[split], [], 0
-    foreign = split == "test" and name not in (None, p["data"]) and _is_hub(name)  # nobody trains on it: it needs no split
+    wanted, found, left = (
+        {"train": p["train_rows"], "validation": p["valid_rows"], "test": p.get("score_rows", 0)}[
+            split
+        ],
+        [],
+        0,
+    )
+    foreign = (
+        split == "test" and name not in (None, p["data"]) and _is_hub(name)
+    )  # nobody trains on it: it needs no split
     for a in load_set(name or p["data"], "all" if foreign else split):
         prompt = prompt_ids(Dialogue(a.id, a.messages, "", a.id), tokenizer, p["system"])
-        gold = tokenizer.encode(a.references[0], add_special_tokens=False) + [tokenizer.eos_token_id]
-        if len(prompt) <= p["max_prompt"] and (split != "train" or len(gold) <= p["max_new_tokens"]):
-            found.append({"id": a.id, "prompt": prompt, "response": gold[:p["max_new_tokens"]], "references": list(a.references)})
+        gold = tokenizer.encode(a.references[0], add_special_tokens=False) + [
+            tokenizer.eos_token_id
+        ]
+        if len(prompt) <= p["max_prompt"] and (
+            split != "train" or len(gold) <= p["max_new_tokens"]
+        ):
+            found.append(
+                {
+                    "id": a.id,
+                    "prompt": prompt,
+                    "response": gold[: p["max_new_tokens"]],
+                    "references": list(a.references),
+                }
+            )
         else:
             left += 1
         if len(found) == (wanted or -1):
             break
     if len(found) < 2:
-        raise UserError(f"{len(found)} rows have prompts of at most {p['max_prompt']} tokens", where=f"{name or p['data']}, {split}",
-                        fix="Raise max_prompt (and max_new_tokens, for training rows).")
+        raise UserError(
+            f"{len(found)} rows have prompts of at most {p['max_prompt']} tokens",
+            where=f"{name or p['data']}, {split}",
+            fix="Raise max_prompt (and max_new_tokens, for training rows).",
+        )
     return found, left
 
 
@@ -224,10 +371,16 @@ def corpus_texts(p: dict) -> list[str]:
     if p["corpus"] is None:
         return []
     hub = _is_hub(p["corpus"])
-    rows = hub_rows(p["corpus"], streaming=True) if hub else (row for _, row in numbered_rows(real_file(p["corpus"])))
+    rows = (
+        hub_rows(p["corpus"], streaming=True)
+        if hub
+        else (row for _, row in numbered_rows(real_file(p["corpus"])))
+    )
     texts = [row.get("text") for row in islice(rows, p["corpus_rows"])]
     if not texts or not all(isinstance(t, str) for t in texts):
-        raise UserError("a row has no text", where=p["corpus"], fix='Rows of a corpus have the field "text".')
+        raise UserError(
+            "a row has no text", where=p["corpus"], fix='Rows of a corpus have the field "text".'
+        )
     return texts
 
 # %% ../../nbs/5_own_words/09_pretrained_pairs.ipynb #caab4499
@@ -236,7 +389,11 @@ def _mini(spec: str, seed: int, device: str | None):
     if kind != "mini":
         return None
     if size not in SIZES["causal"]:
-        raise UserError(f"there is no mini model {size!r}", where=spec, fix=f"Sizes are {', '.join(SIZES['causal'])}.")
+        raise UserError(
+            f"there is no mini model {size!r}",
+            where=spec,
+            fix=f"Sizes are {', '.join(SIZES['causal'])}.",
+        )
     tok = load_mini_tokenizer()
     return mini_model("causal", size, len(tok), seed=seed).to(device or default_device()), tok
 
@@ -250,15 +407,20 @@ def _with_template(tokenizer, p: dict):
 def open_teacher(p: dict, trainable: bool = False):  # trainable: for phase 1, in float32
     "(model, tokenizer) of the teacher before phase 1. Raises UserError."
     device = p["train"].get("device")
-    found = _mini(p["teacher"], 0, device) or (load_pretrained(p["teacher"], device=device) if trainable else
-                                            load_teacher(p["teacher"], dtype=p["teacher_dtype"], device=device))
+    found = _mini(p["teacher"], 0, device) or (
+        load_pretrained(p["teacher"], device=device)
+        if trainable
+        else load_teacher(p["teacher"], dtype=p["teacher_dtype"], device=device)
+    )
     return found[0] if trainable else freeze(found[0]), _with_template(found[1], p)
 
 
 def open_student(p: dict, teacher, tokenizer):
     "(model, tokenizer) of the student before phase 2, in float32. Raises UserError, also for a tokenizer that is not the teacher's."
     device = p["train"].get("device")
-    model, own = _mini(p["student"], p["seed"], device) or make_student(p["student"], teacher, tokenizer, device=device)
+    model, own = _mini(p["student"], p["seed"], device) or make_student(
+        p["student"], teacher, tokenizer, device=device
+    )
     check_tokenizers(own, tokenizer)
     return model, _with_template(own, p)
 
@@ -266,13 +428,17 @@ def open_student(p: dict, teacher, tokenizer):
 def _tokenizer(spec: str):
     "The tokenizer of a spec, without its model. Raises UserError."
     from transformers import AutoTokenizer
+
     if spec.startswith("mini:"):
         return load_mini_tokenizer()
     try:
         return AutoTokenizer.from_pretrained(_local_snapshot(resolve_model(spec), None, None))
     except (OSError, ValueError) as e:
-        raise UserError(f"the tokenizer could not be loaded: {(str(e).strip() or type(e).__name__).splitlines()[0]}", where=spec,
-                        fix="Check the name; a model of the hub needs a network or a filled cache.") from e
+        raise UserError(
+            f"the tokenizer could not be loaded: {(str(e).strip() or type(e).__name__).splitlines()[0]}",
+            where=spec,
+            fix="Check the name; a model of the hub needs a network or a filled cache.",
+        ) from e
 
 
 def run_tokenizer(p: dict):
@@ -287,13 +453,20 @@ def check_room(p: dict, *models) -> None:
     "Raises UserError if prompt and answer do not fit the context of every model."
     room, need = context_of(*models), p["max_prompt"] + p["max_new_tokens"]
     if room and need > room:
-        raise UserError(f"prompts of {p['max_prompt']} and answers of {p['max_new_tokens']} tokens do not fit a context of {room}",
-                        where="max_prompt, max_new_tokens", fix=f"Their sum can be at most {room}.")
+        raise UserError(
+            f"prompts of {p['max_prompt']} and answers of {p['max_new_tokens']} tokens do not fit a context of {room}",
+            where="max_prompt, max_new_tokens",
+            fix=f"Their sum can be at most {room}.",
+        )
 
 
 def total_steps(length: int | str, rows: int, batch: int) -> int:  # length: steps, or "3 epochs"
     "Optimizer steps of a phase."
-    return length if isinstance(length, int) else max(1, math.ceil(float(length.split()[0])*rows/batch))
+    return (
+        length
+        if isinstance(length, int)
+        else max(1, math.ceil(float(length.split()[0]) * rows / batch))
+    )
 
 # %% ../../nbs/5_own_words/09_pretrained_pairs.ipynb #8b9d63a2
 def merged(model):
@@ -301,40 +474,92 @@ def merged(model):
     return model.merge_and_unload() if hasattr(model, "peft_config") else model
 
 
-def sft_phase(model, tokenizer, p: dict, length: int | str, lr: float, seed: int, folder: Path) -> TrainResult:
+def sft_phase(
+    model, tokenizer, p: dict, length: int | str, lr: float, seed: int, folder: Path
+) -> TrainResult:
     "Finetune on the run's instructions and save the best checkpoint in folder/model. Continues a killed run. Raises UserError."
     check_room(p, model)
     rows, held = run_rows(p, "train", tokenizer), run_rows(p, "validation", tokenizer)
-    steps, micro = total_steps(length, len(rows), p["sft_batch"]), p["micro_batch"] or p["sft_batch"]
-    cfg = TrainConfig(**({"steps": steps, "batch_size": micro, "accumulate": p["sft_batch"]//micro, "lr": lr, "warmup": 0.05,
-                          "schedule": "cosine", "weight_decay": 0.01, "seed": seed, "eval_every": max(1, steps//8),
-                          "save_every": max(1, min(100, steps//4)), "keep_best": True} | p["train"]))
-    result = finetune(model, tokenizer, rows, held, cfg, run_dir=folder/"sft")
+    steps, micro = (
+        total_steps(length, len(rows), p["sft_batch"]),
+        p["micro_batch"] or p["sft_batch"],
+    )
+    cfg = TrainConfig(
+        **(
+            {
+                "steps": steps,
+                "batch_size": micro,
+                "accumulate": p["sft_batch"] // micro,
+                "lr": lr,
+                "warmup": 0.05,
+                "schedule": "cosine",
+                "weight_decay": 0.01,
+                "seed": seed,
+                "eval_every": max(1, steps // 8),
+                "save_every": max(1, min(100, steps // 4)),
+                "keep_best": True,
+            }
+            | p["train"]
+        )
+    )
+    result = finetune(model, tokenizer, rows, held, cfg, run_dir=folder / "sft")
     result.model = merged(result.model)
-    save_model(result.model, folder/"model", tokenizer)
+    save_model(result.model, folder / "model", tokenizer)
     return result
 
 # %% ../../nbs/5_own_words/09_pretrained_pairs.ipynb #06dedc7b
 def _sft_metrics(result: TrainResult) -> dict:
-    return {"loss": result.best["loss"], "best_step": result.best["step"], "parameters": count_parameters(result.model),
-            "train_seconds": result.seconds}
+    return {
+        "loss": result.best["loss"],
+        "best_step": result.best["step"],
+        "parameters": count_parameters(result.model),
+        "train_seconds": result.seconds,
+    }
 
 
 def train_pair_teacher(params: dict, folder: Path) -> dict:
     "Phase 1. For `run_grid`; the model is in folder/model."
     model, tok = open_teacher(params, trainable=True)
-    return _sft_metrics(sft_phase(model, tok, params, params["teacher_steps"], params["teacher_lr"], 0, folder))
+    return _sft_metrics(
+        sft_phase(model, tok, params, params["teacher_steps"], params["teacher_lr"], 0, folder)
+    )
 
 
 def train_pair_student(params: dict, folder: Path) -> dict:
     "Phase 2. For `run_grid`; the model is in folder/model."
     model, tok = open_student(params, *pair_teacher(params))
-    return _sft_metrics(sft_phase(model, tok, params, params["student_steps"], params["student_lr"], params["seed"], folder))
+    return _sft_metrics(
+        sft_phase(
+            model,
+            tok,
+            params,
+            params["student_steps"],
+            params["student_lr"],
+            params["seed"],
+            folder,
+        )
+    )
 
 # %% ../../nbs/5_own_words/09_pretrained_pairs.ipynb #3902bd39
-_PHASE_1 = ("teacher", "data", "template", "system", "train_rows", "valid_rows", "max_prompt", "max_new_tokens", "teacher_steps",
-            "teacher_lr", "sft_batch", "micro_batch", "train")
-PHASES = {"teacher": _PHASE_1, "student": (*_PHASE_1, "teacher_dtype", "student", "student_steps", "student_lr", "seed")}
+_PHASE_1 = (
+    "teacher",
+    "data",
+    "template",
+    "system",
+    "train_rows",
+    "valid_rows",
+    "max_prompt",
+    "max_new_tokens",
+    "teacher_steps",
+    "teacher_lr",
+    "sft_batch",
+    "micro_batch",
+    "train",
+)
+PHASES = {
+    "teacher": _PHASE_1,
+    "student": (*_PHASE_1, "teacher_dtype", "student", "student_steps", "student_lr", "seed"),
+}
 
 
 def phase_run(phase: str, p: dict) -> dict:
@@ -344,34 +569,59 @@ def phase_run(phase: str, p: dict) -> dict:
 # %% ../../nbs/5_own_words/09_pretrained_pairs.ipynb #aa932e53
 def spec_checksums(spec: str) -> dict[str, str]:
     "SHA-256 of the weights, the config and the tokenizer behind a spec that is on this machine."
-    folder = Path(spec) if (Path(spec)/"config.json").is_file() else None
-    files = [find_smollm2()] if spec == "smollm2" else sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")]) if folder else []
+    folder = Path(spec) if (Path(spec) / "config.json").is_file() else None
+    files = (
+        [find_smollm2()]
+        if spec == "smollm2"
+        else sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")])
+        if folder
+        else []
+    )
     return {f"{Path(spec).name}/{f.name}": sha256_file(f) for f in files}
 
 
 def set_files(names: Sequence[str]) -> list[str]:
     "Names of the files in KD_NOTES_DATA that these sets are read from."
-    files = {f for f in (EVAL_FILES.get(s, s) for s in names) if f.endswith(".jsonl") and not _is_hub(f)}
+    files = {
+        f for f in (EVAL_FILES.get(s, s) for s in names) if f.endswith(".jsonl") and not _is_hub(f)
+    }
     return sorted(files | ({"dolly_train.jsonl", "dolly_dev.jsonl"} if "dolly" in names else set()))
 
 
 def run_checksums(p: dict) -> dict[str, str]:
     "SHA-256 of what decides a phase or a run besides code and parameters. Raises UserError for a missing file."
     sets = {p["data"], *p.get("evaluate", ())}
-    found = {name: sha256_file(real_file(name)) for name in set_files([*sets, p.get("corpus") or ""])}
+    found = {
+        name: sha256_file(real_file(name)) for name in set_files([*sets, p.get("corpus") or ""])
+    }
     if "prompts" in sets:
-        found |= {f"prompts/{k}": v for k, v in verify_checksums(data_dir()/"prompts").items() if k.endswith(".jsonl")}
+        found |= {
+            f"prompts/{k}": v
+            for k, v in verify_checksums(data_dir() / "prompts").items()
+            if k.endswith(".jsonl")
+        }
     return found | spec_checksums(p["teacher"]) | spec_checksums(p.get("student", ""))
 
 # %% ../../nbs/5_own_words/09_pretrained_pairs.ipynb #627edfda
-def run_phase(phase: str, rows: Sequence[dict], **how: Any) -> list[dict]:  # how: jobs, threads, use_record, desc of `run_grid`
+def run_phase(
+    phase: str, rows: Sequence[dict], **how: Any
+) -> list[dict]:  # how: jobs, threads, use_record, desc of `run_grid`
     "Results of a phase (teacher, student, arm) for each row, in their order; from the cache where they are there."
     rows, found = [phase_run(phase, p) for p in rows], {}
     known = load_record(f"pair_{phase}") if how.get("use_record") else {}
-    sums = [{} if stable_hash(p) in known else run_checksums(p) for p in rows]  # what is recorded needs no files
+    sums = [
+        {} if stable_hash(p) in known else run_checksums(p) for p in rows
+    ]  # what is recorded needs no files
     for each in {stable_hash(s): s for s in sums}.values():
         mine = [p for p, s in zip(rows, sums) if s == each]
-        done = run_grid(f"pair_{phase}", f"kd_notes.experiments.pretrained_pairs:train_pair_{phase}", mine, modules=["experiments.pretrained_pairs"], checksums=each, **how)
+        done = run_grid(
+            f"pair_{phase}",
+            f"kd_notes.experiments.pretrained_pairs:train_pair_{phase}",
+            mine,
+            modules=["experiments.pretrained_pairs"],
+            checksums=each,
+            **how,
+        )
         found |= {stable_hash(p): d for p, d in zip(mine, done)}
     return [found[stable_hash(p)] for p in rows]
 
@@ -379,14 +629,16 @@ def run_phase(phase: str, rows: Sequence[dict], **how: Any) -> list[dict]:  # ho
 def phase_model(phase: str, p: dict) -> Path:
     "Folder with the model that a phase left, which is run now if it has not been."
     done = run_phase(phase, [p], threads=torch.get_num_threads())[0]
-    return run_folder(f"pair_{phase}", done["key"])/"model"
+    return run_folder(f"pair_{phase}", done["key"]) / "model"
 
 
 def pair_teacher(p: dict):
     "(model, tokenizer) of the teacher after phase 1."
     if p["teacher_steps"] == 0:
         return open_teacher(p)
-    return load_teacher(phase_model("teacher", p), dtype=p["teacher_dtype"], device=p["train"].get("device"))
+    return load_teacher(
+        phase_model("teacher", p), dtype=p["teacher_dtype"], device=p["train"].get("device")
+    )
 
 
 def pair_start(p: dict):
@@ -394,47 +646,109 @@ def pair_start(p: dict):
     return load_pretrained(phase_model("student", p), device=p["train"].get("device"))
 
 # %% ../../nbs/5_own_words/09_pretrained_pairs.ipynb #d94d3ec1
-def set_metrics(model, teacher, tokenizer, rows: list[dict], seeds: Sequence[int], max_new_tokens: int,
-                no_repeat_ngram: int = 0) -> dict:  # of `sample_answers`
+def set_metrics(
+    model,
+    teacher,
+    tokenizer,
+    rows: list[dict],
+    seeds: Sequence[int],
+    max_new_tokens: int,
+    no_repeat_ngram: int = 0,
+) -> dict:  # of `sample_answers`
     "Rouge-L (also per row, packed), exact match, lengths, repetition, loss on gold answers, and divergences from the teacher, in nats."
-    written = sample_answers(model, tokenizer, [r["prompt"] for r in rows], seeds=seeds, max_new_tokens=max_new_tokens,
-                             no_repeat_ngram=no_repeat_ngram)
+    written = sample_answers(
+        model,
+        tokenizer,
+        [r["prompt"] for r in rows],
+        seeds=seeds,
+        max_new_tokens=max_new_tokens,
+        no_repeat_ngram=no_repeat_ngram,
+    )
     found, own = text_metrics(written, rows), written.response_ids[0]
     width = {m.get_output_embeddings().weight.shape[0] for m in (model, teacher)}
-    kl = kl_per_position(model, teacher, written.prompt_ids, own, batch_size=8, size=len(tokenizer) if len(width) > 1 else None)
+    kl = kl_per_position(
+        model,
+        teacher,
+        written.prompt_ids,
+        own,
+        batch_size=8,
+        size=len(tokenizer) if len(width) > 1 else None,
+    )
     gold = [(r["prompt"], r["gold"]) for r in encode_prompts(tokenizer, rows)]
-    return {"rouge_l": float(found["rouge_l"].mean()), "items": pack_numbers(found["rouge_l"].mean(0), "u1"), "rows": len(rows),
-            "exact": float(found["exact"].mean()), "length": float(found["length"].mean()), "finished": float(found["finished"].mean()),
-            "repetition": sum(map(repeated_ngrams, own))/len(own), "loss": mean_nll(model, gold, tokenizer.pad_token_id, batch_size=8),
-            "forward_kl": torch.cat(kl.forward).mean().item(), "reverse_kl": torch.cat(kl.reverse).mean().item()}
+    return {
+        "rouge_l": float(found["rouge_l"].mean()),
+        "items": pack_numbers(found["rouge_l"].mean(0), "u1"),
+        "rows": len(rows),
+        "exact": float(found["exact"].mean()),
+        "length": float(found["length"].mean()),
+        "finished": float(found["finished"].mean()),
+        "repetition": sum(map(repeated_ngrams, own)) / len(own),
+        "loss": mean_nll(model, gold, tokenizer.pad_token_id, batch_size=8),
+        "forward_kl": torch.cat(kl.forward).mean().item(),
+        "reverse_kl": torch.cat(kl.reverse).mean().item(),
+    }
 
 # %% ../../nbs/5_own_words/09_pretrained_pairs.ipynb #7f7d6084
 def pair_method(p: dict, teacher, teacher_tokenizer, tokenizer, rows: list[dict]) -> OnPolicy:
     "The method of a run's arm. Raises UserError for tokenizers that differ."
-    return onpolicy_method(p["arm"], tokenizer, teacher, rows, corpus=corpus_texts(p), teacher_tokenizer=teacher_tokenizer,
-                           **arm_settings(p))
+    return onpolicy_method(
+        p["arm"],
+        tokenizer,
+        teacher,
+        rows,
+        corpus=corpus_texts(p),
+        teacher_tokenizer=teacher_tokenizer,
+        **arm_settings(p),
+    )
 
 
 def _autocast(p: dict):
     "The precision of a run, for evaluation."
-    return torch.autocast(default_device() if p["train"].get("device") is None else p["train"]["device"], torch.bfloat16,
-                          enabled=p["train"].get("precision") == "bf16")
+    return torch.autocast(
+        default_device() if p["train"].get("device") is None else p["train"]["device"],
+        torch.bfloat16,
+        enabled=p["train"].get("precision") == "bf16",
+    )
 
 # %% ../../nbs/5_own_words/09_pretrained_pairs.ipynb #e1726cbd
-def train_third_phase(p: dict, student, tokenizer, teacher, teacher_tokenizer, folder: Path) -> tuple[TrainResult, OnPolicy]:
+def train_third_phase(
+    p: dict, student, tokenizer, teacher, teacher_tokenizer, folder: Path
+) -> tuple[TrainResult, OnPolicy]:
     "Go on from the finetuned student as the arm does. Continues a killed run."
     check_room(p, student, teacher)
     rows, held = run_rows(p, "train", tokenizer), run_rows(p, "validation", tokenizer)
     gold = [(r["prompt"], r["response"]) for r in held]
     method = pair_method(p, teacher, teacher_tokenizer, tokenizer, rows)
-    cfg = onpolicy_config(method.config, p["steps"], p["lr"], p["micro_batch"] or None, **(
-        {"eval_every": max(1, p["steps"]//3), "save_every": max(1, min(100, p["steps"]//4)), "keep_best": True} | p["train"]))
+    cfg = onpolicy_config(
+        method.config,
+        p["steps"],
+        p["lr"],
+        p["micro_batch"] or None,
+        **(
+            {
+                "eval_every": max(1, p["steps"] // 3),
+                "save_every": max(1, min(100, p["steps"] // 4)),
+                "keep_best": True,
+            }
+            | p["train"]
+        ),
+    )
 
     def validate(model) -> dict:
         with _autocast(p):
-            texts = sample_answers(model, tokenizer, [r["prompt"] for r in held], seeds=(1,), max_new_tokens=p["max_new_tokens"]).texts[0]
+            texts = sample_answers(
+                model,
+                tokenizer,
+                [r["prompt"] for r in held],
+                seeds=(1,),
+                max_new_tokens=p["max_new_tokens"],
+            ).texts[0]
             loss = mean_nll(model, gold, tokenizer.pad_token_id, batch_size=8)
-        return {"score": float(rouge_l(texts, [r["references"] for r in held]).mean()), "loss": loss}
+        return {
+            "score": float(rouge_l(texts, [r["references"] for r in held]).mean()),
+            "loss": loss,
+        }
+
     return train_on_policy(student, method, cfg, run_dir=folder, validate=validate), method
 
 # %% ../../nbs/5_own_words/09_pretrained_pairs.ipynb #1e322bb7
@@ -444,26 +758,52 @@ def train_pair_arm(params: dict, folder: Path) -> dict:
     teacher, teacher_tok = pair_teacher(p)
     model, tok = (teacher, teacher_tok) if p["arm"] == "teacher" else pair_start(p)
     check_tokenizers(tok, teacher_tok)
-    tests = {name: fitting_rows(p, "test", tok, name) for name in p["evaluate"]}  # before hours of training, not after
+    tests = {
+        name: fitting_rows(p, "test", tok, name) for name in p["evaluate"]
+    }  # before hours of training, not after
     if p["arm"] not in UNTRAINED:
         result, method = train_third_phase(p, model, tok, teacher, teacher_tok, folder)
-        best = {"best_step": result.best["step"], "validation": result.best["score"], "valid_loss": result.best["loss"]}
+        best = {
+            "best_step": result.best["step"],
+            "validation": result.best["score"],
+            "valid_loss": result.best["loss"],
+        }
         ngram = _no_repeats(method.config)
-        spent, model = best | {"train_seconds": result.seconds} | work_done(method), merged(result.model)
-    sets, seeds = {}, EVAL_SEEDS[:p["score_seeds"]]
+        spent, model = (
+            best | {"train_seconds": result.seconds} | work_done(method),
+            merged(result.model),
+        )
+    sets, seeds = {}, EVAL_SEEDS[: p["score_seeds"]]
     with _autocast(p):
         for name, (rows, left) in tests.items():
-            sets[name] = set_metrics(model.eval(), teacher, tok, rows, seeds, p["max_new_tokens"], ngram) | {"left_out": left}
+            sets[name] = set_metrics(
+                model.eval(), teacher, tok, rows, seeds, p["max_new_tokens"], ngram
+            ) | {"left_out": left}
     return {"sets": sets, "parameters": count_parameters(model), **spent}
 
 # %% ../../nbs/5_own_words/09_pretrained_pairs.ipynb #check-inputs
-_READ = ("teacher", "student", "data", "template", "system", "train_rows", "valid_rows", "max_prompt", "max_new_tokens", "corpus",
-         "corpus_rows", "evaluate", "score_rows")
+_READ = (
+    "teacher",
+    "student",
+    "data",
+    "template",
+    "system",
+    "train_rows",
+    "valid_rows",
+    "max_prompt",
+    "max_new_tokens",
+    "corpus",
+    "corpus_rows",
+    "evaluate",
+    "score_rows",
+)
 
 
 def check_inputs(runs: Sequence[dict]) -> None:
     "Read tokenizers, rows and evaluation sets of all runs, and the corpus (of a hub: one text). Loads no model. Raises UserError."
-    for p in {stable_hash([p["arm"] == "teacher", *(p[name] for name in _READ)]): p for p in runs}.values():
+    for p in {
+        stable_hash([p["arm"] == "teacher", *(p[name] for name in _READ)]): p for p in runs
+    }.values():
         tok = run_tokenizer(p)
         if p["arm"] != "teacher" or p["teacher_steps"] != 0:
             for split in ("train", "validation"):
@@ -473,7 +813,14 @@ def check_inputs(runs: Sequence[dict]) -> None:
         corpus_texts(p | ({"corpus_rows": 1} if _is_hub(p["corpus"] or "") else {}))
 
 # %% ../../nbs/5_own_words/09_pretrained_pairs.ipynb #3a46f76d
-def run_arms(runs: Sequence[dict], *, jobs: int = 1, threads: int = 1, use_record: bool = False, desc: str = "students") -> list[dict]:
+def run_arms(
+    runs: Sequence[dict],
+    *,
+    jobs: int = 1,
+    threads: int = 1,
+    use_record: bool = False,
+    desc: str = "students",
+) -> list[dict]:
     "Results of all runs (of `pair_run`), in their order; phases 1 and 2 come first, once each. Cache and record count as trained."
     known = load_record("pair_arm") if use_record else {}
     todo = [p for p in runs if stable_hash(p) not in known]
@@ -482,4 +829,6 @@ def run_arms(runs: Sequence[dict], *, jobs: int = 1, threads: int = 1, use_recor
         run_phase("teacher", taught, jobs=jobs, threads=threads, desc="teachers")
     if starts := [p for p in todo if p["arm"] != "teacher"]:
         run_phase("student", starts, jobs=jobs, threads=threads, desc="starts")
-    return run_phase("arm", list(runs), jobs=jobs, threads=threads, use_record=use_record, desc=desc)
+    return run_phase(
+        "arm", list(runs), jobs=jobs, threads=threads, use_record=use_record, desc=desc
+    )

@@ -14,11 +14,23 @@ from pathlib import Path
 from typing import Any, Callable, Iterable
 
 from kd_notes.core import (
-    cache_dir, data_dir, read_json, read_jsonl, rng, sha256_file, stable_hash, UserError,
+    cache_dir,
+    data_dir,
+    read_json,
+    read_jsonl,
+    rng,
+    sha256_file,
+    stable_hash,
+    UserError,
 )
 from ..data.answers import accuracy, outcomes, pack_bits
 from kd_notes.data.examples import (
-    Example, load_split, split_checksum, task_info, TaskInfo, withhold,
+    Example,
+    load_split,
+    split_checksum,
+    task_info,
+    TaskInfo,
+    withhold,
 )
 from ..data.public import load_real, real_set
 from ..methods.rationales import vote
@@ -31,7 +43,12 @@ from ..training.loop import train
 from ..training.state import TrainConfig
 
 # %% ../../nbs/3_reasons/03_stepwise.ipynb #sw-src-2
-REAL_SPLITS = {"pool": "train", "unlabelled": "unlabelled", "validation": "validation", "test": "test"}
+REAL_SPLITS = {
+    "pool": "train",
+    "unlabelled": "unlabelled",
+    "validation": "validation",
+    "test": "test",
+}
 
 
 def task_split(task: str, split: str) -> list[Example]:
@@ -40,8 +57,14 @@ def task_split(task: str, split: str) -> list[Example]:
     if not at:
         return load_split(name, split)
     if split not in REAL_SPLITS:
-        raise UserError(f"the published set {name!r} has no split {split!r}", where=f"task {task}", fix=f"Use {', '.join(REAL_SPLITS)}.")
-    if split == "unlabelled" and name != "asdiv":    # only ASDiv has inputs beside the labelled ones: elsewhere train without its labels
+        raise UserError(
+            f"the published set {name!r} has no split {split!r}",
+            where=f"task {task}",
+            fix=f"Use {', '.join(REAL_SPLITS)}.",
+        )
+    if (
+        split == "unlabelled" and name != "asdiv"
+    ):  # only ASDiv has inputs beside the labelled ones: elsewhere train without its labels
         return [withhold(e) for e in load_real(name, "train", source=source)]
     return load_real(name, REAL_SPLITS[split], source=source)
 
@@ -62,10 +85,15 @@ def teacher_text(task: str, split: str) -> dict[str, tuple[str, str]]:
     "{id: (label, rationale)} of the teacher; empty texts where a completion could not be parsed. Raises UserError if absent."
     path = teacher_file(task, split)
     if not path.exists():
-        raise UserError(f"the teacher's text for {task}/{split} is missing", where=f"data/teacher/{task}/{split}.jsonl",
-                        fix=f"Run `kd-notes extract` for task {task}, split {split}.")
-    rows = vote(read_jsonl(path), info_of(task))   # of several samples the majority
-    return {r["id"]: (r["label"], r["rationale"]) if r["outcome"] == "ok" else ("", "") for r in rows}
+        raise UserError(
+            f"the teacher's text for {task}/{split} is missing",
+            where=f"data/teacher/{task}/{split}.jsonl",
+            fix=f"Run `kd-notes extract` for task {task}, split {split}.",
+        )
+    rows = vote(read_jsonl(path), info_of(task))  # of several samples the majority
+    return {
+        r["id"]: (r["label"], r["rationale"]) if r["outcome"] == "ok" else ("", "") for r in rows
+    }
 
 # %% ../../nbs/3_reasons/03_stepwise.ipynb #4b1e85a1
 def _report_file(task: str) -> Path:
@@ -75,8 +103,11 @@ def _report_file(task: str) -> Path:
 def teacher_score(task: str) -> tuple[float, int]:
     "Test accuracy of the teacher and on how many items: the reference line of the figures. Raises UserError if absent."
     if not _report_file(task).is_file():
-        raise UserError(f"the teacher of {task} was not scored", where=f"teacher/{task}/report.json",
-                        fix=f"Run `kd-notes extract` for task {task}, split test.")
+        raise UserError(
+            f"the teacher of {task} was not scored",
+            where=f"teacher/{task}/report.json",
+            fix=f"Run `kd-notes extract` for task {task}, split test.",
+        )
     report = read_json(_report_file(task))
     return report["test_accuracy"], report["test_n"]
 
@@ -88,17 +119,29 @@ def teacher_scores(tasks: Iterable[str]) -> dict[str, float]:
 
 def teacher_title(tasks: Iterable[str]) -> str:
     "The teacher's name in a legend: with its size and what it cost in gold labels, where it is the embedded one."
-    labels = {read_json(_report_file(t)).get("gold_labels", 0) for t in tasks if "@" not in t and _report_file(t).is_file()}
+    labels = {
+        read_json(_report_file(t)).get("gold_labels", 0)
+        for t in tasks
+        if "@" not in t and _report_file(t).is_file()
+    }
     return f"teacher (SmolLM2, 135 M, {max(labels)} gold labels)" if labels else "teacher"
 
 # %% ../../nbs/3_reasons/03_stepwise.ipynb #62cc9308
-def with_teacher(examples: list[Example], text: dict[str, tuple[str, str]], *, labels: bool) -> list[Example]:
+def with_teacher(
+    examples: list[Example], text: dict[str, tuple[str, str]], *, labels: bool
+) -> list[Example]:
     "Examples with the teacher's rationale, and with its label where `labels`. Raises UserError for an id without text."
     missing = [e.id for e in examples if e.id not in text]
     if missing:
-        raise UserError(f"{len(missing)} examples have no teacher text, the first is {missing[0]!r}", where="data/teacher",
-                        fix="Extract the whole split.")
-    out = [replace(e, rationale=text[e.id][1], label=text[e.id][0] if labels else e.label) for e in examples]
+        raise UserError(
+            f"{len(missing)} examples have no teacher text, the first is {missing[0]!r}",
+            where="data/teacher",
+            fix="Extract the whole split.",
+        )
+    out = [
+        replace(e, rationale=text[e.id][1], label=text[e.id][0] if labels else e.label)
+        for e in examples
+    ]
     return [e for e in out if e.label]
 
 # %% ../../nbs/3_reasons/03_stepwise.ipynb #7b3db320
@@ -109,8 +152,19 @@ def plain_rows(examples: list[Example]) -> list[Row]:
 # %% ../../nbs/3_reasons/03_stepwise.ipynb #77abece4
 def single_task_rows(examples: list[Example]) -> list[Row]:
     "One target: the rationale, then the label (the paper's single-task variant)."
-    return [Row(e.id, (("label", e.input, f"{e.rationale} {ANSWER} {e.label}" if e.rationale else f"{ANSWER} {e.label}"),))
-            for e in examples]
+    return [
+        Row(
+            e.id,
+            (
+                (
+                    "label",
+                    e.input,
+                    f"{e.rationale} {ANSWER} {e.label}" if e.rationale else f"{ANSWER} {e.label}",
+                ),
+            ),
+        )
+        for e in examples
+    ]
 
 
 ANSWER = "Answer:"
@@ -127,12 +181,13 @@ def shuffled(examples: list[Example], seed: int) -> list[Example]:
 @dataclass(frozen=True)
 class Arm:
     "One way to train a student. `labels` and `rationales` say whose they are."
+
     title: str
-    labels: str = "gold"            # "gold" or "teacher"
-    rationales: str = ""            # "", "teacher", "oracle", "shuffled", "empty" or "input"
+    labels: str = "gold"  # "gold" or "teacher"
+    rationales: str = ""  # "", "teacher", "oracle", "shuffled", "empty" or "input"
     rows: Callable = step_rows
-    steps: float = 1.0              # factor on the number of steps
-    teacher_split: bool = False     # trains on the teacher's own gold examples as well
+    steps: float = 1.0  # factor on the number of steps
+    teacher_split: bool = False  # trains on the teacher's own gold examples as well
 
 # %% ../../nbs/3_reasons/03_stepwise.ipynb #6271e332
 ARMS = {
@@ -154,19 +209,33 @@ ARMS = {
 def arm_rows(arm: str, task: str, n: int, split: str = "pool", seed: int = 0) -> list[Row]:
     "Training rows of an arm on `n` examples of a split, drawn by `seed`. Raises UserError for an unknown arm or too large an n."
     if arm not in ARMS:
-        raise UserError(f"there is no arm {arm!r}", where="arm", fix=f"Choose one of {', '.join(ARMS)}.")
+        raise UserError(
+            f"there is no arm {arm!r}", where="arm", fix=f"Choose one of {', '.join(ARMS)}."
+        )
     spec, pool = ARMS[arm], task_split(task, split)
-    if "@" in task and teacher_file(task, split).is_file():    # a published set need not be extracted as a whole: all arms keep to what is
+    if (
+        "@" in task and teacher_file(task, split).is_file()
+    ):  # a published set need not be extracted as a whole: all arms keep to what is
         text = teacher_text(task, split)
         pool = [e for e in pool if e.id in text]
     if spec.labels == "gold" and split == "unlabelled":
-        raise UserError(f"arm {arm!r} needs gold labels, which the unlabelled split withholds", where="split", fix="Use split 'pool'.")
+        raise UserError(
+            f"arm {arm!r} needs gold labels, which the unlabelled split withholds",
+            where="split",
+            fix="Use split 'pool'.",
+        )
     if not 0 < n <= len(pool):
-        raise UserError(f"n={n} examples were asked for, {task}/{split} has {len(pool)}", where="n", fix=f"Choose 1 to {len(pool)}.")
+        raise UserError(
+            f"n={n} examples were asked for, {task}/{split} has {len(pool)}",
+            where="n",
+            fix=f"Choose 1 to {len(pool)}.",
+        )
     drawn = rng("student examples", task, split, seed).sample(pool, n)
     if spec.labels == "teacher" or spec.rationales in ("teacher", "shuffled"):
         drawn = with_teacher(drawn, teacher_text(task, split), labels=spec.labels == "teacher")
-    return spec.rows(_reasoned(spec, drawn, seed)) + (plain_rows(task_split(task, "teacher")) if spec.teacher_split else [])
+    return spec.rows(_reasoned(spec, drawn, seed)) + (
+        plain_rows(task_split(task, "teacher")) if spec.teacher_split else []
+    )
 
 # %% ../../nbs/3_reasons/03_stepwise.ipynb #afe35d21
 def _reasoned(spec: Arm, drawn: list[Example], seed: int) -> list[Example]:
@@ -179,7 +248,7 @@ def _reasoned(spec: Arm, drawn: list[Example], seed: int) -> list[Example]:
     return drawn if spec.rationales else [replace(e, rationale="") for e in drawn]
 
 # %% ../../nbs/3_reasons/03_stepwise.ipynb #c4a2rate
-PRETRAINED_RATE = 5e-5     # the paper's, for T5
+PRETRAINED_RATE = 5e-5  # the paper's, for T5
 
 
 def is_pretrained(size: str) -> bool:
@@ -196,26 +265,60 @@ def chosen_rate(arm: str, task: str, family: str = "causal") -> float:
     "Learning rate that the grid chose for an arm on a task, or for the arm it varies, or for the causal student, or the default."
     chosen = read_json(data_dir() / "chosen" / "stepwise.json")
     related = "dss" if arm in ARMS and ARMS[arm].rows is step_rows else "finetune"
-    tries = [rate_key(task, a, f) for f in dict.fromkeys((family, "causal")) for a in (arm, related)]
+    tries = [
+        rate_key(task, a, f) for f in dict.fromkeys((family, "causal")) for a in (arm, related)
+    ]
     return next((chosen["lr"][t] for t in tries if t in chosen["lr"]), chosen["default"])
 
 # %% ../../nbs/3_reasons/03_stepwise.ipynb #97f7aaab
-DEFAULTS = {"split": "pool", "family": "causal", "size": "xs", "steps": 1200, "batch_size": 16, "alpha": 0.5,
-            "score_on": "test", "lr": None}    # None: the rate that the grid chose for the arm; of a pretrained student the paper's
-EXTRAS = {"layers": 0, "precision": "no", "accumulate": 1, "device": None}  # written into the parameters only where they differ
+DEFAULTS = {
+    "split": "pool",
+    "family": "causal",
+    "size": "xs",
+    "steps": 1200,
+    "batch_size": 16,
+    "alpha": 0.5,
+    "score_on": "test",
+    "lr": None,
+}  # None: the rate that the grid chose for the arm; of a pretrained student the paper's
+EXTRAS = {
+    "layers": 0,
+    "precision": "no",
+    "accumulate": 1,
+    "device": None,
+}  # written into the parameters only where they differ
 
 
-def student(task: str, arm: str, n: int, seed: int, **settings: Any) -> dict:  # settings: any of DEFAULTS and EXTRAS
+def student(
+    task: str, arm: str, n: int, seed: int, **settings: Any
+) -> dict:  # settings: any of DEFAULTS and EXTRAS
     "Parameters of a run, complete. Raises UserError for an unknown setting or arm."
     unknown = set(settings) - set(DEFAULTS) - set(EXTRAS)
     if unknown:
-        raise UserError(f"unknown settings {', '.join(sorted(unknown))}", where="student", fix=f"Known: {', '.join(DEFAULTS | EXTRAS)}.")
+        raise UserError(
+            f"unknown settings {', '.join(sorted(unknown))}",
+            where="student",
+            fix=f"Known: {', '.join(DEFAULTS | EXTRAS)}.",
+        )
     if arm not in ARMS:
-        raise UserError(f"there is no arm {arm!r}", where="arm", fix=f"Choose one of {', '.join(ARMS)}.")
+        raise UserError(
+            f"there is no arm {arm!r}", where="arm", fix=f"Choose one of {', '.join(ARMS)}."
+        )
     if settings.get("score_on", "test") not in ("validation", "test"):
-        raise UserError(f"{settings['score_on']!r} is not a split to score on", where="score_on", fix="Use 'validation' or 'test'.")
-    p = {"task": task, "arm": arm, "n": n, "seed": seed} | DEFAULTS | {k: v for k, v in settings.items() if v != EXTRAS.get(k, ...)}
-    return p | {"lr": p["lr"] or (PRETRAINED_RATE if is_pretrained(p["size"]) else chosen_rate(arm, task, p["family"]))}
+        raise UserError(
+            f"{settings['score_on']!r} is not a split to score on",
+            where="score_on",
+            fix="Use 'validation' or 'test'.",
+        )
+    p = (
+        {"task": task, "arm": arm, "n": n, "seed": seed}
+        | DEFAULTS
+        | {k: v for k, v in settings.items() if v != EXTRAS.get(k, ...)}
+    )
+    return p | {
+        "lr": p["lr"]
+        or (PRETRAINED_RATE if is_pretrained(p["size"]) else chosen_rate(arm, task, p["family"]))
+    }
 
 # %% ../../nbs/3_reasons/03_stepwise.ipynb #61e34116
 def new_student(p: dict) -> tuple[Any, Any]:
@@ -225,8 +328,11 @@ def new_student(p: dict) -> tuple[Any, Any]:
         return mini_model(p["family"], p["size"], len(tok), seed=p["seed"]), tok
     model, tok = load_pretrained(p["size"], device=p.get("device"))
     if model.config.is_encoder_decoder != (p["family"] == "t5"):
-        raise UserError(f"{p['size']} is not of the family {p['family']!r}", where="family",
-                        fix="Use 't5' for encoder-decoders, otherwise 'causal'.")
+        raise UserError(
+            f"{p['size']} is not of the family {p['family']!r}",
+            where="family",
+            fix="Use 't5' for encoder-decoders, otherwise 'causal'.",
+        )
     return layer_drop(model, p["layers"]) if p.get("layers") else model, tok
 
 
@@ -236,21 +342,50 @@ def train_student(params: dict, folder: Path) -> dict:
     model, tok = new_student(p)
     rows = arm_rows(p["arm"], p["task"], p["n"], p["split"], p["seed"])
     extra = {k: p[k] for k in ("precision", "accumulate", "device") if k in p}
-    cfg = TrainConfig(steps=round(p["steps"] * spec.steps), batch_size=p["batch_size"], lr=p["lr"], warmup=0.04, weight_decay=0.01,
-                      betas=(0.9, 0.98), seed=p["seed"], save_every=400, max_length=context_of(model), **extra)
-    result = train(model, StepByStep(tok, p["family"], p["alpha"] if spec.rationales and spec.rows is step_rows else 1.0), rows, cfg,
-                   run_dir=folder)
-    return _score(result, model, tok, p, task_split(p["task"], p["score_on"])) | {"examples": len(rows)}
+    cfg = TrainConfig(
+        steps=round(p["steps"] * spec.steps),
+        batch_size=p["batch_size"],
+        lr=p["lr"],
+        warmup=0.04,
+        weight_decay=0.01,
+        betas=(0.9, 0.98),
+        seed=p["seed"],
+        save_every=400,
+        max_length=context_of(model),
+        **extra,
+    )
+    result = train(
+        model,
+        StepByStep(
+            tok, p["family"], p["alpha"] if spec.rationales and spec.rows is step_rows else 1.0
+        ),
+        rows,
+        cfg,
+        run_dir=folder,
+    )
+    return _score(result, model, tok, p, task_split(p["task"], p["score_on"])) | {
+        "examples": len(rows)
+    }
 
 # %% ../../nbs/3_reasons/03_stepwise.ipynb #aa086616
-def checksums(task: str, split: str, size: str = "xs") -> dict[str, str]:  # split: the training split
+def checksums(
+    task: str, split: str, size: str = "xs"
+) -> dict[str, str]:  # split: the training split
     "Checksums of what decides a student's numbers besides code and parameters: data, the teacher's text, tokenizer, pretrained weights."
     if "@" in task:
-        found = {f"{task}/{s}": stable_hash([e.to_dict() for e in task_split(task, s)]) for s in ("pool", "validation", "test")}
+        found = {
+            f"{task}/{s}": stable_hash([e.to_dict() for e in task_split(task, s)])
+            for s in ("pool", "validation", "test")
+        }
     else:
-        found = {f"{task}/{s}": split_checksum(task, s) for s in dict.fromkeys((split, "teacher", "validation", "test"))}
+        found = {
+            f"{task}/{s}": split_checksum(task, s)
+            for s in dict.fromkeys((split, "teacher", "validation", "test"))
+        }
     files = [teacher_file(task, split), data_dir() / "tokenizer" / "mini" / "tokenizer.json"]
-    if is_pretrained(size) and Path(folder := resolve_model(size)).is_dir():    # a hub model is named by its id
+    if (
+        is_pretrained(size) and Path(folder := resolve_model(size)).is_dir()
+    ):  # a hub model is named by its id
         files += sorted(p for p in Path(folder).iterdir() if p.suffix in (".json", ".safetensors"))
     return found | {f"{p.parent.name}/{p.name}": sha256_file(p) for p in files if p.exists()}
 
@@ -258,13 +393,22 @@ def checksums(task: str, split: str, size: str = "xs") -> dict[str, str]:  # spl
 def _score(result, model, tok, p: dict, examples: list[Example]) -> dict:
     single = ARMS[p["arm"]].rows is single_task_rows
     prefix = PREDICT if ARMS[p["arm"]].rows is step_rows else ""
-    longest = 128 if single and "@" in p["task"] else 64 if single or "@" in p["task"] else 16    # people write longer than our worlds
-    said = predict(result.model, tok, examples, prefix=prefix, family=p["family"], max_new_tokens=longest)
+    longest = (
+        128 if single and "@" in p["task"] else 64 if single or "@" in p["task"] else 16
+    )  # people write longer than our worlds
+    said = predict(
+        result.model, tok, examples, prefix=prefix, family=p["family"], max_new_tokens=longest
+    )
     if single:
         said = {i: t.rpartition(ANSWER)[2].strip() for i, t in said.items()}
     right = outcomes(info_of(p["task"]).metric, said, examples)
-    return {"accuracy": accuracy(right), "outcomes": pack_bits(right), "parameters": count_parameters(model), "tokens": result.tokens,
-            "train_seconds": result.seconds}
+    return {
+        "accuracy": accuracy(right),
+        "outcomes": pack_bits(right),
+        "parameters": count_parameters(model),
+        "tokens": result.tokens,
+        "train_seconds": result.seconds,
+    }
 
 # %% ../../nbs/3_reasons/03_stepwise.ipynb #88eae3ad
 MODULES = ["experiments.stepwise"]
@@ -274,26 +418,52 @@ def facts(p: dict) -> dict:
     "What a manifest says about a run besides its parameters."
     spec = ARMS[p["arm"]]
     taught = "teacher" in (spec.labels, spec.rationales) or spec.rationales == "shuffled"
-    precision, teacher = p.get("precision", "no"), p["task"] if "@" in p["task"] else f"smollm2+{p['task']}"
-    return {"teacher": teacher if taught else None, "student": f"{p['family']}/{p['size']}",
-            "dtype": "float32" if precision == "no" else precision, "effective_batch": p["batch_size"] * p.get("accumulate", 1)}
+    precision, teacher = (
+        p.get("precision", "no"),
+        p["task"] if "@" in p["task"] else f"smollm2+{p['task']}",
+    )
+    return {
+        "teacher": teacher if taught else None,
+        "student": f"{p['family']}/{p['size']}",
+        "dtype": "float32" if precision == "no" else precision,
+        "effective_batch": p["batch_size"] * p.get("accumulate", 1),
+    }
 
 
-def run_students(runs: list[dict], *, jobs: int = 1, use_record: bool = False, desc: str = "students") -> list[dict]:
+def run_students(
+    runs: list[dict], *, jobs: int = 1, use_record: bool = False, desc: str = "students"
+) -> list[dict]:
     "Train all students that the cache (or the record) does not hold; results in their order, one per run."
     results: dict[str, dict] = {}
 
-    def data_of(r: dict) -> tuple:      # a run's key depends on its own data and weights only
+    def data_of(r: dict) -> tuple:  # a run's key depends on its own data and weights only
         return r["task"], r["split"], *([r["size"]] if is_pretrained(r["size"]) else [])
+
     for group in dict.fromkeys(map(data_of, runs)):
         mine = [r for r in runs if data_of(r) == group]
-        found = run_grid("stepwise", "kd_notes.experiments.stepwise:train_student", mine, modules=MODULES, checksums=checksums(*group), facts=facts,
-                         jobs=jobs, use_record=use_record, desc=f"{desc} ({'/'.join(group[:2])})")
+        found = run_grid(
+            "stepwise",
+            "kd_notes.experiments.stepwise:train_student",
+            mine,
+            modules=MODULES,
+            checksums=checksums(*group),
+            facts=facts,
+            jobs=jobs,
+            use_record=use_record,
+            desc=f"{desc} ({'/'.join(group[:2])})",
+        )
         results |= {stable_hash(r): f for r, f in zip(mine, found)}
     return [results[stable_hash(r)] for r in runs]
 
 # %% ../../nbs/3_reasons/03_stepwise.ipynb #57df5c5b
 def build_tokenizer(folder: Path | None = None):  # None: data/tokenizer/mini
     "Train and save the students' tokenizer on pool inputs, labels and oracle rationales of all embedded tasks."
-    texts = [t for task in ("nli", "anli", "cqa", "svamp") for e in load_split(task, "pool") for t in (e.input, e.label, e.rationale)]
-    return train_mini_tokenizer([PREDICT, EXPLAIN, ANSWER] * 50 + texts, 2048, folder or data_dir() / "tokenizer" / "mini")
+    texts = [
+        t
+        for task in ("nli", "anli", "cqa", "svamp")
+        for e in load_split(task, "pool")
+        for t in (e.input, e.label, e.rationale)
+    ]
+    return train_mini_tokenizer(
+        [PREDICT, EXPLAIN, ANSWER] * 50 + texts, 2048, folder or data_dir() / "tokenizer" / "mini"
+    )

@@ -22,8 +22,16 @@ from ..data.tasks import valid_rationale
 from ..evaluation.statistics import Estimate, hierarchical_bootstrap, paired
 from ..generation.backends import LocalBackend
 from kd_notes.methods.rationales import (
-    compare_rows, extract, few_shot, format_completion, format_question, Prompt,
-    rationale_decoding, template_of, vote, ZERO_SHOT,
+    compare_rows,
+    extract,
+    few_shot,
+    format_completion,
+    format_question,
+    Prompt,
+    rationale_decoding,
+    template_of,
+    vote,
+    ZERO_SHOT,
 )
 from ..models.pretrained import load_pretrained, load_teacher
 from ..training.checkpoint import save_model
@@ -32,19 +40,41 @@ from ..training.method import SFT
 from ..training.state import TrainConfig
 
 # %% ../../nbs/3_reasons/04_teachers.ipynb #eee5f143
-ADAPTER = {"rank": 8, "alpha": 16, "lr": 1e-3, "steps": 94, "batch_size": 16, "seed": 0, "base": "smollm2"}
-NEW_TOKENS = 64          # completions of the embedded tasks are shorter
+ADAPTER = {
+    "rank": 8,
+    "alpha": 16,
+    "lr": 1e-3,
+    "steps": 94,
+    "batch_size": 16,
+    "seed": 0,
+    "base": "smollm2",
+}
+NEW_TOKENS = 64  # completions of the embedded tasks are shorter
 
 
-def adapt_teacher(examples: list[Example], folder: Path | str, *, run_dir: Path | None = None, **settings) -> Path:  # settings: of ADAPTER
+def adapt_teacher(
+    examples: list[Example], folder: Path | str, *, run_dir: Path | None = None, **settings
+) -> Path:  # settings: of ADAPTER
     "Train a LoRA adapter on solved examples and save it (safetensors) in `folder`. Raises UserError for unknown settings."
     unknown = set(settings) - set(ADAPTER)
     if unknown:
-        raise UserError(f"unknown settings {', '.join(sorted(unknown))}", where="adapt_teacher", fix=f"Known: {', '.join(ADAPTER)}.")
+        raise UserError(
+            f"unknown settings {', '.join(sorted(unknown))}",
+            where="adapt_teacher",
+            fix=f"Known: {', '.join(ADAPTER)}.",
+        )
     s = ADAPTER | settings
     model, tokenizer = load_pretrained(s["base"], dtype="bfloat16")
     lora = {"r": s["rank"], "alpha": s["alpha"], "dropout": 0.0, "targets": "all-linear"}
-    cfg = TrainConfig(steps=s["steps"], batch_size=s["batch_size"], lr=s["lr"], warmup=0.06, seed=s["seed"], lora=lora, precision="bf16")
+    cfg = TrainConfig(
+        steps=s["steps"],
+        batch_size=s["batch_size"],
+        lr=s["lr"],
+        warmup=0.06,
+        seed=s["seed"],
+        lora=lora,
+        precision="bf16",
+    )
     method = SFT(tokenizer, source=format_question, target=format_completion)
     saved = save_model(train(model, method, examples, cfg, run_dir=run_dir).model.half(), folder)
     write_json(saved / "training.json", s | {"examples": len(examples)})
@@ -53,11 +83,16 @@ def adapt_teacher(examples: list[Example], folder: Path | str, *, run_dir: Path 
 # %% ../../nbs/3_reasons/04_teachers.ipynb #85cf0f14
 def teacher_dir(task: str) -> Path:
     "Folder of the embedded teacher of a task. Raises UserError if there is none."
-    folder = (cache_dir() if "@" in task else data_dir()) / "teacher" / task    # 'esnli@hub': what `kd-notes extract` wrote
+    folder = (
+        (cache_dir() if "@" in task else data_dir()) / "teacher" / task
+    )  # 'esnli@hub': what `kd-notes extract` wrote
     if not folder.is_dir():
         known = sorted(p.name for p in (data_dir() / "teacher").glob("*") if p.is_dir())
-        raise UserError(f"there is no embedded teacher for task {task!r}", where="data/teacher",
-                        fix=f"There is one for {', '.join(known)}.")
+        raise UserError(
+            f"there is no embedded teacher for task {task!r}",
+            where="data/teacher",
+            fix=f"There is one for {', '.join(known)}.",
+        )
     return folder
 
 
@@ -102,35 +137,77 @@ def in_template(task: str, rows: list[dict], examples: list[Example]) -> float:
     return sum(template_of(e, by_id[e.id]) in templates for e in examples) / len(examples)
 
 # %% ../../nbs/3_reasons/04_teachers.ipynb #70b77fd3
-def live_check(task: str, split: str = "pool", k: int = 8, *, seed: int = 0, out: Path | str, backend=None) -> dict:
+def live_check(
+    task: str, split: str = "pool", k: int = 8, *, seed: int = 0, out: Path | str, backend=None
+) -> dict:
     "Generate `k` stored completions again and compare: {'n', 'same_text', 'same_label', ...} as shares."
     rows = {r["id"]: r for r in stored(task, split)}
     sample = rng("live check", task, split, seed).sample(load_split(task, split), k)
-    live = extract(sample, backend or open_teacher(task), rationale_decoding(NEW_TOKENS), out, desc=f"live {task}")
+    live = extract(
+        sample,
+        backend or open_teacher(task),
+        rationale_decoding(NEW_TOKENS),
+        out,
+        desc=f"live {task}",
+    )
     return compare_rows([rows[e.id] for e in sample], live)
 
 # %% ../../nbs/3_reasons/04_teachers.ipynb #feae27a3
-def extract_split(task: str, split: str, backend, n: int | None = None, *, folder: Path | None = None,
-                  prompt: Prompt = ZERO_SHOT) -> list[dict]:
+def extract_split(
+    task: str,
+    split: str,
+    backend,
+    n: int | None = None,
+    *,
+    folder: Path | None = None,
+    prompt: Prompt = ZERO_SHOT,
+) -> list[dict]:
     "Completions of a split (its first `n` examples), resumable."
     folder = folder or teacher_dir(task)
-    return extract(load_split(task, split)[:n], backend, rationale_decoding(NEW_TOKENS), folder / f"{split}.jsonl", prompt=prompt,
-                   desc=f"{task}/{split}")
+    return extract(
+        load_split(task, split)[:n],
+        backend,
+        rationale_decoding(NEW_TOKENS),
+        folder / f"{split}.jsonl",
+        prompt=prompt,
+        desc=f"{task}/{split}",
+    )
 
 # %% ../../nbs/3_reasons/04_teachers.ipynb #feae27a4
-def few_shot_split(task: str, backend, n: int = 100, *, shots: int = 6, folder: Path | None = None) -> list[dict]:
+def few_shot_split(
+    task: str, backend, n: int = 100, *, shots: int = 6, folder: Path | None = None
+) -> list[dict]:
     "What a model that was not adapted writes for the first `n` test examples, after `shots` solved ones of the teacher split."
     prompt = few_shot(task, load_split(task, "teacher"), shots)
     folder = folder or teacher_dir(task)
-    return extract(load_split(task, "test")[:n], backend, rationale_decoding(NEW_TOKENS), folder / "few_shot.jsonl", prompt=prompt,
-                   desc=f"{task}/few-shot")
+    return extract(
+        load_split(task, "test")[:n],
+        backend,
+        rationale_decoding(NEW_TOKENS),
+        folder / "few_shot.jsonl",
+        prompt=prompt,
+        desc=f"{task}/few-shot",
+    )
 
 # %% ../../nbs/3_reasons/04_teachers.ipynb #tch-vote
-def sampled_split(task: str, backend, n: int = 300, *, samples: int = 7, temperature: float = 0.7,
-                  folder: Path | None = None) -> list[dict]:
+def sampled_split(
+    task: str,
+    backend,
+    n: int = 300,
+    *,
+    samples: int = 7,
+    temperature: float = 0.7,
+    folder: Path | None = None,
+) -> list[dict]:
     "Several completions of each of the first `n` test examples, in `samples.jsonl`, resumable."
     how = rationale_decoding(NEW_TOKENS, n=samples, temperature=temperature)
-    return extract(load_split(task, "test")[:n], backend, how, (folder or teacher_dir(task)) / "samples.jsonl", desc=f"{task}/samples")
+    return extract(
+        load_split(task, "test")[:n],
+        backend,
+        how,
+        (folder or teacher_dir(task)) / "samples.jsonl",
+        desc=f"{task}/samples",
+    )
 
 
 def vote_outcomes(task: str, rows: list[dict], k: int) -> np.ndarray:  # rows: of `sampled_split`
@@ -147,21 +224,29 @@ def _accuracies(task: str, name: str, split: str) -> dict:
     rows = stored(task, name)
     ids = {r["id"] for r in rows}
     examples = [e for e in load_split(task, split, gold=True) if e.id in ids]
-    return {f"{name}_accuracy": label_accuracy(task, rows, examples), f"{name}_n": len(examples),
-            f"{name}_valid": validity(rows, examples), f"{name}_copied": copied(rows, examples),
-            f"{name}_template": in_template(task, rows, examples)}
+    return {
+        f"{name}_accuracy": label_accuracy(task, rows, examples),
+        f"{name}_n": len(examples),
+        f"{name}_valid": validity(rows, examples),
+        f"{name}_copied": copied(rows, examples),
+        f"{name}_template": in_template(task, rows, examples),
+    }
 
 
 def write_report(task: str) -> dict:
     "Accuracy and validity of the stored text, written to data/teacher/<task>/report.json."
-    report = {"gold_labels": len(load_split(task, "teacher"))} | _accuracies(task, "few_shot", "test")
+    report = {"gold_labels": len(load_split(task, "teacher"))} | _accuracies(
+        task, "few_shot", "test"
+    )
     for split in ("pool", "unlabelled", "validation", "test"):
         report |= _accuracies(task, split, split)
     write_json(teacher_dir(task) / "report.json", report)
     return report
 
 # %% ../../nbs/3_reasons/04_teachers.ipynb #tch-search
-def search_adapter(task: str, tries: list[dict], folder: Path, n: int = 128) -> list[dict]:  # tries: settings of ADAPTER
+def search_adapter(
+    task: str, tries: list[dict], folder: Path, n: int = 128
+) -> list[dict]:  # tries: settings of ADAPTER
     "Adapt with each of the settings in a folder of its own; accuracy and validity on the first `n` validation items, best first."
     found, held = [], load_split(task, "validation", gold=True)[:n]
     for s in tries:
@@ -170,8 +255,18 @@ def search_adapter(task: str, tries: list[dict], folder: Path, n: int = 128) -> 
         if not (adapter / "training.json").is_file():
             adapt_teacher(load_split(task, "teacher"), adapter, **s)
         model, tokenizer = load_teacher(ADAPTER["base"], adapter=adapter, dtype="bfloat16")
-        rows = extract_split(task, "validation", LocalBackend(model, tokenizer, name=mine.name), n, folder=mine)
-        found.append(s | {"accuracy": label_accuracy(task, rows, held), "valid": validity(rows, held), "n": len(held), "folder": str(mine)})
+        rows = extract_split(
+            task, "validation", LocalBackend(model, tokenizer, name=mine.name), n, folder=mine
+        )
+        found.append(
+            s
+            | {
+                "accuracy": label_accuracy(task, rows, held),
+                "valid": validity(rows, held),
+                "n": len(held),
+                "folder": str(mine),
+            }
+        )
     return sorted(found, key=lambda r: -r["accuracy"])
 
 # %% ../../nbs/3_reasons/04_teachers.ipynb #tch-cut
@@ -180,16 +275,26 @@ def truncate_adapter(folder: Path | str, rank: int, out: Path | str) -> Path:
     folder, out = Path(folder), Path(out)
     config = read_json(folder / "adapter_config.json")
     if not 0 < rank < config["r"]:
-        raise UserError(f"rank {rank} is not below the adapter's {config['r']}", where=f"{folder}", fix=f"Choose 1 to {config['r'] - 1}.")
+        raise UserError(
+            f"rank {rank} is not below the adapter's {config['r']}",
+            where=f"{folder}",
+            fix=f"Choose 1 to {config['r'] - 1}.",
+        )
     old, new = load_file(folder / "adapter_model.safetensors"), {}
     for name in [n for n in old if n.endswith("lora_A.weight")]:
         other = name.replace("lora_A", "lora_B")
         u, s, v = torch.linalg.svd(old[other].double() @ old[name].double(), full_matrices=False)
         root = s[:rank].sqrt()
-        new |= {name: (root[:, None]*v[:rank]).half().contiguous(), other: (u[:, :rank]*root).half().contiguous()}
+        new |= {
+            name: (root[:, None] * v[:rank]).half().contiguous(),
+            other: (u[:, :rank] * root).half().contiguous(),
+        }
     out.mkdir(parents=True, exist_ok=True)
     save_file(new, out / "adapter_model.safetensors", metadata={"format": "pt"})
-    write_json(out / "adapter_config.json", config | {"r": rank, "lora_alpha": config["lora_alpha"] * rank / config["r"]})
+    write_json(
+        out / "adapter_config.json",
+        config | {"r": rank, "lora_alpha": config["lora_alpha"] * rank / config["r"]},
+    )
     write_json(out / "training.json", read_json(folder / "training.json") | {"truncated": rank})
     return out
 
@@ -198,12 +303,16 @@ def teacher_outcomes(task: str) -> np.ndarray:
     "Right (1) or wrong (0) of the stored teacher on the first items of the test split, shape [1, items]. Raises UserError if absent."
     rows = labels_of(stored(task, "test"))
     name, at, source = task.partition("@")
-    examples = (load_real(name, "test", source=source) if at else load_split(task, "test"))[:len(rows)]
+    examples = (load_real(name, "test", source=source) if at else load_split(task, "test"))[
+        : len(rows)
+    ]
     info = task_info(real_set(name).task if at else name)
     return np.array([outcomes(info.metric, rows, examples)], dtype=np.float64)
 
 
-def minus_teacher(right: np.ndarray, task: str) -> Estimate:  # outcomes of a student, [seeds, test items]
+def minus_teacher(
+    right: np.ndarray, task: str
+) -> Estimate:  # outcomes of a student, [seeds, test items]
     "Student minus teacher on the items that the teacher has answered, paired item by item."
     teacher = teacher_outcomes(task)
-    return hierarchical_bootstrap(paired(right[:, :teacher.shape[1]], teacher))
+    return hierarchical_bootstrap(paired(right[:, : teacher.shape[1]], teacher))

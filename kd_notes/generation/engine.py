@@ -20,27 +20,46 @@ from ..losses.divergences import at_least_float32
 # %% ../../nbs/7_engine_room/18_engine.ipynb #17d851dc
 def require(ok: bool, name: str, value: Any, rule: str) -> None:
     if not ok:
-        raise UserError(f"{value!r} is not {rule}", where=f"decoding parameter {name}", fix=f"Set {name} to {rule}.")
+        raise UserError(
+            f"{value!r} is not {rule}",
+            where=f"decoding parameter {name}",
+            fix=f"Set {name} to {rule}.",
+        )
 
 # %% ../../nbs/7_engine_room/18_engine.ipynb #44c3aff1
 @dataclass(frozen=True)
 class Decoding:
     "How a prompt is continued. Raises UserError for a value out of range."
+
     max_new_tokens: int
-    temperature: float = 0.0      # 0 is greedy
-    top_p: float = 1.0            # smallest set of tokens with this much probability
-    top_k: int = 0                # only the k likeliest tokens; 0 is all
-    n: int = 1                    # completions per request
-    stop: tuple[str, ...] = ()    # the text ends before the first of these
-    seed: int = 0                 # of the sampling streams
+    temperature: float = 0.0  # 0 is greedy
+    top_p: float = 1.0  # smallest set of tokens with this much probability
+    top_k: int = 0  # only the k likeliest tokens; 0 is all
+    n: int = 1  # completions per request
+    stop: tuple[str, ...] = ()  # the text ends before the first of these
+    seed: int = 0  # of the sampling streams
 
     def __post_init__(self):
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
-        require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "a whole number from 1")
-        require(self.temperature >= 0, "temperature", self.temperature, "0 (greedy) or a positive number")
+        object.__setattr__(
+            self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        )
+        require(
+            self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "a whole number from 1"
+        )
+        require(
+            self.temperature >= 0,
+            "temperature",
+            self.temperature,
+            "0 (greedy) or a positive number",
+        )
         require(0 < self.top_p <= 1, "top_p", self.top_p, "a number above 0, at most 1")
         require(self.top_k >= 0, "top_k", self.top_k, "0 (off) or a positive whole number")
-        require(self.n == 1 or self.n > 1 and self.temperature > 0, "n", self.n, "1, or more with a temperature above 0")
+        require(
+            self.n == 1 or self.n > 1 and self.temperature > 0,
+            "n",
+            self.n,
+            "1, or more with a temperature above 0",
+        )
         require(all(self.stop), "stop", self.stop, "a tuple of texts that are not empty")
 
 # %% ../../nbs/7_engine_room/18_engine.ipynb #f32e8bf4
@@ -50,8 +69,8 @@ SPARE = 64  # free columns of the cache that are allocated ahead
 def roomy(x: torch.Tensor, width: int, free: int = SPARE) -> torch.Tensor:
     "(rows, heads, width + free, dim): the columns of `x` end at `width`; what is left of them is zero, the free columns are unset."
     out = x.new_empty(*x.shape[:2], width + free, x.shape[3])
-    out[:, :, :width - x.shape[2]] = 0  # they will be masked, but 0 * nan would still be nan
-    out[:, :, width - x.shape[2]:width] = x
+    out[:, :, : width - x.shape[2]] = 0  # they will be masked, but 0 * nan would still be nan
+    out[:, :, width - x.shape[2] : width] = x
     return out
 
 # %% ../../nbs/7_engine_room/18_engine.ipynb #50b5add4
@@ -64,19 +83,25 @@ def _growing_layer() -> type:
         def load(self, keys: torch.Tensor, values: torch.Tensor, width: int):
             "Take over keys and values of which `width` columns are in use and the others are free; returns the layer."
             self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
-            self.room, self.keys, self.values = (keys, values), keys[:, :, :width], values[:, :, :width]
+            self.room, self.keys, self.values = (
+                (keys, values),
+                keys[:, :, :width],
+                values[:, :, :width],
+            )
             return self
 
         def update(self, key_states, value_states, *args, **kwargs):
             more = key_states.shape[2]
             if not self.is_initialized:
-                self.load(*(roomy(x[:, :, :0], 0, more + SPARE) for x in (key_states, value_states)), 0)
+                self.load(
+                    *(roomy(x[:, :, :0], 0, more + SPARE) for x in (key_states, value_states)), 0
+                )
             used = self.keys.shape[2]
             if used + more > self.room[0].shape[2]:
                 self.load(*(roomy(x, used, more + SPARE) for x in (self.keys, self.values)), used)
             for room, x in zip(self.room, (key_states, value_states)):
-                room[:, :, used:used + more] = x
-            self.keys, self.values = (room[:, :, :used + more] for room in self.room)
+                room[:, :, used : used + more] = x
+            self.keys, self.values = (room[:, :, : used + more] for room in self.room)
             return self.keys, self.values
 
     return GrowingLayer
@@ -85,6 +110,7 @@ def _growing_layer() -> type:
 def _new_cache(layers: Iterable = ()):
     "A cache of growing layers: these, or new ones as the model asks for them."
     from transformers.cache_utils import Cache
+
     layers = list(layers)
     return Cache(layers=layers) if layers else Cache(layer_class_to_replicate=_growing_layer())
 
@@ -92,11 +118,12 @@ def _new_cache(layers: Iterable = ()):
 @dataclass
 class Row:
     "One completion in the making."
+
     id: str
     sample: int
-    prompt: list[int]                                 # token ids
-    tokens: list[int] = field(default_factory=list)   # made so far
-    draws: torch.Tensor | None = None                 # its random numbers, one per token
+    prompt: list[int]  # token ids
+    tokens: list[int] = field(default_factory=list)  # made so far
+    draws: torch.Tensor | None = None  # its random numbers, one per token
     seconds: float = 0.0
     logprob: float = 0.0
     finish: str = ""
@@ -105,15 +132,17 @@ class Row:
 @dataclass
 class Batch:
     "Rows that step together."
+
     rows: list[Row]
-    cache: Any              # Cache of growing layers
-    mask: torch.Tensor      # (rows, columns), 1 where a column belongs to the row
+    cache: Any  # Cache of growing layers
+    mask: torch.Tensor  # (rows, columns), 1 where a column belongs to the row
     position: torch.Tensor  # (rows,) of the last column
-    last: torch.Tensor      # (rows,) token to feed next
+    last: torch.Tensor  # (rows,) token to feed next
 
 # %% ../../nbs/7_engine_room/18_engine.ipynb #26873fc2
 class Scores(NamedTuple):
     "What a forward pass says about the next token."
+
     logits: torch.Tensor  # (rows, vocabulary)
     hidden: torch.Tensor  # (rows, width): input of the head
 
@@ -121,9 +150,13 @@ class Scores(NamedTuple):
 @torch.inference_mode()
 def forward(model, ids: torch.Tensor, **inputs) -> Scores:
     "Scores after the last column of `ids` (rows, columns)."
-    last = torch.tensor([ids.shape[1] - 1], device=ids.device)  # as an index: a slice would be strided, and the head 20 times slower
+    last = torch.tensor(
+        [ids.shape[1] - 1], device=ids.device
+    )  # as an index: a slice would be strided, and the head 20 times slower
     seen: list[torch.Tensor] = []
-    hook = model.get_output_embeddings().register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    hook = model.get_output_embeddings().register_forward_pre_hook(
+        lambda module, args: seen.append(args[0])
+    )
     try:
         logits = model(input_ids=ids, use_cache=True, logits_to_keep=last, **inputs).logits
     finally:
@@ -136,7 +169,7 @@ def _padded(tails: list[list[int]], device) -> tuple[torch.Tensor, torch.Tensor]
     width = max(map(len, tails))
     ids, mask = (torch.zeros(len(tails), width, dtype=torch.long) for _ in range(2))
     for i, tail in enumerate(tails):
-        ids[i, width - len(tail):], mask[i, width - len(tail):] = torch.tensor(tail), 1
+        ids[i, width - len(tail) :], mask[i, width - len(tail) :] = torch.tensor(tail), 1
     return ids.to(device), mask.to(device)
 
 # %% ../../nbs/7_engine_room/18_engine.ipynb #618956e9
@@ -147,9 +180,15 @@ def prefill(model, rows: list[Row], prefix: Sequence = (), shared: int = 0) -> t
     mask = torch.cat([own.new_ones(len(rows), shared), own], dim=1)
     position = (mask.cumsum(1) - 1).clamp(min=0)
     free = ids.shape[1] + SPARE
-    cache = _new_cache(_growing_layer()().load(*(roomy(x.expand(len(rows), -1, -1, -1), shared, free) for x in pair), shared)
-                       for pair in prefix)
-    scores = forward(model, ids, attention_mask=mask, position_ids=position[:, shared:], past_key_values=cache)
+    cache = _new_cache(
+        _growing_layer()().load(
+            *(roomy(x.expand(len(rows), -1, -1, -1), shared, free) for x in pair), shared
+        )
+        for pair in prefix
+    )
+    scores = forward(
+        model, ids, attention_mask=mask, position_ids=position[:, shared:], past_key_values=cache
+    )
     return Batch(rows, cache, mask, position[:, -1], ids[:, -1]), scores
 
 # %% ../../nbs/7_engine_room/18_engine.ipynb #a22dc558
@@ -158,8 +197,13 @@ def feed(model, batch: Batch) -> Scores:
     "Feed each row's last token; scores of the next ones."
     batch.mask = torch.cat([batch.mask, batch.mask.new_ones(len(batch.rows), 1)], dim=1)
     batch.position = batch.position + 1
-    return forward(model, batch.last[:, None], attention_mask=batch.mask, position_ids=batch.position[:, None],
-                    past_key_values=batch.cache)
+    return forward(
+        model,
+        batch.last[:, None],
+        attention_mask=batch.mask,
+        position_ids=batch.position[:, None],
+        past_key_values=batch.cache,
+    )
 
 # %% ../../nbs/7_engine_room/18_engine.ipynb #e53af21b
 @torch.inference_mode()
@@ -169,16 +213,26 @@ def keep_rows(batch: Batch, index: list[int]) -> Batch:
     start = int(batch.mask[pick].amax(0).argmax())
     width = batch.mask.shape[1] - start
     for layer in batch.cache.layers:
-        layer.load(*(roomy(x[:, :, start:][pick], width) for x in (layer.keys, layer.values)), width)
-    return Batch([batch.rows[i] for i in index], batch.cache, batch.mask[pick, start:], batch.position[pick], batch.last[pick])
+        layer.load(
+            *(roomy(x[:, :, start:][pick], width) for x in (layer.keys, layer.values)), width
+        )
+    return Batch(
+        [batch.rows[i] for i in index],
+        batch.cache,
+        batch.mask[pick, start:],
+        batch.position[pick],
+        batch.last[pick],
+    )
 
 # %% ../../nbs/7_engine_room/18_engine.ipynb #d4240ede
 def _stack(parts: list[torch.Tensor], width: int) -> torch.Tensor:
     "Rows of all parts in one tensor with spare columns, the columns of each part ending at `width`."
-    out = parts[0].new_empty(sum(map(len, parts)), parts[0].shape[1], width + SPARE, parts[0].shape[3])
+    out = parts[0].new_empty(
+        sum(map(len, parts)), parts[0].shape[1], width + SPARE, parts[0].shape[3]
+    )
     for block, part in zip(out.split([len(p) for p in parts]), parts):
-        block[:, :, :width - part.shape[2]] = 0
-        block[:, :, width - part.shape[2]:width] = part
+        block[:, :, : width - part.shape[2]] = 0
+        block[:, :, width - part.shape[2] : width] = part
     return out
 
 # %% ../../nbs/7_engine_room/18_engine.ipynb #27e1808c
@@ -189,12 +243,20 @@ def join_rows(batches: list[Batch]) -> Batch:
         return batches[0]
     width = max(b.mask.shape[1] for b in batches)
     for layers in zip(*(b.cache.layers for b in batches)):
-        keys, values = (_stack([getattr(layer, part) for layer in layers], width) for part in ("keys", "values"))
-        for layer in layers:  # all of them, so that the old tensors go before the next layer's are made
+        keys, values = (
+            _stack([getattr(layer, part) for layer in layers], width) for part in ("keys", "values")
+        )
+        for (
+            layer
+        ) in layers:  # all of them, so that the old tensors go before the next layer's are made
             layer.load(keys, values, width)
     masks = [torch.nn.functional.pad(b.mask, (width - b.mask.shape[1], 0)) for b in batches]
-    position, last = (torch.cat([getattr(b, part) for b in batches]) for part in ("position", "last"))
-    return Batch([row for b in batches for row in b.rows], batches[0].cache, torch.cat(masks), position, last)
+    position, last = (
+        torch.cat([getattr(b, part) for b in batches]) for part in ("position", "last")
+    )
+    return Batch(
+        [row for b in batches for row in b.rows], batches[0].cache, torch.cat(masks), position, last
+    )
 
 # %% ../../nbs/7_engine_room/18_engine.ipynb #dd05edf8
 def draws(seed: int, name: str, sample: int, count: int) -> torch.Tensor:
@@ -203,29 +265,39 @@ def draws(seed: int, name: str, sample: int, count: int) -> torch.Tensor:
     return torch.tensor([stream.random() for _ in range(count)], dtype=torch.float64)
 
 # %% ../../nbs/7_engine_room/18_engine.ipynb #3d700d6b
-def truncate(p: torch.Tensor, top_k: int = 0, top_p: float = 1.0) -> tuple[torch.Tensor, torch.Tensor | None]:
+def truncate(
+    p: torch.Tensor, top_k: int = 0, top_p: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     "Weights (rows, k) of the tokens that stay, likeliest first, and their ids; without a limit `p` (rows, vocabulary) itself and None."
     if not top_k and top_p >= 1:
         return p, None
     top, ids = p.topk(min(top_k or 1024, p.shape[-1]), dim=-1)
     if top_k:
-        top = top/top.sum(-1, keepdim=True)
+        top = top / top.sum(-1, keepdim=True)
     elif bool((top.sum(-1) < top_p).any()):  # rare: the first 1024 do not hold top_p
         top, ids = p.sort(dim=-1, descending=True)
     before = top.cumsum(-1) - top
     return top.masked_fill(before >= top_p, 0.0), ids
 
 # %% ../../nbs/7_engine_room/18_engine.ipynb #4f3870b8
-def _candidates(logits: torch.Tensor, decoding: Decoding) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _candidates(
+    logits: torch.Tensor, decoding: Decoding
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     "Weights (rows, k) after temperature, top-k and top-p, and the tokens they belong to (None: all, in order of ids)."
-    return truncate(torch.softmax(at_least_float32(logits)/decoding.temperature, dim=-1), decoding.top_k, decoding.top_p)
+    return truncate(
+        torch.softmax(at_least_float32(logits) / decoding.temperature, dim=-1),
+        decoding.top_k,
+        decoding.top_p,
+    )
 
 # %% ../../nbs/7_engine_room/18_engine.ipynb #e199b45c
 @torch.inference_mode()
 def likeliest(scores: Scores, head: Any = None) -> torch.Tensor:
     "Likeliest token of each row (rows,); in half precision among the best four, scored again in float32 with the weights of `head`."
     if head is None or scores.logits.dtype.itemsize > 2:
-        return scores.logits.max(-1).indices  # twice as fast as argmax on a CPU, and no copy of the logits
+        return scores.logits.max(
+            -1
+        ).indices  # twice as fast as argmax on a CPU, and no copy of the logits
     ids = scores.logits.topk(4, dim=-1).indices
     exact = torch.einsum("rkw,rw->rk", head.weight[ids].float(), scores.hidden.float())
     if getattr(head, "bias", None) is not None:
@@ -233,17 +305,23 @@ def likeliest(scores: Scores, head: Any = None) -> torch.Tensor:
     return ids.gather(-1, exact.argmax(-1, keepdim=True))[:, 0]
 
 # %% ../../nbs/7_engine_room/18_engine.ipynb #028d31a0
-def pick(weights: torch.Tensor, ids: torch.Tensor | None, draw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def pick(
+    weights: torch.Tensor, ids: torch.Tensor | None, draw: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     "The token (rows,) at the place `draw` (rows,) in [0, 1) of the cumulative weights (rows, k), and its share of them."
     total = weights.double().cumsum(-1)
-    place = torch.searchsorted(total, (draw*total[:, -1])[:, None], right=True).clamp(max=total.shape[-1] - 1)
-    share = weights.gather(-1, place).double()/total[:, -1:]
+    place = torch.searchsorted(total, (draw * total[:, -1])[:, None], right=True).clamp(
+        max=total.shape[-1] - 1
+    )
+    share = weights.gather(-1, place).double() / total[:, -1:]
     return (place if ids is None else ids.gather(-1, place))[:, 0], share[:, 0]
 
 # %% ../../nbs/7_engine_room/18_engine.ipynb #9e386878
 def next_draws(rows: list[Row], device) -> torch.Tensor:
     "The random number (rows,) that each row's next token is drawn with."
-    return torch.stack([row.draws[min(len(row.tokens), len(row.draws) - 1)] for row in rows]).to(device)
+    return torch.stack([row.draws[min(len(row.tokens), len(row.draws) - 1)] for row in rows]).to(
+        device
+    )
 
 
 @torch.inference_mode()
@@ -258,11 +336,13 @@ def _choose(scores: Scores, rows: list[Row], decoding: Decoding, head: Any = Non
 def _stop_tokens(tokenizer, size: int, stop: tuple[str, ...]) -> torch.Tensor:
     "(size,) bool: tokens whose arrival may complete a stop text."
     last = {s[-1] for s in stop}
-    if any(not c.isascii() or c == " " for c in last):  # may be spread over tokens, or stripped from one: look at all
+    if any(
+        not c.isascii() or c == " " for c in last
+    ):  # may be spread over tokens, or stripped from one: look at all
         return torch.ones(size, dtype=torch.bool)
     texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
     hits = [bool(last.intersection(text)) for text in texts]
-    return torch.tensor(hits + [False]*(size - len(hits)))
+    return torch.tensor(hits + [False] * (size - len(hits)))
 
 # %% ../../nbs/7_engine_room/18_engine.ipynb #e5237e1c
 def cut_at(text: str, stop: Iterable[str]) -> tuple[str, bool]:

@@ -21,8 +21,19 @@ from torch import Tensor
 from ..core import stable_hash, UserError
 from .backends import check_model, Loop
 from kd_notes.generation.engine import (
-    Batch, draws, feed, keep_rows, likeliest, next_draws, pick, prefill, require, roomy, Row,
-    Scores, truncate,
+    Batch,
+    draws,
+    feed,
+    keep_rows,
+    likeliest,
+    next_draws,
+    pick,
+    prefill,
+    require,
+    roomy,
+    Row,
+    Scores,
+    truncate,
 )
 from ..losses.divergences import at_least_float32
 from ..models.pretrained import context_of
@@ -32,34 +43,52 @@ from ..training.batches import causal_batch, unwrapped
 @dataclass(frozen=True)
 class Sampling:
     "How responses are drawn. Raises UserError for a value out of range."
+
     max_new_tokens: int = 64
-    temperature: float = 1.0            # of each model's distribution, before they are mixed; 0 is greedy
-    top_p: float = 1.0                  # smallest set of tokens with this much probability
-    top_k: int = 0                      # only the k likeliest tokens; 0 is all
-    stop_ids: tuple[int, ...] = ()      # a response ends with the first of these, which is part of it
-    seed: int = 0                       # of the random streams; change it from step to step
-    no_repeat_ngram: int = 0            # no n-gram of prompt and response occurs again, as transformers' no_repeat_ngram_size; 0 is off
+    temperature: float = 1.0  # of each model's distribution, before they are mixed; 0 is greedy
+    top_p: float = 1.0  # smallest set of tokens with this much probability
+    top_k: int = 0  # only the k likeliest tokens; 0 is all
+    stop_ids: tuple[int, ...] = ()  # a response ends with the first of these, which is part of it
+    seed: int = 0  # of the random streams; change it from step to step
+    no_repeat_ngram: int = 0  # no n-gram of prompt and response occurs again, as transformers' no_repeat_ngram_size; 0 is off
 
     def __post_init__(self):
         object.__setattr__(self, "stop_ids", tuple(map(int, self.stop_ids)))
-        require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "a whole number from 1")
-        require(self.temperature >= 0, "temperature", self.temperature, "0 (greedy) or a positive number")
+        require(
+            self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "a whole number from 1"
+        )
+        require(
+            self.temperature >= 0,
+            "temperature",
+            self.temperature,
+            "0 (greedy) or a positive number",
+        )
         require(0 < self.top_p <= 1, "top_p", self.top_p, "a number above 0, at most 1")
         require(self.top_k >= 0, "top_k", self.top_k, "0 (off) or a positive whole number")
-        require(self.no_repeat_ngram >= 0, "no_repeat_ngram", self.no_repeat_ngram, "0 (off) or a positive whole number")
+        require(
+            self.no_repeat_ngram >= 0,
+            "no_repeat_ngram",
+            self.no_repeat_ngram,
+            "0 (off) or a positive whole number",
+        )
 
 # %% ../../nbs/5_own_words/01_sampling.ipynb #f2acb0d6
 @dataclass
 class Rollout:
     "Responses in the order of their prompts, and of each token the log-probabilities seen when it was drawn (1-d tensors)."
+
     prompt_ids: list[list[int]]
-    response_ids: list[list[int]]              # without the prompt; with the stop token, if one was drawn
-    finished: list[bool]                       # ended with a stop token, not by length
-    log_drawn: list[Tensor]                    # under what the token was drawn from; 0 where nothing was left to chance
-    log_student: list[Tensor] | None = None    # log q of the model itself: temperature 1, nothing cut off
-    log_teacher: list[Tensor] | None = None    # log p, likewise
-    log_mix: list[Tensor] | None = None        # log(alpha*p + (1 - alpha)*q), likewise
-    accepted: list[list[bool]] | None = None   # speculative: the token is the student's own
+    response_ids: list[list[int]]  # without the prompt; with the stop token, if one was drawn
+    finished: list[bool]  # ended with a stop token, not by length
+    log_drawn: list[
+        Tensor
+    ]  # under what the token was drawn from; 0 where nothing was left to chance
+    log_student: list[Tensor] | None = (
+        None  # log q of the model itself: temperature 1, nothing cut off
+    )
+    log_teacher: list[Tensor] | None = None  # log p, likewise
+    log_mix: list[Tensor] | None = None  # log(alpha*p + (1 - alpha)*q), likewise
+    accepted: list[list[bool]] | None = None  # speculative: the token is the student's own
     seconds: dict[str, float] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -72,7 +101,11 @@ class Rollout:
     def flat(self, name: str) -> Tensor:
         "The log-probabilities of this name for all responses (n,), in the order of the batch's target_ids. Raises UserError."
         if getattr(self, name) is None:
-            raise UserError(f"this rollout holds no {name}", where="rollout", fix="sample_mixed keeps those of both models.")
+            raise UserError(
+                f"this rollout holds no {name}",
+                where="rollout",
+                fix="sample_mixed keeps those of both models.",
+            )
         return torch.cat(getattr(self, name))
 
     def importance(self) -> Tensor:
@@ -84,23 +117,41 @@ def _vocabulary(models: Sequence, asked: int | None) -> int:
     "Number of tokens that may be drawn. Raises UserError if the models disagree and nobody has said how many they share."
     sizes = [m.get_output_embeddings().weight.shape[0] for m in models]
     if asked is None and len(set(sizes)) > 1:
-        raise UserError(f"the student knows {sizes[0]} tokens, the teacher {sizes[1]}", where="teacher", fix="Use a teacher with the "
-                        "student's tokenizer. If they share one and only the padding differs, pass vocabulary=len(tokenizer).")
+        raise UserError(
+            f"the student knows {sizes[0]} tokens, the teacher {sizes[1]}",
+            where="teacher",
+            fix="Use a teacher with the "
+            "student's tokenizer. If they share one and only the padding differs, pass vocabulary=len(tokenizer).",
+        )
     if asked is not None and not 1 <= asked <= min(sizes):
-        raise UserError(f"{asked} is not between 1 and {min(sizes)}, the tokens that the models know", where="vocabulary",
-                        fix="Pass len(tokenizer) of the tokenizer that the models share.")
+        raise UserError(
+            f"{asked} is not between 1 and {min(sizes)}, the tokens that the models know",
+            where="vocabulary",
+            fix="Pass len(tokenizer) of the tokenizer that the models share.",
+        )
     return asked or sizes[0]
 
 # %% ../../nbs/5_own_words/01_sampling.ipynb #fits-fn
-def check_lengths(models: Sequence, lengths: Mapping[str, int],   # {what an error calls the text: its tokens}
-                  new: int = 0) -> None:                          # tokens that are still to come
+def check_lengths(
+    models: Sequence,
+    lengths: Mapping[str, int],  # {what an error calls the text: its tokens}
+    new: int = 0,
+) -> None:  # tokens that are still to come
     "Whether all texts fit the context of every model. Raises UserError naming the first that does not, its length and the context."
     room = context_of(*models)
     long = next((name for name, n in lengths.items() if n + new > room), None) if room else None
     if long is not None:
         more = f" and {new} new ones" if new else ""
-        raise UserError(f"{lengths[long]} tokens{more} do not fit the context of {room}", where=long, fix="Shorten the text"
-                        + (", or lower max_new_tokens." if new else ", leave it out, or use a model with a longer context."))
+        raise UserError(
+            f"{lengths[long]} tokens{more} do not fit the context of {room}",
+            where=long,
+            fix="Shorten the text"
+            + (
+                ", or lower max_new_tokens."
+                if new
+                else ", leave it out, or use a model with a longer context."
+            ),
+        )
 
 # %% ../../nbs/5_own_words/01_sampling.ipynb #961a413e
 def _checked(models: Sequence, prompts: Sequence[Sequence[int]], new: int) -> list[list[int]]:
@@ -110,7 +161,11 @@ def _checked(models: Sequence, prompts: Sequence[Sequence[int]], new: int) -> li
     prompts = [list(map(int, prompt)) for prompt in prompts]
     for i, prompt in enumerate(prompts):
         if not prompt:
-            raise UserError("the prompt is empty", where=f"prompt {i}", fix="Begin it with the tokenizer's bos or eos token.")
+            raise UserError(
+                "the prompt is empty",
+                where=f"prompt {i}",
+                fix="Begin it with the tokenizer's bos or eos token.",
+            )
     check_lengths(models, {f"prompt {i}": len(prompt) for i, prompt in enumerate(prompts)}, new)
     return prompts
 
@@ -122,12 +177,17 @@ def _names(prompts: list[list[int]], streams: Sequence[Hashable] | None) -> list
         return [(key, seen.update([key]) or seen[key] - 1) for key in keys]
     distinct = len(set(map(str, streams)))
     if distinct != len(prompts) or len(streams) != len(prompts):
-        raise UserError(f"{distinct} different names for {len(prompts)} prompts", where="streams", fix="Name one for each prompt.")
+        raise UserError(
+            f"{distinct} different names for {len(prompts)} prompts",
+            where="streams",
+            fix="Name one for each prompt.",
+        )
     return [(str(name), 0) for name in streams]
 
 # %% ../../nbs/5_own_words/01_sampling.ipynb #b83c19e7
 class _Grams:
     "What has followed each (n-1)-gram of a sequence."
+
     def __init__(self, n: int, ids: Sequence[int]):
         self.n, self.ids, self.after = n, [], defaultdict(set)
         for token in ids:
@@ -136,20 +196,21 @@ class _Grams:
     def append(self, token: int) -> None:
         self.ids.append(token)
         if len(self.ids) >= self.n:
-            self.after[tuple(self.ids[len(self.ids) - self.n:-1])].add(token)
+            self.after[tuple(self.ids[len(self.ids) - self.n : -1])].add(token)
 
     def closed(self) -> set[int]:
         "Tokens that would complete an n-gram again."
-        return self.after.get(tuple(self.ids[len(self.ids) - self.n + 1:]), set())
+        return self.after.get(tuple(self.ids[len(self.ids) - self.n + 1 :]), set())
 
 # %% ../../nbs/5_own_words/01_sampling.ipynb #a52ec2f8
 @dataclass
 class _Sequence(Row):
     "A row that also keeps log-probabilities: one tuple per token."
+
     logs: list[tuple] = field(default_factory=list)
-    second: Tensor | None = None                             # more random numbers, for tokens that are drawn again
+    second: Tensor | None = None  # more random numbers, for tokens that are drawn again
     accepted: list[bool] = field(default_factory=list)
-    grams: _Grams | None = None                              # of prompt and tokens, if none may occur again
+    grams: _Grams | None = None  # of prompt and tokens, if none may occur again
 
     def append(self, token: int, logs: tuple, s: Sampling) -> None:
         "Take a token, which may be the last."
@@ -157,18 +218,33 @@ class _Sequence(Row):
         if self.grams:
             self.grams.append(token)
         self.logs.append(logs)
-        self.finish = "stop" if token in s.stop_ids else "length" if len(self.tokens) >= s.max_new_tokens else ""
+        self.finish = (
+            "stop"
+            if token in s.stop_ids
+            else "length"
+            if len(self.tokens) >= s.max_new_tokens
+            else ""
+        )
 
 # %% ../../nbs/5_own_words/01_sampling.ipynb #010e3603
-def _sequences(prompts: list[list[int]], streams: Sequence[Hashable] | None, s: Sampling) -> list[_Sequence]:
-    return [_Sequence(name, k, prompt, draws=draws(s.seed, name, k, s.max_new_tokens),
-                      grams=_Grams(s.no_repeat_ngram, prompt) if s.no_repeat_ngram else None)
-            for (name, k), prompt in zip(_names(prompts, streams), prompts)]
+def _sequences(
+    prompts: list[list[int]], streams: Sequence[Hashable] | None, s: Sampling
+) -> list[_Sequence]:
+    return [
+        _Sequence(
+            name,
+            k,
+            prompt,
+            draws=draws(s.seed, name, k, s.max_new_tokens),
+            grams=_Grams(s.no_repeat_ngram, prompt) if s.no_repeat_ngram else None,
+        )
+        for (name, k), prompt in zip(_names(prompts, streams), prompts)
+    ]
 
 # %% ../../nbs/5_own_words/01_sampling.ipynb #5e3f3e65
 def _log_softmax(logits: Tensor, size: int, temperature: float = 1.0) -> Tensor:
     "Log-probabilities (..., size) in at least float32; tokens from `size` on do not exist."
-    return torch.log_softmax(at_least_float32(logits[..., :size])/temperature, dim=-1)
+    return torch.log_softmax(at_least_float32(logits[..., :size]) / temperature, dim=-1)
 
 # %% ../../nbs/5_own_words/01_sampling.ipynb #5290e5db
 def log_mixture(log_q: Tensor, log_p: Tensor, alpha: float) -> Tensor:
@@ -180,7 +256,9 @@ def log_mixture(log_q: Tensor, log_p: Tensor, alpha: float) -> Tensor:
 # %% ../../nbs/5_own_words/01_sampling.ipynb #e6419d5c
 def _closed(rows: Sequence[_Sequence], size: int, device) -> Tensor | None:
     "Which tokens (rows, size) would complete an n-gram again; None if none would."
-    found = [(i, [t for t in row.grams.closed() if t < size]) for i, row in enumerate(rows) if row.grams]
+    found = [
+        (i, [t for t in row.grams.closed() if t < size]) for i, row in enumerate(rows) if row.grams
+    ]
     found = [(i, ids) for i, ids in found if 0 < len(ids) < size]
     if not found:
         return None
@@ -194,17 +272,25 @@ def _without(logs: Tensor, closed: Tensor | None) -> Tensor:
     "Log-probabilities (rows, size) without the closed tokens."
     if closed is None:
         return logs
-    return torch.where(closed.any(-1, keepdim=True), torch.log_softmax(logs.masked_fill(closed, -math.inf), dim=-1), logs)
+    return torch.where(
+        closed.any(-1, keepdim=True),
+        torch.log_softmax(logs.masked_fill(closed, -math.inf), dim=-1),
+        logs,
+    )
 
 # %% ../../nbs/5_own_words/01_sampling.ipynb #d90e3319
 class _Draw:
     "Gives the rows of a loop their tokens and keeps the log-probabilities."
+
     def __init__(self, s: Sampling, alpha: float, size: int, head: Any):
         self.s, self.alpha, self.size, self.head, self.seconds = s, alpha, size, head, Counter()
 
     def mixed(self, scores: Sequence[Scores], temperature: float = 1.0) -> list[Tensor]:
         "Log-probabilities of each model, and the mixture's."
-        logs = [_log_softmax(x.logits.to(scores[0].logits.device), self.size, temperature) for x in scores]
+        logs = [
+            _log_softmax(x.logits.to(scores[0].logits.device), self.size, temperature)
+            for x in scores
+        ]
         return [*logs, log_mixture(*logs, self.alpha) if len(logs) > 1 else logs[0]]
 
     def token(self, scores: Sequence[Scores], rows: list[_Sequence]) -> tuple[Tensor, list[Tensor]]:
@@ -213,7 +299,11 @@ class _Draw:
         closed = _closed(rows, self.size, logs[0].device)
         if self.s.temperature == 0:
             plain = len(scores) == 1 and self.size == scores[0].logits.shape[-1]
-            best = scores[0] if closed is None or not plain else scores[0]._replace(logits=scores[0].logits.masked_fill(closed, -math.inf))
+            best = (
+                scores[0]
+                if closed is None or not plain
+                else scores[0]._replace(logits=scores[0].logits.masked_fill(closed, -math.inf))
+            )
             token = likeliest(best, self.head) if plain else _without(logs[-1], closed).argmax(-1)
             drawn = torch.zeros_like(logs[0][:, 0])
         else:
@@ -228,14 +318,21 @@ class _Draw:
         token, logs = self.token(scores, batches[0].rows)
         for batch in batches:
             batch.last = token.to(batch.last.device)
-        fresh = [(row, *rest) for row, *rest in zip(batches[0].rows, token.tolist(), torch.stack(logs).T.tolist()) if not row.finish]
+        fresh = [
+            (row, *rest)
+            for row, *rest in zip(batches[0].rows, token.tolist(), torch.stack(logs).T.tolist())
+            if not row.finish
+        ]
         self.seconds["decode" if fresh[0][0].tokens else "prefill"] += time.perf_counter() - start
         for row, t, values in fresh:
             row.append(t, values, self.s)
         return [row for row, *_ in fresh if row.finish]
 
 # %% ../../nbs/5_own_words/01_sampling.ipynb #eb88cbd8
-PACK_FROM, PACK_UP_TO = 2_000_000, 1_000_000_000  # weights in linear layers: less gains nothing, more may not fit twice
+PACK_FROM, PACK_UP_TO = (
+    2_000_000,
+    1_000_000_000,
+)  # weights in linear layers: less gains nothing, more may not fit twice
 
 
 @functools.cache
@@ -244,16 +341,29 @@ def _can_pack() -> bool:
     op = torch.ops.mkldnn
     try:
         weight = op._reorder_linear_weight(torch.eye(16), 4)
-        return torch.allclose(op._linear_pointwise(torch.ones(4, 16), weight, None, "none", [], ""), torch.ones(4, 16))
+        return torch.allclose(
+            op._linear_pointwise(torch.ones(4, 16), weight, None, "none", [], ""), torch.ones(4, 16)
+        )
     except (AttributeError, RuntimeError):
         return False
 
 # %% ../../nbs/5_own_words/01_sampling.ipynb #eede5b77
 def _packable(model) -> list[torch.nn.Linear]:
     "The model's plain float32 linear layers on the CPU; none if they are too few or too many."
-    layers = [m for m in model.modules() if type(m) is torch.nn.Linear and "forward" not in vars(m)
-              and m.weight.dtype == torch.float32 and m.weight.device.type == "cpu" and type(m.weight) is torch.nn.Parameter]
-    return layers if PACK_FROM <= sum(m.weight.numel() for m in layers) <= PACK_UP_TO and _can_pack() else []
+    layers = [
+        m
+        for m in model.modules()
+        if type(m) is torch.nn.Linear
+        and "forward" not in vars(m)
+        and m.weight.dtype == torch.float32
+        and m.weight.device.type == "cpu"
+        and type(m.weight) is torch.nn.Parameter
+    ]
+    return (
+        layers
+        if PACK_FROM <= sum(m.weight.numel() for m in layers) <= PACK_UP_TO and _can_pack()
+        else []
+    )
 
 # %% ../../nbs/5_own_words/01_sampling.ipynb #47d7e57d
 @contextmanager
@@ -262,7 +372,9 @@ def packed(*models, rows: int = 8) -> Iterator[None]:
     layers = [m for model in models for m in _packable(model)]
     for m in layers:
         weight = torch.ops.mkldnn._reorder_linear_weight(m.weight.detach(), rows)
-        m.forward = lambda x, weight=weight, bias=m.bias: torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        m.forward = lambda x, weight=weight, bias=m.bias: torch.ops.mkldnn._linear_pointwise(
+            x, weight, bias, "none", [], ""
+        )
     try:
         yield
     finally:
@@ -281,7 +393,11 @@ def _ready(models: Sequence, rows: int, steps: int) -> Iterator[None]:
     try:
         for m in models:
             m.eval()
-        with torch.inference_mode(), torch.autocast("cpu", enabled=False), packed(*(models if pays else ()), rows=rows):
+        with (
+            torch.inference_mode(),
+            torch.autocast("cpu", enabled=False),
+            packed(*(models if pays else ()), rows=rows),
+        ):
             yield
     finally:
         for m, before in zip(models, training):
@@ -289,91 +405,183 @@ def _ready(models: Sequence, rows: int, steps: int) -> Iterator[None]:
 
 # %% ../../nbs/5_own_words/01_sampling.ipynb #nan-fn
 def _nan_error(places: list[str], name: str, token: int) -> UserError:
-    return UserError(f"{name} of new token {token} is NaN", where=", ".join(places[:8]) + (", ..." if len(places) > 8 else ""),
-                     fix="The model computes no numbers: check its weights, load it in float32 or bfloat16, or take another checkpoint.")
+    return UserError(
+        f"{name} of new token {token} is NaN",
+        where=", ".join(places[:8]) + (", ..." if len(places) > 8 else ""),
+        fix="The model computes no numbers: check its weights, load it in float32 or bfloat16, or take another checkpoint.",
+    )
 
 
 def _refuse_nan(rows: list[_Sequence], names: Sequence[str]) -> None:
     "Raises UserError naming all prompts with a log-probability that is NaN, and of the first one the token."
-    bad = [i for i, row in enumerate(rows) if math.isnan(sum(map(sum, row.logs)))]  # none is +inf, so nothing else gives NaN
+    bad = [
+        i for i, row in enumerate(rows) if math.isnan(sum(map(sum, row.logs)))
+    ]  # none is +inf, so nothing else gives NaN
     if bad:
-        token, values = next((k, v) for k, v in enumerate(rows[bad[0]].logs, start=1) if math.isnan(sum(v)))
-        named = [f"prompt {i}" + ("" if rows[i].id == stable_hash(rows[i].prompt) else f" ({rows[i].id})") for i in bad]
-        raise _nan_error(named, next(n for n, x in zip(names, values) if n and math.isnan(x)), token)
+        token, values = next(
+            (k, v) for k, v in enumerate(rows[bad[0]].logs, start=1) if math.isnan(sum(v))
+        )
+        named = [
+            f"prompt {i}"
+            + ("" if rows[i].id == stable_hash(rows[i].prompt) else f" ({rows[i].id})")
+            for i in bad
+        ]
+        raise _nan_error(
+            named, next(n for n, x in zip(names, values) if n and math.isnan(x)), token
+        )
 
 # %% ../../nbs/5_own_words/01_sampling.ipynb #01d4042a
-def _rollout(rows: list[_Sequence], names: Sequence[str], like: Tensor, seconds: dict[str, float]) -> Rollout:
+def _rollout(
+    rows: list[_Sequence], names: Sequence[str], like: Tensor, seconds: dict[str, float]
+) -> Rollout:
     "The rows as a Rollout; `names` says what their log-probabilities are, in order, and is empty where one is not kept. Raises UserError."
     _refuse_nan(rows, names)
     kind = torch.promote_types(like.dtype, torch.float32)
-    logs = {name: [torch.tensor([values[i] for values in row.logs], dtype=kind, device=like.device) for row in rows]
-            for i, name in enumerate(names) if name}
-    return Rollout([row.prompt for row in rows], [row.tokens for row in rows], [row.finish == "stop" for row in rows],
-                   seconds=seconds, **logs)
+    logs = {
+        name: [
+            torch.tensor([values[i] for values in row.logs], dtype=kind, device=like.device)
+            for row in rows
+        ]
+        for i, name in enumerate(names)
+        if name
+    }
+    return Rollout(
+        [row.prompt for row in rows],
+        [row.tokens for row in rows],
+        [row.finish == "stop" for row in rows],
+        seconds=seconds,
+        **logs,
+    )
 
 # %% ../../nbs/5_own_words/01_sampling.ipynb #5b1fb797
-def _generate(models: list, prompts: Sequence, s: Sampling, alpha: float, names: Sequence[str], streams, vocabulary, size: int) -> Rollout:
+def _generate(
+    models: list,
+    prompts: Sequence,
+    s: Sampling,
+    alpha: float,
+    names: Sequence[str],
+    streams,
+    vocabulary,
+    size: int,
+) -> Rollout:
     "What `sample` and `sample_mixed` have in common."
     start, models = time.perf_counter(), [unwrapped(m) for m in models]
     draw = _Draw(s, alpha, _vocabulary(models, vocabulary), models[0].get_output_embeddings())
     rows = _sequences(_checked(models, prompts, s.max_new_tokens), streams, s)
     with _ready(models, min(len(rows), size), s.max_new_tokens):
-        for _ in Loop(models, sorted(rows, key=lambda row: -len(row.prompt)), size, draw.settle).run() if rows else ():
+        for _ in (
+            Loop(models, sorted(rows, key=lambda row: -len(row.prompt)), size, draw.settle).run()
+            if rows
+            else ()
+        ):
             pass
-    return _rollout(rows, names, draw.head.weight, dict(draw.seconds) | {"all": time.perf_counter() - start})
+    return _rollout(
+        rows, names, draw.head.weight, dict(draw.seconds) | {"all": time.perf_counter() - start}
+    )
 
 # %% ../../nbs/5_own_words/01_sampling.ipynb #da17a4e7
-def sample(model, prompts: Sequence[Sequence[int]],        # token ids
-           sampling: Sampling, *,
-           role: str = "student",                          # or "teacher": whose log-probabilities these are
-           streams: Sequence[Hashable] | None = None,      # a name for each random stream; None: the prompt is the name
-           vocabulary: int | None = None,                  # tokens from this one on are never drawn
-           batch_size: int = 64) -> Rollout:               # rows that step together
+def sample(
+    model,
+    prompts: Sequence[Sequence[int]],  # token ids
+    sampling: Sampling,
+    *,
+    role: str = "student",  # or "teacher": whose log-probabilities these are
+    streams: Sequence[Hashable]
+    | None = None,  # a name for each random stream; None: the prompt is the name
+    vocabulary: int | None = None,  # tokens from this one on are never drawn
+    batch_size: int = 64,
+) -> Rollout:  # rows that step together
     "Responses of one causal model. Raises UserError: a prompt is empty or does not fit the context, a log-probability is NaN."
-    return _generate([model], prompts, sampling, 0.0, (f"log_{role}", "", "log_drawn"), streams, vocabulary, batch_size)
+    return _generate(
+        [model],
+        prompts,
+        sampling,
+        0.0,
+        (f"log_{role}", "", "log_drawn"),
+        streams,
+        vocabulary,
+        batch_size,
+    )
 
 # %% ../../nbs/5_own_words/01_sampling.ipynb #cc0733db
-def sample_mixed(student, teacher, prompts: Sequence[Sequence[int]],
-                 alpha: float,                              # the teacher's share, from 0 to 1
-                 sampling: Sampling, *, streams: Sequence[Hashable] | None = None, vocabulary: int | None = None,
-                 batch_size: int = 64) -> Rollout:
+def sample_mixed(
+    student,
+    teacher,
+    prompts: Sequence[Sequence[int]],
+    alpha: float,  # the teacher's share, from 0 to 1
+    sampling: Sampling,
+    *,
+    streams: Sequence[Hashable] | None = None,
+    vocabulary: int | None = None,
+    batch_size: int = 64,
+) -> Rollout:
     "Responses drawn token by token from alpha*p + (1 - alpha)*q, with log q, log p and the mixture's. Raises UserError."
     if not 0 <= alpha <= 1:
-        raise UserError(f"{alpha!r} is not a share", where="alpha", fix="Choose a number from 0 (student alone) to 1 (teacher alone).")
+        raise UserError(
+            f"{alpha!r} is not a share",
+            where="alpha",
+            fix="Choose a number from 0 (student alone) to 1 (teacher alone).",
+        )
     names = ("log_student", "log_teacher", "log_mix", "log_drawn")
-    return _generate([student, teacher], prompts, sampling, alpha, names, streams, vocabulary, batch_size)
+    return _generate(
+        [student, teacher], prompts, sampling, alpha, names, streams, vocabulary, batch_size
+    )
 
 # %% ../../nbs/5_own_words/01_sampling.ipynb #b97e30a4
-def greedy(model, prompts: Sequence[Sequence[int]], max_new_tokens: int = 64, stop_ids: Sequence[int] = (), **options) -> Rollout:
+def greedy(
+    model,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int = 64,
+    stop_ids: Sequence[int] = (),
+    **options,
+) -> Rollout:
     "The likeliest token, again and again. `options`: those of `sample`. Raises UserError."
-    return sample(model, prompts, Sampling(max_new_tokens, temperature=0.0, stop_ids=tuple(stop_ids)), **options)
+    return sample(
+        model,
+        prompts,
+        Sampling(max_new_tokens, temperature=0.0, stop_ids=tuple(stop_ids)),
+        **options,
+    )
 
 # %% ../../nbs/5_own_words/01_sampling.ipynb #1d3f5c0a
 @dataclass
 class _Beams:
     "The hypotheses of one prompt, each a (score, tokens, log-probabilities of the tokens)."
+
     prompt: list[int]
     open: list[tuple] = field(default_factory=lambda: [(0.0, [], [])])
-    done: list[tuple] = field(default_factory=list)    # best first
-    number: int = 0                                    # of the prompt, for errors
+    done: list[tuple] = field(default_factory=list)  # best first
+    number: int = 0  # of the prompt, for errors
 
     def extend(self, logs: Tensor, width: int, penalty: float, s: Sampling) -> list[int]:
         "One more token, given log-probabilities (open, vocabulary): the number of each new open hypothesis' parent; none: finished."
-        total = logs + torch.tensor([score for score, *_ in self.open], dtype=logs.dtype, device=logs.device)[:, None]
-        best, where = total.flatten().topk(min(total.numel(), width*max(2, 1 + len(s.stop_ids))))
+        total = (
+            logs
+            + torch.tensor(
+                [score for score, *_ in self.open], dtype=logs.dtype, device=logs.device
+            )[:, None]
+        )
+        best, where = total.flatten().topk(min(total.numel(), width * max(2, 1 + len(s.stop_ids))))
         parents, new, ended = [], [], list(self.done)
         if math.isnan(best[0]):  # NaN comes before any number
-            raise _nan_error([f"prompt {self.number}"], "the log-probability", 1 + len(self.open[0][1]))
+            raise _nan_error(
+                [f"prompt {self.number}"], "the log-probability", 1 + len(self.open[0][1])
+            )
         for rank, (score, at) in enumerate(zip(best.tolist(), where.tolist())):
             parent, token = divmod(at, logs.shape[1])
-            tokens, kept = [*self.open[parent][1], token], [*self.open[parent][2], float(logs[parent, token])]
+            tokens, kept = (
+                [*self.open[parent][1], token],
+                [*self.open[parent][2], float(logs[parent, token])],
+            )
             if token in s.stop_ids or len(tokens) == s.max_new_tokens:
-                ended += [(score/len(tokens)**penalty, tokens, kept)] if rank < width else []
+                ended += [(score / len(tokens) ** penalty, tokens, kept)] if rank < width else []
             elif len(new) < width:
                 new.append((score, tokens, kept))
                 parents.append(parent)
         self.done = sorted(ended, key=lambda hypothesis: -hypothesis[0])[:width]
-        hopeful = new and (len(self.done) < width or new[0][0]/len(new[0][1])**penalty > self.done[-1][0])
+        hopeful = new and (
+            len(self.done) < width or new[0][0] / len(new[0][1]) ** penalty > self.done[-1][0]
+        )
         self.open = new if hopeful else []
         return parents if hopeful else []
 
@@ -382,33 +590,70 @@ def _search(model, beams: list[_Beams], width: int, penalty: float, s: Sampling,
     "Finish the hypotheses of these prompts, all together."
     batch, scores = prefill(model, [Row("", 0, b.prompt) for b in beams])
     while beams:
-        logs, parents, at = _log_softmax(scores.logits, size).split([len(b.open) for b in beams]), [], 0
+        logs, parents, at = (
+            _log_softmax(scores.logits, size).split([len(b.open) for b in beams]),
+            [],
+            0,
+        )
         for b, part in zip(beams, logs):
             parents += [at + i for i in b.extend(part, width, penalty, s)]
             at += len(part)
         beams = [b for b in beams if b.open]
         if beams:
             batch = keep_rows(batch, parents)
-            batch.last = torch.tensor([tokens[-1] for b in beams for _, tokens, _ in b.open], device=batch.last.device)
+            batch.last = torch.tensor(
+                [tokens[-1] for b in beams for _, tokens, _ in b.open], device=batch.last.device
+            )
             scores = feed(model, batch)
 
 # %% ../../nbs/5_own_words/01_sampling.ipynb #483938ad
-def beam(model, prompts: Sequence[Sequence[int]], width: int = 5, max_new_tokens: int = 64, stop_ids: Sequence[int] = (), *,
-         length_penalty: float = 1.0,      # score = log-probability / length**length_penalty; 0: the log-probability itself
-         keep: int = 1,                    # hypotheses per prompt, best first; prompts are repeated in the rollout
-         role: str = "teacher", vocabulary: int | None = None, batch_size: int = 64) -> Rollout:
+def beam(
+    model,
+    prompts: Sequence[Sequence[int]],
+    width: int = 5,
+    max_new_tokens: int = 64,
+    stop_ids: Sequence[int] = (),
+    *,
+    length_penalty: float = 1.0,  # score = log-probability / length**length_penalty; 0: the log-probability itself
+    keep: int = 1,  # hypotheses per prompt, best first; prompts are repeated in the rollout
+    role: str = "teacher",
+    vocabulary: int | None = None,
+    batch_size: int = 64,
+) -> Rollout:
     "The best responses that beam search finds, as transformers' `generate(num_beams=width)` does. Raises UserError."
     require(width >= 1, "width", width, "a whole number from 1")
     require(1 <= keep <= width, "keep", keep, "a whole number from 1 to the width")
-    start, model, s = time.perf_counter(), unwrapped(model), Sampling(max_new_tokens, stop_ids=tuple(stop_ids))
-    size, beams = _vocabulary([model], vocabulary), [_Beams(p, number=i) for i, p in enumerate(_checked([model], prompts, max_new_tokens))]
-    order, count = sorted(beams, key=lambda b: -len(b.prompt)), max(1, batch_size//width)
+    start, model, s = (
+        time.perf_counter(),
+        unwrapped(model),
+        Sampling(max_new_tokens, stop_ids=tuple(stop_ids)),
+    )
+    size, beams = (
+        _vocabulary([model], vocabulary),
+        [_Beams(p, number=i) for i, p in enumerate(_checked([model], prompts, max_new_tokens))],
+    )
+    order, count = sorted(beams, key=lambda b: -len(b.prompt)), max(1, batch_size // width)
     with _ready([model], width, max_new_tokens):
         for i in range(0, len(order), count):
-            _search(model, order[i:i + count], width, length_penalty, s, size)
-    rows = [_Sequence("", 0, b.prompt, tokens, logs=[(x, 0.0) for x in logs], finish="stop" if tokens[-1] in s.stop_ids else "length")
-            for b in beams for _, tokens, logs in b.done[:keep]]
-    return _rollout(rows, (f"log_{role}", "log_drawn"), model.get_output_embeddings().weight, {"all": time.perf_counter() - start})
+            _search(model, order[i : i + count], width, length_penalty, s, size)
+    rows = [
+        _Sequence(
+            "",
+            0,
+            b.prompt,
+            tokens,
+            logs=[(x, 0.0) for x in logs],
+            finish="stop" if tokens[-1] in s.stop_ids else "length",
+        )
+        for b in beams
+        for _, tokens, logs in b.done[:keep]
+    ]
+    return _rollout(
+        rows,
+        (f"log_{role}", "log_drawn"),
+        model.get_output_embeddings().weight,
+        {"all": time.perf_counter() - start},
+    )
 
 # %% ../../nbs/5_own_words/01_sampling.ipynb #147471e2
 def _block(model, batch: Batch, ids: Tensor) -> Tensor:
@@ -416,30 +661,46 @@ def _block(model, batch: Batch, ids: Tensor) -> Tensor:
     batch.mask = torch.cat([batch.mask, batch.mask.new_ones(ids.shape)], dim=1)
     position = batch.position[:, None] + torch.arange(1, ids.shape[1] + 1, device=ids.device)
     batch.position = position[:, -1]
-    return model(input_ids=ids, attention_mask=batch.mask, position_ids=position, past_key_values=batch.cache, use_cache=True).logits
+    return model(
+        input_ids=ids,
+        attention_mask=batch.mask,
+        position_ids=position,
+        past_key_values=batch.cache,
+        use_cache=True,
+    ).logits
 
 # %% ../../nbs/5_own_words/01_sampling.ipynb #61df0d5a
 def _forget(batch: Batch, keep: Tensor) -> None:
     "Of the last columns forget those that `keep` (rows, n) leaves out; rows stay aligned on the right."
-    batch.mask = torch.cat([batch.mask[:, :-keep.shape[1]], keep.to(batch.mask.dtype)], dim=1)
+    batch.mask = torch.cat([batch.mask[:, : -keep.shape[1]], keep.to(batch.mask.dtype)], dim=1)
     width = int(batch.mask.sum(1).max())
     order = batch.mask.argsort(dim=1, stable=True)[:, -width:]
     batch.mask = batch.mask.gather(1, order)
     batch.position = batch.mask.sum(1) - 1
     for layer in batch.cache.layers:
-        pairs = ((x, order[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])) for x in (layer.keys, layer.values))
+        pairs = (
+            (x, order[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+            for x in (layer.keys, layer.values)
+        )
         layer.load(*(roomy(x.gather(2, index), width) for x, index in pairs), width)
 
 # %% ../../nbs/5_own_words/01_sampling.ipynb #3236d071
 def _limited(logits: Tensor, size: int, s: Sampling) -> Tensor:
     "Probabilities (..., size) that the next token is drawn with: temperature and limits applied."
     if s.temperature == 0:
-        return torch.nn.functional.one_hot(logits[..., :size].argmax(-1), size).to(torch.promote_types(logits.dtype, torch.float32))
+        return torch.nn.functional.one_hot(logits[..., :size].argmax(-1), size).to(
+            torch.promote_types(logits.dtype, torch.float32)
+        )
     p = _log_softmax(logits, size, s.temperature).exp()
     weights, ids = truncate(p.flatten(0, -2), s.top_k, s.top_p)
     if ids is None:
         return p
-    return torch.zeros_like(p).flatten(0, -2).scatter(-1, ids, weights/weights.sum(-1, keepdim=True)).view_as(p)
+    return (
+        torch.zeros_like(p)
+        .flatten(0, -2)
+        .scatter(-1, ids, weights / weights.sum(-1, keepdim=True))
+        .view_as(p)
+    )
 
 # %% ../../nbs/5_own_words/01_sampling.ipynb #778698f6
 def _acceptable(logits: Tensor, k: int) -> Tensor:
@@ -451,21 +712,43 @@ def _acceptable(logits: Tensor, k: int) -> Tensor:
 # %% ../../nbs/5_own_words/01_sampling.ipynb #841bb478
 def _skd_mixture(q: Tensor, p: Tensor, fine: Tensor) -> Tensor:
     "m(y) = q(y) [y acceptable] + p(y) q(not acceptable), over the last dimension."
-    return q*fine + p*(q*~fine).sum(-1, keepdim=True)
+    return q * fine + p * (q * ~fine).sum(-1, keepdim=True)
 
 # %% ../../nbs/5_own_words/01_sampling.ipynb #c8abb256
-def _judge(rows: list[_Sequence], q: Tensor, p: Tensor, proposed: Tensor, top_k: int, size: int, s: Sampling) -> Tensor:
+def _judge(
+    rows: list[_Sequence],
+    q: Tensor,
+    p: Tensor,
+    proposed: Tensor,
+    top_k: int,
+    size: int,
+    s: Sampling,
+) -> Tensor:
     "Append what stands of the proposals (rows, n), given both models' logits (rows, n, vocabulary); how many of each row were accepted."
     log_q, log_p = _log_softmax(q, size), _log_softmax(p, size)
-    draw_q, draw_p, fine = _limited(q, size, s), _limited(p, size, s), _acceptable(p[..., :size], top_k)
+    draw_q, draw_p, fine = (
+        _limited(q, size, s),
+        _limited(p, size, s),
+        _acceptable(p[..., :size], top_k),
+    )
     count = fine.gather(-1, proposed[..., None])[..., 0].long().cumprod(1).sum(1)
     each, at = torch.arange(len(rows), device=q.device), count.clamp(max=proposed.shape[1] - 1)
-    second = torch.stack([row.second[min(len(row.tokens) + i, s.max_new_tokens - 1)] for row, i in zip(rows, at.tolist())]).to(q.device)
+    second = torch.stack(
+        [
+            row.second[min(len(row.tokens) + i, s.max_new_tokens - 1)]
+            for row, i in zip(rows, at.tolist())
+        ]
+    ).to(q.device)
     instead, _ = pick(draw_p[each, at], None, second)
     tokens = proposed.clone()
     tokens[each, at] = torch.where(count == proposed.shape[1], tokens[each, at], instead)
-    logs = [x.gather(-1, tokens[..., None])[..., 0] for x in (log_q, log_p, _skd_mixture(draw_q, draw_p, fine).log())]
-    for row, n, line, values in zip(rows, count.tolist(), tokens.tolist(), torch.stack(logs, -1).tolist()):
+    logs = [
+        x.gather(-1, tokens[..., None])[..., 0]
+        for x in (log_q, log_p, _skd_mixture(draw_q, draw_p, fine).log())
+    ]
+    for row, n, line, values in zip(
+        rows, count.tolist(), tokens.tolist(), torch.stack(logs, -1).tolist()
+    ):
         for i in range(min(n + 1, len(line))):
             if not row.finish:
                 row.append(line[i], values[i], s)
@@ -473,49 +756,89 @@ def _judge(rows: list[_Sequence], q: Tensor, p: Tensor, proposed: Tensor, top_k:
     return count
 
 # %% ../../nbs/5_own_words/01_sampling.ipynb #d00b0a98
-def _speculate(student, teacher, rows: list[_Sequence], top_k: int, block: int, size: int, s: Sampling) -> None:
+def _speculate(
+    student, teacher, rows: list[_Sequence], top_k: int, block: int, size: int, s: Sampling
+) -> None:
     "Finish these rows, all together."
+
     def propose(logits: Tensor, ahead: int) -> Tensor:
         number = [row.draws[min(len(row.tokens) + ahead, s.max_new_tokens - 1)] for row in rows]
         return pick(_limited(logits, size, s), None, torch.stack(number).to(logits.device))[0]
 
     (mine, q), (yours, p) = prefill(student, rows), prefill(teacher, rows)
-    _judge(rows, q.logits[:, None], p.logits[:, None].to(q.logits.device), propose(q.logits, 0)[:, None], top_k, size, s)
+    _judge(
+        rows,
+        q.logits[:, None],
+        p.logits[:, None].to(q.logits.device),
+        propose(q.logits, 0)[:, None],
+        top_k,
+        size,
+        s,
+    )
     while alive := [i for i, row in enumerate(rows) if not row.finish]:
         if len(alive) < len(rows):
-            rows, mine, yours = [rows[i] for i in alive], keep_rows(mine, alive), keep_rows(yours, alive)
-        mine.last, q, proposed = torch.tensor([row.tokens[-1] for row in rows], device=mine.mask.device), [], []
+            rows, mine, yours = (
+                [rows[i] for i in alive],
+                keep_rows(mine, alive),
+                keep_rows(yours, alive),
+            )
+        mine.last, q, proposed = (
+            torch.tensor([row.tokens[-1] for row in rows], device=mine.mask.device),
+            [],
+            [],
+        )
         fed = [mine.last]
         for i in range(min(block, max(s.max_new_tokens - len(row.tokens) for row in rows))):
             q.append(feed(student, mine).logits)
             proposed.append(propose(q[-1], i))
             fed.append(proposed[-1])
             mine.last = proposed[-1]
-        p = _block(teacher, yours, torch.stack(fed[:-1], 1).to(yours.mask.device)).to(mine.last.device)
+        p = _block(teacher, yours, torch.stack(fed[:-1], 1).to(yours.mask.device)).to(
+            mine.last.device
+        )
         count = _judge(rows, torch.stack(q, 1), p, torch.stack(proposed, 1), top_k, size, s)
         keep = torch.arange(len(proposed), device=count.device) <= count[:, None]
         _forget(mine, keep)
         _forget(yours, keep.to(yours.mask.device))
 
 # %% ../../nbs/5_own_words/01_sampling.ipynb #2a541ae6
-def speculative(student, teacher, prompts: Sequence[Sequence[int]], sampling: Sampling,
-                top_k: int = 25,           # a proposal stands if it is among so many of the teacher's likeliest tokens
-                block: int = 5, *,         # proposals per pass of the teacher; changes the speed, not the tokens
-                streams: Sequence[Hashable] | None = None, vocabulary: int | None = None, batch_size: int = 64) -> Rollout:
+def speculative(
+    student,
+    teacher,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    top_k: int = 25,  # a proposal stands if it is among so many of the teacher's likeliest tokens
+    block: int = 5,
+    *,  # proposals per pass of the teacher; changes the speed, not the tokens
+    streams: Sequence[Hashable] | None = None,
+    vocabulary: int | None = None,
+    batch_size: int = 64,
+) -> Rollout:
     "Interleaved responses of student and teacher (SKD, arXiv 2410.11325), with both log-probabilities. Raises UserError."
     require(top_k >= 0, "top_k", top_k, "0 (the teacher alone) or a positive whole number")
     require(block >= 1, "block", block, "a whole number from 1")
-    require(not sampling.no_repeat_ngram, "no_repeat_ngram", sampling.no_repeat_ngram, "0, the only value that speculation knows")
+    require(
+        not sampling.no_repeat_ngram,
+        "no_repeat_ngram",
+        sampling.no_repeat_ngram,
+        "0, the only value that speculation knows",
+    )
     start, student, teacher = time.perf_counter(), unwrapped(student), unwrapped(teacher)
     size = _vocabulary([student, teacher], vocabulary)
-    rows = _sequences(_checked([student, teacher], prompts, sampling.max_new_tokens), streams, sampling)
+    rows = _sequences(
+        _checked([student, teacher], prompts, sampling.max_new_tokens), streams, sampling
+    )
     for row in rows:
         row.second = draws(sampling.seed, f"{row.id} again", row.sample, sampling.max_new_tokens)
     order = sorted(rows, key=lambda row: -len(row.prompt))
     with _ready([student, teacher], min(len(rows), batch_size), sampling.max_new_tokens):
         for i in range(0, len(order), batch_size):
-            _speculate(student, teacher, order[i:i + batch_size], top_k, block, size, sampling)
-    made = _rollout(rows, ("log_student", "log_teacher", "log_drawn"), student.get_output_embeddings().weight,
-                    {"all": time.perf_counter() - start})
+            _speculate(student, teacher, order[i : i + batch_size], top_k, block, size, sampling)
+    made = _rollout(
+        rows,
+        ("log_student", "log_teacher", "log_drawn"),
+        student.get_output_embeddings().weight,
+        {"all": time.perf_counter() - start},
+    )
     made.accepted = [row.accepted for row in rows]
     return made

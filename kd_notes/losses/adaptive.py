@@ -13,7 +13,13 @@ from torch import Tensor
 
 from ..core import UserError
 from kd_notes.losses.divergences import (
-    _between, _check_pair, _loss, _register, _Side, _sides, _weighted_kl,
+    _between,
+    _check_pair,
+    _loss,
+    _register,
+    _Side,
+    _sides,
+    _weighted_kl,
 )
 
 # %% ../../nbs/4_probabilities/02_adaptive.ipynb #2c00ca2e
@@ -22,11 +28,15 @@ def _head_edge(p: Tensor, mu: float, boundary: str, width: int = 64) -> tuple[Te
     width = min(width, p.shape[-1])
     values = p.topk(width).values
     after = values.cumsum(-1)
-    size = (after <= mu if boundary == "official" else after - values < mu).sum(-1, keepdim=True).clamp(min=1)
+    size = (
+        (after <= mu if boundary == "official" else after - values < mu)
+        .sum(-1, keepdim=True)
+        .clamp(min=1)
+    )
     edge = values.gather(-1, size - 1)
     open_end = after[:, -1] <= mu
     if width < p.shape[-1] and bool(open_end.any()):
-        edge[open_end], size[open_end] = _head_edge(p[open_end], mu, boundary, 8*width)
+        edge[open_end], size[open_end] = _head_edge(p[open_end], mu, boundary, 8 * width)
     return edge, size
 
 # %% ../../nbs/4_probabilities/02_adaptive.ipynb #45ebecef
@@ -34,10 +44,10 @@ def _head_sum(gap: Tensor, p: Tensor, mu: float, boundary: str) -> Tensor:
     "Sum of `gap` over the head of rows p, both (N, V), as (N,). Tied tokens share the places that are left."
     edge, size = _head_edge(p, mu, boundary)
     inside = p >= edge
-    total, surplus = (gap*inside).sum(-1), (inside.sum(-1, keepdim=True) - size).squeeze(-1)
+    total, surplus = (gap * inside).sum(-1), (inside.sum(-1, keepdim=True) - size).squeeze(-1)
     if bool(surplus.any()):
         tied = p == edge
-        total = total - (gap*tied).sum(-1)*surplus/tied.sum(-1)
+        total = total - (gap * tied).sum(-1) * surplus / tied.sum(-1)
     return total
 
 # %% ../../nbs/4_probabilities/02_adaptive.ipynb #9d8a2c77
@@ -45,34 +55,71 @@ def _head_sum(gap: Tensor, p: Tensor, mu: float, boundary: str) -> Tensor:
 def _head_weight(student: _Side, teacher: _Side, mu: float, boundary: str) -> Tensor:
     "AKL's weight of the forward KL, (...); 0.5 where student and teacher agree. Raises UserError."
     if boundary not in ("official", "crossing-in-head"):
-        raise UserError(f"{boundary!r} is not known", where="boundary", fix="Use 'official' or 'crossing-in-head'.")
+        raise UserError(
+            f"{boundary!r} is not known",
+            where="boundary",
+            fix="Use 'official' or 'crossing-in-head'.",
+        )
     p = teacher.log.exp()
     gap = (p - student.log.exp()).abs()
     total = gap.sum(-1)
     if _between("mu", mu) == 1:
         return torch.ones_like(total)
     width = p.shape[-1]
-    head = _head_sum(gap.reshape(-1, width), p.reshape(-1, width), mu, boundary).reshape(total.shape)
-    weight = head/total.clamp(min=torch.finfo(p.dtype).tiny)
+    head = _head_sum(gap.reshape(-1, width), p.reshape(-1, width), mu, boundary).reshape(
+        total.shape
+    )
+    weight = head / total.clamp(min=torch.finfo(p.dtype).tiny)
     return weight.clamp(0, 1).masked_fill(total == 0, 0.5)
 
 # %% ../../nbs/4_probabilities/02_adaptive.ipynb #bb5bed0f
 @_register
-def _adaptive_kl(student: _Side, teacher: _Side, *, mu: float = 0.5, boundary: str = "official", floor: float | None = None) -> Tensor:
+def _adaptive_kl(
+    student: _Side,
+    teacher: _Side,
+    *,
+    mu: float = 0.5,
+    boundary: str = "official",
+    floor: float | None = None,
+) -> Tensor:
     return _weighted_kl(student, teacher, _head_weight(student, teacher, mu, boundary), floor)
 
 # %% ../../nbs/4_probabilities/02_adaptive.ipynb #1287ba1b
-def adaptive_kl(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor | None = None, temperature: float = 1.0, *,
-                mu: float = 0.5,                 # teacher mass of the head; 1: forward KL
-                boundary: str = "official",      # the token that crosses mu is in the tail; "crossing-in-head": in the head
-                floor: float | None = None, scale_t2: bool = False, denominator: Any = None) -> Tensor:
+def adaptive_kl(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    mask: Tensor | None = None,
+    temperature: float = 1.0,
+    *,
+    mu: float = 0.5,  # teacher mass of the head; 1: forward KL
+    boundary: str = "official",  # the token that crosses mu is in the tail; "crossing-in-head": in the head
+    floor: float | None = None,
+    scale_t2: bool = False,
+    denominator: Any = None,
+) -> Tensor:
     "AKL (arXiv 2404.02657): forward and reverse KL weighted by the gaps in head and tail: token-mean, a scalar."
-    return _loss("adaptive_kl", student_logits, teacher_logits, mask, temperature, scale_t2=scale_t2, denominator=denominator,
-                 mu=mu, boundary=boundary, floor=floor)
+    return _loss(
+        "adaptive_kl",
+        student_logits,
+        teacher_logits,
+        mask,
+        temperature,
+        scale_t2=scale_t2,
+        denominator=denominator,
+        mu=mu,
+        boundary=boundary,
+        floor=floor,
+    )
 
 # %% ../../nbs/4_probabilities/02_adaptive.ipynb #d01fce83
-def head_weight(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0, *,
-                mu: float = 0.5, boundary: str = "official") -> Tensor:
+def head_weight(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    temperature: float = 1.0,
+    *,
+    mu: float = 0.5,
+    boundary: str = "official",
+) -> Tensor:
     "The weight that adaptive_kl gives to the forward KL at every position, (...), between 0 and 1: worth logging."
     _check_pair(student_logits, teacher_logits)
     return _head_weight(*_sides(student_logits, teacher_logits, temperature), mu, boundary)

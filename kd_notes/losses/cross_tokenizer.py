@@ -21,18 +21,28 @@ from .decoupled import _check_targets, _split_gold
 from .divergences import _kl, _log_probs, _loss, _LOW, _register, _Side, _token_mean
 
 # %% ../../nbs/4_probabilities/04_cross_tokenizer.ipynb #6ccd8675
-def align_vocabulary(student_logits: Tensor,     # (..., V of the student)
-                     teacher_logits: Tensor,     # (..., V of the teacher), the same tokenizer
-                     size: int | None = None,    # ids that the tokenizer has (check_tokenizers returns it); None: the narrower width
-                     how: str = "slice") -> tuple[Tensor, Tensor]:  # or "-inf": keep the wider width, ban the rest on both sides
+def align_vocabulary(
+    student_logits: Tensor,  # (..., V of the student)
+    teacher_logits: Tensor,  # (..., V of the teacher), the same tokenizer
+    size: int
+    | None = None,  # ids that the tokenizer has (check_tokenizers returns it); None: the narrower width
+    how: str = "slice",
+) -> tuple[Tensor, Tensor]:  # or "-inf": keep the wider width, ban the rest on both sides
     "Logits of one tokenizer with differently padded vocabularies, made comparable. Raises UserError if it cannot be padding."
     widths = student_logits.shape[-1], teacher_logits.shape[-1]
-    if size is None and max(widths) > 1.05*min(widths):
-        raise UserError(f"{widths[0]} and {widths[1]} logits differ by more than padding", where="align_vocabulary",
-                        fix="If it is one tokenizer pass its size; for two tokenizers use aligned_span_loss or uld.")
+    if size is None and max(widths) > 1.05 * min(widths):
+        raise UserError(
+            f"{widths[0]} and {widths[1]} logits differ by more than padding",
+            where="align_vocabulary",
+            fix="If it is one tokenizer pass its size; for two tokenizers use aligned_span_loss or uld.",
+        )
     size = min(widths) if size is None else size
     if not 0 < size <= min(widths):
-        raise UserError(f"{size} ids do not fit into {widths[0]} and {widths[1]} logits", where="size", fix="Pass a smaller number.")
+        raise UserError(
+            f"{size} ids do not fit into {widths[0]} and {widths[1]} logits",
+            where="size",
+            fix="Pass a smaller number.",
+        )
     if how not in ("slice", "-inf"):
         raise UserError(f"{how!r} is not known", where="how", fix="Use 'slice' or '-inf'.")
     cut = [x[..., :size] for x in (student_logits, teacher_logits)]
@@ -46,17 +56,31 @@ _PROBE = " The naïve café's bill: 1,234.50 €\n\tdef f(x):  return x**2 — �
 
 def check_tokenizers(student_tokenizer: Any, teacher_tokenizer: Any) -> int:
     "How many ids both tokenizers share and mean the same by. Raises UserError with the reason and the alternative."
-    tokens = [{i: t for t, i in tokenizer.get_vocab().items()} for tokenizer in (student_tokenizer, teacher_tokenizer)]
+    tokens = [
+        {i: t for t, i in tokenizer.get_vocab().items()}
+        for tokenizer in (student_tokenizer, teacher_tokenizer)
+    ]
     size = min(max(tokens[0]), max(tokens[1])) + 1
     different = [i for i in range(size) if tokens[0].get(i) != tokens[1].get(i)]
     fix = "Compare texts instead of ids (aligned_span_loss or uld), or train on text that the teacher wrote (SeqKD)."
     if different:
         i = different[0]
-        raise UserError(f"{len(different)} of {size} ids mean different tokens: {i} is {tokens[0].get(i)!r} to the student and "
-                        f"{tokens[1].get(i)!r} to the teacher", where="tokenizers", fix=fix)
-    cuts = [list(t.encode(_PROBE, add_special_tokens=False)) for t in (student_tokenizer, teacher_tokenizer)]
+        raise UserError(
+            f"{len(different)} of {size} ids mean different tokens: {i} is {tokens[0].get(i)!r} to the student and "
+            f"{tokens[1].get(i)!r} to the teacher",
+            where="tokenizers",
+            fix=fix,
+        )
+    cuts = [
+        list(t.encode(_PROBE, add_special_tokens=False))
+        for t in (student_tokenizer, teacher_tokenizer)
+    ]
     if cuts[0] != cuts[1]:
-        raise UserError("the tokenizers have the same tokens but cut text differently", where="tokenizers", fix=fix)
+        raise UserError(
+            "the tokenizers have the same tokens but cut text differently",
+            where="tokenizers",
+            fix=fix,
+        )
     return size
 
 # %% ../../nbs/4_probabilities/04_cross_tokenizer.ipynb #d88283f5
@@ -64,7 +88,11 @@ def _sorted_gap(p: Tensor, q: Tensor) -> Tensor:
     "sum |sorted p - sorted q| over the last dimension, which may differ."
     p, q = (x.sort(-1, descending=True).values for x in (p, q))
     short = min(p.shape[-1], q.shape[-1])
-    return (p[..., :short] - q[..., :short]).abs().sum(-1) + p[..., short:].sum(-1) + q[..., short:].sum(-1)
+    return (
+        (p[..., :short] - q[..., :short]).abs().sum(-1)
+        + p[..., short:].sum(-1)
+        + q[..., short:].sum(-1)
+    )
 
 # %% ../../nbs/4_probabilities/04_cross_tokenizer.ipynb #0f880589
 @partial(_register, same_vocabulary=False)
@@ -72,43 +100,78 @@ def _uld(student: _Side, teacher: _Side) -> Tensor:
     return _sorted_gap(teacher.log.exp(), student.log.exp())
 
 # %% ../../nbs/4_probabilities/04_cross_tokenizer.ipynb #ebec9991
-def uld(student_logits: Tensor,          # (..., V of the student)
-        teacher_logits: Tensor,          # (..., V of the teacher), position by position beside the student's
-        mask: Tensor | None = None, temperature: float = 1.0, *, scale_t2: bool = False, denominator: Any = None) -> Tensor:
+def uld(
+    student_logits: Tensor,  # (..., V of the student)
+    teacher_logits: Tensor,  # (..., V of the teacher), position by position beside the student's
+    mask: Tensor | None = None,
+    temperature: float = 1.0,
+    *,
+    scale_t2: bool = False,
+    denominator: Any = None,
+) -> Tensor:
     "Universal logit distillation: sum |sorted p - sorted q|, between 0 and 2: token-mean, a scalar. Parameters as in forward_kl."
-    return _loss("uld", student_logits, teacher_logits, mask, temperature, scale_t2=scale_t2, denominator=denominator)
+    return _loss(
+        "uld",
+        student_logits,
+        teacher_logits,
+        mask,
+        temperature,
+        scale_t2=scale_t2,
+        denominator=denominator,
+    )
 
 # %% ../../nbs/4_probabilities/04_cross_tokenizer.ipynb #e8099334
 class Span(NamedTuple):
     "Rows of logits that predict one piece of text: [start, stop) of the student and of the teacher."
+
     student_start: int
     student_stop: int
     teacher_start: int
     teacher_stop: int
 
 # %% ../../nbs/4_probabilities/04_cross_tokenizer.ipynb #b0317b38
-def align_spans(student_ends: Sequence[int], teacher_ends: Sequence[int],  # per token: where it ends in the text; -1: inside a character
-                student_start: int = 0, teacher_start: int = 0) -> list[Span]:  # the row of logits that predicts the first token
+def align_spans(
+    student_ends: Sequence[int],
+    teacher_ends: Sequence[int],  # per token: where it ends in the text; -1: inside a character
+    student_start: int = 0,
+    teacher_start: int = 0,
+) -> list[Span]:  # the row of logits that predicts the first token
     "The shortest spans that end at the same place for both. What comes after the last common end is left out."
     spans, s, t, s_from, t_from = [], 0, 0, 0, 0
     while s < len(student_ends) and t < len(teacher_ends):
         here, there = student_ends[s], teacher_ends[t]
         s, t = s + (here <= there or here < 0), t + (there <= here or there < 0)
         if here == there >= 0:
-            spans.append(Span(student_start + s_from, student_start + s, teacher_start + t_from, teacher_start + t))
+            spans.append(
+                Span(
+                    student_start + s_from,
+                    student_start + s,
+                    teacher_start + t_from,
+                    teacher_start + t,
+                )
+            )
             s_from, t_from = s, t
     return spans
 
 # %% ../../nbs/4_probabilities/04_cross_tokenizer.ipynb #5cabab98
-def token_ends(tokenizer: Any,             # a fast Hugging Face tokenizer
-               text: str,                  # what the model writes
-               eos: bool = True) -> tuple[list[int], list[int]]:  # append the end-of-sequence token
+def token_ends(
+    tokenizer: Any,  # a fast Hugging Face tokenizer
+    text: str,  # what the model writes
+    eos: bool = True,
+) -> tuple[list[int], list[int]]:  # append the end-of-sequence token
     "(ids, ends): the tokens of a text, and where each ends in it; -1 inside a character. Raises UserError for a slow tokenizer."
     if not getattr(tokenizer, "is_fast", False):
-        raise UserError("the tokenizer does not report which characters a token covers", where="token_ends",
-                        fix="Load the fast version of it, or use spans_in_order.")
+        raise UserError(
+            "the tokenizer does not report which characters a token covers",
+            where="token_ends",
+            fix="Load the fast version of it, or use spans_in_order.",
+        )
     if eos and tokenizer.eos_token_id is None:
-        raise UserError("the tokenizer has no end-of-sequence token", where="token_ends", fix="Set one, or pass eos=False.")
+        raise UserError(
+            "the tokenizer has no end-of-sequence token",
+            where="token_ends",
+            fix="Set one, or pass eos=False.",
+        )
     coded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     places = coded["offset_mapping"]
     starts = [start for start, _ in places[1:]] + [len(text)]
@@ -117,14 +180,22 @@ def token_ends(tokenizer: Any,             # a fast Hugging Face tokenizer
     return (ids + [tokenizer.eos_token_id], ends + [len(text) + 1]) if eos else (ids, ends)
 
 # %% ../../nbs/4_probabilities/04_cross_tokenizer.ipynb #6a9cb1cd
-def spans_in_order(student_mask: Tensor, teacher_mask: Tensor) -> list[list[Span]]:  # (B, rows), True where a target token is predicted
+def spans_in_order(
+    student_mask: Tensor, teacher_mask: Tensor
+) -> list[list[Span]]:  # (B, rows), True where a target token is predicted
     "Row t of the student's unmasked rows with row t of the teacher's, cut to the shorter: ULD's own alignment."
-    return [[Span(s, s + 1, t, t + 1) for s, t in zip(a.nonzero().flatten().tolist(), b.nonzero().flatten().tolist())]
-            for a, b in zip(student_mask, teacher_mask)]
+    return [
+        [
+            Span(s, s + 1, t, t + 1)
+            for s, t in zip(a.nonzero().flatten().tolist(), b.nonzero().flatten().tolist())
+        ]
+        for a, b in zip(student_mask, teacher_mask)
+    ]
 
 # %% ../../nbs/4_probabilities/04_cross_tokenizer.ipynb #dd20001c
 class _Spans(NamedTuple):
     "What one model says about P spans: log P(span), log(1 - P(span)), log P(all but its last token), (P,), and the last rows, (P, V)."
+
     written: Tensor
     not_written: Tensor
     before_last: Tensor
@@ -134,25 +205,45 @@ class _Spans(NamedTuple):
 def _rows_of(ranges: list[tuple[int, int, int]], width: int, device: Any) -> tuple[Tensor, Tensor]:
     "(P, K) row numbers in the flattened batch for (example, start, stop), and which of them are real; padded with 0 at the *front*."
     longest = max(stop - start for _, start, stop in ranges)
-    rows = [[0]*(longest - stop + start) + [b*width + i for i in range(start, stop)] for b, start, stop in ranges]
-    real = [[False]*(longest - stop + start) + [True]*(stop - start) for _, start, stop in ranges]
+    rows = [
+        [0] * (longest - stop + start) + [b * width + i for i in range(start, stop)]
+        for b, start, stop in ranges
+    ]
+    real = [
+        [False] * (longest - stop + start) + [True] * (stop - start) for _, start, stop in ranges
+    ]
     return torch.tensor(rows, device=device), torch.tensor(real, device=device)
 
 # %% ../../nbs/4_probabilities/04_cross_tokenizer.ipynb #0c71848c
-def _read_spans(logits: Tensor, ids: Tensor, ranges: list[tuple[int, int, int]], temperature: float, dtype: torch.dtype) -> _Spans:
+def _read_spans(
+    logits: Tensor,
+    ids: Tensor,
+    ranges: list[tuple[int, int, int]],
+    temperature: float,
+    dtype: torch.dtype,
+) -> _Spans:
     rows, real = _rows_of(ranges, logits.shape[1], logits.device)
     used = rows[real]
     side = _log_probs(logits.reshape(-1, logits.shape[-1])[used], temperature, dtype)
     split = _split_gold(side, _check_targets(ids.reshape(-1)[used], side))
-    gold = torch.zeros(rows.shape, dtype=dtype, device=logits.device).masked_scatter(real, split.gold)
-    wrong = torch.full(rows.shape, _LOW, dtype=dtype, device=logits.device).masked_scatter(real, split.other)
+    gold = torch.zeros(rows.shape, dtype=dtype, device=logits.device).masked_scatter(
+        real, split.gold
+    )
+    wrong = torch.full(rows.shape, _LOW, dtype=dtype, device=logits.device).masked_scatter(
+        real, split.other
+    )
     before = gold.cumsum(-1) - gold
     last = real.sum(-1).cumsum(0) - 1
-    return _Spans(gold.sum(-1), (before + wrong).logsumexp(-1), before[:, -1], _Side(side.log[last], side.low))
+    return _Spans(
+        gold.sum(-1), (before + wrong).logsumexp(-1), before[:, -1], _Side(side.log[last], side.low)
+    )
 
 # %% ../../nbs/4_probabilities/04_cross_tokenizer.ipynb #aa771d4f
 def _span_likelihood(student: _Spans, teacher: _Spans) -> Tensor:
-    p, q = (_Side(torch.stack([side.written, side.not_written], -1), True) for side in (teacher, student))
+    p, q = (
+        _Side(torch.stack([side.written, side.not_written], -1), True)
+        for side in (teacher, student)
+    )
     return _kl(p, q)
 
 # %% ../../nbs/4_probabilities/04_cross_tokenizer.ipynb #0a82adfa
@@ -162,9 +253,14 @@ def _coarse(last: _Side, ids: Tensor) -> _Side:
     return _Side(torch.cat([last.log[..., ids], others], -1), True)
 
 
-def _span_matched(student: _Spans, teacher: _Spans, matches: tuple[Tensor, Tensor], single: Tensor) -> Tensor:
+def _span_matched(
+    student: _Spans, teacher: _Spans, matches: tuple[Tensor, Tensor], single: Tensor
+) -> Tensor:
     values = _span_likelihood(student, teacher)
-    p, q = (_coarse(_Side(side.last.log[single], True), ids) for side, ids in ((teacher, matches[1]), (student, matches[0])))
+    p, q = (
+        _coarse(_Side(side.last.log[single], True), ids)
+        for side, ids in ((teacher, matches[1]), (student, matches[0]))
+    )
     return values.masked_scatter(single, _kl(p, q))
 
 # %% ../../nbs/4_probabilities/04_cross_tokenizer.ipynb #7659aa13
@@ -185,63 +281,131 @@ def token_bytes(tokenizer: Any) -> dict[bytes, int]:
     vocabulary, letters = tokenizer.get_vocab(), _byte_letters()
     decoder = repr(getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None))
     if "ByteLevel" in decoder or "Metaspace" not in decoder and "▁" not in "".join(vocabulary):
-        return {bytes(map(letters.get, t)): i for t, i in vocabulary.items() if all(c in letters for c in t)}
-    raw = {bytes([int(t[3:5], 16)]): i for t, i in vocabulary.items() if re.fullmatch("<0x[0-9A-F]{2}>", t)}
-    return raw | {t.replace("▁", " ").encode(): i for t, i in vocabulary.items() if not t.startswith("<0x")}
+        return {
+            bytes(map(letters.get, t)): i
+            for t, i in vocabulary.items()
+            if all(c in letters for c in t)
+        }
+    raw = {
+        bytes([int(t[3:5], 16)]): i
+        for t, i in vocabulary.items()
+        if re.fullmatch("<0x[0-9A-F]{2}>", t)
+    }
+    return raw | {
+        t.replace("▁", " ").encode(): i for t, i in vocabulary.items() if not t.startswith("<0x")
+    }
 
 
 def matching_tokens(student_tokenizer: Any, teacher_tokenizer: Any) -> tuple[Tensor, Tensor]:
     "Ids of the tokens that stand for the same bytes in both vocabularies, (M,) for either. Raises UserError if there is none."
     student, teacher = token_bytes(student_tokenizer), token_bytes(teacher_tokenizer)
     ends = [tok.eos_token_id for tok in (student_tokenizer, teacher_tokenizer)]
-    pairs = {s: teacher[text] for text, s in student.items() if text in teacher and s != ends[0] and teacher[text] != ends[1]}
+    pairs = {
+        s: teacher[text]
+        for text, s in student.items()
+        if text in teacher and s != ends[0] and teacher[text] != ends[1]
+    }
     if None not in ends:
         pairs[ends[0]] = ends[1]  # whatever the end-of-sequence tokens are called
     if not pairs:
-        raise UserError("the vocabularies have no token in common", where="matching_tokens", fix="Use kind='likelihood' or kind='uld'.")
+        raise UserError(
+            "the vocabularies have no token in common",
+            where="matching_tokens",
+            fix="Use kind='likelihood' or kind='uld'.",
+        )
     rows = torch.tensor(sorted(pairs.items()))
     return rows[:, 0], rows[:, 1]
 
 # %% ../../nbs/4_probabilities/04_cross_tokenizer.ipynb #8a4aeb68
-def aligned_span_loss(student_logits: Tensor, teacher_logits: Tensor,    # (B, rows, V), each with its own number of rows and V
-                      student_ids: Tensor, teacher_ids: Tensor,          # (B, rows): the token that each row of logits predicts
-                      spans: Sequence[Sequence[Span]],                   # per example, from align_spans or spans_in_order
-                      kind: str = "likelihood",                          # or "matched", "uld"
-                      temperature: float = 1.0, *, matches: tuple[Tensor, Tensor] | None = None,  # of matching_tokens, for "matched"
-                      scale_t2: bool = False,
-                      denominator: Any = None) -> Tensor:                # spans of the effective batch; None: of this call
+def aligned_span_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,  # (B, rows, V), each with its own number of rows and V
+    student_ids: Tensor,
+    teacher_ids: Tensor,  # (B, rows): the token that each row of logits predicts
+    spans: Sequence[Sequence[Span]],  # per example, from align_spans or spans_in_order
+    kind: str = "likelihood",  # or "matched", "uld"
+    temperature: float = 1.0,
+    *,
+    matches: tuple[Tensor, Tensor] | None = None,  # of matching_tokens, for "matched"
+    scale_t2: bool = False,
+    denominator: Any = None,
+) -> Tensor:  # spans of the effective batch; None: of this call
     "Mean over the spans of a divergence between models with different tokenizers, a scalar. Raises UserError."
-    values = _span_values(student_logits, teacher_logits.detach(), student_ids, teacher_ids, spans, kind, temperature, matches)
+    values = _span_values(
+        student_logits,
+        teacher_logits.detach(),
+        student_ids,
+        teacher_ids,
+        spans,
+        kind,
+        temperature,
+        matches,
+    )
     loss = _token_mean(values, denominator)
-    return loss*temperature**2 if scale_t2 else loss
+    return loss * temperature**2 if scale_t2 else loss
 
 # %% ../../nbs/4_probabilities/04_cross_tokenizer.ipynb #36412548
-def _span_values(student_logits: Tensor, teacher_logits: Tensor, student_ids: Tensor, teacher_ids: Tensor,
-                 spans: Sequence[Sequence[Span]], kind: str, temperature: float, matches: tuple[Tensor, Tensor] | None) -> Tensor:
+def _span_values(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    student_ids: Tensor,
+    teacher_ids: Tensor,
+    spans: Sequence[Sequence[Span]],
+    kind: str,
+    temperature: float,
+    matches: tuple[Tensor, Tensor] | None,
+) -> Tensor:
     "The divergence of every span, (P,)."
     if kind not in ("likelihood", "matched", "uld") or (kind == "matched" and matches is None):
-        raise UserError(f"{kind!r} is not known, or lacks its matches", where="kind",
-                        fix="Use 'likelihood', 'uld', or 'matched' with matches=matching_tokens(student_tokenizer, teacher_tokenizer).")
-    ranges = [[(b, *span[i:i + 2]) for b, row in enumerate(spans) for span in row] for i in (0, 2)]
+        raise UserError(
+            f"{kind!r} is not known, or lacks its matches",
+            where="kind",
+            fix="Use 'likelihood', 'uld', or 'matched' with matches=matching_tokens(student_tokenizer, teacher_tokenizer).",
+        )
+    ranges = [
+        [(b, *span[i : i + 2]) for b, row in enumerate(spans) for span in row] for i in (0, 2)
+    ]
     if not ranges[0]:
         return student_logits.new_zeros(0) + student_logits.reshape(-1)[:0].sum()
-    _check_ranges(ranges[0], student_logits, student_ids, "student"), _check_ranges(ranges[1], teacher_logits, teacher_ids, "teacher")
-    dtype = torch.promote_types(torch.promote_types(student_logits.dtype, teacher_logits.dtype), torch.float32)
+    (
+        _check_ranges(ranges[0], student_logits, student_ids, "student"),
+        _check_ranges(ranges[1], teacher_logits, teacher_ids, "teacher"),
+    )
+    dtype = torch.promote_types(
+        torch.promote_types(student_logits.dtype, teacher_logits.dtype), torch.float32
+    )
     student = _read_spans(student_logits, student_ids, ranges[0], temperature, dtype)
     teacher = _read_spans(teacher_logits, teacher_ids, ranges[1], temperature, dtype)
     if kind == "uld":
         return _span_uld(student, teacher)
     if kind == "likelihood":
         return _span_likelihood(student, teacher)
-    single = torch.tensor([a[2] - a[1] == 1 == b[2] - b[1] for a, b in zip(*ranges)], device=student_logits.device)
-    return _span_matched(student, teacher, tuple(m.to(student_logits.device) for m in matches), single)
+    single = torch.tensor(
+        [a[2] - a[1] == 1 == b[2] - b[1] for a, b in zip(*ranges)], device=student_logits.device
+    )
+    return _span_matched(
+        student, teacher, tuple(m.to(student_logits.device) for m in matches), single
+    )
 
 # %% ../../nbs/4_probabilities/04_cross_tokenizer.ipynb #a5be6605
-def _check_ranges(ranges: list[tuple[int, int, int]], logits: Tensor, ids: Tensor, who: str) -> None:
+def _check_ranges(
+    ranges: list[tuple[int, int, int]], logits: Tensor, ids: Tensor, who: str
+) -> None:
     if logits.ndim != 3 or ids.shape != logits.shape[:2]:
-        raise UserError(f"logits {tuple(logits.shape)} and ids {tuple(ids.shape)} of the {who} do not fit", where=f"{who}_ids",
-                        fix="Logits have shape (B, rows, V), and ids (B, rows): the token that each row predicts.")
-    bad = [r for r in ranges if not (0 <= r[0] < logits.shape[0] and 0 <= r[1] < r[2] <= logits.shape[1])]
+        raise UserError(
+            f"logits {tuple(logits.shape)} and ids {tuple(ids.shape)} of the {who} do not fit",
+            where=f"{who}_ids",
+            fix="Logits have shape (B, rows, V), and ids (B, rows): the token that each row predicts.",
+        )
+    bad = [
+        r
+        for r in ranges
+        if not (0 <= r[0] < logits.shape[0] and 0 <= r[1] < r[2] <= logits.shape[1])
+    ]
     if bad:
-        raise UserError(f"example {bad[0][0]}: the span [{bad[0][1]}, {bad[0][2]}) of the {who} is outside of its "
-                        f"{tuple(logits.shape[:2])} rows", where="spans", fix="Pass the row that predicts the first token to align_spans.")
+        raise UserError(
+            f"example {bad[0][0]}: the span [{bad[0][1]}, {bad[0][2]}) of the {who} is outside of its "
+            f"{tuple(logits.shape[:2])} rows",
+            where="spans",
+            fix="Pass the row that predicts the first token to align_spans.",
+        )

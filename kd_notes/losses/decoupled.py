@@ -18,6 +18,7 @@ from .divergences import _between, _kl, _loss, _LOW, _register, _Side, _sides
 # %% ../../nbs/4_probabilities/03_decoupled.ipynb #46fb5e40
 class _Split(NamedTuple):
     "Gold token against the others: log p_g and log(1 - p_g), both (...), and the others among themselves, (..., V)."
+
     gold: Tensor
     other: Tensor
     rest: _Side
@@ -29,19 +30,25 @@ def _split_gold(side: _Side, target_ids: Tensor) -> _Split:
     others = side.log.scatter(-1, ids, _LOW)
     log_other, rest = others.logsumexp(-1), others.log_softmax(-1)
     if side.low:
-        rest = rest.masked_fill((log_other <= _LOW/2).unsqueeze(-1), _LOW)
+        rest = rest.masked_fill((log_other <= _LOW / 2).unsqueeze(-1), _LOW)
     return _Split(side.log.gather(-1, ids).squeeze(-1), log_other, _Side(rest, side.low))
 
 # %% ../../nbs/4_probabilities/03_decoupled.ipynb #82e26d12
 def _check_targets(target_ids: Tensor, side: _Side) -> Tensor:
     "The ids as they are. Raises UserError if their shape or one of them does not fit."
     if target_ids.shape != side.log.shape[:-1]:
-        raise UserError(f"target_ids has shape {tuple(target_ids.shape)}, the positions {tuple(side.log.shape[:-1])}", where="target_ids",
-                        fix="Give the gold token of every position.")
+        raise UserError(
+            f"target_ids has shape {tuple(target_ids.shape)}, the positions {tuple(side.log.shape[:-1])}",
+            where="target_ids",
+            fix="Give the gold token of every position.",
+        )
     size = side.log.shape[-1]
     if target_ids.numel() and not 0 <= int(target_ids.amin()) <= int(target_ids.amax()) < size:
-        raise UserError(f"ids from {int(target_ids.amin())} to {int(target_ids.amax())} where 0 to {size - 1} exist", where="target_ids",
-                        fix="Mask out positions without a gold token (-100).")
+        raise UserError(
+            f"ids from {int(target_ids.amin())} to {int(target_ids.amax())} where 0 to {size - 1} exist",
+            where="target_ids",
+            fix="Mask out positions without a gold token (-100).",
+        )
     return target_ids
 
 # %% ../../nbs/4_probabilities/03_decoupled.ipynb #7f8a0503
@@ -54,38 +61,65 @@ def _tkd_dkd(student: _Side, teacher: _Side, target_ids: Tensor) -> tuple[Tensor
 # %% ../../nbs/4_probabilities/03_decoupled.ipynb #5ca15807
 def _times(weight: float, values: Tensor) -> Tensor:
     "weight*values; a weight of 0 silences even +inf."
-    return weight*values if weight else torch.zeros_like(values)
+    return weight * values if weight else torch.zeros_like(values)
 
 # %% ../../nbs/4_probabilities/03_decoupled.ipynb #457f9333
 @_register
-def _dkd(student: _Side, teacher: _Side, *, target_ids: Tensor, alpha: float = 1.0, beta: float = 8.0) -> Tensor:
+def _dkd(
+    student: _Side, teacher: _Side, *, target_ids: Tensor, alpha: float = 1.0, beta: float = 8.0
+) -> Tensor:
     tkd, dkd, _ = _tkd_dkd(student, teacher, target_ids)
     return _times(alpha, tkd) + _times(beta, dkd)
 
 # %% ../../nbs/4_probabilities/03_decoupled.ipynb #9000a796
-def dkd(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor | None = None, temperature: float = 1.0, *,
-        target_ids: Tensor,                      # (...), the gold token of every position; anything where masked
-        alpha: float = 1.0, beta: float = 8.0,   # weights of the target and of the non-target part
-        scale_t2: bool = False, denominator: Any = None) -> Tensor:
+def dkd(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    mask: Tensor | None = None,
+    temperature: float = 1.0,
+    *,
+    target_ids: Tensor,  # (...), the gold token of every position; anything where masked
+    alpha: float = 1.0,
+    beta: float = 8.0,  # weights of the target and of the non-target part
+    scale_t2: bool = False,
+    denominator: Any = None,
+) -> Tensor:
     "Decoupled KD (CVPR 2022): alpha TKD + beta DKD: token-mean, a scalar. Parameters as in forward_kl."
-    return _loss("dkd", student_logits, teacher_logits, mask, temperature, scale_t2=scale_t2, denominator=denominator,
-                 target_ids=target_ids, alpha=alpha, beta=beta)
+    return _loss(
+        "dkd",
+        student_logits,
+        teacher_logits,
+        mask,
+        temperature,
+        scale_t2=scale_t2,
+        denominator=denominator,
+        target_ids=target_ids,
+        alpha=alpha,
+        beta=beta,
+    )
 
 # %% ../../nbs/4_probabilities/03_decoupled.ipynb #f5c431b3
 class EasyHard(NamedTuple):
     "Where ATKD cuts, and how many positions of its scope are on either side."
+
     threshold: float  # of log(1 - p_g); a position below it is easy
     easy: int
     hard: int
 
 # %% ../../nbs/4_probabilities/03_decoupled.ipynb #2c6b643f
-def easy_hard(log_uncertainty: Tensor,                  # log(1 - p_g) of the unmasked positions of the scope, any shape
-              hard_fraction: float = 0.5) -> EasyHard:  # the paper's k; 0.5 cuts at the median
+def easy_hard(
+    log_uncertainty: Tensor,  # log(1 - p_g) of the unmasked positions of the scope, any shape
+    hard_fraction: float = 0.5,
+) -> EasyHard:  # the paper's k; 0.5 cuts at the median
     "The cut between easy and hard positions; ties are hard. Raises UserError if there are no positions."
     flat = log_uncertainty.detach().flatten()
     if not flat.numel():
-        raise UserError("there are no positions", where="easy_hard", fix="Pass the unmasked positions of a batch.")
-    place = math.floor((1 - _between("hard_fraction", hard_fraction))*(flat.numel() - 1))
+        raise UserError(
+            "there are no positions",
+            where="easy_hard",
+            fix="Pass the unmasked positions of a batch.",
+        )
+    place = math.floor((1 - _between("hard_fraction", hard_fraction)) * (flat.numel() - 1))
     threshold = flat.kthvalue(place + 1).values.item() if hard_fraction else math.inf
     easy = int((flat < threshold).sum())
     return EasyHard(threshold, easy, flat.numel() - easy)
@@ -98,24 +132,50 @@ def log_uncertainty(teacher_logits: Tensor, target_ids: Tensor, temperature: flo
 
 # %% ../../nbs/4_probabilities/03_decoupled.ipynb #44a9c0ef
 @_register
-def _atkd(student: _Side, teacher: _Side, *, target_ids: Tensor, easy_weight: float = 0.2, hard_fraction: float = 0.5,
-          split: EasyHard | None = None) -> Tensor:
+def _atkd(
+    student: _Side,
+    teacher: _Side,
+    *,
+    target_ids: Tensor,
+    easy_weight: float = 0.2,
+    hard_fraction: float = 0.5,
+    split: EasyHard | None = None,
+) -> Tensor:
     tkd, dkd, uncertainty = _tkd_dkd(student, teacher, target_ids)
     if not dkd.numel():
         return dkd
     split = split or easy_hard(uncertainty, hard_fraction)
     scope = split.easy + split.hard
-    easy = _times(_between("easy_weight", easy_weight)*scope/max(split.easy, 1), dkd)
-    hard = _times((1 - easy_weight)*scope/max(split.hard, 1), tkd + dkd)
+    easy = _times(_between("easy_weight", easy_weight) * scope / max(split.easy, 1), dkd)
+    hard = _times((1 - easy_weight) * scope / max(split.hard, 1), tkd + dkd)
     return torch.where(uncertainty < split.threshold, easy, hard)
 
 # %% ../../nbs/4_probabilities/03_decoupled.ipynb #16c139ed
-def atkd(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor | None = None, temperature: float = 1.0, *,
-         target_ids: Tensor,             # (...), the gold token of every position; anything where masked
-         easy_weight: float = 0.2,       # the paper's lambda
-         hard_fraction: float = 0.5,     # the paper's k
-         split: EasyHard | None = None,  # the cut of a larger scope; None: of the unmasked positions of this call
-         scale_t2: bool = False, denominator: Any = None) -> Tensor:
+def atkd(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    mask: Tensor | None = None,
+    temperature: float = 1.0,
+    *,
+    target_ids: Tensor,  # (...), the gold token of every position; anything where masked
+    easy_weight: float = 0.2,  # the paper's lambda
+    hard_fraction: float = 0.5,  # the paper's k
+    split: EasyHard
+    | None = None,  # the cut of a larger scope; None: of the unmasked positions of this call
+    scale_t2: bool = False,
+    denominator: Any = None,
+) -> Tensor:
     "ATKD (arXiv 2402.11890): easy_weight mean(DKD of easy) + (1 - easy_weight) mean(TKD + DKD of hard), a scalar."
-    return _loss("atkd", student_logits, teacher_logits, mask, temperature, scale_t2=scale_t2, denominator=denominator,
-                 target_ids=target_ids, easy_weight=easy_weight, hard_fraction=hard_fraction, split=split)
+    return _loss(
+        "atkd",
+        student_logits,
+        teacher_logits,
+        mask,
+        temperature,
+        scale_t2=scale_t2,
+        denominator=denominator,
+        target_ids=target_ids,
+        easy_weight=easy_weight,
+        hard_fraction=hard_fraction,
+        split=split,
+    )

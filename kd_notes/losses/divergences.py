@@ -32,6 +32,7 @@ _LOW = -1e30  # a banned token's log-probability inside this module
 
 class _Side(NamedTuple):
     "Log-probabilities of one model, (..., V), float32 or float64, and whether a token is banned (-1e30) somewhere."
+
     log: Tensor
     low: bool
 
@@ -44,17 +45,31 @@ def _log_probs(logits: Tensor, temperature: float, dtype: torch.dtype) -> _Side:
     low = x.numel() > 0 and bool(x.detach().amin() <= _LOW)
     if low:
         if bool((x.detach().amax(-1) <= _LOW).any()):
-            raise UserError("every logit of a position is -inf", where="logits", fix="Mask such positions out: they are no distribution.")
+            raise UserError(
+                "every logit of a position is -inf",
+                where="logits",
+                fix="Mask such positions out: they are no distribution.",
+            )
         x = x.clamp(min=_LOW)
     return _Side(x.log_softmax(-1), low)
 
 # %% ../../nbs/4_probabilities/01_divergences.ipynb #b9907ed0
-def _sides(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> tuple[_Side, _Side]:
+def _sides(
+    student_logits: Tensor, teacher_logits: Tensor, temperature: float
+) -> tuple[_Side, _Side]:
     "Student and teacher as log-probabilities in float32, or float64 if one of them has it; the teacher outside the graph."
     if not (isinstance(temperature, (int, float)) and 0 < temperature < math.inf):
-        raise UserError(f"{temperature!r} is not a temperature", where="temperature", fix="Use a number above 0; 1 changes nothing.")
-    dtype = torch.promote_types(torch.promote_types(student_logits.dtype, teacher_logits.dtype), torch.float32)
-    return _log_probs(student_logits, temperature, dtype), _log_probs(teacher_logits.detach(), temperature, dtype)
+        raise UserError(
+            f"{temperature!r} is not a temperature",
+            where="temperature",
+            fix="Use a number above 0; 1 changes nothing.",
+        )
+    dtype = torch.promote_types(
+        torch.promote_types(student_logits.dtype, teacher_logits.dtype), torch.float32
+    )
+    return _log_probs(student_logits, temperature, dtype), _log_probs(
+        teacher_logits.detach(), temperature, dtype
+    )
 
 # %% ../../nbs/4_probabilities/01_divergences.ipynb #178184f0
 def _gap(a: _Side, b: _Side, floor: float | None) -> Tensor:
@@ -62,24 +77,32 @@ def _gap(a: _Side, b: _Side, floor: float | None) -> Tensor:
     return a.log - (b.log if floor is None else b.log.clamp(min=floor))
 
 
-def _infinite(values: Tensor, mass: Tensor, b: _Side, floor: float | None, when: Any = True) -> Tensor:
+def _infinite(
+    values: Tensor, mass: Tensor, b: _Side, floor: float | None, when: Any = True
+) -> Tensor:
     "`values` (...), with +inf where `mass` (..., V) lies on tokens that b bans: a constant, so with zero gradient."
     if not b.low or floor is not None:
         return values
-    return values.masked_fill(((b.log <= _LOW/2) & (mass > 0)).any(-1) & when, math.inf)
+    return values.masked_fill(((b.log <= _LOW / 2) & (mass > 0)).any(-1) & when, math.inf)
 
 # %% ../../nbs/4_probabilities/01_divergences.ipynb #a21fa056
 def _kl(a: _Side, b: _Side, floor: float | None = None) -> Tensor:
     "KL(a || b) of every position, (...)."
     mass = a.log.exp()
-    return _infinite((mass*_gap(a, b, floor)).sum(-1), mass, b, floor)
+    return _infinite((mass * _gap(a, b, floor)).sum(-1), mass, b, floor)
 
 # %% ../../nbs/4_probabilities/01_divergences.ipynb #2b6712f9
-ELSEWHERE = {"adaptive_kl": "adaptive", "dkd": "decoupled", "atkd": "decoupled", "uld": "cross_tokenizer"}
+ELSEWHERE = {
+    "adaptive_kl": "adaptive",
+    "dkd": "decoupled",
+    "atkd": "decoupled",
+    "uld": "cross_tokenizer",
+}
 
 
 class Registry(MutableMapping):
     "Divergences by name. One with a module of its own is imported when somebody asks for it."
+
     def __init__(self):
         self.loaded: dict[str, Callable] = {}
 
@@ -95,31 +118,50 @@ class Registry(MutableMapping):
         del self.loaded[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter({**dict.fromkeys(name for name in self.loaded if name not in ELSEWHERE), **dict.fromkeys(ELSEWHERE),
-                     **dict.fromkeys(self.loaded)})
+        return iter(
+            {
+                **dict.fromkeys(name for name in self.loaded if name not in ELSEWHERE),
+                **dict.fromkeys(ELSEWHERE),
+                **dict.fromkeys(self.loaded),
+            }
+        )
 
     def __len__(self) -> int:
         return len(self.loaded.keys() | ELSEWHERE.keys())
 
 
-DIVERGENCES = Registry()  # name: function of student logits, teacher logits and temperature that returns values (...)
+DIVERGENCES = (
+    Registry()
+)  # name: function of student logits, teacher logits and temperature that returns values (...)
 
 # %% ../../nbs/4_probabilities/01_divergences.ipynb #bd121d36
-def _check_pair(student_logits: Tensor, teacher_logits: Tensor, same_vocabulary: bool = True) -> None:
+def _check_pair(
+    student_logits: Tensor, teacher_logits: Tensor, same_vocabulary: bool = True
+) -> None:
     s, t = tuple(student_logits.shape), tuple(teacher_logits.shape)
     if s[:-1] != t[:-1]:
-        raise UserError(f"the positions differ: student {s}, teacher {t}", where="logits",
-                        fix="Both need shape (..., V) with the same leading dimensions; with two tokenizers use aligned_span_loss.")
+        raise UserError(
+            f"the positions differ: student {s}, teacher {t}",
+            where="logits",
+            fix="Both need shape (..., V) with the same leading dimensions; with two tokenizers use aligned_span_loss.",
+        )
     if same_vocabulary and s[-1] != t[-1]:
-        raise UserError(f"the vocabularies differ: {s[-1]} logits of the student, {t[-1]} of the teacher", where="logits",
-                        fix="For one tokenizer with different padding use align_vocabulary; for two tokenizers aligned_span_loss or uld.")
+        raise UserError(
+            f"the vocabularies differ: {s[-1]} logits of the student, {t[-1]} of the teacher",
+            where="logits",
+            fix="For one tokenizer with different padding use align_vocabulary; for two tokenizers aligned_span_loss or uld.",
+        )
 
 # %% ../../nbs/4_probabilities/01_divergences.ipynb #c72da810
 def _register(function: Callable, same_vocabulary: bool = True) -> Callable:
     "Put a function of two sides into the registry, as a function of logits; returns it as it is."
-    def per_position(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0, **options) -> Tensor:
+
+    def per_position(
+        student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0, **options
+    ) -> Tensor:
         _check_pair(student_logits, teacher_logits, same_vocabulary)
         return function(*_sides(student_logits, teacher_logits, temperature), **options)
+
     name = function.__name__.lstrip("_")
     per_position.__name__ = per_position.__qualname__ = name
     per_position.of_sides = function
@@ -136,23 +178,40 @@ def _options(function: Callable) -> dict[str, bool]:
 def _look_up(name: str, options: dict, complete: bool = False) -> Callable:
     "The function of that name. Raises UserError for an unknown name, an unknown option and (if `complete`) a missing one."
     if name not in DIVERGENCES:
-        raise UserError(f"{name!r} is not a divergence", where="divergence", fix=f"Choose one of {', '.join(DIVERGENCES)}.")
+        raise UserError(
+            f"{name!r} is not a divergence",
+            where="divergence",
+            fix=f"Choose one of {', '.join(DIVERGENCES)}.",
+        )
     known = _options(DIVERGENCES[name])
     for option in options:
         if option not in known:
-            raise UserError(f"{name} has no option {option!r}", where="divergence", fix=f"It knows: {', '.join(known) or 'none'}.")
+            raise UserError(
+                f"{name} has no option {option!r}",
+                where="divergence",
+                fix=f"It knows: {', '.join(known) or 'none'}.",
+            )
     missing = [option for option, needed in known.items() if needed and options.get(option) is None]
     if complete and missing:
-        raise UserError(f"{name} needs {missing[0]}", where="divergence", fix=f"Pass {missing[0]}= with the shape of the positions.")
+        raise UserError(
+            f"{name} needs {missing[0]}",
+            where="divergence",
+            fix=f"Pass {missing[0]}= with the shape of the positions.",
+        )
     return DIVERGENCES[name]
 
 # %% ../../nbs/4_probabilities/01_divergences.ipynb #1f71c83a
-def token_divergence(name: str,                # a key of DIVERGENCES
-                     student_logits: Tensor,   # (..., V)
-                     teacher_logits: Tensor,   # (..., V)
-                     temperature: float = 1.0, **options) -> Tensor:
+def token_divergence(
+    name: str,  # a key of DIVERGENCES
+    student_logits: Tensor,  # (..., V)
+    teacher_logits: Tensor,  # (..., V)
+    temperature: float = 1.0,
+    **options,
+) -> Tensor:
     "The divergence of every position, shape (...), float32 or float64. Raises UserError for an unknown name or option."
-    return _look_up(name, options, complete=True)(student_logits, teacher_logits, temperature, **options)
+    return _look_up(name, options, complete=True)(
+        student_logits, teacher_logits, temperature, **options
+    )
 
 # %% ../../nbs/4_probabilities/01_divergences.ipynb #e076d740
 @_register
@@ -170,11 +229,18 @@ def _select(mask: Tensor | None, shape: torch.Size, *tensors: Tensor | None) -> 
     if mask is None:
         return list(tensors)
     if mask.shape != shape:
-        raise UserError(f"the mask has shape {tuple(mask.shape)}, the positions {tuple(shape)}", where="mask",
-                        fix="Give one True or False for every position.")
+        raise UserError(
+            f"the mask has shape {tuple(mask.shape)}, the positions {tuple(shape)}",
+            where="mask",
+            fix="Give one True or False for every position.",
+        )
     if mask.dtype != torch.bool:
         if not bool(((mask == 0) | (mask == 1)).all()):
-            raise UserError("the mask holds other numbers than 0 and 1", where="mask", fix="A mask chooses positions, it does not weigh.")
+            raise UserError(
+                "the mask holds other numbers than 0 and 1",
+                where="mask",
+                fix="A mask chooses positions, it does not weigh.",
+            )
         mask = mask.bool()
     return list(tensors) if bool(mask.all()) else [None if t is None else t[mask] for t in tensors]
 
@@ -184,102 +250,207 @@ def _token_mean(values: Tensor, denominator: Any) -> Tensor:
     if denominator is None:
         denominator = values.numel()
         if not denominator:
-            raise UserError("there is no unmasked position", where="mask", fix="Drop rows without target tokens, or pass a denominator.")
+            raise UserError(
+                "there is no unmasked position",
+                where="mask",
+                fix="Drop rows without target tokens, or pass a denominator.",
+            )
     elif not bool(denominator > 0):
-        raise UserError(f"{denominator} tokens cannot be the denominator", where="denominator", fix="Pass the tokens of the whole batch.")
-    return values.sum()/denominator
+        raise UserError(
+            f"{denominator} tokens cannot be the denominator",
+            where="denominator",
+            fix="Pass the tokens of the whole batch.",
+        )
+    return values.sum() / denominator
 
 # %% ../../nbs/4_probabilities/01_divergences.ipynb #572294d4
-def _loss(name: str, student_logits: Tensor, teacher_logits: Tensor, mask: Tensor | None = None, temperature: float = 1.0, *,
-          scale_t2: bool = False, denominator: Any = None, target_ids: Tensor | None = None, **options) -> Tensor:
+def _loss(
+    name: str,
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    mask: Tensor | None = None,
+    temperature: float = 1.0,
+    *,
+    scale_t2: bool = False,
+    denominator: Any = None,
+    target_ids: Tensor | None = None,
+    **options,
+) -> Tensor:
     "Token-mean of a divergence, a scalar: what the functions of this module have in common. Raises UserError."
     _check_pair(student_logits, teacher_logits, same_vocabulary=False)
     shape = student_logits.shape[:-1]
     if target_ids is not None:
         if target_ids.shape != shape:
-            raise UserError(f"target_ids has shape {tuple(target_ids.shape)}, the positions {tuple(shape)}", where="target_ids",
-                            fix="Give the gold token of every position.")
+            raise UserError(
+                f"target_ids has shape {tuple(target_ids.shape)}, the positions {tuple(shape)}",
+                where="target_ids",
+                fix="Give the gold token of every position.",
+            )
         options["target_ids"] = target_ids
-    student_logits, teacher_logits, ids = _select(mask, shape, student_logits, teacher_logits, target_ids)
+    student_logits, teacher_logits, ids = _select(
+        mask, shape, student_logits, teacher_logits, target_ids
+    )
     if ids is not None:
         options["target_ids"] = ids
-    loss = _token_mean(token_divergence(name, student_logits, teacher_logits, temperature, **options), denominator)
-    return loss*temperature**2 if scale_t2 else loss
+    loss = _token_mean(
+        token_divergence(name, student_logits, teacher_logits, temperature, **options), denominator
+    )
+    return loss * temperature**2 if scale_t2 else loss
 
 # %% ../../nbs/4_probabilities/01_divergences.ipynb #f6da6466
-def forward_kl(student_logits: Tensor,           # (..., V), any floating dtype
-               teacher_logits: Tensor,           # (..., V), gets no gradient
-               mask: Tensor | None = None,       # (...), True or 1 where the loss counts
-               temperature: float = 1.0, *,      # both sides' logits are divided by it
-               floor: float | None = None,       # smallest log-probability of the student; None: +inf where it bans what p has
-               scale_t2: bool = False,           # multiply the loss by the square of the temperature
-               denominator: Any = None) -> Tensor:  # tokens of the effective batch; None: the unmasked positions of this call
+def forward_kl(
+    student_logits: Tensor,  # (..., V), any floating dtype
+    teacher_logits: Tensor,  # (..., V), gets no gradient
+    mask: Tensor | None = None,  # (...), True or 1 where the loss counts
+    temperature: float = 1.0,
+    *,  # both sides' logits are divided by it
+    floor: float
+    | None = None,  # smallest log-probability of the student; None: +inf where it bans what p has
+    scale_t2: bool = False,  # multiply the loss by the square of the temperature
+    denominator: Any = None,
+) -> Tensor:  # tokens of the effective batch; None: the unmasked positions of this call
     "KL(p || q) = sum p log(p/q), teacher p, student q: token-mean, a scalar. Raises UserError."
-    return _loss("forward_kl", student_logits, teacher_logits, mask, temperature, scale_t2=scale_t2, denominator=denominator,
-                 floor=floor)
+    return _loss(
+        "forward_kl",
+        student_logits,
+        teacher_logits,
+        mask,
+        temperature,
+        scale_t2=scale_t2,
+        denominator=denominator,
+        floor=floor,
+    )
 
 # %% ../../nbs/4_probabilities/01_divergences.ipynb #a61ef06c
-def effective_denominator(*masks: Tensor) -> float:  # the masks of all micro-batches of one optimizer step, on this process
+def effective_denominator(
+    *masks: Tensor,
+) -> float:  # the masks of all micro-batches of one optimizer step, on this process
     "What to divide by so that accumulated, DDP-averaged gradients are those of the whole batch. Raises UserError if nothing is unmasked."
     if not masks:
-        raise UserError("there is no mask", where="effective_denominator", fix="Pass the masks of all micro-batches of the step.")
+        raise UserError(
+            "there is no mask",
+            where="effective_denominator",
+            fix="Pass the masks of all micro-batches of the step.",
+        )
     count, processes = sum(int(mask.sum()) for mask in masks), 1
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        total = torch.tensor(count, device="cuda" if torch.distributed.get_backend() == "nccl" else "cpu")
+        total = torch.tensor(
+            count, device="cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+        )
         torch.distributed.all_reduce(total)
         count, processes = int(total), torch.distributed.get_world_size()
     if not count:
-        raise UserError("no position of the step is unmasked", where="effective_denominator", fix="Drop rows without target tokens.")
-    return count/processes
+        raise UserError(
+            "no position of the step is unmasked",
+            where="effective_denominator",
+            fix="Drop rows without target tokens.",
+        )
+    return count / processes
 
 # %% ../../nbs/4_probabilities/01_divergences.ipynb #2e22c1af
-def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor | None = None, temperature: float = 1.0, *,
-               floor: float | None = None,       # smallest log-probability of the teacher; None: +inf where it bans what q has
-               scale_t2: bool = False, denominator: Any = None) -> Tensor:
+def reverse_kl(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    mask: Tensor | None = None,
+    temperature: float = 1.0,
+    *,
+    floor: float
+    | None = None,  # smallest log-probability of the teacher; None: +inf where it bans what q has
+    scale_t2: bool = False,
+    denominator: Any = None,
+) -> Tensor:
     "KL(q || p) = sum q log(q/p), teacher p, student q: token-mean, a scalar. Parameters as in forward_kl."
-    return _loss("reverse_kl", student_logits, teacher_logits, mask, temperature, scale_t2=scale_t2, denominator=denominator,
-                 floor=floor)
+    return _loss(
+        "reverse_kl",
+        student_logits,
+        teacher_logits,
+        mask,
+        temperature,
+        scale_t2=scale_t2,
+        denominator=denominator,
+        floor=floor,
+    )
 
 # %% ../../nbs/4_probabilities/01_divergences.ipynb #efe6cf70
 @_register
 def _cross_entropy(student: _Side, teacher: _Side, *, floor: float | None = None) -> Tensor:
     mass = teacher.log.exp()
     log_q = student.log if floor is None else student.log.clamp(min=floor)
-    return _infinite(-(mass*log_q).sum(-1), mass, student, floor)
+    return _infinite(-(mass * log_q).sum(-1), mass, student, floor)
 
 # %% ../../nbs/4_probabilities/01_divergences.ipynb #a84a9321
-def cross_entropy(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor | None = None, temperature: float = 1.0, *,
-                  floor: float | None = None, scale_t2: bool = False, denominator: Any = None) -> Tensor:
+def cross_entropy(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    mask: Tensor | None = None,
+    temperature: float = 1.0,
+    *,
+    floor: float | None = None,
+    scale_t2: bool = False,
+    denominator: Any = None,
+) -> Tensor:
     "-sum p log q = forward KL plus the entropy of the teacher: token-mean, a scalar. Parameters as in forward_kl."
-    return _loss("cross_entropy", student_logits, teacher_logits, mask, temperature, scale_t2=scale_t2, denominator=denominator,
-                 floor=floor)
+    return _loss(
+        "cross_entropy",
+        student_logits,
+        teacher_logits,
+        mask,
+        temperature,
+        scale_t2=scale_t2,
+        denominator=denominator,
+        floor=floor,
+    )
 
 # %% ../../nbs/4_probabilities/01_divergences.ipynb #9dc99ec8
 def _weighted_kl(student: _Side, teacher: _Side, weight: Any, floor: float | None) -> Tensor:
     "weight KL(p || q) + (1 - weight) KL(q || p), weight a number or (...); a weight of 0 silences even +inf."
     p, q = teacher.log.exp(), student.log.exp()
-    forward, reverse = (p*_gap(teacher, student, floor)).sum(-1), (q*_gap(student, teacher, floor)).sum(-1)
-    values = _infinite(weight*forward + (1 - weight)*reverse, p, student, floor, weight > 0)
+    forward, reverse = (
+        (p * _gap(teacher, student, floor)).sum(-1),
+        (q * _gap(student, teacher, floor)).sum(-1),
+    )
+    values = _infinite(weight * forward + (1 - weight) * reverse, p, student, floor, weight > 0)
     return _infinite(values, q, teacher, floor, weight < 1)
 
 # %% ../../nbs/4_probabilities/01_divergences.ipynb #f964ff3e
 @_register
-def _symmetric_kl(student: _Side, teacher: _Side, *, weight: float = 0.5, floor: float | None = None) -> Tensor:
+def _symmetric_kl(
+    student: _Side, teacher: _Side, *, weight: float = 0.5, floor: float | None = None
+) -> Tensor:
     return _weighted_kl(student, teacher, _between("weight", weight), floor)
 
 
 def _between(name: str, value: float) -> float:
     if not 0 <= value <= 1:
-        raise UserError(f"{value!r} is not between 0 and 1", where=name, fix="Choose such a number.")
+        raise UserError(
+            f"{value!r} is not between 0 and 1", where=name, fix="Choose such a number."
+        )
     return value
 
 # %% ../../nbs/4_probabilities/01_divergences.ipynb #ba25b272
-def symmetric_kl(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor | None = None, temperature: float = 1.0, *,
-                 weight: float = 0.5,            # of the forward KL; the reverse KL has the rest
-                 floor: float | None = None, scale_t2: bool = False, denominator: Any = None) -> Tensor:
+def symmetric_kl(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    mask: Tensor | None = None,
+    temperature: float = 1.0,
+    *,
+    weight: float = 0.5,  # of the forward KL; the reverse KL has the rest
+    floor: float | None = None,
+    scale_t2: bool = False,
+    denominator: Any = None,
+) -> Tensor:
     "weight KL(p || q) + (1 - weight) KL(q || p): token-mean, a scalar. Parameters as in forward_kl."
-    return _loss("symmetric_kl", student_logits, teacher_logits, mask, temperature, scale_t2=scale_t2, denominator=denominator,
-                 weight=weight, floor=floor)
+    return _loss(
+        "symmetric_kl",
+        student_logits,
+        teacher_logits,
+        mask,
+        temperature,
+        scale_t2=scale_t2,
+        denominator=denominator,
+        weight=weight,
+        floor=floor,
+    )
 
 # %% ../../nbs/4_probabilities/01_divergences.ipynb #9f634b0d
 def _log_mixture(a: Tensor, b: Tensor, weight: float) -> Tensor:
@@ -292,20 +463,41 @@ def _jsd(student: _Side, teacher: _Side, *, beta: float = 0.5, scaled: bool = Fa
     if _between("beta", beta) in (0, 1) and scaled:
         return _kl(teacher, student) if beta == 0 else _kl(student, teacher)
     if beta in (0, 1):
-        warnings.warn(f"jsd with beta={beta} is 0 for every student: use forward_kl, reverse_kl or scaled=True", stacklevel=2)
+        warnings.warn(
+            f"jsd with beta={beta} is 0 for every student: use forward_kl, reverse_kl or scaled=True",
+            stacklevel=2,
+        )
     p, q = teacher.log.exp(), student.log.exp()
     log_m = _log_mixture(p, q, beta)
-    values = beta*(p*(teacher.log - log_m)).sum(-1) + (1 - beta)*(q*(student.log - log_m)).sum(-1)
-    return values/(beta*(1 - beta)) if scaled else values
+    values = beta * (p * (teacher.log - log_m)).sum(-1) + (1 - beta) * (
+        q * (student.log - log_m)
+    ).sum(-1)
+    return values / (beta * (1 - beta)) if scaled else values
 
 # %% ../../nbs/4_probabilities/01_divergences.ipynb #efa18c90
-def jsd(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor | None = None, temperature: float = 1.0, *,
-        beta: float = 0.5,               # weight of the teacher in the mixture, and of its term
-        scaled: bool = False,            # divided by beta (1 - beta): tends to the KLs at 0 and 1; float32: beta from 0.001 to 0.999
-        scale_t2: bool = False, denominator: Any = None) -> Tensor:
+def jsd(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    mask: Tensor | None = None,
+    temperature: float = 1.0,
+    *,
+    beta: float = 0.5,  # weight of the teacher in the mixture, and of its term
+    scaled: bool = False,  # divided by beta (1 - beta): tends to the KLs at 0 and 1; float32: beta from 0.001 to 0.999
+    scale_t2: bool = False,
+    denominator: Any = None,
+) -> Tensor:
     "beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q: token-mean, a scalar. Parameters as in forward_kl."
-    return _loss("jsd", student_logits, teacher_logits, mask, temperature, scale_t2=scale_t2, denominator=denominator,
-                 beta=beta, scaled=scaled)
+    return _loss(
+        "jsd",
+        student_logits,
+        teacher_logits,
+        mask,
+        temperature,
+        scale_t2=scale_t2,
+        denominator=denominator,
+        beta=beta,
+        scaled=scaled,
+    )
 
 # %% ../../nbs/4_probabilities/01_divergences.ipynb #8607acd5
 @_register
@@ -313,7 +505,7 @@ def _skew_kl(student: _Side, teacher: _Side, *, alpha: float = 0.1) -> Tensor:
     if _between("alpha", alpha) == 0:
         return _kl(teacher, student)
     p, q = teacher.log.exp(), student.log.exp()
-    return (p*(teacher.log - _log_mixture(p, q, alpha))).sum(-1)
+    return (p * (teacher.log - _log_mixture(p, q, alpha))).sum(-1)
 
 # %% ../../nbs/4_probabilities/01_divergences.ipynb #ded51576
 @_register
@@ -321,73 +513,156 @@ def _skew_reverse_kl(student: _Side, teacher: _Side, *, alpha: float = 0.1) -> T
     if _between("alpha", alpha) == 0:
         return _kl(student, teacher)
     p, q = teacher.log.exp(), student.log.exp()
-    return (q*(student.log - _log_mixture(q, p, alpha))).sum(-1)
+    return (q * (student.log - _log_mixture(q, p, alpha))).sum(-1)
 
 # %% ../../nbs/4_probabilities/01_divergences.ipynb #81222d9e
-def skew_kl(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor | None = None, temperature: float = 1.0, *,
-            alpha: float = 0.1,          # weight of the teacher in the mixture; 0: forward KL
-            scale_t2: bool = False, denominator: Any = None) -> Tensor:
+def skew_kl(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    mask: Tensor | None = None,
+    temperature: float = 1.0,
+    *,
+    alpha: float = 0.1,  # weight of the teacher in the mixture; 0: forward KL
+    scale_t2: bool = False,
+    denominator: Any = None,
+) -> Tensor:
     "KL(p || alpha p + (1 - alpha) q), at most -log(alpha): token-mean, a scalar. Parameters as in forward_kl."
-    return _loss("skew_kl", student_logits, teacher_logits, mask, temperature, scale_t2=scale_t2, denominator=denominator, alpha=alpha)
+    return _loss(
+        "skew_kl",
+        student_logits,
+        teacher_logits,
+        mask,
+        temperature,
+        scale_t2=scale_t2,
+        denominator=denominator,
+        alpha=alpha,
+    )
 
 # %% ../../nbs/4_probabilities/01_divergences.ipynb #263137c1
-def skew_reverse_kl(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor | None = None, temperature: float = 1.0, *,
-                    alpha: float = 0.1,  # weight of the student in the mixture; 0: reverse KL
-                    scale_t2: bool = False, denominator: Any = None) -> Tensor:
+def skew_reverse_kl(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    mask: Tensor | None = None,
+    temperature: float = 1.0,
+    *,
+    alpha: float = 0.1,  # weight of the student in the mixture; 0: reverse KL
+    scale_t2: bool = False,
+    denominator: Any = None,
+) -> Tensor:
     "KL(q || (1 - alpha) p + alpha q), at most -log(alpha): token-mean, a scalar. Parameters as in forward_kl."
-    return _loss("skew_reverse_kl", student_logits, teacher_logits, mask, temperature, scale_t2=scale_t2, denominator=denominator,
-                 alpha=alpha)
+    return _loss(
+        "skew_reverse_kl",
+        student_logits,
+        teacher_logits,
+        mask,
+        temperature,
+        scale_t2=scale_t2,
+        denominator=denominator,
+        alpha=alpha,
+    )
 
 # %% ../../nbs/4_probabilities/01_divergences.ipynb #f71cfe77
 @_register
 def _total_variation(student: _Side, teacher: _Side) -> Tensor:
-    return 0.5*(student.log.exp() - teacher.log.exp()).abs().sum(-1)
+    return 0.5 * (student.log.exp() - teacher.log.exp()).abs().sum(-1)
 
 # %% ../../nbs/4_probabilities/01_divergences.ipynb #783137ee
-def total_variation(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor | None = None, temperature: float = 1.0, *,
-                    scale_t2: bool = False, denominator: Any = None) -> Tensor:
+def total_variation(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    mask: Tensor | None = None,
+    temperature: float = 1.0,
+    *,
+    scale_t2: bool = False,
+    denominator: Any = None,
+) -> Tensor:
     "0.5 sum |p - q|, between 0 and 1: token-mean, a scalar. Parameters as in forward_kl."
-    return _loss("total_variation", student_logits, teacher_logits, mask, temperature, scale_t2=scale_t2, denominator=denominator)
+    return _loss(
+        "total_variation",
+        student_logits,
+        teacher_logits,
+        mask,
+        temperature,
+        scale_t2=scale_t2,
+        denominator=denominator,
+    )
 
 # %% ../../nbs/4_probabilities/01_divergences.ipynb #aa43fc2f
 @_register
 def _alpha_divergence(student: _Side, teacher: _Side, *, alpha: float = 0.5) -> Tensor:
-    if abs(alpha*(1 - alpha)) < 1e-6:
+    if abs(alpha * (1 - alpha)) < 1e-6:
         return _kl(teacher, student) if alpha > 0.5 else _kl(student, teacher)
-    power = alpha*teacher.log + (1 - alpha)*student.log
+    power = alpha * teacher.log + (1 - alpha) * student.log
     cap = 80.0 if power.dtype == torch.float32 else 700.0  # e^80 still fits into float32
-    terms = alpha*teacher.log.exp() + (1 - alpha)*student.log.exp() - power.clamp(max=cap).exp()
-    values = terms.sum(-1)/(alpha*(1 - alpha))
+    terms = alpha * teacher.log.exp() + (1 - alpha) * student.log.exp() - power.clamp(max=cap).exp()
+    values = terms.sum(-1) / (alpha * (1 - alpha))
     return values if 0 < alpha < 1 else values.masked_fill((power > cap).any(-1), math.inf)
 
 # %% ../../nbs/4_probabilities/01_divergences.ipynb #28f557d3
-def alpha_divergence(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor | None = None, temperature: float = 1.0, *,
-                     alpha: float = 0.5,         # 1: forward KL, 0: reverse KL; outside of [0, 1] it is unbounded and may overflow to +inf
-                     scale_t2: bool = False, denominator: Any = None) -> Tensor:
+def alpha_divergence(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    mask: Tensor | None = None,
+    temperature: float = 1.0,
+    *,
+    alpha: float = 0.5,  # 1: forward KL, 0: reverse KL; outside of [0, 1] it is unbounded and may overflow to +inf
+    scale_t2: bool = False,
+    denominator: Any = None,
+) -> Tensor:
     "(1 - sum p^alpha q^(1 - alpha)) / (alpha (1 - alpha)): token-mean, a scalar. Parameters as in forward_kl."
-    return _loss("alpha_divergence", student_logits, teacher_logits, mask, temperature, scale_t2=scale_t2, denominator=denominator,
-                 alpha=alpha)
+    return _loss(
+        "alpha_divergence",
+        student_logits,
+        teacher_logits,
+        mask,
+        temperature,
+        scale_t2=scale_t2,
+        denominator=denominator,
+        alpha=alpha,
+    )
 
 # %% ../../nbs/4_probabilities/01_divergences.ipynb #bd7138a2
 @_register
 def _renyi(student: _Side, teacher: _Side, *, alpha: float = 0.5) -> Tensor:
     if not 0 < alpha < math.inf:
-        raise UserError(f"{alpha!r} is not an order", where="alpha", fix="Use a number above 0; 1 is forward KL.")
+        raise UserError(
+            f"{alpha!r} is not an order",
+            where="alpha",
+            fix="Use a number above 0; 1 is forward KL.",
+        )
     if abs(alpha - 1) < 1e-6:
         return _kl(teacher, student)
-    values = torch.logsumexp(alpha*teacher.log + (1 - alpha)*student.log, -1)/(alpha - 1)
+    values = torch.logsumexp(alpha * teacher.log + (1 - alpha) * student.log, -1) / (alpha - 1)
     return values.masked_fill(values > 1e20, math.inf)
 
 # %% ../../nbs/4_probabilities/01_divergences.ipynb #3efbe502
-def renyi(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor | None = None, temperature: float = 1.0, *,
-          alpha: float = 0.5,                    # order, above 0; 1: forward KL
-          scale_t2: bool = False, denominator: Any = None) -> Tensor:
+def renyi(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    mask: Tensor | None = None,
+    temperature: float = 1.0,
+    *,
+    alpha: float = 0.5,  # order, above 0; 1: forward KL
+    scale_t2: bool = False,
+    denominator: Any = None,
+) -> Tensor:
     "log(sum p^alpha q^(1 - alpha)) / (alpha - 1): token-mean, a scalar. Parameters as in forward_kl."
-    return _loss("renyi", student_logits, teacher_logits, mask, temperature, scale_t2=scale_t2, denominator=denominator, alpha=alpha)
+    return _loss(
+        "renyi",
+        student_logits,
+        teacher_logits,
+        mask,
+        temperature,
+        scale_t2=scale_t2,
+        denominator=denominator,
+        alpha=alpha,
+    )
 
 # %% ../../nbs/4_probabilities/01_divergences.ipynb #b20267c3
-def get_divergence(name: str,          # a key of DIVERGENCES
-                   **options) -> Callable:
+def get_divergence(
+    name: str,  # a key of DIVERGENCES
+    **options,
+) -> Callable:
     "The loss of that name with these options, to be called like `forward_kl`: (student_logits, teacher_logits, mask, temperature, ...)."
     _look_up(name, options)
     return partial(_loss, name, **options)

@@ -22,9 +22,11 @@ from .decoupled import easy_hard, log_uncertainty
 from .divergences import _look_up, _select, token_divergence, _token_mean
 
 # %% ../../nbs/4_probabilities/05_fused.ipynb #112c2c86
-def big_zeros(*shape: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Tensor:
+def big_zeros(
+    *shape: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> Tensor:
     "torch.zeros; above 8 MB in main memory on huge pages, where Linux has them, which makes its first use several times faster."
-    size, device = math.prod(shape)*dtype.itemsize, torch.device(device)
+    size, device = math.prod(shape) * dtype.itemsize, torch.device(device)
     if device.type != "cpu" or size < 2**23 or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.zeros(shape, dtype=dtype, device=device)
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -35,20 +37,31 @@ def big_zeros(*shape: int, dtype: torch.dtype = torch.float32, device: torch.dev
 # %% ../../nbs/4_probabilities/05_fused.ipynb #63137e89
 class _Head(NamedTuple):
     "Hidden states and lm-head of one model. Logits at the temperature: x = hidden @ weight.T + bias, or cap*tanh(x)."
-    hidden: Tensor        # (n, D), times `factor`, in the precision of the products
-    weight: Tensor        # (V, D), as it is stored
-    bias: Tensor | None   # (V,), times `factor`
-    factor: float         # logit scale / temperature, or logit scale / soft-cap
-    cap: float | None     # soft-cap / temperature
+
+    hidden: Tensor  # (n, D), times `factor`, in the precision of the products
+    weight: Tensor  # (V, D), as it is stored
+    bias: Tensor | None  # (V,), times `factor`
+    factor: float  # logit scale / temperature, or logit scale / soft-cap
+    cap: float | None  # soft-cap / temperature
 
 # %% ../../nbs/4_probabilities/05_fused.ipynb #15904bd5
-def _make_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, size: int, scale: float, softcap: float | None,
-               temperature: float, dtype: torch.dtype) -> _Head:
+def _make_head(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    size: int,
+    scale: float,
+    softcap: float | None,
+    temperature: float,
+    dtype: torch.dtype,
+) -> _Head:
     "One side, out of the graph, with the first `size` entries of its vocabulary."
-    factor, cap = (scale/temperature, None) if softcap is None else (scale/softcap, softcap/temperature)
+    factor, cap = (
+        (scale / temperature, None) if softcap is None else (scale / softcap, softcap / temperature)
+    )
     if bias is not None:
-        bias = bias.detach()[:size].to(torch.promote_types(dtype, torch.float32))*factor
-    return _Head(hidden.detach().to(dtype)*factor, weight.detach()[:size], bias, factor, cap)
+        bias = bias.detach()[:size].to(torch.promote_types(dtype, torch.float32)) * factor
+    return _Head(hidden.detach().to(dtype) * factor, weight.detach()[:size], bias, factor, cap)
 
 # %% ../../nbs/4_probabilities/05_fused.ipynb #edd765f3
 def _product(out: Tensor, a: Tensor, b: Tensor, add: bool = False) -> None:
@@ -60,7 +73,9 @@ def _product(out: Tensor, a: Tensor, b: Tensor, add: bool = False) -> None:
         out.add_(c) if add else out.copy_(c)
 
 # %% ../../nbs/4_probabilities/05_fused.ipynb #2c78f9f3
-def _logits(head: _Head, rows: slice, columns: slice, out: Tensor, tanh: Tensor | None = None) -> None:
+def _logits(
+    head: _Head, rows: slice, columns: slice, out: Tensor, tanh: Tensor | None = None
+) -> None:
     "Logits of the positions `rows` for the vocabulary `columns` into `out`, (columns, rows); the soft-cap's tanh into `tanh`."
     hidden = head.hidden[rows]
     _product(out, head.weight[columns].to(hidden.dtype), hidden.t())
@@ -75,8 +90,9 @@ def _logits(head: _Head, rows: slice, columns: slice, out: Tensor, tanh: Tensor 
 # %% ../../nbs/4_probabilities/05_fused.ipynb #f2f4a1bd
 class _Rule(NamedTuple):
     "How a divergence is computed block by block."
+
     sweep: Callable  # of x, y, scratch, sums: leaves X and Y in x and y, adds to the sums (3, n): e^x, e^y and a third
-    end: Callable    # of the sums: values, k and c; the gradient is c (Y + k X)
+    end: Callable  # of the sums: values, k and c; the gradient is c (Y + k X)
 
 # %% ../../nbs/4_probabilities/05_fused.ipynb #4496cd37
 def _forward_sweep(x: Tensor, y: Tensor, s: Tensor, sums: Tensor) -> None:
@@ -87,8 +103,8 @@ def _forward_sweep(x: Tensor, y: Tensor, s: Tensor, sums: Tensor) -> None:
 
 # %% ../../nbs/4_probabilities/05_fused.ipynb #9579300d
 def _forward_end(sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    ratio = sums[1]/sums[0]
-    return sums[2]/sums[1] - ratio.log(), -ratio, -1/sums[1]
+    ratio = sums[1] / sums[0]
+    return sums[2] / sums[1] - ratio.log(), -ratio, -1 / sums[1]
 
 # %% ../../nbs/4_probabilities/05_fused.ipynb #12e429d0
 def _cross_sweep(x: Tensor, y: Tensor, s: Tensor, sums: Tensor) -> None:
@@ -99,7 +115,7 @@ def _cross_sweep(x: Tensor, y: Tensor, s: Tensor, sums: Tensor) -> None:
 
 # %% ../../nbs/4_probabilities/05_fused.ipynb #83f40624
 def _cross_end(sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return sums[2]/sums[1] + sums[0].log(), -sums[1]/sums[0], -1/sums[1]
+    return sums[2] / sums[1] + sums[0].log(), -sums[1] / sums[0], -1 / sums[1]
 
 # %% ../../nbs/4_probabilities/05_fused.ipynb #15146905
 def _reverse_sweep(x: Tensor, y: Tensor, s: Tensor, sums: Tensor) -> None:
@@ -110,12 +126,15 @@ def _reverse_sweep(x: Tensor, y: Tensor, s: Tensor, sums: Tensor) -> None:
 
 # %% ../../nbs/4_probabilities/05_fused.ipynb #fc704d0a
 def _reverse_end(sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    mean = sums[2]/sums[0]
-    return mean + (sums[1]/sums[0]).log(), -mean, 1/sums[0]
+    mean = sums[2] / sums[0]
+    return mean + (sums[1] / sums[0]).log(), -mean, 1 / sums[0]
 
 
-RULES = {"forward_kl": _Rule(_forward_sweep, _forward_end), "cross_entropy": _Rule(_cross_sweep, _cross_end),
-         "reverse_kl": _Rule(_reverse_sweep, _reverse_end)}
+RULES = {
+    "forward_kl": _Rule(_forward_sweep, _forward_end),
+    "cross_entropy": _Rule(_cross_sweep, _cross_end),
+    "reverse_kl": _Rule(_reverse_sweep, _reverse_end),
+}
 
 # %% ../../nbs/4_probabilities/05_fused.ipynb #d05fe790
 def _mixture(a: Tensor, b: Tensor, weight: float, out: Tensor) -> None:
@@ -123,11 +142,13 @@ def _mixture(a: Tensor, b: Tensor, weight: float, out: Tensor) -> None:
     torch.lerp(b, a, weight, out=out).clamp_(min=torch.finfo(a.dtype).tiny)
 
 # %% ../../nbs/4_probabilities/05_fused.ipynb #d3372482
-def _jsd(x: Tensor, y: Tensor, q: Tensor, p: Tensor, m: Tensor, beta: float = 0.5, scaled: bool = False) -> None:
-    unit = 1/(beta*(1 - beta)) if scaled else 1
+def _jsd(
+    x: Tensor, y: Tensor, q: Tensor, p: Tensor, m: Tensor, beta: float = 0.5, scaled: bool = False
+) -> None:
+    unit = 1 / (beta * (1 - beta)) if scaled else 1
     _mixture(p, q, beta, m)
-    x.sub_(m.log_()).mul_(q).mul_((1 - beta)*unit)
-    y.sub_(m).mul_(p).mul_(beta*unit).add_(x)
+    x.sub_(m.log_()).mul_(q).mul_((1 - beta) * unit)
+    y.sub_(m).mul_(p).mul_(beta * unit).add_(x)
 
 # %% ../../nbs/4_probabilities/05_fused.ipynb #b2177646
 def _skew(x: Tensor, y: Tensor, q: Tensor, p: Tensor, m: Tensor, alpha: float = 0.1) -> None:
@@ -136,7 +157,9 @@ def _skew(x: Tensor, y: Tensor, q: Tensor, p: Tensor, m: Tensor, alpha: float = 
     y.sub_(m.log_()).mul_(p)
 
 # %% ../../nbs/4_probabilities/05_fused.ipynb #87dfc235
-def _skew_reverse(x: Tensor, y: Tensor, q: Tensor, p: Tensor, m: Tensor, alpha: float = 0.1) -> None:
+def _skew_reverse(
+    x: Tensor, y: Tensor, q: Tensor, p: Tensor, m: Tensor, alpha: float = 0.1
+) -> None:
     _mixture(q, p, alpha, m)
     torch.mul(q, q, out=p).div_(m).mul_(-alpha)
     x.sub_(m.log_()).mul_(q)
@@ -159,35 +182,46 @@ def _variation(x: Tensor, y: Tensor, q: Tensor, p: Tensor, m: Tensor) -> None:
 # %% ../../nbs/4_probabilities/05_fused.ipynb #739e1d6d
 def _alpha(x: Tensor, y: Tensor, q: Tensor, p: Tensor, m: Tensor, alpha: float = 0.5) -> None:
     torch.mul(y, alpha, out=m).add_(x, alpha=1 - alpha).exp_()
-    torch.mul(p, alpha, out=y).add_(q, alpha=1 - alpha).sub_(m).div_(alpha*(1 - alpha))
-    torch.mul(m, -1/alpha, out=x)
+    torch.mul(p, alpha, out=y).add_(q, alpha=1 - alpha).sub_(m).div_(alpha * (1 - alpha))
+    torch.mul(m, -1 / alpha, out=x)
 
 # %% ../../nbs/4_probabilities/05_fused.ipynb #1a14aaf5
-DENSITIES = {"jsd": _jsd, "skew_kl": _skew, "skew_reverse_kl": _skew_reverse, "symmetric_kl": _symmetric,
-             "total_variation": _variation, "alpha_divergence": _alpha}
+DENSITIES = {
+    "jsd": _jsd,
+    "skew_kl": _skew,
+    "skew_reverse_kl": _skew_reverse,
+    "symmetric_kl": _symmetric,
+    "total_variation": _variation,
+    "alpha_divergence": _alpha,
+}
 
 # %% ../../nbs/4_probabilities/05_fused.ipynb #60d777df
 def _in_closed_form(name: str, options: dict, *biases: Tensor | None) -> bool:
     "Whether there is a formula for the gradient here."
-    at_the_end = name != "symmetric_kl" and any(not 0 < options.get(o, 0.5) < 1 for o in ("alpha", "beta"))
+    at_the_end = name != "symmetric_kl" and any(
+        not 0 < options.get(o, 0.5) < 1 for o in ("alpha", "beta")
+    )
     banned = any(b is not None and not bool(b.isfinite().all()) for b in biases)
-    return name in RULES | DENSITIES and options.get("floor") is None and not at_the_end and not banned
+    return (
+        name in RULES | DENSITIES and options.get("floor") is None and not at_the_end and not banned
+    )
 
 # %% ../../nbs/4_probabilities/05_fused.ipynb #3a7cdd43
 class _Job(NamedTuple):
     "A loss: sum over positions of weight*divergence."
+
     student: _Head
-    teacher: Any          # _Head, TopK or Samples, of the same positions
-    name: str             # a key of DIVERGENCES
-    options: dict         # of the divergence; target_ids (n,)
-    weight: float         # of a position
-    chunk: int | None     # positions at a time
-    dtype: torch.dtype    # of the logits and sums
+    teacher: Any  # _Head, TopK or Samples, of the same positions
+    name: str  # a key of DIVERGENCES
+    options: dict  # of the divergence; target_ids (n,)
+    weight: float  # of a position
+    chunk: int | None  # positions at a time
+    dtype: torch.dtype  # of the logits and sums
 
 # %% ../../nbs/4_probabilities/05_fused.ipynb #894b902a
-BUDGET = {"cpu": 96*2**20, "cuda": 768*2**20}  # bytes for the arrays of a chunk
-BLOCK = 4096                                    # entries of the vocabulary in one product
-STRIP = 2**18                                   # numbers in one in-place pass
+BUDGET = {"cpu": 96 * 2**20, "cuda": 768 * 2**20}  # bytes for the arrays of a chunk
+BLOCK = 4096  # entries of the vocabulary in one product
+STRIP = 2**18  # numbers in one in-place pass
 
 
 def _pieces(start: int, stop: int, size: int) -> Iterator[slice]:
@@ -196,18 +230,45 @@ def _pieces(start: int, stop: int, size: int) -> Iterator[slice]:
 # %% ../../nbs/4_probabilities/05_fused.ipynb #e281e32e
 class _Work:
     "Arrays for one chunk: x (student), y (teacher), t (tanh of the student's soft-cap), s (three strips of scratch)."
+
     def __init__(self, job: _Job):
-        n, device, size = len(job.student.hidden), job.student.hidden.device, len(job.student.weight)
-        heights = [size, len(job.teacher.weight) if isinstance(job.teacher, _Head) else 0, size if job.student.cap else 0]
-        fit = max(16, BUDGET.get(device.type, BUDGET["cuda"])//(sum(heights)*job.dtype.itemsize)//16*16)
+        n, device, size = (
+            len(job.student.hidden),
+            job.student.hidden.device,
+            len(job.student.weight),
+        )
+        heights = [
+            size,
+            len(job.teacher.weight) if isinstance(job.teacher, _Head) else 0,
+            size if job.student.cap else 0,
+        ]
+        fit = max(
+            16,
+            BUDGET.get(device.type, BUDGET["cuda"])
+            // (sum(heights) * job.dtype.itemsize)
+            // 16
+            * 16,
+        )
         chunk = min(job.chunk or fit, max(n, 1))
-        self.chunk = chunk if job.chunk else math.ceil(n/math.ceil(n/chunk)) if n else 1
-        self.block, self.strip = (BLOCK, max(16, STRIP//self.chunk)) if device.type == "cpu" else (max(heights), max(heights))
-        self.arrays = [big_zeros(h, self.chunk, dtype=job.dtype, device=device) for h in (*heights, 3*min(self.strip, max(heights)))]
+        self.chunk = chunk if job.chunk else math.ceil(n / math.ceil(n / chunk)) if n else 1
+        self.block, self.strip = (
+            (BLOCK, max(16, STRIP // self.chunk))
+            if device.type == "cpu"
+            else (max(heights), max(heights))
+        )
+        self.arrays = [
+            big_zeros(h, self.chunk, dtype=job.dtype, device=device)
+            for h in (*heights, 3 * min(self.strip, max(heights)))
+        ]
 
     def of(self, positions: int) -> list[Tensor]:
         "x, y, t and s for a chunk with so many positions."
-        return [a if positions == self.chunk else a.view(-1)[:len(a)*positions].view(len(a), positions) for a in self.arrays]
+        return [
+            a
+            if positions == self.chunk
+            else a.view(-1)[: len(a) * positions].view(len(a), positions)
+            for a in self.arrays
+        ]
 
 # %% ../../nbs/4_probabilities/05_fused.ipynb #878acf80
 def _shift(z: Tensor) -> Tensor | None:
@@ -216,7 +277,9 @@ def _shift(z: Tensor) -> Tensor | None:
     return top if bool((top.abs() > 40).any()) else None
 
 # %% ../../nbs/4_probabilities/05_fused.ipynb #09d8bd9a
-def _sums(job: _Job, rows: slice, arrays: list[Tensor], work: _Work, rule: _Rule, exact: bool = False) -> Tensor:
+def _sums(
+    job: _Job, rows: slice, arrays: list[Tensor], work: _Work, rule: _Rule, exact: bool = False
+) -> Tensor:
     "The logits of a chunk, swept by the rule: its sums, (3, n)."
     x, y, t, s = arrays
     sums, shifts = x.new_zeros(3, x.shape[1]), None
@@ -238,16 +301,17 @@ def _sweep(x, y, s, columns: slice, work: _Work, rule: _Rule, sums: Tensor, shif
         for z, shift in zip((x, y), shifts):
             if shift is not None:
                 z[c] -= shift
-        rule.sweep(x[c], y[c], s[:c.stop - c.start], sums)
+        rule.sweep(x[c], y[c], s[: c.stop - c.start], sums)
 
 # %% ../../nbs/4_probabilities/05_fused.ipynb #37b04ef3
 class _Slope(NamedTuple):
     "Gradient with respect to the logits of a chunk: c (y + k x), all (V, n) but k and c."
+
     y: Tensor
     x: Tensor | None = None
-    k: Tensor | None = None         # (n,)
-    c: Tensor | float = 1.0         # (n,)
-    tanh: Tensor | None = None      # of the soft-cap, which has its own gradient, 1 - tanh^2
+    k: Tensor | None = None  # (n,)
+    c: Tensor | float = 1.0  # (n,)
+    tanh: Tensor | None = None  # of the soft-cap, which has its own gradient, 1 - tanh^2
 
 # %% ../../nbs/4_probabilities/05_fused.ipynb #15d1d9c6
 def _by_rule(job: _Job, rows: slice, arrays: list[Tensor], work: _Work) -> tuple[Tensor, _Slope]:
@@ -267,7 +331,7 @@ def _by_density(job: _Job, rows: slice, arrays: list[Tensor], work: _Work) -> tu
     values, total = x.new_zeros(2, x.shape[1])
     for c in _pieces(0, len(x), work.strip):
         log_q, log_p = x[c].sub_(log_q_sum), y[c].sub_(log_p_sum)
-        q, p, m = s.unflatten(0, (3, -1))[:, :len(log_q)]
+        q, p, m = s.unflatten(0, (3, -1))[:, : len(log_q)]
         torch.exp(log_q, out=q)
         DENSITIES[job.name](log_q, log_p, q, torch.exp(log_p, out=p), m, **job.options)
         values += y[c].sum(0)
@@ -287,31 +351,37 @@ def _of_rows(options: dict, rows: slice) -> dict:
     return {k: v[rows] if k == "target_ids" and v is not None else v for k, v in options.items()}
 
 # %% ../../nbs/4_probabilities/05_fused.ipynb #ac9f9f96
-def _by_autograd(job: _Job, rows: slice, arrays: list[Tensor], work: _Work) -> tuple[Tensor, _Slope]:
+def _by_autograd(
+    job: _Job, rows: slice, arrays: list[Tensor], work: _Work
+) -> tuple[Tensor, _Slope]:
     x, y, t, _ = arrays
     _fill(job.student, rows, x, work, t if len(t) else None)
     _fill(job.teacher, rows, y, work)
     values, options = [], _of_rows(job.options, rows)
-    for r in _pieces(0, x.shape[1], max(1, 2**20//len(x))):
+    for r in _pieces(0, x.shape[1], max(1, 2**20 // len(x))):
         z = x[:, r].t().contiguous().requires_grad_()
         with torch.enable_grad():
-            values.append(token_divergence(job.name, z, y[:, r].t().contiguous(), **_of_rows(options, r)))
+            values.append(
+                token_divergence(job.name, z, y[:, r].t().contiguous(), **_of_rows(options, r))
+            )
             x[:, r] = torch.autograd.grad(values[-1].sum(), z)[0].t()
     return torch.cat(values).detach(), _Slope(x)
 
 # %% ../../nbs/4_probabilities/05_fused.ipynb #27a644c2
 class TopK(NamedTuple):
     "A teacher's best tokens, and the rest as one further token: never negative, as the sum over the best alone would be."
-    ids: Tensor               # (..., k), no id twice in a position
-    log_probs: Tensor         # (..., k)
-    tail: Tensor              # (...), log of the mass of all other tokens
+
+    ids: Tensor  # (..., k), no id twice in a position
+    log_probs: Tensor  # (..., k)
+    tail: Tensor  # (...), log of the mass of all other tokens
     temperature: float = 1.0  # of this distribution
 
 # %% ../../nbs/4_probabilities/05_fused.ipynb #ff166ff1
 class Samples(NamedTuple):
     "Random tokens of a teacher with weights whose expectation is its distribution; or gold tokens with weight 1."
-    ids: Tensor                    # (..., m)
-    weights: Tensor                # (..., m)
+
+    ids: Tensor  # (..., m)
+    weights: Tensor  # (..., m)
     entropy: Tensor | None = None  # (...), of the teacher: for forward_kl instead of cross_entropy
     temperature: float = 1.0
 
@@ -326,15 +396,16 @@ def _one_sum(x: Tensor, work: _Work, shift: Tensor | None) -> Tensor:
     return total
 
 # %% ../../nbs/4_probabilities/05_fused.ipynb #d8d6f33a
-def _exponentials(job: _Job, rows: slice, arrays: list[Tensor], work: _Work, ids: Tensor,
-                  without: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _exponentials(
+    job: _Job, rows: slice, arrays: list[Tensor], work: _Work, ids: Tensor, without: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     "x becomes e^x, up to a factor per position, and 0 at `ids` if `without`; the logits at ids (n, m), the sum of x, its true logarithm."
     x, _, t, _ = arrays
     for exact in (False, True):
         picked = _fill(job.student, rows, x, work, t if len(t) else None).t().gather(1, ids)
         if without:
             x.t().scatter_(1, ids, -math.inf)
-        shift = x.amax(0).clamp(min=-1e30) if exact else _shift(x[:work.block])
+        shift = x.amax(0).clamp(min=-1e30) if exact else _shift(x[: work.block])
         total = _one_sum(x, work, shift)
         if bool(((total > 1e-20) & (total < 1e30)).all()):
             break
@@ -346,11 +417,11 @@ def _by_samples(job: _Job, rows: slice, arrays: list[Tensor], work: _Work) -> tu
     ids, weights = job.teacher.ids[rows], job.teacher.weights[rows].to(job.dtype)
     picked, total, log_total = _exponentials(job, rows, arrays, work, ids, without=False)
     mass = weights.sum(-1)
-    values = mass*log_total - (weights*picked.masked_fill(weights == 0, 0)).sum(-1)
+    values = mass * log_total - (weights * picked.masked_fill(weights == 0, 0)).sum(-1)
     if job.name == "forward_kl":
         values = values - job.teacher.entropy[rows].to(job.dtype)
-    c = (mass/total).masked_fill(mass == 0, 1)
-    arrays[0].t().scatter_add_(1, ids, -weights/c[:, None])
+    c = (mass / total).masked_fill(mass == 0, 1)
+    arrays[0].t().scatter_add_(1, ids, -weights / c[:, None])
     return values, _Slope(arrays[0], c=c.masked_fill(mass == 0, 0))
 
 # %% ../../nbs/4_probabilities/05_fused.ipynb #b965f76f
@@ -364,15 +435,25 @@ def _by_topk(job: _Job, rows: slice, arrays: list[Tensor], work: _Work) -> tuple
     with torch.enable_grad():
         values = token_divergence(job.name, student, teacher, **job.options)
         slope = torch.autograd.grad(values.sum(), student)[0]
-    share = (slope[:, -1]/total).masked_fill(total == 0, 0)
+    share = (slope[:, -1] / total).masked_fill(total == 0, 0)
     for c in _pieces(0, len(x), work.strip):
         x[c] *= share
-    x.t().scatter_(1, ids, slope[:, :ids.shape[1]])
+    x.t().scatter_(1, ids, slope[:, : ids.shape[1]])
     return values.detach(), _Slope(x)
 
 # %% ../../nbs/4_probabilities/05_fused.ipynb #d249cb5b
-_FROM_TOPK = ("forward_kl", "reverse_kl", "symmetric_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation", "cross_entropy",
-              "alpha_divergence", "renyi")
+_FROM_TOPK = (
+    "forward_kl",
+    "reverse_kl",
+    "symmetric_kl",
+    "jsd",
+    "skew_kl",
+    "skew_reverse_kl",
+    "total_variation",
+    "cross_entropy",
+    "alpha_divergence",
+    "renyi",
+)
 _FROM_SAMPLES = ("cross_entropy", "forward_kl")
 
 # %% ../../nbs/4_probabilities/05_fused.ipynb #b953669b
@@ -380,18 +461,28 @@ def _check_cached(teacher: TopK | Samples, name: str, temperature: float) -> Non
     "Raises UserError for a divergence, or a temperature, that cannot be had from this teacher."
     kind, known = ("topk", _FROM_TOPK) if isinstance(teacher, TopK) else ("samples", _FROM_SAMPLES)
     if name not in known:
-        raise UserError(f"{name} cannot be had from a teacher's {kind}", where="divergence",
-                        fix=f"Use one of {', '.join(known)}, or let the teacher run live.")
+        raise UserError(
+            f"{name} cannot be had from a teacher's {kind}",
+            where="divergence",
+            fix=f"Use one of {', '.join(known)}, or let the teacher run live.",
+        )
     if name == "forward_kl" and kind == "samples" and teacher.entropy is None:
-        raise UserError("forward_kl from samples needs the teacher's entropy", where="Samples",
-                        fix="Pass entropy=, or use cross_entropy, whose gradient is the same.")
+        raise UserError(
+            "forward_kl from samples needs the teacher's entropy",
+            where="Samples",
+            fix="Pass entropy=, or use cross_entropy, whose gradient is the same.",
+        )
     if teacher.temperature != temperature:
-        raise UserError(f"the teacher was cached at temperature {teacher.temperature}, the loss asks for {temperature}",
-                        where="temperature", fix="Use the temperature of the cache.")
+        raise UserError(
+            f"the teacher was cached at temperature {teacher.temperature}, the loss asks for {temperature}",
+            where="temperature",
+            fix="Use the temperature of the cache.",
+        )
 
 # %% ../../nbs/4_probabilities/05_fused.ipynb #01508411
 class _Gradients:
     "Sums of the gradients with respect to hidden states (n, D), weight (V, D) and bias (V,); None for those not wanted."
+
     def __init__(self, job: _Job, wanted: tuple[bool, ...], size: int):
         like = dict(dtype=job.dtype, device=job.student.hidden.device)
         (n, d), head = job.student.hidden.shape, job.student
@@ -402,24 +493,31 @@ class _Gradients:
 
     def add(self, rows: slice, slope: _Slope, work: _Work) -> None:
         "The contribution of a chunk."
-        head, c = self.job.student, slope.c*self.job.weight*self.outer
-        c = torch.as_tensor(c, dtype=self.job.dtype, device=head.hidden.device).expand(slope.y.shape[1])
-        hidden = (head.hidden[rows]*c[:, None]).to(head.hidden.dtype)
+        head, c = self.job.student, slope.c * self.job.weight * self.outer
+        c = torch.as_tensor(c, dtype=self.job.dtype, device=head.hidden.device).expand(
+            slope.y.shape[1]
+        )
+        hidden = (head.hidden[rows] * c[:, None]).to(head.hidden.dtype)
         for v in _pieces(0, len(slope.y), work.block):
             for u in _pieces(v.start, v.stop, work.strip):
                 _finish(slope, u)
             self._products(rows, v, slope.y[v], hidden, c)
         if self.hidden is not None:
-            self.hidden[rows] *= c[:, None]*head.factor
+            self.hidden[rows] *= c[:, None] * head.factor
 
     def _products(self, rows: slice, v: slice, y: Tensor, hidden: Tensor, c: Tensor) -> None:
         low = y.to(hidden.dtype)
         if self.hidden is not None:
-            _product(self.hidden[rows], low.t(), self.job.student.weight[v].to(hidden.dtype), add=v.start > 0)
+            _product(
+                self.hidden[rows],
+                low.t(),
+                self.job.student.weight[v].to(hidden.dtype),
+                add=v.start > 0,
+            )
         if self.weight is not None:
             _product(self.weight[v], low, hidden, add=rows.start > 0)
         if self.bias is not None:
-            self.bias[v] += (y @ c)*self.job.student.factor
+            self.bias[v] += (y @ c) * self.job.student.factor
 
 # %% ../../nbs/4_probabilities/05_fused.ipynb #3bff1d80
 def _finish(slope: _Slope, strip: slice) -> None:
@@ -449,18 +547,23 @@ def _run(job: _Job, wanted: tuple[bool, ...], size: int) -> tuple[Tensor, list[T
         total = total + values.sum()
         if any(wanted):
             grads.add(rows, slope._replace(tanh=arrays[2] if len(arrays[2]) else None), work)
-    loss = torch.as_tensor(total*job.weight, dtype=job.dtype, device=job.student.hidden.device)
+    loss = torch.as_tensor(total * job.weight, dtype=job.dtype, device=job.student.hidden.device)
     return loss, [grads.hidden, grads.weight, grads.bias]
 
 # %% ../../nbs/4_probabilities/05_fused.ipynb #e07ddaf3
 class _Fused(torch.autograd.Function):
     "Loss of hidden states, weight and bias; `make` turns these three into a job."
+
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, make: Callable, recompute: bool) -> Tensor:
+    def forward(
+        ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, make: Callable, recompute: bool
+    ) -> Tensor:
         ctx.make, ctx.grads, wanted = make, None, tuple(ctx.needs_input_grad[:3])
         ctx.save_for_backward(hidden, weight, bias)
         with torch.autocast(hidden.device.type, enabled=False):
-            loss, grads = _run(make(hidden, weight, bias), (False,)*3 if recompute else wanted, len(weight))
+            loss, grads = _run(
+                make(hidden, weight, bias), (False,) * 3 if recompute else wanted, len(weight)
+            )
         if any(wanted) and not recompute:
             ctx.grads = grads
         return loss
@@ -496,33 +599,49 @@ def _precisions(*tensors: Tensor) -> tuple[torch.dtype, torch.dtype]:
 def _check_side(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     "Raises UserError if the shapes do not fit together."
     if weight.dim() != 2 or hidden.shape[-1:] != weight.shape[1:]:
-        raise UserError(f"hidden states {tuple(hidden.shape)} and weight {tuple(weight.shape)} do not fit", where=f"{side}_weight",
-                        fix="Pass hidden states (..., D) and the lm-head's weight (V, D), as nn.Linear stores it.")
+        raise UserError(
+            f"hidden states {tuple(hidden.shape)} and weight {tuple(weight.shape)} do not fit",
+            where=f"{side}_weight",
+            fix="Pass hidden states (..., D) and the lm-head's weight (V, D), as nn.Linear stores it.",
+        )
     if bias is not None and bias.shape != weight.shape[:1]:
-        raise UserError(f"the bias has shape {tuple(bias.shape)}, the vocabulary is {len(weight)}", where=f"{side}_bias",
-                        fix="Pass one number for every token of the vocabulary.")
+        raise UserError(
+            f"the bias has shape {tuple(bias.shape)}, the vocabulary is {len(weight)}",
+            where=f"{side}_bias",
+            fix="Pass one number for every token of the vocabulary.",
+        )
     if hasattr(weight, "full_tensor"):
-        raise UserError("the weight is spread over several processes", where=f"{side}_weight",
-                        fix="Call this inside the wrapped model's forward, or pass weight.full_tensor().")
+        raise UserError(
+            "the weight is spread over several processes",
+            where=f"{side}_weight",
+            fix="Call this inside the wrapped model's forward, or pass weight.full_tensor().",
+        )
 
 # %% ../../nbs/4_probabilities/05_fused.ipynb #8e23bd3b
-def _vocabulary(name: str, student_weight: Tensor, teacher_weight: Tensor | None, size: int | None) -> tuple[int, int]:
+def _vocabulary(
+    name: str, student_weight: Tensor, teacher_weight: Tensor | None, size: int | None
+) -> tuple[int, int]:
     "How many ids of either vocabulary count. Raises UserError if they differ by more than padding."
     widths = len(student_weight), len(student_weight if teacher_weight is None else teacher_weight)
-    if name == "uld":    # two vocabularies
+    if name == "uld":  # two vocabularies
         return widths if size is None else (min(size, widths[0]), min(size, widths[1]))
     if size is None and widths[0] == widths[1]:
         return widths
-    return (align_vocabulary(*(torch.empty(0, width) for width in widths), size)[0].shape[-1],)*2
+    return (align_vocabulary(*(torch.empty(0, width) for width in widths), size)[0].shape[-1],) * 2
 
 # %% ../../nbs/4_probabilities/05_fused.ipynb #a90b7280
-def _positions(shape: torch.Size, mask: Tensor | None, **tensors: Tensor | None) -> list[Tensor | None]:
+def _positions(
+    shape: torch.Size, mask: Tensor | None, **tensors: Tensor | None
+) -> list[Tensor | None]:
     "Every tensor (*shape, ...) as (n, ...), without the masked positions. Raises UserError if a shape differs."
     for name, t in ({"mask": mask} | tensors).items():
-        if t is not None and t.shape[:len(shape)] != shape:
-            raise UserError(f"{name} has shape {tuple(t.shape)}, the student's positions are {tuple(shape)}", where=name,
-                            fix="Both sides need the same positions, in the same order.")
-    flat = [None if t is None else t.reshape(-1, *t.shape[len(shape):]) for t in tensors.values()]
+        if t is not None and t.shape[: len(shape)] != shape:
+            raise UserError(
+                f"{name} has shape {tuple(t.shape)}, the student's positions are {tuple(shape)}",
+                where=name,
+                fix="Both sides need the same positions, in the same order.",
+            )
+    flat = [None if t is None else t.reshape(-1, *t.shape[len(shape) :]) for t in tensors.values()]
     return flat if mask is None else _select(mask.reshape(-1), torch.Size([shape.numel()]), *flat)
 
 # %% ../../nbs/4_probabilities/05_fused.ipynb #7975d41b
@@ -539,14 +658,17 @@ def _split_of_all(teacher: _Head, ids: Tensor, dtype: torch.dtype, fraction: flo
 def _each(n: int, denominator: Any) -> float:
     "Weight of one of n positions. Raises UserError for a denominator that is none."
     total = float(_token_mean(torch.ones(n, dtype=torch.float64), denominator))
-    return total/n if n else 0.0
+    return total / n if n else 0.0
 
 # %% ../../nbs/4_probabilities/05_fused.ipynb #41f1978a
 def _check_ids(name: str, ids: Tensor, size: int) -> Tensor:
     "int64; raises UserError for an id that the vocabulary does not have."
     if ids.numel() and not bool(((ids >= 0) & (ids < size)).all()):
-        raise UserError(f"{name} holds ids from {int(ids.min())} to {int(ids.max())}, the vocabulary has {size}", where=name,
-                        fix="Mask positions without a target out, and use the ids of the student's tokenizer.")
+        raise UserError(
+            f"{name} holds ids from {int(ids.min())} to {int(ids.max())}, the vocabulary has {size}",
+            where=name,
+            fix="Mask positions without a target out, and use the ids of the student's tokenizer.",
+        )
     return ids.long()
 
 # %% ../../nbs/4_probabilities/05_fused.ipynb #056a1acd
@@ -555,57 +677,89 @@ def _check_call(name: str, options: dict, student: dict, teacher: dict, chunk: i
     _look_up(name, options, complete=True)
     numbers = [("chunk", 1 if chunk is None else chunk), ("temperature", student["temperature"])]
     for side, head in (("student", student), ("teacher", teacher)):
-        numbers += [(f"{side}_logit_scale", head["scale"]), (f"{side}_softcap", 1 if head["softcap"] is None else head["softcap"])]
+        numbers += [
+            (f"{side}_logit_scale", head["scale"]),
+            (f"{side}_softcap", 1 if head["softcap"] is None else head["softcap"]),
+        ]
     for where, value in numbers:
         if not (isinstance(value, (int, float)) and 0 < value < math.inf):
-            raise UserError(f"{value!r} is not a number above 0", where=where, fix="Pass one, or leave it out.")
+            raise UserError(
+                f"{value!r} is not a number above 0", where=where, fix="Pass one, or leave it out."
+            )
 
 # %% ../../nbs/4_probabilities/05_fused.ipynb #53f86300
-def _source(teacher: Tensor | TopK | Samples, weight: Tensor | None, bias: Tensor | None, name: str, temperature: float) -> dict:
+def _source(
+    teacher: Tensor | TopK | Samples,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    name: str,
+    temperature: float,
+) -> dict:
     "Tensors of the teacher by name, each with the positions first. Raises UserError."
     if not isinstance(teacher, (TopK, Samples)):
         if weight is None:
-            raise UserError("the teacher's lm-head is missing", where="teacher_weight", fix="Pass its weight (V, D), or TopK or Samples.")
+            raise UserError(
+                "the teacher's lm-head is missing",
+                where="teacher_weight",
+                fix="Pass its weight (V, D), or TopK or Samples.",
+            )
         _check_side("teacher", teacher, weight, bias)
         return {"teacher_hidden": teacher}
     _check_cached(teacher, name, temperature)
     return {k: v for k, v in teacher._asdict().items() if k != "temperature"}
 
 # %% ../../nbs/4_probabilities/05_fused.ipynb #6423df66
-def _teacher(kind: type, parts: list[Tensor | None], weight: Tensor | None, bias: Tensor | None, size: int, dtype: torch.dtype,
-             head: dict) -> Any:
+def _teacher(
+    kind: type,
+    parts: list[Tensor | None],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    size: int,
+    dtype: torch.dtype,
+    head: dict,
+) -> Any:
     "The teacher's side of a job."
     if kind in (TopK, Samples):
         return kind(_check_ids("ids", parts[0], size), *parts[1:], head["temperature"])
     return _make_head(parts[0], weight, bias, size, dtype=dtype, **head)
 
 # %% ../../nbs/4_probabilities/05_fused.ipynb #eea526fc
-def _with_targets(name: str, options: dict, ids: Tensor | None, teacher: Any, dtype: torch.dtype) -> dict:
+def _with_targets(
+    name: str, options: dict, ids: Tensor | None, teacher: Any, dtype: torch.dtype
+) -> dict:
     "The options, with the unmasked target ids and with what depends on all of them."
     if ids is None:
         return options
     options = options | {"target_ids": _check_ids("target_ids", ids, len(teacher.weight))}
     if name == "atkd" and options.get("split") is None and len(ids):
-        options["split"] = _split_of_all(teacher, options["target_ids"], dtype, options.get("hard_fraction", 0.5))
+        options["split"] = _split_of_all(
+            teacher, options["target_ids"], dtype, options.get("hard_fraction", 0.5)
+        )
     return options
 
 # %% ../../nbs/4_probabilities/05_fused.ipynb #8b678bf4
 def fused_linear_divergence(
-        student_hidden: Tensor, student_weight: Tensor,    # (..., D) before the lm-head, and the lm-head's weight (V, D)
-        teacher_hidden: Tensor | TopK | Samples,           # (..., D of the teacher), or what a cache holds
-        teacher_weight: Tensor | None = None,              # (V, D of the teacher); gets no gradient
-        divergence: str = "reverse_kl",                    # a key of DIVERGENCES
-        mask: Tensor | None = None, *,                     # (...), True or 1 where the loss counts
-        student_bias: Tensor | None = None, teacher_bias: Tensor | None = None,      # (V,)
-        temperature: float = 1.0,                          # both sides' logits are divided by it
-        student_softcap: float | None = None, teacher_softcap: float | None = None,  # c of c tanh(z/c)
-        student_logit_scale: float = 1.0, teacher_logit_scale: float = 1.0,          # the logits are multiplied by it
-        vocab_size: int | None = None,                     # ids that count; None: the narrower side's
-        scale_t2: bool = False,                            # multiply the loss by temperature squared
-        denominator: Any = None,                           # tokens of the effective batch; None: the unmasked positions of this call
-        chunk: int | None = None,                          # positions at a time; None: what fits into the budget
-        recompute: bool = False,                           # gradient in backward instead of in forward
-        **options) -> Tensor:                              # of the divergence: beta=, alpha=, target_ids=, ...
+    student_hidden: Tensor,
+    student_weight: Tensor,  # (..., D) before the lm-head, and the lm-head's weight (V, D)
+    teacher_hidden: Tensor | TopK | Samples,  # (..., D of the teacher), or what a cache holds
+    teacher_weight: Tensor | None = None,  # (V, D of the teacher); gets no gradient
+    divergence: str = "reverse_kl",  # a key of DIVERGENCES
+    mask: Tensor | None = None,
+    *,  # (...), True or 1 where the loss counts
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,  # (V,)
+    temperature: float = 1.0,  # both sides' logits are divided by it
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,  # c of c tanh(z/c)
+    student_logit_scale: float = 1.0,
+    teacher_logit_scale: float = 1.0,  # the logits are multiplied by it
+    vocab_size: int | None = None,  # ids that count; None: the narrower side's
+    scale_t2: bool = False,  # multiply the loss by temperature squared
+    denominator: Any = None,  # tokens of the effective batch; None: the unmasked positions of this call
+    chunk: int | None = None,  # positions at a time; None: what fits into the budget
+    recompute: bool = False,  # gradient in backward instead of in forward
+    **options,
+) -> Tensor:  # of the divergence: beta=, alpha=, target_ids=, ...
     "Token-mean divergence of the outputs of two lm-heads, a scalar, without the logits of the batch. Raises UserError."
     head = {"scale": student_logit_scale, "softcap": student_softcap, "temperature": temperature}
     other = head | {"scale": teacher_logit_scale, "softcap": teacher_softcap}
@@ -615,28 +769,57 @@ def fused_linear_divergence(
     live = (teacher_hidden, teacher_weight) if "teacher_hidden" in source else ()
     products, sums = _precisions(student_hidden, student_weight, *live)
     sizes = _vocabulary(divergence, student_weight, teacher_weight, vocab_size)
-    hidden, ids, *parts = _positions(student_hidden.shape[:-1], mask, student_hidden=student_hidden,
-                                     target_ids=options.get("target_ids"), **source)
-    teacher = _teacher(type(teacher_hidden), parts, teacher_weight, teacher_bias, sizes[1], products, other)
+    hidden, ids, *parts = _positions(
+        student_hidden.shape[:-1],
+        mask,
+        student_hidden=student_hidden,
+        target_ids=options.get("target_ids"),
+        **source,
+    )
+    teacher = _teacher(
+        type(teacher_hidden), parts, teacher_weight, teacher_bias, sizes[1], products, other
+    )
     options = _with_targets(divergence, options, ids, teacher, sums)
-    each = _each(len(hidden), denominator)*(temperature**2 if scale_t2 else 1)
+    each = _each(len(hidden), denominator) * (temperature**2 if scale_t2 else 1)
 
     def make(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> _Job:
         student = _make_head(hidden, weight, bias, sizes[0], dtype=products, **head)
         return _Job(student, teacher, divergence, options, each, chunk, sums)
+
     return _Fused.apply(hidden, student_weight, student_bias, make, recompute)
 
 # %% ../../nbs/4_probabilities/05_fused.ipynb #627cf621
-def fused_cross_entropy(hidden: Tensor, weight: Tensor,        # (..., D) before the lm-head, and the lm-head's weight (V, D)
-                        target_ids: Tensor,                    # (...), the token that each position has to predict
-                        mask: Tensor | None = None, *,         # (...), True or 1 where the loss counts
-                        bias: Tensor | None = None, softcap: float | None = None, logit_scale: float = 1.0,
-                        ignore_index: int = -100,              # a target that does not count
-                        denominator: Any = None, chunk: int | None = None, recompute: bool = False) -> Tensor:
+def fused_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,  # (..., D) before the lm-head, and the lm-head's weight (V, D)
+    target_ids: Tensor,  # (...), the token that each position has to predict
+    mask: Tensor | None = None,
+    *,  # (...), True or 1 where the loss counts
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,  # a target that does not count
+    denominator: Any = None,
+    chunk: int | None = None,
+    recompute: bool = False,
+) -> Tensor:
     "Token-mean of -log q(target), a scalar, without the logits of the batch. Raises UserError."
     _positions(hidden.shape[:-1], mask, target_ids=target_ids)
     counts = target_ids != ignore_index
-    gold = Samples(target_ids.unsqueeze(-1), torch.ones_like(target_ids, dtype=torch.float32).unsqueeze(-1))
-    return fused_linear_divergence(hidden, weight, gold, None, "cross_entropy", counts if mask is None else counts & mask.bool(),
-                                   student_bias=bias, student_softcap=softcap, student_logit_scale=logit_scale,
-                                   denominator=denominator, chunk=chunk, recompute=recompute)
+    gold = Samples(
+        target_ids.unsqueeze(-1), torch.ones_like(target_ids, dtype=torch.float32).unsqueeze(-1)
+    )
+    return fused_linear_divergence(
+        hidden,
+        weight,
+        gold,
+        None,
+        "cross_entropy",
+        counts if mask is None else counts & mask.bool(),
+        student_bias=bias,
+        student_softcap=softcap,
+        student_logit_scale=logit_scale,
+        denominator=denominator,
+        chunk=chunk,
+        recompute=recompute,
+    )

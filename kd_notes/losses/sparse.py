@@ -21,34 +21,44 @@ ROWS = 128  # positions that are worked on at a time, where a temporary array of
 
 class _Coarse(torch.autograd.Function):
     "(n, V) logits and (n, k) ids -> (n, k + 1) logits; one array of the logits' size going backward, none going forward."
+
     @staticmethod
     def forward(ctx, logits: Tensor, ids: Tensor) -> Tensor:
         pieces = zip(logits.split(ROWS), ids.split(ROWS))
-        rest = torch.cat([z.scatter(-1, i, -math.inf).logsumexp(-1, keepdim=True) for z, i in pieces])
+        rest = torch.cat(
+            [z.scatter(-1, i, -math.inf).logsumexp(-1, keepdim=True) for z, i in pieces]
+        )
         ctx.save_for_backward(logits, ids, rest)
         return torch.cat([logits.gather(-1, ids), rest], -1)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         logits, ids, rest = ctx.saved_tensors
-        share = (logits - rest.masked_fill(rest == -math.inf, 0)).exp_()  # overflows only at `ids`, where it is overwritten
+        share = (
+            logits - rest.masked_fill(rest == -math.inf, 0)
+        ).exp_()  # overflows only at `ids`, where it is overwritten
         return share.mul_(grad[:, -1:]).scatter_(-1, ids, grad[:, :-1]), None
 
 # %% ../../nbs/4_probabilities/10_sparse.ipynb #7f3ff8fd
 def _scaled(logits: Tensor, temperature: float) -> Tensor:
-    return at_least_float32(logits) if temperature == 1 else at_least_float32(logits)/temperature
+    return at_least_float32(logits) if temperature == 1 else at_least_float32(logits) / temperature
 
 # %% ../../nbs/4_probabilities/10_sparse.ipynb #9129a47d
-def coarse_logits(logits: Tensor,          # (..., V)
-                  ids: Tensor) -> Tensor:  # (..., k) int64, no id twice in a position
+def coarse_logits(
+    logits: Tensor,  # (..., V)
+    ids: Tensor,
+) -> Tensor:  # (..., k) int64, no id twice in a position
     "(..., k + 1), at least float32: the logits at `ids` and, last, the logit of the bucket that holds all other tokens."
     logits = at_least_float32(logits)
     flat = _Coarse.apply(logits.reshape(-1, logits.shape[-1]), ids.reshape(-1, ids.shape[-1]))
     return flat.reshape(*ids.shape[:-1], ids.shape[-1] + 1)
 
 # %% ../../nbs/4_probabilities/10_sparse.ipynb #6efb72c8
-def keep_top_k(logits: Tensor,                 # (n, V), the teacher's
-               k: int, temperature: float = 1.0) -> dict[str, Tensor]:
+def keep_top_k(
+    logits: Tensor,  # (n, V), the teacher's
+    k: int,
+    temperature: float = 1.0,
+) -> dict[str, Tensor]:
     "The k best tokens of each position: ids (n, k) and log_probs (n, k), best first, and tail (n,), the log of the mass of all others."
     z = _scaled(logits, temperature)
     ids = z.topk(k, -1).indices
@@ -57,28 +67,49 @@ def keep_top_k(logits: Tensor,                 # (n, V), the teacher's
 
 # %% ../../nbs/4_probabilities/10_sparse.ipynb #454c7aa1
 MODES = ("topk", "sampled")
-SUPPORTED = {"topk": ("forward_kl", "reverse_kl", "symmetric_kl", "jsd", "skew_kl", "skew_reverse_kl", "total_variation", "cross_entropy",
-                      "alpha_divergence", "renyi"),
-             "sampled": ("forward_kl", "cross_entropy")}
+SUPPORTED = {
+    "topk": (
+        "forward_kl",
+        "reverse_kl",
+        "symmetric_kl",
+        "jsd",
+        "skew_kl",
+        "skew_reverse_kl",
+        "total_variation",
+        "cross_entropy",
+        "alpha_divergence",
+        "renyi",
+    ),
+    "sampled": ("forward_kl", "cross_entropy"),
+}
 
 # %% ../../nbs/4_probabilities/10_sparse.ipynb #f0609744
-_WHY = {"topk": "needs the probability of every single token, and a top-k cache knows the sum of the tail only",
-        "sampled": "is not linear in the teacher's probabilities, so sampled ones would give a biased value and gradient"}
+_WHY = {
+    "topk": "needs the probability of every single token, and a top-k cache knows the sum of the tail only",
+    "sampled": "is not linear in the teacher's probabilities, so sampled ones would give a biased value and gradient",
+}
 _INSTEAD = {"topk": "or let the teacher run live", "sampled": "or write the cache with mode='topk'"}
 
 
 def check_divergence(mode: str, divergence: str) -> None:
     "Raises UserError, with the reason, if a cache of this mode cannot give this divergence."
     if divergence not in SUPPORTED[mode]:
-        raise UserError(f"{divergence!r} cannot be had from a cache of mode {mode!r}: it {_WHY[mode]}", where="divergence",
-                        fix=f"Use one of {', '.join(SUPPORTED[mode])}, {_INSTEAD[mode]}.")
+        raise UserError(
+            f"{divergence!r} cannot be had from a cache of mode {mode!r}: it {_WHY[mode]}",
+            where="divergence",
+            fix=f"Use one of {', '.join(SUPPORTED[mode])}, {_INSTEAD[mode]}.",
+        )
 
 # %% ../../nbs/4_probabilities/10_sparse.ipynb #7668c251
-def topk_divergence(student_logits: Tensor,           # (..., V)
-                    ids: Tensor, log_probs: Tensor,   # (..., k), the teacher's best
-                    tail: Tensor,                     # (...), log of the teacher's mass of all others
-                    divergence: str = "forward_kl", temperature: float = 1.0,  # the temperature that the cache was written with
-                    **options) -> Tensor:             # of the divergence, such as alpha=0.1
+def topk_divergence(
+    student_logits: Tensor,  # (..., V)
+    ids: Tensor,
+    log_probs: Tensor,  # (..., k), the teacher's best
+    tail: Tensor,  # (...), log of the teacher's mass of all others
+    divergence: str = "forward_kl",
+    temperature: float = 1.0,  # the temperature that the cache was written with
+    **options,
+) -> Tensor:  # of the divergence, such as alpha=0.1
     "The coarsened divergence of every position, shape (...): between 0 and the full one. Raises UserError for one that is not defined."
     check_divergence("topk", divergence)
     student = coarse_logits(_scaled(student_logits, temperature), ids)
@@ -91,29 +122,42 @@ def topk_divergence(student_logits: Tensor,           # (..., V)
 DRAWS = ("systematic", "iid")
 
 
-def draw_uniforms(positions: int, samples: int, draw: str = "systematic", generator: torch.Generator | None = None) -> Tensor:
+def draw_uniforms(
+    positions: int, samples: int, draw: str = "systematic", generator: torch.Generator | None = None
+) -> Tensor:
     "Where to look on the cumulative distribution: (positions, samples) float64 in [0, 1), rising in every row."
     if draw == "iid":
-        return torch.rand(positions, samples, dtype=torch.float64, generator=generator).sort(-1).values
+        return (
+            torch.rand(positions, samples, dtype=torch.float64, generator=generator).sort(-1).values
+        )
     shift = torch.rand(positions, 1, dtype=torch.float64, generator=generator)
-    return (torch.arange(samples, dtype=torch.float64) + shift)/samples
+    return (torch.arange(samples, dtype=torch.float64) + shift) / samples
 
 # %% ../../nbs/4_probabilities/10_sparse.ipynb #d67bb95c
-def draw_samples(logits: Tensor,      # (n, V), the teacher's
-                 uniforms: Tensor,    # (n, samples) of `draw_uniforms`
-                 power: float = 1.0,  # proposal: the teacher's probabilities to this power
-                 temperature: float = 1.0) -> dict[str, Tensor]:
+def draw_samples(
+    logits: Tensor,  # (n, V), the teacher's
+    uniforms: Tensor,  # (n, samples) of `draw_uniforms`
+    power: float = 1.0,  # proposal: the teacher's probabilities to this power
+    temperature: float = 1.0,
+) -> dict[str, Tensor]:
     "Of n positions, one after the other: ids, counts, weights (m,); unique (n,), entries per position; entropy (n,) of the teacher."
-    log_p, size = (logits.double()/temperature).log_softmax(-1), logits.shape[-1]
-    log_proposal = log_p if power == 1 else (power*log_p).log_softmax(-1)
+    log_p, size = (logits.double() / temperature).log_softmax(-1), logits.shape[-1]
+    log_proposal = log_p if power == 1 else (power * log_p).log_softmax(-1)
     steps = log_proposal.exp().cumsum(-1)
-    picks = torch.searchsorted(steps/steps[:, -1:], uniforms.to(logits.device), right=True).clamp(max=size - 1)
+    picks = torch.searchsorted(steps / steps[:, -1:], uniforms.to(logits.device), right=True).clamp(
+        max=size - 1
+    )
     row = torch.arange(len(logits), device=logits.device)
-    found, counts = (picks + size*row[:, None]).flatten().unique_consecutive(return_counts=True)
-    where = (found//size, found % size)
-    weights = counts/uniforms.shape[-1]*(log_p - log_proposal)[where].exp()
-    return {"ids": where[1], "counts": counts, "weights": weights, "unique": torch.bincount(where[0], minlength=len(logits)),
-            "entropy": torch.special.entr(log_p.exp()).sum(-1)}
+    found, counts = (picks + size * row[:, None]).flatten().unique_consecutive(return_counts=True)
+    where = (found // size, found % size)
+    weights = counts / uniforms.shape[-1] * (log_p - log_proposal)[where].exp()
+    return {
+        "ids": where[1],
+        "counts": counts,
+        "weights": weights,
+        "unique": torch.bincount(where[0], minlength=len(logits)),
+        "entropy": torch.special.entr(log_p.exp()).sum(-1),
+    }
 
 # %% ../../nbs/4_probabilities/10_sparse.ipynb #5a7ce16c
 def rectangle(values: Tensor, unique: Tensor) -> Tensor:
@@ -124,14 +168,18 @@ def rectangle(values: Tensor, unique: Tensor) -> Tensor:
     return out
 
 # %% ../../nbs/4_probabilities/10_sparse.ipynb #3fec8f1c
-def sampled_divergence(student_logits: Tensor,         # (..., V)
-                       ids: Tensor, weights: Tensor,   # (..., m): drawn tokens and their weights; entries of weight 0 count for nothing
-                       entropy: Tensor,                # (...), of the teacher
-                       divergence: str = "forward_kl", temperature: float = 1.0) -> Tensor:
+def sampled_divergence(
+    student_logits: Tensor,  # (..., V)
+    ids: Tensor,
+    weights: Tensor,  # (..., m): drawn tokens and their weights; entries of weight 0 count for nothing
+    entropy: Tensor,  # (...), of the teacher
+    divergence: str = "forward_kl",
+    temperature: float = 1.0,
+) -> Tensor:
     "Unbiased estimate of forward_kl or cross_entropy at every position, shape (...). Raises UserError for anything else."
     check_divergence("sampled", divergence)
     z = _scaled(student_logits, temperature)
     weights = weights.to(z.dtype)
     picked = z.gather(-1, ids).masked_fill(weights == 0, 0)
-    values = weights.sum(-1)*z.logsumexp(-1) - (weights*picked).sum(-1)
+    values = weights.sum(-1) * z.logsumexp(-1) - (weights * picked).sum(-1)
     return values - entropy.to(z.dtype) if divergence == "forward_kl" else values

@@ -17,7 +17,11 @@ from ..losses.divergences import at_least_float32, get_divergence
 from ..losses.fused import fused_cross_entropy, fused_linear_divergence, Samples, TopK
 from ..losses.sparse import check_divergence
 from kd_notes.methods.logit_cache import (
-    cached_divergence, check_origin, check_row, _id_of, LogitCache,
+    cached_divergence,
+    check_origin,
+    check_row,
+    _id_of,
+    LogitCache,
 )
 from ..training.batches import plain_logits, target_logits, target_states, unwrapped
 from ..training.method import Method, SFT
@@ -25,20 +29,40 @@ from ..training.method import Method, SFT
 # %% ../../nbs/4_probabilities/12_cached_kd.ipynb #5006a46f
 class CachedKD(Method):
     "Word-level distillation from a cache. Raises UserError for a divergence the cache cannot give, or another tokenizer or encoding."
-    def __init__(self, cache: LogitCache, base: Method,         # the method that encodes examples, with a tokenizer: an SFT
-                 divergence: str = "forward_kl", *,
-                 sft_weight: float = 0.0,                       # weight of the cross-entropy of the targets; the divergence has the rest
-                 scale_t2: bool = False,                        # multiply by temperature squared
-                 fused: bool = False,                           # output layer and loss in one, without the logits of the batch: less memory
-                 **options):                                    # of the divergence
+
+    def __init__(
+        self,
+        cache: LogitCache,
+        base: Method,  # the method that encodes examples, with a tokenizer: an SFT
+        divergence: str = "forward_kl",
+        *,
+        sft_weight: float = 0.0,  # weight of the cross-entropy of the targets; the divergence has the rest
+        scale_t2: bool = False,  # multiply by temperature squared
+        fused: bool = False,  # output layer and loss in one, without the logits of the batch: less memory
+        **options,
+    ):  # of the divergence
         check_divergence(cache.recipe.mode, divergence)
         get_divergence(divergence, **options)  # refuses options that it does not have
         if options and cache.recipe.mode == "sampled":
-            raise UserError("the estimate from samples has no options", where="CachedKD", fix=f"Leave out {', '.join(options)}.")
+            raise UserError(
+                "the estimate from samples has no options",
+                where="CachedKD",
+                fix=f"Leave out {', '.join(options)}.",
+            )
         if not 0 <= sft_weight < 1:
-            raise UserError(f"{sft_weight!r} is not a weight from 0 to below 1", where="sft_weight", fix="For weight 1 use SFT itself.")
+            raise UserError(
+                f"{sft_weight!r} is not a weight from 0 to below 1",
+                where="sft_weight",
+                fix="For weight 1 use SFT itself.",
+            )
         check_origin(cache.folder, cache.head, base.tokenizer)
-        self.cache, self.base, self.divergence, self.options, self.fused = cache, base, divergence, options, fused
+        self.cache, self.base, self.divergence, self.options, self.fused = (
+            cache,
+            base,
+            divergence,
+            options,
+            fused,
+        )
         self.scale = cache.recipe.temperature**2 if scale_t2 else 1.0
         self.weights = {"kd": 1 - sft_weight, "sft": sft_weight} if sft_weight else {"kd": 1.0}
 
@@ -60,22 +84,36 @@ class CachedKD(Method):
         return dict.fromkeys(self.weights, len(batch["target_ids"]))
 
     def sums(self, model, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        return fused_sums(self, model, batch) if self.fused else plain_sums(self, target_logits(model, batch), batch)
+        return (
+            fused_sums(self, model, batch)
+            if self.fused
+            else plain_sums(self, target_logits(model, batch), batch)
+        )
 
 # %% ../../nbs/4_probabilities/12_cached_kd.ipynb #06d6ab75
 def plain_sums(method: CachedKD, logits: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     "{'kd': ..., 'sft': ...}: sums over the target positions, from the student's logits (n, V) there."
-    kd = cached_divergence(logits, batch, method.cache, method.divergence, **method.options).sum()*method.scale
+    kd = (
+        cached_divergence(logits, batch, method.cache, method.divergence, **method.options).sum()
+        * method.scale
+    )
     if "sft" not in method.weights:
         return {"kd": kd}
-    return {"kd": kd, "sft": F.cross_entropy(at_least_float32(logits), batch["target_ids"], reduction="sum")}
+    return {
+        "kd": kd,
+        "sft": F.cross_entropy(at_least_float32(logits), batch["target_ids"], reduction="sum"),
+    }
 
 # %% ../../nbs/4_probabilities/12_cached_kd.ipynb #1023a146
 def target_hidden(model, batch: dict[str, Tensor]) -> tuple[Tensor, torch.nn.Linear]:
     "Hidden states (n, D) at the target positions, and the output layer. Raises UserError if the logits are not that layer's output."
     head = unwrapped(model).get_output_embeddings()
     if not plain_logits(model) or type(head) is not torch.nn.Linear:
-        raise UserError("this model's logits are more than one linear layer of its hidden states", where="fused", fix="Use fused=False.")
+        raise UserError(
+            "this model's logits are more than one linear layer of its hidden states",
+            where="fused",
+            fix="Use fused=False.",
+        )
     return target_states(model, batch), head
 
 # %% ../../nbs/4_probabilities/12_cached_kd.ipynb #4b32be97
@@ -83,17 +121,46 @@ def fused_sums(method: CachedKD, model, batch: dict[str, Tensor]) -> dict[str, T
     "The same sums as `plain_sums`, from the hidden states."
     (hidden, head), recipe = target_hidden(model, batch), method.cache.recipe
     if recipe.mode == "topk":
-        said = TopK(batch["cache_ids"].long(), batch["cache_log_probs"], batch["cache_tail"], recipe.temperature)
+        said = TopK(
+            batch["cache_ids"].long(),
+            batch["cache_log_probs"],
+            batch["cache_tail"],
+            recipe.temperature,
+        )
     else:
-        said = Samples(batch["cache_ids"].long(), batch["cache_weights"], batch["cache_entropy"], recipe.temperature)
-    kd = fused_linear_divergence(hidden, head.weight, said, None, method.divergence, student_bias=head.bias, vocab_size=method.cache.vocab,
-                                 temperature=recipe.temperature, denominator=1, **method.options)*method.scale
+        said = Samples(
+            batch["cache_ids"].long(),
+            batch["cache_weights"],
+            batch["cache_entropy"],
+            recipe.temperature,
+        )
+    kd = (
+        fused_linear_divergence(
+            hidden,
+            head.weight,
+            said,
+            None,
+            method.divergence,
+            student_bias=head.bias,
+            vocab_size=method.cache.vocab,
+            temperature=recipe.temperature,
+            denominator=1,
+            **method.options,
+        )
+        * method.scale
+    )
     if "sft" not in method.weights:
         return {"kd": kd}
-    return {"kd": kd, "sft": fused_cross_entropy(hidden, head.weight, batch["target_ids"], bias=head.bias, denominator=1)}
+    return {
+        "kd": kd,
+        "sft": fused_cross_entropy(
+            hidden, head.weight, batch["target_ids"], bias=head.bias, denominator=1
+        ),
+    }
 
 # %% ../../nbs/4_probabilities/12_cached_kd.ipynb #78f58cec
 class EncodedRows(SFT):
     "For rows that are encoded already: {'id', 'source', 'target'} with lists of ids, such as a cache itself holds."
+
     def encode(self, example: dict) -> dict[str, list[int]]:
         return {"source": list(example["source"]), "target": list(example["target"])}

@@ -19,26 +19,39 @@ from .on_policy import OnPolicy, OnPolicyConfig, SOURCES
 @dataclass(kw_only=True)
 class DPKDConfig(OnPolicyConfig):
     "Settings of DPKD (arXiv 2406.19774)."
+
     rollouts: int = 64
-    beta: float = 1.0              # of the DPO loss; our choice, the paper's is not established
-    per_token: bool = False        # the released code's variant
-    lm_weight: float = 0.0         # of plain cross-entropy on the preferred responses; code: 0.5, with 0.5 of DPO
+    beta: float = 1.0  # of the DPO loss; our choice, the paper's is not established
+    per_token: bool = False  # the released code's variant
+    lm_weight: float = (
+        0.0  # of plain cross-entropy on the preferred responses; code: 0.5, with 0.5 of DPO
+    )
     average: str = "responses"
 
     @classmethod
     def official(cls, **changes: Any) -> "DPKDConfig":
         "The released code's choices, with changes."
-        return cls(**(dict(per_token=True, lm_weight=0.5, pt_weight=0.5, pt_kd_ratio=0.5, average="tokens") | changes))
+        return cls(
+            **(
+                dict(
+                    per_token=True, lm_weight=0.5, pt_weight=0.5, pt_kd_ratio=0.5, average="tokens"
+                )
+                | changes
+            )
+        )
 
 # %% ../../nbs/5_own_words/05_dpkd.ipynb #39c23ee1
 def pair_margin(log_q: Tensor, log_p: Tensor, batch: dict[str, Tensor]) -> Tensor:
     "Mean of log q - log p over the tokens of each response, teacher's minus student's; (pairs,). Rows alternate: teacher, student."
-    mean = log_q.new_zeros(len(batch["source"])).index_add(0, batch["row"], (log_q - log_p)*batch["share"])
+    mean = log_q.new_zeros(len(batch["source"])).index_add(
+        0, batch["row"], (log_q - log_p) * batch["share"]
+    )
     return mean[0::2] - mean[1::2]
 
 # %% ../../nbs/5_own_words/05_dpkd.ipynb #eccb3b3c
 class DPKD(OnPolicy):
     "Direct preference KD: the teacher's response is preferred to the student's; the teacher is the reference."
+
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.reads_gold = self.config.per_token
@@ -53,14 +66,24 @@ class DPKD(OnPolicy):
     def sources(self, slot: int, cycle: int) -> tuple[str, ...]:
         return ("gold",) if self.config.per_token else ("teacher", "student")
 
-    def objective(self, student: Tensor, teacher: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def objective(
+        self, student: Tensor, teacher: Tensor, batch: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
         log_q, log_p = (torch.log_softmax(at_least_float32(x), dim=-1) for x in (student, teacher))
         taken = [x.gather(-1, batch["target_ids"][:, None])[:, 0] for x in (log_q, log_p)]
         about = (batch["source"] == SOURCES.index(self.selects("dpo")))[batch["row"]]
         if self.config.per_token:
             best, worst = log_p.argmax(-1, keepdim=True), log_q.argmax(-1, keepdim=True)
-            margin = (log_q.gather(-1, best) - log_q.gather(-1, worst) - log_p.gather(-1, best) + log_p.gather(-1, worst))[:, 0]
+            margin = (
+                log_q.gather(-1, best)
+                - log_q.gather(-1, worst)
+                - log_p.gather(-1, best)
+                + log_p.gather(-1, worst)
+            )[:, 0]
         else:
-            margin = pair_margin(*taken, batch)[batch["row"]//2]
-        values = {"dpo": -torch.nn.functional.logsigmoid(self.config.beta*margin)*about, "nll": -taken[0]*about}
+            margin = pair_margin(*taken, batch)[batch["row"] // 2]
+        values = {
+            "dpo": -torch.nn.functional.logsigmoid(self.config.beta * margin) * about,
+            "nll": -taken[0] * about,
+        }
         return {k: values[k] for k in self.loss_weights()}

@@ -17,7 +17,12 @@ from torch import Tensor
 from ..core import rng, UserError
 from ..losses.divergences import at_least_float32, DIVERGENCES, token_divergence
 from kd_notes.methods.on_policy import (
-    DRAW, OnPolicy, OnPolicyConfig, Response, SOURCES, token_logprobs,
+    DRAW,
+    OnPolicy,
+    OnPolicyConfig,
+    Response,
+    SOURCES,
+    token_logprobs,
 )
 from ..training.state import Loop
 
@@ -25,10 +30,13 @@ from ..training.state import Loop
 @dataclass(frozen=True)
 class Part:
     "A term of an objective: a divergence at each token of the responses of one source."
-    divergence: str = "forward_kl"     # a key of DIVERGENCES, or nll: plain cross-entropy to the tokens
-    source: str = "any"                # of SOURCES, or any
+
+    divergence: str = (
+        "forward_kl"  # a key of DIVERGENCES, or nll: plain cross-entropy to the tokens
+    )
+    source: str = "any"  # of SOURCES, or any
     weight: float = 1.0
-    options: dict = field(default_factory=dict)   # of the divergence
+    options: dict = field(default_factory=dict)  # of the divergence
 
     @property
     def name(self) -> str:
@@ -36,39 +44,60 @@ class Part:
         return self.divergence if self.source == "any" else f"{self.divergence}_{self.source}"
 
 # %% ../../nbs/5_own_words/04_gkd.ipynb #parts-read
-def read_parts(parts: Iterable) -> tuple[Part, ...]:   # Part, or a table such as {"divergence": "jsd", "options": {"beta": 0.1}}
+def read_parts(
+    parts: Iterable,
+) -> tuple[Part, ...]:  # Part, or a table such as {"divergence": "jsd", "options": {"beta": 0.1}}
     "The parts of an objective. Raises UserError for a table with other fields, an unknown divergence or source."
     made = []
     if not isinstance(parts, (list, tuple)):
-        raise UserError(f"{parts!r} is no list of parts", where="parts",
-                        fix='Give a list such as [{"divergence": "jsd", "options": {"beta": 0.1}}].')
+        raise UserError(
+            f"{parts!r} is no list of parts",
+            where="parts",
+            fix='Give a list such as [{"divergence": "jsd", "options": {"beta": 0.1}}].',
+        )
     for part in parts:
         fields = set(part) - set(Part.__dataclass_fields__) if isinstance(part, dict) else set()
         if fields or not isinstance(part, (dict, Part)):
-            raise UserError(f"{part!r} is no part of an objective", where="parts",
-                            fix=f"Give a table with some of {', '.join(Part.__dataclass_fields__)}.")
+            raise UserError(
+                f"{part!r} is no part of an objective",
+                where="parts",
+                fix=f"Give a table with some of {', '.join(Part.__dataclass_fields__)}.",
+            )
         made.append(Part(**part) if isinstance(part, dict) else part)
         for name, known in (("divergence", ["nll", *DIVERGENCES]), ("source", ["any", *SOURCES])):
             if (given := getattr(made[-1], name)) not in known:
-                raise UserError(f"{given!r} is not known", where=f"parts, {name}", fix=f"Choose one of {', '.join(known)}.")
+                raise UserError(
+                    f"{given!r} is not known",
+                    where=f"parts, {name}",
+                    fix=f"Choose one of {', '.join(known)}.",
+                )
     return tuple(made)
 
 # %% ../../nbs/5_own_words/04_gkd.ipynb #d3cd3f3c
 @dataclass(kw_only=True)
 class DistillConfig(OnPolicyConfig):
     "Settings of the methods that take a divergence at each token; `DistillConfig.recipe(name)` has the published ones."
+
     rollouts: int = 64
     parts: tuple[Part, ...] = (Part(),)
-    source: str = "student"      # who writes: student, teacher, both, gold, speculative, or adaptive (DistiLLM)
-    share: float = 1.0           # GKD's lambda: how often `source` writes; otherwise gold responses are used
-    coin: str = "batch"          # that is decided per buffer (a batch, if rollouts = minibatch), or per "example"
-    accept_top_k: int = 25       # speculative KD: the student's token stays if it is among the teacher's so many likeliest
-    block: int = 5               # speculative KD: tokens that the student proposes at a time
-    capacity: int = 1000         # DistiLLM: responses in the replay buffer
-    tolerance: float = 0.1       # DistiLLM: a validation loss that rises by more makes the student write more often
-    ramp: bool = False           # DistiLLM-2: the student part's weight rises from 1 to 1.5 in the first half
-    own_skew: bool = False       # DistiLLM-2: each response has its own alpha
-    cut_mixture: bool = False    # DistiLLM-2: no gradient through the mixture of a skewed divergence
+    source: str = (
+        "student"  # who writes: student, teacher, both, gold, speculative, or adaptive (DistiLLM)
+    )
+    share: float = 1.0  # GKD's lambda: how often `source` writes; otherwise gold responses are used
+    coin: str = (
+        "batch"  # that is decided per buffer (a batch, if rollouts = minibatch), or per "example"
+    )
+    accept_top_k: int = 25  # speculative KD: the student's token stays if it is among the teacher's so many likeliest
+    block: int = 5  # speculative KD: tokens that the student proposes at a time
+    capacity: int = 1000  # DistiLLM: responses in the replay buffer
+    tolerance: float = (
+        0.1  # DistiLLM: a validation loss that rises by more makes the student write more often
+    )
+    ramp: bool = (
+        False  # DistiLLM-2: the student part's weight rises from 1 to 1.5 in the first half
+    )
+    own_skew: bool = False  # DistiLLM-2: each response has its own alpha
+    cut_mixture: bool = False  # DistiLLM-2: no gradient through the mixture of a skewed divergence
 
     def __post_init__(self):
         self.parts = read_parts(self.parts)
@@ -78,7 +107,11 @@ class DistillConfig(OnPolicyConfig):
     def recipe(cls, name: str, **changes: Any) -> "DistillConfig":
         "Settings of RECIPES, with changes. Raises UserError for an unknown name."
         if name not in RECIPES:
-            raise UserError(f"there is no recipe {name!r}", where="recipe", fix=f"Choose one of {', '.join(RECIPES)}.")
+            raise UserError(
+                f"there is no recipe {name!r}",
+                where="recipe",
+                fix=f"Choose one of {', '.join(RECIPES)}.",
+            )
         return cls(**(RECIPES[name] | changes))
 
 # %% ../../nbs/5_own_words/04_gkd.ipynb #69217ff8
@@ -88,13 +121,22 @@ def _both(divergence: str, reverse: str, weight: float = 1.0, **options: Any) ->
 # %% ../../nbs/5_own_words/04_gkd.ipynb #f2a7f908
 RECIPES: dict[str, dict] = {
     "sft": dict(source="gold", parts=(Part("nll"),)),
-    "kd": dict(source="gold", parts=(Part("nll", weight=0.5), Part("cross_entropy", weight=0.5))),  # word-level, as MiniLLM's baseline
+    "kd": dict(
+        source="gold", parts=(Part("nll", weight=0.5), Part("cross_entropy", weight=0.5))
+    ),  # word-level, as MiniLLM's baseline
     "seqkd": dict(source="teacher", parts=(Part("nll"),)),
     "gkd": dict(share=0.5, parts=(Part("jsd", options={"beta": 0.5}),)),
     "on_policy_kd": dict(parts=(Part("reverse_kl"),)),  # GKD with lambda 1
     "skd": dict(source="speculative", parts=(Part("forward_kl"),)),
-    "distillm": dict(source="adaptive", parts=(Part("skew_kl", options={"alpha": 0.1}),), pt_weight=1.0),
-    "distillm2": dict(source="both", parts=_both("skew_kl", "skew_reverse_kl", alpha=0.1), average="responses", cut_mixture=True),
+    "distillm": dict(
+        source="adaptive", parts=(Part("skew_kl", options={"alpha": 0.1}),), pt_weight=1.0
+    ),
+    "distillm2": dict(
+        source="both",
+        parts=_both("skew_kl", "skew_reverse_kl", alpha=0.1),
+        average="responses",
+        cut_mixture=True,
+    ),
     "fdistill_kl": dict(source="teacher", parts=(Part("forward_kl"),)),
     "fdistill_rkl": dict(source="student", parts=(Part("reverse_kl"),)),
     "fdistill_js": dict(source="both", parts=_both("skew_kl", "skew_reverse_kl", 0.5, alpha=0.5)),
@@ -104,24 +146,32 @@ RECIPES: dict[str, dict] = {
 # %% ../../nbs/5_own_words/04_gkd.ipynb #4821b188
 def skew_values(student: Tensor, teacher: Tensor, alpha: Tensor | float, reverse: bool) -> Tensor:
     "DistiLLM-2's skew KL (n,) with an alpha (n,) per token: KL(p||a p+(1-a) q), or KL(q||(1-a) p+a q) with q detached in the mixture."
-    log_p, log_q = (torch.log_softmax(at_least_float32(x), dim=-1).clamp(min=-1e30) for x in (teacher, student))
+    log_p, log_q = (
+        torch.log_softmax(at_least_float32(x), dim=-1).clamp(min=-1e30) for x in (teacher, student)
+    )
     a = torch.as_tensor(alpha, dtype=log_q.dtype, device=log_q.device).reshape(-1, 1)
     own, other = (log_q, log_p) if reverse else (log_p, log_q)
-    mix = torch.logaddexp(own.detach() + a.log(), other + (1 - a).log())  # own is p, which has no gradient, or q, whose gradient is cut
-    return (own.exp()*(own - mix)).sum(-1)
+    mix = torch.logaddexp(
+        own.detach() + a.log(), other + (1 - a).log()
+    )  # own is p, which has no gradient, or q, whose gradient is cut
+    return (own.exp() * (own - mix)).sum(-1)
 
 # %% ../../nbs/5_own_words/04_gkd.ipynb #chk-parts
 def check_parts(cfg: DistillConfig) -> bool:
     "Whether responses of the data may be trained on. Raises UserError for two parts of one name, of which one would not count."
     names = [part.name for part in cfg.parts]
     if len(set(names)) < len(names):
-        raise UserError(f"two parts are called {max(names, key=names.count)!r}; one of them would not count", where="parts",
-                        fix="Parts must differ in divergence or source; add up two options of one divergence in a Method of your own.")
+        raise UserError(
+            f"two parts are called {max(names, key=names.count)!r}; one of them would not count",
+            where="parts",
+            fix="Parts must differ in divergence or source; add up two options of one divergence in a Method of your own.",
+        )
     return cfg.source in ("gold", "adaptive") or cfg.source != "both" and cfg.share < 1
 
 # %% ../../nbs/5_own_words/04_gkd.ipynb #07147a57
 class Distill(OnPolicy):
     "A divergence at each token of responses that somebody writes: GKD, DistiLLM (2), speculative KD, f-distill; and SFT, KD, SeqKD."
+
     def __init__(self, *args, **kwargs):
         self.phi, self.before, self.replay, self.anchor = 0.0, None, [], {}
         super().__init__(*args, **kwargs)
@@ -141,18 +191,30 @@ class Distill(OnPolicy):
 
     def prepare(self, responses: list[Response], where: str) -> None:
         if self.config.source == "adaptive":
-            self.replay = (self.replay + [r for r in responses if r.source == "student"])[-self.config.capacity:]
+            self.replay = (self.replay + [r for r in responses if r.source == "student"])[
+                -self.config.capacity :
+            ]
         if self.config.own_skew:
             set_skew(self, responses)
 
-    def objective(self, student: Tensor, teacher: Tensor | None, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {part.name: part_values(self, part, student, teacher, batch) for part in self.config.parts}
+    def objective(
+        self, student: Tensor, teacher: Tensor | None, batch: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        return {
+            part.name: part_values(self, part, student, teacher, batch)
+            for part in self.config.parts
+        }
 
     def validated(self, loop: Loop, metrics: dict) -> None:
         raise_share(self, metrics)
 
     def memory(self) -> dict:
-        return {"phi": self.phi, "before": self.before, "anchor": self.anchor, "replay": [asdict(r) for r in self.replay]}
+        return {
+            "phi": self.phi,
+            "before": self.before,
+            "anchor": self.anchor,
+            "replay": [asdict(r) for r in self.replay],
+        }
 
     def recall(self, kept: dict) -> None:
         self.phi, self.before, self.anchor = kept["phi"], kept["before"], kept["anchor"]
@@ -166,15 +228,17 @@ def chosen_sources(method: Distill, slot: int, cycle: int) -> tuple[str, ...]:
         return "teacher", "student"
     coin = rng("who writes", cfg.seed, cycle, slot if cfg.coin == "example" else None).random()
     if cfg.source == "adaptive":
-        left = 1 - method.buffer.loop.step/method.buffer.loop.cfg.steps
-        if coin < method.phi*left or (coin < method.phi and len(method.replay) < cfg.capacity):
+        left = 1 - method.buffer.loop.step / method.buffer.loop.cfg.steps
+        if coin < method.phi * left or (coin < method.phi and len(method.replay) < cfg.capacity):
             return ("student",)
         return ("replay",) if coin < method.phi else ("gold",)
     return (cfg.source,) if coin < cfg.share else ("gold",)
 
 # %% ../../nbs/5_own_words/04_gkd.ipynb #21c4b907
 DRAW["replay"] = lambda method, rows, streams: [
-    replace(rng("replay", method.config.seed, name).choice(method.replay), source="replay") for name in streams]
+    replace(rng("replay", method.config.seed, name).choice(method.replay), source="replay")
+    for name in streams
+]
 
 
 def raise_share(method: Distill, metrics: dict) -> None:
@@ -189,31 +253,54 @@ def raise_share(method: Distill, metrics: dict) -> None:
 def set_skew(method: Distill, responses: list[Response]) -> None:
     "DistiLLM-2: alpha of each response, smaller where the two models disagree more than they did in the first buffer."
     student, training = method.buffer.student, method.buffer.student.training
-    student.eval()    # like what was drawn: dropout would make a difference where there is none
-    for source, own, other in (("teacher", method.teacher, method.buffer.student), ("student", method.buffer.student, method.teacher)):
+    student.eval()  # like what was drawn: dropout would make a difference where there is none
+    for source, own, other in (
+        ("teacher", method.teacher, method.buffer.student),
+        ("student", method.buffer.student, method.teacher),
+    ):
         rows = [r for r in responses if r.source == source]
         base = next(part.options["alpha"] for part in method.config.parts if part.source == source)
-        mean = [[math.exp(sum(x)/len(x)) for x in token_logprobs(m, rows, method.pad, method.vocabulary)] for m in (own, other)]
+        mean = [
+            [
+                math.exp(sum(x) / len(x))
+                for x in token_logprobs(m, rows, method.pad, method.vocabulary)
+            ]
+            for m in (own, other)
+        ]
         gap = [a - b for a, b in zip(*mean)]
-        anchor = method.anchor.setdefault(source, sum(gap)/len(gap))
+        anchor = method.anchor.setdefault(source, sum(gap) / len(gap))
         for r, d in zip(rows, gap):
-            r.skew = min(max(1 - (1 - base)*anchor/(d + 1e-5), 0.01), base)
+            r.skew = min(max(1 - (1 - base) * anchor / (d + 1e-5), 0.01), base)
     student.train(training)
 
 # %% ../../nbs/5_own_words/04_gkd.ipynb #edd1bb4a
-def part_values(method: Distill, part: Part, student: Tensor, teacher: Tensor | None, batch: dict[str, Tensor]) -> Tensor:
+def part_values(
+    method: Distill, part: Part, student: Tensor, teacher: Tensor | None, batch: dict[str, Tensor]
+) -> Tensor:
     "The part at each token (n,); 0 at tokens it is not about."
     cfg, ids = method.config, batch["target_ids"]
-    about = slice(None) if part.source == "any" else (batch["source"] == SOURCES.index(part.source))[batch["row"]]
+    about = (
+        slice(None)
+        if part.source == "any"
+        else (batch["source"] == SOURCES.index(part.source))[batch["row"]]
+    )
     if part.divergence == "nll":
-        values = torch.nn.functional.cross_entropy(at_least_float32(student[about]), ids[about], reduction="none")
+        values = torch.nn.functional.cross_entropy(
+            at_least_float32(student[about]), ids[about], reduction="none"
+        )
     elif part.divergence.startswith("skew") and (cfg.own_skew or cfg.cut_mixture):
         alpha = batch["skew"][about] if cfg.own_skew else part.options["alpha"]
-        values = skew_values(student[about], teacher[about], alpha, part.divergence == "skew_reverse_kl")
+        values = skew_values(
+            student[about], teacher[about], alpha, part.divergence == "skew_reverse_kl"
+        )
     else:
         gold = {"target_ids": ids[about]} if part.divergence in ("dkd", "atkd") else {}
-        values = token_divergence(part.divergence, student[about], teacher[about], **part.options, **gold)
+        values = token_divergence(
+            part.divergence, student[about], teacher[about], **part.options, **gold
+        )
     if cfg.ramp:
-        rise = 0.5*min(1.0, 2*method.buffer.loop.step/method.buffer.loop.cfg.steps)
-        values = values*(1 + rise if part.source == "student" else 1 - rise)
-    return values if part.source == "any" else values.new_zeros(len(ids)).index_put((about,), values)
+        rise = 0.5 * min(1.0, 2 * method.buffer.loop.step / method.buffer.loop.cfg.steps)
+        values = values * (1 + rise if part.source == "student" else 1 - rise)
+    return (
+        values if part.source == "any" else values.new_zeros(len(ids)).index_put((about,), values)
+    )

@@ -25,11 +25,26 @@ from safetensors.torch import save
 from torch import Tensor
 
 from kd_notes.core import (
-    append_jsonl, atomic_write, canonical_json, read_json, read_jsonl, rng, sha256_file,
-    stable_hash, UserError, write_json,
+    append_jsonl,
+    atomic_write,
+    canonical_json,
+    read_json,
+    read_jsonl,
+    rng,
+    sha256_file,
+    stable_hash,
+    UserError,
+    write_json,
 )
 from kd_notes.losses.sparse import (
-    draw_samples, draw_uniforms, DRAWS, keep_top_k, MODES, rectangle, ROWS, sampled_divergence,
+    draw_samples,
+    draw_uniforms,
+    DRAWS,
+    keep_top_k,
+    MODES,
+    rectangle,
+    ROWS,
+    sampled_divergence,
     topk_divergence,
 )
 from ..progress import progress
@@ -43,14 +58,15 @@ STORED_FLOATS = {"float16": 2, "float32": 4}  # bytes of a log-probability
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     "What a cache keeps of each distribution. Raises UserError for impossible values."
-    mode: str = "topk"           # "topk": the best tokens and a tail bucket; "sampled": random tokens, unbiased for the forward KL
-    k: int = 64                  # topk: tokens kept per position
-    samples: int = 64            # sampled: draws per position
-    draw: str = "systematic"     # sampled: "systematic", or "iid" as in the paper
-    power: float = 1.0           # sampled: draw from the teacher's probabilities to this power
-    temperature: float = 1.0     # of the teacher's distribution, and of the student's in the loss
-    dtype: str = "float16"       # topk: of the log-probabilities, float16 or float32
-    seed: int = 0                # sampled: of the draws
+
+    mode: str = "topk"  # "topk": the best tokens and a tail bucket; "sampled": random tokens, unbiased for the forward KL
+    k: int = 64  # topk: tokens kept per position
+    samples: int = 64  # sampled: draws per position
+    draw: str = "systematic"  # sampled: "systematic", or "iid" as in the paper
+    power: float = 1.0  # sampled: draw from the teacher's probabilities to this power
+    temperature: float = 1.0  # of the teacher's distribution, and of the student's in the loss
+    dtype: str = "float16"  # topk: of the log-probabilities, float16 or float32
+    seed: int = 0  # sampled: of the draws
 
     def __post_init__(self):
         check_recipe(self)
@@ -61,9 +77,15 @@ def check_recipe(recipe: Recipe) -> None:
     choices = {"mode": MODES, "draw": DRAWS, "dtype": tuple(STORED_FLOATS)}
     for name, value in asdict(recipe).items():
         if name in choices and value not in choices[name]:
-            raise UserError(f"{value!r} is not known", where=f"Recipe.{name}", fix=f"Choose one of {', '.join(choices[name])}.")
+            raise UserError(
+                f"{value!r} is not known",
+                where=f"Recipe.{name}",
+                fix=f"Choose one of {', '.join(choices[name])}.",
+            )
         if name in ("k", "samples", "power", "temperature") and not 0 < value < math.inf:
-            raise UserError(f"{value!r} is not possible", where=f"Recipe.{name}", fix="Choose a number above 0.")
+            raise UserError(
+                f"{value!r} is not possible", where=f"Recipe.{name}", fix="Choose a number above 0."
+            )
 
 # %% ../../nbs/4_probabilities/11_logit_cache.ipynb #763b14c7
 def id_dtype(vocab: int) -> torch.dtype:
@@ -76,22 +98,29 @@ def count_dtype(largest: int) -> torch.dtype:
     return torch.uint8 if largest < 2**8 else torch.uint16 if largest < 2**16 else torch.int32
 
 # %% ../../nbs/4_probabilities/11_logit_cache.ipynb #2975a412
-def bytes_per_position(recipe: Recipe, vocab: int,
-                       unique: float | None = None) -> float:  # sampled: different tokens per position; None: at least one
+def bytes_per_position(
+    recipe: Recipe, vocab: int, unique: float | None = None
+) -> float:  # sampled: different tokens per position; None: at least one
     "Bytes that a cache takes on disk for one target token, its own id included; prompts and headers come on top."
     one_id = id_dtype(vocab).itemsize
     if recipe.mode == "topk":
-        return recipe.k*(one_id + STORED_FLOATS[recipe.dtype]) + 4 + one_id
+        return recipe.k * (one_id + STORED_FLOATS[recipe.dtype]) + 4 + one_id
     count = count_dtype(recipe.samples).itemsize
     entry = one_id + (count if recipe.power == 1 else 4)
-    return (unique or 1)*entry + count + 4 + one_id
+    return (unique or 1) * entry + count + 4 + one_id
 
 # %% ../../nbs/4_probabilities/11_logit_cache.ipynb #006d4e92
 def tokenizer_hash(tokenizer) -> str:
     "16 hex digits of the tokenizer's map from token to id. Raises UserError if it has none."
     if not hasattr(tokenizer, "get_vocab"):
-        raise UserError("a tokenizer with get_vocab() is needed", where="tokenizer", fix="Pass the Hugging Face tokenizer of the model.")
-    return stable_hash(sorted(tokenizer.get_vocab().items(), key=lambda entry: (entry[1], entry[0])))
+        raise UserError(
+            "a tokenizer with get_vocab() is needed",
+            where="tokenizer",
+            fix="Pass the Hugging Face tokenizer of the model.",
+        )
+    return stable_hash(
+        sorted(tokenizer.get_vocab().items(), key=lambda entry: (entry[1], entry[0]))
+    )
 
 # %% ../../nbs/4_probabilities/11_logit_cache.ipynb #1f95dbd0
 def _weights(source: Any) -> Iterator[tuple[str, Tensor]]:
@@ -101,7 +130,11 @@ def _weights(source: Any) -> Iterator[tuple[str, Tensor]]:
         return
     files = sorted(Path(source).glob("*.safetensors"))
     if not files:
-        raise UserError("there are no safetensors in this folder", where=source, fix="Pass the folder of a saved model, or the model.")
+        raise UserError(
+            "there are no safetensors in this folder",
+            where=source,
+            fix="Pass the folder of a saved model, or the model.",
+        )
     for path in files:
         with safe_open(path, "pt") as file:
             yield from ((name, file.get_tensor(name)) for name in file.keys())
@@ -118,14 +151,23 @@ def teacher_hash(source: Any) -> str:  # a model, or the folder of one
 # %% ../../nbs/4_probabilities/11_logit_cache.ipynb #45dad763
 def encode_rows(method: Method, examples: Iterable) -> list[dict]:
     "Rows for `write_cache`, {'id', 'source', 'target'}, as this method encodes the examples. Raises UserError for an example without id."
-    return [{"id": _id_of(e, f"example {i}"), **{k: list(v) for k, v in method.encode(e).items() if k in ("source", "target")}}
-            for i, e in enumerate(examples)]
+    return [
+        {
+            "id": _id_of(e, f"example {i}"),
+            **{k: list(v) for k, v in method.encode(e).items() if k in ("source", "target")},
+        }
+        for i, e in enumerate(examples)
+    ]
 
 # %% ../../nbs/4_probabilities/11_logit_cache.ipynb #5c60bf05
 def _id_of(example: Any, where: str) -> str:
     name = example.get("id") if isinstance(example, dict) else getattr(example, "id", None)
     if name is None:
-        raise UserError("the example has no id", where=where, fix="Give every example an id that no other has: the cache is read by it.")
+        raise UserError(
+            "the example has no id",
+            where=where,
+            fix="Give every example an id that no other has: the cache is read by it.",
+        )
     return str(name)
 
 # %% ../../nbs/4_probabilities/11_logit_cache.ipynb #c50f7419
@@ -134,9 +176,17 @@ def _check_row(row: dict, vocab: int, limit: int) -> None:
     if not row["source"] or not row["target"]:
         raise UserError("source or target is empty", where=where, fix="Leave such rows out.")
     if max(max(row["source"]), max(row["target"])) >= vocab:
-        raise UserError(f"a token id is not below {vocab}, the vocabulary's size", where=where, fix="Encode with the teacher's tokenizer.")
+        raise UserError(
+            f"a token id is not below {vocab}, the vocabulary's size",
+            where=where,
+            fix="Encode with the teacher's tokenizer.",
+        )
     if limit and length > limit:
-        raise UserError(f"{length} tokens, the teacher's context has {limit}", where=where, fix="Shorten the row or leave it out.")
+        raise UserError(
+            f"{length} tokens, the teacher's context has {limit}",
+            where=where,
+            fix="Shorten the row or leave it out.",
+        )
 
 # %% ../../nbs/4_probabilities/11_logit_cache.ipynb #e3d8dd65
 def _check_rows(rows: list[dict], vocab: int, limit: int) -> None:
@@ -144,11 +194,17 @@ def _check_rows(rows: list[dict], vocab: int, limit: int) -> None:
     seen = set()
     for row in rows:
         if row["id"] in seen:
-            raise UserError("the id occurs twice", where=f"row {row['id']}", fix="Give every example an id of its own.")
+            raise UserError(
+                "the id occurs twice",
+                where=f"row {row['id']}",
+                fix="Give every example an id of its own.",
+            )
         seen.add(row["id"])
         _check_row(row, vocab, limit)
     if not rows:
-        raise UserError("there are no rows", where="rows", fix="Check the split's name and the filter.")
+        raise UserError(
+            "there are no rows", where="rows", fix="Check the split's name and the filter."
+        )
 
 # %% ../../nbs/4_probabilities/11_logit_cache.ipynb #0b3f896d
 def shard_plan(rows: list[dict], shard_tokens: int) -> list[range]:
@@ -162,12 +218,14 @@ def shard_plan(rows: list[dict], shard_tokens: int) -> list[range]:
     return plan
 
 # %% ../../nbs/4_probabilities/11_logit_cache.ipynb #c03a5358
-def length_batches(lengths: list[int],                     # of each row, in tokens
-                   batch_tokens: int) -> list[list[int]]:  # padding included; a longer row is a batch of its own
+def length_batches(
+    lengths: list[int],  # of each row, in tokens
+    batch_tokens: int,
+) -> list[list[int]]:  # padding included; a longer row is a batch of its own
     "Row numbers of each batch, longest rows first."
     batches: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if batches and (len(batches[-1]) + 1)*lengths[batches[-1][0]] <= batch_tokens:
+        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= batch_tokens:
             batches[-1].append(i)
         else:
             batches.append([i])
@@ -186,36 +244,64 @@ def teacher_logits(teacher, rows: list[dict], pad_id: int) -> list[Tensor]:
     return list(logits.split([len(r["target"]) for r in rows]))
 
 # %% ../../nbs/4_probabilities/11_logit_cache.ipynb #390718f2
-def compress(logits: Tensor,        # (target tokens, V)
-             recipe: Recipe, name: str) -> dict[str, Tensor]:  # id of the example: seeds its draws
+def compress(
+    logits: Tensor,  # (target tokens, V)
+    recipe: Recipe,
+    name: str,
+) -> dict[str, Tensor]:  # id of the example: seeds its draws
     "What is stored of one example's distributions, on the CPU. Raises UserError if they are not numbers."
     if recipe.mode == "topk":
         parts = [keep_top_k(z, recipe.k, recipe.temperature) for z in logits.split(ROWS)]
     else:
-        generator = torch.Generator().manual_seed(rng("logit-cache", recipe.seed, name).getrandbits(63))
+        generator = torch.Generator().manual_seed(
+            rng("logit-cache", recipe.seed, name).getrandbits(63)
+        )
         uniforms = draw_uniforms(len(logits), recipe.samples, recipe.draw, generator)
-        parts = [draw_samples(z, u, recipe.power, recipe.temperature) for z, u in zip(logits.split(ROWS), uniforms.split(ROWS))]
+        parts = [
+            draw_samples(z, u, recipe.power, recipe.temperature)
+            for z, u in zip(logits.split(ROWS), uniforms.split(ROWS))
+        ]
     out = {key: torch.cat([part[key] for part in parts]).cpu() for key in parts[0]}
     if out["tail" if recipe.mode == "topk" else "entropy"].isnan().any():
-        raise UserError("the teacher's logits are not finite", where=f"row {name}", fix="Load the teacher in float32 or bfloat16.")
+        raise UserError(
+            "the teacher's logits are not finite",
+            where=f"row {name}",
+            fix="Load the teacher in float32 or bfloat16.",
+        )
     return out
 
 # %% ../../nbs/4_probabilities/11_logit_cache.ipynb #3aacd359
 def _storage(recipe: Recipe, vocab: int) -> dict[str, torch.dtype]:
     "The tensors of a shard that hold distributions, and their types."
     if recipe.mode == "topk":
-        return {"ids": id_dtype(vocab), "log_probs": getattr(torch, recipe.dtype), "tail": torch.float32}
-    value = {"counts": count_dtype(recipe.samples)} if recipe.power == 1 else {"weights": torch.float32}
-    return {"ids": id_dtype(vocab), **value, "unique": count_dtype(recipe.samples), "entropy": torch.float32}
+        return {
+            "ids": id_dtype(vocab),
+            "log_probs": getattr(torch, recipe.dtype),
+            "tail": torch.float32,
+        }
+    value = (
+        {"counts": count_dtype(recipe.samples)} if recipe.power == 1 else {"weights": torch.float32}
+    )
+    return {
+        "ids": id_dtype(vocab),
+        **value,
+        "unique": count_dtype(recipe.samples),
+        "entropy": torch.float32,
+    }
 
 # %% ../../nbs/4_probabilities/11_logit_cache.ipynb #22018841
-def _shard_tensors(teacher, rows: list[dict], recipe: Recipe, vocab: int, pad_id: int, batch_tokens: int) -> dict[str, Tensor]:
+def _shard_tensors(
+    teacher, rows: list[dict], recipe: Recipe, vocab: int, pad_id: int, batch_tokens: int
+) -> dict[str, Tensor]:
     "Everything that goes into the file of a shard, in the order of the rows."
     done: dict[int, dict] = {}
     for batch in length_batches([len(r["source"]) + len(r["target"]) for r in rows], batch_tokens):
         for i, logits in zip(batch, teacher_logits(teacher, [rows[i] for i in batch], pad_id)):
             done[i] = compress(logits[:, :vocab], recipe, rows[i]["id"])
-    tensors = {key: torch.cat([done[i][key] for i in range(len(rows))]).to(kind) for key, kind in _storage(recipe, vocab).items()}
+    tensors = {
+        key: torch.cat([done[i][key] for i in range(len(rows))]).to(kind)
+        for key, kind in _storage(recipe, vocab).items()
+    }
     for part in ("source", "target"):
         tensors[part] = torch.tensor([token for r in rows for token in r[part]]).to(id_dtype(vocab))
         tensors[f"{part}_lengths"] = torch.tensor([len(r[part]) for r in rows], dtype=torch.int32)
@@ -230,69 +316,107 @@ def row_hash(source: list[int], target: list[int]) -> str:
     return hashlib.sha256(repr((list(source), list(target))).encode()).hexdigest()[:8]
 
 # %% ../../nbs/4_probabilities/11_logit_cache.ipynb #de58e85e
-def _header(teacher, tokenizer, rows: list[dict], recipe: Recipe, shard_tokens: int, batch_tokens: int) -> dict:
+def _header(
+    teacher, tokenizer, rows: list[dict], recipe: Recipe, shard_tokens: int, batch_tokens: int
+) -> dict:
     "The content of cache.json."
-    vocab = min(teacher.config.get_text_config().vocab_size, max(tokenizer.get_vocab().values()) + 1)
+    vocab = min(
+        teacher.config.get_text_config().vocab_size, max(tokenizer.get_vocab().values()) + 1
+    )
     hashes = [[r["id"], row_hash(r["source"], r["target"])] for r in rows]
-    name, dtype = teacher.config.name_or_path or type(teacher).__name__, str(next(teacher.parameters()).dtype).removeprefix("torch.")
-    return {"format": FORMAT, "recipe": asdict(recipe), "vocab": vocab, "name": Path(name).name if Path(name).is_absolute() else name,
-            "teacher": {"hash": teacher_hash(teacher), "dtype": dtype},
-            "tokenizer": {"hash": tokenizer_hash(tokenizer), "pad_id": tokenizer.pad_token_id or 0},
-            "rows": {"hash": stable_hash(hashes), "examples": len(rows), "positions": sum(len(r["target"]) for r in rows)},
-            "layout": {"shard_tokens": shard_tokens, "batch_tokens": batch_tokens}}
+    name, dtype = (
+        teacher.config.name_or_path or type(teacher).__name__,
+        str(next(teacher.parameters()).dtype).removeprefix("torch."),
+    )
+    return {
+        "format": FORMAT,
+        "recipe": asdict(recipe),
+        "vocab": vocab,
+        "name": Path(name).name if Path(name).is_absolute() else name,
+        "teacher": {"hash": teacher_hash(teacher), "dtype": dtype},
+        "tokenizer": {"hash": tokenizer_hash(tokenizer), "pad_id": tokenizer.pad_token_id or 0},
+        "rows": {
+            "hash": stable_hash(hashes),
+            "examples": len(rows),
+            "positions": sum(len(r["target"]) for r in rows),
+        },
+        "layout": {"shard_tokens": shard_tokens, "batch_tokens": batch_tokens},
+    }
 
 # %% ../../nbs/4_probabilities/11_logit_cache.ipynb #abd6059a
 def _claim(folder: Path, head: dict) -> None:
     "Write cache.json, or compare with the one that is there. Raises UserError naming what differs."
-    path = folder/"cache.json"
+    path = folder / "cache.json"
     if not path.is_file():
         write_json(path, head)
         return
     there = read_json(path)
     for key, mine in head.items():
-        if key != "name" and there.get(key) != mine:  # the same weights under another name are the same teacher
-            raise UserError(f"the folder holds a cache with another {key}: {canonical_json(there.get(key))}, now {canonical_json(mine)}",
-                            where=folder, fix="Choose another folder, delete this one, or make the same call as before.")
+        if (
+            key != "name" and there.get(key) != mine
+        ):  # the same weights under another name are the same teacher
+            raise UserError(
+                f"the folder holds a cache with another {key}: {canonical_json(there.get(key))}, now {canonical_json(mine)}",
+                where=folder,
+                fix="Choose another folder, delete this one, or make the same call as before.",
+            )
 
 # %% ../../nbs/4_probabilities/11_logit_cache.ipynb #95b9388f
 @contextmanager
 def _only_writer(folder: Path) -> Iterator[None]:
     "One writer per folder; the lock goes with the process, also when that is killed. Raises UserError if another one is at work."
     from filelock import FileLock, Timeout
+
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder/".lock", timeout=0):
+        with FileLock(folder / ".lock", timeout=0):
             yield
     except Timeout as e:
-        raise UserError("another process is writing this cache", where=folder, fix="Wait for it, or choose another folder.") from e
+        raise UserError(
+            "another process is writing this cache",
+            where=folder,
+            fix="Wait for it, or choose another folder.",
+        ) from e
 
 # %% ../../nbs/4_probabilities/11_logit_cache.ipynb #a5776abf
 def _index(folder: Path) -> dict[int, dict]:
     "{shard number: its line of index.jsonl}; a half-written last line is ignored."
-    path = folder/"index.jsonl"
+    path = folder / "index.jsonl"
     rows = read_jsonl(path, repair_tail=True) if path.is_file() else []
     return {row["shard"]: row for row in sorted(rows, key=lambda row: row["shard"])}
 
 
 def _is_whole(folder: Path, entry: dict) -> bool:
-    path = folder/entry["file"]
-    return path.is_file() and path.stat().st_size == entry["bytes"] and sha256_file(path) == entry["sha256"]
+    path = folder / entry["file"]
+    return (
+        path.is_file()
+        and path.stat().st_size == entry["bytes"]
+        and sha256_file(path) == entry["sha256"]
+    )
 
 # %% ../../nbs/4_probabilities/11_logit_cache.ipynb #86f22cf7
 def _write_shard(folder: Path, number: int, rows: list[dict], tensors: dict[str, Tensor]) -> None:
     "The file, then its line in the index. Raises UserError if the disk is full; nothing half-written is left."
-    path, data = folder/f"shard-{number:05d}.safetensors", save(tensors)
+    path, data = folder / f"shard-{number:05d}.safetensors", save(tensors)
     atomic_write(path, data)
-    entry = {"shard": number, "file": path.name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest(),
-             "rows": [[r["id"], len(r["target"]), row_hash(r["source"], r["target"])] for r in rows]}
-    append_jsonl(folder/"index.jsonl", [entry])
+    entry = {
+        "shard": number,
+        "file": path.name,
+        "bytes": len(data),
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "rows": [[r["id"], len(r["target"]), row_hash(r["source"], r["target"])] for r in rows],
+    }
+    append_jsonl(folder / "index.jsonl", [entry])
 
 # %% ../../nbs/4_probabilities/11_logit_cache.ipynb #15a95dc6
 def _check_space(folder: Path, recipe: Recipe, vocab: int, positions: int) -> None:
-    needed, free = bytes_per_position(recipe, vocab)*positions, shutil.disk_usage(folder).free
+    needed, free = bytes_per_position(recipe, vocab) * positions, shutil.disk_usage(folder).free
     if needed > free:
-        raise UserError(f"the cache needs at least {needed/1e9:.1f} GB, the disk has {free/1e9:.1f} GB", where=folder,
-                        fix="Choose a smaller k, mode='sampled', or another disk.")
+        raise UserError(
+            f"the cache needs at least {needed / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB",
+            where=folder,
+            fix="Choose a smaller k, mode='sampled', or another disk.",
+        )
 
 # %% ../../nbs/4_probabilities/11_logit_cache.ipynb #a1e731c7
 @contextmanager
@@ -306,20 +430,37 @@ def _evaluating(model) -> Iterator[None]:
         model.train(was)
 
 # %% ../../nbs/4_probabilities/11_logit_cache.ipynb #d19b4dfa
-def write_cache(folder: Path | str,
-                teacher, tokenizer,               # a Hugging Face model, on its device and in its dtype, and its tokenizer
-                rows: Iterable[dict],             # {"id", "source", "target"} with lists of ids, as `encode_rows` makes them
-                *, shard_tokens: int = 32_768,    # target tokens in a file: what a kill can cost
-                batch_tokens: int = 2048,         # of a batch of the teacher, padding included; times V logits in memory
-                **recipe) -> "LogitCache":        # fields of Recipe: mode, k, samples, temperature, ...
+def write_cache(
+    folder: Path | str,
+    teacher,
+    tokenizer,  # a Hugging Face model, on its device and in its dtype, and its tokenizer
+    rows: Iterable[
+        dict
+    ],  # {"id", "source", "target"} with lists of ids, as `encode_rows` makes them
+    *,
+    shard_tokens: int = 32_768,  # target tokens in a file: what a kill can cost
+    batch_tokens: int = 2048,  # of a batch of the teacher, padding included; times V logits in memory
+    **recipe,
+) -> "LogitCache":  # fields of Recipe: mode, k, samples, temperature, ...
     "Write the teacher's distributions of the targets. The same call continues a killed one. Raises UserError: misfit, full disk."
     kept, folder = Recipe(**recipe), Path(folder)
-    rows = [{"id": _id_of(r, f"row {i}"), "source": list(r["source"]), "target": list(r["target"])} for i, r in enumerate(rows)]
+    rows = [
+        {"id": _id_of(r, f"row {i}"), "source": list(r["source"]), "target": list(r["target"])}
+        for i, r in enumerate(rows)
+    ]
     head = _header(teacher, tokenizer, rows, kept, shard_tokens, batch_tokens)
-    context = 0 if teacher.config.is_encoder_decoder else getattr(teacher.config.get_text_config(), "max_position_embeddings", 0)
+    context = (
+        0
+        if teacher.config.is_encoder_decoder
+        else getattr(teacher.config.get_text_config(), "max_position_embeddings", 0)
+    )
     _check_rows(rows, head["vocab"], context)
     if kept.mode == "topk" and kept.k > head["vocab"]:
-        raise UserError(f"k={kept.k} is more than the {head['vocab']} tokens there are", where="Recipe.k", fix="Choose a smaller k.")
+        raise UserError(
+            f"k={kept.k} is more than the {head['vocab']} tokens there are",
+            where="Recipe.k",
+            fix="Choose a smaller k.",
+        )
     with _only_writer(folder), _evaluating(teacher):
         _claim(folder, head)
         _write_missing(folder, teacher, rows, kept, head)
@@ -335,29 +476,50 @@ def _write_missing(folder: Path, teacher, rows: list[dict], recipe: Recipe, head
     todo = [number for number in range(len(plan)) if number not in there]
     positions = {n: sum(len(rows[i]["target"]) for i in plan[n]) for n in todo}
     _check_space(folder, recipe, head["vocab"], sum(positions.values()))
-    with progress(total=sum(positions.values()), desc=f"teacher's {recipe.mode} cache", unit="token") as bar:
+    with progress(
+        total=sum(positions.values()), desc=f"teacher's {recipe.mode} cache", unit="token"
+    ) as bar:
         for number in todo:
             part = [rows[i] for i in plan[number]]
-            tensors = _shard_tensors(teacher, part, recipe, head["vocab"], head["tokenizer"]["pad_id"], head["layout"]["batch_tokens"])
+            tensors = _shard_tensors(
+                teacher,
+                part,
+                recipe,
+                head["vocab"],
+                head["tokenizer"]["pad_id"],
+                head["layout"]["batch_tokens"],
+            )
             _write_shard(folder, number, part, tensors)
             bar.update(positions[number])
 
 # %% ../../nbs/4_probabilities/11_logit_cache.ipynb #71d2fac9
 class _Shard:
     "An open file of a cache, and where each of its rows begins."
+
     def __init__(self, path: Path):
         self.file = safe_open(path, "pt")
         names = set(self.file.keys())
-        self.starts = {part: [0, *accumulate(self.file.get_tensor(f"{part}_lengths").tolist())] for part in ("source", "target")}
+        self.starts = {
+            part: [0, *accumulate(self.file.get_tensor(f"{part}_lengths").tolist())]
+            for part in ("source", "target")
+        }
         if "unique" in names:
             entries = [0, *accumulate(self.file.get_tensor("unique").tolist())]
             self.starts["entries"] = [entries[i] for i in self.starts["target"]]
-        long = {"source": "source", **{name: "entries" for name in ("ids", "counts", "weights") if "unique" in names}}
-        self.along = {name: long.get(name, "target") for name in names if not name.endswith("_lengths")}
+        long = {
+            "source": "source",
+            **{name: "entries" for name in ("ids", "counts", "weights") if "unique" in names},
+        }
+        self.along = {
+            name: long.get(name, "target") for name in names if not name.endswith("_lengths")
+        }
 
     def row(self, i: int) -> dict[str, Tensor]:
         "The tensors of row i, as they are stored."
-        return {name: self.file.get_slice(name)[self.starts[by][i]:self.starts[by][i + 1]] for name, by in self.along.items()}
+        return {
+            name: self.file.get_slice(name)[self.starts[by][i] : self.starts[by][i + 1]]
+            for name, by in self.along.items()
+        }
 
 # %% ../../nbs/4_probabilities/11_logit_cache.ipynb #2e43a346
 _REPAIR = "Call write_cache with the same arguments again: it makes the damaged or missing shards and leaves the others."
@@ -365,20 +527,49 @@ _REPAIR = "Call write_cache with the same arguments again: it makes the damaged 
 
 class CacheFolder:
     "The index of a cache, and who made it. Raises UserError if the folder is no cache, damaged, or of another tokenizer or teacher."
-    def __init__(self, folder: Path | str, *, tokenizer=None,  # refuse a cache of another tokenizer than this
-                 teacher: Any = None,                          # refuse one of another teacher: its hash, its folder (a Path), or itself
-                 keep_open: int = 16):                         # files that are mapped at the same time
+
+    def __init__(
+        self,
+        folder: Path | str,
+        *,
+        tokenizer=None,  # refuse a cache of another tokenizer than this
+        teacher: Any = None,  # refuse one of another teacher: its hash, its folder (a Path), or itself
+        keep_open: int = 16,
+    ):  # files that are mapped at the same time
         self.folder, self.keep_open = Path(folder), keep_open
-        if not (self.folder/"cache.json").is_file():
-            raise UserError("there is no logit cache in this folder", where=folder, fix="Write one with write_cache.")
-        self.head = read_json(self.folder/"cache.json")
+        if not (self.folder / "cache.json").is_file():
+            raise UserError(
+                "there is no logit cache in this folder",
+                where=folder,
+                fix="Write one with write_cache.",
+            )
+        self.head = read_json(self.folder / "cache.json")
         if self.head.get("format") != FORMAT:
-            raise UserError(f"this is not a {FORMAT!r}", where=self.folder/"cache.json", fix="Write the cache anew.")
-        self.recipe, self.vocab, self.index = Recipe(**self.head["recipe"]), self.head["vocab"], _index(self.folder)
+            raise UserError(
+                f"this is not a {FORMAT!r}",
+                where=self.folder / "cache.json",
+                fix="Write the cache anew.",
+            )
+        self.recipe, self.vocab, self.index = (
+            Recipe(**self.head["recipe"]),
+            self.head["vocab"],
+            _index(self.folder),
+        )
         for entry in self.index.values():
-            if not (path := self.folder/entry["file"]).is_file() or path.stat().st_size != entry["bytes"]:
-                raise UserError("the file is missing or has another size than the index says", where=path, fix=_REPAIR)
-        self.places = {row[0]: (number, i) for number, entry in self.index.items() for i, row in enumerate(entry["rows"])}
+            if (
+                not (path := self.folder / entry["file"]).is_file()
+                or path.stat().st_size != entry["bytes"]
+            ):
+                raise UserError(
+                    "the file is missing or has another size than the index says",
+                    where=path,
+                    fix=_REPAIR,
+                )
+        self.places = {
+            row[0]: (number, i)
+            for number, entry in self.index.items()
+            for i, row in enumerate(entry["rows"])
+        }
         self._shards: OrderedDict[int, _Shard] = OrderedDict()
         self._verified: set[int] = set()
         check_origin(self.folder, self.head, tokenizer, teacher)
@@ -401,21 +592,38 @@ class CacheFolder:
 def check_origin(folder: Path, head: dict, tokenizer=None, teacher: Any = None) -> None:
     "Raises UserError, with the reason and what to do, if the cache of this cache.json was made by another tokenizer or teacher."
     if tokenizer is not None and tokenizer_hash(tokenizer) != head["tokenizer"]["hash"]:
-        raise UserError(f"the cache was made with another tokenizer ({head['tokenizer']['hash']}, yours is {tokenizer_hash(tokenizer)}): "
-                        "its ids mean other tokens", where=folder, fix="Use a student with the teacher's tokenizer. For another one, let "
-                        "the teacher run live with uld or aligned spans, or train on text that it wrote.")
-    wanted = None if teacher is None else teacher if isinstance(teacher, str) else teacher_hash(teacher)
+        raise UserError(
+            f"the cache was made with another tokenizer ({head['tokenizer']['hash']}, yours is {tokenizer_hash(tokenizer)}): "
+            "its ids mean other tokens",
+            where=folder,
+            fix="Use a student with the teacher's tokenizer. For another one, let "
+            "the teacher run live with uld or aligned spans, or train on text that it wrote.",
+        )
+    wanted = (
+        None if teacher is None else teacher if isinstance(teacher, str) else teacher_hash(teacher)
+    )
     if wanted not in (None, head["teacher"]["hash"]):
-        raise UserError(f"the cache was made by another teacher ({head['name']}, {head['teacher']['hash']}; yours is {wanted})",
-                        where=folder, fix="Choose the folder of your teacher's cache, or write one with it.")
+        raise UserError(
+            f"the cache was made by another teacher ({head['name']}, {head['teacher']['hash']}; yours is {wanted})",
+            where=folder,
+            fix="Choose the folder of your teacher's cache, or write one with it.",
+        )
 
 # %% ../../nbs/4_probabilities/11_logit_cache.ipynb #04fd46ae
 def place_of(cache: CacheFolder, name: str) -> tuple[int, int]:
     "(shard, row in it) of an id. Raises UserError if the cache does not have it."
     if name not in cache:
-        state = "" if cache.complete else f"; it is not complete, {len(cache)} of {cache.head['rows']['examples']} rows are there"
-        raise UserError(f"the cache has no such row{state}", where=f"row {name}",
-                        fix="Leave the example out, or call write_cache" + (" with it." if cache.complete else " again."))
+        state = (
+            ""
+            if cache.complete
+            else f"; it is not complete, {len(cache)} of {cache.head['rows']['examples']} rows are there"
+        )
+        raise UserError(
+            f"the cache has no such row{state}",
+            where=f"row {name}",
+            fix="Leave the example out, or call write_cache"
+            + (" with it." if cache.complete else " again."),
+        )
     return cache.places[name]
 
 # %% ../../nbs/4_probabilities/11_logit_cache.ipynb #d363c861
@@ -423,19 +631,27 @@ def check_row(cache: CacheFolder, name: str, source: list[int], target: list[int
     "Raises UserError if the cache does not have this row, or has it with other token ids."
     number, i = place_of(cache, name)
     if cache.index[number]["rows"][i][2] != row_hash(source, target):
-        raise UserError("the example is encoded differently than when the cache was written", where=f"row {name}",
-                        fix="Use the template and the method that the cache was written with, or write a new cache.")
+        raise UserError(
+            "the example is encoded differently than when the cache was written",
+            where=f"row {name}",
+            fix="Use the template and the method that the cache was written with, or write a new cache.",
+        )
 
 # %% ../../nbs/4_probabilities/11_logit_cache.ipynb #2909507a
 class LogitCache(CacheFolder):
     "A cache on disk, complete or a prefix; `row` and `targets` read in any order, iteration reads shard by shard."
+
     def _shard(self, number: int) -> _Shard:
         entry = self.index[number]
         if number not in self._shards:
             if number not in self._verified and not _is_whole(self.folder, entry):
-                raise UserError("the file differs from its checksum", where=self.folder/entry["file"], fix=_REPAIR)
+                raise UserError(
+                    "the file differs from its checksum",
+                    where=self.folder / entry["file"],
+                    fix=_REPAIR,
+                )
             self._verified.add(number)
-            self._shards[number] = _Shard(self.folder/entry["file"])
+            self._shards[number] = _Shard(self.folder / entry["file"])
         self._shards.move_to_end(number)
         while len(self._shards) > self.keep_open:
             self._shards.popitem(last=False)
@@ -453,29 +669,62 @@ class LogitCache(CacheFolder):
     def __iter__(self) -> Iterator[dict]:
         for name in self.places:
             row = self.row(name)
-            yield {"id": name, "source": row["source"].tolist(), "target": row["target"].tolist(), "targets": _as_batch([row], self.recipe)}
+            yield {
+                "id": name,
+                "source": row["source"].tolist(),
+                "target": row["target"].tolist(),
+                "targets": _as_batch([row], self.recipe),
+            }
 
 # %% ../../nbs/4_probabilities/11_logit_cache.ipynb #2e9a88c8
 def _as_batch(rows: list[dict[str, Tensor]], recipe: Recipe) -> dict[str, Tensor]:
     "Copies of stored rows, joined: cache_ids (n, k) int32, and cache_log_probs, cache_tail or cache_weights, cache_entropy."
-    part = {name: torch.cat([r[name] for r in rows]) for name in rows[0] if name not in ("source", "target")}
+    part = {
+        name: torch.cat([r[name] for r in rows])
+        for name in rows[0]
+        if name not in ("source", "target")
+    }
     ids = part["ids"].int()
     if recipe.mode == "topk":
         return {"cache_ids": ids, "cache_log_probs": part["log_probs"], "cache_tail": part["tail"]}
     unique = part["unique"].long()
-    weights = part["weights"] if "weights" in part else part["counts"].float()/recipe.samples
-    return {"cache_ids": rectangle(ids, unique), "cache_weights": rectangle(weights, unique), "cache_entropy": part["entropy"]}
+    weights = part["weights"] if "weights" in part else part["counts"].float() / recipe.samples
+    return {
+        "cache_ids": rectangle(ids, unique),
+        "cache_weights": rectangle(weights, unique),
+        "cache_entropy": part["entropy"],
+    }
 
 # %% ../../nbs/4_probabilities/11_logit_cache.ipynb #214a6305
-def cached_divergence(student_logits: Tensor,     # (n, V) at the target positions; V at least the cache's vocabulary
-                      batch: dict[str, Tensor],   # of `LogitCache.targets`
-                      cache: CacheFolder,         # for its recipe: mode and temperature
-                      divergence: str = "forward_kl", **options) -> Tensor:
+def cached_divergence(
+    student_logits: Tensor,  # (n, V) at the target positions; V at least the cache's vocabulary
+    batch: dict[str, Tensor],  # of `LogitCache.targets`
+    cache: CacheFolder,  # for its recipe: mode and temperature
+    divergence: str = "forward_kl",
+    **options,
+) -> Tensor:
     "The divergence from the cached teacher at every position, shape (n,). Raises UserError for one that this cache cannot give."
     if student_logits.shape[-1] < cache.vocab:
-        raise UserError(f"the student has {student_logits.shape[-1]} logits, the cache a vocabulary of {cache.vocab}", where="student",
-                        fix="Use a student with the teacher's tokenizer.")
-    z, ids, temperature = student_logits[..., :cache.vocab], batch["cache_ids"].long(), cache.recipe.temperature
+        raise UserError(
+            f"the student has {student_logits.shape[-1]} logits, the cache a vocabulary of {cache.vocab}",
+            where="student",
+            fix="Use a student with the teacher's tokenizer.",
+        )
+    z, ids, temperature = (
+        student_logits[..., : cache.vocab],
+        batch["cache_ids"].long(),
+        cache.recipe.temperature,
+    )
     if cache.recipe.mode == "topk":
-        return topk_divergence(z, ids, batch["cache_log_probs"], batch["cache_tail"], divergence, temperature, **options)
-    return sampled_divergence(z, ids, batch["cache_weights"], batch["cache_entropy"], divergence, temperature)
+        return topk_divergence(
+            z,
+            ids,
+            batch["cache_log_probs"],
+            batch["cache_tail"],
+            divergence,
+            temperature,
+            **options,
+        )
+    return sampled_divergence(
+        z, ids, batch["cache_weights"], batch["cache_entropy"], divergence, temperature
+    )

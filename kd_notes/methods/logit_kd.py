@@ -15,36 +15,66 @@ from torch import Tensor
 from ..core import UserError
 from ..data.dialogues import Dialogue, encode_dialogue
 from kd_notes.losses.cross_tokenizer import (
-    align_spans, align_vocabulary, aligned_span_loss, matching_tokens, Span, token_ends,
+    align_spans,
+    align_vocabulary,
+    aligned_span_loss,
+    matching_tokens,
+    Span,
+    token_ends,
 )
 from kd_notes.losses.divergences import (
-    at_least_float32, DIVERGENCES, get_divergence, _options, token_divergence,
+    at_least_float32,
+    DIVERGENCES,
+    get_divergence,
+    _options,
+    token_divergence,
 )
 from ..losses.fused import fused_cross_entropy, fused_linear_divergence
 from ..models.pretrained import freeze
 from kd_notes.training.batches import (
-    causal_batch, plain_logits, target_logits, target_states, unwrapped,
+    causal_batch,
+    plain_logits,
+    target_logits,
+    target_states,
+    unwrapped,
 )
 from ..training.method import field_of, SFT
 
 # %% ../../nbs/4_probabilities/07_logit_kd.ipynb #ab3e4e1d
 class KD(SFT):
     "Word-level distillation: (1 - sft_weight) divergence to the teacher + sft_weight cross-entropy of the response, both token-means."
-    def __init__(self, tokenizer, teacher,                 # the teacher shares the tokenizer; it is frozen, and moved by `place`
-                 divergence: str = "forward_kl", *,        # a key of DIVERGENCES
-                 sft_weight: float = 0.0,                  # weight of the gold cross-entropy; the divergence has the rest
-                 temperature: float = 1.0, scale_t2: bool = False,
-                 vocabulary: int | None = None,            # ids that both share (check_tokenizers); None: the narrower head
-                 fused: bool | None = None,                # without the logits; None: where there is no gold term
-                 family: str = "causal",                   # or "t5"
-                 source: Callable[[Any], str] = lambda e: field_of(e, "input"),
-                 target: Callable[[Any], str] = lambda e: field_of(e, "label"),
-                 **options):                               # of the divergence, such as beta=0.1
+
+    def __init__(
+        self,
+        tokenizer,
+        teacher,  # the teacher shares the tokenizer; it is frozen, and moved by `place`
+        divergence: str = "forward_kl",
+        *,  # a key of DIVERGENCES
+        sft_weight: float = 0.0,  # weight of the gold cross-entropy; the divergence has the rest
+        temperature: float = 1.0,
+        scale_t2: bool = False,
+        vocabulary: int
+        | None = None,  # ids that both share (check_tokenizers); None: the narrower head
+        fused: bool | None = None,  # without the logits; None: where there is no gold term
+        family: str = "causal",  # or "t5"
+        source: Callable[[Any], str] = lambda e: field_of(e, "input"),
+        target: Callable[[Any], str] = lambda e: field_of(e, "label"),
+        **options,
+    ):  # of the divergence, such as beta=0.1
         super().__init__(tokenizer, family, source, target)
         get_divergence(divergence, **options)
         if not 0 <= sft_weight < 1:
-            raise UserError(f"{sft_weight!r} is not a weight from 0 to below 1", where="sft_weight", fix="For weight 1 use SFT itself.")
-        self.teacher, self.divergence, self.options, self.vocabulary = freeze(teacher), divergence, options, vocabulary
+            raise UserError(
+                f"{sft_weight!r} is not a weight from 0 to below 1",
+                where="sft_weight",
+                fix="For weight 1 use SFT itself.",
+            )
+        self.teacher, self.divergence, self.options, self.vocabulary = (
+            freeze(teacher),
+            divergence,
+            options,
+            vocabulary,
+        )
         self.temperature, self.scale = temperature, temperature**2 if scale_t2 else 1.0
         self.fused = not sft_weight if fused is None else fused
         self.weights = {"kd": 1 - sft_weight, "sft": sft_weight} if sft_weight else {"kd": 1.0}
@@ -68,18 +98,30 @@ class KD(SFT):
 # %% ../../nbs/4_probabilities/07_logit_kd.ipynb #029703bb
 def is_encoded(example: Any) -> bool:
     "Whether an example holds ids, as `encode_dialogue` makes them, and not text."
-    return isinstance(example, dict) and isinstance(example.get("source"), list) and isinstance(example.get("target"), list)
+    return (
+        isinstance(example, dict)
+        and isinstance(example.get("source"), list)
+        and isinstance(example.get("target"), list)
+    )
 
 # %% ../../nbs/4_probabilities/07_logit_kd.ipynb #fde9f01f
 def _with_gold(method: KD, target_ids: Tensor) -> dict:
     "The options of the divergence, and the gold tokens where it needs them."
-    return method.options | ({"target_ids": target_ids} if "target_ids" in _options(DIVERGENCES[method.divergence]) else {})
+    return method.options | (
+        {"target_ids": target_ids}
+        if "target_ids" in _options(DIVERGENCES[method.divergence])
+        else {}
+    )
 
 # %% ../../nbs/4_probabilities/07_logit_kd.ipynb #47377818
 def comparable(student: Tensor, teacher: Tensor, vocabulary: int | None) -> tuple[Tensor, Tensor]:
     "Logits without what pads a vocabulary, on either side; `vocabulary`: ids that the tokenizer has, None: the narrower width."
     widths = student.shape[-1], teacher.shape[-1]
-    return (student, teacher) if widths == (vocabulary or widths[0],)*2 else align_vocabulary(student, teacher, vocabulary)
+    return (
+        (student, teacher)
+        if widths == (vocabulary or widths[0],) * 2
+        else align_vocabulary(student, teacher, vocabulary)
+    )
 
 
 def kd_sums(method: KD, student: Tensor, teacher: Tensor, target_ids: Tensor) -> dict[str, Tensor]:
@@ -89,13 +131,17 @@ def kd_sums(method: KD, student: Tensor, teacher: Tensor, target_ids: Tensor) ->
         sums["sft"] = F.cross_entropy(at_least_float32(student), target_ids, reduction="sum")
     student, teacher = comparable(student, teacher, method.vocabulary)
     values = token_divergence(method.divergence, student, teacher, method.temperature, **options)
-    return {"kd": method.scale*values.sum(), **sums}
+    return {"kd": method.scale * values.sum(), **sums}
 
 # %% ../../nbs/4_probabilities/07_logit_kd.ipynb #f92fbbcd
 def states_suffice(model) -> bool:
     "Whether the logits are one linear layer of the hidden states, and that layer lies whole in this process."
     head = unwrapped(model).get_output_embeddings()
-    return plain_logits(model) and type(head) is torch.nn.Linear and not hasattr(head.weight, "full_tensor")  # no adapter, not spread
+    return (
+        plain_logits(model)
+        and type(head) is torch.nn.Linear
+        and not hasattr(head.weight, "full_tensor")
+    )  # no adapter, not spread
 
 # %% ../../nbs/4_probabilities/07_logit_kd.ipynb #750f6be4
 def fused_sums(method: KD, model, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -103,39 +149,90 @@ def fused_sums(method: KD, model, batch: dict[str, Tensor]) -> dict[str, Tensor]
     mine, head = target_states(model, batch), model.get_output_embeddings()
     with torch.no_grad():
         theirs, other = target_states(method.teacher, batch), method.teacher.get_output_embeddings()
-    kd = fused_linear_divergence(mine, head.weight, theirs, other.weight, method.divergence, student_bias=head.bias,
-                                 teacher_bias=other.bias, temperature=method.temperature, vocab_size=method.vocabulary, denominator=1,
-                                 **_with_gold(method, batch["target_ids"]))
+    kd = fused_linear_divergence(
+        mine,
+        head.weight,
+        theirs,
+        other.weight,
+        method.divergence,
+        student_bias=head.bias,
+        teacher_bias=other.bias,
+        temperature=method.temperature,
+        vocab_size=method.vocabulary,
+        denominator=1,
+        **_with_gold(method, batch["target_ids"]),
+    )
     if "sft" not in method.weights:
-        return {"kd": method.scale*kd}
-    return {"kd": method.scale*kd, "sft": fused_cross_entropy(mine, head.weight, batch["target_ids"], bias=head.bias, denominator=1)}
+        return {"kd": method.scale * kd}
+    return {
+        "kd": method.scale * kd,
+        "sft": fused_cross_entropy(
+            mine, head.weight, batch["target_ids"], bias=head.bias, denominator=1
+        ),
+    }
 
 # %% ../../nbs/4_probabilities/07_logit_kd.ipynb #fd2b9d34
-def encode_twice(d: Dialogue, tokenizer, teacher_tokenizer, max_length: int = 0, system: str | None = None) -> dict:
+def encode_twice(
+    d: Dialogue, tokenizer, teacher_tokenizer, max_length: int = 0, system: str | None = None
+) -> dict:
     "`encode_dialogue` with both tokenizers ('teacher_source', ...), and where each target token ends ('ends', ...). Raises UserError."
     out = {}
     for prefix, tok in (("", tokenizer), ("teacher_", teacher_tokenizer)):
-        row, (ids, ends) = encode_dialogue(d, tok, max_length, system), token_ends(tok, d.response, eos=d.whole)
-        if row["target"] != ids[:len(row["target"])]:
-            raise UserError("the tokenizer cuts the response in two ways", where=d.where or d.id, fix="Load its fast version.")
-        out |= {f"{prefix}source": row["source"], f"{prefix}target": row["target"], f"{prefix}ends": ends[:len(row["target"])]}
+        row, (ids, ends) = (
+            encode_dialogue(d, tok, max_length, system),
+            token_ends(tok, d.response, eos=d.whole),
+        )
+        if row["target"] != ids[: len(row["target"])]:
+            raise UserError(
+                "the tokenizer cuts the response in two ways",
+                where=d.where or d.id,
+                fix="Load its fast version.",
+            )
+        out |= {
+            f"{prefix}source": row["source"],
+            f"{prefix}target": row["target"],
+            f"{prefix}ends": ends[: len(row["target"])],
+        }
     return {"id": d.id, **out}
 
 # %% ../../nbs/4_probabilities/07_logit_kd.ipynb #3af04d46
-CROSS_KINDS = {"uld": "uld", "spans_likelihood": "likelihood", "spans_uld": "uld", "spans_matched": "matched"}
+CROSS_KINDS = {
+    "uld": "uld",
+    "spans_likelihood": "likelihood",
+    "spans_uld": "uld",
+    "spans_matched": "matched",
+}
 
 # %% ../../nbs/4_probabilities/07_logit_kd.ipynb #c9195dbf
 class CrossKD(SFT):
     "Distillation across tokenizers: (1 - sft_weight) comparison, a mean over spans, + sft_weight cross-entropy. Rows of `encode_twice`."
-    def __init__(self, tokenizer, teacher_tokenizer, teacher, how: str = "uld", *,  # a key of CROSS_KINDS
-                 sft_weight: float = 0.4,             # 0.4: the 1.5 to 1 of ULD's code
-                 temperature: float = 1.0):
+
+    def __init__(
+        self,
+        tokenizer,
+        teacher_tokenizer,
+        teacher,
+        how: str = "uld",
+        *,  # a key of CROSS_KINDS
+        sft_weight: float = 0.4,  # 0.4: the 1.5 to 1 of ULD's code
+        temperature: float = 1.0,
+    ):
         super().__init__(tokenizer)
         if how not in CROSS_KINDS or not 0 <= sft_weight < 1:
-            raise UserError(f"how={how!r} with sft_weight={sft_weight!r} is not possible", where="CrossKD", fix=f"Use one of "
-                            f"{', '.join(CROSS_KINDS)}, and a weight from 0 to below 1.")
-        self.teacher, self.teacher_tokenizer, self.how, self.temperature = freeze(teacher), teacher_tokenizer, how, temperature
-        self.matches = matching_tokens(tokenizer, teacher_tokenizer) if CROSS_KINDS[how] == "matched" else None
+            raise UserError(
+                f"how={how!r} with sft_weight={sft_weight!r} is not possible",
+                where="CrossKD",
+                fix=f"Use one of {', '.join(CROSS_KINDS)}, and a weight from 0 to below 1.",
+            )
+        self.teacher, self.teacher_tokenizer, self.how, self.temperature = (
+            freeze(teacher),
+            teacher_tokenizer,
+            how,
+            temperature,
+        )
+        self.matches = (
+            matching_tokens(tokenizer, teacher_tokenizer) if CROSS_KINDS[how] == "matched" else None
+        )
         self.weights = {"kd": 1 - sft_weight, "sft": sft_weight} if sft_weight else {"kd": 1.0}
 
     def encode(self, example: dict) -> dict:
@@ -148,11 +245,22 @@ class CrossKD(SFT):
         self.teacher.to(device)
 
     def collate(self, items: list[dict]) -> dict[str, Tensor]:
-        teacher = causal_batch([(i["teacher_source"], i["teacher_target"]) for i in items], self.teacher_tokenizer.pad_token_id)
-        return super().collate(items) | {f"teacher_{k}": v for k, v in teacher.items()} | {"spans": _spans(items, self.how)}
+        teacher = causal_batch(
+            [(i["teacher_source"], i["teacher_target"]) for i in items],
+            self.teacher_tokenizer.pad_token_id,
+        )
+        return (
+            super().collate(items)
+            | {f"teacher_{k}": v for k, v in teacher.items()}
+            | {"spans": _spans(items, self.how)}
+        )
 
     def counts(self, batch: dict[str, Tensor]) -> dict[str, int]:
-        return {k: n for k, n in (("kd", len(batch["spans"])), ("sft", len(batch["target_ids"]))) if k in self.weights}
+        return {
+            k: n
+            for k, n in (("kd", len(batch["spans"])), ("sft", len(batch["target_ids"])))
+            if k in self.weights
+        }
 
     def sums(self, model, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return _cross_sums(self, target_logits(model, batch), batch)
@@ -164,7 +272,9 @@ def _spans(items: list[dict], how: str) -> Tensor:
     for i in items:
         ends, other = i["ends"], i["teacher_ends"]
         if how == "uld":
-            found += [Span(s + k, s + k + 1, t + k, t + k + 1) for k in range(min(len(ends), len(other)))]
+            found += [
+                Span(s + k, s + k + 1, t + k, t + k + 1) for k in range(min(len(ends), len(other)))
+            ]
         else:
             found += align_spans(ends, other, s, t)
         s, t = s + len(ends), t + len(other)
@@ -177,8 +287,21 @@ def _cross_sums(method: CrossKD, student: Tensor, batch: dict[str, Tensor]) -> d
     with torch.no_grad():
         teacher = target_logits(method.teacher, theirs)
     spans = [[Span(*row) for row in batch["spans"].tolist()]]
-    sums = {"kd": aligned_span_loss(student[None], teacher[None], batch["target_ids"][None], theirs["target_ids"][None], spans,
-                                    CROSS_KINDS[method.how], method.temperature, matches=method.matches, denominator=1)}
+    sums = {
+        "kd": aligned_span_loss(
+            student[None],
+            teacher[None],
+            batch["target_ids"][None],
+            theirs["target_ids"][None],
+            spans,
+            CROSS_KINDS[method.how],
+            method.temperature,
+            matches=method.matches,
+            denominator=1,
+        )
+    }
     if "sft" in method.weights:
-        sums["sft"] = F.cross_entropy(at_least_float32(student), batch["target_ids"], reduction="sum")
+        sums["sft"] = F.cross_entropy(
+            at_least_float32(student), batch["target_ids"], reduction="sum"
+        )
     return sums

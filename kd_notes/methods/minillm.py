@@ -37,14 +37,20 @@ def response_logprobs(model, prompt: list[int], responses: list[list[int]]) -> T
     return nll.new_zeros(len(responses)).index_add(0, owner, -nll)
 
 # %% ../../nbs/5_own_words/03_minillm.ipynb #a6de03dd
-def exact_kl(student, teacher, prompt: list[int],
-             responses: list[list[int]],           # all of them: `all_responses`
-             reverse: bool = True) -> Tensor:      # KL(q||p), the objective of MiniLLM (eq. 1); otherwise KL(p||q)
+def exact_kl(
+    student,
+    teacher,
+    prompt: list[int],
+    responses: list[list[int]],  # all of them: `all_responses`
+    reverse: bool = True,
+) -> Tensor:  # KL(q||p), the objective of MiniLLM (eq. 1); otherwise KL(p||q)
     "The sequence-level KL divergence between student q and teacher p, in nats, differentiable."
     log_q = response_logprobs(student, prompt, responses)
     with torch.no_grad():
         log_p = response_logprobs(teacher, prompt, responses)
-    return (log_q.exp()*(log_q - log_p)).sum() if reverse else (log_p.exp()*(log_p - log_q)).sum()
+    return (
+        (log_q.exp() * (log_q - log_p)).sum() if reverse else (log_p.exp() * (log_p - log_q)).sum()
+    )
 
 # %% ../../nbs/5_own_words/03_minillm.ipynb #97291b54
 IMPORTANCE, WHITENING = ("token", "product", "exact"), ("none", "responses", "padded")
@@ -53,37 +59,54 @@ IMPORTANCE, WHITENING = ("token", "product", "exact"), ("none", "responses", "pa
 @dataclass(kw_only=True)
 class MiniLLMConfig(OnPolicyConfig):
     "MiniLLM's settings: the defaults are the paper's, `MiniLLMConfig.preset('official')` are the released code's."
+
     inner_epochs: int = 4
     pt_weight: float = 1.0
-    alpha: float = 0.2             # teacher's share in the sampling mixture (eq. 4); 0: the student alone
-    importance: str = "token"      # weight q/p~ of a token: its own (eq. 5), the product up to it (eq. 4), or exact per reward
-    single_step: bool = True       # the part that is summed over the vocabulary (eq. 3)
-    weight_single: bool = True     # importance weight on that part (eq. 7); code: False
-    present_reward: bool = False   # the return of a token includes its own reward; code: True, which counts it twice
-    gamma: float = 1.0             # discount of later rewards; code: 0.95
-    length_norm: bool = True       # return divided by its number of rewards (eq. 6); the code's switch does not switch it off
-    clip: float = 0.2              # the ratio q/p~ is clipped to 1 +- clip; 0: never
-    whiten: str = "none"           # advantages standardised: none, over responses, or over padding too; code: padded
-    reward_scale: float = 1.0      # factor on rewards; code: 2
-    reward_clip: float = 0.0       # rewards clipped to +- this; 0: not; code: 100
+    alpha: float = 0.2  # teacher's share in the sampling mixture (eq. 4); 0: the student alone
+    importance: str = "token"  # weight q/p~ of a token: its own (eq. 5), the product up to it (eq. 4), or exact per reward
+    single_step: bool = True  # the part that is summed over the vocabulary (eq. 3)
+    weight_single: bool = True  # importance weight on that part (eq. 7); code: False
+    present_reward: bool = (
+        False  # the return of a token includes its own reward; code: True, which counts it twice
+    )
+    gamma: float = 1.0  # discount of later rewards; code: 0.95
+    length_norm: bool = True  # return divided by its number of rewards (eq. 6); the code's switch does not switch it off
+    clip: float = 0.2  # the ratio q/p~ is clipped to 1 +- clip; 0: never
+    whiten: str = (
+        "none"  # advantages standardised: none, over responses, or over padding too; code: padded
+    )
+    reward_scale: float = 1.0  # factor on rewards; code: 2
+    reward_clip: float = 0.0  # rewards clipped to +- this; 0: not; code: 100
     eval_no_repeat_ngram: int = 0  # evaluation forbids repeating an n-gram; code: 6
 
     def __post_init__(self):
         super().__post_init__()
         if (self.temperature, self.top_p, self.top_k) != (1.0, 1.0, 0):
-            raise UserError("importance weights are those of plain sampling", where="temperature, top_p, top_k",
-                            fix="Leave them at 1, 1 and 0.")
+            raise UserError(
+                "importance weights are those of plain sampling",
+                where="temperature, top_p, top_k",
+                fix="Leave them at 1, 1 and 0.",
+            )
 
     def rules(self) -> dict[str, bool]:
-        return super().rules() | {"alpha": 0 <= self.alpha <= 1, "importance": self.importance in IMPORTANCE,
-                                  "gamma": 0 <= self.gamma <= 1, "clip": self.clip >= 0,
-                                  "whiten": self.whiten in WHITENING, "reward_clip": self.reward_clip >= 0}
+        return super().rules() | {
+            "alpha": 0 <= self.alpha <= 1,
+            "importance": self.importance in IMPORTANCE,
+            "gamma": 0 <= self.gamma <= 1,
+            "clip": self.clip >= 0,
+            "whiten": self.whiten in WHITENING,
+            "reward_clip": self.reward_clip >= 0,
+        }
 
     @classmethod
     def preset(cls, name: str = "paper", **changes: Any) -> "MiniLLMConfig":
         "Settings of PRESETS, with changes. Raises UserError for an unknown name."
         if name not in PRESETS:
-            raise UserError(f"there is no preset {name!r}", where="preset", fix=f"Choose one of {', '.join(PRESETS)}.")
+            raise UserError(
+                f"there is no preset {name!r}",
+                where="preset",
+                fix=f"Choose one of {', '.join(PRESETS)}.",
+            )
         return cls(**(PRESETS[name] | changes))
 
     @classmethod
@@ -95,10 +118,21 @@ class MiniLLMConfig(OnPolicyConfig):
 _PURE = dict(alpha=0.0, pt_weight=0.0, inner_epochs=1)
 PRESETS = {
     "paper": {},
-    "official": dict(minibatch=256, weight_single=False, present_reward=True, gamma=0.95, whiten="padded", reward_scale=2.0,
-                     reward_clip=100.0, pt_kd_ratio=0.5, eval_no_repeat_ngram=6),
+    "official": dict(
+        minibatch=256,
+        weight_single=False,
+        present_reward=True,
+        gamma=0.95,
+        whiten="padded",
+        reward_scale=2.0,
+        reward_clip=100.0,
+        pt_kd_ratio=0.5,
+        eval_no_repeat_ngram=6,
+    ),
     "exact": dict(_PURE, length_norm=False, clip=0.0, average="sum"),  # the gradient itself
-    "on_policy": dict(_PURE, single_step=False, present_reward=True, gamma=0.0, length_norm=False, clip=0.0),  # Thinking Machines, 2025
+    "on_policy": dict(
+        _PURE, single_step=False, present_reward=True, gamma=0.0, length_norm=False, clip=0.0
+    ),  # Thinking Machines, 2025
     "trl": dict(_PURE, present_reward=True, gamma=0.0, length_norm=False),  # TRL's MiniLLMTrainer
     "no_length_norm": dict(length_norm=False),
     "no_mixing": dict(alpha=0.0),
@@ -107,38 +141,49 @@ PRESETS = {
 }
 
 # %% ../../nbs/5_own_words/03_minillm.ipynb #8754660d
-def returns_to_go(rewards: Tensor,                 # (B, T), 0 where the mask is 0
-                  mask: Tensor, *,                 # (B, T), 1 at tokens
-                  present: bool = False,           # with the token's own reward (the code), or from the next one on (eq. 3)
-                  gamma: float = 1.0,              # discount
-                  length_norm: bool = False,       # mean instead of sum (eq. 6); a token behind which there is nothing has 0
-                  weights: Tensor | None = None) -> Tensor:  # (B, T) ratio q/p~ of each token, for exact importance weighting
+def returns_to_go(
+    rewards: Tensor,  # (B, T), 0 where the mask is 0
+    mask: Tensor,
+    *,  # (B, T), 1 at tokens
+    present: bool = False,  # with the token's own reward (the code), or from the next one on (eq. 3)
+    gamma: float = 1.0,  # discount
+    length_norm: bool = False,  # mean instead of sum (eq. 6); a token behind which there is nothing has 0
+    weights: Tensor | None = None,
+) -> Tensor:  # (B, T) ratio q/p~ of each token, for exact importance weighting
     "Return of each token, (B, T): the discounted sum of the rewards that follow it."
     after, left, out = torch.zeros_like(rewards[:, 0]), torch.zeros_like(rewards[:, 0]), []
     for t in reversed(range(rewards.shape[1])):
-        value, count = rewards[:, t] + gamma*after, left + mask[:, t]
+        value, count = rewards[:, t] + gamma * after, left + mask[:, t]
         chosen, terms = (value, count) if present else (after, left)
-        out.append(chosen/terms.clamp(min=1) if length_norm else chosen)
-        after, left = value if weights is None else weights[:, t]*value, count
-    return torch.stack(out[::-1], dim=1)*mask
+        out.append(chosen / terms.clamp(min=1) if length_norm else chosen)
+        after, left = value if weights is None else weights[:, t] * value, count
+    return torch.stack(out[::-1], dim=1) * mask
 
 # %% ../../nbs/5_own_words/03_minillm.ipynb #8d4f1f9e
 def whitened(values: Tensor, mask: Tensor | None = None) -> Tensor:
     "Standardised values, (B, T). With a mask: over its ones, 0 elsewhere. Without: over everything, as the released code does."
     kept = values.flatten() if mask is None else values[mask > 0]
-    out = (values - kept.mean())*torch.rsqrt(kept.var(correction=0) + 1e-8)
-    return out if mask is None else out*mask
+    out = (values - kept.mean()) * torch.rsqrt(kept.var(correction=0) + 1e-8)
+    return out if mask is None else out * mask
 
 # %% ../../nbs/5_own_words/03_minillm.ipynb #90cf0507
 def token_rewards(responses: list[Response], cfg: MiniLLMConfig, where: str = "") -> Tensor:
     "r_t = log p - log q when drawn, scaled and clipped, (B, T). Raises UserError naming the responses where it is not finite."
-    rewards = (padded(responses, "log_teacher") - padded(responses, "log_student"))*cfg.reward_scale
+    rewards = (
+        padded(responses, "log_teacher") - padded(responses, "log_student")
+    ) * cfg.reward_scale
     if cfg.reward_clip:
         rewards = rewards.clamp(-cfg.reward_clip, cfg.reward_clip)
-    bad = list(dict.fromkeys(r.id for r, row in zip(responses, rewards) if not row.isfinite().all()))
+    bad = list(
+        dict.fromkeys(r.id for r, row in zip(responses, rewards) if not row.isfinite().all())
+    )
     if bad:
-        raise UserError("the reward log p - log q is not finite", where=f"{where}example {', '.join(bad[:8])}", fix="The teacher or the "
-                        "student rules out a token that was drawn: check that both read this tokenizer, or set reward_clip.")
+        raise UserError(
+            "the reward log p - log q is not finite",
+            where=f"{where}example {', '.join(bad[:8])}",
+            fix="The teacher or the "
+            "student rules out a token that was drawn: check that both read this tokenizer, or set reward_clip.",
+        )
     return rewards
 
 # %% ../../nbs/5_own_words/03_minillm.ipynb #0ba48347
@@ -146,45 +191,66 @@ def set_advantages(responses: list[Response], cfg: MiniLLMConfig, where: str = "
     "Fill in `advantage` and `prefix` of freshly drawn responses; whitening is over all of them. Raises UserError."
     mask = padded_mask(responses)
     ratio = (padded(responses, "log_student") - padded(responses, "log_mix")).exp()
-    before = torch.cat([torch.ones_like(ratio[:, :1]), ratio.cumprod(1)[:, :-1]], dim=1)  # product over the tokens before
-    values = returns_to_go(token_rewards(responses, cfg, where), mask, present=cfg.present_reward, gamma=cfg.gamma,
-                           length_norm=cfg.length_norm, weights=ratio if cfg.importance == "exact" else None)
+    before = torch.cat(
+        [torch.ones_like(ratio[:, :1]), ratio.cumprod(1)[:, :-1]], dim=1
+    )  # product over the tokens before
+    values = returns_to_go(
+        token_rewards(responses, cfg, where),
+        mask,
+        present=cfg.present_reward,
+        gamma=cfg.gamma,
+        length_norm=cfg.length_norm,
+        weights=ratio if cfg.importance == "exact" else None,
+    )
     if cfg.importance != "token":
-        values = values*before
+        values = values * before
     if cfg.whiten != "none":
         values = whitened(values, mask if cfg.whiten == "responses" else None)
     for r, row, weight in zip(responses, values.tolist(), before.tolist()):
-        r.advantage, r.prefix = row[:len(r.tokens)], weight[:len(r.tokens)]
+        r.advantage, r.prefix = row[: len(r.tokens)], weight[: len(r.tokens)]
 
 # %% ../../nbs/5_own_words/03_minillm.ipynb #5c94286d
 def padded_mask(responses: list[Response]) -> Tensor:
     "1 at the tokens of each response, (B, T) in float64."
-    return torch.nn.utils.rnn.pad_sequence([torch.ones(len(r.tokens), dtype=torch.float64) for r in responses], batch_first=True)
+    return torch.nn.utils.rnn.pad_sequence(
+        [torch.ones(len(r.tokens), dtype=torch.float64) for r in responses], batch_first=True
+    )
 
 # %% ../../nbs/5_own_words/03_minillm.ipynb #b94c6dda
 def surrogate(ratio: Tensor, advantage: Tensor, clip: float) -> tuple[Tensor, Tensor]:
     "PPO's loss -min(rho*A, clip(rho)*A) of each token, and whether the clipping has taken its gradient away."
     if not clip:
-        return -ratio*advantage, torch.zeros_like(ratio)
-    plain, limited = -ratio*advantage, -ratio.clamp(1 - clip, 1 + clip)*advantage
+        return -ratio * advantage, torch.zeros_like(ratio)
+    plain, limited = -ratio * advantage, -ratio.clamp(1 - clip, 1 + clip) * advantage
     return torch.maximum(plain, limited), (limited > plain).to(ratio.dtype)
 
 # %% ../../nbs/5_own_words/03_minillm.ipynb #5257ac00
-def minillm_terms(student: Tensor,            # logits (n, V) of the student, at the tokens of `batch`
-                  teacher: Tensor,            # logits (n, V) of the teacher
-                  batch: dict[str, Tensor],   # `response_batch` after `set_advantages`
-                  cfg: MiniLLMConfig) -> dict[str, Tensor]:
+def minillm_terms(
+    student: Tensor,  # logits (n, V) of the student, at the tokens of `batch`
+    teacher: Tensor,  # logits (n, V) of the teacher
+    batch: dict[str, Tensor],  # `response_batch` after `set_advantages`
+    cfg: MiniLLMConfig,
+) -> dict[str, Tensor]:
     "Per token (n,): single and long (the loss), and for the log kl, clipped and ratio."
     log_q = torch.log_softmax(at_least_float32(student), dim=-1)
     kl = token_divergence("reverse_kl", student, teacher)
     ratio = (log_q.gather(-1, batch["target_ids"][:, None])[:, 0] - batch["log_mix"]).exp()
     long, clipped = surrogate(ratio, batch["advantage"], cfg.clip)
-    weight = {"token": ratio, "product": batch["prefix"]*ratio, "exact": batch["prefix"]}[cfg.importance].detach()
-    return {"single": weight*kl if cfg.weight_single else kl, "long": long, "kl": kl.detach(), "clipped": clipped, "ratio": ratio.detach()}
+    weight = {"token": ratio, "product": batch["prefix"] * ratio, "exact": batch["prefix"]}[
+        cfg.importance
+    ].detach()
+    return {
+        "single": weight * kl if cfg.weight_single else kl,
+        "long": long,
+        "kl": kl.detach(),
+        "clipped": clipped,
+        "ratio": ratio.detach(),
+    }
 
 # %% ../../nbs/5_own_words/03_minillm.ipynb #751d7b67
 class MiniLLM(OnPolicy):
     "MiniLLM (arXiv 2306.08543): reverse KL on the student's own responses. Settings: `MiniLLMConfig`."
+
     def loss_weights(self) -> dict[str, float]:
         return ({"single": 1.0} if self.config.single_step else {}) | {"long": 1.0}
 
@@ -201,11 +267,15 @@ class MiniLLM(OnPolicy):
                 r.log_teacher, r.log_mix = log, r.log_student
         set_advantages(responses, self.config, where)
 
-    def objective(self, student: Tensor, teacher: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def objective(
+        self, student: Tensor, teacher: Tensor, batch: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
         terms = minillm_terms(student, teacher, batch, self.config)
         self.check_ratio(terms["ratio"], batch)
-        terms |= {"reward": batch["log_teacher"] - batch["log_student"],
-                  "teacher_share": self.config.alpha*(batch["log_teacher"] - batch["log_mix"]).exp()}
+        terms |= {
+            "reward": batch["log_teacher"] - batch["log_student"],
+            "teacher_share": self.config.alpha * (batch["log_teacher"] - batch["log_mix"]).exp(),
+        }
         return {k: terms[k] for k in (*self.loss_weights(), *self.watched())}
 
     def check_ratio(self, ratio: Tensor, batch: dict[str, Tensor]) -> None:
@@ -214,5 +284,9 @@ class MiniLLM(OnPolicy):
         if bad:
             step = f"step {self.buffer.loop.step + 1}, " if self.buffer.loop else ""
             names = ", ".join(self.prompts[i]["id"] for i in bad[:8])
-            raise UserError("the ratio q/p~ is not finite", where=f"{step}example {names}", fix="The student has left what wrote these "
-                            "responses behind: lower lr or inner_epochs, or set clip of TrainConfig.")
+            raise UserError(
+                "the ratio q/p~ is not finite",
+                where=f"{step}example {names}",
+                fix="The student has left what wrote these "
+                "responses behind: lower lr or inner_epochs, or set clip of TrainConfig.",
+            )

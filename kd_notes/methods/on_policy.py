@@ -25,7 +25,12 @@ from torch import Tensor
 
 from ..core import rng, stable_hash, UserError
 from kd_notes.generation.sampling import (
-    check_lengths, Rollout, sample, sample_mixed, Sampling, speculative,
+    check_lengths,
+    Rollout,
+    sample,
+    sample_mixed,
+    Sampling,
+    speculative,
 )
 from ..losses.cross_tokenizer import check_tokenizers
 from ..losses.divergences import at_least_float32, token_divergence
@@ -42,20 +47,23 @@ AVERAGES = ("tokens", "responses", "sum")
 @dataclass(kw_only=True)
 class OnPolicyConfig:
     "What all on-policy methods share. Raises UserError for impossible values."
-    rollouts: int = 256           # responses in the buffer; they are drawn together
-    minibatch: int = 64           # prompts per optimizer step, a response to each or two; divides `rollouts`
-    inner_epochs: int = 1         # times that the buffer is gone through before it is filled anew
-    max_new_tokens: int = 64      # longest response
-    temperature: float = 1.0      # of the sampling; the losses always use 1
-    top_p: float = 1.0            # of the sampling
-    top_k: int = 0                # of the sampling; 0: off
-    average: str = "tokens"       # of the loss: over tokens; over tokens, then responses; or their sum, over responses
-    pt_weight: float = 0.0        # of the language-modelling term; needs a corpus
-    pt_kd_ratio: float = 0.0      # share of that term that is cross-entropy to the teacher instead
-    pt_length: int = 128          # tokens of a corpus text that are used
-    dropout: bool = False         # whether the student's dropout is on in the loss; gradient checkpointing needs True
-    sample_batch: int = 64        # responses that are drawn side by side
-    seed: int = 0                 # of prompts, responses and corpus texts
+
+    rollouts: int = 256  # responses in the buffer; they are drawn together
+    minibatch: int = 64  # prompts per optimizer step, a response to each or two; divides `rollouts`
+    inner_epochs: int = 1  # times that the buffer is gone through before it is filled anew
+    max_new_tokens: int = 64  # longest response
+    temperature: float = 1.0  # of the sampling; the losses always use 1
+    top_p: float = 1.0  # of the sampling
+    top_k: int = 0  # of the sampling; 0: off
+    average: str = "tokens"  # of the loss: over tokens; over tokens, then responses; or their sum, over responses
+    pt_weight: float = 0.0  # of the language-modelling term; needs a corpus
+    pt_kd_ratio: float = 0.0  # share of that term that is cross-entropy to the teacher instead
+    pt_length: int = 128  # tokens of a corpus text that are used
+    dropout: bool = (
+        False  # whether the student's dropout is on in the loss; gradient checkpointing needs True
+    )
+    sample_batch: int = 64  # responses that are drawn side by side
+    seed: int = 0  # of prompts, responses and corpus texts
 
     def __post_init__(self):
         check_settings(self)
@@ -63,66 +71,92 @@ class OnPolicyConfig:
     def rules(self) -> dict[str, bool]:
         "{setting: whether its value is possible}."
         divides = 1 <= self.minibatch <= self.rollouts and self.rollouts % self.minibatch == 0
-        return {"rollouts": self.rollouts >= 1, "minibatch": divides, "inner_epochs": self.inner_epochs >= 1,
-                "average": self.average in AVERAGES, "pt_weight": self.pt_weight >= 0,
-                "pt_kd_ratio": 0 <= self.pt_kd_ratio <= 1, "pt_length": self.pt_length >= 2}
+        return {
+            "rollouts": self.rollouts >= 1,
+            "minibatch": divides,
+            "inner_epochs": self.inner_epochs >= 1,
+            "average": self.average in AVERAGES,
+            "pt_weight": self.pt_weight >= 0,
+            "pt_kd_ratio": 0 <= self.pt_kd_ratio <= 1,
+            "pt_length": self.pt_length >= 2,
+        }
 
 # %% ../../nbs/5_own_words/02_on_policy.ipynb #b5019c8b
 def check_settings(cfg: OnPolicyConfig) -> None:
     "Raises UserError naming the first setting that makes no sense."
     for name, fine in cfg.rules().items():
         if not fine:
-            raise UserError(f"{getattr(cfg, name)!r} is not possible", where=f"{type(cfg).__name__}.{name}",
-                            fix="`minibatch` must divide `rollouts`." if name == "minibatch" else "See the comment of this setting.")
+            raise UserError(
+                f"{getattr(cfg, name)!r} is not possible",
+                where=f"{type(cfg).__name__}.{name}",
+                fix="`minibatch` must divide `rollouts`."
+                if name == "minibatch"
+                else "See the comment of this setting.",
+            )
     _draws(cfg)
 
 # %% ../../nbs/5_own_words/02_on_policy.ipynb #680f36de
 def _draws(cfg: OnPolicyConfig, stop_ids: Sequence[int] = (), seed: int = 0) -> Sampling:
     "How responses are drawn."
-    return Sampling(cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.top_k, tuple(stop_ids), seed)
+    return Sampling(
+        cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.top_k, tuple(stop_ids), seed
+    )
 
 # %% ../../nbs/5_own_words/02_on_policy.ipynb #824d5415
 @dataclass
 class Response:
     "A response in the buffer; lists hold one number per token (natural logs)."
-    id: str                                 # of its prompt
+
+    id: str  # of its prompt
     prompt: list[int]
-    tokens: list[int]                       # the stop token included, when it was drawn
-    source: str                             # student, teacher, mixed, speculative, gold or replay
-    finished: bool = True                   # ended by itself
+    tokens: list[int]  # the stop token included, when it was drawn
+    source: str  # student, teacher, mixed, speculative, gold or replay
+    finished: bool = True  # ended by itself
     log_student: list[float] | None = None  # log q when it was drawn
     log_teacher: list[float] | None = None  # log p
-    log_mix: list[float] | None = None      # log of what it was drawn from
-    advantage: list[float] | None = None    # what MiniLLM multiplies grad q/p~ by
-    prefix: list[float] | None = None       # importance weight of the tokens before
-    skew: float | None = None               # DistiLLM-2's own alpha of this response
+    log_mix: list[float] | None = None  # log of what it was drawn from
+    advantage: list[float] | None = None  # what MiniLLM multiplies grad q/p~ by
+    prefix: list[float] | None = None  # importance weight of the tokens before
+    skew: float | None = None  # DistiLLM-2's own alpha of this response
 
 # %% ../../nbs/5_own_words/02_on_policy.ipynb #62b87872
 def response(id: str, prompt: list[int], tokens: list[int], source: str, **logs: Any) -> Response:
     "A Response; log-probabilities may be tensors."
-    return Response(id, list(prompt), list(tokens), source, **{k: v.tolist() if isinstance(v, Tensor) else v for k, v in logs.items()})
+    return Response(
+        id,
+        list(prompt),
+        list(tokens),
+        source,
+        **{k: v.tolist() if isinstance(v, Tensor) else v for k, v in logs.items()},
+    )
 
 # %% ../../nbs/5_own_words/02_on_policy.ipynb #984343b3
 def padded(responses: list[Response], name: str) -> Tensor:
     "A field of all responses as (B, T) in float64, 0 behind the end."
-    return torch.nn.utils.rnn.pad_sequence([torch.tensor(getattr(r, name), dtype=torch.float64) for r in responses], batch_first=True)
+    return torch.nn.utils.rnn.pad_sequence(
+        [torch.tensor(getattr(r, name), dtype=torch.float64) for r in responses], batch_first=True
+    )
 
 # %% ../../nbs/5_own_words/02_on_policy.ipynb #76d5dc25
 SOURCES = ("student", "teacher", "mixed", "speculative", "gold", "replay")
 
 
-def response_batch(responses: list[Response], pad_id: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+def response_batch(
+    responses: list[Response], pad_id: int, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
     "A `causal_batch` of responses, with source (B,), each token's row (n,) and 1/length (n,), its log-probabilities and advantage."
     lengths = torch.tensor([len(r.tokens) for r in responses])
     batch = causal_batch([(r.prompt, r.tokens) for r in responses], pad_id)
     batch["row"] = torch.repeat_interleave(lengths)
     batch["source"] = torch.tensor([SOURCES.index(r.source) for r in responses])
-    batch["share"] = (1/lengths.to(dtype))[batch["row"]]
+    batch["share"] = (1 / lengths.to(dtype))[batch["row"]]
     if all(r.skew is not None for r in responses):
         batch["skew"] = torch.tensor([r.skew for r in responses], dtype=dtype)[batch["row"]]
     for name in ("log_student", "log_teacher", "log_mix", "advantage", "prefix"):
         if all(getattr(r, name) is not None for r in responses):
-            batch[name] = torch.tensor([x for r in responses for x in getattr(r, name)], dtype=dtype)
+            batch[name] = torch.tensor(
+                [x for r in responses for x in getattr(r, name)], dtype=dtype
+            )
     return batch
 
 # %% ../../nbs/5_own_words/02_on_policy.ipynb #aed19d18
@@ -132,87 +166,169 @@ def encode_prompts(tokenizer, rows: Iterable) -> list[dict]:
     for number, row in enumerate(rows):
         get = row.get if isinstance(row, dict) else lambda name, row=row: getattr(row, name, None)
         name = str(number if get("id") is None else get("id"))
-        prompt, answer = (x if x is None or isinstance(x, list) else tokenizer.encode(x, add_special_tokens=False)
-                          for x in (get("prompt"), get("response")))
+        prompt, answer = (
+            x if x is None or isinstance(x, list) else tokenizer.encode(x, add_special_tokens=False)
+            for x in (get("prompt"), get("response"))
+        )
         if not prompt:
-            raise UserError("the prompt is empty", where=f"example {name}", fix="Give every example a prompt of at least one token.")
+            raise UserError(
+                "the prompt is empty",
+                where=f"example {name}",
+                fix="Give every example a prompt of at least one token.",
+            )
         end = [tokenizer.eos_token_id]
-        out.append({"id": name, "prompt": prompt, "gold": answer if not answer or answer[-1:] == end else answer + end})
+        out.append(
+            {
+                "id": name,
+                "prompt": prompt,
+                "gold": answer if not answer or answer[-1:] == end else answer + end,
+            }
+        )
     if not out:
-        raise UserError("there are no prompts", where="prompts", fix="Check the split's name and the filter.")
+        raise UserError(
+            "there are no prompts", where="prompts", fix="Check the split's name and the filter."
+        )
     return out
 
 # %% ../../nbs/5_own_words/02_on_policy.ipynb #90ddcdd4
 def encode_corpus(tokenizer, texts: Iterable, cfg: OnPolicyConfig) -> list[list[int]]:
     "Texts (or lists of ids) of the pre-training corpus, cut at `pt_length` tokens. Raises UserError if they are needed and missing."
-    rows = [x if isinstance(x, list) else tokenizer.encode(x, add_special_tokens=False) + [tokenizer.eos_token_id] for x in texts]
-    rows = [r[:cfg.pt_length] for r in rows if len(r) > 1]
+    rows = [
+        x
+        if isinstance(x, list)
+        else tokenizer.encode(x, add_special_tokens=False) + [tokenizer.eos_token_id]
+        for x in texts
+    ]
+    rows = [r[: cfg.pt_length] for r in rows if len(r) > 1]
     if cfg.pt_weight and not rows:
-        raise UserError(f"the language-modelling term has weight {cfg.pt_weight:g} and no text", where="corpus",
-                        fix="Pass a corpus, or set pt_weight=0.")
+        raise UserError(
+            f"the language-modelling term has weight {cfg.pt_weight:g} and no text",
+            where="corpus",
+            fix="Pass a corpus, or set pt_weight=0.",
+        )
     return rows
 
 # %% ../../nbs/5_own_words/02_on_policy.ipynb #e8cc0efc
 def repeated_ngrams(tokens: Sequence[int], n: int = 4) -> float:
     "Share of the n-grams of a response that occurred in it before: 0 for none, towards 1 for a loop."
-    grams = [tuple(tokens[i:i + n]) for i in range(len(tokens) - n + 1)]
-    return 1 - len(set(grams))/len(grams) if grams else 0.0
+    grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 # %% ../../nbs/5_own_words/02_on_policy.ipynb #6b211a43
 def _responses(rows: list[dict], rollout: Rollout, source: str) -> list[Response]:
-    kept = {name: getattr(rollout, name) for name in ("log_student", "log_teacher", "log_mix") if getattr(rollout, name) is not None}
-    return [response(row["id"], row["prompt"], rollout.response_ids[i], source, finished=rollout.finished[i],
-                     **{name: values[i] for name, values in kept.items()}) for i, row in enumerate(rows)]
+    kept = {
+        name: getattr(rollout, name)
+        for name in ("log_student", "log_teacher", "log_mix")
+        if getattr(rollout, name) is not None
+    }
+    return [
+        response(
+            row["id"],
+            row["prompt"],
+            rollout.response_ids[i],
+            source,
+            finished=rollout.finished[i],
+            **{name: values[i] for name, values in kept.items()},
+        )
+        for i, row in enumerate(rows)
+    ]
 
 # %% ../../nbs/5_own_words/02_on_policy.ipynb #34f54bc1
 def _sampled(method, rows: list[dict], streams: list[str], who: str) -> list[Response]:
     model = method.buffer.student if who == "student" else method.teacher
-    return _responses(rows, sample(model, [r["prompt"] for r in rows], method.sampling, streams=streams, vocabulary=method.vocabulary,
-                                   batch_size=method.config.sample_batch, role=who), who)
+    return _responses(
+        rows,
+        sample(
+            model,
+            [r["prompt"] for r in rows],
+            method.sampling,
+            streams=streams,
+            vocabulary=method.vocabulary,
+            batch_size=method.config.sample_batch,
+            role=who,
+        ),
+        who,
+    )
 
 # %% ../../nbs/5_own_words/02_on_policy.ipynb #48d75539
 def _mixed(method, rows: list[dict], streams: list[str]) -> list[Response]:
-    rollout = sample_mixed(method.buffer.student, method.teacher, [r["prompt"] for r in rows], method.config.alpha, method.sampling,
-                           streams=streams, vocabulary=method.vocabulary, batch_size=method.config.sample_batch)
+    rollout = sample_mixed(
+        method.buffer.student,
+        method.teacher,
+        [r["prompt"] for r in rows],
+        method.config.alpha,
+        method.sampling,
+        streams=streams,
+        vocabulary=method.vocabulary,
+        batch_size=method.config.sample_batch,
+    )
     return _responses(rows, rollout, "mixed")
 
 # %% ../../nbs/5_own_words/02_on_policy.ipynb #df1306cb
 def _gold(method, rows: list[dict], streams: list[str]) -> list[Response]:
     empty = list(dict.fromkeys(r["id"] for r in rows if not r["gold"]))
     if empty:
-        raise UserError("there is no response to learn from", where=f"example {', '.join(empty[:8])}", fix="Give every example a response "
-                        "that is not empty, or use a method that samples.")
-    return [response(r["id"], r["prompt"], r["gold"][:method.config.max_new_tokens], "gold") for r in rows]
+        raise UserError(
+            "there is no response to learn from",
+            where=f"example {', '.join(empty[:8])}",
+            fix="Give every example a response that is not empty, or use a method that samples.",
+        )
+    return [
+        response(r["id"], r["prompt"], r["gold"][: method.config.max_new_tokens], "gold")
+        for r in rows
+    ]
 
 # %% ../../nbs/5_own_words/02_on_policy.ipynb #40d80698
 def _speculative(method, rows: list[dict], streams: list[str]) -> list[Response]:
-    rollout = speculative(method.buffer.student, method.teacher, [r["prompt"] for r in rows], top_k=method.config.accept_top_k,
-                          block=method.config.block, sampling=method.sampling, streams=streams, vocabulary=method.vocabulary,
-                          batch_size=method.config.sample_batch)
+    rollout = speculative(
+        method.buffer.student,
+        method.teacher,
+        [r["prompt"] for r in rows],
+        top_k=method.config.accept_top_k,
+        block=method.config.block,
+        sampling=method.sampling,
+        streams=streams,
+        vocabulary=method.vocabulary,
+        batch_size=method.config.sample_batch,
+    )
     return _responses(rows, rollout, "speculative")
 
 
 DRAW: dict[str, Callable] = {
     "student": lambda method, rows, streams: _sampled(method, rows, streams, "student"),
     "teacher": lambda method, rows, streams: _sampled(method, rows, streams, "teacher"),
-    "mixed": _mixed, "speculative": _speculative, "gold": _gold}
+    "mixed": _mixed,
+    "speculative": _speculative,
+    "gold": _gold,
+}
 
 # %% ../../nbs/5_own_words/02_on_policy.ipynb #946cf886
 @torch.no_grad()
-def token_logprobs(model, responses: list[Response], pad_id: int, vocabulary: int | None = None, batch_size: int = 64) -> list[list[float]]:
+def token_logprobs(
+    model,
+    responses: list[Response],
+    pad_id: int,
+    vocabulary: int | None = None,
+    batch_size: int = 64,
+) -> list[list[float]]:
     "Log-probabilities of the tokens of each response under a model, in one forward pass."
     out = []
     for at in range(0, len(responses), batch_size):
-        part = responses[at:at + batch_size]
+        part = responses[at : at + batch_size]
         batch = causal_batch([(r.prompt, r.tokens) for r in part], pad_id)
         batch = {k: v.to(model.device) for k, v in batch.items()}
-        log = torch.log_softmax(at_least_float32(target_logits(model, batch))[:, :vocabulary], dim=-1)
-        out += log.gather(-1, batch["target_ids"][:, None])[:, 0].split([len(r.tokens) for r in part])
+        log = torch.log_softmax(
+            at_least_float32(target_logits(model, batch))[:, :vocabulary], dim=-1
+        )
+        out += log.gather(-1, batch["target_ids"][:, None])[:, 0].split(
+            [len(r.tokens) for r in part]
+        )
     return [x.tolist() for x in out]
 
 # %% ../../nbs/5_own_words/02_on_policy.ipynb #e6db786e
 class Course:
     "What a method does while a training goes on; nothing, unless it is overridden."
+
     def prepare(self, responses: list[Response], where: str) -> None:
         "Once for a fresh buffer; `where` begins an error message."
         return None
@@ -232,6 +348,7 @@ class Course:
 # %% ../../nbs/5_own_words/02_on_policy.ipynb #hooks-objective
 class Hooks(Course, ABC):
     "What an on-policy method is, apart from the loop. Subclass `OnPolicy` and override these."
+
     reads_gold = False  # whether responses of the data may be trained on
 
     @abstractmethod
@@ -255,29 +372,41 @@ class Hooks(Course, ABC):
         return ("student",)
 
     @abstractmethod
-    def objective(self, student: Tensor, teacher: Tensor | None, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def objective(
+        self, student: Tensor, teacher: Tensor | None, batch: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
         "{term: value (n,) of each token, 0 where a term is not about it}, from logits (n, V)."
 
 # %% ../../nbs/5_own_words/02_on_policy.ipynb #71ac0b08
 class Buffer(Callback):
     "The responses in use: {slot: [Response]}. Filled when a cycle begins, kept in checkpoints."
+
     def __init__(self, method: "OnPolicy"):
         self.method, self.responses, self.cycle = method, {}, -1
         self.loop, self.student = None, None
-        self.work, self.read = Counter(), 0    # tokens drawn by source and tokens read in training, prompts included
+        self.work, self.read = (
+            Counter(),
+            0,
+        )  # tokens drawn by source and tokens read in training, prompts included
 
     @property
     def epoch_steps(self) -> int:
         "Steps in which every slot is used once."
-        return self.method.config.rollouts//self.method.config.minibatch
+        return self.method.config.rollouts // self.method.config.minibatch
 
     def of(self, slots: list[int]) -> list[Response]:
         "The responses of these slots, drawn now if a cycle begins."
-        if self.loop is not None and self.loop.step//(self.epoch_steps*self.method.config.inner_epochs) != self.cycle:
+        if (
+            self.loop is not None
+            and self.loop.step // (self.epoch_steps * self.method.config.inner_epochs) != self.cycle
+        ):
             refill(self)
         if not self.responses:
-            raise UserError("the buffer is not part of the training", where="callbacks",
-                            fix="Call train_on_policy, or pass method.buffer in `callbacks`.")
+            raise UserError(
+                "the buffer is not part of the training",
+                where="callbacks",
+                fix="Call train_on_policy, or pass method.buffer in `callbacks`.",
+            )
         return [r for slot in slots for r in self.responses[slot]]
 
     def on_start(self, loop: Loop) -> None:
@@ -300,32 +429,62 @@ class Buffer(Callback):
 # %% ../../nbs/5_own_words/02_on_policy.ipynb #9e45180a
 def fingerprint(model) -> str:
     "Hash of the shapes of a model's weights and of a few numbers of each."
-    found = {} if model is None else {k: p for k, p in model.state_dict().items() if isinstance(p, Tensor)}
-    some = {k: "" if p.is_meta else str(p.flatten()[::max(1, p.numel()//16)].tolist()) for k, p in found.items()}
+    found = (
+        {}
+        if model is None
+        else {k: p for k, p in model.state_dict().items() if isinstance(p, Tensor)}
+    )
+    some = {
+        k: "" if p.is_meta else str(p.flatten()[:: max(1, p.numel() // 16)].tolist())
+        for k, p in found.items()
+    }
     return stable_hash([[k, list(p.shape), some[k]] for k, p in found.items()])
 
 
 def identity(method: "OnPolicy") -> str:
     "Hash of prompts, texts and settings of a method, and of its teacher."
-    return stable_hash([type(method).__name__, asdict(method.config), method.prompts, method.corpus, method.taught_by])
+    return stable_hash(
+        [
+            type(method).__name__,
+            asdict(method.config),
+            method.prompts,
+            method.corpus,
+            method.taught_by,
+        ]
+    )
 
 # %% ../../nbs/5_own_words/02_on_policy.ipynb #c4f67f83
 def snapshot(buffer: Buffer) -> dict:
     "What a checkpoint keeps: the responses if their cycle goes on, work done, and what the method remembers."
-    goes_on = (buffer.loop.step//(buffer.epoch_steps*buffer.method.config.inner_epochs)) == buffer.cycle
-    kept = {slot: [asdict(r) for r in rows] for slot, rows in buffer.responses.items()} if goes_on else {}
-    return {"identity": identity(buffer.method), "cycle": buffer.cycle if goes_on else -1, "responses": kept, "work": dict(buffer.work),
-            "memory": buffer.method.memory()}
+    goes_on = (
+        buffer.loop.step // (buffer.epoch_steps * buffer.method.config.inner_epochs)
+    ) == buffer.cycle
+    kept = (
+        {slot: [asdict(r) for r in rows] for slot, rows in buffer.responses.items()}
+        if goes_on
+        else {}
+    )
+    return {
+        "identity": identity(buffer.method),
+        "cycle": buffer.cycle if goes_on else -1,
+        "responses": kept,
+        "work": dict(buffer.work),
+        "memory": buffer.method.memory(),
+    }
 
 # %% ../../nbs/5_own_words/02_on_policy.ipynb #128becf6
 def restore(buffer: Buffer, state: dict) -> None:
     "Take back a snapshot. Raises UserError if it belongs to another training."
     if state["identity"] != identity(buffer.method):
-        raise UserError("the checkpoint is of a training with other prompts, texts or settings of the method, or another teacher",
-                        where="run_dir",
-                        fix="Choose another run_dir, or delete the folder.")
+        raise UserError(
+            "the checkpoint is of a training with other prompts, texts or settings of the method, or another teacher",
+            where="run_dir",
+            fix="Choose another run_dir, or delete the folder.",
+        )
     buffer.cycle, buffer.work = state["cycle"], Counter(state["work"])
-    buffer.responses = {int(slot): [Response(**r) for r in rows] for slot, rows in state["responses"].items()}
+    buffer.responses = {
+        int(slot): [Response(**r) for r in rows] for slot, rows in state["responses"].items()
+    }
     buffer.method.recall(state["memory"])
 
 # %% ../../nbs/5_own_words/02_on_policy.ipynb #2d53a380
@@ -338,15 +497,22 @@ def _order(name: str, seed: int, lap: int, n: int) -> list[int]:
 # %% ../../nbs/5_own_words/02_on_policy.ipynb #f3d7dd3a
 def shuffled_pick(name: str, seed: int, index: int, n: int) -> int:
     "Number `index` of an endless sequence that goes through 0 ... n-1 again and again, each time in another random order."
-    return _order(name, seed, index//n, n)[index % n]
+    return _order(name, seed, index // n, n)[index % n]
 
 # %% ../../nbs/5_own_words/02_on_policy.ipynb #4fa93a98
 def refill(buffer: Buffer) -> None:
     "Draw the responses of the cycle that the loop is in. Raises UserError, naming step and examples, for what cannot be trained on."
     method, cfg, loop = buffer.method, buffer.method.config, buffer.loop
-    cycle = loop.step//(buffer.epoch_steps*cfg.inner_epochs)
-    rows = [method.prompts[shuffled_pick("prompts", cfg.seed, cycle*cfg.rollouts + i, len(method.prompts))] for i in range(cfg.rollouts)]
-    wanted = [(slot, source) for slot in range(cfg.rollouts) for source in method.sources(slot, cycle)]
+    cycle = loop.step // (buffer.epoch_steps * cfg.inner_epochs)
+    rows = [
+        method.prompts[
+            shuffled_pick("prompts", cfg.seed, cycle * cfg.rollouts + i, len(method.prompts))
+        ]
+        for i in range(cfg.rollouts)
+    ]
+    wanted = [
+        (slot, source) for slot in range(cfg.rollouts) for source in method.sources(slot, cycle)
+    ]
     drawn = _shared(loop.accelerator, wanted, lambda mine: _drawn(method, rows, mine, cycle))
     responses = [drawn[w] for w in wanted]
     check_drawn(responses, f"step {loop.step + 1}, ")
@@ -357,19 +523,31 @@ def refill(buffer: Buffer) -> None:
         buffer.work[r.source] += len(r.tokens)
 
 # %% ../../nbs/5_own_words/02_on_policy.ipynb #e2b36e15
-def _drawn(method: "OnPolicy", rows: list[dict], wanted: list[tuple[int, str]], cycle: int) -> dict[tuple[int, str], Response]:
+def _drawn(
+    method: "OnPolicy", rows: list[dict], wanted: list[tuple[int, str]], cycle: int
+) -> dict[tuple[int, str], Response]:
     "The wanted responses, source by source; dropout off, the loop's precision. Raises UserError naming step and examples."
     out, loop = {}, method.buffer.loop
     with torch.no_grad(), loop.accelerator.autocast():
         for source in dict.fromkeys(s for _, s in wanted):
             keys = [w for w in wanted if w[1] == source]
             try:
-                found = DRAW[source](method, [rows[slot] for slot, _ in keys], [f"{cycle}/{slot}/{source}" for slot, _ in keys])
+                found = DRAW[source](
+                    method,
+                    [rows[slot] for slot, _ in keys],
+                    [f"{cycle}/{slot}/{source}" for slot, _ in keys],
+                )
             except UserError as e:  # the sampler knows the prompts by their places
-                places = re.findall(r"prompt (\d+)", e.where) if e.where.startswith("prompt ") else []
+                places = (
+                    re.findall(r"prompt (\d+)", e.where) if e.where.startswith("prompt ") else []
+                )
                 named = dict.fromkeys(rows[keys[int(i)][0]]["id"] for i in places)
-                raise UserError(e.what, where=f"step {loop.step + 1}, " + (f"example {', '.join(named)}" if named else str(e.where)),
-                                fix=e.fix) from e
+                raise UserError(
+                    e.what,
+                    where=f"step {loop.step + 1}, "
+                    + (f"example {', '.join(named)}" if named else str(e.where)),
+                    fix=e.fix,
+                ) from e
             out |= dict(zip(keys, found))
     return out
 
@@ -379,9 +557,10 @@ def _shared(accelerator, wanted: list, draw: Callable[[list], dict]) -> dict:
     if accelerator.num_processes == 1:
         return draw(wanted)
     from accelerate.utils import gather_object
+
     mine, wrong = {}, []
     try:
-        mine = draw(wanted[accelerator.process_index::accelerator.num_processes])
+        mine = draw(wanted[accelerator.process_index :: accelerator.num_processes])
     except UserError as e:  # the others wait below and must hear of it
         wrong = [(e.what, e.where, e.fix)]
     found, wrong = gather_object(list(mine.items())), gather_object(wrong)
@@ -394,12 +573,18 @@ def check_drawn(responses: list[Response], where: str = "") -> None:
     "Raises UserError for a response without tokens, or if all of them are empty texts."
     none = [r.id for r in responses if not r.tokens]
     if none:
-        raise UserError("the response has no token", where=f"{where}example {', '.join(none[:8])}",
-                        fix="A sampler must return at least the stop token; gold responses must not be empty.")
+        raise UserError(
+            "the response has no token",
+            where=f"{where}example {', '.join(none[:8])}",
+            fix="A sampler must return at least the stop token; gold responses must not be empty.",
+        )
     if all(len(r.tokens) == 1 and r.finished for r in responses):
-        raise UserError(f"all {len(responses)} responses are empty: the student has collapsed to silence",
-                        where=f"{where}examples {', '.join(r.id for r in responses[:8])}", fix="Go back to the checkpoint before; lower "
-                        "lr, keep length_norm and teacher mixing on, or start from a student that was finetuned first.")
+        raise UserError(
+            f"all {len(responses)} responses are empty: the student has collapsed to silence",
+            where=f"{where}examples {', '.join(r.id for r in responses[:8])}",
+            fix="Go back to the checkpoint before; lower "
+            "lr, keep length_norm and teacher mixing on, or start from a student that was finetuned first.",
+        )
 
 # %% ../../nbs/5_own_words/02_on_policy.ipynb #ce90e42d
 def _width(model) -> int:
@@ -407,62 +592,97 @@ def _width(model) -> int:
 
 # %% ../../nbs/5_own_words/02_on_policy.ipynb #sizes-fn
 def _named(rows: Sequence[dict]) -> str:
-    return f"example {', '.join(r['id'] for r in rows[:8])}" + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
+    return f"example {', '.join(r['id'] for r in rows[:8])}" + (
+        f" and {len(rows) - 8} more" if len(rows) > 8 else ""
+    )
 
 
-def check_context(rows: Sequence[dict], models: Sequence, new: int = 0) -> None:   # rows of `encode_prompts`; new: tokens to be written
+def check_context(
+    rows: Sequence[dict], models: Sequence, new: int = 0
+) -> None:  # rows of `encode_prompts`; new: tokens to be written
     "Whether prompts with their answers, or with `new` tokens, fit the context of all models. Raises UserError naming an example."
-    lengths = {f"example {r['id']}": len(r["prompt"]) + (0 if new else len(r["gold"] or [])) for r in rows}
+    lengths = {
+        f"example {r['id']}": len(r["prompt"]) + (0 if new else len(r["gold"] or [])) for r in rows
+    }
     check_lengths([unwrapped(m) for m in models], lengths, new)
 
 # %% ../../nbs/5_own_words/02_on_policy.ipynb #sizes-ids
-def check_ids(rows: Sequence[dict], models: Sequence, shared: int | None = None) -> None:   # shared: tokens that both tokenizers have
+def check_ids(
+    rows: Sequence[dict], models: Sequence, shared: int | None = None
+) -> None:  # shared: tokens that both tokenizers have
     "Whether all models have the tokens of prompts and answers. Raises UserError naming examples."
     width = min([*map(_width, models), *([shared] if shared else [])])
     foreign = [r for r in rows if max([*r["prompt"], *(r["gold"] or [])]) >= width]
     if foreign:
-        raise UserError(f"{len(foreign)} of {len(rows)} examples have tokens beyond the {width} of a model", where=_named(foreign),
-                        fix="Encode them with this model's tokenizer; if the teacher has another one, train on text that it wrote (SeqKD).")
+        raise UserError(
+            f"{len(foreign)} of {len(rows)} examples have tokens beyond the {width} of a model",
+            where=_named(foreign),
+            fix="Encode them with this model's tokenizer; if the teacher has another one, train on text that it wrote (SeqKD).",
+        )
 
 
 def check_answers(rows: Sequence[dict]) -> None:
     "Whether every example has something to learn from. Raises UserError naming those without."
     empty = [r for r in rows if not r["gold"]]
     if empty:
-        raise UserError(f"{len(empty)} of {len(rows)} examples have no response to learn from", where=_named(empty),
-                        fix="Give every example a response that is not empty, or use a method that samples.")
+        raise UserError(
+            f"{len(empty)} of {len(rows)} examples have no response to learn from",
+            where=_named(empty),
+            fix="Give every example a response that is not empty, or use a method that samples.",
+        )
 
 # %% ../../nbs/5_own_words/02_on_policy.ipynb #de294f9b
 def check_start(method: "OnPolicy", loop: Loop) -> None:
     "Before the first step. Raises UserError for a mini-batch, a context or a vocabulary that does not fit."
-    effective, cfg = loop.cfg.batch_size*loop.cfg.accumulate*loop.accelerator.num_processes, method.config
+    effective, cfg = (
+        loop.cfg.batch_size * loop.cfg.accumulate * loop.accelerator.num_processes,
+        method.config,
+    )
     if effective != cfg.minibatch:
-        raise UserError(f"a step of the training has {effective} responses, the method's minibatch is {cfg.minibatch}", where="minibatch",
-                        fix="Make batch_size * accumulate * processes of TrainConfig equal to it; onpolicy_config does.")
+        raise UserError(
+            f"a step of the training has {effective} responses, the method's minibatch is {cfg.minibatch}",
+            where="minibatch",
+            fix="Make batch_size * accumulate * processes of TrainConfig equal to it; onpolicy_config does.",
+        )
     if loop.cfg.gradient_checkpointing and not cfg.dropout:
-        raise UserError("gradient checkpointing works in training mode, where dropout is on", where="gradient_checkpointing",
-                        fix="Set dropout=True in the method's settings.")
+        raise UserError(
+            "gradient checkpointing works in training mode, where dropout is on",
+            where="gradient_checkpointing",
+            fix="Set dropout=True in the method's settings.",
+        )
     models = [m for m in (loop.model, method.teacher) if m is not None]
     check_context(method.prompts, models, cfg.max_new_tokens)
-    read = [r | {"gold": (r["gold"] or [])[:cfg.max_new_tokens] if method.reads_gold else None} for r in method.prompts]
+    read = [
+        r | {"gold": (r["gold"] or [])[: cfg.max_new_tokens] if method.reads_gold else None}
+        for r in method.prompts
+    ]
     texts = method.corpus if cfg.pt_weight else []
-    read += [{"id": f"of the corpus, text {i}", "prompt": text, "gold": None} for i, text in enumerate(texts)]
+    read += [
+        {"id": f"of the corpus, text {i}", "prompt": text, "gold": None}
+        for i, text in enumerate(texts)
+    ]
     check_context(read, models)
     if method.reads_gold:
         check_answers(method.prompts)
     widths = [_width(m) for m in models]
     if len(set(widths)) > 1 and method.shared is None:
-        raise UserError(f"the student has {widths[0]} outputs, the teacher {widths[1]}", where="vocabulary",
-                        fix="If both use one tokenizer and only the padding differs, pass teacher_tokenizer. If not, train on text that "
-                        "the teacher wrote (SeqKD).")
+        raise UserError(
+            f"the student has {widths[0]} outputs, the teacher {widths[1]}",
+            where="vocabulary",
+            fix="If both use one tokenizer and only the padding differs, pass teacher_tokenizer. If not, train on text that "
+            "the teacher wrote (SeqKD).",
+        )
     method.vocabulary = method.shared if len(set(widths)) > 1 else None
     check_ids(read, models, method.vocabulary)
 
 # %% ../../nbs/5_own_words/02_on_policy.ipynb #3fbdc3aa
 def canaries(responses: list[Response]) -> dict[str, Tensor]:
     "Per response: its length, share of repeated 4-grams, and whether it ended by itself."
-    return {"length": torch.tensor([len(r.tokens) for r in responses]), "finished": torch.tensor([float(r.finished) for r in responses]),
-            "repetition": torch.tensor([repeated_ngrams(r.tokens) for r in responses])}
+    return {
+        "length": torch.tensor([len(r.tokens) for r in responses]),
+        "finished": torch.tensor([float(r.finished) for r in responses]),
+        "repetition": torch.tensor([repeated_ngrams(r.tokens) for r in responses]),
+    }
 
 # %% ../../nbs/5_own_words/02_on_policy.ipynb #90dc8df5
 def add_texts(batch: dict[str, Tensor], texts: list[list[int]], pad_id: int) -> dict[str, Tensor]:
@@ -473,11 +693,19 @@ def add_texts(batch: dict[str, Tensor], texts: list[list[int]], pad_id: int) -> 
     width, extra = batch["input_ids"].shape[1], more["input_ids"].shape[1]
     wide, rows = max(width, extra), len(batch["input_ids"])
     pad = torch.nn.functional.pad
-    ids = [pad(x, (0, wide - x.shape[1]), value=pad_id) for x in (batch["input_ids"], more["input_ids"])]
-    index = [batch["target_index"]//width*wide + batch["target_index"] % width,
-             (more["target_index"]//extra + rows)*wide + more["target_index"] % extra]
-    return batch | {"input_ids": torch.cat(ids), "target_index": torch.cat(index),
-                    "target_ids": torch.cat([batch["target_ids"], more["target_ids"]])}
+    ids = [
+        pad(x, (0, wide - x.shape[1]), value=pad_id)
+        for x in (batch["input_ids"], more["input_ids"])
+    ]
+    index = [
+        batch["target_index"] // width * wide + batch["target_index"] % width,
+        (more["target_index"] // extra + rows) * wide + more["target_index"] % extra,
+    ]
+    return batch | {
+        "input_ids": torch.cat(ids),
+        "target_index": torch.cat(index),
+        "target_ids": torch.cat([batch["target_ids"], more["target_ids"]]),
+    }
 
 # %% ../../nbs/5_own_words/02_on_policy.ipynb #e5567a9e
 @contextmanager
@@ -491,29 +719,42 @@ def _dropout(model, on: bool):
         model.train(before)
 
 # %% ../../nbs/5_own_words/02_on_policy.ipynb #cd3c52b6
-def logit_sides(method: "OnPolicy", model, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+def logit_sides(
+    method: "OnPolicy", model, batch: dict[str, Tensor]
+) -> tuple[Tensor, Tensor | None]:
     "Logits of student and teacher (None if the method asks for none) at all targets of the batch; the teacher reads texts only if it must."
     with _dropout(model, method.config.dropout):
-        student = target_logits(model, batch)[:, :method.vocabulary]
+        student = target_logits(model, batch)[:, : method.vocabulary]
     if not (method.reads_teacher() or method.config.pt_kd_ratio):
         return student, None
-    n, rows = (None, None) if method.config.pt_kd_ratio else (len(batch["row"]), len(batch["length"]))
+    n, rows = (
+        (None, None) if method.config.pt_kd_ratio else (len(batch["row"]), len(batch["length"]))
+    )
     with torch.no_grad():
         part = {"input_ids": batch["input_ids"][:rows], "target_index": batch["target_index"][:n]}
-        return student, target_logits(method.teacher, part)[:, :method.vocabulary]
+        return student, target_logits(method.teacher, part)[:, : method.vocabulary]
 
 # %% ../../nbs/5_own_words/02_on_policy.ipynb #aab4456d
-def pt_sum(student: Tensor,            # logits (m, V) at the targets of the texts
-           teacher: Tensor | None,     # likewise, where `share` is not 0
-           target_ids: Tensor, share: float) -> Tensor:  # share: of the cross-entropy to the teacher
+def pt_sum(
+    student: Tensor,  # logits (m, V) at the targets of the texts
+    teacher: Tensor | None,  # likewise, where `share` is not 0
+    target_ids: Tensor,
+    share: float,
+) -> Tensor:  # share: of the cross-entropy to the teacher
     "Sum of the language-modelling term over m tokens; the released code replaces half of it by cross-entropy to the teacher."
     nll = torch.nn.functional.cross_entropy(at_least_float32(student), target_ids, reduction="sum")
-    return nll if not share else (1 - share)*nll + share*token_divergence("cross_entropy", student, teacher).sum()
+    return (
+        nll
+        if not share
+        else (1 - share) * nll + share * token_divergence("cross_entropy", student, teacher).sum()
+    )
 
 # %% ../../nbs/5_own_words/02_on_policy.ipynb #b1818d81
 def _kind(method: "OnPolicy") -> torch.dtype:
     "Of log-probabilities and advantages in a batch: float64 if the teacher is."
-    return torch.float64 if getattr(method.teacher, "dtype", None) == torch.float64 else torch.float32
+    return (
+        torch.float64 if getattr(method.teacher, "dtype", None) == torch.float64 else torch.float32
+    )
 
 # %% ../../nbs/5_own_words/02_on_policy.ipynb #88f2c05a
 def slot_batch(method: "OnPolicy", slots: list[int]) -> dict[str, Tensor]:
@@ -522,10 +763,19 @@ def slot_batch(method: "OnPolicy", slots: list[int]) -> dict[str, Tensor]:
     batch = response_batch(responses, method.pad, _kind(method)) | canaries(responses)
     batch["example"] = torch.tensor([method.numbers.get(r.id, -1) for r in responses])
     if method.config.pt_weight:
-        first = buffer.loop.step//buffer.epoch_steps*method.config.rollouts
-        texts = [method.corpus[shuffled_pick("texts", method.config.seed, first + slot, len(method.corpus))] for slot in slots]
+        first = buffer.loop.step // buffer.epoch_steps * method.config.rollouts
+        texts = [
+            method.corpus[
+                shuffled_pick("texts", method.config.seed, first + slot, len(method.corpus))
+            ]
+            for slot in slots
+        ]
         batch = add_texts(batch, texts, method.pad)
-    buffer.read += sum(len(r.prompt) + len(r.tokens) for r in responses) + len(batch["target_ids"]) - len(batch["row"])
+    buffer.read += (
+        sum(len(r.prompt) + len(r.tokens) for r in responses)
+        + len(batch["target_ids"])
+        - len(batch["row"])
+    )
     return batch
 
 # %% ../../nbs/5_own_words/02_on_policy.ipynb #9bdf6de0
@@ -534,39 +784,89 @@ CANARIES = ("length", "repetition", "finished")
 
 def term_counts(method: "OnPolicy", batch: dict[str, Tensor]) -> dict[str, int]:
     "{term: what its sum is divided by}: tokens or responses that it is about."
-    counts = dict.fromkeys(CANARIES, len(batch["length"])) | dict.fromkeys(("entropy", *method.watched()), len(batch["row"]))
+    counts = dict.fromkeys(CANARIES, len(batch["length"])) | dict.fromkeys(
+        ("entropy", *method.watched()), len(batch["row"])
+    )
     for term in method.loss_weights():
         chosen = method.selects(term)
-        about = torch.ones_like(batch["source"]) if chosen == "any" else batch["source"] == SOURCES.index(chosen)
-        counts[term] = int((about[batch["row"]] if method.config.average == "tokens" else about).sum())
-    return counts | ({"pt": len(batch["target_ids"]) - len(batch["row"])} if method.config.pt_weight else {})
+        about = (
+            torch.ones_like(batch["source"])
+            if chosen == "any"
+            else batch["source"] == SOURCES.index(chosen)
+        )
+        counts[term] = int(
+            (about[batch["row"]] if method.config.average == "tokens" else about).sum()
+        )
+    return counts | (
+        {"pt": len(batch["target_ids"]) - len(batch["row"])} if method.config.pt_weight else {}
+    )
 
 # %% ../../nbs/5_own_words/02_on_policy.ipynb #25226cf1
 def term_sums(method: "OnPolicy", model, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     "{term: sum over tokens or responses}, from one forward pass of student and teacher."
     student, teacher = logit_sides(method, model, batch)
     n, share = len(batch["row"]), method.config.pt_kd_ratio
-    values = method.objective(student[:n], None if teacher is None else teacher[:n], batch | {"target_ids": batch["target_ids"][:n]})
+    values = method.objective(
+        student[:n],
+        None if teacher is None else teacher[:n],
+        batch | {"target_ids": batch["target_ids"][:n]},
+    )
     watched = {"entropy", *method.watched()}
-    sums = {k: (v*batch["share"] if method.config.average == "responses" and k not in watched else v).sum() for k, v in values.items()}
+    sums = {
+        k: (
+            v * batch["share"] if method.config.average == "responses" and k not in watched else v
+        ).sum()
+        for k, v in values.items()
+    }
     sums |= {name: batch[name].sum() for name in CANARIES}
     with torch.no_grad():
         log_q = torch.log_softmax(at_least_float32(student[:n]), dim=-1)
-        sums["entropy"] = -(log_q.exp()*log_q.clamp(min=-1e30)).sum()
+        sums["entropy"] = -(log_q.exp() * log_q.clamp(min=-1e30)).sum()
     if method.config.pt_weight:
-        sums["pt"] = pt_sum(student[n:], None if teacher is None else teacher[n:], batch["target_ids"][n:], share)
+        sums["pt"] = pt_sum(
+            student[n:], None if teacher is None else teacher[n:], batch["target_ids"][n:], share
+        )
     return sums
 
 # %% ../../nbs/5_own_words/02_on_policy.ipynb #f855fef6
 class OnPolicy(Hooks, Method):
     "Base of the on-policy methods. Its examples are the slots of `buffer`, which must be among the callbacks: `train_on_policy`."
-    def __init__(self, tokenizer, teacher, prompts: Iterable, config: OnPolicyConfig, *, corpus: Iterable = (), teacher_tokenizer=None):
-        self.tokenizer, self.teacher, self.config = tokenizer, None if teacher is None else freeze(teacher), config
-        self.prompts, self.corpus = encode_prompts(tokenizer, prompts), encode_corpus(tokenizer, corpus, config)
-        self.vocabulary, self.shared = None, None if teacher_tokenizer is None else check_tokenizers(tokenizer, teacher_tokenizer)
-        self.numbers, self.taught_by = {p["id"]: i for i, p in enumerate(self.prompts)}, fingerprint(teacher)
-        self.sampling, self.pad, self.buffer = _draws(config, (tokenizer.eos_token_id,), config.seed), tokenizer.pad_token_id, Buffer(self)
-        self.weights = self.loss_weights() | dict.fromkeys((*CANARIES, "entropy", *self.watched()), 0.0)
+
+    def __init__(
+        self,
+        tokenizer,
+        teacher,
+        prompts: Iterable,
+        config: OnPolicyConfig,
+        *,
+        corpus: Iterable = (),
+        teacher_tokenizer=None,
+    ):
+        self.tokenizer, self.teacher, self.config = (
+            tokenizer,
+            None if teacher is None else freeze(teacher),
+            config,
+        )
+        self.prompts, self.corpus = (
+            encode_prompts(tokenizer, prompts),
+            encode_corpus(tokenizer, corpus, config),
+        )
+        self.vocabulary, self.shared = (
+            None,
+            None if teacher_tokenizer is None else check_tokenizers(tokenizer, teacher_tokenizer),
+        )
+        self.numbers, self.taught_by = (
+            {p["id"]: i for i, p in enumerate(self.prompts)},
+            fingerprint(teacher),
+        )
+        self.sampling, self.pad, self.buffer = (
+            _draws(config, (tokenizer.eos_token_id,), config.seed),
+            tokenizer.pad_token_id,
+            Buffer(self),
+        )
+        self.weights = self.loss_weights() | dict.fromkeys(
+            (*CANARIES, "entropy", *self.watched()), 0.0
+        )
         self.weights |= {"pt": config.pt_weight} if config.pt_weight else {}
 
     @property
@@ -581,7 +881,9 @@ class OnPolicy(Hooks, Method):
         return 1
 
     def named(self, id: str, item: int) -> str:
-        return next((r.id for r in self.buffer.responses.get(item, [])), id)    # of the prompt that was drawn for the slot
+        return next(
+            (r.id for r in self.buffer.responses.get(item, [])), id
+        )  # of the prompt that was drawn for the slot
 
     def longest(self, item: int) -> int:
         return max(len(p["prompt"]) for p in self.prompts) + self.config.max_new_tokens
@@ -599,22 +901,55 @@ class OnPolicy(Hooks, Method):
         return term_sums(self, model, batch)
 
 # %% ../../nbs/5_own_words/02_on_policy.ipynb #cdb8ef83
-def train_on_policy(student, method: OnPolicy, cfg: TrainConfig, *,      # cfg: of `onpolicy_config`
-                    run_dir: Path | str | None = None, validate: Callable | None = None, callbacks: Iterable[Callback] = ()) -> TrainResult:
+def train_on_policy(
+    student,
+    method: OnPolicy,
+    cfg: TrainConfig,
+    *,  # cfg: of `onpolicy_config`
+    run_dir: Path | str | None = None,
+    validate: Callable | None = None,
+    callbacks: Iterable[Callback] = (),
+) -> TrainResult:
     "`train` with the slots of the method's buffer as examples and the buffer as a callback. The same call continues a killed run."
-    return train(student, method, method.slots, cfg, run_dir=run_dir, validate=validate, callbacks=[method.buffer, *callbacks])
+    return train(
+        student,
+        method,
+        method.slots,
+        cfg,
+        run_dir=run_dir,
+        validate=validate,
+        callbacks=[method.buffer, *callbacks],
+    )
 
 # %% ../../nbs/5_own_words/02_on_policy.ipynb #50bb8748
-def onpolicy_config(config: OnPolicyConfig, steps: int, lr: float = 5e-6,
-                    batch_size: int | None = None,   # rows of a process at a time; None: its whole share of the mini-batch
-                    **changes: Any) -> TrainConfig:
+def onpolicy_config(
+    config: OnPolicyConfig,
+    steps: int,
+    lr: float = 5e-6,
+    batch_size: int
+    | None = None,  # rows of a process at a time; None: its whole share of the mini-batch
+    **changes: Any,
+) -> TrainConfig:
     "TrainConfig: mini-batch, seed, and the released code's AdamW (betas 0.9 and 0.95, decay 1e-6, constant lr). Raises UserError."
-    launched = "LOCAL_RANK" in os.environ  # by accelerate launch, torchrun or notebook_launcher; WORLD_SIZE alone may belong to a cluster
+    launched = (
+        "LOCAL_RANK" in os.environ
+    )  # by accelerate launch, torchrun or notebook_launcher; WORLD_SIZE alone may belong to a cluster
     processes = int(os.environ.get("WORLD_SIZE") or 1) if launched else 1
-    batch_size = batch_size or max(1, config.minibatch//processes)
-    accumulate, rest = divmod(config.minibatch, batch_size*processes)
+    batch_size = batch_size or max(1, config.minibatch // processes)
+    accumulate, rest = divmod(config.minibatch, batch_size * processes)
     if rest or not accumulate:
-        raise UserError(f"{config.minibatch} responses are no whole number of batches of {batch_size} in {processes} processes",
-                        where="minibatch", fix="Choose a minibatch that batch_size times processes divides.")
-    given = {"betas": (0.9, 0.95), "weight_decay": 1e-6, "schedule": "constant", "warmup": min(100, steps//10), "seed": config.seed}
-    return TrainConfig(steps=steps, lr=lr, batch_size=batch_size, accumulate=accumulate, **(given | changes))
+        raise UserError(
+            f"{config.minibatch} responses are no whole number of batches of {batch_size} in {processes} processes",
+            where="minibatch",
+            fix="Choose a minibatch that batch_size times processes divides.",
+        )
+    given = {
+        "betas": (0.9, 0.95),
+        "weight_decay": 1e-6,
+        "schedule": "constant",
+        "warmup": min(100, steps // 10),
+        "seed": config.seed,
+    }
+    return TrainConfig(
+        steps=steps, lr=lr, batch_size=batch_size, accumulate=accumulate, **(given | changes)
+    )

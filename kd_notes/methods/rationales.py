@@ -19,14 +19,25 @@ from pathlib import Path
 from typing import Any
 
 from kd_notes.core import (
-    append_jsonl, cache_dir, read_json, read_jsonl, rng, sha256_text, to_jsonable, UserError,
+    append_jsonl,
+    cache_dir,
+    read_json,
+    read_jsonl,
+    rng,
+    sha256_text,
+    to_jsonable,
+    UserError,
     write_json,
 )
 from ..data.answers import equation_value, EquationError, is_correct
 from ..data.examples import Example, task_info, TaskInfo
 from ..environment import environment
 from kd_notes.generation.backends import (
-    Backend, Completion, completion_row, manifest_path, prompt_hash,
+    Backend,
+    Completion,
+    completion_row,
+    manifest_path,
+    prompt_hash,
 )
 from ..generation.engine import Decoding
 from ..progress import progress
@@ -49,19 +60,28 @@ def format_completion(example: Example) -> str:
     "What a teacher is to write after `format_question`: ' {rationale}\\nAnswer: {label}\\n\\n'. Raises UserError if a part is missing."
     for part in ("rationale", "label"):
         if not getattr(example, part).strip():
-            raise UserError(f"the {part} is empty", where=f"example {example.id}", fix="Show or train on complete examples only.")
+            raise UserError(
+                f"the {part} is empty",
+                where=f"example {example.id}",
+                fix="Show or train on complete examples only.",
+            )
     return f" {one_line(example.rationale)}{ANSWER} {one_line(example.label)}{END}"
 
 # %% ../../nbs/3_reasons/01_rationales.ipynb #27634580
 def format_prompt(example: Example, shots: Sequence[Example] = (), header: str = "") -> str:
     "The whole prompt: header, solved examples, then the new input and the cue."
     parts = [header.strip() + END] if header.strip() else []
-    return "".join(parts + [format_question(s) + format_completion(s) for s in shots] + [format_question(example)])
+    return "".join(
+        parts
+        + [format_question(s) + format_completion(s) for s in shots]
+        + [format_question(example)]
+    )
 
 # %% ../../nbs/3_reasons/01_rationales.ipynb #92bb3d0a
 @dataclass(frozen=True)
 class Prompt:
     "Header and solved examples; without either it is the form for adapted teachers. Call it with an example."
+
     header: str = ""
     shots: tuple[Example, ...] = ()
 
@@ -88,7 +108,7 @@ def rationale_decoding(max_new_tokens: int = 160, **options) -> Decoding:
 # %% ../../nbs/3_reasons/01_rationales.ipynb #fb787ef9
 HEADERS = {
     "nli": "Does the premise show that the hypothesis is true (entailment), that it is false (contradiction), or neither (neutral)? "
-           "Reason in one or two sentences, then answer with one of the three words.",
+    "Reason in one or two sentences, then answer with one of the three words.",
     "cqa": "Answer the question with one of the choices. Reason in one or two sentences first.",
     "svamp": "Write the equation that answers the question. Reason about the numbers in one or two sentences first.",
     "gsm8k": "Solve the problem. Reason step by step in a few short sentences, then answer with a number.",
@@ -96,20 +116,33 @@ HEADERS = {
 HEADERS["anli"] = HEADERS["nli"]
 
 # %% ../../nbs/3_reasons/01_rationales.ipynb #61f608ca
-def few_shot(task: str | TaskInfo, examples: Iterable[Example],  # solved ones; those without a rationale are passed over
-             k: int = 6, *, seed: int = 0, header: str | None = None) -> Prompt:
+def few_shot(
+    task: str | TaskInfo,
+    examples: Iterable[Example],  # solved ones; those without a rationale are passed over
+    k: int = 6,
+    *,
+    seed: int = 0,
+    header: str | None = None,
+) -> Prompt:
     "A prompt with `k` shots, labels of a closed set in turn. Raises UserError if there are too few examples."
     info = task_info(task)
     solved = [ex for ex in examples if ex.rationale.strip() and ex.label.strip()]
     if len(solved) < k:
-        raise UserError(f"{k} shots were asked for, but only {len(solved)} examples have a rationale and a label",
-                        where=f"task {info.name}", fix="Give more solved examples or ask for fewer shots.")
+        raise UserError(
+            f"{k} shots were asked for, but only {len(solved)} examples have a rationale and a label",
+            where=f"task {info.name}",
+            fix="Give more solved examples or ask for fewer shots.",
+        )
     draw = rng("few_shot", info.name, seed)
     draw.shuffle(solved)
     turn = Counter()
     for i, ex in enumerate(solved):
         turn[ex.label] += 1
-        solved[i] = (turn[ex.label] if info.labels else 0, i, ex)  # the first of each label, then the second of each, ...
+        solved[i] = (
+            turn[ex.label] if info.labels else 0,
+            i,
+            ex,
+        )  # the first of each label, then the second of each, ...
     shots = [ex for *_, ex in sorted(solved, key=lambda s: s[:2])[:k]]
     draw.shuffle(shots)
     return Prompt(HEADERS.get(info.name, "") if header is None else header, tuple(shots))
@@ -121,17 +154,20 @@ OUTCOMES = ("ok", "no_rationale", "no_label", "label_not_allowed", "truncated")
 @dataclass(frozen=True)
 class Parsed:
     "A completion taken apart."
-    outcome: str      # one of OUTCOMES
-    rationale: str    # "" if there is none
-    label: str        # in the task's own spelling where it is allowed, else as written; "" if there is none
+
+    outcome: str  # one of OUTCOMES
+    rationale: str  # "" if there is none
+    label: (
+        str  # in the task's own spelling where it is allowed, else as written; "" if there is none
+    )
 
 # %% ../../nbs/3_reasons/01_rationales.ipynb #0f2bd82f
 def _split_answer(text: str) -> tuple[str, str | None, bool]:
     "Rationale, answer (None without a marker), and whether the answer's line ended."
     marker = ANSWER.strip()
-    at = f"\n{text}".find(ANSWER)        # at the start of a line: the layout's own
+    at = f"\n{text}".find(ANSWER)  # at the start of a line: the layout's own
     if at < 0:
-        at = text.rfind(marker)          # inside a line: the last one, the others are talk
+        at = text.rfind(marker)  # inside a line: the last one, the others are talk
     if at < 0:
         return one_line(text), None, False
     rest = text[at:].split(marker, 1)[1].lstrip(" ")
@@ -139,9 +175,11 @@ def _split_answer(text: str) -> tuple[str, str | None, bool]:
     return one_line(text[:at]), answer.strip(), bool(newline)
 
 # %% ../../nbs/3_reasons/01_rationales.ipynb #bef88cc3
-def clean_label(text: str,
-                labels: Sequence[str] | None = None,   # allowed ones; None: any
-                metric: str = "exact") -> str | None:  # "equation": it must have a value
+def clean_label(
+    text: str,
+    labels: Sequence[str] | None = None,  # allowed ones; None: any
+    metric: str = "exact",
+) -> str | None:  # "equation": it must have a value
     "The allowed label that the text means, or None."
     text = one_line(text).strip("\"'`* ")
     if metric == "equation":
@@ -158,8 +196,13 @@ def clean_label(text: str,
     return found.pop() if len(found) == 1 else None
 
 # %% ../../nbs/3_reasons/01_rationales.ipynb #17baa4c6
-def parse_completion(text: str, finish: str = "stop",   # finish "length": the text was cut at the limit
-                     *, labels: Sequence[str] | None = None, metric: str = "exact") -> Parsed:
+def parse_completion(
+    text: str,
+    finish: str = "stop",  # finish "length": the text was cut at the limit
+    *,
+    labels: Sequence[str] | None = None,
+    metric: str = "exact",
+) -> Parsed:
     "Outcome, rationale and label of what a teacher wrote after `format_question`."
     text = text.lstrip()
     block, ended, _ = text.partition(END)
@@ -179,47 +222,73 @@ def parse_for(example: Example, text: str, finish: str = "stop") -> Parsed:
     return parse_completion(text, finish, labels=example.choices or info.labels, metric=info.metric)
 
 # %% ../../nbs/3_reasons/01_rationales.ipynb #c11a6654
-def _identity(examples: Sequence[Example], backend: Backend, decoding: Decoding, prompt: Prompt) -> dict:
+def _identity(
+    examples: Sequence[Example], backend: Backend, decoding: Decoding, prompt: Prompt
+) -> dict:
     "What an extraction is; two runs with equal identity may share a file."
-    return to_jsonable({"task": sorted({ex.task for ex in examples}), "backend": backend.describe(), "decoding": decoding,
-                        "prompt": prompt.describe()})
+    return to_jsonable(
+        {
+            "task": sorted({ex.task for ex in examples}),
+            "backend": backend.describe(),
+            "decoding": decoding,
+            "prompt": prompt.describe(),
+        }
+    )
 
 
 def _differences(stored: Any, wanted: Any, name: str = "") -> list[str]:
     "'backend.revision: a -> b' for everything that differs."
     if isinstance(stored, dict) and isinstance(wanted, dict):
         keys = sorted(stored.keys() | wanted.keys())
-        return [d for k in keys for d in _differences(stored.get(k), wanted.get(k), f"{name}.{k}" if name else k)]
+        return [
+            d
+            for k in keys
+            for d in _differences(stored.get(k), wanted.get(k), f"{name}.{k}" if name else k)
+        ]
     return [] if stored == wanted else [f"{name}: {stored!r} -> {wanted!r}"]
 
 # %% ../../nbs/3_reasons/01_rationales.ipynb #6ab5f3b8
 def _check_examples(examples: Sequence[Example], prompt: Prompt) -> None:
     "Raises UserError for no examples, an id that occurs twice, or a shot that gives away an answer."
     if not examples:
-        raise UserError("there are no examples to extract rationales for", where="examples",
-                        fix="Check the split or the file that they come from.")
+        raise UserError(
+            "there are no examples to extract rationales for",
+            where="examples",
+            fix="Check the split or the file that they come from.",
+        )
     twice = [name for name, count in Counter(ex.id for ex in examples).items() if count > 1]
     if twice:
-        raise UserError(f"{len(twice)} ids occur more than once, among them {twice[0]!r}", where="examples",
-                        fix="Give every example an id of its own: completions are joined by it.")
+        raise UserError(
+            f"{len(twice)} ids occur more than once, among them {twice[0]!r}",
+            where="examples",
+            fix="Give every example an id of its own: completions are joined by it.",
+        )
     shown = {s.input for s in prompt.shots}
     given = [ex.id for ex in examples if ex.input in shown]
     if given:
-        raise UserError(f"the prompt shows the solution of {len(given)} examples, among them {given[0]!r}", where="prompt",
-                        fix="Draw the shots from another split.")
+        raise UserError(
+            f"the prompt shows the solution of {len(given)} examples, among them {given[0]!r}",
+            where="prompt",
+            fix="Draw the shots from another split.",
+        )
 
 # %% ../../nbs/3_reasons/01_rationales.ipynb #173ae243
 @contextmanager
 def _only_writer(path: Path):
     "Keep a second process from writing the same file. Raises UserError if there is one."
     from filelock import FileLock, Timeout
-    locks = cache_dir()/"locks"  # not beside the file: that folder may be committed
+
+    locks = cache_dir() / "locks"  # not beside the file: that folder may be committed
     locks.mkdir(exist_ok=True)
-    lock = FileLock(locks/f"{sha256_text(str(path.resolve()))[:16]}.lock")
+    lock = FileLock(locks / f"{sha256_text(str(path.resolve()))[:16]}.lock")
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise UserError("another process is extracting into this file", where=path, fix="Wait for it, or choose another file.") from None
+        raise UserError(
+            "another process is extracting into this file",
+            where=path,
+            fix="Wait for it, or choose another file.",
+        ) from None
     try:
         yield
     finally:
@@ -228,35 +297,50 @@ def _only_writer(path: Path):
 # %% ../../nbs/3_reasons/01_rationales.ipynb #b4dc7827
 def _open_extraction(path: Path, identity: dict, wanted: dict[str, str]) -> tuple[list[dict], dict]:
     "Rows that are there already, and the manifest. `wanted`: prompt of each id. Raises UserError if the file is another extraction's."
-    manifest, fix = manifest_path(path), "Choose another file, or delete this one and its manifest to start again."
+    manifest, fix = (
+        manifest_path(path),
+        "Choose another file, or delete this one and its manifest to start again.",
+    )
     if not manifest.is_file():
         if path.exists():
-            raise UserError("the file has no manifest, so what it holds is unknown", where=path, fix=fix)
+            raise UserError(
+                "the file has no manifest, so what it holds is unknown", where=path, fix=fix
+            )
         write_json(manifest, identity | {"status": "running", "sessions": []})
         return [], read_json(manifest)
     stored = read_json(manifest)
     changed = _differences({k: stored.get(k) for k in identity}, identity)
     if changed:
-        raise UserError(f"the file belongs to another extraction ({'; '.join(changed)})", where=path, fix=fix)
+        raise UserError(
+            f"the file belongs to another extraction ({'; '.join(changed)})", where=path, fix=fix
+        )
     if path.exists():
         append_jsonl(path, [])  # repairs a half-written last line
     rows = read_jsonl(path) if path.exists() else []
     for number, row in enumerate(rows, start=1):
         if row["id"] in wanted and row["prompt_hash"] != prompt_hash(wanted[row["id"]]):
-            raise UserError(f"the input of {row['id']!r} has changed since it was answered", where=f"{path}:{number}", fix=fix)
+            raise UserError(
+                f"the input of {row['id']!r} has changed since it was answered",
+                where=f"{path}:{number}",
+                fix=fix,
+            )
     return rows, stored
 
 # %% ../../nbs/3_reasons/01_rationales.ipynb #7fe2be6e
 def extraction_row(example: Example, completion: Completion, prompt: str) -> dict:
     "What is stored of one completion."
-    return completion_row(completion, prompt) | asdict(parse_for(example, completion.text, completion.finish))
+    return completion_row(completion, prompt) | asdict(
+        parse_for(example, completion.text, completion.finish)
+    )
 
 # %% ../../nbs/3_reasons/01_rationales.ipynb #c89194e8
 def _key(row: dict) -> tuple[str, int]:
     return row["id"], row.get("sample", 0)
 
 
-def _pull(todo: list, backend: Backend, decoding: Decoding, by_id: dict, have: set, path: Path) -> Iterable[dict]:
+def _pull(
+    todo: list, backend: Backend, decoding: Decoding, by_id: dict, have: set, path: Path
+) -> Iterable[dict]:
     "Ask for `todo` and store each completion before it is yielded."
     prompts = dict(todo)
     for completion in backend.generate(todo, decoding):
@@ -269,38 +353,81 @@ def _pull(todo: list, backend: Backend, decoding: Decoding, by_id: dict, have: s
 # %% ../../nbs/3_reasons/01_rationales.ipynb #7d336e0a
 def _totals(rows: Sequence[dict]) -> dict:
     "Sums over rows."
-    return {"rows": len(rows), "outcomes": dict(Counter(r["outcome"] for r in rows)), "seconds": round(sum(r["seconds"] for r in rows), 2),
-            **{k: sum(r[k] for r in rows) for k in ("prompt_tokens", "completion_tokens")}}
+    return {
+        "rows": len(rows),
+        "outcomes": dict(Counter(r["outcome"] for r in rows)),
+        "seconds": round(sum(r["seconds"] for r in rows), 2),
+        **{k: sum(r[k] for r in rows) for k in ("prompt_tokens", "completion_tokens")},
+    }
 
 
 def _in_order(rows: Iterable[dict], examples: Sequence[Example]) -> list[dict]:
     place = {ex.id: i for i, ex in enumerate(examples)}
-    return sorted((r for r in rows if r["id"] in place), key=lambda r: (place[r["id"]], r.get("sample", 0)))
+    return sorted(
+        (r for r in rows if r["id"] in place), key=lambda r: (place[r["id"]], r.get("sample", 0))
+    )
 
 # %% ../../nbs/3_reasons/01_rationales.ipynb #60873571
-def extract(examples: Sequence[Example], backend: Backend, decoding: Decoding, out_path: Path | str,  # a .jsonl file
-            *, prompt: Prompt = ZERO_SHOT, desc: str = "rationales") -> list[dict]:
+def extract(
+    examples: Sequence[Example],
+    backend: Backend,
+    decoding: Decoding,
+    out_path: Path | str,  # a .jsonl file
+    *,
+    prompt: Prompt = ZERO_SHOT,
+    desc: str = "rationales",
+) -> list[dict]:
     "Rows of all examples, in their order; those that the file lacks are asked for and stored one by one. Raises UserError."
     examples, path = list(examples), Path(out_path)
     _check_examples(examples, prompt)
     prompts = {ex.id: prompt(ex) for ex in examples}
     with _only_writer(path):
-        rows, manifest = _open_extraction(path, _identity(examples, backend, decoding, prompt), prompts)
+        rows, manifest = _open_extraction(
+            path, _identity(examples, backend, decoding, prompt), prompts
+        )
         have = {_key(r) for r in rows}
-        todo = [(name, p) for name, p in prompts.items() if any((name, k) not in have for k in range(decoding.n))]
+        todo = [
+            (name, p)
+            for name, p in prompts.items()
+            if any((name, k) not in have for k in range(decoding.n))
+        ]
         if todo:
-            rows += _session(path, manifest, rows, todo, _pull(todo, backend, decoding, {ex.id: ex for ex in examples}, have, path),
-                             len(prompts)*decoding.n, desc)
-        elif rows and manifest["status"] != "done":    # killed between the last row and the last line of the manifest
+            rows += _session(
+                path,
+                manifest,
+                rows,
+                todo,
+                _pull(todo, backend, decoding, {ex.id: ex for ex in examples}, have, path),
+                len(prompts) * decoding.n,
+                desc,
+            )
+        elif (
+            rows and manifest["status"] != "done"
+        ):  # killed between the last row and the last line of the manifest
             write_json(manifest_path(path), manifest | {"status": "done", "totals": _totals(rows)})
     return _in_order(rows, examples)
 
 # %% ../../nbs/3_reasons/01_rationales.ipynb #0b757289
-def _session(path: Path, manifest: dict, before: list[dict], todo: list, pulled: Iterable[dict], wanted: int, desc: str) -> list[dict]:
+def _session(
+    path: Path,
+    manifest: dict,
+    before: list[dict],
+    todo: list,
+    pulled: Iterable[dict],
+    wanted: int,
+    desc: str,
+) -> list[dict]:
     "Store what is pulled and keep the manifest; returns the new rows."
     new, start, status = [], time.time(), "interrupted"
-    session = {"started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(start)), "environment": environment()}
-    bar = progress(total=wanted - len(before), desc=desc + (f" ({len(before)} there already)" if before else ""), unit="row")
+    session = {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(start)),
+        "environment": environment(),
+    }
+    bar = progress(
+        total=wanted - len(before),
+        desc=desc + (f" ({len(before)} there already)" if before else ""),
+        unit="row",
+    )
     try:
         for row in pulled:
             new.append(row)
@@ -310,7 +437,10 @@ def _session(path: Path, manifest: dict, before: list[dict], todo: list, pulled:
         bar.close()
         session |= {"rows": len(new), "wall_seconds": round(time.time() - start, 2)}
         sessions = manifest["sessions"] + [session]
-        write_json(manifest_path(path), manifest | {"status": status, "totals": _totals(before + new), "sessions": sessions})
+        write_json(
+            manifest_path(path),
+            manifest | {"status": status, "totals": _totals(before + new), "sessions": sessions},
+        )
     return new
 
 # %% ../../nbs/3_reasons/01_rationales.ipynb #b0bf85ee
@@ -319,17 +449,34 @@ def compare_rows(one: Iterable[dict], two: Iterable[dict]) -> dict:
     first, second = ({_key(r): r for r in rows} for rows in (one, two))
     both = sorted(first.keys() & second.keys())
     if not both:
-        raise UserError("the two extractions have no id in common", where="compare_rows", fix="Compare extractions of the same examples.")
-    share = {f"same_{part}": sum(first[k][part] == second[k][part] for k in both)/len(both) for part in ("text", "label")}
-    return {"n": len(both), **share, "different": [k[0] for k in both if first[k]["text"] != second[k]["text"]]}
+        raise UserError(
+            "the two extractions have no id in common",
+            where="compare_rows",
+            fix="Compare extractions of the same examples.",
+        )
+    share = {
+        f"same_{part}": sum(first[k][part] == second[k][part] for k in both) / len(both)
+        for part in ("text", "label")
+    }
+    return {
+        "n": len(both),
+        **share,
+        "different": [k[0] for k in both if first[k]["text"] != second[k]["text"]],
+    }
 
 # %% ../../nbs/3_reasons/01_rationales.ipynb #8b900122
-def with_rationales(examples: Iterable[Example], rows: Iterable[dict],
-                    *, labels: str = "gold",              # "teacher": the label is the teacher's as well
-                    keep: Sequence[str] = ("ok",)) -> list[Example]:  # outcomes that may be trained on
+def with_rationales(
+    examples: Iterable[Example],
+    rows: Iterable[dict],
+    *,
+    labels: str = "gold",  # "teacher": the label is the teacher's as well
+    keep: Sequence[str] = ("ok",),
+) -> list[Example]:  # outcomes that may be trained on
     "Examples with the teacher's rationale (and label). Raises UserError if an example has no row, or more than one."
     if labels not in ("gold", "teacher"):
-        raise UserError(f"labels={labels!r} is not known", where="labels", fix="Use 'gold' or 'teacher'.")
+        raise UserError(
+            f"labels={labels!r} is not known", where="labels", fix="Use 'gold' or 'teacher'."
+        )
     by_id = defaultdict(list)
     for row in rows:
         by_id[row["id"]].append(row)
@@ -338,11 +485,20 @@ def with_rationales(examples: Iterable[Example], rows: Iterable[dict],
         found = by_id[ex.id]
         if len(found) != 1:
             what = "has no row" if not found else f"has {len(found)} rows"
-            raise UserError(f"the example {ex.id!r} {what}", where="rows",
-                            fix="Extract all examples; where there are several samples, take a vote first.")
+            raise UserError(
+                f"the example {ex.id!r} {what}",
+                where="rows",
+                fix="Extract all examples; where there are several samples, take a vote first.",
+            )
         row = found[0]
         if row["outcome"] in keep:
-            out.append(replace(ex, rationale=row["rationale"], label=row["label"] if labels == "teacher" else ex.label))
+            out.append(
+                replace(
+                    ex,
+                    rationale=row["rationale"],
+                    label=row["label"] if labels == "teacher" else ex.label,
+                )
+            )
     return out
 
 # %% ../../nbs/3_reasons/01_rationales.ipynb #99f7c68f
@@ -358,11 +514,16 @@ def vote(rows: Iterable[dict], task: str | TaskInfo) -> list[dict]:
     out = []
     for group in groups.values():
         ballots = [(_vote_key(r["label"], metric), r) for r in group if r["outcome"] == "ok"]
-        counts = Counter(key for key, _ in ballots)  # in order of first appearance, which is how max breaks a tie
+        counts = Counter(
+            key for key, _ in ballots
+        )  # in order of first appearance, which is how max breaks a tie
         winner = max(counts, key=counts.get) if counts else None
         row = next((r for key, r in ballots if key == winner), group[0])
         votes = counts.get(winner, 0)
-        out.append({k: v for k, v in row.items() if k != "sample"} | {"votes": votes, "samples": len(group), "agreement": votes/len(group)})
+        out.append(
+            {k: v for k, v in row.items() if k != "sample"}
+            | {"votes": votes, "samples": len(group), "agreement": votes / len(group)}
+        )
     return out
 
 # %% ../../nbs/3_reasons/01_rationales.ipynb #4e24214d
@@ -370,17 +531,28 @@ def _kind(example: Example) -> str:
     "What is counted to see a shift: the label of a closed set, the place of the right choice, or the operators of an equation."
     info = task_info(example.task)
     if example.choices:
-        return f"choice {example.choices.index(example.label) + 1}" if example.label in example.choices else "no choice"
-    return "".join(c for c in example.label if c in "+-*/") or "number" if info.metric == "equation" else example.label
+        return (
+            f"choice {example.choices.index(example.label) + 1}"
+            if example.label in example.choices
+            else "no choice"
+        )
+    return (
+        "".join(c for c in example.label if c in "+-*/") or "number"
+        if info.metric == "equation"
+        else example.label
+    )
 
 # %% ../../nbs/3_reasons/01_rationales.ipynb #be50cf52
 def _profile(pairs: Sequence[tuple[Example, dict]]) -> dict:
     "Shares of kinds and mean lengths in words."
     n = max(1, len(pairs))
     kinds = Counter(_kind(ex) for ex, _ in pairs)
-    return {"n": len(pairs), "kinds": {k: round(c/n, 4) for k, c in sorted(kinds.items())},
-            "input_words": round(sum(len(ex.input.split()) for ex, _ in pairs)/n, 2),
-            "rationale_words": round(sum(len(row["rationale"].split()) for _, row in pairs)/n, 2)}
+    return {
+        "n": len(pairs),
+        "kinds": {k: round(c / n, 4) for k, c in sorted(kinds.items())},
+        "input_words": round(sum(len(ex.input.split()) for ex, _ in pairs) / n, 2),
+        "rationale_words": round(sum(len(row["rationale"].split()) for _, row in pairs) / n, 2),
+    }
 
 # %% ../../nbs/3_reasons/01_rationales.ipynb #635d097a
 def pair(examples: Iterable[Example], rows: Iterable[dict]) -> list[tuple[Example, dict]]:
@@ -389,16 +561,24 @@ def pair(examples: Iterable[Example], rows: Iterable[dict]) -> list[tuple[Exampl
     rows = list(rows)
     lost = [r["id"] for r in rows if r["id"] not in by_id]
     if lost:
-        raise UserError(f"{len(lost)} rows belong to no example, among them {lost[0]!r}", where="rows",
-                        fix="Load the split that they were made from.")
+        raise UserError(
+            f"{len(lost)} rows belong to no example, among them {lost[0]!r}",
+            where="rows",
+            fix="Load the split that they were made from.",
+        )
     return [(by_id[r["id"]], r) for r in rows]
 
 # %% ../../nbs/3_reasons/01_rationales.ipynb #dbdf9837
-def select(examples: Iterable[Example], rows: Iterable[dict],
-           *, gold: bool = True,                                        # the label must be right
-           check: Callable[[Example, str], bool] | None = None,         # the rationale must pass
-           min_agreement: float = 0.0) -> tuple[list[dict], dict]:      # of a vote
+def select(
+    examples: Iterable[Example],
+    rows: Iterable[dict],
+    *,
+    gold: bool = True,  # the label must be right
+    check: Callable[[Example, str], bool] | None = None,  # the rationale must pass
+    min_agreement: float = 0.0,
+) -> tuple[list[dict], dict]:  # of a vote
     "Rows that pass, and a report: yield, reasons for dropping, profile before and after, shift of the kinds (total variation)."
+
     def reason(ex: Example, row: dict) -> str:
         if row["outcome"] != "ok":
             return row["outcome"]
@@ -407,31 +587,48 @@ def select(examples: Iterable[Example], rows: Iterable[dict],
         if row.get("agreement", 1.0) < min_agreement:
             return "low agreement"
         return "check failed" if check and not check(ex, row["rationale"]) else ""
+
     pairs = pair(examples, rows)
     if gold and any(not ex.label for ex, _ in pairs):
-        raise UserError("some examples have no gold label to agree with", where="select",
-                        fix="Use gold=False, or load the examples with their gold labels.")
+        raise UserError(
+            "some examples have no gold label to agree with",
+            where="select",
+            fix="Use gold=False, or load the examples with their gold labels.",
+        )
     reasons = [reason(*p) for p in pairs]
     kept = [p for p, why in zip(pairs, reasons) if not why]
     before, after = _profile(pairs), _profile(kept)
-    shift = sum(abs(before["kinds"].get(k, 0) - after["kinds"].get(k, 0)) for k in before["kinds"])/2 if kept else None
-    report = {"yield": len(kept)/max(1, len(pairs)), "dropped": dict(Counter(filter(None, reasons))), "before": before, "after": after,
-              "shift": shift}
+    shift = (
+        sum(abs(before["kinds"].get(k, 0) - after["kinds"].get(k, 0)) for k in before["kinds"]) / 2
+        if kept
+        else None
+    )
+    report = {
+        "yield": len(kept) / max(1, len(pairs)),
+        "dropped": dict(Counter(filter(None, reasons))),
+        "before": before,
+        "after": after,
+        "shift": shift,
+    }
     return [row for _, row in kept], report
 
 # %% ../../nbs/3_reasons/01_rationales.ipynb #ab30443e
 _WORD = re.compile(r"\w+(?:\.\d+)?")
 # words that hold any sentence together
-_GLUE = frozenset("a an and are as at be by can for from has have how in is it its many not of on one or so "
-                  "that the them there they this to was what where which who will with would".split())
+_GLUE = frozenset(
+    "a an and are as at be by can for from has have how in is it its many not of on one or so "
+    "that the them there they this to was what where which who will with would".split()
+)
 
 
 def template_of(example: Example, rationale: str) -> str:
     "The rationale in lower case with '_' for every run of words that stand in the input or the label, or are numbers."
     own = {w.casefold() for w in _WORD.findall(f"{example.input} {example.label}")} - _GLUE
+
     def blank(found: re.Match) -> str:
         word = found[0].casefold()
         return "_" if word in own or word.rstrip("s") in own or word[0].isdigit() else word
+
     return re.sub(r"_(?:[ -]_)+", "_", _WORD.sub(blank, one_line(rationale)))
 
 # %% ../../nbs/3_reasons/01_rationales.ipynb #101d6a2d
@@ -440,34 +637,47 @@ def _spread(values: Sequence[float]) -> dict:
     ranked = sorted(values)
     if not ranked:
         return {}
-    return {"mean": round(sum(ranked)/len(ranked), 2), **{f"p{q}": ranked[round(q/100*(len(ranked) - 1))] for q in (10, 50, 90)}}
+    return {
+        "mean": round(sum(ranked) / len(ranked), 2),
+        **{f"p{q}": ranked[round(q / 100 * (len(ranked) - 1))] for q in (10, 50, 90)},
+    }
 
 
 def _share(flags: Iterable[bool]) -> float | None:
     flags = list(flags)
-    return sum(flags)/len(flags) if flags else None
+    return sum(flags) / len(flags) if flags else None
 
 # %% ../../nbs/3_reasons/01_rationales.ipynb #fea5cbde
-def rationale_report(examples: Iterable[Example], rows: Iterable[dict],
-                     *, oracle: Callable[[Example, str], bool] | None = None,  # is this rationale valid for this example?
-                     shown: Iterable[Example] = ()) -> dict:                   # solved examples that the teacher has learned from
+def rationale_report(
+    examples: Iterable[Example],
+    rows: Iterable[dict],
+    *,
+    oracle: Callable[[Example, str], bool]
+    | None = None,  # is this rationale valid for this example?
+    shown: Iterable[Example] = (),
+) -> dict:  # solved examples that the teacher has learned from
     "Numbers about a set of rationales; None where what it takes was not given. Shares are of all rows, or of the `ok` ones (see the key)."
     pairs = pair(examples, rows)
     ok = [(ex, row) for ex, row in pairs if row["outcome"] == "ok"]
-    right = {id(row): is_correct(task_info(ex.task).metric, row["label"], ex.label) for ex, row in ok if ex.label}
+    right = {
+        id(row): is_correct(task_info(ex.task).metric, row["label"], ex.label)
+        for ex, row in ok
+        if ex.label
+    }
     templates = {template_of(s, s.rationale) for s in shown if s.rationale}
     valid = {id(row): bool(oracle(ex, row["rationale"])) for ex, row in ok} if oracle else {}
     made = [template_of(ex, row["rationale"]) for ex, row in ok]
     return {
-        "n": len(pairs), "outcomes": {k: sum(row["outcome"] == k for _, row in pairs) for k in OUTCOMES},
-        "label_accuracy": sum(right.values())/len(pairs) if right else None,
+        "n": len(pairs),
+        "outcomes": {k: sum(row["outcome"] == k for _, row in pairs) for k in OUTCOMES},
+        "label_accuracy": sum(right.values()) / len(pairs) if right else None,
         "label_accuracy_ok": _share(right.values()),
         "validity_ok": _share(valid.values()),
         "validity_right_label": _share(v for k, v in valid.items() if right.get(k)),
         "validity_wrong_label": _share(v for k, v in valid.items() if k in right and not right[k]),
         "template_copies_ok": _share(t in templates for t in made) if templates else None,
-        "different_ok": len({row["rationale"] for _, row in ok})/len(ok) if ok else None,
-        "different_templates_ok": len(set(made))/len(ok) if ok else None,
+        "different_ok": len({row["rationale"] for _, row in ok}) / len(ok) if ok else None,
+        "different_templates_ok": len(set(made)) / len(ok) if ok else None,
         "words_ok": _spread([len(row["rationale"].split()) for _, row in ok]),
         "tokens": _spread([row["completion_tokens"] for _, row in pairs]),
     }

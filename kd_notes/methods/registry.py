@@ -17,21 +17,41 @@ from .on_policy import OnPolicy, OnPolicyConfig
 
 # %% ../../nbs/5_own_words/06_registry.ipynb #bfe32556
 METHODS: dict[str, tuple[type[OnPolicy], Callable[..., OnPolicyConfig]]] = {
-    "minillm": (MiniLLM, MiniLLMConfig), "minillm_official": (MiniLLM, MiniLLMConfig.official),
+    "minillm": (MiniLLM, MiniLLMConfig),
+    "minillm_official": (MiniLLM, MiniLLMConfig.official),
     "on_policy": (MiniLLM, lambda **c: MiniLLMConfig.preset("on_policy", **c)),
-    "dpkd": (DPKD, DPKDConfig), "dpkd_official": (DPKD, DPKDConfig.official),
-    **{name: (Distill, partial(DistillConfig.recipe, name)) for name in RECIPES}}
+    "dpkd": (DPKD, DPKDConfig),
+    "dpkd_official": (DPKD, DPKDConfig.official),
+    **{name: (Distill, partial(DistillConfig.recipe, name)) for name in RECIPES},
+}
 
 
-def onpolicy_method(name: str, tokenizer, teacher, prompts: Iterable, *, corpus: Iterable = (), teacher_tokenizer=None,
-                    **changes: Any) -> OnPolicy:
+def onpolicy_method(
+    name: str,
+    tokenizer,
+    teacher,
+    prompts: Iterable,
+    *,
+    corpus: Iterable = (),
+    teacher_tokenizer=None,
+    **changes: Any,
+) -> OnPolicy:
     "A method of METHODS with its published settings, changed. Raises UserError for an unknown name or setting."
     if name not in METHODS:
-        raise UserError(f"there is no method {name!r}", where="method", fix=f"Choose one of {', '.join(METHODS)}.")
+        raise UserError(
+            f"there is no method {name!r}",
+            where="method",
+            fix=f"Choose one of {', '.join(METHODS)}.",
+        )
     kind, config = METHODS[name]
     try:
         settings = config(**changes)
     except TypeError as e:
-        raise UserError(f"a setting does not exist: {str(e).split('__init__() ')[-1]}", where=name,
-                        fix="See the fields of its config.") from e
-    return kind(tokenizer, teacher, prompts, settings, corpus=corpus, teacher_tokenizer=teacher_tokenizer)
+        raise UserError(
+            f"a setting does not exist: {str(e).split('__init__() ')[-1]}",
+            where=name,
+            fix="See the fields of its config.",
+        ) from e
+    return kind(
+        tokenizer, teacher, prompts, settings, corpus=corpus, teacher_tokenizer=teacher_tokenizer
+    )

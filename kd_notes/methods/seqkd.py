@@ -11,8 +11,15 @@ from pathlib import Path
 from typing import Sequence
 
 from kd_notes.core import (
-    append_jsonl, atomic_write, canonical_json, read_json, read_jsonl, stable_hash, UserError,
-    write_checksums, write_json,
+    append_jsonl,
+    atomic_write,
+    canonical_json,
+    read_json,
+    read_jsonl,
+    stable_hash,
+    UserError,
+    write_checksums,
+    write_json,
 )
 from ..data.dialogues import Dialogue, dialogue, prompt_ids, PROMPT_SPLITS, prompt_texts
 from ..generation.sampling import beam, sample, Sampling
@@ -23,67 +30,129 @@ from ..progress import progress
 @dataclass(frozen=True)
 class Writing:
     "How a teacher answers."
-    how: str = "sample"            # "sample", "greedy" or "beam"
+
+    how: str = "sample"  # "sample", "greedy" or "beam"
     max_new_tokens: int = 128
-    temperature: float = 1.0       # of sampling
-    top_p: float = 1.0             # of sampling
-    width: int = 5                 # of the beam
-    seed: int = 0                  # of sampling
-    system: str | None = None      # see `prompt_ids`
+    temperature: float = 1.0  # of sampling
+    top_p: float = 1.0  # of sampling
+    width: int = 5  # of the beam
+    seed: int = 0  # of sampling
+    system: str | None = None  # see `prompt_ids`
 
     def __post_init__(self):
         if self.how not in ("sample", "greedy", "beam"):
-            raise UserError(f"{self.how!r} is not known", where="how", fix="Use 'sample', 'greedy' or 'beam'.")
+            raise UserError(
+                f"{self.how!r} is not known", where="how", fix="Use 'sample', 'greedy' or 'beam'."
+            )
 
 # %% ../../nbs/4_probabilities/09_seqkd.ipynb #66ec3254
 def _answers(teacher, tokenizer, part: list[Dialogue], w: Writing) -> list[dict]:
     "One row per dialogue: id, response, whether it ended by itself."
     prompts, stop = [prompt_ids(d, tokenizer, w.system) for d in part], (tokenizer.eos_token_id,)
     if w.how == "beam":
-        made = beam(teacher, prompts, w.width, max_new_tokens=w.max_new_tokens, stop_ids=stop, vocabulary=len(tokenizer))
+        made = beam(
+            teacher,
+            prompts,
+            w.width,
+            max_new_tokens=w.max_new_tokens,
+            stop_ids=stop,
+            vocabulary=len(tokenizer),
+        )
     else:
-        how = Sampling(w.max_new_tokens, temperature=w.temperature if w.how == "sample" else 0.0, top_p=w.top_p, stop_ids=stop, seed=w.seed)
-        made = sample(teacher, prompts, how, streams=[d.id for d in part], vocabulary=len(tokenizer), role="teacher")
+        how = Sampling(
+            w.max_new_tokens,
+            temperature=w.temperature if w.how == "sample" else 0.0,
+            top_p=w.top_p,
+            stop_ids=stop,
+            seed=w.seed,
+        )
+        made = sample(
+            teacher,
+            prompts,
+            how,
+            streams=[d.id for d in part],
+            vocabulary=len(tokenizer),
+            role="teacher",
+        )
     texts = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in made.response_ids]
     return [{"id": d.id, "response": t, "whole": f} for d, t, f in zip(part, texts, made.finished)]
 
 # %% ../../nbs/4_probabilities/09_seqkd.ipynb #46e2df33
-def write_responses(path: Path | str,                # JSONL file; an interrupted one is continued
-                    teacher, tokenizer, dialogues: Sequence[Dialogue], writing: Writing = Writing(), *,
-                    name: str = "",                  # of the teacher, for the manifest
-                    chunk: int = 32) -> list[Dialogue]:  # answers that are written together
+def write_responses(
+    path: Path | str,  # JSONL file; an interrupted one is continued
+    teacher,
+    tokenizer,
+    dialogues: Sequence[Dialogue],
+    writing: Writing = Writing(),
+    *,
+    name: str = "",  # of the teacher, for the manifest
+    chunk: int = 32,
+) -> list[Dialogue]:  # answers that are written together
     "The dialogues with the teacher's responses; rows answered with nothing are left out. Raises UserError if the file is of another job."
     path = Path(path)
-    job = {"teacher": name, "writing": asdict(writing), "prompts": stable_hash([[d.id, list(d.messages)] for d in dialogues])}
+    job = {
+        "teacher": name,
+        "writing": asdict(writing),
+        "prompts": stable_hash([[d.id, list(d.messages)] for d in dialogues]),
+    }
     manifest = path.with_suffix(".manifest.json")
     if manifest.exists() and read_json(manifest) != job:
-        raise UserError("the file holds answers of another teacher, to other prompts, or drawn in another way", where=path,
-                        fix="Choose another file, or delete this one and its manifest.")
+        raise UserError(
+            "the file holds answers of another teacher, to other prompts, or drawn in another way",
+            where=path,
+            fix="Choose another file, or delete this one and its manifest.",
+        )
     write_json(manifest, job)
     done = {r["id"]: r for r in read_jsonl(path, repair_tail=True)} if path.is_file() else {}
     todo = [d for d in dialogues if d.id not in done]
     for start in progress(range(0, len(todo), chunk), desc="teacher's answers", unit=f"x{chunk}"):
-        rows = _answers(teacher, tokenizer, todo[start:start + chunk], writing)
+        rows = _answers(teacher, tokenizer, todo[start : start + chunk], writing)
         append_jsonl(path, rows)
         done |= {r["id"]: r for r in rows}
-    said = [replace(d, response=done[d.id]["response"], whole=done[d.id]["whole"]) for d in dialogues]
+    said = [
+        replace(d, response=done[d.id]["response"], whole=done[d.id]["whole"]) for d in dialogues
+    ]
     return [d for d in said if d.response]
 
 # %% ../../nbs/4_probabilities/09_seqkd.ipynb #7f0327c3
 PROMPT_WRITING = Writing("sample", max_new_tokens=48, temperature=0.7, top_p=0.95, system="")
 
 # %% ../../nbs/4_probabilities/09_seqkd.ipynb #ac08adb4
-def write_prompts(folder: Path | str, work: Path | str, teacher_spec: str = "smollm2", sizes: dict[str, int] = PROMPT_SPLITS) -> dict:
+def write_prompts(
+    folder: Path | str,
+    work: Path | str,
+    teacher_spec: str = "smollm2",
+    sizes: dict[str, int] = PROMPT_SPLITS,
+) -> dict:
     "Ask the teacher and write <split>.jsonl with checksums into `folder`; `work` keeps what is half done. Raises UserError if too few end."
     folder, (teacher, tokenizer) = Path(folder), load_teacher(teacher_spec)
     for split, n in sizes.items():
-        texts = prompt_texts(split)[:round(1.75*n)]
-        asked = [dialogue({"prompt": text, "response": "-"}, f"{split}-{i:03d}") for i, text in enumerate(texts)]
-        said = write_responses(Path(work)/f"{split}.jsonl", teacher, tokenizer, asked, PROMPT_WRITING, name=teacher_spec)
+        texts = prompt_texts(split)[: round(1.75 * n)]
+        asked = [
+            dialogue({"prompt": text, "response": "-"}, f"{split}-{i:03d}")
+            for i, text in enumerate(texts)
+        ]
+        said = write_responses(
+            Path(work) / f"{split}.jsonl",
+            teacher,
+            tokenizer,
+            asked,
+            PROMPT_WRITING,
+            name=teacher_spec,
+        )
         said = [d for d in said if d.whole][:n]
         if len(said) < n:
-            raise UserError(f"only {len(said)} answers of {split} came to an end", where="write_prompts", fix="Ask for fewer.")
-        rows = ({"id": d.id, "prompt": d.messages[0]["content"], "response": d.response} for d in said)
-        atomic_write(folder/f"{split}.jsonl", "".join(canonical_json(r) + "\n" for r in rows))
-    write_json(folder/"about.json", {"teacher": teacher_spec, "writing": asdict(PROMPT_WRITING), "splits": sizes})
+            raise UserError(
+                f"only {len(said)} answers of {split} came to an end",
+                where="write_prompts",
+                fix="Ask for fewer.",
+            )
+        rows = (
+            {"id": d.id, "prompt": d.messages[0]["content"], "response": d.response} for d in said
+        )
+        atomic_write(folder / f"{split}.jsonl", "".join(canonical_json(r) + "\n" for r in rows))
+    write_json(
+        folder / "about.json",
+        {"teacher": teacher_spec, "writing": asdict(PROMPT_WRITING), "splits": sizes},
+    )
     return write_checksums(folder)

@@ -24,31 +24,57 @@ PREDICT, EXPLAIN = "predict: ", "explain: "
 @dataclass(frozen=True)
 class Row:
     "What a student is trained on: text pairs per term; a term may be absent."
+
     id: str
     pairs: tuple[tuple[str, str, str], ...]  # (term, source, target)
 
 # %% ../../nbs/3_reasons/02_step_by_step.ipynb #bd5f58b0
 def step_rows(examples: list[Example]) -> list[Row]:
     "Label and rationale rows of each example; without a rationale only the label row."
-    return [Row(e.id, tuple(p for p in (("label", PREDICT + e.input, e.label), ("rationale", EXPLAIN + e.input, e.rationale)) if p[2]))
-            for e in examples]
+    return [
+        Row(
+            e.id,
+            tuple(
+                p
+                for p in (
+                    ("label", PREDICT + e.input, e.label),
+                    ("rationale", EXPLAIN + e.input, e.rationale),
+                )
+                if p[2]
+            ),
+        )
+        for e in examples
+    ]
 
 # %% ../../nbs/3_reasons/02_step_by_step.ipynb #111fc682
 class StepByStep(Method):
     "Cross-entropy per term, weighted: alpha for the label, 1 - alpha for the rationale. For causal and encoder-decoder students."
-    optional = frozenset({"rationale"})  # a teacher's completion may be unusable; its example teaches the label alone
+
+    optional = frozenset(
+        {"rationale"}
+    )  # a teacher's completion may be unusable; its example teaches the label alone
 
     def __init__(self, tokenizer, family: str = "causal", alpha: float = 0.5):
         if not 0 <= alpha <= 1:
-            raise UserError(f"alpha={alpha} is not a weight", where="alpha", fix="Choose a number from 0 to 1; 0.5 is the paper's.")
+            raise UserError(
+                f"alpha={alpha} is not a weight",
+                where="alpha",
+                fix="Choose a number from 0 to 1; 0.5 is the paper's.",
+            )
         self.tokenizer, self.family = tokenizer, family
         self.weights = {"label": alpha, "rationale": 1 - alpha}
 
     def _ids(self, text: str, end: bool) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False) + [self.tokenizer.eos_token_id] * end
+        return (
+            self.tokenizer.encode(text, add_special_tokens=False)
+            + [self.tokenizer.eos_token_id] * end
+        )
 
     def encode(self, row: Row) -> list[tuple[str, list[int], list[int]]]:
-        return [(term, self._ids(s, self.family == "t5"), self._ids(t.strip(), True)) for term, s, t in row.pairs]
+        return [
+            (term, self._ids(s, self.family == "t5"), self._ids(t.strip(), True))
+            for term, s, t in row.pairs
+        ]
 
     def size(self, item: list) -> int:
         return sum(len(s) + len(t) for _, s, t in item)
@@ -57,39 +83,70 @@ class StepByStep(Method):
         return max(len(s) + len(t) for _, s, t in item)
 
     def collate(self, items: list) -> dict[str, Tensor]:
-        pairs = sorted((p for item in items for p in item), key=lambda p: p[0])     # all label rows, then all rationale rows
+        pairs = sorted(
+            (p for item in items for p in item), key=lambda p: p[0]
+        )  # all label rows, then all rationale rows
         rows, pad = [(s, t) for _, s, t in pairs], self.tokenizer.pad_token_id
-        batch = causal_batch(rows, pad) if self.family == "causal" else seq2seq_batch(rows, pad, start_id=pad)
-        return batch | {"labels_end": torch.tensor(sum(len(t) for term, _, t in pairs if term == "label"))}
+        batch = (
+            causal_batch(rows, pad)
+            if self.family == "causal"
+            else seq2seq_batch(rows, pad, start_id=pad)
+        )
+        return batch | {
+            "labels_end": torch.tensor(sum(len(t) for term, _, t in pairs if term == "label"))
+        }
 
     def counts(self, batch: dict[str, Tensor]) -> dict[str, int]:
         end = int(batch["labels_end"])
         return {"label": end, "rationale": len(batch["target_ids"]) - end}
 
     def sums(self, model, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        nll, end = target_nll(model, {k: v for k, v in batch.items() if k != "labels_end"}), int(batch["labels_end"])
+        nll, end = (
+            target_nll(model, {k: v for k, v in batch.items() if k != "labels_end"}),
+            int(batch["labels_end"]),
+        )
         return {"label": nll[:end].sum(), "rationale": nll[end:].sum()}
 
 # %% ../../nbs/3_reasons/02_step_by_step.ipynb #50e30d8d
 @torch.inference_mode()
-def predict(model, tokenizer, examples: list[Example], *, prefix: str = PREDICT, family: str = "causal",
-            max_new_tokens: int = 16, batch_size: int = 128) -> dict[str, str]:
+def predict(
+    model,
+    tokenizer,
+    examples: list[Example],
+    *,
+    prefix: str = PREDICT,
+    family: str = "causal",
+    max_new_tokens: int = 16,
+    batch_size: int = 128,
+) -> dict[str, str]:
     "{id: text} of the student for each example; only the input is read."
     model.eval()
-    ids = {e.id: tokenizer.encode(prefix + e.input, add_special_tokens=False) + [tokenizer.eos_token_id] * (family == "t5")
-           for e in examples}
+    ids = {
+        e.id: tokenizer.encode(prefix + e.input, add_special_tokens=False)
+        + [tokenizer.eos_token_id] * (family == "t5")
+        for e in examples
+    }
     order, out, pad = sorted(ids, key=lambda i: len(ids[i])), {}, tokenizer.pad_token_id
     check_lengths([model], {f"example {i}": len(ids[i]) for i in reversed(order)}, max_new_tokens)
     for start in range(0, len(order), batch_size):
-        names = order[start:start + batch_size]
+        names = order[start : start + batch_size]
         width = max(len(ids[i]) for i in names)
         fill = [[pad] * (width - len(ids[i])) for i in names]
         rows = [ids[i] + f if family == "t5" else f + ids[i] for i, f in zip(names, fill)]
         ones = [[1] * len(ids[i]) for i in names]  # by length: a text may hold the padding token
-        mask = [o + [0] * len(f) if family == "t5" else [0] * len(f) + o for o, f in zip(ones, fill)]
-        made = model.generate(input_ids=torch.tensor(rows, device=model.device), do_sample=False,
-                              attention_mask=torch.tensor(mask, device=model.device),
-                              max_new_tokens=max_new_tokens, pad_token_id=pad, eos_token_id=tokenizer.eos_token_id)
-        texts = tokenizer.batch_decode(made if family == "t5" else made[:, width:], skip_special_tokens=True)
+        mask = [
+            o + [0] * len(f) if family == "t5" else [0] * len(f) + o for o, f in zip(ones, fill)
+        ]
+        made = model.generate(
+            input_ids=torch.tensor(rows, device=model.device),
+            do_sample=False,
+            attention_mask=torch.tensor(mask, device=model.device),
+            max_new_tokens=max_new_tokens,
+            pad_token_id=pad,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+        texts = tokenizer.batch_decode(
+            made if family == "t5" else made[:, width:], skip_special_tokens=True
+        )
         out |= {i: t.strip() for i, t in zip(names, texts)}
     return out

@@ -20,7 +20,11 @@ def make_student(spec: str, teacher, teacher_tokenizer, **load):  # load: for `l
         return load_pretrained(spec, **load)
     numbers = wanted.replace(" ", "").split(",")
     if not all(n.isdigit() for n in numbers):
-        raise UserError(f"{spec!r} names no layers", where="student", fix="Write layers:6 (how many) or layers:0,9,29 (which).")
+        raise UserError(
+            f"{spec!r} names no layers",
+            where="student",
+            fix="Write layers:6 (how many) or layers:0,9,29 (which).",
+        )
     keep = [int(n) for n in numbers] if len(numbers) > 1 else int(numbers[0])
     student = layer_drop(teacher, keep).float()
     student.generation_config = teacher.generation_config  # it knows what ends an answer
@@ -30,8 +34,12 @@ def make_student(spec: str, teacher, teacher_tokenizer, **load):  # load: for `l
 def evenly_spaced(total: int, keep: int) -> list[int]:
     "`keep` layer numbers out of 0 ... total-1, evenly spread; the first and, for keep > 1, the last are among them."
     if not 1 <= keep <= total:
-        raise UserError(f"{keep} of {total} layers cannot be kept", where="keep_layers", fix=f"Choose a number from 1 to {total}.")
-    return [0] if keep == 1 else [round(i*(total - 1)/(keep - 1)) for i in range(keep)]
+        raise UserError(
+            f"{keep} of {total} layers cannot be kept",
+            where="keep_layers",
+            fix=f"Choose a number from 1 to {total}.",
+        )
+    return [0] if keep == 1 else [round(i * (total - 1) / (keep - 1)) for i in range(keep)]
 
 # %% ../../nbs/2_playground/10_layer_drop.ipynb #3518496e
 _LAYER = re.compile(r"^(?P<stack>.*?\b(?:layers|block|h))\.(?P<number>\d+)\.(?P<rest>.*)$")
@@ -53,7 +61,10 @@ def _renumber(state: dict, keep: dict[str, list[int]]) -> dict:
 def _stacks(state: dict) -> dict[str, int]:
     "{name of a stack of layers: number of layers} as found in the keys of a state dict."
     found = [m for m in map(_LAYER.match, state) if m]
-    return {m["stack"]: 1 + max(int(n["number"]) for n in found if n["stack"] == m["stack"]) for m in found}
+    return {
+        m["stack"]: 1 + max(int(n["number"]) for n in found if n["stack"] == m["stack"])
+        for m in found
+    }
 
 
 def _move_shared_bias(old: dict, new: dict, stack: str) -> None:
@@ -66,11 +77,18 @@ def _layer_choice(keep_layers: Any, stacks: dict[str, int]) -> dict[str, list[in
     "What to keep of each stack, for a number, a list, or {'encoder': ..., 'decoder': ...}. Raises UserError."
     keep = {}
     for stack, total in stacks.items():
-        part = keep_layers.get(stack.split(".")[0], total) if isinstance(keep_layers, dict) else keep_layers
+        part = (
+            keep_layers.get(stack.split(".")[0], total)
+            if isinstance(keep_layers, dict)
+            else keep_layers
+        )
         part = evenly_spaced(total, part) if isinstance(part, int) else list(part)
         if not part or sorted(set(part)) != part or part[0] < 0 or part[-1] >= total:
-            raise UserError(f"{part} is not a rising list of layers of {stack!r}", where="keep_layers",
-                            fix=f"Use numbers from 0 to {total - 1}.")
+            raise UserError(
+                f"{part} is not a rising list of layers of {stack!r}",
+                where="keep_layers",
+                fix=f"Use numbers from 0 to {total - 1}.",
+            )
         keep[stack] = part
     return keep
 
@@ -87,8 +105,10 @@ def _shorter_config(config, keep: dict[str, list[int]]):
     return config
 
 # %% ../../nbs/2_playground/10_layer_drop.ipynb #48494bce
-def layer_drop(model,            # a causal or T5-like model; it is left as it is
-               keep_layers):     # how many (evenly spaced), or which, or {"encoder": ..., "decoder": ...}
+def layer_drop(
+    model,  # a causal or T5-like model; it is left as it is
+    keep_layers,
+):  # how many (evenly spaced), or which, or {"encoder": ..., "decoder": ...}
     "A new, trainable model with only these layers of `model`, same dtype and device. Raises UserError for an impossible choice."
     state = model.state_dict()
     keep = _layer_choice(keep_layers, _stacks(state))

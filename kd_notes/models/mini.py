@@ -14,22 +14,34 @@ import torch
 from ..core import data_dir, UserError, verify_checksums, write_checksums
 
 # %% ../../nbs/2_playground/08_mini.ipynb #c50501cd
-SPECIAL_TOKENS = {"pad_token": "<pad>", "eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>"}  # ids 0, 1, 2, 3
-_PIECES = "|".join([r" ?(?<!\d)(?:100|\d{1,2})(?!\d)",  # a number from 0 to 100 that is not part of a longer one
-                    r" ?\d",                            # otherwise one digit at a time
-                    r"'(?:s|t|re|ve|m|ll|d)\b",
-                    r" ?\p{L}+",
-                    r" ?[^\s\p{L}\d]",
-                    r"\s"])
+SPECIAL_TOKENS = {
+    "pad_token": "<pad>",
+    "eos_token": "</s>",
+    "bos_token": "<s>",
+    "unk_token": "<unk>",
+}  # ids 0, 1, 2, 3
+_PIECES = "|".join(
+    [
+        r" ?(?<!\d)(?:100|\d{1,2})(?!\d)",  # a number from 0 to 100 that is not part of a longer one
+        r" ?\d",  # otherwise one digit at a time
+        r"'(?:s|t|re|ve|m|ll|d)\b",
+        r" ?\p{L}+",
+        r" ?[^\s\p{L}\d]",
+        r"\s",
+    ]
+)
 
 # %% ../../nbs/2_playground/08_mini.ipynb #e016e570
 def _blank_tokenizer() -> Any:
     "A byte-level BPE tokenizer without merges: a space in front of the first word, the cuts of `_PIECES`, and the way back."
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
     tokenizer = Tokenizer(models.BPE(unk_token=SPECIAL_TOKENS["unk_token"]))
     tokenizer.normalizer = normalizers.Prepend(" ")
     cut = pre_tokenizers.Split(Regex(_PIECES), behavior="isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([cut, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [cut, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
     return tokenizer
 
@@ -41,43 +53,69 @@ def _with_numbers(texts: Iterable[str]) -> Iterable[str]:
         yield "(" + "(".join(map(str, range(101)))
 
 
-def train_mini_tokenizer(texts: Iterable[str],    # what the students will read and write
-                         vocab_size: int,         # entries including 256 bytes, 4 special tokens and 202 numbers
-                         folder: Path | str):     # where it is saved, with checksums
+def train_mini_tokenizer(
+    texts: Iterable[str],  # what the students will read and write
+    vocab_size: int,  # entries including 256 bytes, 4 special tokens and 202 numbers
+    folder: Path | str,
+):  # where it is saved, with checksums
     "Train a byte-level BPE tokenizer, save it in `folder` and return it (PreTrainedTokenizerFast). Deterministic."
     from tokenizers import pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
+
     blank = _blank_tokenizer()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=list(SPECIAL_TOKENS.values()), show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS.values()),
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
     blank.train_from_iterator(_with_numbers(texts), trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=blank, clean_up_tokenization_spaces=False,
-                                        model_input_names=["input_ids", "attention_mask"], **SPECIAL_TOKENS)
-    if any(len(tokenizer.encode(f"{n}")) > 1 or len(tokenizer.encode(f"({n}")) > 2 for n in range(101)):
-        raise UserError("there is no room for the numbers from 0 to 100", where=f"vocab_size={vocab_size}", fix="Use at least 512.")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=blank,
+        clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],
+        **SPECIAL_TOKENS,
+    )
+    if any(
+        len(tokenizer.encode(f"{n}")) > 1 or len(tokenizer.encode(f"({n}")) > 2 for n in range(101)
+    ):
+        raise UserError(
+            "there is no room for the numbers from 0 to 100",
+            where=f"vocab_size={vocab_size}",
+            fix="Use at least 512.",
+        )
     tokenizer.save_pretrained(folder)
-    write_checksums(folder, sorted(p.name for p in Path(folder).glob("*.json") if p.name != "checksums.json"))
+    write_checksums(
+        folder, sorted(p.name for p in Path(folder).glob("*.json") if p.name != "checksums.json")
+    )
     return tokenizer
 
 # %% ../../nbs/2_playground/08_mini.ipynb #e8eefb5f
-def load_mini_tokenizer(folder: Path | str | None = None):  # None: the committed one, data/tokenizer/mini
+def load_mini_tokenizer(
+    folder: Path | str | None = None,
+):  # None: the committed one, data/tokenizer/mini
     "The mini tokenizer (PreTrainedTokenizerFast). Raises UserError if a file is missing or changed."
     from transformers import PreTrainedTokenizerFast
-    folder = Path(folder) if folder else data_dir()/"tokenizer"/"mini"
+
+    folder = Path(folder) if folder else data_dir() / "tokenizer" / "mini"
     verify_checksums(folder)
     return PreTrainedTokenizerFast.from_pretrained(folder)
 
 # %% ../../nbs/2_playground/08_mini.ipynb #cba46f17
 SIZES = {
-    "causal": {"xxs": dict(width=48, layers=2, heads=3, inner=128),
-               "xs": dict(width=64, layers=3, heads=4, inner=192),
-               "s": dict(width=96, layers=3, heads=3, inner=256),
-               "m": dict(width=128, layers=4, heads=4, inner=384),
-               "l": dict(width=192, layers=4, heads=6, inner=512)},
-    "t5": {"xs": dict(width=48, layers=2, decoder_layers=1, heads=3, inner=128),
-           "s": dict(width=96, layers=2, decoder_layers=1, heads=3, inner=256),
-           "m": dict(width=128, layers=2, decoder_layers=2, heads=4, inner=384),
-           "l": dict(width=192, layers=2, decoder_layers=2, heads=6, inner=512)},
+    "causal": {
+        "xxs": dict(width=48, layers=2, heads=3, inner=128),
+        "xs": dict(width=64, layers=3, heads=4, inner=192),
+        "s": dict(width=96, layers=3, heads=3, inner=256),
+        "m": dict(width=128, layers=4, heads=4, inner=384),
+        "l": dict(width=192, layers=4, heads=6, inner=512),
+    },
+    "t5": {
+        "xs": dict(width=48, layers=2, decoder_layers=1, heads=3, inner=128),
+        "s": dict(width=96, layers=2, decoder_layers=1, heads=3, inner=256),
+        "m": dict(width=128, layers=2, decoder_layers=2, heads=4, inner=384),
+        "l": dict(width=192, layers=2, decoder_layers=2, heads=6, inner=512),
+    },
 }
 CONTEXT = 512  # longest row, in tokens, that a mini model is built for
 
@@ -85,34 +123,66 @@ CONTEXT = 512  # longest row, in tokens, that a mini model is built for
 def _choose(value: Any, known: Iterable, where: str) -> Any:
     known = list(known)
     if value not in known:
-        raise UserError(f"{value!r} is not known", where=where, fix=f"Choose one of {', '.join(map(str, known))}.")
+        raise UserError(
+            f"{value!r} is not known",
+            where=where,
+            fix=f"Choose one of {', '.join(map(str, known))}.",
+        )
     return value
 
 
 def _causal_config(size: dict, vocab_size: int, dropout: float):
     from transformers import LlamaConfig
-    return LlamaConfig(vocab_size=vocab_size, hidden_size=size["width"], num_hidden_layers=size["layers"],
-                       num_attention_heads=size["heads"], num_key_value_heads=size["heads"], intermediate_size=size["inner"],
-                       max_position_embeddings=CONTEXT, tie_word_embeddings=True, attention_dropout=dropout,
-                       initializer_range=size["width"]**-0.5, pad_token_id=0, eos_token_id=1, bos_token_id=2,
-                       attn_implementation="sdpa")
+
+    return LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=size["width"],
+        num_hidden_layers=size["layers"],
+        num_attention_heads=size["heads"],
+        num_key_value_heads=size["heads"],
+        intermediate_size=size["inner"],
+        max_position_embeddings=CONTEXT,
+        tie_word_embeddings=True,
+        attention_dropout=dropout,
+        initializer_range=size["width"] ** -0.5,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=2,
+        attn_implementation="sdpa",
+    )
 
 # %% ../../nbs/2_playground/08_mini.ipynb #f1203a65
 def _t5_config(size: dict, vocab_size: int, dropout: float):
     from transformers import T5Config
-    return T5Config(vocab_size=vocab_size, d_model=size["width"], num_layers=size["layers"], num_decoder_layers=size["decoder_layers"],
-                    num_heads=size["heads"], d_kv=size["width"]//size["heads"], d_ff=size["inner"], dropout_rate=dropout,
-                    feed_forward_proj="gated-gelu", relative_attention_num_buckets=16, relative_attention_max_distance=64,
-                    pad_token_id=0, eos_token_id=1, decoder_start_token_id=0)
+
+    return T5Config(
+        vocab_size=vocab_size,
+        d_model=size["width"],
+        num_layers=size["layers"],
+        num_decoder_layers=size["decoder_layers"],
+        num_heads=size["heads"],
+        d_kv=size["width"] // size["heads"],
+        d_ff=size["inner"],
+        dropout_rate=dropout,
+        feed_forward_proj="gated-gelu",
+        relative_attention_num_buckets=16,
+        relative_attention_max_distance=64,
+        pad_token_id=0,
+        eos_token_id=1,
+        decoder_start_token_id=0,
+    )
 
 # %% ../../nbs/2_playground/08_mini.ipynb #27a574ff
-def mini_model(family: str,            # "causal" or "t5"
-               size: str,              # a key of SIZES[family]
-               vocab_size: int,
-               seed: int,              # decides the initial weights; the global random state is left alone
-               dropout: float = 0.0):
+def mini_model(
+    family: str,  # "causal" or "t5"
+    size: str,  # a key of SIZES[family]
+    vocab_size: int,
+    seed: int,  # decides the initial weights; the global random state is left alone
+    dropout: float = 0.0,
+):
     "A small transformer with random weights, in float32 on the CPU and in training mode; a Hugging Face model like any other."
     from transformers import LlamaForCausalLM, T5ForConditionalGeneration
+
     shape = SIZES[_choose(family, SIZES, "family")][_choose(size, SIZES[family], "size")]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

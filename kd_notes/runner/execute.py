@@ -26,8 +26,18 @@ from typing import Any, Iterable, Iterator, Mapping, Sequence
 from ..core import read_json, sha256_file, stable_hash, UserError, write_json
 from ..progress import human_seconds, progress_mode
 from kd_notes.runner.notebooks import (
-    Book, check_artefacts, check_echo, known_names, load_profile, notebook_key,
-    notebook_parameters, open_book, parse_sets, Profile, read_notebook, resolve_parameters,
+    Book,
+    check_artefacts,
+    check_echo,
+    known_names,
+    load_profile,
+    notebook_key,
+    notebook_parameters,
+    open_book,
+    parse_sets,
+    Profile,
+    read_notebook,
+    resolve_parameters,
     result_names,
 )
 from .runs import read_manifest, Run, run_status
@@ -36,10 +46,20 @@ from .runs import read_manifest, Run, run_status
 def jupyter_settings(folder: Path) -> dict[str, str]:
     "Environment variables for a process whose kernel python3 is this interpreter; files go below `folder`."
     command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-    write_json(folder/"kernels"/"python3"/"kernel.json", {"argv": command, "display_name": "python3", "language": "python"})
-    places = {"JUPYTER_PATH": folder, "JUPYTER_RUNTIME_DIR": folder/"runtime", "JUPYTER_CONFIG_DIR": folder/"config",
-              "IPYTHONDIR": folder/"ipython"}
-    return {k: str(v) for k, v in places.items()} | {"KD_NOTES_PROGRESS": "lines", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
+    write_json(
+        folder / "kernels" / "python3" / "kernel.json",
+        {"argv": command, "display_name": "python3", "language": "python"},
+    )
+    places = {
+        "JUPYTER_PATH": folder,
+        "JUPYTER_RUNTIME_DIR": folder / "runtime",
+        "JUPYTER_CONFIG_DIR": folder / "config",
+        "IPYTHONDIR": folder / "ipython",
+    }
+    return {k: str(v) for k, v in places.items()} | {
+        "KD_NOTES_PROGRESS": "lines",
+        "PYDEVD_DISABLE_FILE_VALIDATION": "1",
+    }
 
 # %% ../../nbs/7_engine_room/23_execute.ipynb #facc9815
 def _end_with_pipe() -> None:
@@ -48,6 +68,7 @@ def _end_with_pipe() -> None:
         while os.read(0, 1024):
             pass
     import psutil
+
     for child in psutil.Process().children(recursive=True):
         with suppress(psutil.Error):
             child.kill()
@@ -71,7 +92,12 @@ def _peak_of_children() -> float | None:
     "Highest memory use of a process below this one that has ended, in MiB."
     with suppress(ImportError):  # not on Windows
         import resource
-        return round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10), 1)
+
+        return round(
+            resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+            / (2**20 if sys.platform == "darwin" else 2**10),
+            1,
+        )
     return None
 
 # %% ../../nbs/7_engine_room/23_execute.ipynb #47e85ef7
@@ -79,10 +105,14 @@ def papermill_agrees(path: Path | str, names: Iterable[str]) -> None:
     "Raise UserError if papermill reads other names from the parameters cell than we do: it would ignore the rest."
     sys.modules.setdefault("rfc3987_syntax", None)
     from papermill import inspect_notebook
+
     differ = set(inspect_notebook(str(path))) ^ set(names)
     if differ:
-        raise UserError(f"papermill does not understand {', '.join(sorted(differ))} in the parameters cell", where=path,
-                        fix="Write one plain value a line, without '=' inside a text.")
+        raise UserError(
+            f"papermill does not understand {', '.join(sorted(differ))} in the parameters cell",
+            where=path,
+            fix="Write one plain value a line, without '=' inside a text.",
+        )
 
 # %% ../../nbs/7_engine_room/23_execute.ipynb #c04b2c5a
 def _execute(job: Mapping[str, Any]) -> dict:
@@ -90,14 +120,27 @@ def _execute(job: Mapping[str, Any]) -> dict:
     sys.modules.setdefault("rfc3987_syntax", None)
     import papermill
     from nbclient.exceptions import DeadKernelError
+
     error = None
     try:
         papermill_agrees(job["input"], job["names"])
-        papermill.execute_notebook(job["input"], job["output"], job["parameters"], kernel_name="python3", progress_bar=False,
-                                   log_output=True, start_timeout=300, cwd=job["cwd"])
+        papermill.execute_notebook(
+            job["input"],
+            job["output"],
+            job["parameters"],
+            kernel_name="python3",
+            progress_bar=False,
+            log_output=True,
+            start_timeout=300,
+            cwd=job["cwd"],
+        )
     except papermill.PapermillExecutionError as e:
         where = f"code cell {e.exec_count}: " if e.exec_count else ""
-        error = f"{where}{e.ename}: {e.evalue}" if e.ename == "UserError" else where + "\n".join(map(_plain, e.traceback))
+        error = (
+            f"{where}{e.ename}: {e.evalue}"
+            if e.ename == "UserError"
+            else where + "\n".join(map(_plain, e.traceback))
+        )
     except DeadKernelError:
         error = "the kernel died without a word, which is often a lack of memory: try fewer --jobs, or a smaller profile"
     except Exception as e:
@@ -107,8 +150,14 @@ def _execute(job: Mapping[str, Any]) -> dict:
 # %% ../../nbs/7_engine_room/23_execute.ipynb #dda0885a
 class Ticker:
     "Shows how far a notebook is: its cell, the time, what it printed last."
+
     def __init__(self, name: str, cells: int, expected: float | None, mode: str | None = None):
-        self.name, self.cells, self.expected, self.mode = name, cells, expected, mode or progress_mode()
+        self.name, self.cells, self.expected, self.mode = (
+            name,
+            cells,
+            expected,
+            mode or progress_mode(),
+        )
         self.cell, self.last, self.start, self.shown = 0, "", time.monotonic(), time.monotonic()
 
     def hear(self, line: str) -> None:
@@ -116,7 +165,16 @@ class Ticker:
         line = _plain(line).strip()
         if found := re.match(r"Executing Cell (\d+)-", line):
             self.cell, self.last = int(found[1]), ""
-        elif line and not line.startswith(("Ending Cell", "Input Note", "Output Note", "Working dir", "Executing note", "[IPKernelApp]")):
+        elif line and not line.startswith(
+            (
+                "Ending Cell",
+                "Input Note",
+                "Output Note",
+                "Working dir",
+                "Executing note",
+                "[IPKernelApp]",
+            )
+        ):
             self.last = line
 
     def text(self) -> str:
@@ -163,7 +221,9 @@ def _stop(process: subprocess.Popen) -> None:
 def _wait(process: subprocess.Popen, folder: Path, ticker: Ticker) -> int:
     "Follow the process until it ends; its exit code. Whatever interrupts us ends it."
     lines: queue.Queue = queue.Queue()
-    reader = threading.Thread(target=_copy_lines, args=(process.stdout, folder/"log.txt", lines), daemon=True)
+    reader = threading.Thread(
+        target=_copy_lines, args=(process.stdout, folder / "log.txt", lines), daemon=True
+    )
     reader.start()
     try:
         while process.poll() is None:
@@ -184,20 +244,34 @@ class NotebookFailed(Exception):
 def _run_process(book: Book, plan: "Plan", ticker: Ticker) -> dict:
     "Execute a notebook in a process of its own: its result. Raises NotebookFailed."
     folder = plan.folder.resolve()
-    job = {"input": str(book.results/f"{plan.name}.ipynb"), "output": str(folder/"executed.ipynb"), "result": str(folder/"result.json"),
-           "names": [*plan.names], "parameters": plan.sent, "cwd": str(book.results)}
-    write_json(folder/"job.json", job)
+    job = {
+        "input": str(book.results / f"{plan.name}.ipynb"),
+        "output": str(folder / "executed.ipynb"),
+        "result": str(folder / "result.json"),
+        "names": [*plan.names],
+        "parameters": plan.sent,
+        "cwd": str(book.results),
+    }
+    write_json(folder / "job.json", job)
     program = "import sys; from kd_notes.runner.execute import child_main; child_main(sys.argv[1])"
-    process = subprocess.Popen([sys.executable, "-c", program, str(folder/"job.json")], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT, text=True, encoding="utf-8", errors="replace", start_new_session=True,
-                               env=os.environ | jupyter_settings(folder/".jupyter"))
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, str(folder / "job.json")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+        start_new_session=True,
+        env=os.environ | jupyter_settings(folder / ".jupyter"),
+    )
     code = _wait(process, folder, ticker)
-    shutil.rmtree(folder/".jupyter", ignore_errors=True)
-    if not (folder/"result.json").is_file():
-        log = (folder/"log.txt").read_text(encoding="utf-8", errors="replace")
+    shutil.rmtree(folder / ".jupyter", ignore_errors=True)
+    if not (folder / "result.json").is_file():
+        log = (folder / "log.txt").read_text(encoding="utf-8", errors="replace")
         why = f"signal {-code} (9 is often a lack of memory)" if code < 0 else f"exit code {code}"
         raise NotebookFailed(f"its process ended with {why}\n{_tail(log, 12)}")
-    return read_json(folder/"result.json")
+    return read_json(folder / "result.json")
 
 # %% ../../nbs/7_engine_room/23_execute.ipynb #ae1af280
 def _tail(text: str, lines: int = 25) -> str:
@@ -208,24 +282,29 @@ def _tail(text: str, lines: int = 25) -> str:
 def need_papermill() -> None:
     "Raise UserError where the extra `notebooks` is not installed."
     from importlib.util import find_spec
+
     missing = [m for m in ("papermill", "nbclient", "ipykernel") if find_spec(m) is None]
     if missing:
-        raise UserError(f"running notebooks needs {', '.join(missing)}", where="kd-notes reproduce",
-                        fix="Install them: pip install 'kd_notes[notebooks]'")
+        raise UserError(
+            f"running notebooks needs {', '.join(missing)}",
+            where="kd-notes reproduce",
+            fix="Install them: pip install 'kd_notes[notebooks]'",
+        )
 
 # %% ../../nbs/7_engine_room/23_execute.ipynb #585ef33f
 @dataclass(frozen=True)
 class Plan:
     "A notebook that is to be run: with what, where, and whether a finished run is still good."
+
     name: str
     folder: Path
     params: dict
-    sent: dict        # params, run_dir and jobs where the notebook has it
-    names: tuple      # of the notebook's parameters
+    sent: dict  # params, run_dir and jobs where the notebook has it
+    names: tuple  # of the notebook's parameters
     key: str
     cells: int
     seconds: float | None
-    fresh: bool       # a finished run with this key is there
+    fresh: bool  # a finished run with this key is there
 
 # %% ../../nbs/7_engine_room/23_execute.ipynb #0ab0452d
 def run_fresh(folder: Path, key: str) -> bool:
@@ -233,25 +312,46 @@ def run_fresh(folder: Path, key: str) -> bool:
     manifest = read_manifest(folder)
     if manifest is None or manifest["status"] != "done" or manifest["key"] != key:
         return False
-    return all((folder/name).is_file() and sha256_file(folder/name) == digest for name, digest in manifest.get("outputs", {}).items())
+    return all(
+        (folder / name).is_file() and sha256_file(folder / name) == digest
+        for name, digest in manifest.get("outputs", {}).items()
+    )
 
 # %% ../../nbs/7_engine_room/23_execute.ipynb #023b3e85
-def make_plan(book: Book, profile: Profile, name: str, sets: Mapping[str, Any], jobs: int = 1) -> Plan:
+def make_plan(
+    book: Book, profile: Profile, name: str, sets: Mapping[str, Any], jobs: int = 1
+) -> Plan:
     "What running this notebook means. Settings beside the profile go to a folder of their own, so that records never see them."
-    path = book.results/f"{name}.ipynb"
+    path = book.results / f"{name}.ipynb"
     nb = read_notebook(path)
     known = notebook_parameters(nb, str(path))
-    params = resolve_parameters(known, profile.parameters.get(name, {}) | dict(sets), f"{name}, profile {profile.name}")
-    folder = book.runs/profile.name/name if not sets else book.runs/"custom"/f"{name}-{profile.name}-{stable_hash(params)[:8]}"
+    params = resolve_parameters(
+        known, profile.parameters.get(name, {}) | dict(sets), f"{name}, profile {profile.name}"
+    )
+    folder = (
+        book.runs / profile.name / name
+        if not sets
+        else book.runs / "custom" / f"{name}-{profile.name}-{stable_hash(params)[:8]}"
+    )
     sent = params | {"run_dir": str(folder.resolve())} | ({"jobs": jobs} if "jobs" in known else {})
     key = notebook_key(book, nb, params)
-    return Plan(name, folder, params, sent, tuple(known), key, len(nb["cells"]) + 1, profile.seconds.get(name), run_fresh(folder, key))
+    return Plan(
+        name,
+        folder,
+        params,
+        sent,
+        tuple(known),
+        key,
+        len(nb["cells"]) + 1,
+        profile.seconds.get(name),
+        run_fresh(folder, key),
+    )
 
 # %% ../../nbs/7_engine_room/23_execute.ipynb #f461a286
 @contextmanager
 def _set_aside(folder: Path) -> Iterator[None]:
     "Keep a finished run until the block has ended well; on an error it is kept in .previous."
-    kept = folder.parent/".previous"/folder.name
+    kept = folder.parent / ".previous" / folder.name
     if run_status(folder) == "done":
         shutil.rmtree(kept, ignore_errors=True)
         kept.parent.mkdir(parents=True, exist_ok=True)
@@ -262,22 +362,28 @@ def _set_aside(folder: Path) -> Iterator[None]:
 # %% ../../nbs/7_engine_room/23_execute.ipynb #adf92b72
 def _collect(plan: Plan, run: Run, result: dict) -> None:
     "Judge a notebook that came to its end, and finish its run. Raises UserError or NotebookFailed."
-    skipped = plan.folder/"skipped.json"
+    skipped = plan.folder / "skipped.json"
     if skipped.is_file():
         run.manifest |= {"skipped": read_json(skipped)["reason"], "outputs": {}}
         run.finish({})
         return
     if result["error"]:
         raise NotebookFailed(_tail(result["error"]))
-    run.manifest["kernel"] = check_echo(plan.folder, {k: v for k, v in plan.sent.items() if k != "run_dir"})
+    run.manifest["kernel"] = check_echo(
+        plan.folder, {k: v for k, v in plan.sent.items() if k != "run_dir"}
+    )
     check_artefacts(plan.folder)
-    run.finish(read_json(plan.folder/"metrics.json"))
-    run.manifest |= {"outputs": check_artefacts(plan.folder), "kernel_peak_memory_mib": result["peak_memory_mib"]}
+    run.finish(read_json(plan.folder / "metrics.json"))
+    run.manifest |= {
+        "outputs": check_artefacts(plan.folder),
+        "kernel_peak_memory_mib": result["peak_memory_mib"],
+    }
 
 # %% ../../nbs/7_engine_room/23_execute.ipynb #23fdaf46
 @dataclass(frozen=True)
 class Outcome:
     "How a notebook went: done, unchanged, skipped or failed."
+
     name: str
     status: str
     seconds: float
@@ -289,7 +395,10 @@ def run_plan(book: Book, plan: Plan) -> Outcome:
     "Run one notebook. A failure is an outcome, not an exception; an interruption passes through and leaves the run 'killed'."
     start, message = time.monotonic(), ""
     try:
-        with _set_aside(plan.folder), Run.open(plan.folder, plan.params, force=True, stage="notebook", key=plan.key) as run:
+        with (
+            _set_aside(plan.folder),
+            Run.open(plan.folder, plan.params, force=True, stage="notebook", key=plan.key) as run,
+        ):
             ticker = Ticker(plan.name, plan.cells, plan.seconds)
             _collect(plan, run, _run_process(book, plan, ticker))
         message = read_manifest(plan.folder).get("skipped", "")
@@ -309,7 +418,9 @@ def columns(rows: Sequence[Sequence[Any]]) -> str:
     "Rows as aligned columns."
     text = [[str(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in text) for i in range(len(text[0]))] if text else []
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in text)
+    return "\n".join(
+        "  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in text
+    )
 
 # %% ../../nbs/7_engine_room/23_execute.ipynb #05b1e6e2
 def _announce(plans: Sequence[Plan], profile: Profile, force: bool) -> None:
@@ -317,17 +428,33 @@ def _announce(plans: Sequence[Plan], profile: Profile, force: bool) -> None:
     todo = [p for p in plans if force or not p.fresh]
     unknown = [p.name for p in todo if p.seconds is None]
     line = f"profile {profile.name}: {len(plans)} notebook{'s' * (len(plans) != 1)}, {len(plans) - len(todo)} unchanged, {len(todo)} to run"
-    line += f", about {human_seconds(sum(p.seconds or 0 for p in todo))}" if len(unknown) < len(todo) else ""
+    line += (
+        f", about {human_seconds(sum(p.seconds or 0 for p in todo))}"
+        if len(unknown) < len(todo)
+        else ""
+    )
     print(line + (f"; not measured: {', '.join(unknown)}" if unknown else ""), flush=True)
 
 # %% ../../nbs/7_engine_room/23_execute.ipynb #fb72886a
-def plan_all(book: Book, profile: Profile, names: Sequence[str], everything: bool, sets: Sequence[str], jobs: int) -> list[Plan]:
+def plan_all(
+    book: Book,
+    profile: Profile,
+    names: Sequence[str],
+    everything: bool,
+    sets: Sequence[str],
+    jobs: int,
+) -> list[Plan]:
     "Plans for the named notebooks, or the headline, or all. Raises UserError before anything has run."
-    names = known_names(book, names) or (result_names(book) if everything else list(profile.headline))
+    names = known_names(book, names) or (
+        result_names(book) if everything else list(profile.headline)
+    )
     if not names:
-        raise UserError("there is nothing to run", where=f"profile {profile.name}",
-                        fix="Name notebooks, or give --all; see 'kd-notes list'.")
-    known = {n: notebook_parameters(read_notebook(book.results/f"{n}.ipynb"), n) for n in names}
+        raise UserError(
+            "there is nothing to run",
+            where=f"profile {profile.name}",
+            fix="Name notebooks, or give --all; see 'kd-notes list'.",
+        )
+    known = {n: notebook_parameters(read_notebook(book.results / f"{n}.ipynb"), n) for n in names}
     given = parse_sets(sets, known)
     return [make_plan(book, profile, n, given[n], jobs) for n in names]
 
@@ -335,18 +462,28 @@ def plan_all(book: Book, profile: Profile, names: Sequence[str], everything: boo
 def _report(outcome: Outcome, book: Book) -> None:
     "One line about a notebook that has just ended, and why it failed if it did."
     shown = _shown(outcome.folder)
-    print(f"{outcome.name}: {outcome.status} in {human_seconds(outcome.seconds)}, {shown}", flush=True)
+    print(
+        f"{outcome.name}: {outcome.status} in {human_seconds(outcome.seconds)}, {shown}", flush=True
+    )
     if outcome.message:
-        print(outcome.message if outcome.status == "skipped" else f"{outcome.message}\n    log: {shown}/log.txt", flush=True)
+        print(
+            outcome.message
+            if outcome.status == "skipped"
+            else f"{outcome.message}\n    log: {shown}/log.txt",
+            flush=True,
+        )
 
 # %% ../../nbs/7_engine_room/23_execute.ipynb #1abcccd1
-def reproduce(names: Sequence[str] = (),        # results notebooks; none: the profile's headline
-              profile: str = "cpu", *,
-              jobs: int = 1,                    # trainings side by side, for notebooks with a parameter `jobs`
-              force: bool = False,              # run what is unchanged, too
-              everything: bool = False,         # all results notebooks
-              sets: Sequence[str] = (),         # "k=v" or "notebook.k=v"
-              book: Book | None = None) -> list[Outcome]:
+def reproduce(
+    names: Sequence[str] = (),  # results notebooks; none: the profile's headline
+    profile: str = "cpu",
+    *,
+    jobs: int = 1,  # trainings side by side, for notebooks with a parameter `jobs`
+    force: bool = False,  # run what is unchanged, too
+    everything: bool = False,  # all results notebooks
+    sets: Sequence[str] = (),  # "k=v" or "notebook.k=v"
+    book: Book | None = None,
+) -> list[Outcome]:
     "Run results notebooks and say how each went. Raises UserError for a bad argument, before anything runs."
     book = book or open_book()
     if jobs < 1:

@@ -26,8 +26,16 @@ from typing import Callable, Iterable, Iterator
 from threadpoolctl import threadpool_limits
 
 from kd_notes.core import (
-    atomic_write, cache_dir, data_dir, folder_lock, missing_library, read_json, read_jsonl,
-    stable_hash, to_jsonable, UserError,
+    atomic_write,
+    cache_dir,
+    data_dir,
+    folder_lock,
+    missing_library,
+    read_json,
+    read_jsonl,
+    stable_hash,
+    to_jsonable,
+    UserError,
 )
 from ..progress import progress
 from .code import code_hash, run_key
@@ -59,6 +67,7 @@ def limit_threads(threads: int = 1) -> Iterator[None]:
 @dataclass
 class Task:
     "One run of a grid, as data."
+
     stage: str
     target: str  # "package.module:function"
     params: dict
@@ -77,26 +86,40 @@ def find_target(name: str) -> Callable[[dict, Path], dict]:
     try:
         return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as e:
-        raise UserError(f"the function cannot be loaded ({e})", where=name, fix="Write it as 'package.module:function'.") from e
+        raise UserError(
+            f"the function cannot be loaded ({e})",
+            where=name,
+            fix="Write it as 'package.module:function'.",
+        ) from e
 
 # %% ../../nbs/7_engine_room/06_grid.ipynb #edd4c3fb
 def _outcome(task: Task, force: bool) -> dict:
     "Run a task: its result, or {'error', 'traceback'}."
     try:
-        return _execute(task.stage, task.params, find_target(task.target), task.key, force, **task.manifest)
+        return _execute(
+            task.stage, task.params, find_target(task.target), task.key, force, **task.manifest
+        )
     except Exception as e:
         where = traceback.extract_tb(e.__traceback__)[-1]
         e = missing_library(e) if isinstance(e, ModuleNotFoundError) else e
-        text = str(e) if isinstance(e, UserError) else f"{type(e).__name__}: {e} ({Path(where.filename).name}:{where.lineno})"
+        text = (
+            str(e)
+            if isinstance(e, UserError)
+            else f"{type(e).__name__}: {e} ({Path(where.filename).name}:{where.lineno})"
+        )
         return {"error": " ".join(text.split()), "traceback": traceback.format_exc()[-4000:]}
 
 # %% ../../nbs/7_engine_room/06_grid.ipynb #dbaed49b
 def _run_here(tasks: list[Task], threads: int, force: bool) -> Iterator[tuple[Task, dict]]:
     "Run the tasks one after the other in this process."
-    quiet = "off" if len(tasks) > 1 else os.environ.get("KD_NOTES_PROGRESS", "")  # one bar, not a bar in a bar
+    quiet = (
+        "off" if len(tasks) > 1 else os.environ.get("KD_NOTES_PROGRESS", "")
+    )  # one bar, not a bar in a bar
     for task in tasks:
         with suppress(UserError):
-            find_target(task.target)  # loads torch if the run needs it, so that its threads can be limited
+            find_target(
+                task.target
+            )  # loads torch if the run needs it, so that its threads can be limited
         before = os.environ.get("KD_NOTES_PROGRESS", "")
         os.environ["KD_NOTES_PROGRESS"] = quiet
         try:
@@ -113,11 +136,13 @@ def worker_main() -> None:
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints is not an answer
-    sys.stdout.reconfigure(line_buffering=True)  # it was a pipe: in order with standard error, and not lost if the process is killed
+    sys.stdout.reconfigure(
+        line_buffering=True
+    )  # it was a pipe: in order with standard error, and not lost if the process is killed
     for line in sys.stdin:
         order = json.loads(line)
         task = Task(**order["task"])
-        with _output_to(run_folder(task.stage, task.key)/"log.txt"):
+        with _output_to(run_folder(task.stage, task.key) / "log.txt"):
             outcome = _outcome(task, order["force"])
         answers.write(json.dumps(outcome) + "\n")
         answers.flush()
@@ -150,14 +175,36 @@ def _output_to(path: Path) -> Iterator[None]:
 # %% ../../nbs/7_engine_room/06_grid.ipynb #2e249d3c
 class Worker:
     "A process that runs tasks, one at a time."
+
     def __init__(self, threads: int):
         paths = [p for p in sys.path if p]
-        env = os.environ | dict.fromkeys(THREADS, str(threads)) | {"PYTHONPATH": os.pathsep.join(paths), "KD_NOTES_PROGRESS": "lines",
-                                                                   "KD_NOTES_CACHE": str(cache_dir()), "TOKENIZERS_PARALLELISM": "false"}
+        env = (
+            os.environ
+            | dict.fromkeys(THREADS, str(threads))
+            | {
+                "PYTHONPATH": os.pathsep.join(paths),
+                "KD_NOTES_PROGRESS": "lines",
+                "KD_NOTES_CACHE": str(cache_dir()),
+                "TOKENIZERS_PARALLELISM": "false",
+            }
+        )
         self.noise = tempfile.TemporaryFile()
-        command = [sys.executable, "-X", "faulthandler", "-c", "from kd_notes.runner.grid import worker_main; worker_main()"]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.noise, env=env,
-                                        text=True, start_new_session=True)
+        command = [
+            sys.executable,
+            "-X",
+            "faulthandler",
+            "-c",
+            "from kd_notes.runner.grid import worker_main; worker_main()",
+        ]
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.noise,
+            env=env,
+            text=True,
+            start_new_session=True,
+        )
 
     def run(self, task: Task, force: bool) -> dict:
         "The outcome of a task, in the worker; a worker that dies is an outcome too."
@@ -172,14 +219,28 @@ class Worker:
     def died(self, task: Task) -> dict:
         "What can be said about a worker that ended in the middle of a run."
         code = self.process.wait()
-        cause = f"killed by signal {-code} (9 is often a lack of memory)" if code < 0 else f"ended with exit code {code}"
+        cause = (
+            f"killed by signal {-code} (9 is often a lack of memory)"
+            if code < 0
+            else f"ended with exit code {code}"
+        )
         self.noise.seek(0)
-        log = run_folder(task.stage, task.key)/"log.txt"
-        text = self.noise.read().decode(errors="replace") + (log.read_text(errors="replace") if log.exists() else "")
+        log = run_folder(task.stage, task.key) / "log.txt"
+        text = self.noise.read().decode(errors="replace") + (
+            log.read_text(errors="replace") if log.exists() else ""
+        )
         return {"error": f"its process was {cause}", "traceback": text[-4000:]}
 
 # %% ../../nbs/7_engine_room/06_grid.ipynb #c1341e73
-def _serve(worker_of: list, slot: int, tasks: queue.Queue, outcomes: queue.Queue, threads: int, force: bool, stop: threading.Event):
+def _serve(
+    worker_of: list,
+    slot: int,
+    tasks: queue.Queue,
+    outcomes: queue.Queue,
+    threads: int,
+    force: bool,
+    stop: threading.Event,
+):
     "Thread of one slot: start a worker when there is a task, replace it when it has died."
     while not stop.is_set():
         try:
@@ -191,7 +252,15 @@ def _serve(worker_of: list, slot: int, tasks: queue.Queue, outcomes: queue.Queue
                 worker_of[slot] = Worker(threads)
             outcomes.put((task, worker_of[slot].run(task, force)))
         except Exception as e:
-            outcomes.put((task, {"error": f"its process could not be used ({e})", "traceback": traceback.format_exc()}))
+            outcomes.put(
+                (
+                    task,
+                    {
+                        "error": f"its process could not be used ({e})",
+                        "traceback": traceback.format_exc(),
+                    },
+                )
+            )
 
 # %% ../../nbs/7_engine_room/06_grid.ipynb #e63d8e51
 def _end_workers(workers: list) -> None:
@@ -207,14 +276,20 @@ def _end_workers(workers: list) -> None:
         process.wait()
 
 # %% ../../nbs/7_engine_room/06_grid.ipynb #d2dbe90d
-def _run_workers(tasks: list[Task], jobs: int, threads: int, force: bool) -> Iterator[tuple[Task, dict] | None]:
+def _run_workers(
+    tasks: list[Task], jobs: int, threads: int, force: bool
+) -> Iterator[tuple[Task, dict] | None]:
     "Run the tasks in worker processes; yields outcomes as they come, and None about once a second in between."
     todo, outcomes, stop = queue.Queue(), queue.Queue(), threading.Event()
     for task in tasks:
         todo.put(task)
-    workers: list = [None]*min(jobs, len(tasks))
-    serving = [threading.Thread(target=_serve, args=(workers, slot, todo, outcomes, threads, force, stop), daemon=True)
-               for slot in range(len(workers))]
+    workers: list = [None] * min(jobs, len(tasks))
+    serving = [
+        threading.Thread(
+            target=_serve, args=(workers, slot, todo, outcomes, threads, force, stop), daemon=True
+        )
+        for slot in range(len(workers))
+    ]
     try:
         for thread in serving:
             thread.start()
@@ -237,7 +312,7 @@ ROW_LIMIT = 2048  # bytes of the metrics of a recorded run
 
 def record_file(stage: str, folder: Path | None = None) -> Path:
     "Where the record of a stage is kept: data/expected/runs/<stage>.jsonl unless a folder is given."
-    return Path(folder or data_dir()/"expected"/"runs")/f"{stage}.jsonl"
+    return Path(folder or data_dir() / "expected" / "runs") / f"{stage}.jsonl"
 
 # %% ../../nbs/7_engine_room/06_grid.ipynb #94b1f47f
 def load_record(stage: str, folder: Path | None = None) -> dict[str, dict]:
@@ -247,8 +322,11 @@ def load_record(stage: str, folder: Path | None = None) -> dict[str, dict]:
     for number, row in enumerate(rows, start=1):
         missing = {"params", "metrics", "key", "seconds", "device", "date"} - row.keys()
         if missing or row["params_hash"] != stable_hash(row["params"]):
-            raise UserError(f"the recorded run is damaged ({', '.join(sorted(missing)) or 'its hash is wrong'})", where=f"{path}:{number}",
-                            fix="Delete the line and record the run again.")
+            raise UserError(
+                f"the recorded run is damaged ({', '.join(sorted(missing)) or 'its hash is wrong'})",
+                where=f"{path}:{number}",
+                fix="Delete the line and record the run again.",
+            )
     return {row["params_hash"]: row for row in rows}
 
 # %% ../../nbs/7_engine_room/06_grid.ipynb #b23f7953
@@ -256,18 +334,23 @@ def record_runs(stage: str, results: Iterable[dict], folder: Path | None = None)
     "Merge results of `run_grid` into the record (a newer result replaces an older one); the number of rows. Atomic, safe to repeat."
     path = record_file(stage, folder)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with folder_lock(cache_dir()/"locks"/stable_hash(str(path.resolve()))):
+    with folder_lock(cache_dir() / "locks" / stable_hash(str(path.resolve()))):
         rows = load_record(stage, folder)
         for r in results:
             if r["source"] == "record":
                 continue
-            row = {name: r[name] for name in ("params", "metrics", "key", "seconds", "device", "date")}
+            row = {
+                name: r[name] for name in ("params", "metrics", "key", "seconds", "device", "date")
+            }
             rows[stable_hash(r["params"])] = row | {"params_hash": stable_hash(r["params"])}
         for row in rows.values():
             size = len(json.dumps(row["metrics"]).encode())
             if size > ROW_LIMIT:
-                raise UserError(f"the metrics of a recorded run take {size} bytes, more than {ROW_LIMIT}", where=path,
-                                fix="Return fewer metrics: curves belong into metrics.jsonl.")
+                raise UserError(
+                    f"the metrics of a recorded run take {size} bytes, more than {ROW_LIMIT}",
+                    where=path,
+                    fix="Return fewer metrics: curves belong into metrics.jsonl.",
+                )
         lines = [json.dumps(rows[h], sort_keys=True, ensure_ascii=False) for h in sorted(rows)]
         atomic_write(path, "".join(line + "\n" for line in lines))
     return len(rows)
@@ -275,20 +358,39 @@ def record_runs(stage: str, results: Iterable[dict], folder: Path | None = None)
 # %% ../../nbs/7_engine_room/06_grid.ipynb #c4d27a11
 def cached_runs(stage: str) -> list[dict]:
     "The finished runs of a stage in the cache, as `record_runs` takes them: one for each parameter set, the newest."
-    done = [path.parent for path in (cache_dir()/"runs"/stage).glob("*/manifest.json") if run_status(path.parent) == "done"]
-    newest = {stable_hash(read_json(f/"params.json")): f for f in sorted(done, key=lambda f: read_manifest(f)["end"])}
-    return [{"params": read_json(f/"params.json"), "key": f.name, "source": "cache"} | _finished(f) for f in newest.values()]
+    done = [
+        path.parent
+        for path in (cache_dir() / "runs" / stage).glob("*/manifest.json")
+        if run_status(path.parent) == "done"
+    ]
+    newest = {
+        stable_hash(read_json(f / "params.json")): f
+        for f in sorted(done, key=lambda f: read_manifest(f)["end"])
+    }
+    return [
+        {"params": read_json(f / "params.json"), "key": f.name, "source": "cache"} | _finished(f)
+        for f in newest.values()
+    ]
 
 # %% ../../nbs/7_engine_room/06_grid.ipynb #882407ba
-def _plan(stage: str, target: str, params_list: list[dict], modules: list[str], checksums: dict | None, threads: int,
-          facts: Callable[[dict], dict] | None = None) -> dict[str, Task]:
+def _plan(
+    stage: str,
+    target: str,
+    params_list: list[dict],
+    modules: list[str],
+    checksums: dict | None,
+    threads: int,
+    facts: Callable[[dict], dict] | None = None,
+) -> dict[str, Task]:
     "{hash of the parameters: task}, in order, without duplicates."
     manifest, tasks = {"checksums": checksums or {}, "code": code_hash(*modules)}, {}
     for params in params_list:
         params = to_jsonable(params, "params")
         if stable_hash(params) not in tasks:
             key = run_key(stage, params, modules, checksums, threads)
-            tasks[stable_hash(params)] = Task(stage, target, params, key, manifest | (facts(params) if facts else {}))
+            tasks[stable_hash(params)] = Task(
+                stage, target, params, key, manifest | (facts(params) if facts else {})
+            )
     return tasks
 
 # %% ../../nbs/7_engine_room/06_grid.ipynb #54e08153
@@ -296,13 +398,16 @@ def _stored(task: Task, record: dict) -> dict | None:
     "A result that needs no run: from the record, or from the cache."
     row = record.get(stable_hash(task.params))
     if row:
-        return {name: row[name] for name in ("metrics", "key", "seconds", "device", "date")} | {"source": "record"}
+        return {name: row[name] for name in ("metrics", "key", "seconds", "device", "date")} | {
+            "source": "record"
+        }
     done = _finished(run_folder(task.stage, task.key))
     return done and done | {"source": "cache"}
 
 # %% ../../nbs/7_engine_room/06_grid.ipynb #eb1c8a40
 class GridError(UserError):
     "Some runs of a grid failed. `failures` is a list of (task, outcome); an outcome has 'error' and 'traceback'."
+
     failures: list = []
 
 # %% ../../nbs/7_engine_room/06_grid.ipynb #d40b29ee
@@ -310,31 +415,55 @@ def _fail(stage: str, failures: list[tuple[Task, dict]], total: int) -> None:
     "Raise a GridError that names each failed run and how it ended."
     said = "; ".join(f"({task.short()}) {outcome['error']}" for task, outcome in failures[:5])
     more = f"; and {len(failures) - 5} more" if len(failures) > 5 else ""
-    error = GridError(f"{len(failures)} of {total} runs failed: {said}{more}", where=stage,
-                      fix="The others are kept; mend the cause and run the same command again. The tracebacks are in the manifests: "
-                          f"runs/{stage}/{failures[0][0].key}/manifest.json in the cache folder is the first.")
+    error = GridError(
+        f"{len(failures)} of {total} runs failed: {said}{more}",
+        where=stage,
+        fix="The others are kept; mend the cause and run the same command again. The tracebacks are in the manifests: "
+        f"runs/{stage}/{failures[0][0].key}/manifest.json in the cache folder is the first.",
+    )
     error.failures = failures
     raise error
 
 # %% ../../nbs/7_engine_room/06_grid.ipynb #d2e80c2c
-def run_grid(stage: str, target: str, params_list: list[dict], *,
-             modules: Iterable[str],                   # kd_notes modules that compute it
-             checksums: dict[str, str] | None = None,  # {data or teacher: sha256}
-             facts: Callable[[dict], dict] | None = None,  # more lines of a run's manifest, from its parameters: see MANIFEST
-             jobs: int = 1,                            # runs side by side, in processes of their own
-             threads: int = 1,                         # threads of each run
-             use_record: bool | Path = False,          # take recorded runs (from this folder)
-             force: bool = False,                      # run again what is finished
-             desc: str = "") -> list[dict]:
+def run_grid(
+    stage: str,
+    target: str,
+    params_list: list[dict],
+    *,
+    modules: Iterable[str],  # kd_notes modules that compute it
+    checksums: dict[str, str] | None = None,  # {data or teacher: sha256}
+    facts: Callable[[dict], dict]
+    | None = None,  # more lines of a run's manifest, from its parameters: see MANIFEST
+    jobs: int = 1,  # runs side by side, in processes of their own
+    threads: int = 1,  # threads of each run
+    use_record: bool | Path = False,  # take recorded runs (from this folder)
+    force: bool = False,  # run again what is finished
+    desc: str = "",
+) -> list[dict]:
     "Run `target` ('package.module:function') for every parameter set; results in their order. Raises GridError after the last run."
     if jobs < 1 or threads < 1:
-        raise UserError("at least one is needed", where=f"jobs={jobs}, threads={threads}", fix="Choose positive numbers.")
+        raise UserError(
+            "at least one is needed",
+            where=f"jobs={jobs}, threads={threads}",
+            fix="Choose positive numbers.",
+        )
     tasks = _plan(stage, target, params_list, list(modules), checksums, threads, facts)
-    record = load_record(stage, use_record if isinstance(use_record, Path) else None) if use_record and not force else {}
+    record = (
+        load_record(stage, use_record if isinstance(use_record, Path) else None)
+        if use_record and not force
+        else {}
+    )
     results = {} if force else {h: r for h, task in tasks.items() if (r := _stored(task, record))}
     todo, failures = [task for h, task in tasks.items() if h not in results], []
-    outcomes = _run_here(todo, threads, force) if jobs == 1 else _run_workers(todo, jobs, threads, force)
-    with closing(outcomes), progress(total=len(todo), desc=desc or stage, unit="run", mode=None if todo else "off") as bar:
+    outcomes = (
+        _run_here(todo, threads, force) if jobs == 1 else _run_workers(todo, jobs, threads, force)
+    )
+    with (
+        closing(outcomes),
+        progress(
+            total=len(todo), desc=desc or stage, unit="run", mode=None if todo else "off"
+        ) as bar,
+    ):
         for event in outcomes:
             bar.update(1 if event else 0)
             if event and "error" in event[1]:

@@ -22,7 +22,14 @@ from pathlib import Path
 from typing import Any, Iterable, Mapping, Sequence
 
 from kd_notes.core import (
-    data_dir, nbs_dir, read_json, repo_root, sha256_file, stable_hash, to_jsonable, UserError,
+    data_dir,
+    nbs_dir,
+    read_json,
+    repo_root,
+    sha256_file,
+    stable_hash,
+    to_jsonable,
+    UserError,
     write_json,
 )
 from ..environment import device_class, environment, versions
@@ -32,35 +39,49 @@ from .code import code_hash, imported_names, module_file
 @dataclass(frozen=True)
 class Book:
     "Where the notebooks, the recorded numbers and the runs are."
+
     nbs: Path
     data: Path
     runs: Path
 
     @property
-    def results(self) -> Path: return self.nbs/"results"
+    def results(self) -> Path:
+        return self.nbs / "results"
 
     @property
-    def profiles(self) -> Path: return self.nbs/"profiles"
+    def profiles(self) -> Path:
+        return self.nbs / "profiles"
 
     @property
-    def expected(self) -> Path: return self.data/"expected"
+    def expected(self) -> Path:
+        return self.data / "expected"
 
 # %% ../../nbs/7_engine_room/22_notebooks.ipynb #c17fa76e
-def open_book(root: Path | str | None = None) -> Book:  # a folder with nbs/ and data/; None: this project
+def open_book(
+    root: Path | str | None = None,
+) -> Book:  # a folder with nbs/ and data/; None: this project
     "The book at `root`. Runs go to `root/runs`, or to ./runs where the project is an installed wheel. Raises UserError."
     if root is None:
-        return Book(nbs_dir(), data_dir(), (repo_root() or Path.cwd())/"runs")
+        return Book(nbs_dir(), data_dir(), (repo_root() or Path.cwd()) / "runs")
     root = Path(root).resolve()
-    if not (root/"nbs").is_dir():
-        raise UserError("there is no folder nbs in it", where=root, fix="Give a folder that holds nbs/results and nbs/profiles.")
-    return Book(root/"nbs", root/"data", root/"runs")
+    if not (root / "nbs").is_dir():
+        raise UserError(
+            "there is no folder nbs in it",
+            where=root,
+            fix="Give a folder that holds nbs/results and nbs/profiles.",
+        )
+    return Book(root / "nbs", root / "data", root / "runs")
 
 # %% ../../nbs/7_engine_room/22_notebooks.ipynb #fbb6ccc5
 def read_notebook(path: Path | str) -> dict:
     "A notebook as a dictionary. Raises UserError if the file is none."
     nb = read_json(path)
     if not isinstance(nb, dict) or not isinstance(nb.get("cells"), list):
-        raise UserError("the file is not a notebook", where=path, fix="Restore it (git checkout), or save it again from JupyterLab.")
+        raise UserError(
+            "the file is not a notebook",
+            where=path,
+            fix="Restore it (git checkout), or save it again from JupyterLab.",
+        )
     return nb
 
 # %% ../../nbs/7_engine_room/22_notebooks.ipynb #67a1947f
@@ -86,19 +107,29 @@ def known_names(book: Book, names: Iterable[str]) -> list[str]:
         if name not in known:
             close = difflib.get_close_matches(name, known, 1)
             hint = f"Did you mean {close[0]}? " if close else ""
-            raise UserError(f"there is no results notebook {name!r}", where="NAMES", fix=f"{hint}Known: {', '.join(known) or 'none'}.")
+            raise UserError(
+                f"there is no results notebook {name!r}",
+                where="NAMES",
+                fix=f"{hint}Known: {', '.join(known) or 'none'}.",
+            )
     return names
 
 # %% ../../nbs/7_engine_room/22_notebooks.ipynb #3c0d5093
 def notebook_title(nb: Mapping) -> str:
     "First heading of a notebook, or an empty text."
-    lines = (line for c in nb["cells"] if c["cell_type"] == "markdown" for line in cell_source(c).splitlines())
+    lines = (
+        line
+        for c in nb["cells"]
+        if c["cell_type"] == "markdown"
+        for line in cell_source(c).splitlines()
+    )
     return next((line[2:].strip() for line in lines if line.startswith("# ")), "")
 
 # %% ../../nbs/7_engine_room/22_notebooks.ipynb #56fa818d
 @dataclass(frozen=True)
 class Parameter:
     "A parameter of a notebook."
+
     name: str
     default: Any
     help: str = ""
@@ -109,16 +140,23 @@ RESERVED = ("run_dir", "jobs")  # set by the runner; they decide no number
 # %% ../../nbs/7_engine_room/22_notebooks.ipynb #2832c7b1
 def _parameter(statement: ast.stmt, lines: Sequence[str], where: str) -> Parameter:
     "One line of the parameters cell."
-    targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
+    targets = (
+        statement.targets
+        if isinstance(statement, ast.Assign)
+        else [getattr(statement, "target", None)]
+    )
     value = getattr(statement, "value", None)
     try:
         if len(targets) != 1 or not isinstance(targets[0], ast.Name) or value is None:
             raise ValueError
         default = ast.literal_eval(value)
     except ValueError as e:
-        raise UserError(f"the parameters cell holds something else than a plain value: {lines[statement.lineno - 1].strip()}", where=where,
-                        fix="Write 'name = literal  # help' there and compute in the next cell.") from e
-    rest = lines[statement.end_lineno - 1].encode()[statement.end_col_offset:].decode()
+        raise UserError(
+            f"the parameters cell holds something else than a plain value: {lines[statement.lineno - 1].strip()}",
+            where=where,
+            fix="Write 'name = literal  # help' there and compute in the next cell.",
+        ) from e
+    rest = lines[statement.end_lineno - 1].encode()[statement.end_col_offset :].decode()
     return Parameter(targets[0].id, default, rest.strip().lstrip("# "))
 
 # %% ../../nbs/7_engine_room/22_notebooks.ipynb #2894494f
@@ -126,15 +164,26 @@ def notebook_parameters(nb: Mapping, where: str = "notebook") -> dict[str, Param
     "Parameters by name. Raises UserError unless there is one cell tagged `parameters` with plain values, `run_dir` among them."
     tagged = [c for c in code_cells(nb) if "parameters" in c.get("metadata", {}).get("tags", [])]
     if len(tagged) != 1:
-        raise UserError(f"{len(tagged)} cells carry the tag 'parameters' where one should", where=where,
-                        fix="Tag the cell with the parameters; nbdev_clean keeps the tag if settings.ini allows 'tags'.")
+        raise UserError(
+            f"{len(tagged)} cells carry the tag 'parameters' where one should",
+            where=where,
+            fix="Tag the cell with the parameters; nbdev_clean keeps the tag if settings.ini allows 'tags'.",
+        )
     text = cell_source(tagged[0])
     try:
         found = [_parameter(s, text.splitlines(), where) for s in ast.parse(text).body]
     except SyntaxError as e:
-        raise UserError(f"the parameters cell is not Python ({e.msg}, line {e.lineno})", where=where, fix="Correct that line.") from e
+        raise UserError(
+            f"the parameters cell is not Python ({e.msg}, line {e.lineno})",
+            where=where,
+            fix="Correct that line.",
+        ) from e
     if not any(p.name == "run_dir" and isinstance(p.default, str) for p in found):
-        raise UserError("the parameters cell has no run_dir", where=where, fix='Add a line such as run_dir = "../../runs/reader/NAME".')
+        raise UserError(
+            "the parameters cell has no run_dir",
+            where=where,
+            fix='Add a line such as run_dir = "../../runs/reader/NAME".',
+        )
     return {p.name: p for p in found}
 
 # %% ../../nbs/7_engine_room/22_notebooks.ipynb #1e4cf6a7
@@ -148,7 +197,9 @@ def fits(value: Any, default: Any) -> bool:
         return isinstance(value, (int, float)) and math.isfinite(value)
     if isinstance(default, (list, tuple)):
         kinds = {type(x) for x in default}
-        return isinstance(value, (list, tuple)) and (len(kinds) != 1 or all(fits(x, default[0]) for x in value))
+        return isinstance(value, (list, tuple)) and (
+            len(kinds) != 1 or all(fits(x, default[0]) for x in value)
+        )
     return isinstance(value, type(default))
 
 # %% ../../nbs/7_engine_room/22_notebooks.ipynb #aab3adfd
@@ -159,23 +210,35 @@ def _kind(default: Any) -> str:
     return type(default).__name__
 
 # %% ../../nbs/7_engine_room/22_notebooks.ipynb #7b17b01f
-def resolve_parameters(known: Mapping[str, Parameter], given: Mapping[str, Any], where: str) -> dict[str, Any]:
+def resolve_parameters(
+    known: Mapping[str, Parameter], given: Mapping[str, Any], where: str
+) -> dict[str, Any]:
     "Defaults with the given values put in, reserved ones left out. Raises UserError for an unknown or ill-typed one."
     names = [n for n in known if n not in RESERVED]
     for name, value in given.items():
         if name not in names:
             why = "it is set by the runner" if name in RESERVED else "there is no such parameter"
-            raise UserError(f"{name!r} cannot be set: {why}", where=where, fix=f"Known parameters: {', '.join(names) or 'none'}.")
+            raise UserError(
+                f"{name!r} cannot be set: {why}",
+                where=where,
+                fix=f"Known parameters: {', '.join(names) or 'none'}.",
+            )
         if not fits(value, known[name].default):
-            raise UserError(f"{name} = {value!r} is not of type {_kind(known[name].default)}", where=where,
-                            fix=f"The default is {known[name].default!r}.")
+            raise UserError(
+                f"{name} = {value!r} is not of type {_kind(known[name].default)}",
+                where=where,
+                fix=f"The default is {known[name].default!r}.",
+            )
     made = {n: given.get(n, known[n].default) for n in names}
-    return to_jsonable({n: float(v) if isinstance(known[n].default, float) else v for n, v in made.items()}, where)
+    return to_jsonable(
+        {n: float(v) if isinstance(known[n].default, float) else v for n, v in made.items()}, where
+    )
 
 # %% ../../nbs/7_engine_room/22_notebooks.ipynb #4119c356
 @dataclass(frozen=True)
 class Profile:
     "A parameter file: what `reproduce` runs by default, what each notebook is given, and the predicted seconds."
+
     name: str
     headline: tuple[str, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
@@ -193,27 +256,52 @@ def _profile_fields(path: Path) -> dict:
     fields = read_json(path)
     expected = {"headline": list, "seconds": dict, "parameters": dict, "about": str}
     if not isinstance(fields, dict):
-        raise UserError("a profile is one JSON object", where=path, fix=f"Give it the fields {', '.join(expected)}.")
+        raise UserError(
+            "a profile is one JSON object",
+            where=path,
+            fix=f"Give it the fields {', '.join(expected)}.",
+        )
     for name, value in fields.items():
         if name not in expected or not isinstance(value, expected[name]):
-            raise UserError(f"{name!r} is not a field of a profile, or of the wrong type", where=path,
-                            fix="Fields: " + ", ".join(f"{k} ({v.__name__})" for k, v in expected.items()) + ".")
+            raise UserError(
+                f"{name!r} is not a field of a profile, or of the wrong type",
+                where=path,
+                fix="Fields: "
+                + ", ".join(f"{k} ({v.__name__})" for k, v in expected.items())
+                + ".",
+            )
     return fields
 
 # %% ../../nbs/7_engine_room/22_notebooks.ipynb #f945a376
 def load_profile(book: Book, name: str) -> Profile:
     "The profile `name`, checked against every notebook that it mentions. Raises UserError naming file, notebook and parameter."
-    path, known = book.profiles/f"{name}.json", result_names(book)
+    path, known = book.profiles / f"{name}.json", result_names(book)
     if name not in profile_names(book):
         known_profiles = ", ".join(profile_names(book)) or "none"
-        raise UserError(f"there is no profile {name!r}", where=book.profiles, fix=f"Known profiles: {known_profiles}.")
+        raise UserError(
+            f"there is no profile {name!r}",
+            where=book.profiles,
+            fix=f"Known profiles: {known_profiles}.",
+        )
     fields = _profile_fields(path)
-    for notebook in [*fields.get("headline", ()), *fields.get("seconds", ()), *fields.get("parameters", ())]:
+    for notebook in [
+        *fields.get("headline", ()),
+        *fields.get("seconds", ()),
+        *fields.get("parameters", ()),
+    ]:
         if notebook not in known:
-            raise UserError(f"there is no results notebook {notebook!r}", where=path, fix=f"Known: {', '.join(known) or 'none'}.")
+            raise UserError(
+                f"there is no results notebook {notebook!r}",
+                where=path,
+                fix=f"Known: {', '.join(known) or 'none'}.",
+            )
     for notebook, given in fields.get("parameters", {}).items():
         where = f"{path} ({notebook})"
-        resolve_parameters(notebook_parameters(read_notebook(book.results/f"{notebook}.ipynb"), where), given, where)
+        resolve_parameters(
+            notebook_parameters(read_notebook(book.results / f"{notebook}.ipynb"), where),
+            given,
+            where,
+        )
     return Profile(name, **{**fields, "headline": tuple(fields.get("headline", ()))})
 
 # %% ../../nbs/7_engine_room/22_notebooks.ipynb #933d1b1c
@@ -227,9 +315,10 @@ def _literal(text: str, default: Any) -> Any:
     return text
 
 # %% ../../nbs/7_engine_room/22_notebooks.ipynb #f86d95d3
-def parse_sets(sets: Iterable[str],                                   # "k=v" or "notebook.k=v"
-               known: Mapping[str, Mapping[str, Parameter]],          # chosen notebook -> its parameters
-               ) -> dict[str, dict]:
+def parse_sets(
+    sets: Iterable[str],  # "k=v" or "notebook.k=v"
+    known: Mapping[str, Mapping[str, Parameter]],  # chosen notebook -> its parameters
+) -> dict[str, dict]:
     "{notebook: {parameter: value}}. Raises UserError if a setting reaches no notebook."
     made: dict[str, dict] = {name: {} for name in known}
     for text in sets:
@@ -238,46 +327,66 @@ def parse_sets(sets: Iterable[str],                                   # "k=v" or
         reached = [n for n in known if key in known[n] and name in ("", n)]
         if not equals or not reached:
             choices = sorted({p for n in known for p in known[n] if p not in RESERVED})
-            raise UserError(f"{text!r} sets no parameter of {', '.join(known)}", where="--set", fix=f"Known: {', '.join(choices)}.")
+            raise UserError(
+                f"{text!r} sets no parameter of {', '.join(known)}",
+                where="--set",
+                fix=f"Known: {', '.join(choices)}.",
+            )
         for n in reached:
             made[n][key] = _literal(value.strip(), known[n][key].default)
     return made
 
 # %% ../../nbs/7_engine_room/22_notebooks.ipynb #c9ddd13d
-def echo(params: Mapping[str, Any],       # the parameters of the notebook, without run_dir
-         run_dir: str) -> dict[str, Any]:  # folder of the run; made if need be
+def echo(
+    params: Mapping[str, Any],  # the parameters of the notebook, without run_dir
+    run_dir: str,
+) -> dict[str, Any]:  # folder of the run; made if need be
     "Write run_dir/echo.json and return the parameters. A notebook calls it in the cell after its parameters."
     if not isinstance(run_dir, str) or not run_dir:
-        raise UserError("the run folder has no name", where="run_dir", fix="Give a path, such as ../../runs/reader/NAME.")
+        raise UserError(
+            "the run folder has no name",
+            where="run_dir",
+            fix="Give a path, such as ../../runs/reader/NAME.",
+        )
     params = dict(params)
-    write_json(Path(run_dir)/"echo.json", {"params": params, "kernel": environment() | {"device_class": device_class()}})
+    write_json(
+        Path(run_dir) / "echo.json",
+        {"params": params, "kernel": environment() | {"device_class": device_class()}},
+    )
     print("parameters:", ", ".join(f"{k} = {v!r}" for k, v in params.items() if k not in RESERVED))
     return params
 
 # %% ../../nbs/7_engine_room/22_notebooks.ipynb #81121d0a
 def check_echo(folder: Path, sent: Mapping[str, Any]) -> dict:
     "The kernel's environment from the echo. Raises UserError if the notebook does not hold what was sent."
-    if not (folder/"echo.json").is_file():
-        raise UserError("the notebook did not echo its parameters", where=folder.name,
-                        fix="Call echo(dict(...), run_dir) after the parameters.")
-    said = read_json(folder/"echo.json")
+    if not (folder / "echo.json").is_file():
+        raise UserError(
+            "the notebook did not echo its parameters",
+            where=folder.name,
+            fix="Call echo(dict(...), run_dir) after the parameters.",
+        )
+    said = read_json(folder / "echo.json")
     for name, value in to_jsonable(sent).items():
         if name not in said["params"] or said["params"][name] != value:
             got = said["params"].get(name, "nothing")
-            raise UserError(f"{name} = {value!r} was sent, and the notebook echoes {got!r}", where=folder.name,
-                            fix="Check the tag 'parameters', and that the notebook echoes every parameter before changing it.")
+            raise UserError(
+                f"{name} = {value!r} was sent, and the notebook echoes {got!r}",
+                where=folder.name,
+                fix="Check the tag 'parameters', and that the notebook echoes every parameter before changing it.",
+            )
     return said["kernel"]
 
 # %% ../../nbs/7_engine_room/22_notebooks.ipynb #159e206e
 class SkipNotebook(Exception):
     "Raised by `skip`; shows itself as its message alone."
+
     def _render_traceback_(self) -> list[str]:
         return [f"Skipped: {self}"]
 
 # %% ../../nbs/7_engine_room/22_notebooks.ipynb #794063de
 def skip(reason: str, run_dir: str) -> None:
     "End this notebook here because something that it needs is absent. Writes run_dir/skipped.json and raises SkipNotebook."
-    write_json(Path(run_dir)/"skipped.json", {"reason": reason})
+    write_json(Path(run_dir) / "skipped.json", {"reason": reason})
     raise SkipNotebook(reason)
 
 # %% ../../nbs/7_engine_room/22_notebooks.ipynb #9ab1637e
@@ -294,7 +403,11 @@ def imported_modules(nb: Mapping, where: str = "notebook") -> list[str]:
         try:
             found |= imported_names(ast.parse(text))
         except SyntaxError as e:
-            raise UserError(f"code cell {number} is not Python ({e.msg}, line {e.lineno})", where=where, fix="Correct it.") from e
+            raise UserError(
+                f"code cell {number} is not Python ({e.msg}, line {e.lineno})",
+                where=where,
+                fix="Correct it.",
+            ) from e
     return sorted(name for name in found if module_file(name))
 
 # %% ../../nbs/7_engine_room/22_notebooks.ipynb #965a5687
@@ -305,54 +418,102 @@ def _file_hash(path: Path, size: int, changed: int) -> str:
 # %% ../../nbs/7_engine_room/22_notebooks.ipynb #d7a09d48
 def data_hashes(book: Book) -> dict[str, str]:
     "SHA-256 of the files in data/, without the record and the prose."
-    found = (p for p in sorted(book.data.rglob("*")) if p.is_file() and p.suffix != ".md" and not p.name.startswith("."))
-    return {p.relative_to(book.data).as_posix(): _file_hash(p, p.stat().st_size, p.stat().st_mtime_ns)
-            for p in found if not p.is_relative_to(book.expected)}
+    found = (
+        p
+        for p in sorted(book.data.rglob("*"))
+        if p.is_file() and p.suffix != ".md" and not p.name.startswith(".")
+    )
+    return {
+        p.relative_to(book.data).as_posix(): _file_hash(p, p.stat().st_size, p.stat().st_mtime_ns)
+        for p in found
+        if not p.is_relative_to(book.expected)
+    }
 
 # %% ../../nbs/7_engine_room/22_notebooks.ipynb #15f33d4c
 def outside_data(nb: Mapping) -> dict | None:
     "Names, sizes and times in $KD_NOTES_DATA for a notebook that reads real data; None for others or without such a folder."
-    wants = any(word in cell_source(c) for c in code_cells(nb) for word in ("load_real", "KD_NOTES_DATA"))
+    wants = any(
+        word in cell_source(c) for c in code_cells(nb) for word in ("load_real", "KD_NOTES_DATA")
+    )
     folder = os.environ.get("KD_NOTES_DATA", "")
     if not wants or not Path(folder).is_dir() or not folder:
         return None
-    return {p.name: [p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(Path(folder).iterdir()) if p.is_file()}
+    return {
+        p.name: [p.stat().st_size, p.stat().st_mtime_ns]
+        for p in sorted(Path(folder).iterdir())
+        if p.is_file()
+    }
 
 # %% ../../nbs/7_engine_room/22_notebooks.ipynb #5019427f
 def notebook_key(book: Book, nb: Mapping, params: Mapping[str, Any]) -> str:
     "What decides the numbers of a notebook's run, as 16 hex digits."
     modules = [m for m in imported_modules(nb) if not m.startswith("runner.")]
-    libraries = {name: versions()[name] for name in ("torch", "transformers", "tokenizers", "numpy")}
-    return stable_hash({"cells": cells_hash(nb), "params": params, "code": code_hash(*modules), "data": data_hashes(book),
-                        "outside": outside_data(nb), "libraries": libraries})
+    libraries = {
+        name: versions()[name] for name in ("torch", "transformers", "tokenizers", "numpy")
+    }
+    return stable_hash(
+        {
+            "cells": cells_hash(nb),
+            "params": params,
+            "code": code_hash(*modules),
+            "data": data_hashes(book),
+            "outside": outside_data(nb),
+            "libraries": libraries,
+        }
+    )
 
 # %% ../../nbs/7_engine_room/22_notebooks.ipynb #c19dc544
-NUMBER_FIELDS = {"value", "low", "high", "n", "abs", "k"}  # abs and k: a tolerance of its own, see `check`
+NUMBER_FIELDS = {
+    "value",
+    "low",
+    "high",
+    "n",
+    "abs",
+    "k",
+}  # abs and k: a tolerance of its own, see `check`
 
 
 def read_numbers(path: Path) -> dict[str, dict]:
     "metrics.json as {name: {'value', and perhaps 'low', 'high', 'n', 'abs', 'k'}}. Raises UserError for anything that is no finite number."
     numbers = read_json(path)
     if not isinstance(numbers, dict):
-        raise UserError("metrics.json holds no numbers by name", where=path, fix="Write one JSON object: {name: number}.")
+        raise UserError(
+            "metrics.json holds no numbers by name",
+            where=path,
+            fix="Write one JSON object: {name: number}.",
+        )
     made = {name: dict(v) if isinstance(v, dict) else {"value": v} for name, v in numbers.items()}
     for name, number in made.items():
         good = "value" in number and set(number) <= NUMBER_FIELDS
-        if not good or not all(isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in number.values()):
-            raise UserError(f"{name} = {numbers[name]!r} is not a finite number, nor one with value, low, high and n", where=path,
-                            fix="Write a number, or Estimate.as_metric() of kd_notes.report.")
+        if not good or not all(
+            isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)
+            for v in number.values()
+        ):
+            raise UserError(
+                f"{name} = {numbers[name]!r} is not a finite number, nor one with value, low, high and n",
+                where=path,
+                fix="Write a number, or Estimate.as_metric() of kd_notes.report.",
+            )
     return made
 
 # %% ../../nbs/7_engine_room/22_notebooks.ipynb #ba33b11f
 def check_artefacts(folder: Path) -> dict[str, str]:
     "SHA-256 of what a run left: metrics.json, figures and their CSV twins. Raises UserError if something is missing."
-    if not (folder/"metrics.json").is_file():
-        raise UserError("the notebook wrote no metrics.json", where=folder.name, fix="Write its numbers to run_dir/metrics.json.")
-    read_numbers(folder/"metrics.json")
+    if not (folder / "metrics.json").is_file():
+        raise UserError(
+            "the notebook wrote no metrics.json",
+            where=folder.name,
+            fix="Write its numbers to run_dir/metrics.json.",
+        )
+    read_numbers(folder / "metrics.json")
     figures = sorted(folder.glob("*.png"))
     alone = [p.name for p in figures if not p.with_suffix(".csv").is_file()]
     if not figures or alone:
         what = f"{', '.join(alone)} without a CSV twin" if alone else "no figure"
-        raise UserError(f"the notebook left {what}", where=folder.name, fix="Save figures with save_figure of kd_notes.report.")
-    made = [folder/"metrics.json", *figures, *sorted(folder.glob("*.csv"))]
+        raise UserError(
+            f"the notebook left {what}",
+            where=folder.name,
+            fix="Save figures with save_figure of kd_notes.report.",
+        )
+    made = [folder / "metrics.json", *figures, *sorted(folder.glob("*.csv"))]
     return {p.name: sha256_file(p) for p in made}

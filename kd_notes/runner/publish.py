@@ -17,13 +17,22 @@ from typing import Iterable, Iterator, Mapping, Sequence
 
 from ..core import atomic_write, cache_dir, read_json, stable_hash, UserError, write_json
 from kd_notes.runner.notebooks import (
-    Book, cell_source, cells_hash, code_cells, known_names, open_book, read_notebook,
-    read_numbers, result_names,
+    Book,
+    cell_source,
+    cells_hash,
+    code_cells,
+    known_names,
+    open_book,
+    read_notebook,
+    read_numbers,
+    result_names,
 )
 from .record import expected_file, finished_run, with_tolerance
 
 # %% ../../nbs/7_engine_room/25_publish.ipynb #91511e26
-MACHINE_PATH = re.compile(r"(?<![\w./-])/(?:home|root|tmp|Users|work|mnt|private|var|opt|workspace)/[\w.-]+")
+MACHINE_PATH = re.compile(
+    r"(?<![\w./-])/(?:home|root|tmp|Users|work|mnt|private|var|opt|workspace)/[\w.-]+"
+)
 
 
 def _scrub(text: str, places: Mapping[str, str]) -> str:
@@ -35,11 +44,21 @@ def _scrub(text: str, places: Mapping[str, str]) -> str:
 # %% ../../nbs/7_engine_room/25_publish.ipynb #47b5a0df
 def machine_places(book: Book, folder: Path) -> dict[str, str]:
     "Paths of this machine and what a reader sees instead."
-    job, name = read_json(folder/"job.json"), f"runs/{folder.parent.name}/{folder.name}"
-    places = {Path(tempfile.gettempdir()): "<temporary folder>", Path.home(): "~", Path(sys.prefix): "<environment>", cache_dir(): ".cache",
-              Path(job["cwd"]).parents[1]: ".", Path(job["parameters"]["run_dir"]): name,  # where it was when it ran
-              book.nbs.parent: ".", book.runs: "runs", folder: name}
-    both = {str(p): name for p, name in places.items()} | {str(p.resolve()): name for p, name in places.items()}
+    job, name = read_json(folder / "job.json"), f"runs/{folder.parent.name}/{folder.name}"
+    places = {
+        Path(tempfile.gettempdir()): "<temporary folder>",
+        Path.home(): "~",
+        Path(sys.prefix): "<environment>",
+        cache_dir(): ".cache",
+        Path(job["cwd"]).parents[1]: ".",
+        Path(job["parameters"]["run_dir"]): name,  # where it was when it ran
+        book.nbs.parent: ".",
+        book.runs: "runs",
+        folder: name,
+    }
+    both = {str(p): name for p, name in places.items()} | {
+        str(p.resolve()): name for p, name in places.items()
+    }
     return {p: name for p, name in both.items() if len(p) > 1}
 
 # %% ../../nbs/7_engine_room/25_publish.ipynb #72255bfa
@@ -47,14 +66,32 @@ def clean_output(output: Mapping, places: Mapping[str, str]) -> dict | None:
     "An output as it is published, or None: standard error is left out, so are interactive widgets."
     if output["output_type"] == "stream":
         text = _scrub("".join(output["text"]), places)
-        return None if output["name"] == "stderr" else {"output_type": "stream", "name": "stdout", "text": text.splitlines(True)}
+        return (
+            None
+            if output["name"] == "stderr"
+            else {"output_type": "stream", "name": "stdout", "text": text.splitlines(True)}
+        )
     if output["output_type"] == "error":
         raise UserError("the run holds an error", where="publish", fix="Run the notebook again.")
     data = {k: v for k, v in output["data"].items() if "widget" not in k}
-    data = {k: _scrub("".join(v), places).splitlines(True) if k.startswith("text/") else v.rstrip() if isinstance(v, str) else v
-            for k, v in data.items()}
-    made = {"data": data, "metadata": output.get("metadata", {}), "output_type": output["output_type"]}
-    return (made | {"execution_count": None} if output["output_type"] == "execute_result" else made) if data else None
+    data = {
+        k: _scrub("".join(v), places).splitlines(True)
+        if k.startswith("text/")
+        else v.rstrip()
+        if isinstance(v, str)
+        else v
+        for k, v in data.items()
+    }
+    made = {
+        "data": data,
+        "metadata": output.get("metadata", {}),
+        "output_type": output["output_type"],
+    }
+    return (
+        (made | {"execution_count": None} if output["output_type"] == "execute_result" else made)
+        if data
+        else None
+    )
 
 # %% ../../nbs/7_engine_room/25_publish.ipynb #be26b244
 def output_text(cells: Iterable[Mapping]) -> Iterator[tuple[int, str]]:
@@ -68,15 +105,28 @@ def output_text(cells: Iterable[Mapping]) -> Iterator[tuple[int, str]]:
 def _no_machine_paths(cells: Sequence[Mapping], where: str) -> None:
     for number, text in output_text(cells):
         if found := MACHINE_PATH.search(text):
-            raise UserError(f"the output of code cell {number} shows {found[0]!r}, a path of this machine", where=where,
-                            fix="Print a relative path or a name there.")
+            raise UserError(
+                f"the output of code cell {number} shows {found[0]!r}, a path of this machine",
+                where=where,
+                fix="Print a relative path or a name there.",
+            )
 
 # %% ../../nbs/7_engine_room/25_publish.ipynb #84e9ec1e
-def executed_outputs(nb: Mapping, executed: Mapping, places: Mapping[str, str], where: str) -> list[list[dict]]:
+def executed_outputs(
+    nb: Mapping, executed: Mapping, places: Mapping[str, str], where: str
+) -> list[list[dict]]:
     "Cleaned outputs of a run, one list per code cell of `nb`. Raises UserError if the code differs."
-    ran = [c for c in code_cells(executed) if "injected-parameters" not in c.get("metadata", {}).get("tags", [])]
+    ran = [
+        c
+        for c in code_cells(executed)
+        if "injected-parameters" not in c.get("metadata", {}).get("tags", [])
+    ]
     if [cell_source(c).strip() for c in ran] != [cell_source(c).strip() for c in code_cells(nb)]:
-        raise UserError("the code of the notebook has changed since this run", where=where, fix="Run it again, then publish.")
+        raise UserError(
+            "the code of the notebook has changed since this run",
+            where=where,
+            fix="Run it again, then publish.",
+        )
     return [[o for output in c["outputs"] if (o := clean_output(output, places))] for c in ran]
 
 # %% ../../nbs/7_engine_room/25_publish.ipynb #1f48667d
@@ -97,9 +147,12 @@ def _check_size(nb: Mapping, where: str) -> None:
     size = len(notebook_text(nb).encode())
     if size > SIZE_LIMIT:
         sizes = [len(json.dumps(c["outputs"])) for c in code_cells(nb)]
-        raise UserError(f"with its outputs the notebook has {size//1000} kB, more than {SIZE_LIMIT//1000}; most of it "
-                        f"({max(sizes)//1000} kB) in code cell {sizes.index(max(sizes)) + 1}", where=where,
-                        fix="Save figures with save_figure of kd_notes.report, or print less.")
+        raise UserError(
+            f"with its outputs the notebook has {size // 1000} kB, more than {SIZE_LIMIT // 1000}; most of it "
+            f"({max(sizes) // 1000} kB) in code cell {sizes.index(max(sizes)) + 1}",
+            where=where,
+            fix="Save figures with save_figure of kd_notes.report, or print less.",
+        )
 
 # %% ../../nbs/7_engine_room/25_publish.ipynb #48d17a82
 def outputs_hash(nb: Mapping) -> str:
@@ -109,26 +162,36 @@ def outputs_hash(nb: Mapping) -> str:
 # %% ../../nbs/7_engine_room/25_publish.ipynb #e52f3b00
 def numbers_digest(folder: Path) -> str:
     "Digest of a run's numbers, as it stands in the record of the same run."
-    return stable_hash({k: with_tolerance(v) for k, v in read_numbers(folder/"metrics.json").items()})
+    return stable_hash(
+        {k: with_tolerance(v) for k, v in read_numbers(folder / "metrics.json").items()}
+    )
 
 # %% ../../nbs/7_engine_room/25_publish.ipynb #5c5456ba
 def _recorded(book: Book, profile: str, name: str, folder: Path) -> str:
     "Digest of the recorded numbers. Raises UserError unless they are those of the run."
     path = expected_file(book, profile, name)
     if not path.is_file() or read_json(path)["digest"] != numbers_digest(folder):
-        raise UserError("the numbers of this run are not the recorded ones", where=path,
-                        fix=f"If they should be: kd-notes record {name} --profile {profile}")
+        raise UserError(
+            "the numbers of this run are not the recorded ones",
+            where=path,
+            fix=f"If they should be: kd-notes record {name} --profile {profile}",
+        )
     return read_json(path)["digest"]
 
 # %% ../../nbs/7_engine_room/25_publish.ipynb #c73522bb
 def publish_one(book: Book, profile: str, name: str) -> dict:
     "Put the outputs of a finished run into its notebook and stamp it: the stamp. Raises UserError; then nothing is written."
     folder, manifest = finished_run(book, profile, name)
-    path = book.results/f"{name}.ipynb"
-    nb, executed = read_notebook(path), read_notebook(folder/"executed.ipynb")
+    path = book.results / f"{name}.ipynb"
+    nb, executed = read_notebook(path), read_notebook(folder / "executed.ipynb")
     outputs = executed_outputs(nb, executed, machine_places(book, folder), name)
-    stamp = {"profile": profile, "key": manifest["key"], "date": manifest["end"][:10], "code": cells_hash(nb),
-             "numbers": _recorded(book, profile, name, folder)}
+    stamp = {
+        "profile": profile,
+        "key": manifest["key"],
+        "date": manifest["end"][:10],
+        "code": cells_hash(nb),
+        "numbers": _recorded(book, profile, name, folder),
+    }
     outputs[-1].append({"output_type": "stream", "name": "stdout", "text": [stamp_line(stamp)]})
     for c, made in zip(code_cells(nb), outputs):
         c["outputs"], c["execution_count"] = made, None
@@ -141,7 +204,7 @@ def publish_one(book: Book, profile: str, name: str) -> dict:
 # %% ../../nbs/7_engine_room/25_publish.ipynb #3504de78
 def stamps_file(book: Book) -> Path:
     "Where the stamps of the published notebooks are."
-    return book.expected/"stamps.json"
+    return book.expected / "stamps.json"
 
 # %% ../../nbs/7_engine_room/25_publish.ipynb #f5eefacb
 def publish(names: Sequence[str], profile: str, book: Book | None = None) -> list[str]:
@@ -151,14 +214,14 @@ def publish(names: Sequence[str], profile: str, book: Book | None = None) -> lis
         stamp = publish_one(book, profile, name)
         stamps = read_json(stamps_file(book)) if stamps_file(book).is_file() else {}
         write_json(stamps_file(book), stamps | {name: stamp})
-        size = (book.results/f"{name}.ipynb").stat().st_size
-        lines.append(f"{name}: {stamp_line(stamp).strip()} ({size//1000} kB)")
+        size = (book.results / f"{name}.ipynb").stat().st_size
+        lines.append(f"{name}: {stamp_line(stamp).strip()} ({size // 1000} kB)")
     return lines
 
 # %% ../../nbs/7_engine_room/25_publish.ipynb #9b756cbb
 def _published_problems(book: Book, name: str, stamp: Mapping | None) -> Iterator[str]:
     "What is wrong with one published notebook."
-    path = book.results/f"{name}.ipynb"
+    path = book.results / f"{name}.ipynb"
     nb = read_notebook(path)
     if not stamp:
         yield "it has no stamp: kd-notes publish"
@@ -167,13 +230,22 @@ def _published_problems(book: Book, name: str, stamp: Mapping | None) -> Iterato
     recorded = read_json(expected) if expected.is_file() else {"numbers": None, "digest": ""}
     if cells_hash(nb) != stamp["code"]:
         yield "its code has changed since it was published: run it again, record, publish"
-    if outputs_hash(nb) != stamp["outputs"] or nb["metadata"].get("kd_notes") != {k: stamp[k] for k in ("profile", "key", "date")}:
+    if outputs_hash(nb) != stamp["outputs"] or nb["metadata"].get("kd_notes") != {
+        k: stamp[k] for k in ("profile", "key", "date")
+    }:
         yield "its outputs or its stamp were edited after publishing: publish it again"
-    if recorded["digest"] != stamp["numbers"] or stable_hash(recorded["numbers"]) != stamp["numbers"]:
+    if (
+        recorded["digest"] != stamp["numbers"]
+        or stable_hash(recorded["numbers"]) != stamp["numbers"]
+    ):
         yield f"its numbers are not those of data/expected/{stamp['profile']}/{name}.json: record and publish the same run"
     if path.stat().st_size > SIZE_LIMIT:
-        yield f"it has more than {SIZE_LIMIT//1000} kB"
-    yield from (f"code cell {n} shows a path of a machine" for n, text in output_text(code_cells(nb)) if MACHINE_PATH.search(text))
+        yield f"it has more than {SIZE_LIMIT // 1000} kB"
+    yield from (
+        f"code cell {n} shows a path of a machine"
+        for n, text in output_text(code_cells(nb))
+        if MACHINE_PATH.search(text)
+    )
 
 # %% ../../nbs/7_engine_room/25_publish.ipynb #aa1053d3
 def check_published(book: Book | None = None) -> list[str]:
@@ -181,5 +253,13 @@ def check_published(book: Book | None = None) -> list[str]:
     book = book or open_book()
     stamps = read_json(stamps_file(book)) if stamps_file(book).is_file() else {}
     names = result_names(book)
-    problems = [f"{name}: {problem}" for name in names for problem in _published_problems(book, name, stamps.get(name))]
-    return problems + [f"{name}: it has a stamp but there is no such notebook" for name in stamps if name not in names]
+    problems = [
+        f"{name}: {problem}"
+        for name in names
+        for problem in _published_problems(book, name, stamps.get(name))
+    ]
+    return problems + [
+        f"{name}: it has a stamp but there is no such notebook"
+        for name in stamps
+        if name not in names
+    ]

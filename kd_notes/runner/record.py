@@ -18,7 +18,11 @@ from .notebooks import Book, known_names, load_profile, open_book, read_numbers
 from .runs import read_manifest, run_status
 
 # %% ../../nbs/7_engine_room/24_record.ipynb #f23a504e
-K_SIGMA, ABS_INTERVAL, REL_PLAIN = 3.0, 0.01, 0.01  # defaults: three standard errors; one point; one per cent for a number without interval
+K_SIGMA, ABS_INTERVAL, REL_PLAIN = (
+    3.0,
+    0.01,
+    0.01,
+)  # defaults: three standard errors; one point; one per cent for a number without interval
 
 
 def with_tolerance(number: Mapping[str, float]) -> dict[str, float]:
@@ -26,7 +30,12 @@ def with_tolerance(number: Mapping[str, float]) -> dict[str, float]:
     interval = "low" in number and "high" in number
     sigma = (number["high"] - number["low"]) / (2 * 1.96) if interval else 0.0
     default = ABS_INTERVAL if interval else REL_PLAIN * abs(number["value"]) + 1e-9
-    return {**number, "abs": number.get("abs", default), "k": number.get("k", K_SIGMA), "sigma": sigma}
+    return {
+        **number,
+        "abs": number.get("abs", default),
+        "k": number.get("k", K_SIGMA),
+        "sigma": sigma,
+    }
 
 # %% ../../nbs/7_engine_room/24_record.ipynb #7bd5e088
 def tolerance(number: Mapping[str, float]) -> float:
@@ -41,49 +50,86 @@ def judge(measured: Mapping[str, float], recorded: Mapping[str, float]) -> tuple
     parts = [p for p in ("value", "low", "high") if p in recorded]
     if any(p not in measured for p in parts):
         return "FAIL", "the interval is missing"
-    if recorded.get("low", 0) > 0 > measured["value"] or recorded.get("high", 0) < 0 < measured["value"]:
+    if (
+        recorded.get("low", 0) > 0 > measured["value"]
+        or recorded.get("high", 0) < 0 < measured["value"]
+    ):
         return "FAIL", "its sign is another one, and zero was outside of the recorded interval"
     worst = max(parts, key=lambda p: abs(measured[p] - recorded[p]))
     off, limit = abs(measured[worst] - recorded[worst]), tolerance(recorded)
     status = "PASS" if off <= limit else "DRIFT" if off <= 2 * limit else "FAIL"
-    return status, "" if worst == "value" or status == "PASS" else f"{worst} {measured[worst]:.4g} where {recorded[worst]:.4g} was recorded"
+    return (
+        status,
+        ""
+        if worst == "value" or status == "PASS"
+        else f"{worst} {measured[worst]:.4g} where {recorded[worst]:.4g} was recorded",
+    )
 
 # %% ../../nbs/7_engine_room/24_record.ipynb #e4b2614a
 def expected_file(book: Book, profile: str, name: str) -> Path:
     "Where the recorded numbers of a notebook are."
-    return book.expected/profile/f"{name}.json"
+    return book.expected / profile / f"{name}.json"
 
 # %% ../../nbs/7_engine_room/24_record.ipynb #643966c2
 def finished_run(book: Book, profile: str, name: str) -> tuple[Path, dict]:
     "Folder and manifest of a finished run. Raises UserError if there is none, or if its files were changed since."
-    folder = book.runs/profile/name
+    folder = book.runs / profile / name
     again = f"kd-notes reproduce {name} --profile {profile}"
     if run_status(folder) != "done" or read_manifest(folder).get("skipped"):
-        raise UserError(f"there is no finished run of {name} with profile {profile}", where=folder, fix=f"Run: {again}")
+        raise UserError(
+            f"there is no finished run of {name} with profile {profile}",
+            where=folder,
+            fix=f"Run: {again}",
+        )
     manifest = read_manifest(folder)
     if not run_fresh(folder, manifest["key"]):
-        raise UserError("files of this run were changed after it had finished", where=folder, fix=f"Run it again: {again} --force")
+        raise UserError(
+            "files of this run were changed after it had finished",
+            where=folder,
+            fix=f"Run it again: {again} --force",
+        )
     return folder, manifest
 
 # %% ../../nbs/7_engine_room/24_record.ipynb #47839563
 def _provenance(folder: Path, manifest: Mapping) -> dict:
     "Where recorded numbers come from."
     kernel = manifest["kernel"]
-    return {"key": manifest["key"], "date": manifest["end"][:10], "seconds": manifest["seconds"], "params": read_json(folder/"params.json"),
-            "cpu": kernel["cpu"], "platform": kernel["platform"], "versions": kernel["versions"],
-            "git_commit": kernel["git_commit"], "git_dirty": kernel["git_dirty"]}
+    return {
+        "key": manifest["key"],
+        "date": manifest["end"][:10],
+        "seconds": manifest["seconds"],
+        "params": read_json(folder / "params.json"),
+        "cpu": kernel["cpu"],
+        "platform": kernel["platform"],
+        "versions": kernel["versions"],
+        "git_commit": kernel["git_commit"],
+        "git_dirty": kernel["git_dirty"],
+    }
 
 # %% ../../nbs/7_engine_room/24_record.ipynb #00458885
 def record(names: Sequence[str], profile: str, book: Book | None = None) -> list[str]:
     "Store the numbers of finished runs in data/expected; lines that say what changed. Raises UserError if a run is not finished."
     book, lines = book or open_book(), []
-    for name, (folder, manifest) in {n: finished_run(book, profile, n) for n in known_names(book, names)}.items():
+    for name, (folder, manifest) in {
+        n: finished_run(book, profile, n) for n in known_names(book, names)
+    }.items():
         path = expected_file(book, profile, name)
         old = read_json(path)["numbers"] if path.is_file() else {}
-        numbers = {k: with_tolerance(v) for k, v in read_numbers(folder/"metrics.json").items()}
-        write_json(path, {"notebook": name, "profile": profile, "device_class": manifest["kernel"]["device_class"], "numbers": numbers,
-                          "digest": stable_hash(numbers), "provenance": _provenance(folder, manifest)})
-        lines += [f"{name}: {line}" for line in _changes(old, numbers)] or [f"{name}: no number changed"]
+        numbers = {k: with_tolerance(v) for k, v in read_numbers(folder / "metrics.json").items()}
+        write_json(
+            path,
+            {
+                "notebook": name,
+                "profile": profile,
+                "device_class": manifest["kernel"]["device_class"],
+                "numbers": numbers,
+                "digest": stable_hash(numbers),
+                "provenance": _provenance(folder, manifest),
+            },
+        )
+        lines += [f"{name}: {line}" for line in _changes(old, numbers)] or [
+            f"{name}: no number changed"
+        ]
     return lines
 
 # %% ../../nbs/7_engine_room/24_record.ipynb #2609bc82
@@ -91,16 +137,26 @@ def _changes(old: Mapping[str, Mapping], new: Mapping[str, Mapping]) -> list[str
     "What changed between two sets of recorded numbers."
     gone = [f"{k} is gone (was {old[k]['value']:.6g})" for k in old if k not in new]
     fresh = [f"{k} = {new[k]['value']:.6g} is new" for k in new if k not in old]
-    moved = [f"{k}: {old[k]['value']:.6g} -> {new[k]['value']:.6g}" for k in new if k in old and dict(old[k]) != dict(new[k])]
+    moved = [
+        f"{k}: {old[k]['value']:.6g} -> {new[k]['value']:.6g}"
+        for k in new
+        if k in old and dict(old[k]) != dict(new[k])
+    ]
     return gone + fresh + moved
 
 # %% ../../nbs/7_engine_room/24_record.ipynb #7d1f0a32
 def record_stage(stage: str, book: Book | None = None) -> str:
     "Add the cache's finished runs of a stage to its record; a line that counts them. Raises UserError where the cache has none."
-    folder, found = (book or open_book()).expected/"runs", cached_runs(stage)
+    folder, found = (book or open_book()).expected / "runs", cached_runs(stage)
     if not found:
-        stages = sorted({path.parts[-3] for path in (cache_dir()/"runs").glob("*/*/manifest.json")})
-        raise UserError("the cache has no finished run of this stage", where=stage, fix=f"Stages there: {', '.join(stages) or 'none'}.")
+        stages = sorted(
+            {path.parts[-3] for path in (cache_dir() / "runs").glob("*/*/manifest.json")}
+        )
+        raise UserError(
+            "the cache has no finished run of this stage",
+            where=stage,
+            fix=f"Stages there: {', '.join(stages) or 'none'}.",
+        )
     known = load_record(stage, folder)
     new = [r for r in found if stable_hash(r["params"]) not in known]
     return f"{stage}: {len(new)} new, {record_runs(stage, new, folder)} recorded"
@@ -109,9 +165,10 @@ def record_stage(stage: str, book: Book | None = None) -> str:
 @dataclass(frozen=True)
 class Checked:
     "A recorded number and what became of it."
+
     notebook: str
     number: str
-    status: str               # PASS, DRIFT, FAIL, NOT RUN
+    status: str  # PASS, DRIFT, FAIL, NOT RUN
     expected: float | None = None
     measured: float | None = None
     tolerance: float | None = None
@@ -131,44 +188,98 @@ def _why_not_run(folder: Path, device: str) -> str:
 # %% ../../nbs/7_engine_room/24_record.ipynb #40a8ed56
 def check_notebook(book: Book, profile: str, name: str) -> list[Checked]:
     "One row per recorded number of a notebook, or one row that says why there is none."
-    path, folder = expected_file(book, profile, name), book.runs/profile/name
+    path, folder = expected_file(book, profile, name), book.runs / profile / name
     if not path.is_file():
-        return [Checked(name, "(all)", "NOT RUN", note=f"nothing is recorded: kd-notes record {name} --profile {profile}")]
+        return [
+            Checked(
+                name,
+                "(all)",
+                "NOT RUN",
+                note=f"nothing is recorded: kd-notes record {name} --profile {profile}",
+            )
+        ]
     stored = read_json(path)
     if stable_hash(stored["numbers"]) != stored["digest"]:
-        return [Checked(name, "(all)", "FAIL", note="the expectation was edited by hand; write it with kd-notes record")]
+        return [
+            Checked(
+                name,
+                "(all)",
+                "FAIL",
+                note="the expectation was edited by hand; write it with kd-notes record",
+            )
+        ]
     if why := _why_not_run(folder, stored["device_class"]):
-        return [Checked(name, k, "NOT RUN", v["value"], note=why) for k, v in stored["numbers"].items()]
+        return [
+            Checked(name, k, "NOT RUN", v["value"], note=why) for k, v in stored["numbers"].items()
+        ]
     if not run_fresh(folder, read_manifest(folder)["key"]):
-        return [Checked(name, "(all)", "FAIL", note="files of the run were changed after it had finished")]
-    measured = read_numbers(folder/"metrics.json")
+        return [
+            Checked(
+                name, "(all)", "FAIL", note="files of the run were changed after it had finished"
+            )
+        ]
+    measured = read_numbers(folder / "metrics.json")
     rows = [_check_number(name, k, measured.get(k), v) for k, v in stored["numbers"].items()]
     extra = [k for k in measured if k not in stored["numbers"]]
-    return rows + [Checked(name, k, "NOT RUN", None, measured[k]["value"], note="measured, but not recorded") for k in extra]
+    return rows + [
+        Checked(name, k, "NOT RUN", None, measured[k]["value"], note="measured, but not recorded")
+        for k in extra
+    ]
 
 # %% ../../nbs/7_engine_room/24_record.ipynb #cd6894cc
 def _check_number(name: str, number: str, measured: Mapping | None, recorded: Mapping) -> Checked:
     if measured is None:
-        return Checked(name, number, "FAIL", recorded["value"], None, tolerance(recorded), "the run did not produce it")
+        return Checked(
+            name,
+            number,
+            "FAIL",
+            recorded["value"],
+            None,
+            tolerance(recorded),
+            "the run did not produce it",
+        )
     status, note = judge(measured, recorded)
-    return Checked(name, number, status, recorded["value"], measured["value"], tolerance(recorded), note)
+    return Checked(
+        name, number, status, recorded["value"], measured["value"], tolerance(recorded), note
+    )
 
 # %% ../../nbs/7_engine_room/24_record.ipynb #d74c98be
-def check(names: Sequence[str] = (), profile: str = "cpu", book: Book | None = None) -> list[Checked]:
+def check(
+    names: Sequence[str] = (), profile: str = "cpu", book: Book | None = None
+) -> list[Checked]:
     "Compare runs with the record: the named notebooks, or all that have a record in this profile and its headline. Raises UserError."
     book = book or open_book()
     headline = load_profile(book, profile).headline
-    recorded = sorted(p.stem for p in (book.expected/profile).glob("*.json"))
+    recorded = sorted(p.stem for p in (book.expected / profile).glob("*.json"))
     chosen = known_names(book, names) or sorted({*recorded, *headline})
     known_names(book, chosen)
     if not chosen:
-        raise UserError("there is nothing to check", where=f"profile {profile}", fix="Name a notebook, or record one: kd-notes record.")
+        raise UserError(
+            "there is nothing to check",
+            where=f"profile {profile}",
+            fix="Name a notebook, or record one: kd-notes record.",
+        )
     return [row for name in chosen for row in check_notebook(book, profile, name)]
 
 # %% ../../nbs/7_engine_room/24_record.ipynb #b6168e4c
 def check_table(rows: Sequence[Checked]) -> str:
     "The rows as text, and a line that counts them."
-    body = [(r.status, r.notebook, r.number, *("-" if x is None else f"{x:.4g}" for x in (r.expected, r.measured, r.tolerance)), r.note)
-            for r in rows]
-    count = ", ".join(f"{sum(r.status == s for r in rows)} {s}" for s in ("PASS", "DRIFT", "FAIL", "NOT RUN"))
-    return columns([("status", "notebook", "number", "expected", "measured", "tolerance", "note"), *body]) + f"\n{count}"
+    body = [
+        (
+            r.status,
+            r.notebook,
+            r.number,
+            *("-" if x is None else f"{x:.4g}" for x in (r.expected, r.measured, r.tolerance)),
+            r.note,
+        )
+        for r in rows
+    ]
+    count = ", ".join(
+        f"{sum(r.status == s for r in rows)} {s}" for s in ("PASS", "DRIFT", "FAIL", "NOT RUN")
+    )
+    return (
+        columns(
+            [("status", "notebook", "number", "expected", "measured", "tolerance", "note"), *body]
+        )
+        + f"\n{count}"
+    )

@@ -17,8 +17,18 @@ from pathlib import Path
 from typing import Any, Callable, Iterable
 
 from kd_notes.core import (
-    append_jsonl, atomic_write, cache_dir, folder_lock, _HELD, read_json, read_jsonl, rng,
-    stable_hash, to_jsonable, UserError, write_json,
+    append_jsonl,
+    atomic_write,
+    cache_dir,
+    folder_lock,
+    _HELD,
+    read_json,
+    read_jsonl,
+    rng,
+    stable_hash,
+    to_jsonable,
+    UserError,
+    write_json,
 )
 from ..environment import device_class, environment, peak_memory
 from .code import code_hash, run_key
@@ -26,7 +36,7 @@ from .code import code_hash, run_key
 # %% ../../nbs/7_engine_room/05_runs.ipynb #75ee0ed5
 def read_manifest(folder: Path | str) -> dict | None:
     "The manifest of a run folder, or None where there is none."
-    path = Path(folder)/"manifest.json"
+    path = Path(folder) / "manifest.json"
     return read_json(path) if path.is_file() else None
 
 # %% ../../nbs/7_engine_room/05_runs.ipynb #d4f54332
@@ -47,15 +57,30 @@ def run_status(folder: Path | str) -> str:
 def read_run(folder: Path | str) -> dict | None:
     "Metrics of a finished run; None if it is absent or not finished. Never half a result."
     manifest = read_manifest(folder)
-    return read_json(Path(folder)/"metrics.json") if manifest and manifest["status"] == "done" else None
+    return (
+        read_json(Path(folder) / "metrics.json")
+        if manifest and manifest["status"] == "done"
+        else None
+    )
 
 # %% ../../nbs/7_engine_room/05_runs.ipynb #4df3e8f8
-MANIFEST = ("stage", "key", "checksums", "code", "teacher", "student", "dtype", "effective_batch", "seed")  # null unless given
+MANIFEST = (
+    "stage",
+    "key",
+    "checksums",
+    "code",
+    "teacher",
+    "student",
+    "dtype",
+    "effective_batch",
+    "seed",
+)  # null unless given
 
 # %% ../../nbs/7_engine_room/05_runs.ipynb #e732bac5
 @dataclass
 class Run:
     "A run folder that is being filled. Use `with Run.open(folder, params, ...) as run:`."
+
     folder: Path
     params: dict
     manifest: dict = field(default_factory=dict)
@@ -65,25 +90,33 @@ class Run:
     lock: Any = None
 
     @classmethod
-    def open(cls, folder: Path | str, params: dict, *, force: bool = False, **manifest: Any) -> "Run":
+    def open(
+        cls, folder: Path | str, params: dict, *, force: bool = False, **manifest: Any
+    ) -> "Run":
         "Prepare a run. An unfinished run of the same parameters is resumed (its files stay); `force` empties the folder."
         facts = dict.fromkeys(MANIFEST) | {"seed": params.get("seed")} | manifest
-        return cls(Path(folder), to_jsonable(params, "params"), to_jsonable(facts, "manifest"), force)
+        return cls(
+            Path(folder), to_jsonable(params, "params"), to_jsonable(facts, "manifest"), force
+        )
 
     def log(self, **row: Any) -> None:
         "Append a row to metrics.jsonl: `run.log(step=10, loss=0.7)`."
-        append_jsonl(self.folder/"metrics.jsonl", [row])
+        append_jsonl(self.folder / "metrics.jsonl", [row])
 
     def rewind(self, step: int) -> None:
         "Forget logged rows after `step`: a run that goes on from a checkpoint logs them again."
-        _rewind(self.folder/"metrics.jsonl", step)
+        _rewind(self.folder / "metrics.jsonl", step)
 
     def finish(self, metrics: dict) -> None:
         "Store the result; the run counts as done when the `with` block ends without an error."
         if not isinstance(metrics, dict):
-            raise UserError(f"metrics must be a dictionary, not {type(metrics).__name__}", where=self.folder, fix="Return name: number.")
+            raise UserError(
+                f"metrics must be a dictionary, not {type(metrics).__name__}",
+                where=self.folder,
+                fix="Return name: number.",
+            )
         self.metrics = to_jsonable(metrics, "metrics")
-        write_json(self.folder/"metrics.json", self.metrics)
+        write_json(self.folder / "metrics.json", self.metrics)
 
     def __enter__(self) -> "Run":
         return _enter(self)
@@ -109,10 +142,18 @@ def _check_folder(run: Run) -> int:
     before = read_manifest(run.folder)
     if before is None:
         return 0
-    if read_json(run.folder/"params.json") != run.params:
-        raise UserError("the folder holds a run with other parameters", where=run.folder, fix="Choose another folder, or force.")
+    if read_json(run.folder / "params.json") != run.params:
+        raise UserError(
+            "the folder holds a run with other parameters",
+            where=run.folder,
+            fix="Choose another folder, or force.",
+        )
     if before["status"] == "done":
-        raise UserError("the folder holds a finished run", where=run.folder, fix="Read it, choose another folder, or force.")
+        raise UserError(
+            "the folder holds a finished run",
+            where=run.folder,
+            fix="Read it, choose another folder, or force.",
+        )
     return before.get("attempts", 1)
 
 # %% ../../nbs/7_engine_room/05_runs.ipynb #4fc0442e
@@ -129,7 +170,7 @@ def _enter(run: Run) -> Run:
         tried = _check_folder(run)
         for half in run.folder.glob(".*.tmp"):  # what a killed atomic_write leaves
             half.unlink(missing_ok=True)
-        write_json(run.folder/"params.json", run.params)
+        write_json(run.folder / "params.json", run.params)
         run.started, run.manifest["start"] = time.monotonic(), _now()
         _write_manifest(run, "running", attempts=tried + 1)
     except BaseException:
@@ -139,14 +180,31 @@ def _enter(run: Run) -> Run:
 
 # %% ../../nbs/7_engine_room/05_runs.ipynb #32d6276e
 def _write_manifest(run: Run, status: str, **more: Any) -> None:
-    run.manifest |= {"end": None, "error": None, "pid": os.getpid(), "device_class": device_class()} | more
-    run.manifest |= {"status": status, "seconds": round(time.monotonic() - run.started, 3)} | peak_memory() | environment()
-    write_json(run.folder/"manifest.json", run.manifest)
+    run.manifest |= {
+        "end": None,
+        "error": None,
+        "pid": os.getpid(),
+        "device_class": device_class(),
+    } | more
+    run.manifest |= (
+        {"status": status, "seconds": round(time.monotonic() - run.started, 3)}
+        | peak_memory()
+        | environment()
+    )
+    write_json(run.folder / "manifest.json", run.manifest)
 
 # %% ../../nbs/7_engine_room/05_runs.ipynb #e36ec1b0
 def _leave(run: Run, error: BaseException | None) -> None:
     "Write how the run ended, then let the folder go. An error while writing never hides the error that ended the run."
-    status = "failed" if isinstance(error, Exception) else "killed" if error else "done" if run.metrics is not None else "failed"
+    status = (
+        "failed"
+        if isinstance(error, Exception)
+        else "killed"
+        if error
+        else "done"
+        if run.metrics is not None
+        else "failed"
+    )
     text = "".join(traceback.format_exception(error))[-4000:] if error else None
     if status == "failed" and error is None:
         text = "the run ended without calling finish()"
@@ -159,20 +217,24 @@ def _leave(run: Run, error: BaseException | None) -> None:
         run.lock.__exit__(None, None, None)
 
 # %% ../../nbs/7_engine_room/05_runs.ipynb #de8439c0
-def estimate_pi(params: dict,             # {"draws": n, "seed": s}, and "pause": seconds to sleep, to imitate a training
-                folder: Path) -> dict:    # the run folder, for logs and checkpoints
+def estimate_pi(
+    params: dict,  # {"draws": n, "seed": s}, and "pause": seconds to sleep, to imitate a training
+    folder: Path,
+) -> dict:  # the run folder, for logs and checkpoints
     "Estimate pi by random darts: the smallest run there is. Raises UserError if there are no draws."
     if params["draws"] < 1:
-        raise UserError("at least one draw is needed", where="draws", fix="Choose a positive number.")
+        raise UserError(
+            "at least one draw is needed", where="draws", fix="Choose a positive number."
+        )
     random = rng("darts", params["seed"])
-    inside = sum(random.random()**2 + random.random()**2 <= 1 for _ in range(params["draws"]))
+    inside = sum(random.random() ** 2 + random.random() ** 2 <= 1 for _ in range(params["draws"]))
     time.sleep(params.get("pause", 0))
-    return {"pi": 4*inside/params["draws"], "draws": params["draws"]}
+    return {"pi": 4 * inside / params["draws"], "draws": params["draws"]}
 
 # %% ../../nbs/7_engine_room/05_runs.ipynb #eef4fc48
 def run_folder(stage: str, key: str) -> Path:
     "Where the run of this stage and key lives in the cache."
-    return cache_dir()/"runs"/stage/key
+    return cache_dir() / "runs" / stage / key
 
 
 def _finished(folder: Path) -> dict | None:
@@ -181,10 +243,22 @@ def _finished(folder: Path) -> dict | None:
     if metrics is None:
         return None
     done = read_manifest(folder)
-    return {"metrics": metrics, "seconds": done["seconds"], "device": done["device_class"], "date": done["end"][:10]}
+    return {
+        "metrics": metrics,
+        "seconds": done["seconds"],
+        "device": done["device_class"],
+        "date": done["end"][:10],
+    }
 
 # %% ../../nbs/7_engine_room/05_runs.ipynb #b94fa93a
-def _execute(stage: str, params: dict, fn: Callable[[dict, Path], dict], key: str, force: bool = False, **manifest: Any) -> dict:
+def _execute(
+    stage: str,
+    params: dict,
+    fn: Callable[[dict, Path], dict],
+    key: str,
+    force: bool = False,
+    **manifest: Any,
+) -> dict:
     "Run `fn`, or read its finished run: {'metrics', 'seconds', 'device', 'date', 'source'}."
     folder = run_folder(stage, key)
     with folder_lock(folder):
@@ -195,15 +269,22 @@ def _execute(stage: str, params: dict, fn: Callable[[dict, Path], dict], key: st
         return _finished(folder) | {"source": "run"}
 
 # %% ../../nbs/7_engine_room/05_runs.ipynb #ea59cac1
-def cached(stage: str, params: dict, fn: Callable[[dict, Path], dict], *,
-           modules: Iterable[str],                     # kd_notes modules that compute it
-           checksums: dict[str, str] | None = None,    # {data or teacher: sha256}
-           force: bool = False,                        # run again even if it is there
-           record: dict | None = None) -> dict:        # `load_record(stage)`: take a recorded result instead
+def cached(
+    stage: str,
+    params: dict,
+    fn: Callable[[dict, Path], dict],
+    *,
+    modules: Iterable[str],  # kd_notes modules that compute it
+    checksums: dict[str, str] | None = None,  # {data or teacher: sha256}
+    force: bool = False,  # run again even if it is there
+    record: dict | None = None,
+) -> dict:  # `load_record(stage)`: take a recorded result instead
     "Metrics of `fn(params, folder)`: from the record if given, from the cache if finished there, else computed now."
     params = to_jsonable(params, "params")
     if record and not force and stable_hash(params) in record:
         return record[stable_hash(params)]["metrics"]
     modules = list(modules)
     key = run_key(stage, params, modules, checksums)
-    return _execute(stage, params, fn, key, force, checksums=checksums, code=code_hash(*modules))["metrics"]
+    return _execute(stage, params, fn, key, force, checksums=checksums, code=code_hash(*modules))[
+        "metrics"
+    ]

@@ -21,34 +21,56 @@ from ..losses.divergences import at_least_float32
 def pad_rows(rows: list[list[int]], value: int) -> Tensor:
     "Lists of ids as a (rows, longest) tensor, padded on the right."
     longest = max(map(len, rows))
-    return torch.tensor([r + [value]*(longest - len(r)) for r in rows])
+    return torch.tensor([r + [value] * (longest - len(r)) for r in rows])
 
 # %% ../../nbs/7_engine_room/11_batches.ipynb #fa01b3d8
-def causal_batch(rows: list[tuple[list[int], list[int]]],  # (prompt ids, target ids); the prompt is not empty
-                 pad_id: int) -> dict[str, Tensor]:
+def causal_batch(
+    rows: list[tuple[list[int], list[int]]],  # (prompt ids, target ids); the prompt is not empty
+    pad_id: int,
+) -> dict[str, Tensor]:
     "Batch of a decoder-only model: input_ids (B, L), target_index (n,) into the flattened B*L positions, target_ids (n,). UserError."
     if empty := [i for i, (prompt, _) in enumerate(rows) if not prompt]:
-        raise UserError(f"row {empty[0]} has no prompt: no position of it predicts its first target", where="causal_batch",
-                        fix="Put at least one token in front of every target, such as the tokenizer's bos_token.")
+        raise UserError(
+            f"row {empty[0]} has no prompt: no position of it predicts its first target",
+            where="causal_batch",
+            fix="Put at least one token in front of every target, such as the tokenizer's bos_token.",
+        )
     input_ids = pad_rows([prompt + target for prompt, target in rows], pad_id)
     width = input_ids.shape[1]
-    index = [b*width + len(prompt) - 1 + i for b, (prompt, target) in enumerate(rows) for i in range(len(target))]
+    index = [
+        b * width + len(prompt) - 1 + i
+        for b, (prompt, target) in enumerate(rows)
+        for i in range(len(target))
+    ]
     wanted = [token for _, target in rows for token in target]
-    return {"input_ids": input_ids, "target_index": torch.tensor(index), "target_ids": torch.tensor(wanted)}
+    return {
+        "input_ids": input_ids,
+        "target_index": torch.tensor(index),
+        "target_ids": torch.tensor(wanted),
+    }
 
 # %% ../../nbs/7_engine_room/11_batches.ipynb #790a63f1
-def seq2seq_batch(rows: list[tuple[list[int], list[int]]],  # (source ids, target ids)
-                  pad_id: int,
-                  start_id: int) -> dict[str, Tensor]:      # what decoding starts from; T5: the padding token
+def seq2seq_batch(
+    rows: list[tuple[list[int], list[int]]],  # (source ids, target ids)
+    pad_id: int,
+    start_id: int,
+) -> dict[str, Tensor]:  # what decoding starts from; T5: the padding token
     "Batch of an encoder-decoder: input_ids and attention_mask (B, L), decoder_input_ids (B, T), target_index into B*T, target_ids."
     input_ids = pad_rows([source for source, _ in rows], pad_id)
     lengths = torch.tensor([len(source) for source, _ in rows])
     mask = (torch.arange(input_ids.shape[1])[None] < lengths[:, None]).long()
     decoder = pad_rows([[start_id, *target[:-1]] for _, target in rows], pad_id)
-    index = [b*decoder.shape[1] + i for b, (_, target) in enumerate(rows) for i in range(len(target))]
+    index = [
+        b * decoder.shape[1] + i for b, (_, target) in enumerate(rows) for i in range(len(target))
+    ]
     wanted = [token for _, target in rows for token in target]
-    return {"input_ids": input_ids, "attention_mask": mask, "decoder_input_ids": decoder,
-            "target_index": torch.tensor(index), "target_ids": torch.tensor(wanted)}
+    return {
+        "input_ids": input_ids,
+        "attention_mask": mask,
+        "decoder_input_ids": decoder,
+        "target_index": torch.tensor(index),
+        "target_ids": torch.tensor(wanted),
+    }
 
 # %% ../../nbs/7_engine_room/11_batches.ipynb #9e4296ca
 _LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
@@ -62,7 +84,9 @@ def unwrapped(model):
 def plain_logits(model) -> bool:
     "Whether a causal model's logits are its head applied to the hidden states, and nothing more (no soft-cap, no scale)."
     config = unwrapped(model).config
-    return not config.is_encoder_decoder and all(getattr(config, name, None) in (None, 1) for name in _LOGIT_CHANGES)
+    return not config.is_encoder_decoder and all(
+        getattr(config, name, None) in (None, 1) for name in _LOGIT_CHANGES
+    )
 
 # %% ../../nbs/7_engine_room/11_batches.ipynb #5dc06a51
 def _inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -79,43 +103,53 @@ def target_logits(model, batch: dict[str, Tensor]) -> Tensor:
     "Logits (n, V) at the n target positions of a `causal_batch` or `seq2seq_batch`; also through a PEFT wrapper."
     if plain_logits(model):
         return unwrapped(model).get_output_embeddings()(target_states(model, batch))
-    return model(**_inputs(batch), use_cache=False).logits.flatten(0, 1).index_select(0, batch["target_index"])
+    return (
+        model(**_inputs(batch), use_cache=False)
+        .logits.flatten(0, 1)
+        .index_select(0, batch["target_index"])
+    )
 
 # %% ../../nbs/7_engine_room/11_batches.ipynb #4cc60aa6
 def target_nll(model, batch: dict[str, Tensor]) -> Tensor:
     "Negative log-likelihood of each target token, (n,) in natural logs and at least float32."
-    return F.cross_entropy(at_least_float32(target_logits(model, batch)), batch["target_ids"], reduction="none")
+    return F.cross_entropy(
+        at_least_float32(target_logits(model, batch)), batch["target_ids"], reduction="none"
+    )
 
 # %% ../../nbs/7_engine_room/11_batches.ipynb #c08b79e4
 WINDOW = 8  # batches that are sorted by length together
 
 
-def batch_order(sizes: list[int],     # tokens of each example
-                batch: int,           # examples in an effective batch
-                seed: int,
-                bucket: bool = True,  # form batches of similar length
-                window: int = WINDOW) -> Iterator[list[int]]:
+def batch_order(
+    sizes: list[int],  # tokens of each example
+    batch: int,  # examples in an effective batch
+    seed: int,
+    bucket: bool = True,  # form batches of similar length
+    window: int = WINDOW,
+) -> Iterator[list[int]]:
     "Endless effective batches of example numbers, sorted by size inside. An epoch's leftover opens the next."
     epoch, queue = 0, []
     while True:
         order = list(range(len(sizes)))
         rng("order", seed, epoch).shuffle(order)
         queue, epoch = queue + order, epoch + 1
-        full = len(queue)//batch*batch
+        full = len(queue) // batch * batch
         ready, queue = queue[:full], queue[full:]
-        for start in range(0, full, batch*window):
-            part = ready[start:start + batch*window]
+        for start in range(0, full, batch * window):
+            part = ready[start : start + batch * window]
             if bucket:
                 part.sort(key=sizes.__getitem__)
-            batches = [part[i:i + batch] for i in range(0, len(part), batch)]
+            batches = [part[i : i + batch] for i in range(0, len(part), batch)]
             rng("batches", seed, epoch, start).shuffle(batches)
             yield from (sorted(b, key=sizes.__getitem__) for b in batches)
 
 # %% ../../nbs/7_engine_room/11_batches.ipynb #f8e0c24e
-def micro_batches(rows: list[int], accumulate: int, world: int = 1, rank: int = 0) -> list[list[int]]:
+def micro_batches(
+    rows: list[int], accumulate: int, world: int = 1, rank: int = 0
+) -> list[list[int]]:
     "The micro-batches of this process: every world-th of accumulate*world equal slices of an effective batch."
-    width = len(rows)//(accumulate*world)
-    return [rows[i:i + width] for i in range(0, len(rows), width)][rank::world]
+    width = len(rows) // (accumulate * world)
+    return [rows[i : i + width] for i in range(0, len(rows), width)][rank::world]
 
 # %% ../../nbs/7_engine_room/11_batches.ipynb #pack-items
 def _pack(item: Any) -> Any:
@@ -125,7 +159,7 @@ def _pack(item: Any) -> Any:
     if type(item) is tuple:
         return tuple(map(_pack, item))
     if type(item) is list:
-        ids = item and all(type(x) is int and -2**31 <= x < 2**31 for x in item)
+        ids = item and all(type(x) is int and -(2**31) <= x < 2**31 for x in item)
         return array("i", item) if ids else [_pack(x) for x in item]
     return item
 
@@ -140,6 +174,7 @@ def _unpack(item: Any) -> Any:
 
 class PackedItems(list):
     "A list of encoded examples that keeps ids in arrays and gives lists back."
+
     def append(self, item: Any) -> None:
         super().append(_pack(item))
 

@@ -53,6 +53,7 @@ def _write_into(p: Tensor, value: Tensor) -> None:
     "Copy a full CPU tensor into a parameter, sharded or not."
     if hasattr(p, "full_tensor"):
         from torch.distributed.tensor import distribute_tensor
+
         value = distribute_tensor(value.to(p.device), p.device_mesh, p.placements)
     with torch.no_grad():
         p.copy_(value)
@@ -62,9 +63,14 @@ def rng_state() -> dict[str, Tensor]:
     "State of the random number generators of python, numpy and torch, as tensors."
     _, words, spare = random.getstate()
     kind, keys, position, has_gauss, gauss = np.random.get_state()
-    state = {"python": torch.tensor(words), "python_gauss": torch.tensor(math.nan if spare is None else spare, dtype=torch.float64),
-             "numpy": torch.from_numpy(keys.astype(np.int64)), "numpy_position": torch.tensor([position, has_gauss]),
-             "numpy_gauss": torch.tensor(gauss, dtype=torch.float64), "torch": torch.get_rng_state()}
+    state = {
+        "python": torch.tensor(words),
+        "python_gauss": torch.tensor(math.nan if spare is None else spare, dtype=torch.float64),
+        "numpy": torch.from_numpy(keys.astype(np.int64)),
+        "numpy_position": torch.tensor([position, has_gauss]),
+        "numpy_gauss": torch.tensor(gauss, dtype=torch.float64),
+        "torch": torch.get_rng_state(),
+    }
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
     return state
@@ -75,7 +81,15 @@ def set_rng_state(state: dict[str, Tensor]) -> None:
     spare = state["python_gauss"].item()
     random.setstate((3, tuple(state["python"].tolist()), None if math.isnan(spare) else spare))
     position, has_gauss = state["numpy_position"].tolist()
-    np.random.set_state(("MT19937", state["numpy"].numpy().astype(np.uint32), position, has_gauss, state["numpy_gauss"].item()))
+    np.random.set_state(
+        (
+            "MT19937",
+            state["numpy"].numpy().astype(np.uint32),
+            position,
+            has_gauss,
+            state["numpy_gauss"].item(),
+        )
+    )
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
@@ -85,18 +99,29 @@ def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     try:
         save_file(tensors, path)
     except (OSError, SafetensorError) as e:
-        raise UserError(f"the checkpoint could not be written ({e})", where=path.parent.parent, fix="Free some space and run the same "
-                        "command again: it continues from the checkpoint before this one.") from e
+        raise UserError(
+            f"the checkpoint could not be written ({e})",
+            where=path.parent.parent,
+            fix="Free some space and run the same "
+            "command again: it continues from the checkpoint before this one.",
+        ) from e
 
 # %% ../../nbs/7_engine_room/16_checkpoint.ipynb #27c9bb8c
 def _optimizer_tensors(loop: Loop) -> dict[str, Tensor]:
     state = loop.optimizer.optimizer.state
-    return {f"{name}/{key}": _full(value) for name, p in trainable(loop.objective).items() for key, value in state.get(p, {}).items()}
+    return {
+        f"{name}/{key}": _full(value)
+        for name, p in trainable(loop.objective).items()
+        for key, value in state.get(p, {}).items()
+    }
 
 # %% ../../nbs/7_engine_room/16_checkpoint.ipynb #f95806f0
 def _checkpoint_tensors(loop: Loop) -> dict[str, dict[str, Tensor]]:
     "{file: tensors}, on the CPU and whole."
-    tensors = {"model": {name: _full(p) for name, p in trainable(loop.objective).items()}, "optimizer": _optimizer_tensors(loop)}
+    tensors = {
+        "model": {name: _full(p) for name, p in trainable(loop.objective).items()},
+        "optimizer": _optimizer_tensors(loop),
+    }
     if loop.average is not None:
         tensors["ema"] = {name: _full(t) for name, t in loop.average.items()}
     if loop.best_weights:
@@ -107,15 +132,25 @@ def _checkpoint_tensors(loop: Loop) -> dict[str, dict[str, Tensor]]:
 def _write_checkpoint(loop: Loop, folder: Path) -> None:
     "The main process's files of a checkpoint."
     for name, tensors in _checkpoint_tensors(loop).items():
-        _save_tensors(folder/f"{name}.safetensors", tensors)
-    write_json(folder/"state.json", {"step": loop.step, "tokens": loop.tokens, "seconds": loop.seconds, "best": loop.best,
-                                     "stale": loop.stale, "stop": loop.stop, "fingerprint": fingerprint(loop),
-                                     "callbacks": [c.state() for c in loop.callbacks]})
+        _save_tensors(folder / f"{name}.safetensors", tensors)
+    write_json(
+        folder / "state.json",
+        {
+            "step": loop.step,
+            "tokens": loop.tokens,
+            "seconds": loop.seconds,
+            "best": loop.best,
+            "stale": loop.stale,
+            "stop": loop.stop,
+            "fingerprint": fingerprint(loop),
+            "callbacks": [c.state() for c in loop.callbacks],
+        },
+    )
 
 # %% ../../nbs/7_engine_room/16_checkpoint.ipynb #ae165290
 def save_checkpoint(loop: Loop) -> None:
     "Write run_dir/checkpoints/step-N, atomically, and delete the one before. Raises UserError if the disk is full."
-    final = loop.run_dir/"checkpoints"/f"step-{loop.step:07d}"
+    final = loop.run_dir / "checkpoints" / f"step-{loop.step:07d}"
     part = final.with_name(f".{final.name}.part")
     main = loop.accelerator.is_main_process
     try:
@@ -123,7 +158,7 @@ def save_checkpoint(loop: Loop) -> None:
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)
         loop.accelerator.wait_for_everyone()
-        _save_tensors(part/f"rng-{loop.accelerator.process_index}.safetensors", rng_state())
+        _save_tensors(part / f"rng-{loop.accelerator.process_index}.safetensors", rng_state())
         _write_all(loop, part)
         loop.accelerator.wait_for_everyone()
         if main:
@@ -146,12 +181,22 @@ def _write_all(loop: Loop, folder: Path) -> None:
 # %% ../../nbs/7_engine_room/16_checkpoint.ipynb #84d057c8
 def fingerprint(loop: Loop) -> str:
     "Hash of what decides the numbers of this training: settings, examples in order, term weights, parameter shapes."
-    free = {"save_every", "log_every", "device", "compile", "fsdp", "keep_memory",
-            "batch_size", "accumulate"}  # these two decide by their product
+    free = {
+        "save_every",
+        "log_every",
+        "device",
+        "compile",
+        "fsdp",
+        "keep_memory",
+        "batch_size",
+        "accumulate",
+    }  # these two decide by their product
     settings = {k: v for k, v in asdict(loop.cfg).items() if k not in free}
-    effective = loop.cfg.batch_size*loop.cfg.accumulate*loop.accelerator.num_processes
+    effective = loop.cfg.batch_size * loop.cfg.accumulate * loop.accelerator.num_processes
     shapes = {name: list(p.shape) for name, p in trainable(loop.objective).items()}
-    return stable_hash([settings, effective, loop.ids, loop.sizes, dict(loop.method.weights), shapes])
+    return stable_hash(
+        [settings, effective, loop.ids, loop.sizes, dict(loop.method.weights), shapes]
+    )
 
 # %% ../../nbs/7_engine_room/16_checkpoint.ipynb #cafdd951
 def last_checkpoint(run_dir: Path | str) -> Path | None:
@@ -161,7 +206,7 @@ def last_checkpoint(run_dir: Path | str) -> Path | None:
 # %% ../../nbs/7_engine_room/16_checkpoint.ipynb #70a50a17
 def _rewind(run_dir: Path, step: int, write: bool) -> list[dict]:
     "Rows of metrics.jsonl up to `step`; later ones, logged by a session that was killed, are removed from the file if `write`."
-    path = run_dir/"metrics.jsonl"
+    path = run_dir / "metrics.jsonl"
     rows = read_jsonl(path, repair_tail=True) if path.is_file() else []
     kept = [r for r in rows if r.get("step", 0) <= step]
     if write and len(kept) < len(rows):
@@ -172,20 +217,24 @@ def _rewind(run_dir: Path, step: int, write: bool) -> list[dict]:
 def _load_tensors(loop: Loop, folder: Path) -> None:
     "Weights, optimizer, best weights and random states of a checkpoint."
     params, optimizer = trainable(loop.objective), loop.optimizer.optimizer
-    for name, value in load_file(folder/"model.safetensors").items():
+    for name, value in load_file(folder / "model.safetensors").items():
         _write_into(params[name], value)
-    for key, value in load_file(folder/"optimizer.safetensors").items():
+    for key, value in load_file(folder / "optimizer.safetensors").items():
         name, kind = key.rsplit("/", 1)
         p = params[name]
-        slot = torch.zeros_like(p) if value.shape == p.shape and value.ndim else torch.zeros_like(value, device=p.device)
+        slot = (
+            torch.zeros_like(p)
+            if value.shape == p.shape and value.ndim
+            else torch.zeros_like(value, device=p.device)
+        )
         _write_into(slot, value)
         optimizer.state[p][kind] = slot
     if loop.average is not None:
-        for name, value in load_file(folder/"ema.safetensors").items():
+        for name, value in load_file(folder / "ema.safetensors").items():
             _write_into(loop.average[name], value)
-    if (folder/"best.safetensors").is_file():
-        loop.best_weights = load_file(folder/"best.safetensors")
-    mine = folder/f"rng-{loop.accelerator.process_index}.safetensors"
+    if (folder / "best.safetensors").is_file():
+        loop.best_weights = load_file(folder / "best.safetensors")
+    mine = folder / f"rng-{loop.accelerator.process_index}.safetensors"
     if mine.is_file():
         set_rng_state(load_file(mine))
 
@@ -194,10 +243,13 @@ def _resume(loop: Loop) -> None:
     "Continue from the newest checkpoint of run_dir if there is one. Raises UserError if it belongs to another training."
     folder = last_checkpoint(loop.run_dir)
     if folder is not None:
-        state = read_json(folder/"state.json")
+        state = read_json(folder / "state.json")
         if state["fingerprint"] != fingerprint(loop):
-            raise UserError("the folder holds a checkpoint of a training with other settings, examples or model", where=loop.run_dir,
-                            fix="Choose another run_dir, or delete the folder.")
+            raise UserError(
+                "the folder holds a checkpoint of a training with other settings, examples or model",
+                where=loop.run_dir,
+                fix="Choose another run_dir, or delete the folder.",
+            )
         _load_tensors(loop, folder)
         for name in ("step", "tokens", "seconds", "best", "stale", "stop"):
             setattr(loop, name, state[name])
@@ -211,7 +263,9 @@ def save_model(model, folder: Path | str, tokenizer=None) -> Path:
     "save_pretrained (a PEFT model: the adapter only), atomically: `folder` is complete or as it was before."
     folder = Path(folder)
     options = {"save_embedding_layers": False} if hasattr(model, "peft_config") else {}
-    if any(hasattr(p, "full_tensor") for p in model.parameters()):  # split over processes: all put together, the first one writes
+    if any(
+        hasattr(p, "full_tensor") for p in model.parameters()
+    ):  # split over processes: all put together, the first one writes
         options["state_dict"] = {name: _full(p) for name, p in model.named_parameters()}
         if torch.distributed.get_rank():
             return folder
@@ -226,7 +280,11 @@ def save_model(model, folder: Path | str, tokenizer=None) -> Path:
             os.replace(folder, old)
         os.replace(part, folder)
     except (OSError, SafetensorError) as e:
-        raise UserError(f"the model could not be saved ({e})", where=folder, fix="Free some space and try again.") from e
+        raise UserError(
+            f"the model could not be saved ({e})",
+            where=folder,
+            fix="Free some space and try again.",
+        ) from e
     finally:
         shutil.rmtree(part, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)

@@ -20,7 +20,14 @@ from torch import Tensor
 from ..core import append_jsonl, UserError
 from .batches import batch_order, micro_batches
 from kd_notes.training.checkpoint import (
-    _full, _gathered, _resume, rng_state, save_checkpoint, set_rng_state, trainable, _write_into,
+    _full,
+    _gathered,
+    _resume,
+    rng_state,
+    save_checkpoint,
+    set_rng_state,
+    trainable,
+    _write_into,
 )
 from .memory import reused_memory
 from .method import Method
@@ -33,20 +40,27 @@ def _total_counts(loop: Loop, batches: list[dict], rows: list[int]) -> dict[str,
     counts = [loop.method.counts(b) for b in batches]
     total = {k: sum(c[k] for c in counts) for k in counts[0]}
     if loop.accelerator.num_processes > 1:
-        shared = loop.accelerator.reduce(torch.tensor([*total.values()], device=loop.accelerator.device), "sum")
+        shared = loop.accelerator.reduce(
+            torch.tensor([*total.values()], device=loop.accelerator.device), "sum"
+        )
         total = dict(zip(total, shared.tolist()))
     weights, optional = loop.method.weights, loop.method.optional
     learned = any(n and weights[term] for term, n in total.items())
     for term, n in total.items():
         if n == 0 and weights[term] and not (learned and term in optional):
-            raise UserError(f"the batch of step {loop.step + 1} has no target tokens for the term {term!r}", where=_names(loop, rows),
-                            fix="Give every example a target, or do not train on these.")
+            raise UserError(
+                f"the batch of step {loop.step + 1} has no target tokens for the term {term!r}",
+                where=_names(loop, rows),
+                fix="Give every example a target, or do not train on these.",
+            )
     return total
 
 # %% ../../nbs/7_engine_room/17_loop.ipynb #d5fa27a3
 def _names(loop: Loop, rows: list[int]) -> str:
     names = list(dict.fromkeys(loop.method.named(loop.ids[i], loop.items[i]) for i in rows))
-    return f"examples {', '.join(names[:8])}{f' and {len(names) - 8} more' if len(names) > 8 else ''}"
+    return (
+        f"examples {', '.join(names[:8])}{f' and {len(names) - 8} more' if len(names) > 8 else ''}"
+    )
 
 # %% ../../nbs/7_engine_room/17_loop.ipynb #5ece49fa
 def _forward_backward(loop: Loop, batches: list[dict], n: dict[str, int]) -> dict[str, Tensor]:
@@ -55,10 +69,14 @@ def _forward_backward(loop: Loop, batches: list[dict], n: dict[str, int]) -> dic
     for i, batch in enumerate(batches):
         last = i == len(batches) - 1
         with nullcontext() if last else accelerator.no_sync(loop.module):
-            sums = loop.module({k: v.to(accelerator.device, non_blocking=True) for k, v in batch.items()})
-            parts = {k: s/n[k] for k, s in sums.items() if n[k]}
-            loss = sum(weights[k]*part for k, part in parts.items())
-            accelerator.backward(loss*accelerator.num_processes if accelerator.num_processes > 1 else loss)
+            sums = loop.module(
+                {k: v.to(accelerator.device, non_blocking=True) for k, v in batch.items()}
+            )
+            parts = {k: s / n[k] for k, s in sums.items() if n[k]}
+            loss = sum(weights[k] * part for k, part in parts.items())
+            accelerator.backward(
+                loss * accelerator.num_processes if accelerator.num_processes > 1 else loss
+            )
         for k, part in parts.items():
             means[k] = means[k] + part.detach() if k in means else part.detach()
     return means
@@ -72,18 +90,29 @@ def _check_finite(loop: Loop) -> None:
     for (step, rows, _), value in zip(loop.unchecked, values):
         if not math.isfinite(value):
             loop.unchecked.clear()
-            raise UserError(f"loss or gradient is not finite at step {step}", where=_names(loop, _culprits(loop, rows)), fix="Look at "
-                            "these examples; lower lr, set clip, or use precision 'bf16' or 'no' instead of 'fp16'.")
+            raise UserError(
+                f"loss or gradient is not finite at step {step}",
+                where=_names(loop, _culprits(loop, rows)),
+                fix="Look at "
+                "these examples; lower lr, set clip, or use precision 'bf16' or 'no' instead of 'fp16'.",
+            )
     loop.unchecked.clear()
 
 # %% ../../nbs/7_engine_room/17_loop.ipynb #181bfc02
 def _culprits(loop: Loop, rows: list[int]) -> list[int]:
     "Those of an effective batch whose loss alone is not finite; all of them if that singles out none."
-    if any(hasattr(p, "full_tensor") for p in loop.objective.parameters()):  # sharded: every process would have to take part
+    if any(
+        hasattr(p, "full_tensor") for p in loop.objective.parameters()
+    ):  # sharded: every process would have to take part
         return rows
     with torch.no_grad():
         batches = {i: loop.method.collate([loop.items[i]]) for i in rows}
-        sums = {i: loop.method.sums(loop.model, {k: v.to(loop.accelerator.device) for k, v in b.items()}) for i, b in batches.items()}
+        sums = {
+            i: loop.method.sums(
+                loop.model, {k: v.to(loop.accelerator.device) for k, v in b.items()}
+            )
+            for i, b in batches.items()
+        }
     bad = [i for i in rows if not all(torch.isfinite(s) for s in sums[i].values())]
     return bad or rows
 
@@ -93,23 +122,34 @@ def _count_skips(loop: Loop, most: int = 50) -> None:
     if loop.accelerator.scaler:
         loop.skipped = loop.skipped + 1 if loop.optimizer.step_was_skipped else 0
         if loop.skipped >= most:
-            raise UserError(f"the gradients of {most} steps in a row overflowed in fp16; nothing is learned", where=f"step {loop.step + 1}",
-                            fix="Use precision 'bf16' or 'no'.")
+            raise UserError(
+                f"the gradients of {most} steps in a row overflowed in fp16; nothing is learned",
+                where=f"step {loop.step + 1}",
+                fix="Use precision 'bf16' or 'no'.",
+            )
 
 
 def _apply(loop: Loop, rows: list[int], means: dict[str, Tensor]) -> Tensor:
     "Clip, check, step; returns the gradient norm."
     for group in loop.optimizer.param_groups:
-        group["lr"] = loop.cfg.lr*lr_factor(loop.step, loop.cfg)
+        group["lr"] = loop.cfg.lr * lr_factor(loop.step, loop.cfg)
     norm = loop.accelerator.clip_grad_norm_(loop.module.parameters(), loop.cfg.clip or math.inf)
-    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else torch.as_tensor(0.0 if norm is None else norm)
+    norm = (
+        norm.full_tensor()
+        if hasattr(norm, "full_tensor")
+        else torch.as_tensor(0.0 if norm is None else norm)
+    )
     scaler = loop.accelerator.scaler
     total = sum(means.values())
-    loop.unchecked.append((loop.step + 1, rows, total if scaler else total + norm))  # an overflow in fp16 is the scaler's business
+    loop.unchecked.append(
+        (loop.step + 1, rows, total if scaler else total + norm)
+    )  # an overflow in fp16 is the scaler's business
     if loop.accelerator.device.type == "cpu" or len(loop.unchecked) >= loop.cfg.log_every:
         _check_finite(loop)
     wrapped = scaler or loop.accelerator.distributed_type.value == "DEEPSPEED"
-    (loop.optimizer if wrapped else loop.optimizer.optimizer).step()  # otherwise Accelerate's wrapper only costs time
+    (
+        loop.optimizer if wrapped else loop.optimizer.optimizer
+    ).step()  # otherwise Accelerate's wrapper only costs time
     _count_skips(loop)
     loop.optimizer.zero_grad()
     return norm
@@ -119,7 +159,9 @@ def train_step(loop: Loop, rows: list[int]) -> None:
     "One optimizer step on these examples (numbers of an effective batch)."
     start = time.perf_counter()
     accelerator = loop.accelerator
-    mine = micro_batches(rows, loop.cfg.accumulate, accelerator.num_processes, accelerator.process_index)
+    mine = micro_batches(
+        rows, loop.cfg.accumulate, accelerator.num_processes, accelerator.process_index
+    )
     batches = [loop.method.collate([loop.items[i] for i in part]) for part in mine]
     means = _forward_backward(loop, batches, _total_counts(loop, batches, rows))
     norm = _apply(loop, rows, means)
@@ -137,10 +179,20 @@ def _log(loop: Loop, means: dict[str, Tensor], norm: Tensor) -> None:
     if loop.accelerator.num_processes > 1:
         values = loop.accelerator.reduce(values, "sum")
     terms = dict(zip(names, values.tolist()))
-    loss = sum(loop.method.weights[k]*v for k, v in terms.items())
+    loss = sum(loop.method.weights[k] * v for k, v in terms.items())
     size = float(norm)  # None below: a step that fp16's scaler skipped
-    _record(loop, {"step": loop.step, **terms, "loss": loss, "grad_norm": size if math.isfinite(size) else None,
-                   "lr": loop.optimizer.param_groups[0]["lr"], "tokens": loop.tokens, "seconds": round(loop.seconds, 3)})
+    _record(
+        loop,
+        {
+            "step": loop.step,
+            **terms,
+            "loss": loss,
+            "grad_norm": size if math.isfinite(size) else None,
+            "lr": loop.optimizer.param_groups[0]["lr"],
+            "tokens": loop.tokens,
+            "seconds": round(loop.seconds, 3),
+        },
+    )
 
 # %% ../../nbs/7_engine_room/17_loop.ipynb #07a32421
 def _record(loop: Loop, row: dict, every: float = 5.0) -> None:
@@ -153,13 +205,13 @@ def _record(loop: Loop, row: dict, every: float = 5.0) -> None:
 def _flush(loop: Loop) -> None:
     rows, loop.unwritten = [row for _, row in loop.unwritten], []
     if rows and loop.run_dir and loop.accelerator.is_main_process:
-        append_jsonl(loop.run_dir/"metrics.jsonl", rows)
+        append_jsonl(loop.run_dir / "metrics.jsonl", rows)
 
 # %% ../../nbs/7_engine_room/17_loop.ipynb #cbb86895
 def _update_average(loop: Loop) -> None:
     "average <- d*average + (1 - d)*weights, with d = min(cfg.ema, (1 + step)/(10 + step))."
     if loop.average is not None:
-        decay = min(loop.cfg.ema, (1 + loop.step)/(10 + loop.step))
+        decay = min(loop.cfg.ema, (1 + loop.step) / (10 + loop.step))
         with torch.no_grad():
             for name, p in trainable(loop.objective).items():
                 loop.average[name].lerp_(p, 1 - decay)
@@ -194,7 +246,11 @@ def _validate(loop: Loop, validate: Callable[[Any], dict]) -> None:
         metrics = validate(loop.model)
     loop.model.train()
     if not isinstance(metrics, dict) or not math.isfinite(metrics.get("score", math.nan)):
-        raise UserError("validate(model) must return a dictionary with a finite 'score'", where="validate", fix="Higher means better.")
+        raise UserError(
+            "validate(model) must return a dictionary with a finite 'score'",
+            where="validate",
+            fix="Higher means better.",
+        )
     _record(loop, {"step": loop.step, "score": metrics["score"], "validation": metrics})
     better = loop.best is None or metrics["score"] > loop.best["score"]
     loop.stale = 0 if better else loop.stale + 1
@@ -211,13 +267,14 @@ def _validate(loop: Loop, validate: Callable[[Any], dict]) -> None:
 @dataclass
 class TrainResult:
     "What a training returns."
-    history: list[dict]      # logged rows; those with "score" come from validations
-    best: dict | None        # best validation: {"step", "score", ...}
-    steps: int               # optimizer steps done
-    seconds: float           # spent in steps (validation and checkpoints not counted)
-    tokens: int              # tokens of the examples seen, padding not counted
-    model: Any               # the trained model, in evaluation mode; with LoRA, the PEFT model
-    stop: str = ""           # why it ended early, if it did
+
+    history: list[dict]  # logged rows; those with "score" come from validations
+    best: dict | None  # best validation: {"step", "score", ...}
+    steps: int  # optimizer steps done
+    seconds: float  # spent in steps (validation and checkpoints not counted)
+    tokens: int  # tokens of the examples seen, padding not counted
+    model: Any  # the trained model, in evaluation mode; with LoRA, the PEFT model
+    stop: str = ""  # why it ended early, if it did
 
 # %% ../../nbs/7_engine_room/17_loop.ipynb #2e03ac35
 def _save(loop: Loop) -> None:
@@ -255,35 +312,47 @@ def _finish(loop: Loop, validate: Callable | None) -> TrainResult:
                 p.copy_(loop.average[name])
     for callback in loop.callbacks:
         callback.on_end(loop)
-    return TrainResult(loop.history, loop.best, loop.step, loop.seconds, loop.tokens, loop.model.eval(), loop.stop)
+    return TrainResult(
+        loop.history, loop.best, loop.step, loop.seconds, loop.tokens, loop.model.eval(), loop.stop
+    )
 
 # %% ../../nbs/7_engine_room/17_loop.ipynb #keep-good
 def _keep_good_steps(loop: Loop, random_state: dict[str, Tensor]) -> None:
     "After an error in a step: a checkpoint of the steps before it. On a GPU the error may be found late, so nothing is saved there."
-    if loop.accelerator.num_processes == 1 and loop.accelerator.device.type == "cpu" and loop.saved < loop.step:
+    if (
+        loop.accelerator.num_processes == 1
+        and loop.accelerator.device.type == "cpu"
+        and loop.saved < loop.step
+    ):
         set_rng_state(random_state)
-        with suppress(UserError):    # a full disk does not hide the error
+        with suppress(UserError):  # a full disk does not hide the error
             _save(loop)
 
 # %% ../../nbs/7_engine_room/17_loop.ipynb #149600e6
-def train(model,                                 # a Hugging Face model; it is trained in place
-          method: Method,                        # what a batch is and what the loss is
-          examples: Iterable,                    # what `method.encode` takes
-          cfg: TrainConfig, *,
-          run_dir: Path | str | None = None,     # for metrics.jsonl and, with cfg.save_every, checkpoints to resume from
-          validate: Callable[[Any], dict] | None = None,  # validate(model) -> {"score": higher is better, ...}
-          callbacks: Iterable[Callback] = ()) -> TrainResult:
+def train(
+    model,  # a Hugging Face model; it is trained in place
+    method: Method,  # what a batch is and what the loss is
+    examples: Iterable,  # what `method.encode` takes
+    cfg: TrainConfig,
+    *,
+    run_dir: Path
+    | str
+    | None = None,  # for metrics.jsonl and, with cfg.save_every, checkpoints to resume from
+    validate: Callable[[Any], dict]
+    | None = None,  # validate(model) -> {"score": higher is better, ...}
+    callbacks: Iterable[Callback] = (),
+) -> TrainResult:
     "Train. The same call with the same run_dir continues a killed run. Raises UserError for bad input and non-finite losses."
     loop = _set_up(model, method, examples, cfg, run_dir, callbacks)
     loop.model.train()
     if loop.run_dir:
         _resume(loop)
-    effective = cfg.batch_size*cfg.accumulate*loop.accelerator.num_processes
+    effective = cfg.batch_size * cfg.accumulate * loop.accelerator.num_processes
     order = batch_order(loop.sizes, effective, cfg.seed, cfg.bucket)
     for callback in loop.callbacks:
         callback.on_start(loop)
     saves = bool(loop.run_dir and cfg.save_every)
-    random_state = rng_state() if saves else None    # after the last whole step
+    random_state = rng_state() if saves else None  # after the last whole step
     try:
         with reused_memory(cfg.keep_memory and loop.accelerator.device.type == "cpu"):
             for rows in islice(order, loop.step, cfg.steps):

@@ -20,8 +20,12 @@ from .state import TrainConfig
 # %% ../../nbs/7_engine_room/14_memory.ipynb #2c266541
 def _uniform_batch(config, rows: int, length: int, targets: int) -> dict[str, Tensor]:
     "A batch of equal rows in the form of a `causal_batch` or `seq2seq_batch`."
-    pairs = [([4]*(length if config.is_encoder_decoder else length - targets), [4]*targets)]*rows
-    return seq2seq_batch(pairs, 0, start_id=0) if config.is_encoder_decoder else causal_batch(pairs, 0)
+    pairs = [
+        ([4] * (length if config.is_encoder_decoder else length - targets), [4] * targets)
+    ] * rows
+    return (
+        seq2seq_batch(pairs, 0, start_id=0) if config.is_encoder_decoder else causal_batch(pairs, 0)
+    )
 
 # %% ../../nbs/7_engine_room/14_memory.ipynb #cac4710b
 def saved_bytes(model, batch: dict[str, Tensor], precision: str = "no") -> int:
@@ -32,7 +36,11 @@ def saved_bytes(model, batch: dict[str, Tensor], precision: str = "no") -> int:
         storage = tensor.untyped_storage()
         kept[storage._cdata] = storage
         return tensor
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t), torch.autocast("cpu", torch.bfloat16, enabled=precision != "no"):
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(note, lambda t: t),
+        torch.autocast("cpu", torch.bfloat16, enabled=precision != "no"),
+    ):
         target_logits(model, batch)
     return sum(storage.nbytes() for key, storage in kept.items() if key not in own)
 
@@ -40,38 +48,56 @@ def saved_bytes(model, batch: dict[str, Tensor], precision: str = "no") -> int:
 def _weightless(config, context):
     "A model built from its config inside a context that gives tensors no memory."
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     with context:
         return auto.from_config(config).train()
 
 # %% ../../nbs/7_engine_room/14_memory.ipynb #39d2c4cf
-def memory_estimate(config,                     # a transformers config of the student
-                    cfg: TrainConfig, *,
-                    length: int,                # tokens of a long row
-                    targets: int | None = None,  # target tokens of a row; None: all but the first
-                    teacher=None,               # config of a teacher
-                    processes: int = 1) -> dict[str, int]:  # with cfg.fsdp they share the weights
+def memory_estimate(
+    config,  # a transformers config of the student
+    cfg: TrainConfig,
+    *,
+    length: int,  # tokens of a long row
+    targets: int | None = None,  # target tokens of a row; None: all but the first
+    teacher=None,  # config of a teacher
+    processes: int = 1,
+) -> dict[str, int]:  # with cfg.fsdp they share the weights
     "Bytes on one process: weights, gradients, optimizer, activations, logits, teacher and their total. Loads and computes nothing."
     from torch._subclasses.fake_tensor import FakeTensorMode
+
     targets = length - 1 if targets is None else targets
     real = _uniform_batch(config, cfg.batch_size, length, targets)
     fake = FakeTensorMode()
     model = _weightless(config, fake)
     with fake:
-        activations = saved_bytes(model, {k: fake.from_tensor(v) for k, v in real.items()}, cfg.precision)
+        activations = saved_bytes(
+            model, {k: fake.from_tensor(v) for k, v in real.items()}, cfg.precision
+        )
     if cfg.gradient_checkpointing:
         layers = config.num_hidden_layers
-        activations = activations//layers + layers*cfg.batch_size*length*config.hidden_size*4
+        activations = (
+            activations // layers + layers * cfg.batch_size * length * config.hidden_size * 4
+        )
     model = _weightless(config, torch.device("meta"))
     model = add_lora(model, cfg.lora, cfg.seed) if cfg.lora is not None else model
     share = processes if cfg.fsdp else 1
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    logits, teacher_bytes = cfg.batch_size*targets*4*config.vocab_size*3, 0
+    logits, teacher_bytes = cfg.batch_size * targets * 4 * config.vocab_size * 3, 0
     if teacher is not None:
         frozen = _weightless(teacher, torch.device("meta"))
-        teacher_bytes = sum(p.nbytes for p in frozen.parameters()) + cfg.batch_size*targets*4*teacher.vocab_size
-    parts = {"weights": sum(p.nbytes for p in model.parameters())//share, "gradients": trained//share, "optimizer": 2*trained//share,
-             "activations": activations, "logits": logits, "teacher": teacher_bytes}
+        teacher_bytes = (
+            sum(p.nbytes for p in frozen.parameters())
+            + cfg.batch_size * targets * 4 * teacher.vocab_size
+        )
+    parts = {
+        "weights": sum(p.nbytes for p in model.parameters()) // share,
+        "gradients": trained // share,
+        "optimizer": 2 * trained // share,
+        "activations": activations,
+        "logits": logits,
+        "teacher": teacher_bytes,
+    }
     return parts | {"total": sum(parts.values())}
 
 # %% ../../nbs/7_engine_room/14_memory.ipynb #ce24508b
@@ -79,7 +105,11 @@ def memory_estimate(config,                     # a transformers config of the s
 def reused_memory(wanted: bool = True):
     "Inside, glibc keeps freed memory for the next allocation (up to 2 GB at its end). Elsewhere than on glibc nothing happens."
     libc = ctypes.CDLL(None) if wanted and os.name == "posix" else None
-    mmap_max, mmap_threshold, trim_threshold = -4, -3, -1  # names in malloc.h: M_MMAP_MAX, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+    mmap_max, mmap_threshold, trim_threshold = (
+        -4,
+        -3,
+        -1,
+    )  # names in malloc.h: M_MMAP_MAX, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
     known = hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim")
     if known:
         libc.mallopt(mmap_max, 0), libc.mallopt(trim_threshold, 2**31 - 1)
@@ -87,5 +117,9 @@ def reused_memory(wanted: bool = True):
         yield known
     finally:
         if known:
-            libc.mallopt(mmap_max, 65_536), libc.mallopt(mmap_threshold, 32*2**20), libc.mallopt(trim_threshold, 64*2**20)
+            (
+                libc.mallopt(mmap_max, 65_536),
+                libc.mallopt(mmap_threshold, 32 * 2**20),
+                libc.mallopt(trim_threshold, 64 * 2**20),
+            )
             libc.malloc_trim(0)

@@ -14,14 +14,22 @@ from torch import Tensor
 
 from ..losses.fused import fused_cross_entropy
 from kd_notes.training.batches import (
-    causal_batch, plain_logits, seq2seq_batch, target_nll, target_states, unwrapped,
+    causal_batch,
+    plain_logits,
+    seq2seq_batch,
+    target_nll,
+    target_states,
+    unwrapped,
 )
 
 # %% ../../nbs/7_engine_room/12_method.ipynb #11d15468
 class Method(ABC):
     "What a batch is and what the loss is. Subclass it; the loop knows nothing else about a method."
+
     weights: dict[str, float] = {"loss": 1.0}  # weight of each term
-    optional: frozenset[str] = frozenset()     # terms that a batch may lack; without this, one that is lacking is an error
+    optional: frozenset[str] = (
+        frozenset()
+    )  # terms that a batch may lack; without this, one that is lacking is an error
 
     def encode(self, example: Any) -> Any:
         "An example as ids, computed once before the first step; `collate` gets what this returns."
@@ -64,29 +72,53 @@ def field_of(example: Any, name: str) -> Any:
 # %% ../../nbs/7_engine_room/12_method.ipynb #cbda86b7
 class SFT(Method):
     "Cross-entropy of the target text given the source text."
+
     fused = False
 
-    def __init__(self, tokenizer, family: str = "causal",                        # "causal" or "t5"
-                 source: Callable[[Any], str] = lambda e: field_of(e, "input"),  # text that is read
-                 target: Callable[[Any], str] = lambda e: field_of(e, "label"),  # text that is learned
-                 fused: bool = False):                                           # without the logits of the batch: memory flat in V
-        self.tokenizer, self.family, self.source, self.target, self.fused = tokenizer, family, source, target, fused
+    def __init__(
+        self,
+        tokenizer,
+        family: str = "causal",  # "causal" or "t5"
+        source: Callable[[Any], str] = lambda e: field_of(e, "input"),  # text that is read
+        target: Callable[[Any], str] = lambda e: field_of(e, "label"),  # text that is learned
+        fused: bool = False,
+    ):  # without the logits of the batch: memory flat in V
+        self.tokenizer, self.family, self.source, self.target, self.fused = (
+            tokenizer,
+            family,
+            source,
+            target,
+            fused,
+        )
 
     def encode(self, example: Any) -> dict[str, list[int]]:
         eos = [self.tokenizer.eos_token_id]
-        source, target = (self.tokenizer.encode(text, add_special_tokens=False) for text in (self.source(example), self.target(example)))
+        source, target = (
+            self.tokenizer.encode(text, add_special_tokens=False)
+            for text in (self.source(example), self.target(example))
+        )
         return {"source": source + eos if self.family == "t5" else source, "target": target + eos}
 
     def collate(self, items: list[dict]) -> dict[str, Tensor]:
         rows, pad = [(i["source"], i["target"]) for i in items], self.tokenizer.pad_token_id
-        return causal_batch(rows, pad) if self.family == "causal" else seq2seq_batch(rows, pad, start_id=pad)
+        return (
+            causal_batch(rows, pad)
+            if self.family == "causal"
+            else seq2seq_batch(rows, pad, start_id=pad)
+        )
 
     def counts(self, batch: dict[str, Tensor]) -> dict[str, int]:
         return {"loss": len(batch["target_ids"])}
 
     def sums(self, model, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         head = unwrapped(model).get_output_embeddings()
-        if self.fused and plain_logits(model) and type(head) is torch.nn.Linear:    # no adapter on the head
+        if (
+            self.fused and plain_logits(model) and type(head) is torch.nn.Linear
+        ):  # no adapter on the head
             states = target_states(model, batch)
-            return {"loss": fused_cross_entropy(states, head.weight, batch["target_ids"], bias=head.bias, denominator=1)}
+            return {
+                "loss": fused_cross_entropy(
+                    states, head.weight, batch["target_ids"], bias=head.bias, denominator=1
+                )
+            }
         return {"loss": target_nll(model, batch).sum()}

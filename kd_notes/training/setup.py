@@ -22,6 +22,7 @@ from .state import Callback, Loop, TrainConfig
 # %% ../../nbs/7_engine_room/15_setup.ipynb #9718c0ad
 class Objective(torch.nn.Module):
     "Model and method as one module: forward(batch) -> {term: sum}."
+
     def __init__(self, model: torch.nn.Module, method: Method):
         super().__init__()
         self.model, self.method = model, method
@@ -41,11 +42,18 @@ def make_accelerator(cfg: TrainConfig):
     "An Accelerator for this training. Raises UserError if the precision is impossible on the device."
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
+
     # Accelerate keeps one global state per process, and the last training may have had another device or precision
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     accelerator = Accelerator(mixed_precision=cfg.precision, cpu=cfg.device == "cpu")
-    if cfg.precision == "fp16" and accelerator.scaler is None:  # Accelerate would train in float32 without a word
-        raise UserError("fp16 needs a GPU", where="TrainConfig.precision", fix="Use 'bf16' or 'no' on this machine.")
+    if (
+        cfg.precision == "fp16" and accelerator.scaler is None
+    ):  # Accelerate would train in float32 without a word
+        raise UserError(
+            "fp16 needs a GPU",
+            where="TrainConfig.precision",
+            fix="Use 'bf16' or 'no' on this machine.",
+        )
     if accelerator.num_processes > 1:
         atexit.unregister(_end_group)  # once, however many trainings
         atexit.register(_end_group)
@@ -56,35 +64,57 @@ def make_optimizer(module: torch.nn.Module, cfg: TrainConfig) -> torch.optim.Ada
     "AdamW over the parameters that ask for gradients. Raises UserError if there are none."
     wanted = [p for p in module.parameters() if p.requires_grad]
     if not wanted:
-        raise UserError("no parameter of the model asks for a gradient", where="model", fix="A frozen teacher cannot be trained.")
-    groups = [{"params": [p for p in wanted if p.ndim >= 2], "weight_decay": cfg.weight_decay},
-              {"params": [p for p in wanted if p.ndim < 2], "weight_decay": 0.0}]
+        raise UserError(
+            "no parameter of the model asks for a gradient",
+            where="model",
+            fix="A frozen teacher cannot be trained.",
+        )
+    groups = [
+        {"params": [p for p in wanted if p.ndim >= 2], "weight_decay": cfg.weight_decay},
+        {"params": [p for p in wanted if p.ndim < 2], "weight_decay": 0.0},
+    ]
     fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in wanted)
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=cfg.lr, betas=tuple(cfg.betas), fused=fused)
+    return torch.optim.AdamW(
+        [g for g in groups if g["params"]], lr=cfg.lr, betas=tuple(cfg.betas), fused=fused
+    )
 
 # %% ../../nbs/7_engine_room/15_setup.ipynb #60f46867
 def add_lora(model, lora: dict, seed: int):
     "The model with trainable low-rank adapters (PEFT); everything else is frozen. Initial weights come from `seed`."
     from peft import LoraConfig, get_peft_model
+
     kind = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
-    config = LoraConfig(r=lora.get("r", 8), lora_alpha=lora.get("alpha", 16), lora_dropout=lora.get("dropout", 0.0),
-                        target_modules=lora.get("targets", "all-linear"), task_type=kind)
+    config = LoraConfig(
+        r=lora.get("r", 8),
+        lora_alpha=lora.get("alpha", 16),
+        lora_dropout=lora.get("dropout", 0.0),
+        target_modules=lora.get("targets", "all-linear"),
+        task_type=kind,
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
             return get_peft_model(model, config)
         except ValueError as e:
-            raise UserError(f"LoRA does not fit this model: {str(e).splitlines()[0]}", where="TrainConfig.lora",
-                            fix="Name layers of this model as targets, or use 'all-linear'.") from e
+            raise UserError(
+                f"LoRA does not fit this model: {str(e).splitlines()[0]}",
+                where="TrainConfig.lora",
+                fix="Name layers of this model as targets, or use 'all-linear'.",
+            ) from e
 
 # %% ../../nbs/7_engine_room/15_setup.ipynb #2ecccd34
 def shard(objective: torch.nn.Module, device: torch.device) -> torch.nn.Module:
     "Split the parameters over all processes in place (FSDP2: torch's `fully_shard`), one group per layer and one for the rest."
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
+
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-    stacks = [(name, m) for name, m in objective.named_modules() if isinstance(m, torch.nn.ModuleList)]
-    outer = [m for name, m in stacks if not any(name.startswith(f"{other}.") for other, _ in stacks)]
+    stacks = [
+        (name, m) for name, m in objective.named_modules() if isinstance(m, torch.nn.ModuleList)
+    ]
+    outer = [
+        m for name, m in stacks if not any(name.startswith(f"{other}.") for other, _ in stacks)
+    ]
     for layer in (layer for stack in outer for layer in stack):
         fully_shard(layer, mesh=mesh)
     return fully_shard(objective, mesh=mesh)
@@ -96,9 +126,14 @@ def _check_deepspeed(accelerator, cfg: TrainConfig) -> None:
         return
     asked = [name for name in ("save_every", "keep_best", "ema", "fsdp") if getattr(cfg, name)]
     if asked or cfg.accumulate > 1:
-        raise UserError(f"{', '.join(asked) or 'accumulate'} does not work with DeepSpeed in this loop", where="TrainConfig",
-                        fix="Use fsdp=True instead of DeepSpeed, or a larger batch_size and no checkpoints.")
-    accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = cfg.batch_size
+        raise UserError(
+            f"{', '.join(asked) or 'accumulate'} does not work with DeepSpeed in this loop",
+            where="TrainConfig",
+            fix="Use fsdp=True instead of DeepSpeed, or a larger batch_size and no checkpoints.",
+        )
+    accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = (
+        cfg.batch_size
+    )
 
 # %% ../../nbs/7_engine_room/15_setup.ipynb #bd13a57e
 def _encoded(loop: Loop, examples: Iterable) -> None:
@@ -109,23 +144,43 @@ def _encoded(loop: Loop, examples: Iterable) -> None:
         loop.ids.append(str(name if name is not None else number))
         length = loop.method.longest(item)
         if loop.cfg.max_length and length > loop.cfg.max_length:
-            raise UserError(f"the example has {length} tokens, the limit is {loop.cfg.max_length}", where=f"example {loop.ids[-1]}",
-                            fix="Shorten it, leave it out, or raise max_length if the model's context allows.")
+            raise UserError(
+                f"the example has {length} tokens, the limit is {loop.cfg.max_length}",
+                where=f"example {loop.ids[-1]}",
+                fix="Shorten it, leave it out, or raise max_length if the model's context allows.",
+            )
         loop.items.append(item)
         loop.sizes.append(loop.method.size(item))
     if not loop.items:
-        raise UserError("there are no training examples", where="examples", fix="Check the split's name and the filter.")
+        raise UserError(
+            "there are no training examples",
+            where="examples",
+            fix="Check the split's name and the filter.",
+        )
 
 # %% ../../nbs/7_engine_room/15_setup.ipynb #19ceeb23
-def _set_up(model, method: Method, examples: Iterable, cfg: TrainConfig, run_dir: Path | str | None = None,
-            callbacks: Iterable[Callback] = ()) -> Loop:
+def _set_up(
+    model,
+    method: Method,
+    examples: Iterable,
+    cfg: TrainConfig,
+    run_dir: Path | str | None = None,
+    callbacks: Iterable[Callback] = (),
+) -> Loop:
     "Everything before the first step, except what a checkpoint restores."
     accelerator = make_accelerator(cfg)
     _check_deepspeed(accelerator, cfg)
     seed_everything(cfg.seed + accelerator.process_index)
     if cfg.lora is not None:
         model = add_lora(model, cfg.lora, cfg.seed)
-    loop = Loop(cfg, method, model, accelerator=accelerator, callbacks=list(callbacks), run_dir=Path(run_dir) if run_dir else None)
+    loop = Loop(
+        cfg,
+        method,
+        model,
+        accelerator=accelerator,
+        callbacks=list(callbacks),
+        run_dir=Path(run_dir) if run_dir else None,
+    )
     _encoded(loop, examples)
     if cfg.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -134,12 +189,18 @@ def _set_up(model, method: Method, examples: Iterable, cfg: TrainConfig, run_dir
     loop.objective = Objective(model, method).to(accelerator.device)
     method.place(accelerator.device)
     if cfg.compile:
-        loop.objective.compile(dynamic=True, backend="inductor" if cfg.compile is True else cfg.compile)
+        loop.objective.compile(
+            dynamic=True, backend="inductor" if cfg.compile is True else cfg.compile
+        )
     if cfg.fsdp and accelerator.num_processes > 1:
-        loop.module = accelerator.prepare_model(shard(loop.objective, accelerator.device), evaluation_mode=True)  # autocast, but no DDP
+        loop.module = accelerator.prepare_model(
+            shard(loop.objective, accelerator.device), evaluation_mode=True
+        )  # autocast, but no DDP
         loop.optimizer = accelerator.prepare(make_optimizer(loop.objective, cfg))
     else:
-        loop.module, loop.optimizer = accelerator.prepare(loop.objective, make_optimizer(loop.objective, cfg))
+        loop.module, loop.optimizer = accelerator.prepare(
+            loop.objective, make_optimizer(loop.objective, cfg)
+        )
     if cfg.ema:
         loop.average = {name: p.detach().clone() for name, p in trainable(loop.objective).items()}
     return loop

@@ -20,31 +20,42 @@ from .method import Method
 @dataclass(kw_only=True)
 class TrainConfig:
     "Settings of a training; all but the first three have defaults. Raises UserError for impossible values."
-    steps: int                     # optimizer steps
-    batch_size: int                # examples in a micro-batch of one process
-    lr: float                      # peak learning rate of AdamW
-    accumulate: int = 1            # micro-batches per step; effective batch = batch_size * accumulate * processes
-    warmup: float = 0.0            # below 1: share of the steps; otherwise a number of steps
-    schedule: str = "linear"       # after warmup: linear or cosine to 0, or constant
-    weight_decay: float = 0.0      # on matrices, not on norms and biases
+
+    steps: int  # optimizer steps
+    batch_size: int  # examples in a micro-batch of one process
+    lr: float  # peak learning rate of AdamW
+    accumulate: int = (
+        1  # micro-batches per step; effective batch = batch_size * accumulate * processes
+    )
+    warmup: float = 0.0  # below 1: share of the steps; otherwise a number of steps
+    schedule: str = "linear"  # after warmup: linear or cosine to 0, or constant
+    weight_decay: float = 0.0  # on matrices, not on norms and biases
     betas: tuple = (0.9, 0.999)
-    clip: float = 1.0              # largest gradient norm; 0: no clipping
-    seed: int = 0                  # order of examples, dropout, LoRA's initial weights
-    log_every: int = 10            # steps between two rows of history
-    eval_every: int = 0            # steps between validations; 0: only at the end
-    save_every: int = 0            # steps between checkpoints (needs run_dir); 0: none
-    keep_best: bool = False        # end with the weights of the best validation
-    early_stop: int = 0            # stop after so many validations without a better score; 0: never
-    precision: str = "no"          # autocast: no, bf16, fp16 (GPU only)
-    bucket: bool = True            # batches of similar length
-    max_length: int = 0            # longest row in tokens, longer ones are an error; 0: no limit
-    lora: dict | None = None       # {"r": 8, "alpha": 16, "dropout": 0.0, "targets": "all-linear" or names}
-    device: str | None = None      # "cpu", or None: what Accelerate finds
-    compile: bool | str = False    # torch.compile (True needs a C++ compiler), or the name of its backend
+    clip: float = 1.0  # largest gradient norm; 0: no clipping
+    seed: int = 0  # order of examples, dropout, LoRA's initial weights
+    log_every: int = 10  # steps between two rows of history
+    eval_every: int = 0  # steps between validations; 0: only at the end
+    save_every: int = 0  # steps between checkpoints (needs run_dir); 0: none
+    keep_best: bool = False  # end with the weights of the best validation
+    early_stop: int = 0  # stop after so many validations without a better score; 0: never
+    precision: str = "no"  # autocast: no, bf16, fp16 (GPU only)
+    bucket: bool = True  # batches of similar length
+    max_length: int = 0  # longest row in tokens, longer ones are an error; 0: no limit
+    lora: dict | None = (
+        None  # {"r": 8, "alpha": 16, "dropout": 0.0, "targets": "all-linear" or names}
+    )
+    device: str | None = None  # "cpu", or None: what Accelerate finds
+    compile: bool | str = (
+        False  # torch.compile (True needs a C++ compiler), or the name of its backend
+    )
     gradient_checkpointing: bool = False
-    ema: float = 0.0               # decay of an average of the weights, which is validated and kept; 0: no average
-    fsdp: bool = False             # split weights, gradients and optimizer over the processes (torch's FSDP2)
-    keep_memory: bool = True       # CPU: reuse freed memory within the training instead of returning it to the system
+    ema: float = (
+        0.0  # decay of an average of the weights, which is validated and kept; 0: no average
+    )
+    fsdp: bool = False  # split weights, gradients and optimizer over the processes (torch's FSDP2)
+    keep_memory: bool = (
+        True  # CPU: reuse freed memory within the training instead of returning it to the system
+    )
 
     def __post_init__(self):
         check_config(self)
@@ -55,60 +66,82 @@ SCHEDULES, PRECISIONS = ("linear", "cosine", "constant"), ("no", "bf16", "fp16")
 
 def check_config(cfg: TrainConfig) -> None:
     "Raises UserError naming the first setting that makes no sense."
-    rules = {"steps": cfg.steps >= 0, "batch_size": cfg.batch_size >= 1, "lr": cfg.lr > 0, "accumulate": cfg.accumulate >= 1,
-             "warmup": 0 <= cfg.warmup <= max(cfg.steps, 1), "weight_decay": cfg.weight_decay >= 0, "clip": cfg.clip >= 0,
-             "log_every": cfg.log_every >= 1, "eval_every": cfg.eval_every >= 0, "save_every": cfg.save_every >= 0,
-             "early_stop": cfg.early_stop >= 0, "ema": 0 <= cfg.ema < 1,
-             "schedule": cfg.schedule in SCHEDULES, "precision": cfg.precision in PRECISIONS,
-             "lora": cfg.lora is None or set(cfg.lora) <= {"r", "alpha", "dropout", "targets"}}
+    rules = {
+        "steps": cfg.steps >= 0,
+        "batch_size": cfg.batch_size >= 1,
+        "lr": cfg.lr > 0,
+        "accumulate": cfg.accumulate >= 1,
+        "warmup": 0 <= cfg.warmup <= max(cfg.steps, 1),
+        "weight_decay": cfg.weight_decay >= 0,
+        "clip": cfg.clip >= 0,
+        "log_every": cfg.log_every >= 1,
+        "eval_every": cfg.eval_every >= 0,
+        "save_every": cfg.save_every >= 0,
+        "early_stop": cfg.early_stop >= 0,
+        "ema": 0 <= cfg.ema < 1,
+        "schedule": cfg.schedule in SCHEDULES,
+        "precision": cfg.precision in PRECISIONS,
+        "lora": cfg.lora is None or set(cfg.lora) <= {"r", "alpha", "dropout", "targets"},
+    }
     for name, fine in rules.items():
         if not fine:
-            hint = {"schedule": f"Choose one of {', '.join(SCHEDULES)}.", "precision": f"Choose one of {', '.join(PRECISIONS)}.",
-                    "lora": "Its keys are r, alpha, dropout and targets."}.get(name, "See the comment of this field in TrainConfig.")
-            raise UserError(f"{getattr(cfg, name)!r} is not possible", where=f"TrainConfig.{name}", fix=hint)
+            hint = {
+                "schedule": f"Choose one of {', '.join(SCHEDULES)}.",
+                "precision": f"Choose one of {', '.join(PRECISIONS)}.",
+                "lora": "Its keys are r, alpha, dropout and targets.",
+            }.get(name, "See the comment of this field in TrainConfig.")
+            raise UserError(
+                f"{getattr(cfg, name)!r} is not possible", where=f"TrainConfig.{name}", fix=hint
+            )
 
 # %% ../../nbs/7_engine_room/13_state.ipynb #858047d4
 def lr_factor(step: int, cfg: TrainConfig) -> float:
     "Learning rate at a step (counted from 0) as a share of `cfg.lr`."
-    warm = cfg.warmup if cfg.warmup >= 1 else cfg.warmup*cfg.steps
+    warm = cfg.warmup if cfg.warmup >= 1 else cfg.warmup * cfg.steps
     if step < warm:
-        return (step + 1)/(warm + 1)
-    done = (step - warm)/max(cfg.steps - warm, 1)
-    return {"linear": 1 - done, "cosine": 0.5*(1 + math.cos(math.pi*done)), "constant": 1.0}[cfg.schedule]
+        return (step + 1) / (warm + 1)
+    done = (step - warm) / max(cfg.steps - warm, 1)
+    return {"linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done)), "constant": 1.0}[
+        cfg.schedule
+    ]
 
 # %% ../../nbs/7_engine_room/13_state.ipynb #04722279
 @dataclass
 class Loop:
     "State of a training in progress: what callbacks see, and what a checkpoint restores."
+
     cfg: TrainConfig
     method: Method
-    model: Any                     # the model as the method sees it (with LoRA, the PEFT model)
-    objective: Any = None          # model and method as one module
-    module: Any = None             # the same, wrapped by Accelerate; its forward returns the sums of the terms
+    model: Any  # the model as the method sees it (with LoRA, the PEFT model)
+    objective: Any = None  # model and method as one module
+    module: Any = None  # the same, wrapped by Accelerate; its forward returns the sums of the terms
     optimizer: Any = None
     accelerator: Any = None
     items: list = field(default_factory=lambda: PackedItems())  # encoded examples
-    sizes: list = field(default_factory=list)    # tokens of each
-    ids: list = field(default_factory=list)      # name of each, for messages
+    sizes: list = field(default_factory=list)  # tokens of each
+    ids: list = field(default_factory=list)  # name of each, for messages
     callbacks: list = field(default_factory=list)
     run_dir: Path | None = None
-    step: int = 0                  # steps done
-    tokens: int = 0                # tokens of the examples seen so far, padding not counted
-    seconds: float = 0.0           # spent in steps, over all sessions
+    step: int = 0  # steps done
+    tokens: int = 0  # tokens of the examples seen so far, padding not counted
+    seconds: float = 0.0  # spent in steps, over all sessions
     history: list = field(default_factory=list)
-    best: dict | None = None       # {"step", "score", ...} of the best validation
+    best: dict | None = None  # {"step", "score", ...} of the best validation
     best_weights: dict | None = None
-    average: dict | None = None    # {name: averaged weight}, with cfg.ema
-    stale: int = 0                 # validations since then
-    stop: str = ""                 # a reason, when the training shall end before `steps`
-    saved: int = -1                # step of the last checkpoint
-    skipped: int = 0               # steps in a row that fp16's scaler has left out
-    unchecked: list = field(default_factory=list)  # (step, rows, loss + gradient norm) not yet looked at
+    average: dict | None = None  # {name: averaged weight}, with cfg.ema
+    stale: int = 0  # validations since then
+    stop: str = ""  # a reason, when the training shall end before `steps`
+    saved: int = -1  # step of the last checkpoint
+    skipped: int = 0  # steps in a row that fp16's scaler has left out
+    unchecked: list = field(
+        default_factory=list
+    )  # (step, rows, loss + gradient norm) not yet looked at
     unwritten: list = field(default_factory=list)  # rows of history that are not on the disk yet
 
 # %% ../../nbs/7_engine_room/13_state.ipynb #e32709ab
 class Callback:
     "Hooks into the loop. Subclass it and override what you need."
+
     def on_start(self, loop: Loop) -> None:
         "Before the first step, after a checkpoint was loaded."
 
@@ -131,6 +164,7 @@ class Callback:
 # %% ../../nbs/7_engine_room/13_state.ipynb #79945c1f
 class Progress(Callback):
     "Steps, rate, time left and the last logged loss, as suits a terminal, a notebook or a log."
+
     def __init__(self, desc: str = "training"):
         self.desc, self.bar = desc, None
 
@@ -152,20 +186,35 @@ class Progress(Callback):
 # %% ../../nbs/7_engine_room/13_state.ipynb #73ef8ed7
 class Tracker(Callback):
     "Send every row of the history to trackers through Accelerate. A resumed run may repeat the rows after its checkpoint."
-    def __init__(self, log_with: Any, project: str = "kd_notes", config: dict | None = None, **options):  # options of each tracker
-        self.log_with, self.project, self.config, self.options, self.sent = log_with, project, config, options, 0
+
+    def __init__(
+        self, log_with: Any, project: str = "kd_notes", config: dict | None = None, **options
+    ):  # options of each tracker
+        self.log_with, self.project, self.config, self.options, self.sent = (
+            log_with,
+            project,
+            config,
+            options,
+            0,
+        )
 
     def on_start(self, loop: Loop) -> None:
         from accelerate.tracking import filter_trackers
+
         loop.accelerator.log_with = filter_trackers(self.log_with, loop.run_dir)
-        settings = {k: v for k, v in asdict(loop.cfg).items() if isinstance(v, (bool, int, float, str))}
+        settings = {
+            k: v for k, v in asdict(loop.cfg).items() if isinstance(v, (bool, int, float, str))
+        }
         loop.accelerator.init_trackers(self.project, settings | (self.config or {}), self.options)
         self.sent = len(loop.history)
 
     def on_step(self, loop: Loop) -> None:
-        for row in loop.history[self.sent:]:
+        for row in loop.history[self.sent :]:
             flat = row | row.get("validation", {})
-            loop.accelerator.log({k: v for k, v in flat.items() if isinstance(v, (int, float)) and k != "step"}, step=row["step"])
+            loop.accelerator.log(
+                {k: v for k, v in flat.items() if isinstance(v, (int, float)) and k != "step"},
+                step=row["step"],
+            )
         self.sent = len(loop.history)
 
     def on_end(self, loop: Loop) -> None:

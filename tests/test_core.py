@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import kd_notes.core as core_module
+import kd_notes.progress as progress_module
 from kd_notes.core import (
     append_jsonl,
     atomic_write,
@@ -103,7 +104,7 @@ def test_light_imports_stay_light():
     "core and runs must not drag in torch or anything else that takes a second."
     heavy = "torch", "transformers", "pandas", "matplotlib", "sklearn", "IPython"
     done = python(
-        f"import sys, kd_notes.core, kd_notes.runs; print([m for m in {heavy!r} if m in sys.modules])"
+        f"import sys, kd_notes.core, kd_notes.runner.runs; print([m for m in {heavy!r} if m in sys.modules])"
     )
     assert done.stdout.strip() == "[]", done.stderr
 
@@ -412,7 +413,7 @@ def test_a_log_gets_lines_at_the_interval_and_a_last_one(monkeypatch):
     import io
 
     now = [100.0]
-    monkeypatch.setattr(core_module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: now[0])
     log = io.StringIO()
     for _ in Meter(range(60), total=60, desc="train", unit="step", file=log):
         now[0] += 1

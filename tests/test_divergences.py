@@ -119,7 +119,7 @@ def test_the_registry_is_covered():
 
 def test_import_pulls_in_torch_and_nothing_heavier():
     code = """
-        import sys, kd_notes.divergences
+        import sys, kd_notes.losses.divergences
         heavy = {"transformers", "pandas", "matplotlib", "scipy", "datasets", "accelerate", "trl", "peft"} & set(sys.modules)
         assert not heavy, heavy"""
     done = subprocess.run(

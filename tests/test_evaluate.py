@@ -235,7 +235,7 @@ def test_import_is_light():
     import subprocess
     import sys
 
-    code = "import sys, kd_notes.evaluate; print([m for m in ('torch', 'transformers', 'pandas', 'matplotlib') if m in sys.modules])"
+    code = "import sys, kd_notes.data.answers; print([m for m in ('torch', 'transformers', 'pandas', 'matplotlib') if m in sys.modules])"
     assert (
         subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, check=True

@@ -645,7 +645,7 @@ def test_big_zeros():
 
 
 def test_import_is_light():
-    code = "import sys, kd_notes.fused; print([m for m in ('transformers', 'pandas', 'matplotlib', 'scipy') if m in sys.modules])"
+    code = "import sys, kd_notes.losses.fused; print([m for m in ('transformers', 'pandas', 'matplotlib', 'scipy') if m in sys.modules])"
     assert (
         subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, check=True

@@ -642,7 +642,8 @@ def test_a_full_disk_is_a_user_error_and_leaves_nothing_half_written(kills):
 
 def test_too_small_a_disk_is_known_before_the_teacher_starts(tmp_path, teacher, monkeypatch):
     monkeypatch.setattr(
-        "kd_notes.logit_cache.shutil.disk_usage", lambda folder: type("Usage", (), {"free": 100})
+        "kd_notes.methods.logit_cache.shutil.disk_usage",
+        lambda folder: type("Usage", (), {"free": 100}),
     )
     calls = []
     hook = teacher.model.register_forward_pre_hook(lambda *a: calls.append(1))

@@ -2019,12 +2019,14 @@ def test_one_seed_is_one_result_another_seed_another_and_cells_keep_their_places
 
 KILLED = """
     import json, os, signal, sys
-    before = minillm.Buffer.on_step
+    from kd_notes.experiments import instruction_world
+    from kd_notes.methods import on_policy
+    before = on_policy.Buffer.on_step
     def on_step(self, loop):
         before(self, loop)
         if loop.step == 102: os.kill(os.getpid(), signal.SIGKILL)
-    minillm.Buffer.on_step = on_step
-    minillm.run_world([json.loads(sys.argv[1])])
+    on_policy.Buffer.on_step = on_step
+    instruction_world.run_world([json.loads(sys.argv[1])])
 """
 
 
@@ -2078,7 +2080,7 @@ def test_a_run_of_the_world_that_was_killed_goes_on_and_ends_with_the_same_numbe
 
 
 def test_what_is_recorded_needs_no_teacher_and_no_start(monkeypatch):
-    from kd_notes.runs import stable_hash
+    from kd_notes.core import stable_hash
 
     old, new = (
         instruction_world_module.world_run("sft", 0, size="s"),

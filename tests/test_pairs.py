@@ -36,7 +36,7 @@ from kd_notes.experiments.pretrained_pairs import (
     train_pair_arm,
     train_pair_student,
 )
-from kd_notes.pairs import hub_rows
+from kd_notes.experiments.equal_time import hub_rows
 from kd_notes.runner.grid import record_runs
 from kd_notes.training.state import Callback
 
@@ -436,7 +436,7 @@ def test_recorded_runs_need_no_files(tmp_path, monkeypatch):
         {"metrics": {"sets": {}}, "key": "k", "seconds": 1, "device": "cpu", "date": "d"},
     )
     monkeypatch.delenv("KD_NOTES_DATA", raising=False)
-    monkeypatch.setattr("kd_notes.runs.data_dir", lambda: tmp_path)
+    monkeypatch.setattr("kd_notes.runner.grid.data_dir", lambda: tmp_path)
     record_runs("pair_arm", [row | {"params": run, "source": "cache"}])
     assert [r["source"] for r in run_arms([run], use_record=True)] == ["record"]
     with pytest.raises(UserError, match="KD_NOTES_DATA"):

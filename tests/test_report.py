@@ -448,7 +448,7 @@ def test_palette_stays_apart_without_red_green_vision():
 
 
 def test_import_is_light():
-    code = "import sys, kd_notes.report; print([m for m in ('torch', 'transformers', 'pandas', 'matplotlib', 'scipy') if m in sys.modules])"
+    code = "import sys, kd_notes.evaluation.statistics, kd_notes.evaluation.figures; print([m for m in ('torch', 'transformers', 'pandas', 'matplotlib', 'scipy') if m in sys.modules])"
     assert (
         subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, check=True

@@ -361,15 +361,13 @@ def test_what_is_in_the_key_and_what_is_not(copy, monkeypatch):
         notebooks_module.notebook_key(
             copy,
             notebook(
-                code(
-                    "from kd_notes.data.answers import accuracy\n%time\nimport kd_notes.report as r"
-                )
+                code("from kd_notes.data.answers import accuracy\n%time\nimport kd_notes.core as r")
             ),
             params,
         )
         != key
     )
-    assert asked == [("evaluate", "report")]
+    assert asked == [("core", "data.answers")]
 
 
 def test_real_data_outside_counts_only_for_those_who_read_it(copy, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""kd_notes.runs: run folders, cache keys, grids of real processes with real kills, the record."""
+"""kd_notes.runner: run folders, cache keys, grids of real processes with real kills, the record."""
 
 import json
 import os
@@ -15,6 +15,7 @@ import pytest
 import kd_notes
 import kd_notes.runner.code as code_module
 import kd_notes.environment as environment_module
+import kd_notes.runner.code as code_module
 from kd_notes.core import append_jsonl, read_json, read_jsonl, stable_hash, UserError, write_json
 from kd_notes.environment import environment
 from kd_notes.runner.code import code_hash, code_modules, run_key
@@ -133,29 +134,27 @@ def package(tmp_path):
 
 def test_comments_and_docstrings_do_not_change_the_code_hash(package):
     folder, ask = package
-    before, path = ask("runs"), folder / "core.py"
-    assert before == code_hash("runs")
+    before, path = ask("losses.adaptive"), folder / "core.py"
+    assert before == code_hash("losses.adaptive")
     text = path.read_text()
-    path.write_text(
-        "# a comment\n"
-        + text.replace(
-            'def human_seconds(s: float) -> str:\n    "',
-            'def human_seconds(s: float) -> str:\n    # why\n    "Now ',
-        )
-    )
+    first = 'def sha256_text(text: str) -> str:\n    "'
+    marked = text.replace(first, first.replace('    "', '    # why\n    "Now '))
+    path.write_text("# a comment\n" + marked)
     assert path.read_text().count("Now ") == text.count("Now ") + 1
-    assert ask("runs") == before
+    assert ask("losses.adaptive") == before
 
 
 def test_code_changes_the_hash_also_through_imports_and_only_there(package):
     folder, ask = package
-    before = ask("core"), ask("runs"), ask("evaluate")
+    names = "core", "losses.adaptive", "data.answers"
+    before = [ask(name) for name in names]
     assert len(set(before)) == 3
-    (folder / "runs.py").write_text((folder / "runs.py").read_text() + "\nEXTRA = 1\n")
-    assert ask("core") == before[0] and ask("runs") != before[1] and ask("evaluate") == before[2]
+    changed = folder / "losses" / "divergences.py"
+    changed.write_text(changed.read_text() + "\nEXTRA = 1\n")
+    core, adaptive, answers = (ask(name) for name in names)
+    assert core == before[0] and adaptive != before[1] and answers == before[2]
     (folder / "core.py").write_text((folder / "core.py").read_text() + "\nEXTRA = 1\n")
-    changed = ask("core"), ask("runs")
-    assert changed[0] != before[0] and changed[1] != before[1]
+    assert all(ask(name) != old for name, old in zip(names, before))
 
 
 def test_the_hash_follows_modules_of_subpackages(package):
@@ -167,7 +166,7 @@ def test_the_hash_follows_modules_of_subpackages(package):
         "deep/er/__init__.py": "",
         "deep/one.py": "from ..core import rng\nfrom .two import X\n",
         "deep/two.py": "X = 1\n",
-        "deep/er/three.py": "from ..two import X\nfrom ...evaluate import accuracy\n",
+        "deep/er/three.py": "from ..two import X\nfrom ...data.answers import accuracy\n",
         "deep/four.py": "def f():\n    from kd_notes.deep.er import three\n",
         "deep/alone.py": "Y = 1\n",
     }.items():
@@ -182,7 +181,11 @@ def test_the_hash_follows_modules_of_subpackages(package):
 
 
 def test_code_modules_follow_imports():
-    assert code_modules("core") == ["core"] and code_modules("kd_notes.runs") == ["core", "runs"]
+    assert code_modules("core") == ["core"] and code_modules("kd_notes.losses.adaptive") == [
+        "core",
+        "losses.adaptive",
+        "losses.divergences",
+    ]
     with pytest.raises(UserError, match="kd_notes.nowhere"):
         code_modules("nowhere")
 
@@ -230,7 +233,7 @@ def test_key_depends_on_all_that_decides_the_numbers(monkeypatch):
         ("papermill", False),
     ):
         with monkeypatch.context() as m:
-            m.setattr(environment_module, "versions", lambda lib=library: here | {lib: "0.0"})
+            m.setattr(code_module, "versions", lambda lib=library: here | {lib: "0.0"})
             assert (key() != keys[0]) is decides
 
 
@@ -334,7 +337,7 @@ def test_rewind_forgets_what_will_be_logged_again(tmp_path):
 
 
 def test_two_processes_do_not_work_in_one_folder(tmp_path):
-    code = "import sys, time\nfrom kd_notes.runs import Run\nwith Run.open(sys.argv[1], {}): print('in', flush=True); time.sleep(60)"
+    code = "import sys, time\nfrom kd_notes.runner.runs import Run\nwith Run.open(sys.argv[1], {}): print('in', flush=True); time.sleep(60)"
     other = subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path / "r")], stdout=subprocess.PIPE, text=True
     )
@@ -526,7 +529,7 @@ def test_mistakes_in_the_call_are_told(targets, cache):
     with pytest.raises(GridError, match=r"kd_notes\[notebooks\]"):
         run_grid("s", "grid_targets:selective", [{"how": "extra"}], modules=["core"])
     with pytest.raises(GridError, match="no_such"):
-        run_grid("s", "kd_notes.runs:no_such", [{}], modules=["core"])
+        run_grid("s", "kd_notes.runner.runs:no_such", [{}], modules=["core"])
     with pytest.raises(UserError, match="jobs=0"):
         run_grid("s", PI, [{}], modules=["core"], jobs=0)
     with pytest.raises(UserError, match="kd_notes.nowhere"):

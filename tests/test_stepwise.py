@@ -374,7 +374,9 @@ SCRIPT = """
     import os, signal, sys
     from pathlib import Path
     from kd_notes.core import read_json
-    class Plug(train.Callback):
+    from kd_notes.experiments import stepwise
+    from kd_notes.training.state import Callback
+    class Plug(Callback):
         def on_step(self, loop):
             if loop.step == 4: os.kill(os.getpid(), signal.SIGKILL)
     real, config = stepwise.train, stepwise.TrainConfig

@@ -21,7 +21,7 @@ from torch import nn
 import kd_notes.training.batches as batches_module
 import kd_notes.training.loop as loop_module
 import kd_notes.training.memory as memory_module
-import kd_notes.training.setup as setup_module
+import kd_notes.training.setup as training_setup
 import kd_notes.training.state as state_module
 from kd_notes.core import read_jsonl, UserError
 from kd_notes.models.layer_drop import layer_drop
@@ -1452,7 +1452,7 @@ def test_configurations_are_what_accelerate_takes(name, monkeypatch):
                 monkeypatch.setenv(key, value)
         plugin = FullyShardedDataParallelPlugin()
         plugin.set_auto_wrap_policy(
-            setup_module.Objective(mini_model("causal", "xs", VOCAB, 0), Rows())
+            training_setup.Objective(mini_model("causal", "xs", VOCAB, 0), Rows())
         )
         assert plugin.fsdp_version == 2 and plugin.reshard_after_forward is True
         assert {c.__name__ for c in plugin.auto_wrap_policy.keywords["transformer_layer_cls"]} == {
@@ -1473,6 +1473,6 @@ def test_deepspeed_and_what_it_takes_away(change):
         distributed_type=Space(value="DEEPSPEED"), state=Space(deepspeed_plugin=plugin)
     )
     with pytest.raises(UserError, match="does not work with DeepSpeed"):
-        setup_module._check_deepspeed(accelerator, config(**change))
-    setup_module._check_deepspeed(accelerator, config(batch_size=4))
+        training_setup._check_deepspeed(accelerator, config(**change))
+    training_setup._check_deepspeed(accelerator, config(batch_size=4))
     assert plugin.deepspeed_config == {"train_micro_batch_size_per_gpu": 4}

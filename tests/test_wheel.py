@@ -122,7 +122,7 @@ def test_wheel_holds_code_notebooks_and_data_and_is_small(wheel):
 
 def test_wheel_works_with_nothing_but_its_core_requirements(python, tmp_path):
     "Places, an embedded task with its checksum verified, one loss; and no library of an extra is present."
-    places = "from kd_notes.core import *; print(repo_root(), data_dir().name, nbs_dir().name, (nbs_dir()/'00_core.ipynb').is_file())"
+    places = "from kd_notes.core import *; print(repo_root(), data_dir().name, nbs_dir().name, (nbs_dir()/'index.ipynb').is_file())"
     assert (
         ask(python, places.replace("import *", "import data_dir, nbs_dir, repo_root"), tmp_path)
         == "None _data _nbs True"

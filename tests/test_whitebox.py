@@ -57,7 +57,7 @@ from kd_notes.experiments.equal_time import (
 from kd_notes.methods.logit_kd import CrossKD, encode_twice, KD
 from kd_notes.methods.seqkd import write_responses, Writing
 from kd_notes.models.layer_drop import make_student
-from kd_notes.whitebox import context_of
+from kd_notes.models.pretrained import context_of
 
 TOK = load_mini_tokenizer()
 V = len(TOK)

@@ -357,7 +357,8 @@ def test_strangers_are_refused():
 
 def test_a_changed_file_is_refused(tmp_path, monkeypatch):
     shutil.copytree(grammar_module.world_dir(), tmp_path / "world")
-    monkeypatch.setattr(grammar_module, "world_dir", lambda: tmp_path / "world")
+    for module in (grammar_module, world_module):
+        monkeypatch.setattr(module, "world_dir", lambda: tmp_path / "world")
     assert len(load_world("validation")) == world_module.SPLITS["validation"]
     with open(tmp_path / "world" / "validation.jsonl", "a") as f:
         f.write("{}\n")

@@ -31,19 +31,21 @@ from kd_notes.losses.cross_tokenizer import (
 )
 from kd_notes.losses.decoupled import atkd, dkd, easy_hard, log_uncertainty
 from kd_notes.losses.divergences import (
-    alpha_divergence,
     cross_entropy,
     DIVERGENCES,
     effective_denominator,
     forward_kl,
     get_divergence,
     jsd,
-    renyi,
     reverse_kl,
-    skew_kl,
-    skew_reverse_kl,
     symmetric_kl,
     token_divergence,
+)
+from kd_notes.losses.families import (
+    alpha_divergence,
+    renyi,
+    skew_kl,
+    skew_reverse_kl,
     total_variation,
 )
 
@@ -1466,3 +1468,54 @@ def test_padding_with_zeros_is_what_we_do_not_do():
     assert zeros > 2 * aligned and cross_tokenizer_module.align_vocabulary(
         student, teacher, size=1000
     )[0].shape == (4, 1000)
+
+
+# --- labels -----------------------------------------------------------------------------------------------------------------------
+
+
+def call(name, student, teacher, ids=None, **given):
+    "The public loss of that name."
+    options = {"target_ids": ids} if name in ("dkd", "atkd") and ids is not None else {}
+    return get_divergence(name, **options)(student, teacher, **given)
+
+
+@pytest.mark.parametrize("name", sorted(DIVERGENCES))
+def test_labels_choose_the_positions_that_a_mask_would(name):
+    "In value and in gradient; where a label is -100, logits of any kind change nothing."
+    torch.manual_seed(0)
+    teacher, student = torch.randn(2, 5, 7), torch.randn(2, 5, 7, requires_grad=True)
+    labels = torch.tensor([[-100, 3, 1, -100, -100], [-100, -100, -100, 6, 0]])
+    by_labels = call(name, student, teacher, labels=labels)
+    by_mask = call(name, student, teacher, labels.clamp(min=0), mask=labels != -100)
+    assert torch.equal(by_labels, by_mask)
+    (slope,) = torch.autograd.grad(by_labels, student)
+    assert (slope[labels == -100] == 0).all() and (slope[labels != -100] != 0).any()
+    poisoned = torch.where((labels == -100).unsqueeze(-1), torch.nan, student.detach())
+    assert torch.equal(call(name, poisoned, teacher, labels=labels), by_labels.detach())
+    joined = call(name, student, teacher, labels=labels, mask=torch.arange(5).expand(2, 5) < 2)
+    assert torch.equal(
+        joined, call(name, student[:1, 1:2], teacher[:1, 1:2], labels=labels[:1, 1:2])
+    )
+
+
+def test_labels_of_a_batch_move_to_the_position_that_predicts_them():
+    "A teacher that is certain of the gold token makes forward KL the language-modelling loss: an off-by-one would show."
+    torch.manual_seed(0)
+    input_ids = torch.tensor([[4, 2, 5, 1], [3, 6, 2, 0]])
+    labels = torch.tensor([[-100, -100, 5, 1], [-100, 6, -100, -100]])
+    logits = torch.randn(2, 4, 7)
+    sure = torch.zeros(2, 4, 7)
+    sure[:, :-1].scatter_(2, input_ids[:, 1:].unsqueeze(-1), 60.0)
+    wanted = torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    )
+    torch.testing.assert_close(forward_kl(logits, sure, labels=next_token_labels(labels)), wanted)
+    assert abs(forward_kl(logits, sure, labels=labels) - wanted) > 0.01
+
+
+def test_labels_that_do_not_fit():
+    logits = torch.randn(1, 3, 4)
+    with pytest.raises(UserError, match="next_token_labels"):
+        forward_kl(logits, logits, labels=torch.zeros(1, 4, dtype=torch.long))
+    with pytest.raises(UserError, match="no unmasked position"):
+        forward_kl(logits, logits, labels=torch.full((1, 3), -100))

@@ -652,3 +652,15 @@ def test_import_is_light():
         ).stdout.strip()
         == "[]"
     )
+
+
+@pytest.mark.parametrize("name", ["reverse_kl", "jsd", "dkd"])
+def test_the_fused_loss_takes_labels(name):
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(2, 4, 8, requires_grad=True), torch.randn(11, 8)
+    other, head = torch.randn(2, 4, 6), torch.randn(11, 6)
+    labels = torch.tensor([[-100, 3, 10, -100], [0, -100, -100, -100]])
+    loss = fused_linear_divergence(hidden, weight, other, head, name, labels=labels)
+    plain = get_divergence(name)(hidden @ weight.T, other @ head.T, labels=labels)
+    torch.testing.assert_close(loss, plain)
+    torch.testing.assert_close(*(torch.autograd.grad(x, hidden)[0] for x in (loss, plain)))

@@ -22,14 +22,8 @@ import kd_notes.methods.minillm as minillm_module
 import kd_notes.methods.on_policy as on_policy_module
 import kd_notes.experiments.phases as phases_module
 from kd_notes.core import read_jsonl, UserError
-from kd_notes.losses.divergences import (
-    DIVERGENCES,
-    forward_kl,
-    jsd,
-    skew_kl,
-    skew_reverse_kl,
-    token_divergence,
-)
+from kd_notes.losses.divergences import DIVERGENCES, forward_kl, jsd, token_divergence
+from kd_notes.losses.families import skew_kl, skew_reverse_kl
 from kd_notes.data.answers import unpack_numbers
 from kd_notes.generation.sampling import log_mixture, sample, sample_mixed, Sampling
 from kd_notes.methods.dpkd import DPKD, DPKDConfig

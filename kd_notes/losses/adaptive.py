@@ -94,6 +94,7 @@ def adaptive_kl(
     mu: float = 0.5,  # teacher mass of the head; 1: forward KL
     boundary: str = "official",  # the token that crosses mu is in the tail; "crossing-in-head": in the head
     floor: float | None = None,
+    labels: Tensor | None = None,
     scale_t2: bool = False,
     denominator: Any = None,
 ) -> Tensor:
@@ -104,6 +105,7 @@ def adaptive_kl(
         teacher_logits,
         mask,
         temperature,
+        labels=labels,
         scale_t2=scale_t2,
         denominator=denominator,
         mu=mu,

@@ -106,6 +106,7 @@ def uld(
     mask: Tensor | None = None,
     temperature: float = 1.0,
     *,
+    labels: Tensor | None = None,
     scale_t2: bool = False,
     denominator: Any = None,
 ) -> Tensor:
@@ -116,6 +117,7 @@ def uld(
         teacher_logits,
         mask,
         temperature,
+        labels=labels,
         scale_t2=scale_t2,
         denominator=denominator,
     )

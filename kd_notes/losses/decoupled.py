@@ -78,9 +78,10 @@ def dkd(
     mask: Tensor | None = None,
     temperature: float = 1.0,
     *,
-    target_ids: Tensor,  # (...), the gold token of every position; anything where masked
+    target_ids: Tensor | None = None,  # (...), the gold token; None: the labels
     alpha: float = 1.0,
     beta: float = 8.0,  # weights of the target and of the non-target part
+    labels: Tensor | None = None,
     scale_t2: bool = False,
     denominator: Any = None,
 ) -> Tensor:
@@ -91,6 +92,7 @@ def dkd(
         teacher_logits,
         mask,
         temperature,
+        labels=labels,
         scale_t2=scale_t2,
         denominator=denominator,
         target_ids=target_ids,
@@ -157,11 +159,12 @@ def atkd(
     mask: Tensor | None = None,
     temperature: float = 1.0,
     *,
-    target_ids: Tensor,  # (...), the gold token of every position; anything where masked
+    target_ids: Tensor | None = None,  # (...), the gold token; None: the labels
     easy_weight: float = 0.2,  # the paper's lambda
     hard_fraction: float = 0.5,  # the paper's k
     split: EasyHard
     | None = None,  # the cut of a larger scope; None: of the unmasked positions of this call
+    labels: Tensor | None = None,
     scale_t2: bool = False,
     denominator: Any = None,
 ) -> Tensor:
@@ -172,6 +175,7 @@ def atkd(
         teacher_logits,
         mask,
         temperature,
+        labels=labels,
         scale_t2=scale_t2,
         denominator=denominator,
         target_ids=target_ids,

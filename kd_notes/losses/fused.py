@@ -19,7 +19,15 @@ from torch import Tensor
 from ..core import UserError
 from .cross_tokenizer import align_vocabulary
 from .decoupled import easy_hard, log_uncertainty
-from .divergences import _look_up, _select, token_divergence, _token_mean
+from kd_notes.losses.divergences import (
+    _counted,
+    DIVERGENCES,
+    _look_up,
+    _options,
+    _select,
+    token_divergence,
+    _token_mean,
+)
 
 # %% ../../nbs/4_probabilities/05_fused.ipynb #112c2c86
 def big_zeros(
@@ -754,6 +762,7 @@ def fused_linear_divergence(
     student_logit_scale: float = 1.0,
     teacher_logit_scale: float = 1.0,  # the logits are multiplied by it
     vocab_size: int | None = None,  # ids that count; None: the narrower side's
+    labels: Tensor | None = None,  # (...), -100 where the loss does not count
     scale_t2: bool = False,  # multiply the loss by temperature squared
     denominator: Any = None,  # tokens of the effective batch; None: the unmasked positions of this call
     chunk: int | None = None,  # positions at a time; None: what fits into the budget
@@ -763,6 +772,9 @@ def fused_linear_divergence(
     "Token-mean divergence of the outputs of two lm-heads, a scalar, without the logits of the batch. Raises UserError."
     head = {"scale": student_logit_scale, "softcap": student_softcap, "temperature": temperature}
     other = head | {"scale": teacher_logit_scale, "softcap": teacher_softcap}
+    mask = _counted(mask, labels, student_hidden.shape[:-1])
+    if labels is not None and "target_ids" in _options(DIVERGENCES[divergence]):
+        options = {"target_ids": labels.clamp(min=0)} | options
     _check_call(divergence, options, head, other, chunk)
     _check_side("student", student_hidden, student_weight, student_bias)
     source = _source(teacher_hidden, teacher_weight, teacher_bias, divergence, temperature)

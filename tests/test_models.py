@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+import kd_notes.models.layer_drop as layer_drop_module
 import kd_notes.models.pretrained as pretrained_module
 from kd_notes.core import UserError
 from kd_notes.models.layer_drop import evenly_spaced, layer_drop
@@ -518,3 +519,97 @@ def test_dropped_student_trains_and_saves(tmp_path, tok):
     again, _ = load_pretrained(tmp_path, device="cpu")
     assert torch.equal(again.eval()(IDS).logits, student.eval()(IDS).logits)
     shutil.rmtree(tmp_path)
+
+
+# --- what an architecture says per layer --------------------------------------------------------------------------------------------
+
+FAMILIES = {
+    "smollm3": {"no_rope_layer_interval": 2},
+    "gemma2": {"head_dim": 8, "sliding_window": 4},
+    "cohere2": {"sliding_window": 4},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2},
+    "qwen3": {
+        "head_dim": 8,
+        "layer_types": ["full_attention", "sliding_attention"] * 2,
+        "use_sliding_window": True,
+        "sliding_window": 4,
+    },
+}
+
+
+def scattered(config):
+    "A tiny causal model, all of whose weights are away from their initial values."
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.08)
+    return model
+
+
+def tiny_config(kind):
+    from transformers import AutoConfig
+
+    if kind == "gpt_neo":
+        return AutoConfig.for_model(
+            "gpt_neo",
+            vocab_size=300,
+            hidden_size=32,
+            num_layers=4,
+            num_heads=4,
+            window_size=4,
+            attention_types=[[["global", "local"], 2]],
+            max_position_embeddings=128,
+        )
+    sizes = {
+        "vocab_size": 300,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "pad_token_id": 0,
+    }
+    return AutoConfig.for_model(kind, **sizes, **FAMILIES[kind])
+
+
+@pytest.mark.parametrize("keep", [[0, 2], [1, 3], [0, 3]])
+@pytest.mark.parametrize("kind", [*FAMILIES, "gpt_neo"])
+def test_lists_with_an_entry_per_layer_are_cut_with_the_layers(kind, keep, tmp_path):
+    "The student computes what the teacher computes without the other layers, and so does its saved copy."
+    from transformers import AutoModelForCausalLM
+
+    teacher = scattered(tiny_config(kind))
+    ids = torch.arange(3, 23)[None]
+    student = layer_drop(teacher, keep).eval()
+    stack = "transformer.h" if kind == "gpt_neo" else "model.layers"
+    layers = teacher.get_submodule(stack)
+    for number in {0, 1, 2, 3} - set(keep):
+        inner = type(layers[number]).forward
+
+        def unchanged(hidden, *args, layer=layers[number], inner=inner, **kwargs):
+            out = inner(layer, hidden, *args, **kwargs)
+            return (hidden, *out[1:]) if isinstance(out, tuple) else hidden
+
+        layers[number].forward = unchanged
+    with torch.no_grad():
+        wanted = teacher(input_ids=ids, use_cache=False).logits
+        torch.testing.assert_close(
+            student(input_ids=ids, use_cache=False).logits, wanted, atol=1e-4, rtol=1e-4
+        )
+        student.save_pretrained(tmp_path)
+        again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+        torch.testing.assert_close(
+            again(input_ids=ids, use_cache=False).logits, wanted, atol=1e-4, rtol=1e-4
+        )
+
+
+def test_a_cut_that_computes_something_else_is_refused(monkeypatch):
+    "An architecture of tomorrow, with a list that the cut does not know."
+    teacher = scattered(tiny_config("smollm3"))
+    monkeypatch.setattr(layer_drop_module, "_cut_lists", lambda *_: None)
+    with pytest.raises(UserError, match="per layer"):
+        layer_drop(teacher, [1, 3])

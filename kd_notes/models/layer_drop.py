@@ -7,7 +7,11 @@ __all__ = ['make_student', 'evenly_spaced', 'layer_drop']
 
 # %% ../../nbs/2_playground/10_layer_drop.ipynb #450f76ed
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+
+import torch
 
 from ..core import UserError
 from .pretrained import load_pretrained
@@ -93,29 +97,85 @@ def _layer_choice(keep_layers: Any, stacks: dict[str, int]) -> dict[str, list[in
     return keep
 
 # %% ../../nbs/2_playground/10_layer_drop.ipynb #1a54e6ed
-def _shorter_config(config, keep: dict[str, list[int]]):
+def _cut_lists(config, keep: list[int], total: int) -> None:
+    "Cut every list of the config that has one entry per layer: layer_types, no_rope_layers and their like."
+    for name, value in vars(config).items():
+        if isinstance(value, (list, tuple)) and len(value) == total:
+            setattr(config, name, [value[i] for i in keep])
+
+
+def _shorter_config(config, keep: dict[str, list[int]], stacks: dict[str, int]):
     "A copy of the config that describes the model after the cut."
     config = type(config).from_dict(config.to_dict())
     parts = list(keep.values())  # one stack, or the encoder's and the decoder's
-    config.num_hidden_layers = len(parts[0])
     if config.is_encoder_decoder:
         config.num_decoder_layers = len(parts[-1])
-    if getattr(config, "layer_types", None):  # a list with one entry per layer
-        config.layer_types = [config.layer_types[i] for i in parts[0]]
+    else:
+        (total,) = stacks.values()
+        _cut_lists(config, parts[0], total)
+        if hasattr(config, "attention_types"):  # GPT-Neo: [[kinds, repeats], ...], one kind a layer
+            config.attention_types = [[list(config.attention_layers), 1]]
+    config.num_hidden_layers = len(parts[0])
     return config
 
 # %% ../../nbs/2_playground/10_layer_drop.ipynb #48494bce
+@contextmanager
+def _skipped(layers: torch.nn.ModuleList, keep: list[int]) -> Iterator[None]:
+    "Inside, the layers that are not kept hand on what they are given."
+
+    def bypass(layer):
+        def forward(hidden, *args, **kwargs):
+            out = type(layer).forward(layer, hidden, *args, **kwargs)  # for the shape of the result
+            return (hidden, *out[1:]) if isinstance(out, tuple) else hidden
+
+        return forward
+
+    dropped = [layer for i, layer in enumerate(layers) if i not in keep]
+    for layer in dropped:
+        layer.forward = bypass(layer)
+    try:
+        yield
+    finally:
+        for layer in dropped:
+            del layer.forward
+
+
+def _check_cut(model, student, stack: str, keep: list[int]) -> None:
+    "A causal student must compute what its teacher computes with the other layers skipped. Raises UserError."
+    ids = torch.arange(3, 15, device=model.device)[None] % model.config.get_text_config().vocab_size
+    was_training = model.training
+    model.eval(), student.eval()
+    with torch.no_grad():
+        found = student(input_ids=ids, use_cache=False).logits
+        with _skipped(model.get_submodule(stack), keep):
+            wanted = model(input_ids=ids, use_cache=False).logits
+    model.train(was_training)
+    scale = wanted.abs().amax().clamp(min=1)
+    if not (
+        (found - wanted).abs() <= (1e-3 if found.dtype == torch.float32 else 0.1) * scale
+    ).all():
+        raise UserError(
+            f"layers {keep} of {type(model).__name__} do not compute what they did in the teacher",
+            where="keep_layers",
+            fix="Its config says something per layer that layer_drop does not know; take another model.",
+        )
+
+
 def layer_drop(
     model,  # a causal or T5-like model; it is left as it is
-    keep_layers,
-):  # how many (evenly spaced), or which, or {"encoder": ..., "decoder": ...}
+    keep_layers,  # how many (evenly spaced), or which, or {"encoder": ..., "decoder": ...}
+):
     "A new, trainable model with only these layers of `model`, same dtype and device. Raises UserError for an impossible choice."
     state = model.state_dict()
-    keep = _layer_choice(keep_layers, _stacks(state))
+    stacks = _stacks(state)
+    keep = _layer_choice(keep_layers, stacks)
     short = _renumber(state, keep)
     for stack in keep:
         _move_shared_bias(state, short, stack)
-    config = _shorter_config(model.config, keep)
+    config = _shorter_config(model.config, keep, stacks)
     student = type(model)(config).to(dtype=model.dtype, device=model.device)
     student.load_state_dict(short)
+    if not config.is_encoder_decoder:
+        ((stack, kept),) = keep.items()
+        _check_cut(model, student, stack, kept)
     return student.train()

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 import kd_notes.data.answers as answers_module
+from kd_notes.data.answers import written_number
 from kd_notes.core import UserError
 
 numbers = st.decimals(min_value=0, max_value=999, places=2, allow_nan=False).map(
@@ -266,3 +267,18 @@ def test_numbers_that_do_not_fit_are_refused(values, kind):
 def test_damaged_numbers_are_refused(text):
     with pytest.raises(UserError, match="packed"):
         answers_module.unpack_numbers(text)
+
+
+@pytest.mark.parametrize(
+    "text, number",
+    [
+        ("1,234", "1234"), ("$42", "42"), ("42 dollars", "42"), ("1,234.50", "1234.50"), ("72, in total", "72"),
+        ("$1,200.", "1200"), ("-$5", "-5"), ("- 5", "-5"), ("−7", "-7"), ("50%", "50"), ("50 %", "50"), ("12€", "12"),
+        ("**8**", "8"), ("`8`", "8"), ("\\boxed{1,000}", "1000"), ("5kg", "5"), ("5 kg.", "5"), ("1,234,567", "1234567"),
+        ("£3.20 each", "3.20"), ("0.5", "0.5"),
+        ("1,5", None), ("12,34", None), ("1.234,50", None), ("3 cats and 4 dogs", None), ("about 42", None), ("", None),
+        ("dollars", None), ("1,2345", None), (None, None), ("3 x", "3"), ("42 43", None), ("1e5", None),
+    ],
+)  # fmt: skip
+def test_numbers_as_people_write_them(text, number):
+    assert written_number(text) == number

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,6 +39,7 @@ from kd_notes.evaluation.judge import (
 )
 from kd_notes.evaluation.text import (
     by_length,
+    unicode_words,
     distinct_n,
     exact_matches,
     length_slices,
@@ -1105,3 +1107,26 @@ def test_a_judge_on_a_real_server_that_is_killed(served, tmp_path):
     with pytest.raises(UserError, match="no usable answer"):
         judge(backend, [*items, ("new", "Q?", "x", "y")], path=path)
     assert len(read_jsonl(path)) == 6
+
+
+@pytest.mark.parametrize(
+    "text", ["你好世界", "привет мир", "สวัสดี", "नमस्ते दुनिया", "γειά σου", "こんにちは"]
+)
+def test_rouge_in_other_scripts(text):
+    "The official tokenizer is blind there and says so; with words of any script an equal answer gets 1."
+    with pytest.warns(UserWarning, match="blind to 1 of 1"):
+        rouge_l([text], [[text]])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert rouge_l([text], [[text]], tokenizer=unicode_words)[0] == 1
+        assert rouge_l(["something else"], [[text]], tokenizer=unicode_words)[0] == 0
+        assert rouge_l(["café, naïve"], [["café"]])[0] > 0  # mostly a to z: no warning
+
+
+def test_unicode_words():
+    assert unicode_words("The cat's  3 dogs.") == ["the", "cat", "s", "3", "dogs"]
+    assert unicode_words("我爱 NLP") == ["我", "爱", "nlp"] and unicode_words("Привет, Мир!") == [
+        "привет",
+        "мир",
+    ]
+    assert unicode_words("") == [] == unicode_words("... !")

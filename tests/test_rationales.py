@@ -786,3 +786,16 @@ def test_the_manifest_and_rows_of_an_unfinished_write_are_repaired_on_disk(teach
     assert path.read_bytes() == whole and idle.asked == []
     append_jsonl(path, [])
     assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    "written, value",
+    [("1,234", "1234"), ("$42", "42"), ("42 dollars", "42"), ("72, in total", "72")],
+)
+def test_numbers_in_a_teachers_form_are_its_label(written, value):
+    parsed = parse_completion(f"They add up.\nAnswer: {written}", metric="equation")
+    assert (parsed.outcome, parsed.label) == ("ok", value)
+    assert (
+        parse_completion("So.\nAnswer: 3 cats, 4 dogs", metric="equation").outcome
+        == "label_not_allowed"
+    )

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAX_CHARS', 'MAX_DEPTH', 'METRICS', 'EquationError', 'tokenize', 'parse_equation', 'tree_value', 'equation_value',
-           'equation_equal', 'exact_match', 'is_correct', 'outcomes', 'accuracy', 'majority_baseline', 'pack_bits',
-           'unpack_bits', 'pack_numbers', 'unpack_numbers']
+           'written_number', 'equation_equal', 'exact_match', 'is_correct', 'outcomes', 'accuracy', 'majority_baseline',
+           'pack_bits', 'unpack_bits', 'pack_numbers', 'unpack_numbers']
 
 # %% ../../nbs/2_playground/02_answers.ipynb #eaa716bb
 import base64
@@ -114,6 +114,27 @@ def tree_value(tree: tuple) -> Fraction:
 def equation_value(text: str) -> Fraction:
     "Exact value of an arithmetic expression. Raises EquationError if it is not one or has no value."
     return tree_value(parse_equation(text))
+
+# %% ../../nbs/2_playground/02_answers.ipynb #b75dbfef
+_DIGITS = r"\d{1,3}(?:,\d{3})+|\d+"  # thousands in groups of three, or none at all
+_WRITTEN = re.compile(
+    rf"""(?P<sign>[-+])?\s*[$€£¥₹]?\s*(?P<whole>{_DIGITS})(?P<part>\.\d+)?
+    (?=\s*[$€£¥₹%]?(?:[.,;:]?\s+[^\d]*|[.,;:]|[^\W\d]{{1,3}})?\s*$)""",
+    re.VERBOSE,
+)
+
+
+def written_number(text: str) -> str | None:
+    "The one number with which a text starts, as an expression: '$1,234.50' and '42 dollars' give '1234.50' and '42'."
+    if not isinstance(text, str):
+        return None
+    plain = text.strip().strip("*_`\"' ").replace("−", "-")
+    boxed = re.fullmatch(r"\\boxed\{(.*)\}\.?", plain)
+    match = _WRITTEN.match(boxed[1].strip() if boxed else plain)
+    if match is None:
+        return None
+    sign = "-" if match["sign"] == "-" else ""
+    return sign + match["whole"].replace(",", "") + (match["part"] or "")
 
 # %% ../../nbs/2_playground/02_answers.ipynb #a91ffe8f
 def equation_equal(

@@ -29,7 +29,7 @@ from kd_notes.core import (
     UserError,
     write_json,
 )
-from ..data.answers import equation_value, EquationError, is_correct
+from ..data.answers import equation_value, EquationError, is_correct, written_number
 from ..data.examples import Example, task_info, TaskInfo
 from ..environment import environment
 from kd_notes.generation.backends import (
@@ -187,7 +187,7 @@ def clean_label(
         try:
             equation_value(text)
         except EquationError:
-            return None
+            return written_number(text)
         return text
     if labels is None:
         return text or None

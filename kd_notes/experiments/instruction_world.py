@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WORLD_ARMS', 'TITLES', 'TEACHER', 'EXPOSED', 'world_inputs', 'ModelSettings', 'WorldModels', 'WorldArm', 'world_rate',
            'WorldSettings', 'world_labels', 'AnswerSettings', 'TeacherAnswers', 'world_exposure', 'world_metrics',
-           'arm_settings_in_world', 'distil_in_world', 'work_done', 'InstructionWorld', 'run_frame', 'item_scores']
+           'arm_settings_in_world', 'distil_in_world', 'InstructionWorld', 'run_frame', 'item_scores']
 
 # %% ../../nbs/5_own_words/08_instruction_world.ipynb #f3c54094
 import math
@@ -30,9 +30,9 @@ from kd_notes.data.world import (
 from ..evaluation.calibration import ece, score_labels
 from ..evaluation.divergence import exposure_bias, kl_per_position
 from ..evaluation.text import EVAL_SEEDS, references_of, rouge_l, text_metrics, write_answers
-from .base import Experiment, method_modules, UNTRAINED
+from .base import Experiment, method_modules, UNTRAINED, work_done
 from .phases import finetune, mean_nll, _Rows
-from ..methods.on_policy import OnPolicy, onpolicy_config, repeated_ngrams, train_on_policy
+from ..methods.on_policy import onpolicy_config, repeated_ngrams, train_on_policy
 from ..methods.registry import onpolicy_method
 from ..models.mini import mini_model
 from ..models.pretrained import count_parameters, load_pretrained
@@ -388,11 +388,6 @@ def distil_in_world(run: dict, model, teacher, folder: Path) -> tuple[Any, dict]
     result = train_on_policy(model, method, cfg, run_dir=folder, validate=validate)
     spent = {"train_seconds": result.seconds, "best_step": result.best["step"]}
     return result.model, spent | work_done(method)
-
-# %% ../../nbs/5_own_words/08_instruction_world.ipynb #5f247272
-def work_done(method: OnPolicy) -> dict[str, int]:
-    "Tokens that were read in training and that each source wrote."
-    return {f"tokens_{name}": n for name, n in sorted(method.buffer.work.items())}
 
 # %% ../../nbs/5_own_words/08_instruction_world.ipynb #a050f031
 class InstructionWorld(Experiment):

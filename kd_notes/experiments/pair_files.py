@@ -15,16 +15,16 @@ import torch
 
 from ..core import read_json, repo_root, UserError
 from .phases import validation_batch
-from kd_notes.experiments.pretrained_pairs import (
-    _among,
+from kd_notes.experiments.pair_runs import (
+    among,
     arm_settings,
     check_run,
-    _NAME,
+    NAME,
     PAIR_RUN,
     pair_run,
-    _RATE,
+    RATE,
     RULES,
-    _TABLE,
+    TABLE,
 )
 from ..generation.engine import SPARE
 from ..methods.registry import METHODS
@@ -35,12 +35,12 @@ from ..training.state import TrainConfig
 UNKNOWN, ORIGINS = "not established", ("paper", "code", "ours", "not established")
 STATUS = "never run at scale"
 PARTS = {
-    "about": _NAME,
-    "status": _among(STATUS),
-    "shapes": _TABLE,
-    "memory": _TABLE,
-    "settings": _TABLE,
-    "sources": _TABLE,
+    "about": NAME,
+    "status": among(STATUS),
+    "shapes": TABLE,
+    "memory": TABLE,
+    "settings": TABLE,
+    "sources": TABLE,
 }
 
 
@@ -117,7 +117,7 @@ def load_pair_file(path: Path | str) -> PairFile:
         raise UserError("this field does not belong here", where=f"{where}, {unknown[0]}", fix=fix)
     for who in ("teacher", "student"):
         config_of(f["shapes"].get(who, {}), f"{where}, shapes.{who}")
-    if not all(_RATE[0](v) for v in f["memory"].values()) or "peak" not in f["memory"]:
+    if not all(RATE[0](v) for v in f["memory"].values()) or "peak" not in f["memory"]:
         raise UserError(
             f"{f['memory']} should be positive numbers of GB with a peak",
             where=f"{where}, memory",
@@ -160,9 +160,9 @@ def pair_settings(
 def rates_to_try(lrs: Sequence[float], run: dict) -> list[float]:
     "Learning rates of phase 3: the named ones or, if there are none, that of the run. Raises UserError for one that is not positive."
     for lr in lrs:
-        if not _RATE[0](lr):
+        if not RATE[0](lr):
             raise UserError(
-                f"{lr!r} is no learning rate", where="lrs", fix=f"It should be {_RATE[1]}."
+                f"{lr!r} is no learning rate", where="lrs", fix=f"It should be {RATE[1]}."
             )
     return list(lrs) or [run["lr"]]
 

@@ -219,15 +219,17 @@ def _leave(run: Run, error: BaseException | None) -> None:
 # %% ../../nbs/7_engine_room/05_runs.ipynb #de8439c0
 def estimate_pi(
     params: dict,  # {"draws": n, "seed": s}, and "pause": seconds to sleep, to imitate a training
-    folder: Path,
-) -> dict:  # the run folder, for logs and checkpoints
-    "Estimate pi by random darts: the smallest run there is. Raises UserError if there are no draws."
+    folder: Path,  # the run folder, for logs and checkpoints
+) -> dict:
+    "Estimate pi by random darts: the smallest run there is."
     if params["draws"] < 1:
         raise UserError(
             "at least one draw is needed", where="draws", fix="Choose a positive number."
         )
     random = rng("darts", params["seed"])
-    inside = sum(random.random() ** 2 + random.random() ** 2 <= 1 for _ in range(params["draws"]))
+    inside = 0
+    for _ in range(params["draws"]):
+        inside += random.random() ** 2 + random.random() ** 2 <= 1
     time.sleep(params.get("pause", 0))
     return {"pi": 4 * inside / params["draws"], "draws": params["draws"]}
 
@@ -254,37 +256,33 @@ def _finished(folder: Path) -> dict | None:
 def _execute(
     stage: str,
     params: dict,
-    fn: Callable[[dict, Path], dict],
+    function: Callable[[dict, Path], dict],
     key: str,
     force: bool = False,
     **manifest: Any,
 ) -> dict:
-    "Run `fn`, or read its finished run: {'metrics', 'seconds', 'device', 'date', 'source'}."
+    "Run a function, or read its finished run: {'metrics', 'seconds', 'device', 'date', 'source'}."
     folder = run_folder(stage, key)
     with folder_lock(folder):
         if not force and (done := _finished(folder)):
-            return done | {"source": "cache"}
+            return done | {"source": "cached"}
         with Run.open(folder, params, force=force, stage=stage, key=key, **manifest) as run:
-            run.finish(fn(params, folder))
-        return _finished(folder) | {"source": "run"}
+            run.finish(function(params, folder))
+        return _finished(folder) | {"source": "trained"}
 
 # %% ../../nbs/7_engine_room/05_runs.ipynb #ea59cac1
 def cached(
     stage: str,
     params: dict,
-    fn: Callable[[dict, Path], dict],
+    function: Callable[[dict, Path], dict],
     *,
     modules: Iterable[str],  # kd_notes modules that compute it
     checksums: dict[str, str] | None = None,  # {data or teacher: sha256}
     force: bool = False,  # run again even if it is there
-    record: dict | None = None,
-) -> dict:  # `load_record(stage)`: take a recorded result instead
-    "Metrics of `fn(params, folder)`: from the record if given, from the cache if finished there, else computed now."
+) -> dict:
+    "Metrics of `function(params, folder)`: from the cache if it has finished there, else computed now."
     params = to_jsonable(params, "params")
-    if record and not force and stable_hash(params) in record:
-        return record[stable_hash(params)]["metrics"]
     modules = list(modules)
     key = run_key(stage, params, modules, checksums)
-    return _execute(stage, params, fn, key, force, checksums=checksums, code=code_hash(*modules))[
-        "metrics"
-    ]
+    manifest = {"checksums": checksums, "code": code_hash(*modules, tables=False)}
+    return _execute(stage, params, function, key, force, **manifest)["metrics"]

@@ -410,7 +410,9 @@ def _measured(job: Job, found: dict, tokenizer) -> dict:
     rows = [
         encode_dialogue(d, tokenizer, job.max_length, job.settings.system) for d in job.held_out
     ]
-    size = sum(len(tokenizer.decode(r["target"], skip_special_tokens=True).encode()) for r in rows)
+    size = sum(
+        len(tokenizer.decode(r["completion"], skip_special_tokens=True).encode()) for r in rows
+    )
     return {k: v for k, v in found.items() if k != "score"} | {
         "bits_per_byte": found["nll"] * found["tokens"] / math.log(2) / max(size, 1)
     }

@@ -177,13 +177,13 @@ def test_the_trainer_learns_the_same_kl_as_ours():
     torch.nn.init.normal_(student.get_input_embeddings().weight, std=0.3)
     rows = [encode_dialogue(d, tokenizer, 64) for d in load_prompts("train")[:3]]
     inputs = bench_steps_module.padded(
-        [r["source"] + r["target"] for r in rows],
+        [r["prompt"] + r["completion"] for r in rows],
         tokenizer.pad_token_id,
-        [len(r["source"]) for r in rows],
+        [len(r["prompt"]) for r in rows],
     )
     method = KD(tokenizer, teacher)
     batch = method.collate(rows)
-    ours = method.sums(student, batch)["kd"] / method.counts(batch)["kd"]
+    ours = method.loss_sums(student, batch)["kd"] / method.token_counts(batch)["kd"]
     torch.testing.assert_close(
         bench_steps_module.whole_logits_kl(student, teacher, inputs), ours, rtol=1e-4, atol=1e-5
     )

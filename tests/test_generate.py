@@ -38,7 +38,7 @@ from kd_notes.generation.sampling import (
     speculative,
 )
 from kd_notes.models.mini import mini_model
-from kd_notes.training.batches import target_nll
+from kd_notes.training.batches import target_nll, target_positions
 
 torch.set_num_threads(1)
 VOCAB = 40
@@ -406,10 +406,11 @@ def test_a_rollout_is_a_training_batch_without_prompt_tokens(pair):
     made = sample(pair[0], prompts_of([3, 8, 1]), Sampling(6, stop_ids=STOPS))
     batch, other = made.batch(pad_id=0), made.batch(pad_id=7)
     wanted = [t for r in made.response_ids for t in r]
-    assert batch["target_ids"].tolist() == wanted and len(batch["target_index"]) == len(wanted)
+    index, ids = target_positions(batch)
+    assert ids.tolist() == wanted and len(index) == len(wanted)
     rows, columns = (
-        batch["target_index"] // batch["input_ids"].shape[1],
-        batch["target_index"] % batch["input_ids"].shape[1],
+        index // batch["input_ids"].shape[1],
+        index % batch["input_ids"].shape[1],
     )
     assert all(int(c) >= len(made.prompt_ids[r]) - 1 for r, c in zip(rows, columns))
     assert torch.equal(

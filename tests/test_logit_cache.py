@@ -38,7 +38,7 @@ from kd_notes.methods.logit_cache import (
     write_cache,
 )
 from kd_notes.models.mini import load_mini_tokenizer, mini_model
-from kd_notes.training.batches import target_logits
+from kd_notes.training.batches import target_logits, target_positions
 from kd_notes.training.loop import train
 from kd_notes.training.method import SFT
 from kd_notes.training.state import TrainConfig
@@ -70,7 +70,7 @@ def make_rows(n, seed=0, longest=9, vocab=VOCAB):
             4, vocab, (int(torch.randint(low, longest, (1,), generator=g)),), generator=g
         ).tolist()
 
-    return [{"id": f"r{i}", "source": [2, *ids(1)], "target": [*ids(1), 1]} for i in range(n)]
+    return [{"id": f"r{i}", "prompt": [2, *ids(1)], "completion": [*ids(1), 1]} for i in range(n)]
 
 
 ROWS = make_rows(24)
@@ -102,8 +102,8 @@ def contents(folder):
 def logits_alone(teacher, row):
     "Logits (target tokens, V) of a causal teacher on one row without padding: position t predicts token t + 1."
     with torch.no_grad():
-        return teacher(torch.tensor([row["source"] + row["target"]])).logits[
-            0, len(row["source"]) - 1 : -1
+        return teacher(torch.tensor([row["prompt"] + row["completion"]])).logits[
+            0, len(row["prompt"]) - 1 : -1
         ]
 
 
@@ -387,7 +387,7 @@ def test_what_is_read_is_what_the_teacher_says_on_each_row_alone(tmp_path, teach
         assert torch.equal(got["cache_ids"].long(), want["ids"])
     rows = list(cache)
     assert (
-        [{k: r[k] for k in ("id", "source", "target")} for r in rows] == ROWS
+        [{k: r[k] for k in ("id", "prompt", "completion")} for r in rows] == ROWS
         and cache.complete
         and len(cache) == len(ROWS)
     )
@@ -409,7 +409,7 @@ def test_samples_through_the_files_are_unbiased(tmp_path, teacher):
     "One text under 800 ids: each is drawn for itself, and the mean of what is read is the teacher's distribution."
     rows = [ROWS[0] | {"id": f"copy-{i}"} for i in range(800)]
     cache = write(tmp_path, teacher, rows, mode="sampled", samples=5, shard_tokens=10**6)
-    got, n = cache.targets([r["id"] for r in rows]), len(ROWS[0]["target"])
+    got, n = cache.targets([r["id"] for r in rows]), len(ROWS[0]["completion"])
     w = (
         torch.zeros(len(got["cache_ids"]), VOCAB)
         .scatter_add_(-1, got["cache_ids"].long(), got["cache_weights"])
@@ -441,7 +441,7 @@ def test_predicted_bytes(recipe, tmp_path, teacher):
     unique = None
     if cache.recipe.mode == "sampled":
         unique = (cache.targets(list(cache.places))["cache_weights"] > 0).sum().item() / n
-    prompts = sum(2 * len(r["source"]) + 8 for r in ROWS)  # ids, and two lengths of four bytes
+    prompts = sum(2 * len(r["prompt"]) + 8 for r in ROWS)  # ids, and two lengths of four bytes
     header = int.from_bytes((tmp_path / "shard-00000.safetensors").read_bytes()[:8], "little") + 8
     assert cache.index[0]["bytes"] == pytest.approx(
         bytes_per_position(cache.recipe, VOCAB, unique) * n + prompts + header, abs=1
@@ -456,8 +456,8 @@ def test_large_vocabularies_get_wider_ids(tmp_path):
     assert torch.equal(
         got["cache_ids"].long(), keep_top_k(logits_alone(teacher, rows[1]), 4)["ids"]
     )
-    assert [r["target"] for r in cache] == [r["target"] for r in rows] and max(
-        max(r["target"]) for r in rows
+    assert [r["completion"] for r in cache] == [r["completion"] for r in rows] and max(
+        max(r["completion"]) for r in rows
     ) > 2**15
 
 
@@ -467,9 +467,9 @@ def test_padded_vocabularies_are_cut_to_the_tokenizer(tmp_path):
     cache = write_cache(tmp_path, teacher, Ids(50), rows, k=50, dtype="float32")
     got = cache.targets(["r0"])
     torch.testing.assert_close(
-        got["cache_log_probs"].exp().sum(-1), torch.ones(len(rows[0]["target"]))
+        got["cache_log_probs"].exp().sum(-1), torch.ones(len(rows[0]["completion"]))
     )
-    student = torch.randn(len(rows[0]["target"]), 60)
+    student = torch.randn(len(rows[0]["completion"]), 60)
     want = token_divergence("reverse_kl", student[:, :50], logits_alone(teacher, rows[0])[:, :50])
     torch.testing.assert_close(
         cached_divergence(student, got, cache, "reverse_kl"), want, atol=1e-5, rtol=1e-4
@@ -493,7 +493,7 @@ def test_the_teacher_is_left_as_it_was_and_speaks_without_dropout(tmp_path):
 @settings(max_examples=50, deadline=None)
 @given(lengths=st.lists(st.integers(1, 50), min_size=1, max_size=40), tokens=st.integers(1, 120))
 def test_plans_hold_every_row_once(lengths, tokens):
-    rows = [{"target": [0] * n} for n in lengths]
+    rows = [{"completion": [0] * n} for n in lengths]
     plan = shard_plan(rows, tokens)
     assert [i for part in plan for i in part] == [*range(len(rows))]
     assert all(sum(lengths[i] for i in part) >= tokens for part in plan[:-1])
@@ -542,7 +542,7 @@ def killed(name, before):
     left = sorted(p.name for p in (root/name).iterdir())
     if (root/name/"cache.json").is_file():
         prefix = LogitCache(root/name)
-        usable = [len(r["target"]) == len(r["targets"]["cache_ids"]) for r in prefix]
+        usable = [len(r["completion"]) == len(r["targets"]["cache_ids"]) for r in prefix]
         n, complete = len(prefix), prefix.complete
     else:
         usable, n, complete = [], 0, False
@@ -759,15 +759,18 @@ def test_another_call_in_the_same_folder_is_refused(tmp_path, teacher, change, w
 
 def test_an_example_with_another_encoding_or_id_is_refused(tmp_path, teacher):
     method = CachedKD(write(tmp_path, teacher), EncodedRows(Ids()))
-    assert method.encode(ROWS[3])["target"] == ROWS[3]["target"]
+    assert method.encode(ROWS[3])["completion"] == ROWS[3]["completion"]
     with pytest.raises(UserError, match="encoded differently"):
-        method.encode(ROWS[3] | {"source": ROWS[3]["source"] + [9]})
+        method.encode(ROWS[3] | {"prompt": ROWS[3]["prompt"] + [9]})
     with pytest.raises(
         UserError, match="encoded differently"
     ):  # the same ids, cut at another place
         method.encode(
             ROWS[3]
-            | {"source": ROWS[3]["source"] + ROWS[3]["target"][:1], "target": ROWS[3]["target"][1:]}
+            | {
+                "prompt": ROWS[3]["prompt"] + ROWS[3]["completion"][:1],
+                "completion": ROWS[3]["completion"][1:],
+            }
         )
     with pytest.raises(UserError, match="no such row"):
         method.encode(ROWS[3] | {"id": "somebody else"})
@@ -778,10 +781,10 @@ def test_an_example_with_another_encoding_or_id_is_refused(tmp_path, teacher):
 @pytest.mark.parametrize(
     "row, match",
     [
-        ({"target": []}, "empty"),
-        ({"source": []}, "empty"),
-        ({"target": [VOCAB]}, "not below 64"),
-        ({"source": [5] * 600}, "context has 512"),
+        ({"completion": []}, "empty"),
+        ({"prompt": []}, "empty"),
+        ({"completion": [VOCAB]}, "not below 64"),
+        ({"prompt": [5] * 600}, "context has 512"),
         ({"id": "r0"}, "occurs twice"),
     ],
 )
@@ -853,10 +856,10 @@ class LiveKD(EncodedRows):
         super().__init__(Ids())
         self.teacher, self.name, self.temperature = teacher, name, temperature
 
-    def counts(self, batch):
-        return {"kd": len(batch["target_ids"])}
+    def token_counts(self, batch):
+        return {"kd": len(target_positions(batch).ids)}
 
-    def sums(self, model, batch):
+    def loss_sums(self, model, batch):
         with torch.no_grad():
             spoken = target_logits(self.teacher, batch)
         return {
@@ -868,7 +871,7 @@ class LiveKD(EncodedRows):
 
 def gradients_of(model, method, rows):
     batch = method.collate([method.encode(r) for r in rows])
-    total = sum(method.weights[k] * v for k, v in method.sums(model, batch).items())
+    total = sum(method.loss_weights[k] * v for k, v in method.loss_sums(model, batch).items())
     return total.detach(), torch.autograd.grad(
         total, [p for p in model.parameters() if p.requires_grad]
     )
@@ -928,7 +931,7 @@ def test_fused_is_refused_where_logits_are_not_one_linear_layer(tmp_path):
     teacher = teacher_of(family="t5")
     method = CachedKD(write(tmp_path, teacher), EncodedRows(Ids(), "t5"), fused=True)
     with pytest.raises(UserError, match="fused=False"):
-        method.sums(teacher, method.collate([method.encode(r) for r in ROWS[:3]]))
+        method.loss_sums(teacher, method.collate([method.encode(r) for r in ROWS[:3]]))
 
 
 @pytest.mark.parametrize("kind", METHODS, ids=str)
@@ -940,12 +943,12 @@ def test_neighbours_and_padding_change_no_number(tmp_path, kind, family):
     base = EncodedRows(Ids(), family)
     student, method = teacher_of(seed=5, family=family).double(), CachedKD(cache, base, **kind)
     items = [method.encode(r) for r in ROWS[:7]]
-    whole = method.sums(student, method.collate(items[::-1]))
-    alone = [method.sums(student, method.collate([i])) for i in items]
-    for term in method.weights:
+    whole = method.loss_sums(student, method.collate(items[::-1]))
+    alone = [method.loss_sums(student, method.collate([i])) for i in items]
+    for term in method.loss_weights:
         torch.testing.assert_close(whole[term], sum(a[term] for a in alone), atol=1e-9, rtol=1e-9)
-    n = sum(len(r["target"]) for r in ROWS[:7])
-    assert method.counts(method.collate(items)) == dict.fromkeys(method.weights, n)
+    n = sum(len(r["completion"]) for r in ROWS[:7])
+    assert method.token_counts(method.collate(items)) == dict.fromkeys(method.loss_weights, n)
 
 
 @pytest.mark.parametrize("kind", METHODS[1:3], ids=str)
@@ -974,12 +977,12 @@ def test_accumulation_changes_nothing(tmp_path, teacher, kind):
 def test_a_teacher_that_is_sure_of_the_target_makes_it_the_language_model_loss(teacher):
     "Off by one would show here: all mass on the target token at each target position."
     batch = EncodedRows(Ids()).collate(ROWS[:5])
-    logits, n = target_logits(teacher_of(seed=5), batch), len(batch["target_ids"])
+    logits, n = target_logits(teacher_of(seed=5), batch), len(target_positions(batch).ids)
     sure = topk_divergence(
-        logits, batch["target_ids"][:, None], torch.zeros(n, 1), torch.full((n,), -math.inf)
+        logits, target_positions(batch).ids[:, None], torch.zeros(n, 1), torch.full((n,), -math.inf)
     )
     torch.testing.assert_close(
-        sure.mean(), torch.nn.functional.cross_entropy(logits, batch["target_ids"])
+        sure.mean(), torch.nn.functional.cross_entropy(logits, target_positions(batch).ids)
     )
 
 
@@ -991,11 +994,11 @@ def test_scale_t2_and_sft_weight(tmp_path, teacher):
     )
     batch = plain.collate([plain.encode(r) for r in ROWS[:4]])
     torch.testing.assert_close(
-        scaled.sums(student, batch)["kd"], 4 * plain.sums(student, batch)["kd"]
+        scaled.loss_sums(student, batch)["kd"], 4 * plain.loss_sums(student, batch)["kd"]
     )
-    both = mixed.sums(student, batch)
-    assert mixed.weights == {"kd": 0.75, "sft": 0.25}
-    torch.testing.assert_close(both["sft"], EncodedRows(Ids()).sums(student, batch)["loss"])
+    both = mixed.loss_sums(student, batch)
+    assert mixed.loss_weights == {"kd": 0.75, "sft": 0.25}
+    torch.testing.assert_close(both["sft"], EncodedRows(Ids()).loss_sums(student, batch)["loss"])
 
 
 def test_text_examples_and_their_rows_agree(tmp_path):
@@ -1005,9 +1008,9 @@ def test_text_examples_and_their_rows_agree(tmp_path):
     cache = write_cache(tmp_path, teacher, tok, encode_rows(method, examples), k=16)
     kd = CachedKD(cache, method)
     assert [kd.encode(e)["id"] for e in examples] == [str(i) for i in range(6)]
-    assert kd.size(kd.encode(examples[3])) == method.size(method.encode(examples[3]))
+    assert kd.num_tokens(kd.encode(examples[3])) == method.num_tokens(method.encode(examples[3]))
     with pytest.raises(UserError, match="encoded differently"):
-        CachedKD(cache, SFT(tok, source=lambda e: "Q: " + e["input"])).encode(examples[0])
+        CachedKD(cache, SFT(tok, prompt=lambda e: "Q: " + e["input"])).encode(examples[0])
 
 
 def test_training_needs_the_cache_only(tmp_path):
@@ -1063,7 +1066,7 @@ def test_reading_is_streaming(tmp_path):
     teacher, rows = (
         teacher_of(vocab=2048),
         [
-            {"id": str(i), "source": [2], "target": [(7 * i + j) % 2000 + 4 for j in range(60)]}
+            {"id": str(i), "prompt": [2], "completion": [(7 * i + j) % 2000 + 4 for j in range(60)]}
             for i in range(60)
         ],
     )

@@ -63,7 +63,12 @@ from kd_notes.methods.on_policy import (
 )
 from kd_notes.methods.registry import METHODS, onpolicy_method
 from kd_notes.runner.runs import read_manifest, run_folder, run_status
-from kd_notes.training.batches import causal_batch, target_logits, target_nll
+from kd_notes.training.batches import (
+    causal_batch,
+    target_logits,
+    target_nll,
+    target_positions,
+)
 from kd_notes.training.checkpoint import last_checkpoint
 from kd_notes.training.state import Callback, TrainConfig
 from kd_notes.data.world import answer_tokens, load_world, load_world_tokenizer, log_likelihood
@@ -193,8 +198,10 @@ def expected(preset="exact", every=EVERY, exact_of=None, **changes):
     method, total = in_buffer(method_of(cfg, TEACHER), responses), 0
     for slot, weight in enumerate(chance):
         batch = method.collate([slot])
-        counts, sums = method.counts(batch), method.sums(STUDENT, batch)
-        loss = sum(method.weights[k] * sums[k] / counts[k] for k in sums if method.weights[k])
+        counts, sums = method.token_counts(batch), method.loss_sums(STUDENT, batch)
+        loss = sum(
+            method.loss_weights[k] * sums[k] / counts[k] for k in sums if method.loss_weights[k]
+        )
         total = total + weight * vector(STUDENT, loss)
     return total
 
@@ -339,11 +346,15 @@ def largest_error(preset, n=4000, **changes):
     gradients = []
     for slot in slots.values():
         batch = method.collate([slot])
-        counts, sums = method.counts(batch), method.sums(STUDENT, batch)
+        counts, sums = method.token_counts(batch), method.loss_sums(STUDENT, batch)
         gradients.append(
             vector(
                 STUDENT,
-                sum(method.weights[k] * sums[k] / counts[k] for k in sums if method.weights[k]),
+                sum(
+                    method.loss_weights[k] * sums[k] / counts[k]
+                    for k in sums
+                    if method.loss_weights[k]
+                ),
             )
         )
     each, share = (
@@ -610,7 +621,7 @@ def test_equal_models_have_no_reward_and_no_gradient():
         assert all(abs(x) < 1e-9 for r in responses for x in r.advantage)
         method = in_buffer(method_of(cfg, toy(0)), responses)
         batch = method.collate(list(range(15)))
-        sums = method.sums(STUDENT, batch)
+        sums = method.loss_sums(STUDENT, batch)
         assert (
             abs(sums["kl"]) < 1e-12
             and abs(sums["reward"]) < 1e-9
@@ -685,9 +696,9 @@ def test_neighbours_padding_and_accumulation_change_nothing(average):
         found = {}
         for part in parts:
             batch = method.collate(part)
-            for k, v in method.sums(STUDENT, batch).items():
+            for k, v in method.loss_sums(STUDENT, batch).items():
                 found[k] = found.get(k, 0) + v
-            for k, n in method.counts(batch).items():
+            for k, n in method.token_counts(batch).items():
                 found["n " + k] = found.get("n " + k, 0) + n
         return found
 
@@ -704,12 +715,12 @@ def test_what_lies_under_the_padding_has_no_influence():
     cfg = MiniLLMConfig(pt_weight=0.0, rollouts=15, minibatch=15)
     method = in_buffer(method_of(cfg, TEACHER), some_responses(cfg))
     batch = method.collate(list(range(15)))
-    poisoned = batch | {"input_ids": batch["input_ids"].clone()}
+    poisoned = batch.map(torch.clone)
     used = torch.zeros_like(batch["input_ids"], dtype=torch.bool)
     for row, r in enumerate(method.buffer.of(list(range(15)))):
         used[row, : len(r.prompt) + len(r.tokens)] = True
     poisoned["input_ids"][~used] = 2
-    before, after = method.sums(STUDENT, batch), method.sums(STUDENT, poisoned)
+    before, after = method.loss_sums(STUDENT, batch), method.loss_sums(STUDENT, poisoned)
     assert (~used).any() and all(torch.allclose(before[k], after[k]) for k in before)
 
 
@@ -718,11 +729,12 @@ def test_prompt_logits_are_no_targets_and_the_end_token_is():
     r = response("a", [1, 2, 1], [2, 0], "gold")
     batch = response_batch([r, response("b", [1], [2, 1, 1, 0], "gold")], pad_id=0)
     width = batch["input_ids"].shape[1]
-    assert batch["target_ids"].tolist() == [2, 0, 2, 1, 1, 0]
-    assert batch["target_index"].tolist() == [2, 3, width, width + 1, width + 2, width + 3]
+    index, ids = target_positions(batch)
+    assert ids.tolist() == [2, 0, 2, 1, 1, 0]
+    assert index.tolist() == [2, 3, width, width + 1, width + 2, width + 3]
     assert (
-        batch["row"].tolist() == [0, 0, 1, 1, 1, 1]
-        and batch["share"].tolist() == [0.5] * 2 + [0.25] * 4
+        batch.columns["row"].tolist() == [0, 0, 1, 1, 1, 1]
+        and batch.columns["share"].tolist() == [0.5] * 2 + [0.25] * 4
     )
 
 
@@ -737,8 +749,8 @@ def test_off_by_one_a_teacher_that_knows_the_next_token():
     )
     batch = method.collate(list(range(6)))
     logits = target_logits(STUDENT, batch)
-    certain = torch.nn.functional.one_hot(batch["target_ids"], 3).double() * 200
-    found = method.objective(logits, certain, batch)
+    certain = torch.nn.functional.one_hot(target_positions(batch).ids, 3).double() * 200
+    found = method.objective(logits, certain, batch.columns)
     assert torch.allclose(found["cross_entropy"], found["nll"])
 
 
@@ -757,8 +769,10 @@ def test_language_modelling_term():
             "cross_entropy", target_logits(STUDENT, rows), target_logits(TEACHER, rows)
         ).sum()
         assert (
-            torch.allclose(method.sums(STUDENT, batch)["pt"], (1 - ratio) * nll + ratio * taught)
-            and method.counts(batch)["pt"] == 4
+            torch.allclose(
+                method.loss_sums(STUDENT, batch)["pt"], (1 - ratio) * nll + ratio * taught
+            )
+            and method.token_counts(batch)["pt"] == 4
         )
 
 
@@ -1274,7 +1288,7 @@ def test_a_checkpoint_is_not_continued_under_another_teacher(tmp_path, name):
 
 def values(method, responses, student=None):
     batch = in_buffer(method, responses).collate(list(range(len(responses))))
-    return method.sums(student or small(), batch), method.counts(batch), batch
+    return method.loss_sums(student or small(), batch), method.token_counts(batch), batch
 
 
 GOLD = [response(r["id"], r["prompt"], r["response"], "gold") for r in ROWS]
@@ -1317,24 +1331,24 @@ def pair(tokens=(2, 3, 0)):
 def in_pairs(method, responses):
     method.buffer.responses = {i // 2: responses[i : i + 2] for i in range(0, len(responses), 2)}
     batch = method.collate(list(method.buffer.responses))
-    return method.sums(small(), batch), method.counts(batch), batch
+    return method.loss_sums(small(), batch), method.token_counts(batch), batch
 
 
 def test_f_distill_and_distillm2_on_identical_responses():
     method = make("fdistill_js", rollouts=1, minibatch=1)
     sums, counts, batch = in_pairs(method, pair())
     logits = target_logits(small(), batch)[:3], target_logits(BIG, batch)[:3]
-    loss = sum(method.weights[k] * sums[k] / counts[k] for k in method.loss_weights())
+    loss = sum(method.loss_weights[k] * sums[k] / counts[k] for k in method.objective_weights())
     torch.testing.assert_close(loss, jsd(*logits))
     method = make("distillm2", rollouts=1, minibatch=1)
     sums, counts, _ = in_pairs(method, pair())
-    loss = sum(method.weights[k] * sums[k] / counts[k] for k in method.loss_weights())
+    loss = sum(method.loss_weights[k] * sums[k] / counts[k] for k in method.objective_weights())
     torch.testing.assert_close(
         loss, skew_kl(*logits, alpha=0.1) + skew_reverse_kl(*logits, alpha=0.1)
     )
     method = make("fdistill_tvd", rollouts=1, minibatch=1)
     sums, counts, _ = in_pairs(method, pair())
-    loss = sum(method.weights[k] * sums[k] / counts[k] for k in method.loss_weights())
+    loss = sum(method.loss_weights[k] * sums[k] / counts[k] for k in method.objective_weights())
     torch.testing.assert_close(loss, token_divergence("total_variation", *logits).mean())
 
 
@@ -1412,17 +1426,19 @@ def test_dpkds_code_variant_is_constant_where_both_agree():
     method = DPKD(Ids(), small(), ROWS, DPKDConfig.official(rollouts=6, minibatch=6, pt_weight=0.0))
     student = small()
     batch = in_buffer(method, GOLD).collate(list(range(6)))
-    sums = method.sums(student, batch)
-    assert sums["dpo"].item() / method.counts(batch)["dpo"] == pytest.approx(math.log(2), abs=1e-6)
+    sums = method.loss_sums(student, batch)
+    assert sums["dpo"].item() / method.token_counts(batch)["dpo"] == pytest.approx(
+        math.log(2), abs=1e-6
+    )
     assert (
         vector(student, sums["dpo"]).abs().max() == 0
-        and method.weights["nll"] == method.weights["dpo"] == 0.5
+        and method.loss_weights["nll"] == method.loss_weights["dpo"] == 0.5
     )
 
 
 def test_dpkds_code_variant_has_a_language_modelling_term_that_is_half_distilled():
     result, method = go("dpkd_official", steps=2)
-    assert {k: v for k, v in method.weights.items() if v} == {
+    assert {k: v for k, v in method.loss_weights.items() if v} == {
         "dpo": 0.5,
         "nll": 0.5,
         "pt": 0.5,
@@ -1823,7 +1839,7 @@ def test_a_ratio_that_is_not_finite_stops_with_its_ids():
     responses[4].id = "p4"
     method = in_buffer(method_of(cfg, TEACHER), responses)
     with pytest.raises(UserError, match="example p4.*"):
-        method.sums(STUDENT, method.collate(list(range(15))))
+        method.loss_sums(STUDENT, method.collate(list(range(15))))
 
 
 def test_log_probabilities_of_a_forward_pass_are_the_samplers():

@@ -480,12 +480,12 @@ def test_the_corpus_is_read_and_a_row_without_text_is_refused(tmp_path, monkeypa
         [{"text": "It was a dark night."}, {"text": "The end."}, {"text": 3}],
     )
     method = pair_method(run, build("gpt2")[0], tok, tok, run_rows(run, "train", tok))
-    assert len(method.corpus) == 2 and method.weights["pt"] == 1.0
+    assert len(method.corpus) == 2 and method.loss_weights["pt"] == 1.0
     assert (
         "pt"
         not in pair_method(
             run | {"corpus": None}, build("gpt2")[0], tok, tok, run_rows(run, "train", tok)
-        ).weights
+        ).loss_weights
     )
     with pytest.raises(UserError, match="books.jsonl"):
         pretrained_pairs_module.corpus_texts(run | {"corpus_rows": 3})

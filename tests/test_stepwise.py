@@ -59,9 +59,9 @@ def terms(rows, family="causal", alpha=0.5, model=None):
     "(total loss, {term: mean}) of rows as one batch."
     method, model = StepByStep(TOK, family, alpha), model or tiny(family)
     batch = method.collate([method.encode(r) for r in rows])
-    sums, counts = method.sums(model, batch), method.counts(batch)
+    sums, counts = method.loss_sums(model, batch), method.token_counts(batch)
     means = {k: sums[k] / max(counts[k], 1) for k in sums}
-    return sum(method.weights[k] * m for k, m in means.items()), means, model
+    return sum(method.loss_weights[k] * m for k, m in means.items()), means, model
 
 
 def gradient(rows, family, alpha):
@@ -102,7 +102,7 @@ def teacher(tmp_path, monkeypatch):
 def test_alpha_one_is_finetuning_on_prefixed_input_bit_for_bit(family):
     rows = step_rows([replace(e, rationale="") for e in POOL])
     ours = fit(StepByStep(TOK, family, alpha=1.0), rows, family)
-    plain = fit(SFT(TOK, family, source=lambda e: PREDICT + e.input), POOL, family)
+    plain = fit(SFT(TOK, family, prompt=lambda e: PREDICT + e.input), POOL, family)
     assert [h["loss"] for h in ours.history if "loss" in h] == [
         h["loss"] for h in plain.history if "loss" in h
     ]
@@ -115,7 +115,7 @@ def test_alpha_one_is_finetuning_on_prefixed_input_bit_for_bit(family):
 def test_alpha_one_ignores_the_rationales_that_are_there():
     "To float tolerance: the rationale rows share the batch, and change its padding."
     ours = fit(StepByStep(TOK, alpha=1.0), step_rows(POOL), bucket=False)
-    plain = fit(SFT(TOK, source=lambda e: PREDICT + e.input), POOL, bucket=False)
+    plain = fit(SFT(TOK, prompt=lambda e: PREDICT + e.input), POOL, bucket=False)
     losses = [[h["loss"] for h in r.history if "loss" in h] for r in (ours, plain)]
     assert losses[0] == pytest.approx(losses[1], abs=2e-4)
 
@@ -166,9 +166,9 @@ def test_a_longer_rationale_leaves_the_label_term_alone():
         )
     assert seen["short"]["label"] == pytest.approx(seen["long"]["label"], rel=1e-5)
     assert (
-        StepByStep(TOK).counts(StepByStep(TOK).collate([StepByStep(TOK).encode(r) for r in long]))[
-            "rationale"
-        ]
+        StepByStep(TOK).token_counts(
+            StepByStep(TOK).collate([StepByStep(TOK).encode(r) for r in long])
+        )["rationale"]
         > 100
     )
 

@@ -33,6 +33,7 @@ from kd_notes.training.batches import (
     seq2seq_batch,
     target_logits,
     target_nll,
+    target_positions,
 )
 from kd_notes.training.checkpoint import last_checkpoint, rng_state, save_model, set_rng_state
 from kd_notes.training.loop import train
@@ -53,7 +54,7 @@ class Rows(SFT):
         )
 
     def encode(self, example):
-        return {"source": example["source"], "target": example["target"]}
+        return {"prompt": example["prompt"], "completion": example["completion"]}
 
 
 def rows(n, seed=0, longest=12):
@@ -64,8 +65,8 @@ def rows(n, seed=0, longest=12):
         out.append(
             {
                 "id": f"row-{i}",
-                "source": [2, *source, 3],
-                "target": [*source[::-1][: draw.randint(1, 4)], 1],
+                "prompt": [2, *source, 3],
+                "completion": [*source[::-1][: draw.randint(1, 4)], 1],
             }
         )
     return out
@@ -132,10 +133,10 @@ def test_golden_losses_of_the_first_steps(family):
 @pytest.mark.parametrize("family", GOLDEN)
 def test_first_loss_is_the_models_own(family):
     "The first logged loss, derived a second way: Hugging Face's loss on the same rows, one by one, weighted by their targets."
-    first = next(batch_order([Rows().size(Rows().encode(e)) for e in EXAMPLES], 8, 0))
+    first = next(batch_order([Rows().num_tokens(Rows().encode(e)) for e in EXAMPLES], 8, 0))
     model, total, count = mini_model(family, "xs", VOCAB, 0), 0.0, 0
     for i in first:
-        source, target = EXAMPLES[i]["source"], EXAMPLES[i]["target"]
+        source, target = EXAMPLES[i]["prompt"], EXAMPLES[i]["completion"]
         ids, labels = (
             (source, target) if family == "t5" else (source + target, [-100] * len(source) + target)
         )
@@ -184,18 +185,19 @@ class TwoTerms(Rows):
 
     def __init__(self, weights):
         super().__init__()
-        self.weights = weights
+        self.loss_weights = weights
 
-    def counts(self, batch):
+    def token_counts(self, batch):
         return {
             "first": len(batch["input_ids"]),
-            "rest": len(batch["target_ids"]) - len(batch["input_ids"]),
+            "rest": len(target_positions(batch).ids) - len(batch["input_ids"]),
         }
 
-    def sums(self, model, batch):
+    def loss_sums(self, model, batch):
         nll = target_nll(model, batch)
         starts = torch.ones(len(nll), dtype=torch.bool)
-        starts[1:] = batch["target_index"][1:] != batch["target_index"][:-1] + 1
+        index, _ = target_positions(batch)
+        starts[1:] = index[1:] != index[:-1] + 1
         return {"first": nll[starts].sum(), "rest": nll[~starts].sum()}
 
 
@@ -216,11 +218,11 @@ def test_a_term_of_weight_zero_is_measured_and_has_no_effect():
     assert not same_bits(with_zero.model, other.model)
 
     class OnlyFirst(TwoTerms):
-        def counts(self, batch):
-            return {"first": super().counts(batch)["first"]}
+        def token_counts(self, batch):
+            return {"first": super().token_counts(batch)["first"]}
 
-        def sums(self, model, batch):
-            return {"first": super().sums(model, batch)["first"]}
+        def loss_sums(self, model, batch):
+            return {"first": super().loss_sums(model, batch)["first"]}
 
     alone = run(method=OnlyFirst({"first": 1.0}), steps=5)
     for a, b in zip(alone.model.parameters(), with_zero.model.parameters()):
@@ -237,7 +239,7 @@ def test_a_step_is_adamw_with_clipping_and_decay():
         {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=1e-2, fused=False, foreach=False)
-    order = batch_order([method.size(method.encode(e)) for e in EXAMPLES], 8, 0)
+    order = batch_order([method.num_tokens(method.encode(e)) for e in EXAMPLES], 8, 0)
     for step, chosen in enumerate(islice(order, 2)):
         batch = method.collate([method.encode(EXAMPLES[i]) for i in chosen])
         target_nll(model, batch).mean().backward()
@@ -324,19 +326,58 @@ def test_micro_batches_are_a_partition(width, accumulate, world):
 def test_targets_sit_where_they_are_predicted(pairs):
     batch = causal_batch(pairs, 0)
     flat = batch["input_ids"].flatten()
-    assert (
-        flat[batch["target_index"] + 1].tolist()
-        == batch["target_ids"].tolist()
-        == [t for _, target in pairs for t in target]
-    )
-    both = seq2seq_batch(pairs, 0, start_id=0)
-    decoder = both["decoder_input_ids"]
+    tokens = [t for _, target in pairs for t in target]
+    index, ids = target_positions(batch)
+    assert flat[index + 1].tolist() == ids.tolist() == tokens
+    assert batch["attention_mask"].sum(1).tolist() == [len(p) + len(t) for p, t in pairs]
+    both = seq2seq_batch(pairs, 0)
     assert both["attention_mask"].sum(1).tolist() == [len(s) for s, _ in pairs]
-    for b, (_, target) in enumerate(pairs):
-        assert decoder[b, : len(target)].tolist() == [0, *target[:-1]]
-    assert both["target_index"].tolist() == [
-        b * decoder.shape[1] + i for b, (_, t) in enumerate(pairs) for i in range(len(t))
+    index, ids = target_positions(both)
+    width = both["labels"].shape[1]
+    assert ids.tolist() == tokens
+    assert index.tolist() == [
+        row * width + i for row, (_, target) in enumerate(pairs) for i in range(len(target))
     ]
+
+
+@pytest.mark.parametrize("family", GOLDEN)
+def test_a_model_takes_a_batch_as_it_is_and_its_loss_is_ours(family):
+    model, method = mini_model(family, "xs", VOCAB, 0).eval(), Rows(family)
+    batch = method.collate([method.encode(e) for e in EXAMPLES[:8]])
+    assert set(batch.keys()) == {"input_ids", "attention_mask", "labels"}
+    own = model(**batch).loss
+    torch.testing.assert_close(target_nll(model, batch).mean(), own)
+    plain = {name: batch[name] for name in batch}  # a dict, as another collator makes it
+    torch.testing.assert_close(target_nll(model, plain), target_nll(model, batch))
+
+
+def test_targets_are_found_again_from_labels_and_on_the_left_of_padding():
+    batch = Rows().collate([Rows().encode(e) for e in EXAMPLES[:5]])
+    kept, derived = target_positions(batch), target_positions({"labels": batch["labels"]})
+    assert all(torch.equal(a, b) for a, b in zip(kept, derived))
+    model = mini_model("causal", "xs", VOCAB, 0).eval()
+    width = batch["input_ids"].shape[1]
+    moved = {}
+    for name in batch:  # padding to the left, as generation wants it and some collators do it
+        used = batch["attention_mask"].sum(1)
+        rows = [torch.cat([row[n:], row[:n]]) for row, n in zip(batch[name], used, strict=True)]
+        moved[name] = torch.stack(rows)
+    assert moved["attention_mask"][:, -1].all() and not moved["attention_mask"][:, 0].all()
+    position = (moved["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    left = target_nll(model, moved | {"position_ids": position})
+    torch.testing.assert_close(left, target_nll(model, batch), atol=1e-5, rtol=1e-4)
+    assert width == moved["labels"].shape[1]
+
+
+def test_columns_stay_apart_and_move_with_the_batch():
+    batch = Rows().collate([Rows().encode(e) for e in EXAMPLES[:2]])
+    batch.columns["weight"] = torch.ones(3)
+    batch.columns["teacher"] = Rows().collate([Rows().encode(e) for e in EXAMPLES[2:4]])
+    moved = batch.to("meta")
+    assert "weight" not in moved and "weight" not in dict(moved)
+    assert moved.columns["weight"].device.type == "meta"
+    assert moved.columns["teacher"]["labels"].device.type == "meta"
+    assert target_positions(moved).index.device.type == "meta"
 
 
 @pytest.mark.parametrize("family", GOLDEN)
@@ -346,7 +387,8 @@ def test_padding_and_neighbours_change_nothing(family):
     alone = torch.cat([target_nll(model, method.collate([e])) for e in EXAMPLES[:8]])
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
     batch = method.collate(EXAMPLES[:8])
-    poisoned = batch | {"input_ids": batch["input_ids"].masked_fill(batch["input_ids"] == 0, 33)}
+    poisoned = batch.map(torch.clone)
+    poisoned["input_ids"][batch["attention_mask"] == 0] = 33
     torch.testing.assert_close(target_nll(model, poisoned), together, atol=1e-5, rtol=1e-5)
 
 
@@ -423,9 +465,11 @@ def test_target_logits_equal_the_full_models(name, build):
         Rows("t5" if name.startswith("t5") else "causal"),
     )  # in float32 the order of sums shows
     batch = method.collate(EXAMPLES[:4])
-    inputs = {k: v for k, v in batch.items() if not k.startswith("target")}
-    full = model(**inputs).logits.flatten(0, 1)[batch["target_index"]]
+    own = model(**batch)
+    full = own.logits.flatten(0, 1)[target_positions(batch).index]
     torch.testing.assert_close(target_logits(model, batch), full, atol=1e-10, rtol=1e-10)
+    nll = target_nll(model, batch).mean().float()  # a model computes its loss in float32
+    torch.testing.assert_close(nll, own.loss.float(), atol=1e-5, rtol=1e-5)
 
 
 # ---------------------------------------------------------------- kills, resumes, checkpoints
@@ -721,7 +765,7 @@ class FromTeacher(Rows):
         super().__init__()
         self.teacher = teacher
 
-    def sums(self, model, batch):
+    def loss_sums(self, model, batch):
         with torch.no_grad():
             wanted = target_logits(self.teacher, batch).softmax(-1)
         return {"loss": -(wanted * target_logits(model, batch).log_softmax(-1)).sum()}
@@ -800,7 +844,7 @@ def test_lora_trains_saves_resumes_and_merges(tmp_path):
     from peft import PeftModel
 
     merged = PeftModel.from_pretrained(base, str(saved)).merge_and_unload().eval()
-    ids = torch.tensor([EXAMPLES[0]["source"]])
+    ids = torch.tensor([EXAMPLES[0]["prompt"]])
     torch.testing.assert_close(merged(ids).logits, whole.model(ids).logits, atol=1e-4, rtol=1e-4)
     assert losses(whole)[-1] < losses(whole)[0]
 
@@ -858,7 +902,7 @@ def test_fused_sft_is_sft_without_logits(monkeypatch):
     found = []
     for method in (plain, lean):
         model = mini_model("causal", "xs", VOCAB, 0)
-        loss = method.sums(model, batch)["loss"]
+        loss = method.loss_sums(model, batch)["loss"]
         loss.backward()
         found.append((loss.detach(), {name: p.grad for name, p in model.named_parameters()}))
         monkeypatch.setattr(
@@ -896,7 +940,7 @@ def test_encoded_examples_wait_in_four_bytes_a_token_and_come_back_as_they_were(
 
     Pair = namedtuple("Pair", "a b")
     odd = [
-        {"id": "x", "source": [1, 2**20], "none": [], "deep": [("label", [5, 6], [7])]},
+        {"id": "x", "prompt": [1, 2**20], "none": [], "deep": [("label", [5, 6], [7])]},
         [1.5, 2],
         ("a", (1, 2)),
         7,
@@ -916,8 +960,8 @@ def test_encoded_examples_wait_in_four_bytes_a_token_and_come_back_as_they_were(
     for _ in range(1000):
         rows.append(
             {
-                "source": [draw.randrange(50_000) for _ in range(150)],
-                "target": [draw.randrange(50_000) for _ in range(50)],
+                "prompt": [draw.randrange(50_000) for _ in range(150)],
+                "completion": [draw.randrange(50_000) for _ in range(50)],
             }
         )
     size, _ = tracemalloc.get_traced_memory()
@@ -928,23 +972,23 @@ def test_encoded_examples_wait_in_four_bytes_a_token_and_come_back_as_they_were(
 class Sometimes(Rows):
     "A second term that only some examples have."
 
-    weights = {"loss": 0.5, "extra": 0.5}
+    loss_weights = {"loss": 0.5, "extra": 0.5}
 
-    def counts(self, batch):
-        return super().counts(batch) | {"extra": int((batch["input_ids"][:, 1] > 60).sum())}
+    def token_counts(self, batch):
+        return super().token_counts(batch) | {"extra": int((batch["input_ids"][:, 1] > 60).sum())}
 
-    def sums(self, model, batch):
-        return super().sums(model, batch) | {"extra": 0.0 * target_nll(model, batch).sum()}
+    def loss_sums(self, model, batch):
+        return super().loss_sums(model, batch) | {"extra": 0.0 * target_nll(model, batch).sum()}
 
 
 def test_a_batch_may_lack_a_term_only_where_the_method_says_so():
-    few = [e for e in EXAMPLES if e["source"][1] <= 60][:8]
+    few = [e for e in EXAMPLES if e["prompt"][1] <= 60][:8]
     with pytest.raises(UserError, match="no target tokens for the term 'extra'"):
         run(steps=2, examples=few, method=Sometimes())
     method = Sometimes()
-    method.optional = frozenset({"extra"})
+    method.optional_terms = frozenset({"extra"})
     assert all(math.isfinite(x) for x in losses(run(steps=2, examples=few, method=method)))
-    method.weights = {"loss": 0.0, "extra": 1.0}
+    method.loss_weights = {"loss": 0.0, "extra": 1.0}
     with pytest.raises(UserError, match="no target tokens"):  # nothing at all would be learned
         run(steps=2, examples=few, method=method)
 
@@ -961,12 +1005,12 @@ def test_no_targets_no_examples_too_long():
     with pytest.raises(
         UserError, match=r"row-\d+.*step 1 has no target tokens for the term 'loss'"
     ):
-        run(examples=[e | {"target": []} for e in EXAMPLES])
+        run(examples=[e | {"completion": []} for e in EXAMPLES])
     with pytest.raises(UserError, match="no training examples"):
         run(examples=[])
     with pytest.raises(UserError, match="row-3: the example has"):
         run(
-            examples=EXAMPLES[:3] + [{"id": "row-3", "source": [5] * 40, "target": [1]}],
+            examples=EXAMPLES[:3] + [{"id": "row-3", "prompt": [5] * 40, "completion": [1]}],
             max_length=30,
         )
     assert run(examples=EXAMPLES, max_length=30, steps=1).steps == 1
@@ -979,7 +1023,7 @@ class Poisoned(Rows):
         super().__init__()
         self.how = how
 
-    def sums(self, model, batch):
+    def loss_sums(self, model, batch):
         nll = target_nll(model, batch).sum()
         if not (batch["input_ids"] == 63).any():
             return {"loss": nll}
@@ -994,12 +1038,12 @@ def test_non_finite_stops_with_step_and_examples_before_the_weights_are_touched(
     examples = [
         {
             **e,
-            "source": [min(t, 62) for t in e["source"]],
-            "target": [min(t, 62) for t in e["target"]],
+            "prompt": [min(t, 62) for t in e["prompt"]],
+            "completion": [min(t, 62) for t in e["completion"]],
         }
         for e in EXAMPLES
     ]
-    examples[41] = {"id": "the-bad-one", "source": [2, 63, 3], "target": [5, 1]}
+    examples[41] = {"id": "the-bad-one", "prompt": [2, 63, 3], "completion": [5, 1]}
     weights = []
 
     class Keep(Callback):
@@ -1016,7 +1060,7 @@ def test_non_finite_stops_with_step_and_examples_before_the_weights_are_touched(
             run_dir=tmp_path,
             callbacks=[Keep()],
         )
-    order = batch_order([Rows().size(Rows().encode(e)) for e in examples], 8, 0)
+    order = batch_order([Rows().num_tokens(Rows().encode(e)) for e in examples], 8, 0)
     bad_step = next(i for i, b in enumerate(order, 1) if 41 in b)
     assert f"step {bad_step}." in str(error.value)
     assert (
@@ -1208,7 +1252,7 @@ PEAK = """
     sys.path.insert(0, sys.argv[1])
     from test_train import *
     def status(name): return 1024*int(re.search(name + r":\\s+(\\d+)", open("/proc/self/status").read())[1])
-    long = [{"source": [2], "target": [5 + i % 50 for i in range(255)]} for _ in range(8)]
+    long = [{"prompt": [2], "completion": [5 + i % 50 for i in range(255)]} for _ in range(8)]
     def build(): return mini_model("causal", "m", 8192, 0)
     train(build(), Rows(), [EXAMPLES[0]]*2, config(steps=2, batch_size=2))  # libraries are loaded
     shape = build().config

@@ -89,7 +89,7 @@ def student():
 
 
 def batch_of(rows, pad=0):
-    return causal_batch([(r["source"], r["target"]) for r in rows], pad)
+    return causal_batch([(r["prompt"], r["completion"]) for r in rows], pad)
 
 
 # --- rows ---------------------------------------------------------------------------------------------------------------------------
@@ -160,9 +160,9 @@ def test_a_chat_reads_the_earlier_turns_and_learns_the_last_answer():
     ]
     d = dialogue({"messages": [{"role": r, "content": c} for r, c in said]}, "a")
     row = encode_dialogue(d, TOK)
-    read = TOK.decode(row["source"])
+    read = TOK.decode(row["prompt"])
     assert all(text in read for text in ("Be brief.", "Hello.", "Bye")) and "See you" not in read
-    assert TOK.decode(row["target"], skip_special_tokens=True).strip() == "See you."
+    assert TOK.decode(row["completion"], skip_special_tokens=True).strip() == "See you."
 
 
 def test_a_system_message_is_put_in_front_only_where_there_is_none():
@@ -195,14 +195,14 @@ def test_encoding_never_exceeds_the_context_and_ends_only_what_is_whole(limit):
         {"prompt": "Name a bird.", "response": "A duck is a bird, and so is an owl."}, "a", "f:1"
     )
     full = encode_dialogue(d, TOK)
-    if limit and limit <= len(full["source"]):
+    if limit and limit <= len(full["prompt"]):
         with pytest.raises(UserError, match="f:1: the prompt has"):
             encode_dialogue(d, TOK, limit)
         return
     row = encode_dialogue(d, TOK, limit)
-    assert not limit or len(row["source"]) + len(row["target"]) <= limit
-    assert row["target"] == full["target"][: len(row["target"])] and row["whole"] == (
-        row["target"][-1] == TOK.eos_token_id
+    assert not limit or len(row["prompt"]) + len(row["completion"]) <= limit
+    assert row["completion"] == full["completion"][: len(row["completion"])] and row["whole"] == (
+        row["completion"][-1] == TOK.eos_token_id
     )
 
 
@@ -292,9 +292,9 @@ def test_the_divergence_is_that_of_the_full_logits_at_the_response(rows, teacher
     with torch.no_grad():
         s, t = student(batch["input_ids"]).logits, teacher(batch["input_ids"]).logits
         for b, r in enumerate(rows[:5]):
-            span = slice(len(r["source"]) - 1, len(r["source"]) - 1 + len(r["target"]))
+            span = slice(len(r["prompt"]) - 1, len(r["prompt"]) - 1 + len(r["completion"]))
             sums += forward_kl(s[b, span], t[b, span], denominator=1)
-        found = KD(TOK, teacher).sums(student, batch)["kd"]
+        found = KD(TOK, teacher).loss_sums(student, batch)["kd"]
     torch.testing.assert_close(found, sums, rtol=1e-4, atol=1e-4)
 
 
@@ -316,10 +316,10 @@ def test_temperature_scales_logits_and_t2_the_loss(rows, teacher, student):
     batch = batch_of(rows[:3])
     with torch.no_grad():
         plain, scaled = (
-            KD(TOK, teacher, temperature=2.0, scale_t2=t2).sums(student, batch)["kd"]
+            KD(TOK, teacher, temperature=2.0, scale_t2=t2).loss_sums(student, batch)["kd"]
             for t2 in (False, True)
         )
-        one = KD(TOK, teacher).sums(student, batch)["kd"]
+        one = KD(TOK, teacher).loss_sums(student, batch)["kd"]
     assert scaled == pytest.approx(4 * plain.item(), rel=1e-6) and plain != one
 
 
@@ -362,8 +362,8 @@ def test_accumulation_gives_the_same_training(rows, teacher):
 def test_padding_and_prompt_logits_do_not_matter(rows, teacher, student):
     method = KD(TOK, teacher, sft_weight=0.5)
     with torch.no_grad():
-        alone = [method.sums(student, batch_of([r])) for r in rows[:3]]
-        together = method.sums(student, batch_of(rows[:3], pad=7))
+        alone = [method.loss_sums(student, batch_of([r])) for r in rows[:3]]
+        together = method.loss_sums(student, batch_of(rows[:3], pad=7))
     for term in ("kd", "sft"):
         assert together[term].item() == pytest.approx(sum(a[term].item() for a in alone), rel=1e-5)
 
@@ -376,11 +376,11 @@ def test_a_wider_padded_vocabulary_is_sliced_and_two_tokenizers_are_not(rows, te
     with torch.no_grad():
         wide.get_input_embeddings().weight[V:] = -30  # what such rows say must not count
         narrow, sliced = (
-            KD(TOK, t).sums(student, batch_of(rows[:3]))["kd"].item() for t in (teacher, wide)
+            KD(TOK, t).loss_sums(student, batch_of(rows[:3]))["kd"].item() for t in (teacher, wide)
         )
     assert sliced == pytest.approx(narrow, rel=1e-4)
     with pytest.raises(UserError, match="differ by more than padding"):
-        KD(TOK, mini_model("causal", "xs", 2 * V, seed=0)).sums(student, batch_of(rows[:1]))
+        KD(TOK, mini_model("causal", "xs", 2 * V, seed=0)).loss_sums(student, batch_of(rows[:1]))
 
 
 def test_padding_of_equal_width_is_cut_on_both_sides_fused_or_not(rows, teacher, student):
@@ -393,10 +393,10 @@ def test_padding_of_equal_width_is_cut_on_both_sides_fused_or_not(rows, teacher,
         with torch.no_grad():
             model.get_input_embeddings().weight[V:] = 0.5
     with torch.no_grad():
-        want = KD(TOK, teacher).sums(student, batch_of(rows[:3]))["kd"].item()
+        want = KD(TOK, teacher).loss_sums(student, batch_of(rows[:3]))["kd"].item()
         made = [
             KD(TOK, pair[1], fused=fused, vocabulary=V)
-            .sums(pair[0], batch_of(rows[:3]))["kd"]
+            .loss_sums(pair[0], batch_of(rows[:3]))["kd"]
             .item()
             for fused in (True, False)
         ]
@@ -437,7 +437,7 @@ def test_validation_agrees_with_the_losses_row_by_row(rows, teacher, student, tm
     items = check.items(student)
     for i in (0, 3, 11):
         with torch.no_grad():
-            sums = KD(TOK, teacher, sft_weight=0.5).sums(student, batch_of([rows[i]]))
+            sums = KD(TOK, teacher, sft_weight=0.5).loss_sums(student, batch_of([rows[i]]))
         assert items["forward_kl"][i] == pytest.approx(sums["kd"].item(), rel=1e-4)
         assert items["nll"][i] == pytest.approx(sums["sft"].item(), rel=1e-4)
     again = Validation(
@@ -512,7 +512,7 @@ def test_an_answer_that_was_cut_has_no_end_to_learn(tmp_path, teacher):
         tmp_path / "a.jsonl", teacher, TOK, dialogues(4, "validation"), Writing(max_new_tokens=3)
     )
     cut = [d for d in said if not d.whole]
-    assert cut and all(encode_dialogue(d, TOK)["target"][-1] != TOK.eos_token_id for d in cut)
+    assert cut and all(encode_dialogue(d, TOK)["completion"][-1] != TOK.eos_token_id for d in cut)
 
 
 # --- other tokenizers ---------------------------------------------------------------------------------------------------------------
@@ -533,7 +533,7 @@ def test_a_student_learns_across_tokenizers(how, other, teacher):
     result = train(mini_model("causal", "xs", len(other), seed=0), method, rows, cfg)
     assert result.history[-1]["loss"] < result.history[0]["loss"]
     assert result.tokens == 12 * sum(
-        len(r["source"]) + len(r["target"]) for r in rows
+        len(r["prompt"]) + len(r["completion"]) for r in rows
     )  # the student's
 
 
@@ -542,12 +542,12 @@ def test_with_one_tokenizer_matched_spans_are_the_forward_kl(rows, teacher, stud
     batch = method.collate([encode_twice(d, TOK, TOK) for d in dialogues(4)])
     with torch.no_grad():
         found, wanted = (
-            method.sums(student, batch),
-            KD(TOK, teacher, sft_weight=0.5).sums(student, batch_of(rows[:4])),
+            method.loss_sums(student, batch),
+            KD(TOK, teacher, sft_weight=0.5).loss_sums(student, batch_of(rows[:4])),
         )
     assert found["kd"].item() == pytest.approx(wanted["kd"].item(), rel=1e-4)
     assert found["sft"].item() == pytest.approx(wanted["sft"].item(), rel=1e-5)
-    assert method.counts(batch)["kd"] == sum(len(r["target"]) for r in rows[:4])
+    assert method.token_counts(batch)["kd"] == sum(len(r["completion"]) for r in rows[:4])
 
 
 def test_spans_of_one_example_do_not_reach_into_the_next(other, teacher, student):
@@ -557,8 +557,8 @@ def test_spans_of_one_example_do_not_reach_into_the_next(other, teacher, student
         [encode_twice(d, other, TOK) for d in dialogues(3)],
     )
     with torch.no_grad():
-        together = method.sums(pupil, method.collate(rows))["kd"].item()
-        alone = sum(method.sums(pupil, method.collate([r]))["kd"].item() for r in rows)
+        together = method.loss_sums(pupil, method.collate(rows))["kd"].item()
+        alone = sum(method.loss_sums(pupil, method.collate([r]))["kd"].item() for r in rows)
     assert together == pytest.approx(alone, rel=1e-4)
 
 
@@ -573,7 +573,7 @@ def test_a_full_cache_is_the_live_teacher(tmp_path, rows, teacher, student):
     )
     batch = cached.collate([cached.encode(r) for r in rows[:4]])
     with torch.no_grad():
-        a, b = cached.sums(student, batch), live.sums(student, batch)
+        a, b = cached.loss_sums(student, batch), live.loss_sums(student, batch)
     assert a["kd"].item() == pytest.approx(b["kd"].item(), rel=1e-4) and a[
         "sft"
     ].item() == pytest.approx(b["sft"].item(), rel=1e-5)
@@ -745,7 +745,7 @@ def test_seqkd_learns_what_the_teacher_wrote_and_asks_it_once_per_prompt(
     )
     go(place, tmp_path / "out", "seqkd")
     assert len(asked) == len(set(asked)) == len(learned)
-    assert {TOK.decode(r["target"], skip_special_tokens=True) for r in learned} == {
+    assert {TOK.decode(r["completion"], skip_special_tokens=True) for r in learned} == {
         "the teacher said so"
     }
 

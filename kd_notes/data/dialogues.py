@@ -144,7 +144,7 @@ def prompt_ids(
 def encode_dialogue(
     d: Dialogue, tokenizer, max_length: int = 0, system: str | None = None
 ) -> dict:  # max_length: 0 is no limit
-    "{'id', 'source', 'target', 'whole'}: ids of prompt and response. Raises UserError for a prompt that leaves no room."
+    "{'id', 'prompt', 'completion', 'whole'}: ids of prompt and response. Raises UserError for a prompt that leaves no room."
     source = prompt_ids(d, tokenizer, system)
     if max_length and len(source) >= max_length:
         raise UserError(
@@ -158,8 +158,8 @@ def encode_dialogue(
     room = max_length - len(source) if max_length else len(target)
     return {
         "id": d.id,
-        "source": source,
-        "target": target[:room],
+        "prompt": source,
+        "completion": target[:room],
         "whole": d.whole and len(target) <= room,
     }
 

@@ -222,7 +222,7 @@ def response_logits(
                 prompts[start : start + batch_size], responses[start : start + batch_size]
             )
         ]
-        batch = {k: v.to(model.device) for k, v in causal_batch(rows, pad).items()}
+        batch = causal_batch(rows, pad).to(model.device)
         yield from at_least_float32(target_logits(model, batch)).split([len(r) for _, r in rows])
 
 # %% ../../nbs/2_playground/11_text.ipynb #1e951320

@@ -19,11 +19,17 @@ from torch import Tensor
 from ..core import atomic_write
 from ..losses.divergences import at_least_float32, token_divergence
 from ..methods.logit_kd import comparable, states_suffice
-from ..training.batches import causal_batch, target_logits, target_states
+from kd_notes.training.batches import (
+    Batch,
+    causal_batch,
+    target_logits,
+    target_positions,
+    target_states,
+)
 
 # %% ../../nbs/4_probabilities/08_validation.ipynb #1fe106ef
 def logit_chunks(
-    model, batch: dict[str, Tensor], chunk: int = 256, states: Tensor | None = None
+    model, batch: Batch, chunk: int = 256, states: Tensor | None = None
 ) -> Iterator[Tensor]:
     "Logits at the target positions, `chunk` positions at a time; from `states` if they are given (`model` may then be the head alone)."
     if states is None and not states_suffice(model):
@@ -49,14 +55,16 @@ class Validation:
         vocabulary: int | None = None,
         batch_size: int = 8,
     ):
-        order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["source"] + rows[i]["target"]))
+        order = sorted(
+            range(len(rows)), key=lambda i: -len(rows[i]["prompt"] + rows[i]["completion"])
+        )
         self.parts = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
         self.batches = [
-            causal_batch([(rows[i]["source"], rows[i]["target"]) for i in part], pad_id)
+            causal_batch([(rows[i]["prompt"], rows[i]["completion"]) for i in part], pad_id)
             for part in self.parts
         ]
         self.lengths, self.score, self.vocabulary = (
-            [len(r["target"]) for r in rows],
+            [len(r["completion"]) for r in rows],
             score,
             vocabulary,
         )
@@ -97,21 +105,17 @@ class Validation:
             "score": -means[self.score],
         }
 
-# %% ../../nbs/4_probabilities/08_validation.ipynb #e060f394
-def _to(batch: dict[str, Tensor], device) -> dict[str, Tensor]:
-    return {k: v.to(device) for k, v in batch.items()}
-
 # %% ../../nbs/4_probabilities/08_validation.ipynb #ac9671f3
 @torch.no_grad()
-def _teacher_states(batches: list[dict], teacher, file: Path | None) -> list[Tensor]:
+def _teacher_states(batches: list[Batch], teacher, file: Path | None) -> list[Tensor]:
     "Hidden states of the teacher at the target positions of each batch; from the file if it is there, else kept in it."
     if file is not None and file.is_file():
         return list(
             load_file(file)["states"]
             .to(teacher.device)
-            .split([len(b["target_ids"]) for b in batches])
+            .split([len(target_positions(b).ids) for b in batches])
         )
-    states = [target_states(teacher, _to(b, teacher.device)) for b in batches]
+    states = [target_states(teacher, b.to(teacher.device)) for b in batches]
     if file is not None:
         atomic_write(file, save({"states": torch.cat(states).cpu()}))
     return states
@@ -119,8 +123,8 @@ def _teacher_states(batches: list[dict], teacher, file: Path | None) -> list[Ten
 # %% ../../nbs/4_probabilities/08_validation.ipynb #8987131d
 def _batch_terms(check: "Validation", model, number: int, chunk: int = 256) -> Iterator[Tensor]:
     "The quantities of a batch, (names, positions) for each chunk of positions."
-    batch = _to(check.batches[number], model.device)
-    targets = batch["target_ids"].split(chunk)
+    batch = check.batches[number].to(model.device)
+    targets = target_positions(batch).ids.split(chunk)
     if check.teacher is None:
         return (
             _token_terms(s, None, t, None)

@@ -128,7 +128,7 @@ def our_loop(
 
     as_it_is = SimpleNamespace(encode=lambda ids, **_: list(ids), pad_token_id=0, eos_token_id=1)
     method = SFT(
-        as_it_is, source=lambda row: row[:1], target=lambda row: row[1:-1]
+        as_it_is, prompt=lambda row: row[:1], completion=lambda row: row[1:-1]
     )  # SFT adds the end token
     trained(
         step,
@@ -233,9 +233,9 @@ def trainer_pair(step: Callable, teacher: str = "smollm2", batch: int = 8) -> No
 
     def collate(rows: list[dict]) -> dict[str, Tensor]:
         return padded(
-            [r["source"] + r["target"] for r in rows],
+            [r["prompt"] + r["completion"] for r in rows],
             tokenizer.pad_token_id,
-            [len(r["source"]) for r in rows],
+            [len(r["prompt"]) for r in rows],
         )
 
     class Distil(Trainer):

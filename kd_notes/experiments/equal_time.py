@@ -105,7 +105,7 @@ def pair_rows(run: dict, split: str, tokenizer) -> list[dict]:
         target = tokenizer.encode(each.response, add_special_tokens=False)
         target.append(tokenizer.eos_token_id)
         if len(source) + len(target) <= run["max_length"]:
-            rows.append({"id": each.id, "source": source, "target": target})
+            rows.append({"id": each.id, "prompt": source, "completion": target})
         if len(rows) == wanted:
             break
     if len(rows) < min(wanted, 2):
@@ -119,7 +119,7 @@ def pair_rows(run: dict, split: str, tokenizer) -> list[dict]:
 # %% ../../nbs/4_probabilities/14_equal_time.ipynb #f57bb81f
 def _pair_folder(run: dict, name: str, rows: list[dict]) -> Path:
     "Folder in the cache for something that the teacher computed from these rows."
-    texts = [[row["source"], row["target"]] for row in rows]
+    texts = [[row["prompt"], row["completion"]] for row in rows]
     decides = stable_hash([run["teacher"], run["top_k"], *texts])
     return cache_dir() / "whitebox" / f"{name}-{decides}"
 
@@ -246,7 +246,7 @@ class PairCosts(_Timed):
                 )
                 train(student, method, rows, cfg, callbacks=[timer])
                 seconds.append(timer.seconds_per_token())
-        tokens = sum(len(row["source"]) + len(row["target"]) for row in rows)
+        tokens = sum(len(row["prompt"]) + len(row["completion"]) for row in rows)
         return {
             "seconds_per_token": {arm: min(seconds) for arm, seconds in rounds.items()},
             "cache_seconds": cache_seconds,

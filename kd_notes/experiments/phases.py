@@ -35,10 +35,7 @@ def mean_nll(
     total = count = 0
     with torch.no_grad():
         for at in range(0, len(rows), batch_size):
-            batch = {
-                k: v.to(model.device)
-                for k, v in causal_batch(rows[at : at + batch_size], pad_id).items()
-            }
+            batch = causal_batch(rows[at : at + batch_size], pad_id).to(model.device)
             nll = target_nll(model, batch)
             total, count = total + nll.sum().item(), count + len(nll)
     return total / count
@@ -48,7 +45,7 @@ class _Rows(SFT):
     "SFT on rows {'id', 'prompt', 'gold'} of `encode_prompts`."
 
     def encode(self, row: dict) -> dict[str, list[int]]:
-        return {"source": row["prompt"], "target": row["gold"]}
+        return {"prompt": row["prompt"], "completion": row["gold"]}
 
 # %% ../../nbs/5_own_words/07_phases.ipynb #5679d956
 def validation_batch(cfg: TrainConfig) -> int:

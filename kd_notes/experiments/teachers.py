@@ -75,7 +75,7 @@ def adapt_teacher(
         lora=lora,
         precision="bf16",
     )
-    method = SFT(tokenizer, source=format_question, target=format_completion)
+    method = SFT(tokenizer, prompt=format_question, completion=format_completion)
     saved = save_model(train(model, method, examples, cfg, run_dir=run_dir).model.half(), folder)
     write_json(saved / "training.json", s | {"examples": len(examples)})
     return saved

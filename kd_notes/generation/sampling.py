@@ -37,7 +37,7 @@ from kd_notes.generation.engine import (
 )
 from ..losses.divergences import at_least_float32
 from ..models.pretrained import context_of
-from ..training.batches import causal_batch, unwrapped
+from ..training.batches import Batch as TrainingBatch, causal_batch, unwrapped
 
 # %% ../../nbs/5_own_words/01_sampling.ipynb #de0b1cfe
 @dataclass(frozen=True)
@@ -94,12 +94,12 @@ class Rollout:
     def __len__(self) -> int:
         return len(self.prompt_ids)
 
-    def batch(self, pad_id: int) -> dict[str, Tensor]:
-        "`causal_batch`: input_ids (B, L), padded on the right; target_index (n,), target_ids (n,) of the response tokens only."
+    def batch(self, pad_id: int) -> TrainingBatch:
+        "`causal_batch` of prompts and responses; the response tokens are the targets."
         return causal_batch(list(zip(self.prompt_ids, self.response_ids)), pad_id)
 
     def flat(self, name: str) -> Tensor:
-        "The log-probabilities of this name for all responses (n,), in the order of the batch's target_ids. Raises UserError."
+        "The log-probabilities of this name for all responses (n,), in the order of the batch's targets. Raises UserError."
         if getattr(self, name) is None:
             raise UserError(
                 f"this rollout holds no {name}",

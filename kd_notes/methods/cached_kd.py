@@ -23,7 +23,14 @@ from kd_notes.methods.logit_cache import (
     _id_of,
     LogitCache,
 )
-from ..training.batches import plain_logits, target_logits, target_states, unwrapped
+from kd_notes.training.batches import (
+    Batch,
+    plain_logits,
+    target_logits,
+    target_positions,
+    target_states,
+    unwrapped,
+)
 from ..training.method import Method, SFT
 
 # %% ../../nbs/4_probabilities/12_cached_kd.ipynb #5006a46f
@@ -64,26 +71,28 @@ class CachedKD(Method):
             fused,
         )
         self.scale = cache.recipe.temperature**2 if scale_t2 else 1.0
-        self.weights = {"kd": 1 - sft_weight, "sft": sft_weight} if sft_weight else {"kd": 1.0}
+        self.loss_weights = {"kd": 1 - sft_weight, "sft": sft_weight} if sft_weight else {"kd": 1.0}
 
     def encode(self, example: Any) -> dict:
         item = {**self.base.encode(example), "id": _id_of(example, "example")}
-        check_row(self.cache, item["id"], item["source"], item["target"])
+        check_row(self.cache, item["id"], item["prompt"], item["completion"])
         return item
 
-    def size(self, item: dict) -> int:
-        return self.base.size(item)
+    def num_tokens(self, item: dict) -> int:
+        return self.base.num_tokens(item)
 
-    def longest(self, item: dict) -> int:
-        return self.base.longest(item)
+    def longest_row(self, item: dict) -> int:
+        return self.base.longest_row(item)
 
-    def collate(self, items: list[dict]) -> dict[str, Tensor]:
-        return {**self.base.collate(items), **self.cache.targets([i["id"] for i in items])}
+    def collate(self, items: list[dict]) -> Batch:
+        batch = self.base.collate(items)
+        batch.columns |= self.cache.targets([item["id"] for item in items])
+        return batch
 
-    def counts(self, batch: dict[str, Tensor]) -> dict[str, int]:
-        return dict.fromkeys(self.weights, len(batch["target_ids"]))
+    def token_counts(self, batch: Batch) -> dict[str, int]:
+        return dict.fromkeys(self.loss_weights, len(target_positions(batch).ids))
 
-    def sums(self, model, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def loss_sums(self, model, batch: Batch) -> dict[str, Tensor]:
         return (
             fused_sums(self, model, batch)
             if self.fused
@@ -91,21 +100,25 @@ class CachedKD(Method):
         )
 
 # %% ../../nbs/4_probabilities/12_cached_kd.ipynb #06d6ab75
-def plain_sums(method: CachedKD, logits: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+def plain_sums(method: CachedKD, logits: Tensor, batch: Batch) -> dict[str, Tensor]:
     "{'kd': ..., 'sft': ...}: sums over the target positions, from the student's logits (n, V) there."
     kd = (
-        cached_divergence(logits, batch, method.cache, method.divergence, **method.options).sum()
+        cached_divergence(
+            logits, batch.columns, method.cache, method.divergence, **method.options
+        ).sum()
         * method.scale
     )
-    if "sft" not in method.weights:
+    if "sft" not in method.loss_weights:
         return {"kd": kd}
     return {
         "kd": kd,
-        "sft": F.cross_entropy(at_least_float32(logits), batch["target_ids"], reduction="sum"),
+        "sft": F.cross_entropy(
+            at_least_float32(logits), target_positions(batch).ids, reduction="sum"
+        ),
     }
 
 # %% ../../nbs/4_probabilities/12_cached_kd.ipynb #1023a146
-def target_hidden(model, batch: dict[str, Tensor]) -> tuple[Tensor, torch.nn.Linear]:
+def target_hidden(model, batch: Batch) -> tuple[Tensor, torch.nn.Linear]:
     "Hidden states (n, D) at the target positions, and the output layer. Raises UserError if the logits are not that layer's output."
     head = unwrapped(model).get_output_embeddings()
     if not plain_logits(model) or type(head) is not torch.nn.Linear:
@@ -117,21 +130,21 @@ def target_hidden(model, batch: dict[str, Tensor]) -> tuple[Tensor, torch.nn.Lin
     return target_states(model, batch), head
 
 # %% ../../nbs/4_probabilities/12_cached_kd.ipynb #4b32be97
-def fused_sums(method: CachedKD, model, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+def fused_sums(method: CachedKD, model, batch: Batch) -> dict[str, Tensor]:
     "The same sums as `plain_sums`, from the hidden states."
     (hidden, head), recipe = target_hidden(model, batch), method.cache.recipe
     if recipe.mode == "topk":
         said = TopK(
-            batch["cache_ids"].long(),
-            batch["cache_log_probs"],
-            batch["cache_tail"],
+            batch.columns["cache_ids"].long(),
+            batch.columns["cache_log_probs"],
+            batch.columns["cache_tail"],
             recipe.temperature,
         )
     else:
         said = Samples(
-            batch["cache_ids"].long(),
-            batch["cache_weights"],
-            batch["cache_entropy"],
+            batch.columns["cache_ids"].long(),
+            batch.columns["cache_weights"],
+            batch.columns["cache_entropy"],
             recipe.temperature,
         )
     kd = (
@@ -149,18 +162,18 @@ def fused_sums(method: CachedKD, model, batch: dict[str, Tensor]) -> dict[str, T
         )
         * method.scale
     )
-    if "sft" not in method.weights:
+    if "sft" not in method.loss_weights:
         return {"kd": kd}
     return {
         "kd": kd,
         "sft": fused_cross_entropy(
-            hidden, head.weight, batch["target_ids"], bias=head.bias, denominator=1
+            hidden, head.weight, target_positions(batch).ids, bias=head.bias, denominator=1
         ),
     }
 
 # %% ../../nbs/4_probabilities/12_cached_kd.ipynb #78f58cec
 class EncodedRows(SFT):
-    "For rows that are encoded already: {'id', 'source', 'target'} with lists of ids, such as a cache itself holds."
+    "For rows that are encoded already: {'id', 'prompt', 'completion'} with lists of ids, such as a cache itself holds."
 
     def encode(self, example: dict) -> dict[str, list[int]]:
-        return {"source": list(example["source"]), "target": list(example["target"])}
+        return {"prompt": list(example["prompt"]), "completion": list(example["completion"])}

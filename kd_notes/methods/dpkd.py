@@ -56,7 +56,7 @@ class DPKD(OnPolicy):
         super().__init__(*args, **kwargs)
         self.reads_gold = self.config.per_token
 
-    def loss_weights(self) -> dict[str, float]:
+    def objective_weights(self) -> dict[str, float]:
         lm = self.config.lm_weight
         return {"dpo": 1 - lm} | ({"nll": lm} if lm else {})
 
@@ -86,4 +86,4 @@ class DPKD(OnPolicy):
             "dpo": -torch.nn.functional.logsigmoid(self.config.beta * margin) * about,
             "nll": -taken[0] * about,
         }
-        return {k: values[k] for k in self.loss_weights()}
+        return {k: values[k] for k in self.objective_weights()}

@@ -177,7 +177,7 @@ class Distill(OnPolicy):
         super().__init__(*args, **kwargs)
         self.reads_gold = check_parts(self.config)
 
-    def loss_weights(self) -> dict[str, float]:
+    def objective_weights(self) -> dict[str, float]:
         return {part.name: part.weight for part in self.config.parts}
 
     def selects(self, term: str) -> str:

@@ -150,11 +150,11 @@ def teacher_hash(source: Any) -> str:  # a model, or the folder of one
 
 # %% ../../nbs/4_probabilities/11_logit_cache.ipynb #45dad763
 def encode_rows(method: Method, examples: Iterable) -> list[dict]:
-    "Rows for `write_cache`, {'id', 'source', 'target'}, as this method encodes the examples. Raises UserError for an example without id."
+    "Rows for `write_cache`, {'id', 'prompt', 'completion'}, as this method encodes the examples. Raises UserError for an example without id."
     return [
         {
             "id": _id_of(e, f"example {i}"),
-            **{k: list(v) for k, v in method.encode(e).items() if k in ("source", "target")},
+            **{k: list(v) for k, v in method.encode(e).items() if k in ("prompt", "completion")},
         }
         for i, e in enumerate(examples)
     ]
@@ -172,10 +172,10 @@ def _id_of(example: Any, where: str) -> str:
 
 # %% ../../nbs/4_probabilities/11_logit_cache.ipynb #c50f7419
 def _check_row(row: dict, vocab: int, limit: int) -> None:
-    where, length = f"row {row['id']}", len(row["source"]) + len(row["target"])
-    if not row["source"] or not row["target"]:
-        raise UserError("source or target is empty", where=where, fix="Leave such rows out.")
-    if max(max(row["source"]), max(row["target"])) >= vocab:
+    where, length = f"row {row['id']}", len(row["prompt"]) + len(row["completion"])
+    if not row["prompt"] or not row["completion"]:
+        raise UserError("prompt or completion is empty", where=where, fix="Leave such rows out.")
+    if max(max(row["prompt"]), max(row["completion"])) >= vocab:
         raise UserError(
             f"a token id is not below {vocab}, the vocabulary's size",
             where=where,
@@ -211,7 +211,7 @@ def shard_plan(rows: list[dict], shard_tokens: int) -> list[range]:
     "Which rows form a shard: consecutive ones, until they hold `shard_tokens` target tokens."
     plan, start, tokens = [], 0, 0
     for i, row in enumerate(rows, start=1):
-        tokens += len(row["target"])
+        tokens += len(row["completion"])
         if tokens >= shard_tokens or i == len(rows):
             plan.append(range(start, i))
             start, tokens = i, 0
@@ -235,13 +235,13 @@ def length_batches(
 @torch.no_grad()
 def teacher_logits(teacher, rows: list[dict], pad_id: int) -> list[Tensor]:
     "Logits (target tokens, V) for each row, from one padded batch."
-    pairs = [(r["source"], r["target"]) for r in rows]
+    pairs = [(r["prompt"], r["completion"]) for r in rows]
     if teacher.config.is_encoder_decoder:
-        batch = seq2seq_batch(pairs, pad_id, start_id=teacher.config.decoder_start_token_id)
+        batch = seq2seq_batch(pairs, pad_id)
     else:
         batch = causal_batch(pairs, pad_id)
-    logits = target_logits(teacher, {k: v.to(teacher.device) for k, v in batch.items()})
-    return list(logits.split([len(r["target"]) for r in rows]))
+    logits = target_logits(teacher, batch.to(teacher.device))
+    return list(logits.split([len(r["completion"]) for r in rows]))
 
 # %% ../../nbs/4_probabilities/11_logit_cache.ipynb #390718f2
 def compress(
@@ -290,21 +290,26 @@ def _storage(recipe: Recipe, vocab: int) -> dict[str, torch.dtype]:
     }
 
 # %% ../../nbs/4_probabilities/11_logit_cache.ipynb #22018841
+_STORED_AS = {"prompt": "source", "completion": "target"}  # names in the files of all caches so far
+
+
 def _shard_tensors(
     teacher, rows: list[dict], recipe: Recipe, vocab: int, pad_id: int, batch_tokens: int
 ) -> dict[str, Tensor]:
     "Everything that goes into the file of a shard, in the order of the rows."
     done: dict[int, dict] = {}
-    for batch in length_batches([len(r["source"]) + len(r["target"]) for r in rows], batch_tokens):
+    for batch in length_batches(
+        [len(r["prompt"]) + len(r["completion"]) for r in rows], batch_tokens
+    ):
         for i, logits in zip(batch, teacher_logits(teacher, [rows[i] for i in batch], pad_id)):
             done[i] = compress(logits[:, :vocab], recipe, rows[i]["id"])
     tensors = {
         key: torch.cat([done[i][key] for i in range(len(rows))]).to(kind)
         for key, kind in _storage(recipe, vocab).items()
     }
-    for part in ("source", "target"):
-        tensors[part] = torch.tensor([token for r in rows for token in r[part]]).to(id_dtype(vocab))
-        tensors[f"{part}_lengths"] = torch.tensor([len(r[part]) for r in rows], dtype=torch.int32)
+    for part, key in _STORED_AS.items():
+        tensors[key] = torch.tensor([token for r in rows for token in r[part]]).to(id_dtype(vocab))
+        tensors[f"{key}_lengths"] = torch.tensor([len(r[part]) for r in rows], dtype=torch.int32)
     return {key: tensor.contiguous() for key, tensor in tensors.items()}
 
 # %% ../../nbs/4_probabilities/11_logit_cache.ipynb #a9b21cbf
@@ -323,7 +328,7 @@ def _header(
     vocab = min(
         teacher.config.get_text_config().vocab_size, max(tokenizer.get_vocab().values()) + 1
     )
-    hashes = [[r["id"], row_hash(r["source"], r["target"])] for r in rows]
+    hashes = [[r["id"], row_hash(r["prompt"], r["completion"])] for r in rows]
     name, dtype = (
         teacher.config.name_or_path or type(teacher).__name__,
         str(next(teacher.parameters()).dtype).removeprefix("torch."),
@@ -338,7 +343,7 @@ def _header(
         "rows": {
             "hash": stable_hash(hashes),
             "examples": len(rows),
-            "positions": sum(len(r["target"]) for r in rows),
+            "positions": sum(len(r["completion"]) for r in rows),
         },
         "layout": {"shard_tokens": shard_tokens, "batch_tokens": batch_tokens},
     }
@@ -404,7 +409,9 @@ def _write_shard(folder: Path, number: int, rows: list[dict], tensors: dict[str,
         "file": path.name,
         "bytes": len(data),
         "sha256": hashlib.sha256(data).hexdigest(),
-        "rows": [[r["id"], len(r["target"]), row_hash(r["source"], r["target"])] for r in rows],
+        "rows": [
+            [r["id"], len(r["completion"]), row_hash(r["prompt"], r["completion"])] for r in rows
+        ],
     }
     append_jsonl(folder / "index.jsonl", [entry])
 
@@ -436,7 +443,7 @@ def write_cache(
     tokenizer,  # a Hugging Face model, on its device and in its dtype, and its tokenizer
     rows: Iterable[
         dict
-    ],  # {"id", "source", "target"} with lists of ids, as `encode_rows` makes them
+    ],  # {"id", "prompt", "completion"} with lists of ids, as `encode_rows` makes them
     *,
     shard_tokens: int = 32_768,  # target tokens in a file: what a kill can cost
     batch_tokens: int = 2048,  # of a batch of the teacher, padding included; times V logits in memory
@@ -445,7 +452,11 @@ def write_cache(
     "Write the teacher's distributions of the targets. The same call continues a killed one. Raises UserError: misfit, full disk."
     kept, folder = Recipe(**recipe), Path(folder)
     rows = [
-        {"id": _id_of(r, f"row {i}"), "source": list(r["source"]), "target": list(r["target"])}
+        {
+            "id": _id_of(r, f"row {i}"),
+            "prompt": list(r["prompt"]),
+            "completion": list(r["completion"]),
+        }
         for i, r in enumerate(rows)
     ]
     head = _header(teacher, tokenizer, rows, kept, shard_tokens, batch_tokens)
@@ -474,7 +485,7 @@ def _write_missing(folder: Path, teacher, rows: list[dict], recipe: Recipe, head
     there = {number for number, entry in _index(folder).items() if _is_whole(folder, entry)}
     plan = shard_plan(rows, head["layout"]["shard_tokens"])
     todo = [number for number in range(len(plan)) if number not in there]
-    positions = {n: sum(len(rows[i]["target"]) for i in plan[n]) for n in todo}
+    positions = {n: sum(len(rows[i]["completion"]) for i in plan[n]) for n in todo}
     _check_space(folder, recipe, head["vocab"], sum(positions.values()))
     with progress(
         total=sum(positions.values()), desc=f"teacher's {recipe.mode} cache", unit="token"
@@ -501,7 +512,7 @@ class _Shard:
         names = set(self.file.keys())
         self.starts = {
             part: [0, *accumulate(self.file.get_tensor(f"{part}_lengths").tolist())]
-            for part in ("source", "target")
+            for part in _STORED_AS.values()
         }
         if "unique" in names:
             entries = [0, *accumulate(self.file.get_tensor("unique").tolist())]
@@ -671,8 +682,8 @@ class LogitCache(CacheFolder):
             row = self.row(name)
             yield {
                 "id": name,
-                "source": row["source"].tolist(),
-                "target": row["target"].tolist(),
+                "prompt": row["source"].tolist(),
+                "completion": row["target"].tolist(),
                 "targets": _as_batch([row], self.recipe),
             }
 
@@ -682,7 +693,7 @@ def _as_batch(rows: list[dict[str, Tensor]], recipe: Recipe) -> dict[str, Tensor
     part = {
         name: torch.cat([r[name] for r in rows])
         for name in rows[0]
-        if name not in ("source", "target")
+        if name not in _STORED_AS.values()
     }
     ids = part["ids"].int()
     if recipe.mode == "topk":

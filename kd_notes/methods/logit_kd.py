@@ -32,9 +32,11 @@ from kd_notes.losses.divergences import (
 from ..losses.fused import fused_cross_entropy, fused_linear_divergence
 from ..models.pretrained import freeze
 from kd_notes.training.batches import (
+    Batch,
     causal_batch,
     plain_logits,
     target_logits,
+    target_positions,
     target_states,
     unwrapped,
 )
@@ -47,7 +49,7 @@ class KD(SFT):
     def __init__(
         self,
         tokenizer,
-        teacher,  # the teacher shares the tokenizer; it is frozen, and moved by `place`
+        teacher,  # the teacher shares the tokenizer; it is frozen, and moved by `to`
         divergence: str = "forward_kl",
         *,  # a key of DIVERGENCES
         sft_weight: float = 0.0,  # weight of the gold cross-entropy; the divergence has the rest
@@ -57,11 +59,11 @@ class KD(SFT):
         | None = None,  # ids that both share (check_tokenizers); None: the narrower head
         fused: bool | None = None,  # without the logits; None: where there is no gold term
         family: str = "causal",  # or "t5"
-        source: Callable[[Any], str] = lambda e: field_of(e, "input"),
-        target: Callable[[Any], str] = lambda e: field_of(e, "label"),
+        prompt: Callable[[Any], str] = lambda e: field_of(e, "input"),
+        completion: Callable[[Any], str] = lambda e: field_of(e, "label"),
         **options,
     ):  # of the divergence, such as beta=0.1
-        super().__init__(tokenizer, family, source, target)
+        super().__init__(tokenizer, family, prompt, completion)
         get_divergence(divergence, **options)
         if not 0 <= sft_weight < 1:
             raise UserError(
@@ -77,31 +79,31 @@ class KD(SFT):
         )
         self.temperature, self.scale = temperature, temperature**2 if scale_t2 else 1.0
         self.fused = not sft_weight if fused is None else fused
-        self.weights = {"kd": 1 - sft_weight, "sft": sft_weight} if sft_weight else {"kd": 1.0}
+        self.loss_weights = {"kd": 1 - sft_weight, "sft": sft_weight} if sft_weight else {"kd": 1.0}
 
     def encode(self, example: Any) -> dict:
         return example if is_encoded(example) else super().encode(example)
 
-    def place(self, device: torch.device) -> None:
+    def to(self, device: torch.device) -> None:
         self.teacher.to(device)
 
-    def counts(self, batch: dict[str, Tensor]) -> dict[str, int]:
-        return dict.fromkeys(self.weights, len(batch["target_ids"]))
+    def token_counts(self, batch: Batch) -> dict[str, int]:
+        return dict.fromkeys(self.loss_weights, len(target_positions(batch).ids))
 
-    def sums(self, model, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def loss_sums(self, model, batch: Batch) -> dict[str, Tensor]:
         if self.fused and states_suffice(model) and states_suffice(self.teacher):
             return fused_sums(self, model, batch)
         with torch.no_grad():
             teacher = target_logits(self.teacher, batch)
-        return kd_sums(self, target_logits(model, batch), teacher, batch["target_ids"])
+        return kd_sums(self, target_logits(model, batch), teacher, target_positions(batch).ids)
 
 # %% ../../nbs/4_probabilities/07_logit_kd.ipynb #029703bb
 def is_encoded(example: Any) -> bool:
     "Whether an example holds ids, as `encode_dialogue` makes them, and not text."
     return (
         isinstance(example, dict)
-        and isinstance(example.get("source"), list)
-        and isinstance(example.get("target"), list)
+        and isinstance(example.get("prompt"), list)
+        and isinstance(example.get("completion"), list)
     )
 
 # %% ../../nbs/4_probabilities/07_logit_kd.ipynb #fde9f01f
@@ -127,7 +129,7 @@ def comparable(student: Tensor, teacher: Tensor, vocabulary: int | None) -> tupl
 def kd_sums(method: KD, student: Tensor, teacher: Tensor, target_ids: Tensor) -> dict[str, Tensor]:
     "Sums of the terms over the positions, from logits (n, V) of both sides."
     sums, options = {}, _with_gold(method, target_ids)
-    if "sft" in method.weights:
+    if "sft" in method.loss_weights:
         sums["sft"] = F.cross_entropy(at_least_float32(student), target_ids, reduction="sum")
     student, teacher = comparable(student, teacher, method.vocabulary)
     values = token_divergence(method.divergence, student, teacher, method.temperature, **options)
@@ -144,7 +146,7 @@ def states_suffice(model) -> bool:
     )  # no adapter, not spread
 
 # %% ../../nbs/4_probabilities/07_logit_kd.ipynb #750f6be4
-def fused_sums(method: KD, model, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+def fused_sums(method: KD, model, batch: Batch) -> dict[str, Tensor]:
     "What `kd_sums` gives, from hidden states and heads, without the logits of the batch."
     mine, head = target_states(model, batch), model.get_output_embeddings()
     with torch.no_grad():
@@ -160,14 +162,14 @@ def fused_sums(method: KD, model, batch: dict[str, Tensor]) -> dict[str, Tensor]
         temperature=method.temperature,
         vocab_size=method.vocabulary,
         denominator=1,
-        **_with_gold(method, batch["target_ids"]),
+        **_with_gold(method, target_positions(batch).ids),
     )
-    if "sft" not in method.weights:
+    if "sft" not in method.loss_weights:
         return {"kd": method.scale * kd}
     return {
         "kd": method.scale * kd,
         "sft": fused_cross_entropy(
-            mine, head.weight, batch["target_ids"], bias=head.bias, denominator=1
+            mine, head.weight, target_positions(batch).ids, bias=head.bias, denominator=1
         ),
     }
 
@@ -182,16 +184,16 @@ def encode_twice(
             encode_dialogue(d, tok, max_length, system),
             token_ends(tok, d.response, eos=d.whole),
         )
-        if row["target"] != ids[: len(row["target"])]:
+        if row["completion"] != ids[: len(row["completion"])]:
             raise UserError(
                 "the tokenizer cuts the response in two ways",
                 where=d.where or d.id,
                 fix="Load its fast version.",
             )
         out |= {
-            f"{prefix}source": row["source"],
-            f"{prefix}target": row["target"],
-            f"{prefix}ends": ends[: len(row["target"])],
+            f"{prefix}prompt": row["prompt"],
+            f"{prefix}completion": row["completion"],
+            f"{prefix}ends": ends[: len(row["completion"])],
         }
     return {"id": d.id, **out}
 
@@ -233,36 +235,37 @@ class CrossKD(SFT):
         self.matches = (
             matching_tokens(tokenizer, teacher_tokenizer) if CROSS_KINDS[how] == "matched" else None
         )
-        self.weights = {"kd": 1 - sft_weight, "sft": sft_weight} if sft_weight else {"kd": 1.0}
+        self.loss_weights = {"kd": 1 - sft_weight, "sft": sft_weight} if sft_weight else {"kd": 1.0}
 
     def encode(self, example: dict) -> dict:
         return example
 
-    def size(self, item: dict) -> int:
-        return len(item["source"]) + len(item["target"])
+    def num_tokens(self, item: dict) -> int:
+        return len(item["prompt"]) + len(item["completion"])
 
-    def place(self, device: torch.device) -> None:
+    def to(self, device: torch.device) -> None:
         self.teacher.to(device)
 
-    def collate(self, items: list[dict]) -> dict[str, Tensor]:
-        teacher = causal_batch(
-            [(i["teacher_source"], i["teacher_target"]) for i in items],
+    def collate(self, items: list[dict]) -> Batch:
+        batch = super().collate(items)
+        batch.columns["teacher"] = causal_batch(
+            [(i["teacher_prompt"], i["teacher_completion"]) for i in items],
             self.teacher_tokenizer.pad_token_id,
         )
-        return (
-            super().collate(items)
-            | {f"teacher_{k}": v for k, v in teacher.items()}
-            | {"spans": _spans(items, self.how)}
-        )
+        batch.columns["spans"] = _spans(items, self.how)
+        return batch
 
-    def counts(self, batch: dict[str, Tensor]) -> dict[str, int]:
+    def token_counts(self, batch: Batch) -> dict[str, int]:
         return {
             k: n
-            for k, n in (("kd", len(batch["spans"])), ("sft", len(batch["target_ids"])))
-            if k in self.weights
+            for k, n in (
+                ("kd", len(batch.columns["spans"])),
+                ("sft", len(target_positions(batch).ids)),
+            )
+            if k in self.loss_weights
         }
 
-    def sums(self, model, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def loss_sums(self, model, batch: Batch) -> dict[str, Tensor]:
         return _cross_sums(self, target_logits(model, batch), batch)
 
 # %% ../../nbs/4_probabilities/07_logit_kd.ipynb #9112132f
@@ -281,18 +284,18 @@ def _spans(items: list[dict], how: str) -> Tensor:
     return torch.tensor(found).reshape(-1, 4)
 
 # %% ../../nbs/4_probabilities/07_logit_kd.ipynb #d9c712dc
-def _cross_sums(method: CrossKD, student: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+def _cross_sums(method: CrossKD, student: Tensor, batch: Batch) -> dict[str, Tensor]:
     "Sums of the terms, from the student's logits (n, V)."
-    theirs = {k.removeprefix("teacher_"): v for k, v in batch.items() if k.startswith("teacher_")}
+    theirs = batch.columns["teacher"]
     with torch.no_grad():
         teacher = target_logits(method.teacher, theirs)
-    spans = [[Span(*row) for row in batch["spans"].tolist()]]
+    spans = [[Span(*row) for row in batch.columns["spans"].tolist()]]
     sums = {
         "kd": aligned_span_loss(
             student[None],
             teacher[None],
-            batch["target_ids"][None],
-            theirs["target_ids"][None],
+            target_positions(batch).ids[None],
+            target_positions(theirs).ids[None],
             spans,
             CROSS_KINDS[method.how],
             method.temperature,
@@ -300,8 +303,8 @@ def _cross_sums(method: CrossKD, student: Tensor, batch: dict[str, Tensor]) -> d
             denominator=1,
         )
     }
-    if "sft" in method.weights:
+    if "sft" in method.loss_weights:
         sums["sft"] = F.cross_entropy(
-            at_least_float32(student), batch["target_ids"], reduction="sum"
+            at_least_float32(student), target_positions(batch).ids, reduction="sum"
         )
     return sums

@@ -228,7 +228,7 @@ def surrogate(ratio: Tensor, advantage: Tensor, clip: float) -> tuple[Tensor, Te
 def minillm_terms(
     student: Tensor,  # logits (n, V) of the student, at the tokens of `batch`
     teacher: Tensor,  # logits (n, V) of the teacher
-    batch: dict[str, Tensor],  # `response_batch` after `set_advantages`
+    batch: dict[str, Tensor],  # columns of a `response_batch` after `set_advantages`
     cfg: MiniLLMConfig,
 ) -> dict[str, Tensor]:
     "Per token (n,): single and long (the loss), and for the log kl, clipped and ratio."
@@ -251,7 +251,7 @@ def minillm_terms(
 class MiniLLM(OnPolicy):
     "MiniLLM (arXiv 2306.08543): reverse KL on the student's own responses. Settings: `MiniLLMConfig`."
 
-    def loss_weights(self) -> dict[str, float]:
+    def objective_weights(self) -> dict[str, float]:
         return ({"single": 1.0} if self.config.single_step else {}) | {"long": 1.0}
 
     def watched(self) -> tuple[str, ...]:
@@ -276,7 +276,7 @@ class MiniLLM(OnPolicy):
             "reward": batch["log_teacher"] - batch["log_student"],
             "teacher_share": self.config.alpha * (batch["log_teacher"] - batch["log_mix"]).exp(),
         }
-        return {k: terms[k] for k in (*self.loss_weights(), *self.watched())}
+        return {k: terms[k] for k in (*self.objective_weights(), *self.watched())}
 
     def check_ratio(self, ratio: Tensor, batch: dict[str, Tensor]) -> None:
         "Raises UserError naming step and examples where the ratio q/p~ is not finite."

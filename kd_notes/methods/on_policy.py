@@ -35,7 +35,13 @@ from kd_notes.generation.sampling import (
 from ..losses.cross_tokenizer import check_tokenizers
 from ..losses.divergences import at_least_float32, token_divergence
 from ..models.pretrained import freeze
-from ..training.batches import causal_batch, target_logits, unwrapped
+from kd_notes.training.batches import (
+    Batch,
+    causal_batch,
+    target_logits,
+    target_positions,
+    unwrapped,
+)
 from ..training.loop import train, TrainResult
 from ..training.method import Method
 from ..training.state import Callback, Loop, TrainConfig
@@ -143,18 +149,19 @@ SOURCES = ("student", "teacher", "mixed", "speculative", "gold", "replay")
 
 def response_batch(
     responses: list[Response], pad_id: int, dtype: torch.dtype = torch.float32
-) -> dict[str, Tensor]:
-    "A `causal_batch` of responses, with source (B,), each token's row (n,) and 1/length (n,), its log-probabilities and advantage."
+) -> Batch:
+    "A `causal_batch` of responses. Columns: source (B,), and for each token row, share (1/length), log-probabilities and advantage."
     lengths = torch.tensor([len(r.tokens) for r in responses])
     batch = causal_batch([(r.prompt, r.tokens) for r in responses], pad_id)
-    batch["row"] = torch.repeat_interleave(lengths)
-    batch["source"] = torch.tensor([SOURCES.index(r.source) for r in responses])
-    batch["share"] = (1 / lengths.to(dtype))[batch["row"]]
+    columns = batch.columns
+    columns["row"] = torch.repeat_interleave(lengths)
+    columns["source"] = torch.tensor([SOURCES.index(r.source) for r in responses])
+    columns["share"] = (1 / lengths.to(dtype))[columns["row"]]
     if all(r.skew is not None for r in responses):
-        batch["skew"] = torch.tensor([r.skew for r in responses], dtype=dtype)[batch["row"]]
+        columns["skew"] = torch.tensor([r.skew for r in responses], dtype=dtype)[columns["row"]]
     for name in ("log_student", "log_teacher", "log_mix", "advantage", "prefix"):
         if all(getattr(r, name) is not None for r in responses):
-            batch[name] = torch.tensor(
+            columns[name] = torch.tensor(
                 [x for r in responses for x in getattr(r, name)], dtype=dtype
             )
     return batch
@@ -316,11 +323,11 @@ def token_logprobs(
     for at in range(0, len(responses), batch_size):
         part = responses[at : at + batch_size]
         batch = causal_batch([(r.prompt, r.tokens) for r in part], pad_id)
-        batch = {k: v.to(model.device) for k, v in batch.items()}
+        batch = batch.to(model.device)
         log = torch.log_softmax(
             at_least_float32(target_logits(model, batch))[:, :vocabulary], dim=-1
         )
-        out += log.gather(-1, batch["target_ids"][:, None])[:, 0].split(
+        out += log.gather(-1, target_positions(batch).ids[:, None])[:, 0].split(
             [len(r.tokens) for r in part]
         )
     return [x.tolist() for x in out]
@@ -352,7 +359,7 @@ class Hooks(Course, ABC):
     reads_gold = False  # whether responses of the data may be trained on
 
     @abstractmethod
-    def loss_weights(self) -> dict[str, float]:
+    def objective_weights(self) -> dict[str, float]:
         "{term: weight} of the objective."
 
     def watched(self) -> tuple[str, ...]:
@@ -685,27 +692,22 @@ def canaries(responses: list[Response]) -> dict[str, Tensor]:
     }
 
 # %% ../../nbs/5_own_words/02_on_policy.ipynb #90dc8df5
-def add_texts(batch: dict[str, Tensor], texts: list[list[int]], pad_id: int) -> dict[str, Tensor]:
+def add_texts(batch: Batch, texts: list[list[int]], pad_id: int) -> Batch:
     "The batch with rows of running text below the responses; their targets come behind the responses' targets."
     if not texts:
         return batch
-    more = causal_batch([(t[:1], t[1:]) for t in texts], pad_id)
-    width, extra = batch["input_ids"].shape[1], more["input_ids"].shape[1]
-    wide, rows = max(width, extra), len(batch["input_ids"])
-    pad = torch.nn.functional.pad
-    ids = [
-        pad(x, (0, wide - x.shape[1]), value=pad_id)
-        for x in (batch["input_ids"], more["input_ids"])
-    ]
-    index = [
-        batch["target_index"] // width * wide + batch["target_index"] % width,
-        (more["target_index"] // extra + rows) * wide + more["target_index"] % extra,
-    ]
-    return batch | {
-        "input_ids": torch.cat(ids),
-        "target_index": torch.cat(index),
-        "target_ids": torch.cat([batch["target_ids"], more["target_ids"]]),
-    }
+    more = causal_batch([(text[:1], text[1:]) for text in texts], pad_id)
+    wide = max(part["input_ids"].shape[1] for part in (batch, more))
+    inputs = {}
+    for name, fill in (("input_ids", pad_id), ("attention_mask", 0), ("labels", -100)):
+        parts = [
+            torch.nn.functional.pad(part[name], (0, wide - part[name].shape[1]), value=fill)
+            for part in (batch, more)
+        ]
+        inputs[name] = torch.cat(parts)
+    index, ids = target_positions(inputs)
+    columns = batch.columns | {"target_index": index, "target_ids": ids}
+    return Batch(inputs, columns, right_padded=True)
 
 # %% ../../nbs/5_own_words/02_on_policy.ipynb #e5567a9e
 @contextmanager
@@ -719,19 +721,23 @@ def _dropout(model, on: bool):
         model.train(before)
 
 # %% ../../nbs/5_own_words/02_on_policy.ipynb #cd3c52b6
-def logit_sides(
-    method: "OnPolicy", model, batch: dict[str, Tensor]
-) -> tuple[Tensor, Tensor | None]:
+def _responses_only(batch: Batch) -> Batch:
+    "The batch without the rows of running text below the responses."
+    rows, n = len(batch.columns["length"]), len(batch.columns["row"])
+    index, ids = target_positions(batch)
+    columns = batch.columns | {"target_index": index[:n], "target_ids": ids[:n]}
+    inputs = {name: x[:rows] for name, x in batch.inputs.items()}
+    return Batch(inputs, columns, right_padded=True)
+
+
+def logit_sides(method: "OnPolicy", model, batch: Batch) -> tuple[Tensor, Tensor | None]:
     "Logits of student and teacher (None if the method asks for none) at all targets of the batch; the teacher reads texts only if it must."
     with _dropout(model, method.config.dropout):
         student = target_logits(model, batch)[:, : method.vocabulary]
     if not (method.reads_teacher() or method.config.pt_kd_ratio):
         return student, None
-    n, rows = (
-        (None, None) if method.config.pt_kd_ratio else (len(batch["row"]), len(batch["length"]))
-    )
+    part = batch if method.config.pt_kd_ratio else _responses_only(batch)
     with torch.no_grad():
-        part = {"input_ids": batch["input_ids"][:rows], "target_index": batch["target_index"][:n]}
         return student, target_logits(method.teacher, part)[:, : method.vocabulary]
 
 # %% ../../nbs/5_own_words/02_on_policy.ipynb #aab4456d
@@ -757,11 +763,12 @@ def _kind(method: "OnPolicy") -> torch.dtype:
     )
 
 # %% ../../nbs/5_own_words/02_on_policy.ipynb #88f2c05a
-def slot_batch(method: "OnPolicy", slots: list[int]) -> dict[str, Tensor]:
+def slot_batch(method: "OnPolicy", slots: list[int]) -> Batch:
     "The responses of these slots and, with a language-modelling term, a text for each slot."
     responses, buffer = method.buffer.of(slots), method.buffer
-    batch = response_batch(responses, method.pad, _kind(method)) | canaries(responses)
-    batch["example"] = torch.tensor([method.numbers.get(r.id, -1) for r in responses])
+    batch = response_batch(responses, method.pad, _kind(method))
+    batch.columns |= canaries(responses)
+    batch.columns["example"] = torch.tensor([method.numbers.get(r.id, -1) for r in responses])
     if method.config.pt_weight:
         first = buffer.loop.step // buffer.epoch_steps * method.config.rollouts
         texts = [
@@ -773,8 +780,8 @@ def slot_batch(method: "OnPolicy", slots: list[int]) -> dict[str, Tensor]:
         batch = add_texts(batch, texts, method.pad)
     buffer.read += (
         sum(len(r.prompt) + len(r.tokens) for r in responses)
-        + len(batch["target_ids"])
-        - len(batch["row"])
+        + len(target_positions(batch).ids)
+        - len(batch.columns["row"])
     )
     return batch
 
@@ -782,50 +789,53 @@ def slot_batch(method: "OnPolicy", slots: list[int]) -> dict[str, Tensor]:
 CANARIES = ("length", "repetition", "finished")
 
 
-def term_counts(method: "OnPolicy", batch: dict[str, Tensor]) -> dict[str, int]:
+def term_counts(method: "OnPolicy", batch: Batch) -> dict[str, int]:
     "{term: what its sum is divided by}: tokens or responses that it is about."
-    counts = dict.fromkeys(CANARIES, len(batch["length"])) | dict.fromkeys(
-        ("entropy", *method.watched()), len(batch["row"])
+    counts = dict.fromkeys(CANARIES, len(batch.columns["length"])) | dict.fromkeys(
+        ("entropy", *method.watched()), len(batch.columns["row"])
     )
-    for term in method.loss_weights():
+    for term in method.objective_weights():
         chosen = method.selects(term)
         about = (
-            torch.ones_like(batch["source"])
+            torch.ones_like(batch.columns["source"])
             if chosen == "any"
-            else batch["source"] == SOURCES.index(chosen)
+            else batch.columns["source"] == SOURCES.index(chosen)
         )
         counts[term] = int(
-            (about[batch["row"]] if method.config.average == "tokens" else about).sum()
+            (about[batch.columns["row"]] if method.config.average == "tokens" else about).sum()
         )
     return counts | (
-        {"pt": len(batch["target_ids"]) - len(batch["row"])} if method.config.pt_weight else {}
+        {"pt": len(target_positions(batch).ids) - len(batch.columns["row"])}
+        if method.config.pt_weight
+        else {}
     )
 
 # %% ../../nbs/5_own_words/02_on_policy.ipynb #25226cf1
-def term_sums(method: "OnPolicy", model, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+def term_sums(method: "OnPolicy", model, batch: Batch) -> dict[str, Tensor]:
     "{term: sum over tokens or responses}, from one forward pass of student and teacher."
     student, teacher = logit_sides(method, model, batch)
-    n, share = len(batch["row"]), method.config.pt_kd_ratio
+    ids = target_positions(batch).ids
+    n, share = len(batch.columns["row"]), method.config.pt_kd_ratio
     values = method.objective(
         student[:n],
         None if teacher is None else teacher[:n],
-        batch | {"target_ids": batch["target_ids"][:n]},
+        batch.columns | {"target_ids": ids[:n]},
     )
     watched = {"entropy", *method.watched()}
     sums = {
         k: (
-            v * batch["share"] if method.config.average == "responses" and k not in watched else v
+            v * batch.columns["share"]
+            if method.config.average == "responses" and k not in watched
+            else v
         ).sum()
         for k, v in values.items()
     }
-    sums |= {name: batch[name].sum() for name in CANARIES}
+    sums |= {name: batch.columns[name].sum() for name in CANARIES}
     with torch.no_grad():
         log_q = torch.log_softmax(at_least_float32(student[:n]), dim=-1)
         sums["entropy"] = -(log_q.exp() * log_q.clamp(min=-1e30)).sum()
     if method.config.pt_weight:
-        sums["pt"] = pt_sum(
-            student[n:], None if teacher is None else teacher[n:], batch["target_ids"][n:], share
-        )
+        sums["pt"] = pt_sum(student[n:], None if teacher is None else teacher[n:], ids[n:], share)
     return sums
 
 # %% ../../nbs/5_own_words/02_on_policy.ipynb #f855fef6
@@ -864,10 +874,10 @@ class OnPolicy(Hooks, Method):
             tokenizer.pad_token_id,
             Buffer(self),
         )
-        self.weights = self.loss_weights() | dict.fromkeys(
+        self.loss_weights = self.objective_weights() | dict.fromkeys(
             (*CANARIES, "entropy", *self.watched()), 0.0
         )
-        self.weights |= {"pt": config.pt_weight} if config.pt_weight else {}
+        self.loss_weights |= {"pt": config.pt_weight} if config.pt_weight else {}
 
     @property
     def slots(self) -> list[dict]:
@@ -877,27 +887,28 @@ class OnPolicy(Hooks, Method):
     def encode(self, slot: dict) -> int:
         return slot["slot"]
 
-    def size(self, item: int) -> int:
+    def num_tokens(self, item: int) -> int:
         return 1
 
-    def named(self, id: str, item: int) -> str:
+    def name_of(self, id: str, item: int) -> str:
         return next(
             (r.id for r in self.buffer.responses.get(item, [])), id
         )  # of the prompt that was drawn for the slot
 
-    def longest(self, item: int) -> int:
+    def longest_row(self, item: int) -> int:
         return max(len(p["prompt"]) for p in self.prompts) + self.config.max_new_tokens
 
-    def place(self, device: torch.device) -> None:
-        self.teacher is None or self.teacher.to(device)
+    def to(self, device: torch.device) -> None:
+        if self.teacher is not None:
+            self.teacher.to(device)
 
-    def collate(self, items: list[int]) -> dict[str, Tensor]:
+    def collate(self, items: list[int]) -> Batch:
         return slot_batch(self, items)
 
-    def counts(self, batch: dict[str, Tensor]) -> dict[str, int]:
+    def token_counts(self, batch: Batch) -> dict[str, int]:
         return term_counts(self, batch)
 
-    def sums(self, model, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def loss_sums(self, model, batch: Batch) -> dict[str, Tensor]:
         return term_sums(self, model, batch)
 
 # %% ../../nbs/5_own_words/02_on_policy.ipynb #cdb8ef83

@@ -14,7 +14,13 @@ from torch import Tensor
 from ..core import UserError
 from ..data.examples import Example
 from ..generation.sampling import check_lengths
-from ..training.batches import causal_batch, seq2seq_batch, target_nll
+from kd_notes.training.batches import (
+    Batch,
+    causal_batch,
+    seq2seq_batch,
+    target_nll,
+    target_positions,
+)
 from ..training.method import Method
 
 # %% ../../nbs/3_reasons/02_step_by_step.ipynb #ea43b22c
@@ -26,7 +32,7 @@ class Row:
     "What a student is trained on: text pairs per term; a term may be absent."
 
     id: str
-    pairs: tuple[tuple[str, str, str], ...]  # (term, source, target)
+    pairs: tuple[tuple[str, str, str], ...]  # (term, prompt, completion)
 
 # %% ../../nbs/3_reasons/02_step_by_step.ipynb #bd5f58b0
 def step_rows(examples: list[Example]) -> list[Row]:
@@ -50,7 +56,7 @@ def step_rows(examples: list[Example]) -> list[Row]:
 class StepByStep(Method):
     "Cross-entropy per term, weighted: alpha for the label, 1 - alpha for the rationale. For causal and encoder-decoder students."
 
-    optional = frozenset(
+    optional_terms = frozenset(
         {"rationale"}
     )  # a teacher's completion may be unusable; its example teaches the label alone
 
@@ -62,7 +68,7 @@ class StepByStep(Method):
                 fix="Choose a number from 0 to 1; 0.5 is the paper's.",
             )
         self.tokenizer, self.family = tokenizer, family
-        self.weights = {"label": alpha, "rationale": 1 - alpha}
+        self.loss_weights = {"label": alpha, "rationale": 1 - alpha}
 
     def _ids(self, text: str, end: bool) -> list[int]:
         return (
@@ -76,36 +82,31 @@ class StepByStep(Method):
             for term, s, t in row.pairs
         ]
 
-    def size(self, item: list) -> int:
+    def num_tokens(self, item: list) -> int:
         return sum(len(s) + len(t) for _, s, t in item)
 
-    def longest(self, item: list) -> int:
+    def longest_row(self, item: list) -> int:
         return max(len(s) + len(t) for _, s, t in item)
 
-    def collate(self, items: list) -> dict[str, Tensor]:
+    def collate(self, items: list) -> Batch:
         pairs = sorted(
             (p for item in items for p in item), key=lambda p: p[0]
         )  # all label rows, then all rationale rows
         rows, pad = [(s, t) for _, s, t in pairs], self.tokenizer.pad_token_id
-        batch = (
-            causal_batch(rows, pad)
-            if self.family == "causal"
-            else seq2seq_batch(rows, pad, start_id=pad)
-        )
-        return batch | {
-            "labels_end": torch.tensor(sum(len(t) for term, _, t in pairs if term == "label"))
-        }
+        make = causal_batch if self.family == "causal" else seq2seq_batch
+        batch = make(rows, pad)
+        label_tokens = sum(len(completion) for term, _, completion in pairs if term == "label")
+        batch.columns["label_tokens"] = torch.tensor(label_tokens)
+        return batch
 
-    def counts(self, batch: dict[str, Tensor]) -> dict[str, int]:
-        end = int(batch["labels_end"])
-        return {"label": end, "rationale": len(batch["target_ids"]) - end}
+    def token_counts(self, batch: Batch) -> dict[str, int]:
+        label = int(batch.columns["label_tokens"])
+        return {"label": label, "rationale": len(target_positions(batch).ids) - label}
 
-    def sums(self, model, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        nll, end = (
-            target_nll(model, {k: v for k, v in batch.items() if k != "labels_end"}),
-            int(batch["labels_end"]),
-        )
-        return {"label": nll[:end].sum(), "rationale": nll[end:].sum()}
+    def loss_sums(self, model, batch: Batch) -> dict[str, Tensor]:
+        nll = target_nll(model, batch)
+        label = int(batch.columns["label_tokens"])
+        return {"label": nll[:label].sum(), "rationale": nll[label:].sum()}
 
 # %% ../../nbs/3_reasons/02_step_by_step.ipynb #50e30d8d
 @torch.inference_mode()

@@ -195,7 +195,7 @@ def fingerprint(loop: Loop) -> str:
     effective = loop.cfg.batch_size * loop.cfg.accumulate * loop.accelerator.num_processes
     shapes = {name: list(p.shape) for name, p in trainable(loop.objective).items()}
     return stable_hash(
-        [settings, effective, loop.ids, loop.sizes, dict(loop.method.weights), shapes]
+        [settings, effective, loop.ids, loop.sizes, dict(loop.method.loss_weights), shapes]
     )
 
 # %% ../../nbs/7_engine_room/16_checkpoint.ipynb #cafdd951

@@ -37,14 +37,14 @@ from .state import Callback, Loop, lr_factor, TrainConfig
 # %% ../../nbs/7_engine_room/17_loop.ipynb #b566ba82
 def _total_counts(loop: Loop, batches: list[dict], rows: list[int]) -> dict[str, int]:
     "Target tokens per term in the whole effective batch. Raises UserError if a weighted term has none."
-    counts = [loop.method.counts(b) for b in batches]
+    counts = [loop.method.token_counts(b) for b in batches]
     total = {k: sum(c[k] for c in counts) for k in counts[0]}
     if loop.accelerator.num_processes > 1:
         shared = loop.accelerator.reduce(
             torch.tensor([*total.values()], device=loop.accelerator.device), "sum"
         )
         total = dict(zip(total, shared.tolist()))
-    weights, optional = loop.method.weights, loop.method.optional
+    weights, optional = loop.method.loss_weights, loop.method.optional_terms
     learned = any(n and weights[term] for term, n in total.items())
     for term, n in total.items():
         if n == 0 and weights[term] and not (learned and term in optional):
@@ -57,7 +57,7 @@ def _total_counts(loop: Loop, batches: list[dict], rows: list[int]) -> dict[str,
 
 # %% ../../nbs/7_engine_room/17_loop.ipynb #d5fa27a3
 def _names(loop: Loop, rows: list[int]) -> str:
-    names = list(dict.fromkeys(loop.method.named(loop.ids[i], loop.items[i]) for i in rows))
+    names = list(dict.fromkeys(loop.method.name_of(loop.ids[i], loop.items[i]) for i in rows))
     return (
         f"examples {', '.join(names[:8])}{f' and {len(names) - 8} more' if len(names) > 8 else ''}"
     )
@@ -65,13 +65,11 @@ def _names(loop: Loop, rows: list[int]) -> str:
 # %% ../../nbs/7_engine_room/17_loop.ipynb #5ece49fa
 def _forward_backward(loop: Loop, batches: list[dict], n: dict[str, int]) -> dict[str, Tensor]:
     "Gradients of the total loss; returns this process's part of each term's mean, detached."
-    accelerator, weights, means = loop.accelerator, loop.method.weights, {}
+    accelerator, weights, means = loop.accelerator, loop.method.loss_weights, {}
     for i, batch in enumerate(batches):
         last = i == len(batches) - 1
         with nullcontext() if last else accelerator.no_sync(loop.module):
-            sums = loop.module(
-                {k: v.to(accelerator.device, non_blocking=True) for k, v in batch.items()}
-            )
+            sums = loop.module(batch.to(accelerator.device, non_blocking=True))
             parts = {k: s / n[k] for k, s in sums.items() if n[k]}
             loss = sum(weights[k] * part for k, part in parts.items())
             accelerator.backward(
@@ -108,9 +106,7 @@ def _culprits(loop: Loop, rows: list[int]) -> list[int]:
     with torch.no_grad():
         batches = {i: loop.method.collate([loop.items[i]]) for i in rows}
         sums = {
-            i: loop.method.sums(
-                loop.model, {k: v.to(loop.accelerator.device) for k, v in b.items()}
-            )
+            i: loop.method.loss_sums(loop.model, b.to(loop.accelerator.device))
             for i, b in batches.items()
         }
     bad = [i for i in rows if not all(torch.isfinite(s) for s in sums[i].values())]
@@ -179,7 +175,7 @@ def _log(loop: Loop, means: dict[str, Tensor], norm: Tensor) -> None:
     if loop.accelerator.num_processes > 1:
         values = loop.accelerator.reduce(values, "sum")
     terms = dict(zip(names, values.tolist()))
-    loss = sum(loop.method.weights[k] * v for k, v in terms.items())
+    loss = sum(loop.method.loss_weights[k] * v for k, v in terms.items())
     size = float(norm)  # None below: a step that fp16's scaler skipped
     _record(
         loop,

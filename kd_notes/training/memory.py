@@ -13,22 +13,20 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from .batches import causal_batch, seq2seq_batch, target_logits
+from .batches import Batch, causal_batch, seq2seq_batch, target_logits
 from .setup import add_lora
 from .state import TrainConfig
 
 # %% ../../nbs/7_engine_room/14_memory.ipynb #2c266541
-def _uniform_batch(config, rows: int, length: int, targets: int) -> dict[str, Tensor]:
+def _uniform_batch(config, rows: int, length: int, targets: int) -> Batch:
     "A batch of equal rows in the form of a `causal_batch` or `seq2seq_batch`."
     pairs = [
         ([4] * (length if config.is_encoder_decoder else length - targets), [4] * targets)
     ] * rows
-    return (
-        seq2seq_batch(pairs, 0, start_id=0) if config.is_encoder_decoder else causal_batch(pairs, 0)
-    )
+    return seq2seq_batch(pairs, 0) if config.is_encoder_decoder else causal_batch(pairs, 0)
 
 # %% ../../nbs/7_engine_room/14_memory.ipynb #cac4710b
-def saved_bytes(model, batch: dict[str, Tensor], precision: str = "no") -> int:
+def saved_bytes(model, batch: Batch, precision: str = "no") -> int:
     "Bytes that the forward pass up to the target logits keeps for the backward pass; parameters are not counted."
     own, kept = {p.untyped_storage()._cdata for p in model.parameters()}, {}
 
@@ -71,9 +69,7 @@ def memory_estimate(
     fake = FakeTensorMode()
     model = _weightless(config, fake)
     with fake:
-        activations = saved_bytes(
-            model, {k: fake.from_tensor(v) for k, v in real.items()}, cfg.precision
-        )
+        activations = saved_bytes(model, real.map(fake.from_tensor), cfg.precision)
     if cfg.gradient_checkpointing:
         layers = config.num_hidden_layers
         activations = (

@@ -14,10 +14,12 @@ from torch import Tensor
 
 from ..losses.fused import fused_cross_entropy
 from kd_notes.training.batches import (
+    Batch,
     causal_batch,
     plain_logits,
     seq2seq_batch,
     target_nll,
+    target_positions,
     target_states,
     unwrapped,
 )
@@ -26,43 +28,46 @@ from kd_notes.training.batches import (
 class Method(ABC):
     "What a batch is and what the loss is. Subclass it; the loop knows nothing else about a method."
 
-    weights: dict[str, float] = {"loss": 1.0}  # weight of each term
-    optional: frozenset[str] = (
-        frozenset()
-    )  # terms that a batch may lack; without this, one that is lacking is an error
+    # the total loss is the sum over terms of weight * sum / count
+    loss_weights: dict[str, float] = {"loss": 1.0}
+    # terms that a batch may lack; a batch that lacks another one is an error
+    optional_terms: frozenset[str] = frozenset()
 
     def encode(self, example: Any) -> Any:
-        "An example as ids, computed once before the first step; `collate` gets what this returns."
+        "Turn an example into ids. The loop calls this once, before the first step."
         return example
 
-    def size(self, item: Any) -> int:
-        "Number of tokens of an encoded item, all its id lists together; used to form batches of similar length and to count tokens."
+    def num_tokens(self, item: Any) -> int:
+        """Count the tokens of an encoded item, all its lists of ids together.
+
+        The loop forms batches of similar length by it, and counts the tokens that were seen.
+        """
         parts = item.values() if isinstance(item, dict) else item
-        return sum(len(p) for p in parts if isinstance(p, (list, tuple)))
+        return sum(len(part) for part in parts if isinstance(part, (list, tuple)))
 
-    def longest(self, item: Any) -> int:
-        "Tokens of the longest row that the model will read for this item; compared with `max_length`."
-        return self.size(item)
+    def longest_row(self, item: Any) -> int:
+        "Tokens of the longest row that the model reads for this item; `max_length` limits it."
+        return self.num_tokens(item)
 
-    def named(self, id: str, item: Any) -> str:
-        "What a message calls an example: its id, unless the method trains on something that it drew for it."
+    def name_of(self, id: str, item: Any) -> str:
+        "Name an example in messages: its id, or the id of what was drawn for it."
         return id
 
-    def place(self, device: torch.device) -> None:
-        "Called once before the first step: move what the method owns (a teacher) to the device."
+    def to(self, device: torch.device) -> None:
+        "Move what the method owns, such as a teacher, to the device of the student."
         return None
 
     @abstractmethod
-    def collate(self, items: list) -> dict[str, Tensor]:
-        "Encoded items as a batch of tensors on the CPU."
+    def collate(self, items: list) -> Batch:
+        "Make a batch of encoded items, on the CPU."
 
     @abstractmethod
-    def counts(self, batch: dict[str, Tensor]) -> dict[str, int]:
-        "{term: number of target tokens} of a batch (Python integers: no wait for a GPU)."
+    def token_counts(self, batch: Batch) -> dict[str, int]:
+        "{term: number of its target tokens} in a batch, as Python integers."
 
     @abstractmethod
-    def sums(self, model, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        "{term: scalar float32 tensor}, the sum of the term over the target tokens of the batch."
+    def loss_sums(self, model, batch: Batch) -> dict[str, Tensor]:
+        "{term: its sum over the target tokens of the batch}, scalars in float32."
 
 # %% ../../nbs/7_engine_room/12_method.ipynb #61d17b07
 def field_of(example: Any, name: str) -> Any:
@@ -71,7 +76,7 @@ def field_of(example: Any, name: str) -> Any:
 
 # %% ../../nbs/7_engine_room/12_method.ipynb #cbda86b7
 class SFT(Method):
-    "Cross-entropy of the target text given the source text."
+    "Cross-entropy of the completion, given the prompt."
 
     fused = False
 
@@ -79,46 +84,41 @@ class SFT(Method):
         self,
         tokenizer,
         family: str = "causal",  # "causal" or "t5"
-        source: Callable[[Any], str] = lambda e: field_of(e, "input"),  # text that is read
-        target: Callable[[Any], str] = lambda e: field_of(e, "label"),  # text that is learned
-        fused: bool = False,
-    ):  # without the logits of the batch: memory flat in V
-        self.tokenizer, self.family, self.source, self.target, self.fused = (
-            tokenizer,
-            family,
-            source,
-            target,
-            fused,
-        )
+        prompt: Callable[[Any], str] = lambda e: field_of(e, "input"),  # text that is read
+        completion: Callable[[Any], str] = lambda e: field_of(e, "label"),  # text that is learned
+        fused: bool = False,  # without the logits of the batch: memory flat in V
+    ):
+        self.tokenizer = tokenizer
+        self.family = family
+        self.prompt = prompt
+        self.completion = completion
+        self.fused = fused
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False)
 
     def encode(self, example: Any) -> dict[str, list[int]]:
-        eos = [self.tokenizer.eos_token_id]
-        source, target = (
-            self.tokenizer.encode(text, add_special_tokens=False)
-            for text in (self.source(example), self.target(example))
-        )
-        return {"source": source + eos if self.family == "t5" else source, "target": target + eos}
+        end = [self.tokenizer.eos_token_id]
+        prompt = self._ids(self.prompt(example))
+        completion = self._ids(self.completion(example)) + end
+        if self.family == "t5":
+            prompt = prompt + end
+        return {"prompt": prompt, "completion": completion}
 
-    def collate(self, items: list[dict]) -> dict[str, Tensor]:
-        rows, pad = [(i["source"], i["target"]) for i in items], self.tokenizer.pad_token_id
-        return (
-            causal_batch(rows, pad)
-            if self.family == "causal"
-            else seq2seq_batch(rows, pad, start_id=pad)
-        )
+    def collate(self, items: list[dict]) -> Batch:
+        rows = [(item["prompt"], item["completion"]) for item in items]
+        make = causal_batch if self.family == "causal" else seq2seq_batch
+        return make(rows, self.tokenizer.pad_token_id)
 
-    def counts(self, batch: dict[str, Tensor]) -> dict[str, int]:
-        return {"loss": len(batch["target_ids"])}
+    def token_counts(self, batch: Batch) -> dict[str, int]:
+        return {"loss": len(target_positions(batch).ids)}
 
-    def sums(self, model, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def loss_sums(self, model, batch: Batch) -> dict[str, Tensor]:
         head = unwrapped(model).get_output_embeddings()
-        if (
-            self.fused and plain_logits(model) and type(head) is torch.nn.Linear
-        ):  # no adapter on the head
+        # an adapter on the head makes it another class than Linear
+        if self.fused and plain_logits(model) and type(head) is torch.nn.Linear:
             states = target_states(model, batch)
-            return {
-                "loss": fused_cross_entropy(
-                    states, head.weight, batch["target_ids"], bias=head.bias, denominator=1
-                )
-            }
+            ids = target_positions(batch).ids
+            loss = fused_cross_entropy(states, head.weight, ids, bias=head.bias, denominator=1)
+            return {"loss": loss}
         return {"loss": target_nll(model, batch).sum()}

@@ -15,20 +15,21 @@ import torch
 from torch import Tensor
 
 from ..core import seed_everything, UserError
+from .batches import Batch
 from .checkpoint import trainable
 from .method import Method
 from .state import Callback, Loop, TrainConfig
 
 # %% ../../nbs/7_engine_room/15_setup.ipynb #9718c0ad
 class Objective(torch.nn.Module):
-    "Model and method as one module: forward(batch) -> {term: sum}."
+    "Model and method as one module: forward(batch) returns {term: sum}."
 
     def __init__(self, model: torch.nn.Module, method: Method):
         super().__init__()
         self.model, self.method = model, method
 
-    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        return self.method.sums(self.model, batch)
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        return self.method.loss_sums(self.model, batch)
 
 # %% ../../nbs/7_engine_room/15_setup.ipynb #c2ce2bee
 def _end_group() -> None:
@@ -142,7 +143,7 @@ def _encoded(loop: Loop, examples: Iterable) -> None:
         name = example.get("id") if isinstance(example, dict) else getattr(example, "id", None)
         item = loop.method.encode(example)
         loop.ids.append(str(name if name is not None else number))
-        length = loop.method.longest(item)
+        length = loop.method.longest_row(item)
         if loop.cfg.max_length and length > loop.cfg.max_length:
             raise UserError(
                 f"the example has {length} tokens, the limit is {loop.cfg.max_length}",
@@ -150,7 +151,7 @@ def _encoded(loop: Loop, examples: Iterable) -> None:
                 fix="Shorten it, leave it out, or raise max_length if the model's context allows.",
             )
         loop.items.append(item)
-        loop.sizes.append(loop.method.size(item))
+        loop.sizes.append(loop.method.num_tokens(item))
     if not loop.items:
         raise UserError(
             "there are no training examples",
@@ -187,7 +188,7 @@ def _set_up(
         if cfg.lora is not None:
             model.enable_input_require_grads()
     loop.objective = Objective(model, method).to(accelerator.device)
-    method.place(accelerator.device)
+    method.to(accelerator.device)
     if cfg.compile:
         loop.objective.compile(
             dynamic=True, backend="inductor" if cfg.compile is True else cfg.compile

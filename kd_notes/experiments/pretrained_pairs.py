@@ -290,9 +290,7 @@ class PairTeachers(_Phase):
 
     def train(self, run: dict, folder: Path) -> dict:
         model, tokenizer = open_teacher(run, trainable=True)
-        return sft_phase(
-            model, tokenizer, run, run["teacher_steps"], run["teacher_lr"], 0, folder
-        )
+        return sft_phase(model, tokenizer, run, run["teacher_steps"], run["teacher_lr"], 0, folder)
 
 
 def pair_teacher(run: dict) -> tuple[Any, Any]:

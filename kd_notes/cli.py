@@ -130,8 +130,15 @@ def list_command(profile: ProfileName = "cpu", root: Root = None) -> None:
 def reproduce_command(
     names: Names = None,
     profile: ProfileName = "cpu",
-    jobs: Annotated[int, typer.Option("--jobs", "-j", help="Trainings side by side.")] = 1,
-    force: Annotated[bool, typer.Option("--force", help="Run what is unchanged, too.")] = False,
+    jobs: Annotated[
+        int, typer.Option("--jobs", "-j", help="Students trained at the same time.")
+    ] = 1,
+    source: Annotated[
+        str, typer.Option("--source", help="Students may be: train (or cached), cache, record.")
+    ] = "train",
+    force: Annotated[
+        bool, typer.Option("--force", help="Run what is unchanged, and train again what is cached.")
+    ] = False,
     everything: Annotated[
         bool, typer.Option("--all", help="All results notebooks, not the headline only.")
     ] = False,
@@ -147,6 +154,7 @@ def reproduce_command(
             names or (),
             profile,
             jobs=jobs,
+            source=source,
             force=force,
             everything=everything,
             sets=sets or (),

@@ -25,6 +25,7 @@ from typing import Any, Iterable, Iterator, Mapping, Sequence
 
 from ..core import read_json, sha256_file, stable_hash, UserError, write_json
 from ..progress import human_seconds, progress_mode
+from .grid import _check_options
 from kd_notes.runner.notebooks import (
     Book,
     check_artefacts,
@@ -299,7 +300,7 @@ class Plan:
     name: str
     folder: Path
     params: dict
-    sent: dict  # params, run_dir and jobs where the notebook has it
+    sent: dict  # params, run_dir, and jobs, source and force where the notebook has them
     names: tuple  # of the notebook's parameters
     key: str
     cells: int
@@ -307,10 +308,12 @@ class Plan:
     fresh: bool  # a finished run with this key is there
 
 # %% ../../nbs/7_engine_room/23_execute.ipynb #0ab0452d
-def run_fresh(folder: Path, key: str) -> bool:
-    "Is there a finished run with this key, with all its files unchanged?"
+def run_fresh(folder: Path, key: str, source: str = "record") -> bool:
+    "Is there a finished run with this key, with all its files unchanged, from a source that is allowed?"
     manifest = read_manifest(folder)
     if manifest is None or manifest["status"] != "done" or manifest["key"] != key:
+        return False
+    if source != "record" and (manifest.get("source") or {}).get("replayed"):
         return False
     return all(
         (folder / name).is_file() and sha256_file(folder / name) == digest
@@ -319,7 +322,13 @@ def run_fresh(folder: Path, key: str) -> bool:
 
 # %% ../../nbs/7_engine_room/23_execute.ipynb #023b3e85
 def make_plan(
-    book: Book, profile: Profile, name: str, sets: Mapping[str, Any], jobs: int = 1
+    book: Book,
+    profile: Profile,
+    name: str,
+    sets: Mapping[str, Any],
+    jobs: int = 1,
+    source: str = "train",  # where students may come from: train, cache or record
+    force: bool = False,  # train again what the cache holds
 ) -> Plan:
     "What running this notebook means. Settings beside the profile go to a folder of their own, so that records never see them."
     path = book.results / f"{name}.ipynb"
@@ -333,7 +342,9 @@ def make_plan(
         if not sets
         else book.runs / "custom" / f"{name}-{profile.name}-{stable_hash(params)[:8]}"
     )
-    sent = params | {"run_dir": str(folder.resolve())} | ({"jobs": jobs} if "jobs" in known else {})
+    reserved = {"jobs": jobs, "source": source, "force": force}
+    sent = params | {"run_dir": str(folder.resolve())}
+    sent |= {option: value for option, value in reserved.items() if option in known}
     key = notebook_key(book, nb, params)
     return Plan(
         name,
@@ -344,7 +355,7 @@ def make_plan(
         key,
         len(nb["cells"]) + 1,
         profile.seconds.get(name),
-        run_fresh(folder, key),
+        run_fresh(folder, key, source),
     )
 
 # %% ../../nbs/7_engine_room/23_execute.ipynb #f461a286
@@ -373,6 +384,8 @@ def _collect(plan: Plan, run: Run, result: dict) -> None:
         plan.folder, {k: v for k, v in plan.sent.items() if k != "run_dir"}
     )
     check_artefacts(plan.folder)
+    sources = plan.folder / "sources.json"  # see runner.grid.Ledger
+    run.manifest["source"] = read_json(sources) if sources.is_file() else None
     run.finish(read_json(plan.folder / "metrics.json"))
     run.manifest |= {
         "outputs": check_artefacts(plan.folder),
@@ -443,6 +456,8 @@ def plan_all(
     everything: bool,
     sets: Sequence[str],
     jobs: int,
+    source: str = "train",
+    force: bool = False,
 ) -> list[Plan]:
     "Plans for the named notebooks, or the headline, or all. Raises UserError before anything has run."
     names = known_names(book, names) or (
@@ -456,7 +471,7 @@ def plan_all(
         )
     known = {n: notebook_parameters(read_notebook(book.results / f"{n}.ipynb"), n) for n in names}
     given = parse_sets(sets, known)
-    return [make_plan(book, profile, n, given[n], jobs) for n in names]
+    return [make_plan(book, profile, n, given[n], jobs, source, force) for n in names]
 
 # %% ../../nbs/7_engine_room/23_execute.ipynb #9f8c5a68
 def _report(outcome: Outcome, book: Book) -> None:
@@ -478,18 +493,18 @@ def reproduce(
     names: Sequence[str] = (),  # results notebooks; none: the profile's headline
     profile: str = "cpu",
     *,
-    jobs: int = 1,  # trainings side by side, for notebooks with a parameter `jobs`
-    force: bool = False,  # run what is unchanged, too
+    jobs: int = 1,  # students trained at the same time, for notebooks with a parameter `jobs`
+    source: str = "train",  # where students may come from: train, cache or record
+    force: bool = False,  # run what is unchanged, too, and train again what the cache holds
     everything: bool = False,  # all results notebooks
     sets: Sequence[str] = (),  # "k=v" or "notebook.k=v"
     book: Book | None = None,
 ) -> list[Outcome]:
     "Run results notebooks and say how each went. Raises UserError for a bad argument, before anything runs."
     book = book or open_book()
-    if jobs < 1:
-        raise UserError(f"{jobs} is too few", where="--jobs", fix="Give 1 or more.")
+    _check_options(jobs, 1, source, force)
     chosen = load_profile(book, profile)
-    plans = plan_all(book, chosen, names, everything, sets, jobs)
+    plans = plan_all(book, chosen, names, everything, sets, jobs, source, force)
     _announce(plans, chosen, force)
     made = []
     for plan in plans:

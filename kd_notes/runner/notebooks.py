@@ -135,7 +135,8 @@ class Parameter:
     help: str = ""
 
 
-RESERVED = ("run_dir", "jobs")  # set by the runner; they decide no number
+# Set by the runner; they decide no number
+RESERVED = ("run_dir", "jobs", "source", "force")
 
 # %% ../../nbs/7_engine_room/22_notebooks.ipynb #2832c7b1
 def _parameter(statement: ast.stmt, lines: Sequence[str], where: str) -> Parameter:

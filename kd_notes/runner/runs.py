@@ -25,7 +25,6 @@ from kd_notes.core import (
     read_json,
     read_jsonl,
     rng,
-    stable_hash,
     to_jsonable,
     UserError,
     write_json,

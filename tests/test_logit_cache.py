@@ -850,7 +850,7 @@ def test_a_teacher_that_overflows_is_named(tmp_path):
 class LiveKD(EncodedRows):
     "Word-level KD beside a live teacher: what CachedKD with k = V must be equal to."
 
-    weights = {"kd": 1.0}
+    loss_weights = {"kd": 1.0}
 
     def __init__(self, teacher, name="forward_kl", temperature=1.0):
         super().__init__(Ids())

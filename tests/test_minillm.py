@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 import kd_notes.methods.gkd as gkd_module
 import kd_notes.experiments.instruction_world as instruction_world_module
 import kd_notes.methods.minillm as minillm_module
-import kd_notes.methods.on_policy as on_policy_module
 import kd_notes.experiments.phases as phases_module
 from kd_notes.core import read_jsonl, UserError
 from kd_notes.losses.divergences import DIVERGENCES, forward_kl, jsd, token_divergence
@@ -27,15 +26,8 @@ from kd_notes.losses.families import skew_kl, skew_reverse_kl
 from kd_notes.data.answers import unpack_numbers
 from kd_notes.generation.sampling import log_mixture, sample, sample_mixed, Sampling
 from kd_notes.methods.dpkd import DPKD, DPKDConfig
-from kd_notes.methods.gkd import (
-    Distill,
-    DistillConfig,
-    Part,
-    raise_share,
-    RECIPES,
-    set_skew,
-    skew_values,
-)
+from kd_notes.methods.gkd import GKD, GKDConfig, Part, RECIPES, set_skew, skew_values
+from kd_notes.methods.health import repeated_ngrams
 from kd_notes.methods.minillm import (
     all_responses,
     exact_kl,
@@ -49,19 +41,17 @@ from kd_notes.methods.minillm import (
     token_rewards,
     whitened,
 )
-from kd_notes.methods.on_policy import (
+from kd_notes.methods.on_policy import minibatch_config, OnPolicy
+from kd_notes.methods.registry import METHODS, onpolicy_method
+from kd_notes.methods.rollouts import (
     check_drawn,
-    onpolicy_config,
-    OnPolicyConfig,
-    repeated_ngrams,
-    response,
+    Response,
     response_batch,
+    RolloutRow,
     shuffled_pick,
     SOURCES,
     token_logprobs,
-    train_on_policy,
 )
-from kd_notes.methods.registry import METHODS, onpolicy_method
 from kd_notes.runner.runs import read_manifest, run_folder, run_status
 from kd_notes.training.batches import (
     causal_batch,
@@ -70,6 +60,7 @@ from kd_notes.training.batches import (
     target_positions,
 )
 from kd_notes.training.checkpoint import last_checkpoint
+from kd_notes.training.loop import train
 from kd_notes.training.state import Callback, TrainConfig
 from kd_notes.data.world import answer_tokens, load_world, load_world_tokenizer, log_likelihood
 
@@ -156,14 +147,18 @@ def bigram(table):
 ROWS = [{"id": f"p{i}", "prompt": [1, 1 + i % 2], "response": [1 + i % 2, 1, 0]} for i in range(6)]
 
 
-def method_of(cfg, teacher, kind=MiniLLM, rows=ROWS, **more):
-    return kind(Ids(), teacher, rows, cfg, **more)
+def method_of(cfg, teacher, kind=MiniLLM, **more):
+    return kind(Ids(), teacher, cfg, **more)
 
 
-def in_buffer(method, responses):
-    "Put responses into the buffer, one per slot, without a training."
-    method.buffer.responses = {i: [r] for i, r in enumerate(responses)}
-    return method
+def rows_of(responses, texts=None):
+    "Responses as the loop's examples, one per row."
+    return [RolloutRow([r], texts and texts[i % len(texts)]) for i, r in enumerate(responses)]
+
+
+def in_use(method):
+    "All responses of the rollout that a method uses."
+    return [r for row in method.rollouts.responses for r in row]
 
 
 # ---------------------------------------------------------------- expectations by enumeration
@@ -181,7 +176,7 @@ def drawn(cfg, every=EVERY, student=STUDENT, teacher=TEACHER):
         q, p = logs_of(student, tokens).detach(), logs_of(teacher, tokens).detach()
         mix = (cfg.alpha * p.exp() + (1 - cfg.alpha) * q.exp()).log() if cfg.alpha else q
         out.append(
-            response("p0", PROMPT, tokens, "mixed", log_student=q, log_teacher=p, log_mix=mix)
+            Response("p0", PROMPT, tokens, "mixed", log_student=q, log_teacher=p, log_mix=mix)
         )
     chance = torch.tensor([math.exp(sum(r.log_mix)) for r in out], dtype=torch.float64)
     assert abs(chance.sum() - 1) < 1e-9
@@ -190,14 +185,12 @@ def drawn(cfg, every=EVERY, student=STUDENT, teacher=TEACHER):
 
 def expected(preset="exact", every=EVERY, exact_of=None, **changes):
     "Expected gradient of the method's own `sums`, over all responses."
-    cfg = MiniLLMConfig.preset(
-        preset, **({"pt_weight": 0.0, "rollouts": len(every), "minibatch": 1} | changes)
-    )
+    cfg = MiniLLMConfig.preset(preset, **({"pt_weight": 0.0, "rollouts": len(every)} | changes))
     responses, chance = drawn(cfg, every)
     set_advantages(responses, cfg)
-    method, total = in_buffer(method_of(cfg, TEACHER), responses), 0
-    for slot, weight in enumerate(chance):
-        batch = method.collate([slot])
+    method, total = method_of(cfg, TEACHER), 0
+    for row, weight in zip(rows_of(responses), chance):
+        batch = method.collate([row])
         counts, sums = method.token_counts(batch), method.loss_sums(STUDENT, batch)
         loss = sum(
             method.loss_weights[k] * sums[k] / counts[k] for k in sums if method.loss_weights[k]
@@ -282,7 +275,7 @@ def test_on_policy_distillation_is_the_single_step_part_and_not_the_sequence_gra
 def test_trls_trainer_counts_the_single_step_part_twice():
     trl, opd = expected("trl", average="sum", clip=0.0), expected("on_policy", average="sum")
     assert far(trl, 2 * opd) < 1e-10
-    three = response(
+    three = Response(
         "a",
         [1],
         [1, 2, 1],
@@ -291,7 +284,7 @@ def test_trls_trainer_counts_the_single_step_part_twice():
         log_teacher=[-2.0, -3.0, -4.0],
         log_mix=[-1.0] * 3,
     )
-    minillm_module.set_advantages([three], MiniLLMConfig.preset("trl"), "")
+    minillm_module.set_advantages([three], MiniLLMConfig.preset("trl"))
     assert list(three.advantage) == pytest.approx(
         [-1, -2, -3]
     )  # the rewards themselves, not divided by what is left
@@ -329,23 +322,19 @@ def largest_error(preset, n=4000, **changes):
         "pt_weight": 0.0,
         "inner_epochs": 1,
         "rollouts": n,
-        "minibatch": n,
         "max_new_tokens": STEPS,
         "sample_batch": n,
-        "seed": 1,
     }
-    method = method_of(
-        MiniLLMConfig.preset(preset, **(given | changes)),
-        TEACHER,
-        rows=[{"id": "p0", "prompt": PROMPT}],
+    method = method_of(MiniLLMConfig.preset(preset, **(given | changes)), TEACHER)
+    rows = [{"id": "p0", "prompt": PROMPT}]
+    result, _ = go(
+        method=method, rows=rows, student=toy(0), steps=1, lr=1e-12, minibatch=n, cfg={"seed": 1}
     )
-    result, _ = go(method=method, student=toy(0), steps=1, lr=1e-12)
-    method.buffer.loop = None  # from here on nothing is drawn anew
-    slots = {tuple(r.tokens): slot for slot, [r] in method.buffer.responses.items()}
-    often = Counter(tuple(r.tokens) for [r] in method.buffer.responses.values())
+    slots = {tuple(r.tokens): r for r in in_use(method)}
+    often = Counter(tuple(r.tokens) for r in in_use(method))
     gradients = []
-    for slot in slots.values():
-        batch = method.collate([slot])
+    for r in slots.values():
+        batch = method.collate(rows_of([r]))
         counts, sums = method.token_counts(batch), method.loss_sums(STUDENT, batch)
         gradients.append(
             vector(
@@ -430,7 +419,7 @@ def test_a_training_draws_from_the_student_alone_or_the_teacher_alone():
     for alpha, source in ((0.0, "student"), (1.0, "mixed")):
         result, method = go(steps=1, alpha=alpha, minibatch=16, inner_epochs=1)
         responses, first = (
-            [r for rows in method.buffer.responses.values() for r in rows],
+            in_use(method),
             result.history[0],
         )
         assert {r.source for r in responses} == {source} and first[
@@ -529,7 +518,7 @@ def test_reference_advantages(changes, expected):
         "log_teacher": FIXTURE_P,
         "log_mix": [0.262707, 0.411420, 0.238232],
     }
-    row = response(
+    row = Response(
         "a",
         [1],
         [0, 1, 2],
@@ -588,7 +577,7 @@ def test_the_codes_whitening_depends_on_the_padding_and_ours_does_not():
     def advantages(whiten, longer):
         cfg = MiniLLMConfig(whiten=whiten, length_norm=False)
         rows = [
-            response(
+            Response(
                 str(i),
                 PROMPT,
                 [1] * n,
@@ -615,12 +604,12 @@ def test_the_codes_whitening_depends_on_the_padding_and_ours_does_not():
 
 def test_equal_models_have_no_reward_and_no_gradient():
     for whiten in ("none", "responses", "padded"):
-        cfg = MiniLLMConfig(whiten=whiten, pt_weight=0.0, rollouts=15, minibatch=15)
+        cfg = MiniLLMConfig(whiten=whiten, pt_weight=0.0, rollouts=15)
         responses, _ = drawn(cfg, teacher=STUDENT)
         set_advantages(responses, cfg)
         assert all(abs(x) < 1e-9 for r in responses for x in r.advantage)
-        method = in_buffer(method_of(cfg, toy(0)), responses)
-        batch = method.collate(list(range(15)))
+        method = method_of(cfg, toy(0))
+        batch = method.collate(rows_of(responses))
         sums = method.loss_sums(STUDENT, batch)
         assert (
             abs(sums["kl"]) < 1e-12
@@ -686,16 +675,15 @@ def some_responses(cfg):
 
 @pytest.mark.parametrize("average", ["tokens", "responses", "sum"])
 def test_neighbours_padding_and_accumulation_change_nothing(average):
-    cfg = MiniLLMConfig(average=average, pt_weight=1.0, pt_kd_ratio=0.5, rollouts=15, minibatch=15)
+    cfg = MiniLLMConfig(average=average, pt_weight=1.0, pt_kd_ratio=0.5, rollouts=15)
     corpus = [[1, 2, 1], [2, 2, 1, 1, 2, 2, 1, 0], [1, 1]]
-    method = in_buffer(method_of(cfg, TEACHER, corpus=corpus), some_responses(cfg))
-    method.buffer.loop = type("L", (), {"step": 0})
-    method.buffer.cycle = 0
+    method = method_of(cfg, TEACHER, corpus=corpus)
+    rows = rows_of(some_responses(cfg), corpus)
 
     def total(parts):
         found = {}
         for part in parts:
-            batch = method.collate(part)
+            batch = method.collate([rows[i] for i in part])
             for k, v in method.loss_sums(STUDENT, batch).items():
                 found[k] = found.get(k, 0) + v
             for k, n in method.token_counts(batch).items():
@@ -712,12 +700,12 @@ def test_neighbours_padding_and_accumulation_change_nothing(average):
 
 
 def test_what_lies_under_the_padding_has_no_influence():
-    cfg = MiniLLMConfig(pt_weight=0.0, rollouts=15, minibatch=15)
-    method = in_buffer(method_of(cfg, TEACHER), some_responses(cfg))
-    batch = method.collate(list(range(15)))
+    cfg = MiniLLMConfig(pt_weight=0.0, rollouts=15)
+    method, responses = method_of(cfg, TEACHER), some_responses(cfg)
+    batch = method.collate(rows_of(responses))
     poisoned = batch.map(torch.clone)
     used = torch.zeros_like(batch["input_ids"], dtype=torch.bool)
-    for row, r in enumerate(method.buffer.of(list(range(15)))):
+    for row, r in enumerate(responses):
         used[row, : len(r.prompt) + len(r.tokens)] = True
     poisoned["input_ids"][~used] = 2
     before, after = method.loss_sums(STUDENT, batch), method.loss_sums(STUDENT, poisoned)
@@ -726,8 +714,8 @@ def test_what_lies_under_the_padding_has_no_influence():
 
 def test_prompt_logits_are_no_targets_and_the_end_token_is():
     "Padding is the end token here: the end that was drawn counts, what follows does not."
-    r = response("a", [1, 2, 1], [2, 0], "gold")
-    batch = response_batch([r, response("b", [1], [2, 1, 1, 0], "gold")], pad_id=0)
+    r = Response("a", [1, 2, 1], [2, 0], "gold")
+    batch = response_batch([r, Response("b", [1], [2, 1, 1, 0], "gold")], pad_id=0)
     width = batch["input_ids"].shape[1]
     index, ids = target_positions(batch)
     assert ids.tolist() == [2, 0, 2, 1, 1, 0]
@@ -740,29 +728,21 @@ def test_prompt_logits_are_no_targets_and_the_end_token_is():
 
 def test_off_by_one_a_teacher_that_knows_the_next_token():
     "Cross-entropy to a teacher that is certain of the gold token is the language-modelling loss."
-    cfg = DistillConfig(
-        source="gold", parts=(Part("cross_entropy"), Part("nll")), rollouts=6, minibatch=6
-    )
-    method = in_buffer(
-        method_of(cfg, TEACHER, Distill),
-        [response(r["id"], r["prompt"], r["response"], "gold") for r in ROWS],
-    )
-    batch = method.collate(list(range(6)))
+    cfg = GKDConfig(source="gold", parts=(Part("cross_entropy"), Part("nll")), rollouts=6)
+    method = method_of(cfg, TEACHER, GKD)
+    batch = method.collate(rows_of(GOLD))
     logits = target_logits(STUDENT, batch)
     certain = torch.nn.functional.one_hot(target_positions(batch).ids, 3).double() * 200
-    found = method.objective(logits, certain, batch.columns)
+    found = method.token_losses(logits, certain, batch.columns)
     assert torch.allclose(found["cross_entropy"], found["nll"])
 
 
 def test_language_modelling_term():
     texts = [[1, 2, 1, 0], [2, 2]]
     for ratio in (0.0, 0.5, 1.0):
-        cfg = MiniLLMConfig(pt_weight=1.0, pt_kd_ratio=ratio, rollouts=2, minibatch=2)
-        method = in_buffer(
-            method_of(cfg, TEACHER, corpus=texts), some_responses(MiniLLMConfig())[:2]
-        )
-        method.buffer.loop, method.buffer.cycle = type("L", (), {"step": 0}), 0
-        batch = method.collate([0, 1])
+        cfg = MiniLLMConfig(pt_weight=1.0, pt_kd_ratio=ratio, rollouts=2)
+        method = method_of(cfg, TEACHER, corpus=texts)
+        batch = method.collate(rows_of(some_responses(MiniLLMConfig())[:2], texts))
         rows = causal_batch([(t[:1], t[1:]) for t in texts], 0)
         nll = target_nll(STUDENT, rows).sum()
         taught = token_divergence(
@@ -782,16 +762,14 @@ def test_canaries():
         and repeated_ngrams([1] * 24) == pytest.approx(20 / 21)
         and repeated_ngrams([1, 2, 3]) == 0
     )
-    good = [response("a", [1], [1, 2, 0], "student"), response("b", [1], [0], "student")]
+    good = [Response("a", [1], [1, 2, 0], "student"), Response("b", [1], [0], "student")]
     check_drawn(good)
-    with pytest.raises(UserError, match="step 3, .*a, b.*collapsed to silence"):
-        check_drawn(
-            [response("a", [1], [0], "student"), response("b", [1], [0], "student")], "step 3, "
-        )
+    with pytest.raises(UserError, match="a, b.*collapsed to silence"):
+        check_drawn([Response("a", [1], [0], "student"), Response("b", [1], [0], "student")])
     with pytest.raises(UserError, match="has no token"):
-        check_drawn([response("a", [1], [], "student")])
+        check_drawn([Response("a", [1], [], "student")])
     check_drawn(
-        [response("a", [1], [5], "student", finished=False)]
+        [Response("a", [1], [5], "student", finished=False)]
     )  # cut off by length: a word, not silence
 
 
@@ -804,7 +782,7 @@ def small(seed=5, dtype=torch.float32):
 
 BIG = toy(3, width=16, vocabulary=5, dtype=torch.float32)
 CORPUS = [[1, 2, 3, 4, 1, 2], [3, 3, 1], [4, 2, 4, 2, 4, 2, 4, 2]]
-SMALL = dict(rollouts=16, minibatch=8, max_new_tokens=5, seed=3)
+SMALL = dict(rollouts=16, max_new_tokens=5)
 
 
 def make(name="minillm", teacher=BIG, dtype=None, **changes):
@@ -812,7 +790,6 @@ def make(name="minillm", teacher=BIG, dtype=None, **changes):
         name,
         Ids(),
         teacher if dtype is None else toy(3, 16, 5, dtype),
-        ROWS,
         corpus=CORPUS,
         **(SMALL | changes),
     )
@@ -827,17 +804,17 @@ def go(
     validate=None,
     callbacks=(),
     method=None,
+    rows=ROWS,
+    minibatch=8,
     batch_size=None,
     cfg=None,
     **changes,
 ):
     method = method or make(name, **changes)
-    cfg = onpolicy_config(
-        method.config, steps, lr, batch_size, **({"log_every": 1, "device": "cpu"} | (cfg or {}))
-    )
-    return train_on_policy(
-        student or small(), method, cfg, run_dir=run_dir, validate=validate, callbacks=callbacks
-    ), method
+    cfg = {"log_every": 1, "device": "cpu", "seed": 3} | (cfg or {})
+    cfg = minibatch_config(minibatch, steps, lr, batch_size, **cfg)
+    outputs = {"run_dir": run_dir, "validate": validate, "callbacks": callbacks}
+    return train(student or small(), method, rows, cfg, **outputs), method
 
 
 def terms(result, *names):
@@ -853,8 +830,8 @@ class Record(Callback):
     def on_step(self, loop):
         self.seen.append(
             {
-                slot: [tuple(r.tokens) for r in rows]
-                for slot, rows in self.method.buffer.responses.items()
+                place: [tuple(r.tokens) for r in row]
+                for place, row in enumerate(self.method.rollouts.responses)
             }
         )
 
@@ -862,18 +839,22 @@ class Record(Callback):
 def test_a_cycle_uses_every_response_in_each_inner_epoch_then_draws_anew():
     method = make(inner_epochs=3)
     used, collate = [], method.collate
-    method.collate = lambda items: used.append(sorted(items)) or collate(items)
+    method.collate = lambda items: (
+        used.append([id(row.responses[0]) for row in items]) or collate(items)
+    )
     watch = Record(method)
     go(method=method, steps=14, callbacks=[watch])
-    assert all(
-        sorted(used[i] + used[i + 1]) == list(range(16)) for i in range(0, 14, 2)
-    )  # two mini-batches are an inner epoch
+    for i in range(0, 14, 2):  # two minibatches are an inner epoch
+        assert len(used[i]) == len(used[i + 1]) == 8
+        assert len({*used[i], *used[i + 1]}) == 16
+    for i in (0, 6):  # three inner epochs use one rollout
+        assert {*used[i], *used[i + 1]} == {*used[i + 4], *used[i + 5]}
     assert (
         watch.seen[0] == watch.seen[5]
         and watch.seen[6] == watch.seen[11]
         and watch.seen[0] != watch.seen[6]
     )
-    assert method.buffer.work["mixed"] == sum(
+    assert method.rollouts.drawn["mixed"] == sum(
         len(t)
         for seen in (watch.seen[0], watch.seen[6], watch.seen[12])
         for rows in seen.values()
@@ -887,11 +868,9 @@ def test_prompts_and_texts_go_round_before_they_repeat():
         all(sorted(picks[i : i + 6]) == list(range(6)) for i in (0, 6, 12))
         and picks[:6] != picks[6:12]
     )
-    method = make(rollouts=6, minibatch=6)
-    go(method=method, steps=1)
-    assert sorted(rows[0].id for rows in method.buffer.responses.values()) == sorted(
-        r["id"] for r in ROWS
-    )
+    method = make(rollouts=6)
+    go(method=method, steps=1, minibatch=6)
+    assert sorted(r.id for r in in_use(method)) == sorted(r["id"] for r in ROWS)
 
 
 def test_accumulation_changes_no_number():
@@ -943,13 +922,13 @@ def one_of_two(folder):
         )
         with open(f"{folder}/{name}-{rank}.json", "w") as f:
             json.dump(
-                {slot: [r.tokens for r in rows] for slot, rows in method.buffer.responses.items()},
+                [[r.tokens for r in row] for row in method.rollouts.responses],
                 f,
             )
     method = make("seqkd")
-    draw = on_policy_module._drawn
-    on_policy_module._drawn = lambda *args: (
-        draw(*args)
+    write = method.write
+    method.write = lambda *args: (
+        write(*args)
         if rank == 0
         else (_ for _ in ()).throw(UserError("NaN", where="example x", fix="Mend it."))
     )
@@ -984,9 +963,7 @@ def test_two_processes_that_each_draw_a_half_equal_one_and_an_error_reaches_both
     for name in ("minillm", "gkd"):
         one, method = go(name, steps=6, **doubled())
         drawn_by = [json.loads((tmp_path / f"{name}-{rank}.json").read_text()) for rank in range(2)]
-        mine = {
-            str(slot): [r.tokens for r in rows] for slot, rows in method.buffer.responses.items()
-        }
+        mine = [[r.tokens for r in row] for row in method.rollouts.responses]
         assert (
             drawn_by[0] == drawn_by[1] == mine and len(mine) == SMALL["rollouts"]
         )  # everybody holds all, and the same ones
@@ -997,7 +974,7 @@ def test_two_processes_that_each_draw_a_half_equal_one_and_an_error_reaches_both
         logged = [r["loss"] for r in read_jsonl(tmp_path / name / "metrics.jsonl") if "loss" in r]
         assert logged == pytest.approx([r["loss"] for r in one.history if "loss" in r], rel=1e-8)
     assert [(tmp_path / f"error-{rank}.txt").read_text() for rank in range(2)] == [
-        "example x: NaN. Mend it."
+        "step 1, example x: NaN. Mend it."
     ] * 2
 
 
@@ -1013,6 +990,9 @@ def test_logs_and_free_checks():
         "teacher_share",
         "ratio",
         "finished",
+        "overlap",
+        "teacher_agrees",
+        "teacher_logprob",
     )
     mean = dict(zip(names, torch.tensor(terms(result, *names)).mean(0).tolist()))
     assert (
@@ -1021,10 +1001,9 @@ def test_logs_and_free_checks():
         and mean["kl"] > 0
         and 1 <= mean["length"] <= 5
     )
-    read = sum(
-        len(r.prompt) + len(r.tokens) for rows in method.buffer.responses.values() for r in rows
-    )
-    assert method.buffer.work["read"] > read
+    assert result.tokens > sum(len(r.prompt) + len(r.tokens) for r in in_use(method))
+    assert 0 < mean["overlap"] <= 1 and 0 <= mean["teacher_agrees"] <= 1
+    assert -100 <= mean["teacher_logprob"] < 0
 
 
 # A weak student: all it can learn is one number, which raises the logits of some tokens.
@@ -1050,7 +1029,7 @@ class Watch(Callback):
         self.before = loop.model.transformer.ln_f.bias.item()
 
     def on_step(self, loop):
-        rows = [r for rows in self.method.buffer.responses.values() for r in rows]
+        rows = in_use(self.method)
         p = torch.softmax(self.before * loop.model.lm_head.weight[:, 0], 0)
         grams = [[r.tokens[i : i + 4] for i in range(len(r.tokens) - 3)] for r in rows]
         looped = [sum(g in had[:i] for i, g in enumerate(had)) / max(len(had), 1) for had in grams]
@@ -1067,14 +1046,13 @@ class Watch(Callback):
 
 def watched_run(direction, value, teacher, steps=40, lr=0.1, run_dir=None, cfg=None, **changes):
     "{canary: its logged values}, after they were compared with plain counting."
-    given = dict(
-        teacher=teacher, pt_weight=0.0, rollouts=32, minibatch=32, max_new_tokens=16, inner_epochs=1
-    )
+    given = dict(teacher=teacher, pt_weight=0.0, rollouts=32, max_new_tokens=16, inner_epochs=1)
     method = make(**(given | changes))
     watch = Watch(method)
     result, _ = go(
         method=method,
         student=one_number(direction, value),
+        minibatch=method.config.rollouts,
         steps=steps,
         lr=lr,
         callbacks=[watch],
@@ -1108,10 +1086,10 @@ def test_without_length_norm_and_mixing_a_weak_student_grows_short_in_the_log():
 
 
 def test_a_collapse_is_stopped_with_step_and_examples_and_the_log_shows_how_it_came(tmp_path):
-    hack = dict(alpha=0.0, length_norm=False, rollouts=16, minibatch=16)
+    hack = dict(alpha=0.0, length_norm=False, rollouts=16)
     with pytest.raises(
         UserError,
-        match=r"step \d+, examples p\d.*16 responses are empty.*collapsed to silence.*length_norm",
+        match=r"step \d+, example p\d.*16 responses are empty.*collapsed to silence.*length_norm",
     ) as caught:
         watched_run(
             SHORT,
@@ -1180,7 +1158,7 @@ def test_mini_llm_lowers_the_exact_reverse_kl():
 
 
 def test_another_seed_is_another_training_and_the_same_seed_the_same():
-    a, b, c = (go(steps=4, seed=s)[0] for s in (1, 1, 2))
+    a, b, c = (go(steps=4, cfg={"seed": s})[0] for s in (1, 1, 2))
     assert terms(a, "loss") == terms(b, "loss") != terms(c, "loss")
 
 
@@ -1252,7 +1230,7 @@ def test_kill_9_in_the_middle_of_a_cycle_then_resume_is_bit_identical(tmp_path, 
             for row in r.history
         ]
 
-    assert clean(whole) == clean(resumed) and method.buffer.work == other.buffer.work
+    assert clean(whole) == clean(resumed) and method.rollouts.drawn == other.rollouts.drawn
     assert all(
         torch.equal(a, b)
         for a, b in zip(whole.model.state_dict().values(), resumed.model.state_dict().values())
@@ -1287,15 +1265,15 @@ def test_a_checkpoint_is_not_continued_under_another_teacher(tmp_path, name):
 
 
 def values(method, responses, student=None):
-    batch = in_buffer(method, responses).collate(list(range(len(responses))))
+    batch = method.collate(rows_of(responses))
     return method.loss_sums(student or small(), batch), method.token_counts(batch), batch
 
 
-GOLD = [response(r["id"], r["prompt"], r["response"], "gold") for r in ROWS]
+GOLD = [Response(r["id"], r["prompt"], r["response"], "gold") for r in ROWS]
 
 
 def test_gkd_without_the_students_words_is_supervised_kd():
-    method = make("gkd", share=0.0, parts=(Part("forward_kl"),), rollouts=6, minibatch=6)
+    method = make("gkd", share=0.0, parts=(Part("forward_kl"),), rollouts=6)
     assert {method.sources(s, c) for s in range(6) for c in range(20)} == {("gold",)}
     sums, counts, batch = values(method, GOLD)
     found = sums["forward_kl"] / counts["forward_kl"]
@@ -1316,7 +1294,7 @@ def test_gkds_coin_is_tossed_per_batch_or_per_example():
 
 def test_average_over_responses_is_the_mean_of_means():
     method = make("gkd", average="responses", parts=(Part("forward_kl"),))
-    rows = [response("p0", [1], [2, 0], "gold"), response("p1", [1, 2], [3, 1, 4, 1, 0], "gold")]
+    rows = [Response("p0", [1], [2, 0], "gold"), Response("p1", [1, 2], [3, 1, 4, 1, 0], "gold")]
     sums, counts, batch = values(method, rows)
     each = token_divergence("forward_kl", target_logits(small(), batch), target_logits(BIG, batch))
     torch.testing.assert_close(
@@ -1325,38 +1303,37 @@ def test_average_over_responses_is_the_mean_of_means():
 
 
 def pair(tokens=(2, 3, 0)):
-    return [response("p0", [1, 2], tokens, "teacher"), response("p0", [1, 2], tokens, "student")]
+    return [Response("p0", [1, 2], tokens, "teacher"), Response("p0", [1, 2], tokens, "student")]
 
 
 def in_pairs(method, responses):
-    method.buffer.responses = {i // 2: responses[i : i + 2] for i in range(0, len(responses), 2)}
-    batch = method.collate(list(method.buffer.responses))
+    batch = method.collate([RolloutRow(responses[i : i + 2]) for i in range(0, len(responses), 2)])
     return method.loss_sums(small(), batch), method.token_counts(batch), batch
 
 
 def test_f_distill_and_distillm2_on_identical_responses():
-    method = make("fdistill_js", rollouts=1, minibatch=1)
+    method = make("fdistill_js", rollouts=1)
     sums, counts, batch = in_pairs(method, pair())
     logits = target_logits(small(), batch)[:3], target_logits(BIG, batch)[:3]
-    loss = sum(method.loss_weights[k] * sums[k] / counts[k] for k in method.objective_weights())
+    loss = sum(method.loss_weights[k] * sums[k] / counts[k] for k in method.terms())
     torch.testing.assert_close(loss, jsd(*logits))
-    method = make("distillm2", rollouts=1, minibatch=1)
+    method = make("distillm2", rollouts=1)
     sums, counts, _ = in_pairs(method, pair())
-    loss = sum(method.loss_weights[k] * sums[k] / counts[k] for k in method.objective_weights())
+    loss = sum(method.loss_weights[k] * sums[k] / counts[k] for k in method.terms())
     torch.testing.assert_close(
         loss, skew_kl(*logits, alpha=0.1) + skew_reverse_kl(*logits, alpha=0.1)
     )
-    method = make("fdistill_tvd", rollouts=1, minibatch=1)
+    method = make("fdistill_tvd", rollouts=1)
     sums, counts, _ = in_pairs(method, pair())
-    loss = sum(method.loss_weights[k] * sums[k] / counts[k] for k in method.objective_weights())
+    loss = sum(method.loss_weights[k] * sums[k] / counts[k] for k in method.terms())
     torch.testing.assert_close(loss, token_divergence("total_variation", *logits).mean())
 
 
 def test_a_part_sees_its_own_source_only():
-    method = make("distillm2", rollouts=1, minibatch=1)
+    method = make("distillm2", rollouts=1)
     teacher_row, student_row = (
-        response("p0", [1, 2], [2, 3, 0], "teacher"),
-        response("p0", [1, 2], [4, 4, 4, 4, 0], "student"),
+        Response("p0", [1, 2], [2, 3, 0], "teacher"),
+        Response("p0", [1, 2], [4, 4, 4, 4, 0], "student"),
     )
     sums, counts, batch = in_pairs(method, [teacher_row, student_row])
     logits = target_logits(small(), batch), target_logits(BIG, batch)
@@ -1368,50 +1345,50 @@ def test_a_part_sees_its_own_source_only():
 
 
 def test_distillm2s_own_skew_and_ramp():
-    method = make("distillm2", own_skew=True, ramp=True, rollouts=2, minibatch=2)
+    method = make("distillm2", own_skew=True, ramp=True, rollouts=2)
     rows = pair() + [
-        response("p1", [1], [4, 0], "teacher"),
-        response("p1", [1], [3, 3, 0], "student"),
+        Response("p1", [1], [4, 0], "teacher"),
+        Response("p1", [1], [3, 3, 0], "student"),
     ]
-    method.buffer.student = small()
-    set_skew(method, rows)
-    assert all(0.01 <= r.skew <= 0.1 for r in rows) and set(method.anchor) == {"teacher", "student"}
-    go(method=method, steps=3)
+    set_skew(rows, small(), method)
+    assert all(0.01 <= r.skew <= 0.1 for r in rows)
+    assert set(method.reference_gap) == {"teacher", "student"}
+    go(method=method, steps=3, minibatch=2)
     same = skew_values(torch.zeros(2, 4), torch.zeros(2, 4), torch.tensor([0.1, 0.01]), True)
     assert same.abs().max() < 1e-6
 
 
 def test_distillm_starts_with_gold_and_hands_over_when_validation_worsens():
     method = make("distillm", capacity=20)
-    method.buffer.loop = type("L", (), {"step": 0, "cfg": type("C", (), {"steps": 100})})
+    method.step, method.total_steps = 0, 100
     assert {method.sources(0, c) for c in range(200)} == {("gold",)}
     for loss in (1.0, 1.05, 1.15, 1.2, 1.3):
-        raise_share(method, {"score": -loss, "loss": loss})
+        method.on_validate(None, {"score": -loss, "loss": loss})
     assert method.phi == pytest.approx(0.2)  # at 1.15 and at 1.3: 0.1 above the last rise
     method.phi = 0.6
     assert {method.sources(0, c) for c in range(200)} == {
         ("gold",),
         ("student",),
     }  # an empty buffer is filled first
-    method.replay = [response("p0", [1], [2], "student")] * 20
-    method.buffer.loop.step = 50
+    method.replay = [Response("p0", [1], [2], "student")] * 20
+    method.step = 50
     drawn_from = [method.sources(0, c)[0] for c in range(2000)]
     assert (
         abs(drawn_from.count("student") / 2000 - 0.3) < 0.05
         and abs(drawn_from.count("replay") / 2000 - 0.3) < 0.05
     )
-    method.prepare([response("p1", [1], [i], "student") for i in range(30)], "")
+    method.on_rollout([Response("p1", [1], [i], "student") for i in range(30)], None)
     assert [r.tokens for r in method.replay] == [[i] for i in range(10, 30)]  # first in, first out
 
 
 def test_dpkd():
-    method = make("dpkd", rollouts=1, minibatch=1, teacher=small())
-    rows = [response("p0", [1, 2], [2, 3, 0], "teacher"), response("p0", [1, 2], [4, 0], "student")]
+    method = make("dpkd", rollouts=1, teacher=small())
+    rows = [Response("p0", [1, 2], [2, 3, 0], "teacher"), Response("p0", [1, 2], [4, 0], "student")]
     sums, counts, _ = in_pairs(method, rows)
     assert counts["dpo"] == 1 and sums["dpo"].item() == pytest.approx(
         math.log(2), abs=1e-5
     )  # student = teacher: no preference yet
-    method = make("dpkd", rollouts=1, minibatch=1, beta=0.7)
+    method = make("dpkd", rollouts=1, beta=0.7)
     sums, counts, _ = in_pairs(method, rows)
     gap = [
         (logs_of(small(), r.tokens, r.prompt) - logs_of(BIG, r.tokens, r.prompt)).mean()
@@ -1423,9 +1400,9 @@ def test_dpkd():
 
 
 def test_dpkds_code_variant_is_constant_where_both_agree():
-    method = DPKD(Ids(), small(), ROWS, DPKDConfig.official(rollouts=6, minibatch=6, pt_weight=0.0))
+    method = DPKD(Ids(), small(), DPKDConfig.official(rollouts=6, pt_weight=0.0))
     student = small()
-    batch = in_buffer(method, GOLD).collate(list(range(6)))
+    batch = method.collate(rows_of(GOLD))
     sums = method.loss_sums(student, batch)
     assert sums["dpo"].item() / method.token_counts(batch)["dpo"] == pytest.approx(
         math.log(2), abs=1e-6
@@ -1450,7 +1427,7 @@ def test_dpkds_code_variant_has_a_language_modelling_term_that_is_half_distilled
                 and row["pt"] > 0
             )
     with pytest.raises(UserError, match="corpus"):
-        DPKD(Ids(), small(), ROWS, DPKDConfig.official(rollouts=6, minibatch=6))
+        DPKD(Ids(), small(), DPKDConfig.official(rollouts=6))
 
 
 @pytest.mark.parametrize("name", [*METHODS])
@@ -1460,7 +1437,7 @@ def test_every_method_trains(name):
         all(math.isfinite(row["loss"]) for row in result.history if "loss" in row)
         and result.steps == 3
     )
-    assert set(method.buffer.work) - {"read"} <= set(SOURCES)
+    assert set(method.rollouts.drawn) <= set(SOURCES)
 
 
 # ---------------------------------------------------------------- settings and bad input
@@ -1479,7 +1456,7 @@ def test_what_is_not_trained_has_no_learning_rate():
 
 
 def test_presets_and_recipes():
-    code = MiniLLMConfig.official()
+    code = MiniLLMConfig.preset("official")
     assert (
         code.present_reward,
         code.weight_single,
@@ -1488,14 +1465,13 @@ def test_presets_and_recipes():
         code.reward_scale,
         code.reward_clip,
         code.pt_kd_ratio,
-        code.minibatch,
         code.eval_no_repeat_ngram,
-    ) == (True, False, 0.95, "padded", 2.0, 100.0, 0.5, 256, 6)
+    ) == (True, False, 0.95, "padded", 2.0, 100.0, 0.5, 6)
     for name in PRESETS:
         MiniLLMConfig.preset(name)
     for name in RECIPES:
-        DistillConfig.recipe(name)
-    cfg = onpolicy_config(MiniLLMConfig(), 5000, batch_size=16)
+        GKDConfig.recipe(name)
+    cfg = minibatch_config(64, 5000, batch_size=16)
     assert (
         cfg.batch_size * cfg.accumulate,
         cfg.lr,
@@ -1510,7 +1486,6 @@ def test_presets_and_recipes():
     "change",
     [
         {"rollouts": 0},
-        {"minibatch": 48},
         {"inner_epochs": 0},
         {"average": "mean"},
         {"alpha": 1.1},
@@ -1531,8 +1506,8 @@ def test_impossible_settings_name_themselves(change):
 def test_unknown_names_list_the_choices():
     for call in (
         lambda: MiniLLMConfig.preset("ppo"),
-        lambda: DistillConfig.recipe("dks"),
-        lambda: onpolicy_method("x", Ids(), BIG, ROWS),
+        lambda: GKDConfig.recipe("dks"),
+        lambda: onpolicy_method("x", Ids(), BIG),
     ):
         with pytest.raises(UserError, match="Choose one of"):
             call()
@@ -1542,31 +1517,22 @@ def test_unknown_names_list_the_choices():
 
 def test_bad_rows_are_named():
     with pytest.raises(UserError, match="example 7.*prompt is empty"):
-        onpolicy_method("minillm", Ids(), BIG, [{"id": "7", "prompt": []}], corpus=CORPUS)
-    with pytest.raises(UserError, match="no prompts"):
-        onpolicy_method("minillm", Ids(), BIG, [], corpus=CORPUS)
+        go(rows=[{"id": "7", "prompt": []}], steps=1)
+    with pytest.raises(UserError, match="no training examples"):
+        go(rows=[], steps=1)
     with pytest.raises(UserError, match="example bare"):
-        go(
-            method=onpolicy_method("sft", Ids(), None, [{"id": "bare", "prompt": [1]}], **SMALL),
-            steps=1,
-        )
+        go("sft", rows=[{"id": "bare", "prompt": [1]}], steps=1)
     with pytest.raises(UserError, match="pt_weight=0"):
-        onpolicy_method("minillm", Ids(), BIG, ROWS)
+        onpolicy_method("minillm", Ids(), BIG)
 
 
 def test_what_does_not_fit_is_said_before_the_first_step():
-    with pytest.raises(UserError, match="minibatch"):
-        method = make()
-        train_on_policy(
-            small(), method, onpolicy_config(OnPolicyConfig(rollouts=4, minibatch=4), 2)
-        )
+    with pytest.raises(UserError, match="rollout of 16 is no whole number of minibatches of 6"):
+        go(steps=1, minibatch=6)
     with pytest.raises(UserError, match="example far"):
-        rows = [*ROWS, {"id": "far", "prompt": [1] * 30}]
-        go(method=onpolicy_method("minillm", Ids(), BIG, rows, corpus=CORPUS, **SMALL), steps=1)
+        go(rows=[*ROWS, {"id": "far", "prompt": [1] * 30}], steps=1)
     with pytest.raises(UserError, match="5 outputs, the teacher 9"):
         go(method=make(teacher=toy(1, vocabulary=9, dtype=torch.float32)), steps=1)
-    with pytest.raises(UserError, match="train_on_policy"):
-        make().collate([0])
 
 
 def test_a_teacher_whose_tokenizer_differs_is_refused():
@@ -1578,7 +1544,6 @@ def test_a_teacher_whose_tokenizer_differs_is_refused():
             "minillm",
             load_mini_tokenizer(),
             BIG,
-            [{"id": "1", "prompt": "hello"}],
             corpus=CORPUS,
             teacher_tokenizer=other,
         )
@@ -1604,7 +1569,7 @@ def test_a_reward_that_is_not_finite_stops_with_step_and_ids(tmp_path):
         last_checkpoint(tmp_path).name == "step-0000004"
     )  # nothing lost: not even the step after the last checkpoint
     rows = [
-        response(
+        Response(
             "good",
             [1],
             [1, 2],
@@ -1613,7 +1578,7 @@ def test_a_reward_that_is_not_finite_stops_with_step_and_ids(tmp_path):
             log_teacher=[-1.0, -2.0],
             log_mix=[-1.0, -1.0],
         ),
-        response(
+        Response(
             "bad",
             [1],
             [1, 2],
@@ -1658,7 +1623,7 @@ def test_a_loss_that_is_not_finite_names_the_prompts_not_the_places_in_the_buffe
             steps=10,
             callbacks=[Break()],
         )
-    assert "slot" not in str(caught.value) and any(row["id"] in str(caught.value) for row in ROWS)
+    assert any(row["id"] in str(caught.value) for row in ROWS)
 
 
 def test_dropout_does_not_decide_how_skewed_a_mixture_is():
@@ -1667,32 +1632,23 @@ def test_dropout_does_not_decide_how_skewed_a_mixture_is():
     for block in student.modules():
         if isinstance(block, torch.nn.Dropout):
             block.p = 0.5
-    method.buffer.student = student.train()
+    student.train()
     rows = [
-        response(f"r{i}", [1], [1, 2, 3], source)
+        Response(f"r{i}", [1], [1, 2, 3], source)
         for i in range(3)
         for source in ("teacher", "student")
     ]
     found = []
     for _ in range(2):
-        gkd_module.set_skew(method, rows)
+        gkd_module.set_skew(rows, student, method)
         found.append([r.skew for r in rows])
     assert found[0] == found[1] and student.training
 
 
 def test_two_parts_of_one_name_are_refused():
-    from kd_notes.methods.gkd import Part
-
+    parts = (Part("jsd", options={"beta": 0.1}), Part("jsd", options={"beta": 0.9}))
     with pytest.raises(UserError, match="two parts are called"):
-        Distill(
-            Ids(),
-            BIG,
-            ROWS,
-            DistillConfig(
-                **SMALL,
-                parts=(Part("jsd", options={"beta": 0.1}), Part("jsd", options={"beta": 0.9})),
-            ),
-        )
+        GKDConfig(**SMALL, parts=parts)
 
 
 def test_an_empty_gold_response_is_found_before_the_first_step():
@@ -1703,7 +1659,7 @@ def test_an_empty_gold_response_is_found_before_the_first_step():
         {"id": "bare", "prompt": [1]},
     ]
     with pytest.raises(UserError, match="example bare"):
-        go(method=onpolicy_method("sft", Ids(), None, rows, **SMALL), steps=1, callbacks=[watch])
+        go("sft", rows=rows, teacher=None, steps=1, callbacks=[watch])
     assert not steps
 
 
@@ -1741,67 +1697,47 @@ def test_a_loss_over_no_token_is_an_error():
 
 def test_prompts_and_texts_of_another_tokenizer_are_named():
     with pytest.raises(UserError, match="example strange"):
-        go(
-            method=onpolicy_method(
-                "minillm",
-                Ids(),
-                BIG,
-                [*ROWS, {"id": "strange", "prompt": [5]}],
-                corpus=CORPUS,
-                **SMALL,
-            ),
-            steps=1,
-        )
+        go(rows=[*ROWS, {"id": "strange", "prompt": [5]}], steps=1)
     with pytest.raises(UserError, match="of the corpus, text 3"):
-        go(
-            method=onpolicy_method("minillm", Ids(), BIG, ROWS, corpus=[*CORPUS, [1, 9]], **SMALL),
-            steps=1,
-        )
+        method = onpolicy_method("minillm", Ids(), BIG, corpus=[*CORPUS, [1, 9]], **SMALL)
+        go(method=method, steps=1)
 
 
 @pytest.mark.parametrize("name", ["kd", "minillm"])
 def test_what_a_training_does_not_read_may_be_long(name):
-    rows = [
-        *ROWS,
-        {"id": "long", "prompt": [1, 2], "response": [3] * 60},
-    ]  # of the response, max_new_tokens are read
+    # Of the completion, max_new_tokens are read.
+    rows = [*ROWS, {"id": "long", "prompt": [1, 2], "response": [3] * 60}]
     rows = [r | {"response": r.get("response") or [3, 1]} for r in rows]
-    method = onpolicy_method(
-        name, Ids(), BIG, rows, corpus=[*CORPUS, [1] * 60], **(SMALL | {"pt_weight": 0.0})
-    )
-    assert [r["step"] for r in go(method=method, steps=1)[0].history if "loss" in r] == [1]
+
+    def method(pt_weight):
+        settings = SMALL | {"pt_weight": pt_weight}
+        return onpolicy_method(name, Ids(), BIG, corpus=[*CORPUS, [1] * 60], **settings)
+
+    history = go(method=method(0.0), rows=rows, steps=1)[0].history
+    assert [r["step"] for r in history if "loss" in r] == [1]
     with pytest.raises(UserError, match="of the corpus, text 3"):
-        go(
-            method=onpolicy_method(
-                name, Ids(), BIG, rows, corpus=[*CORPUS, [1] * 60], **(SMALL | {"pt_weight": 1.0})
-            ),
-            steps=1,
-        )
+        go(method=method(1.0), rows=rows, steps=1)
 
 
 def test_dpkd_on_gold_names_what_it_cannot_read():
-    given = SMALL | {"per_token": True}
     full = [r | {"response": [3, 1]} for r in ROWS]
     for bad, words in (
         ({"id": "prompt 30", "prompt": [1]}, "example prompt 30"),
         ({"id": "odd", "prompt": [1], "response": [77]}, "example odd"),
     ):
         with pytest.raises(UserError, match=words):
-            go(method=onpolicy_method("dpkd", Ids(), BIG, [*full, bad], **given), steps=1)
+            go("dpkd", rows=[*full, bad], per_token=True, steps=1)
 
 
 def test_a_batch_is_divided_by_processes_that_were_launched(monkeypatch):
-    cfg = OnPolicyConfig(rollouts=8, minibatch=8)
     monkeypatch.setenv("WORLD_SIZE", "2")  # of a cluster's scheduler, perhaps
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    assert onpolicy_config(cfg, 2).batch_size == 8
+    assert minibatch_config(8, 2).batch_size == 8
     monkeypatch.setenv("LOCAL_RANK", "0")
-    assert (
-        onpolicy_config(cfg, 2).batch_size,
-        onpolicy_config(cfg, 2, batch_size=2).accumulate,
-    ) == (4, 2)
+    assert minibatch_config(8, 2).batch_size == 4
+    assert minibatch_config(8, 2, batch_size=2).accumulate == 2
     with pytest.raises(UserError, match="no whole number"):
-        onpolicy_config(cfg, 2, batch_size=8)
+        minibatch_config(8, 2, batch_size=8)
 
 
 @pytest.mark.parametrize("divergence", [d for d in DIVERGENCES if d != "uld"])
@@ -1829,22 +1765,22 @@ def test_parts_that_are_none_are_refused():
         ("jsd", "no part of"),
     ):
         with pytest.raises(UserError, match=words):
-            DistillConfig(**SMALL, parts=[bad])
+            GKDConfig(**SMALL, parts=[bad])
 
 
 def test_a_ratio_that_is_not_finite_stops_with_its_ids():
-    cfg = MiniLLMConfig(pt_weight=0.0, rollouts=15, minibatch=15)
+    cfg = MiniLLMConfig(pt_weight=0.0, rollouts=15)
     responses = some_responses(cfg)
     responses[4].log_mix = [-math.inf] * len(responses[4].tokens)
     responses[4].id = "p4"
-    method = in_buffer(method_of(cfg, TEACHER), responses)
+    method = method_of(cfg, TEACHER)
     with pytest.raises(UserError, match="example p4.*"):
-        method.loss_sums(STUDENT, method.collate(list(range(15))))
+        method.loss_sums(STUDENT, method.collate(rows_of(responses)))
 
 
 def test_log_probabilities_of_a_forward_pass_are_the_samplers():
     result, method = go(steps=1, inner_epochs=1)
-    rows = [r for rows in method.buffer.responses.values() for r in rows]
+    rows = in_use(method)
     found = token_logprobs(BIG, rows, 0)
     for r, log in zip(rows, found):
         torch.testing.assert_close(
@@ -2021,9 +1957,7 @@ def test_one_seed_is_one_result_another_seed_another_and_cells_keep_their_places
     assert [r["source"] for r in stored] == ["cache", "cache"] and [
         r["metrics"] for r in stored
     ] == [mine, found["z"][0]]
-    other = instruction_world_module.train_onpolicy(
-        run | {"settings": run["settings"] | {"seed": 1}}, tmp_path / "other"
-    )  # other words from the same start
+    other = instruction_world_module.train_onpolicy(run | {"seed": 1}, tmp_path / "other")
     assert other["tokens_mixed"] != mine["tokens_mixed"] and other["loss"] != mine["loss"]
 
 
@@ -2031,11 +1965,11 @@ KILLED = """
     import json, os, signal, sys
     from kd_notes.experiments import instruction_world
     from kd_notes.methods import on_policy
-    before = on_policy.Buffer.on_step
-    def on_step(self, loop):
-        before(self, loop)
-        if loop.step == 102: os.kill(os.getpid(), signal.SIGKILL)
-    on_policy.Buffer.on_step = on_step
+    before = on_policy.OnPolicy.begin_step
+    def begin_step(self, state):
+        if state.step == 102: os.kill(os.getpid(), signal.SIGKILL)
+        before(self, state)
+    on_policy.OnPolicy.begin_step = begin_step
     instruction_world.run_world([json.loads(sys.argv[1])])
 """
 
@@ -2064,15 +1998,15 @@ def test_a_run_of_the_world_that_was_killed_goes_on_and_ends_with_the_same_numbe
     )
     [folder] = set(world.glob("runs/onpolicy/*")) - before
     assert run_status(folder) == "killed" and last_checkpoint(folder).name == "step-0000100"
-    steps, on_step = [], on_policy_module.Buffer.on_step
+    steps, begin_step = [], OnPolicy.begin_step
     monkeypatch.setattr(
-        on_policy_module.Buffer,
-        "on_step",
-        lambda self, loop: steps.append(loop.step) or on_step(self, loop),
+        OnPolicy,
+        "begin_step",
+        lambda self, state: steps.append(state.step) or begin_step(self, state),
     )
     [resumed] = instruction_world_module.run_world([run])
     assert (
-        steps == [101, 102, 103, 104]
+        steps == [100, 101, 102, 103]
         and resumed["source"] == "run"
         and run_folder("onpolicy", resumed["key"]) == folder
     )

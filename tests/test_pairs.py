@@ -10,7 +10,7 @@ import kd_notes.experiments.pretrained_pairs as pretrained_pairs_module
 from kd_notes.generation.engine import SPARE
 from kd_notes.core import repo_root, stable_hash, UserError
 from kd_notes.generation.sampling import sample, Sampling
-from kd_notes.methods.on_policy import response, token_logprobs
+from kd_notes.methods.rollouts import Response, token_logprobs
 from kd_notes.models.mini import load_mini_tokenizer
 from kd_notes.models.pretrained import load_pretrained
 from kd_notes.experiments.pair_files import (
@@ -153,15 +153,15 @@ def test_three_phases_a_stop_and_a_resume_in_bf16(kind, tmp_path, monkeypatch):
     assert found["reverse_kl"] > 0 and found["forward_kl"] > 0 and metrics["tokens_mixed"] > 0
     start, _ = load_pretrained(phase_model("student", run), device="cpu")
     assert start.config.model_type == kind and start.dtype == torch.float32
-    plain, ready = pretrained_pairs_module.train_on_policy, tmp_path / "stopped"
+    plain, ready = pretrained_pairs_module.train, tmp_path / "stopped"
     monkeypatch.setattr(
         pretrained_pairs_module,
-        "train_on_policy",
+        "train",
         lambda *a, **k: plain(*a, **k, callbacks=[Stop()]),
     )
     with pytest.raises(KeyboardInterrupt):
         train_pair_arm(run, ready)
-    monkeypatch.setattr(pretrained_pairs_module, "train_on_policy", plain)
+    monkeypatch.setattr(pretrained_pairs_module, "train", plain)
     assert list(ready.glob("**/*.safetensors")) and numbers(train_pair_arm(run, ready)) == numbers(
         metrics
     )
@@ -179,7 +179,7 @@ def test_log_probabilities_as_drawn_are_those_of_a_forward_pass(kind):
         model, prompts, Sampling(10, stop_ids=(tok.eos_token_id,), seed=3), vocabulary=len(tok)
     )
     rows = [
-        response(str(i), p, ids, "student")
+        Response(str(i), p, ids, "student")
         for i, (p, ids) in enumerate(zip(prompts, drawn.response_ids))
     ]
     for seen, log in zip(token_logprobs(model, rows, tok.pad_token_id), drawn.log_student):
@@ -382,7 +382,7 @@ def test_tokenizers_that_differ_are_refused_before_any_training(arm, tmp_path, m
     specs, world = folders("llama", tmp_path), load_world_tokenizer()
     build("llama", 1, vocab_size=len(world))[0].save_pretrained(tmp_path / "student")
     world.save_pretrained(tmp_path / "student")
-    for place in ("finetune", "train_on_policy", "set_metrics"):
+    for place in ("finetune", "train", "set_metrics"):
         monkeypatch.setattr(pretrained_pairs_module, place, never)
     run, words = pair_run(arm, 0, **TINY, **specs), "ids mean different tokens"
     with pytest.raises(UserError, match=words):
@@ -415,7 +415,7 @@ def test_what_a_run_reads_is_read_before_anything_is_trained(tmp_path, monkeypat
     tiny = TINY | folders("llama", tmp_path) | {"teacher_steps": 0}
     write(tmp_path / "mine.jsonl", [ROW, ROW, ROW, ROW | {"output": ""}])
     write(tmp_path / "books.jsonl", [{"text": "The end."}, {"words": "The end."}])
-    monkeypatch.setattr(pretrained_pairs_module, "train_on_policy", never)
+    monkeypatch.setattr(pretrained_pairs_module, "train", never)
     bad = pair_run("minillm", 0, **tiny | {"evaluate": ["prompts", "mine.jsonl"]})
     with pytest.raises(UserError, match="mine.jsonl:4.*nothing to compare"):
         train_pair_arm(bad, tmp_path / "run")
@@ -464,9 +464,8 @@ def test_a_teacher_with_another_vocabulary_is_refused():
     from kd_notes.data.world import load_world_tokenizer
 
     run, tok = pair_run("minillm", 0, **TINY), load_mini_tokenizer()
-    rows = run_rows(run, "train", tok)
     with pytest.raises(UserError, match="tokeni[sz]er"):
-        pair_method(run, build("gpt2")[0], load_world_tokenizer(), tok, rows)
+        pair_method(run, build("gpt2")[0], load_world_tokenizer(), tok)
 
 
 def test_the_corpus_is_read_and_a_row_without_text_is_refused(tmp_path, monkeypatch):
@@ -479,14 +478,9 @@ def test_the_corpus_is_read_and_a_row_without_text_is_refused(tmp_path, monkeypa
         tmp_path / "books.jsonl",
         [{"text": "It was a dark night."}, {"text": "The end."}, {"text": 3}],
     )
-    method = pair_method(run, build("gpt2")[0], tok, tok, run_rows(run, "train", tok))
+    method = pair_method(run, build("gpt2")[0], tok, tok)
     assert len(method.corpus) == 2 and method.loss_weights["pt"] == 1.0
-    assert (
-        "pt"
-        not in pair_method(
-            run | {"corpus": None}, build("gpt2")[0], tok, tok, run_rows(run, "train", tok)
-        ).loss_weights
-    )
+    assert "pt" not in pair_method(run | {"corpus": None}, build("gpt2")[0], tok, tok).loss_weights
     with pytest.raises(UserError, match="books.jsonl"):
         pretrained_pairs_module.corpus_texts(run | {"corpus_rows": 3})
 

@@ -50,9 +50,10 @@ def complete_parameters(kind: type, given: dict, where: str) -> dict:
 UNTRAINED = {"teacher": "teacher", "start": "student before distillation"}
 
 # %% ../../nbs/7_engine_room/07_base.ipynb #base-work
-def work_done(method: Any) -> dict[str, int]:
+def work_done(method: Any, result: Any) -> dict[str, int]:
     "Tokens that an on-policy method read in training and that each source wrote, as metrics."
-    return {f"tokens_{name}": count for name, count in sorted(method.buffer.work.items())}
+    work = dict(method.rollouts.drawn) | {"read": result.tokens}
+    return {f"tokens_{name}": count for name, count in sorted(work.items())}
 
 # %% ../../nbs/7_engine_room/07_base.ipynb #base-use
 def _divergences(value: Any) -> set[str]:

@@ -31,8 +31,9 @@ from ..evaluation.calibration import ece, score_labels
 from ..evaluation.divergence import exposure_bias, kl_per_position
 from ..evaluation.text import EVAL_SEEDS, references_of, rouge_l, text_metrics, write_answers
 from .base import Experiment, method_modules, UNTRAINED, work_done
-from .phases import finetune, mean_nll, _Rows
-from ..methods.on_policy import onpolicy_config, repeated_ngrams, train_on_policy
+from .phases import EncodedSFT, finetune, mean_nll
+from ..methods.health import repeated_ngrams
+from ..methods.on_policy import minibatch_config
 from ..methods.registry import onpolicy_method
 from ..models.mini import mini_model
 from ..models.pretrained import count_parameters, load_pretrained
@@ -93,7 +94,7 @@ class WorldModels(Experiment):
             cfg = TrainConfig(steps=run["pretrain"], **common)
             rows = _corpus_rows(tokenizer)
             seconds += train(
-                model, _Rows(tokenizer), rows, cfg, run_dir=folder / "pretrain"
+                model, EncodedSFT(tokenizer), rows, cfg, run_dir=folder / "pretrain"
             ).seconds
         every = max(run["steps"] // 8, 1)
         cfg = TrainConfig(steps=run["steps"], eval_every=every, keep_best=True, **common)
@@ -124,7 +125,7 @@ def _corpus_rows(tokenizer) -> list[dict]:
     for row in load_corpus():
         ids = tokenizer.encode(row["text"], add_special_tokens=False)
         ids.append(tokenizer.eos_token_id)
-        rows.append({"id": row["id"], "prompt": ids[:1], "gold": ids[1:]})
+        rows.append({"id": row["id"], "prompt": ids[:1], "completion": ids[1:]})
     return rows
 
 
@@ -344,9 +345,7 @@ def arm_settings_in_world(run: dict) -> dict:
     "Settings of the method of a run's arm."
     given = {
         "rollouts": run["minibatch"],
-        "minibatch": run["minibatch"],
         "max_new_tokens": run["max_new_tokens"],
-        "seed": run["seed"],
     }
     return given | WORLD_ARMS[run["arm"]].settings | run["settings"]
 
@@ -358,14 +357,14 @@ def distil_in_world(run: dict, model, teacher, folder: Path) -> tuple[Any, dict]
         WORLD_ARMS[run["arm"]].method,
         tokenizer,
         teacher,
-        load_world("train"),
         corpus=[row["text"] for row in load_corpus()],
         **arm_settings_in_world(run),
     )
-    cfg = onpolicy_config(
-        method.config,
+    cfg = minibatch_config(
+        run["minibatch"],
         run["steps"],
         run["lr"],
+        seed=run["seed"],
         warmup=0.05,
         schedule="linear",
         eval_every=max(run["steps"] // 3, 1),
@@ -385,9 +384,10 @@ def distil_in_world(run: dict, model, teacher, folder: Path) -> tuple[Any, dict]
             "loss": mean_nll(model, pairs, tokenizer.pad_token_id),
         }
 
-    result = train_on_policy(model, method, cfg, run_dir=folder, validate=validate)
+    rows = load_world("train")
+    result = train(model, method, rows, cfg, run_dir=folder, validate=validate)
     spent = {"train_seconds": result.seconds, "best_step": result.best["step"]}
-    return result.model, spent | work_done(method)
+    return result.model, spent | work_done(method, result)
 
 # %% ../../nbs/5_own_words/08_instruction_world.ipynb #a050f031
 class InstructionWorld(Experiment):

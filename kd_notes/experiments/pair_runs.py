@@ -17,6 +17,7 @@ from ..evaluation.text import EVAL_SEEDS
 from .base import complete_parameters, UNTRAINED
 from .instruction_sets import is_hub, is_set, SET_NAMES
 from ..generation.sampling import Sampling
+from ..methods.on_policy import check_rollouts
 from ..methods.registry import METHODS
 from ..models.pretrained import DTYPES
 from ..training.state import TrainConfig
@@ -146,9 +147,7 @@ def arm_settings(run: dict) -> dict:
         minibatches = 16
     settings = {
         "rollouts": minibatches * run["minibatch"],
-        "minibatch": run["minibatch"],
         "max_new_tokens": run["max_new_tokens"],
-        "seed": run["seed"],
     }
     if minibatches > 1:
         settings["inner_epochs"] = 4
@@ -167,7 +166,9 @@ def _build(name: str, run: dict) -> None:
     if name == "train":
         TrainConfig(steps=1, batch_size=1, lr=1.0, **run["train"])
     elif run["arm"] not in UNTRAINED:
-        forbidden_ngrams(METHODS[run["arm"]][1](**arm_settings(run)))
+        config = METHODS[run["arm"]][1](**arm_settings(run))
+        forbidden_ngrams(config)
+        check_rollouts(config, run["minibatch"])
 
 
 def check_run(row: dict, where: str = "pair_arm") -> dict:

@@ -12,7 +12,7 @@ from typing import Iterable
 import torch
 
 from ..core import UserError
-from ..methods.on_policy import check_answers, check_context, check_ids, encode_prompts
+from ..methods.rollouts import check_completions, check_context, check_ids, encode_prompts
 from ..training.batches import causal_batch, target_nll
 from ..training.loop import train, TrainResult
 from ..training.method import SFT
@@ -21,35 +21,37 @@ from ..training.state import Callback, TrainConfig
 # %% ../../nbs/5_own_words/07_phases.ipynb #dfecdd3f
 def mean_nll(
     model,
-    rows: list[tuple[list[int], list[int]]],  # (prompt ids, target ids)
+    rows: list[tuple[list[int], list[int]]],  # (prompt ids, completion ids)
     pad_id: int,
     batch_size: int = 64,
 ) -> float:
-    "Cross-entropy per target token, in nats. Raises UserError if there is none."
-    if not any(targets for _, targets in rows):
+    "Cross-entropy per target token, in nats."
+    if not any(completion for _, completion in rows):
         raise UserError(
             f"{len(rows)} rows have no target token",
             where="rows",
             fix="Give at least one row with a response.",
         )
-    total = count = 0
+    total = 0.0
+    count = 0
     with torch.no_grad():
-        for at in range(0, len(rows), batch_size):
-            batch = causal_batch(rows[at : at + batch_size], pad_id).to(model.device)
+        for start in range(0, len(rows), batch_size):
+            batch = causal_batch(rows[start : start + batch_size], pad_id).to(model.device)
             nll = target_nll(model, batch)
-            total, count = total + nll.sum().item(), count + len(nll)
+            total += nll.sum().item()
+            count += len(nll)
     return total / count
 
 # %% ../../nbs/5_own_words/07_phases.ipynb #c61a221a
-class _Rows(SFT):
-    "SFT on rows {'id', 'prompt', 'gold'} of `encode_prompts`."
+class EncodedSFT(SFT):
+    "SFT on rows that `encode_prompts` has made."
 
     def encode(self, row: dict) -> dict[str, list[int]]:
-        return {"prompt": row["prompt"], "completion": row["gold"]}
+        return {"prompt": row["prompt"], "completion": row["completion"]}
 
 # %% ../../nbs/5_own_words/07_phases.ipynb #5679d956
 def validation_batch(cfg: TrainConfig) -> int:
-    "Rows that a validation reads side by side: without gradients, four times those of a training step fit, and 64 are enough."
+    "Rows that a validation reads side by side."
     return min(64, 4 * cfg.batch_size)
 
 
@@ -62,20 +64,22 @@ def finetune(
     run_dir: Path | str | None = None,
     callbacks: Iterable[Callback] = (),
 ) -> TrainResult:
-    "Phases 1 and 2: SFT; ends with the weights of the lowest validation loss if `cfg.keep_best`. Raises UserError naming bad rows."
-    examples, held = encode_prompts(tokenizer, rows), encode_prompts(tokenizer, valid)
-    check_answers([*examples, *held])
-    check_context([*examples, *held], [model])
-    check_ids([*examples, *held], [model])
-    pairs = [(r["prompt"], r["gold"]) for r in held]
+    "Phases 1 and 2: SFT; with `cfg.keep_best` it ends with the weights of the lowest validation loss."
+    examples = encode_prompts(tokenizer, rows)
+    held_out = encode_prompts(tokenizer, valid)
+    check_completions([*examples, *held_out])
+    check_context([*examples, *held_out], [model])
+    check_ids([*examples, *held_out], [model])
+    pairs = [(row["prompt"], row["completion"]) for row in held_out]
 
     def validate(model) -> dict:
-        loss = mean_nll(model, pairs, tokenizer.pad_token_id, batch_size=validation_batch(cfg))
+        batch_size = validation_batch(cfg)
+        loss = mean_nll(model, pairs, tokenizer.pad_token_id, batch_size=batch_size)
         return {"score": -loss, "loss": loss}
 
     return train(
         model,
-        _Rows(tokenizer),
+        EncodedSFT(tokenizer),
         examples,
         cfg,
         run_dir=run_dir,

@@ -38,14 +38,10 @@ from kd_notes.experiments.pair_runs import (
 )
 from .phases import finetune, mean_nll
 from ..losses.cross_tokenizer import check_tokenizers
-from kd_notes.methods.on_policy import (
-    encode_prompts,
-    OnPolicy,
-    onpolicy_config,
-    repeated_ngrams,
-    train_on_policy,
-)
+from ..methods.health import repeated_ngrams
+from ..methods.on_policy import minibatch_config, OnPolicy
 from ..methods.registry import METHODS, onpolicy_method
+from ..methods.rollouts import encode_prompts
 from ..models.layer_drop import make_student
 from ..models.mini import load_mini_tokenizer, mini_model, SIZES
 from kd_notes.models.pretrained import (
@@ -60,7 +56,7 @@ from kd_notes.models.pretrained import (
     resolve_model,
 )
 from ..training.checkpoint import save_model
-from ..training.loop import TrainResult
+from ..training.loop import train, TrainResult
 from ..training.state import TrainConfig
 
 # %% ../../nbs/5_own_words/09_pretrained_pairs.ipynb #0c39ab5b
@@ -346,7 +342,7 @@ def set_metrics(
     # Heads of a family may differ by padding: then the tokenizer's length counts.
     size = len(tokenizer) if len(heads) > 1 else None
     kl = kl_per_position(model, teacher, written.prompt_ids, own, batch_size=8, size=size)
-    reference = [(row["prompt"], row["gold"]) for row in encode_prompts(tokenizer, rows)]
+    reference = [(row["prompt"], row["completion"]) for row in encode_prompts(tokenizer, rows)]
     return {
         "rouge_l": float(text["rouge_l"].mean()),
         "items": pack_numbers(text["rouge_l"].mean(0), "u1"),
@@ -361,13 +357,12 @@ def set_metrics(
     }
 
 # %% ../../nbs/5_own_words/09_pretrained_pairs.ipynb #7f7d6084
-def pair_method(run: dict, teacher, teacher_tokenizer, tokenizer, rows: list[dict]) -> OnPolicy:
+def pair_method(run: dict, teacher, teacher_tokenizer, tokenizer) -> OnPolicy:
     "The method of a run's arm."
     return onpolicy_method(
         run["arm"],
         tokenizer,
         teacher,
-        rows,
         corpus=corpus_texts(run),
         teacher_tokenizer=teacher_tokenizer,
         **arm_settings(run),
@@ -391,15 +386,16 @@ def train_third_phase(
     held_out = run_rows(run, "validation", tokenizer)
     prompts = [row["prompt"] for row in held_out]
     reference = [(row["prompt"], row["response"]) for row in held_out]
-    method = pair_method(run, teacher, teacher_tokenizer, tokenizer, rows)
+    method = pair_method(run, teacher, teacher_tokenizer, tokenizer)
     settings = {
         "eval_every": max(1, run["steps"] // 3),
         "save_every": max(1, min(100, run["steps"] // 4)),
         "keep_best": True,
+        "seed": run["seed"],
     }
     micro_batch = run["micro_batch"] or None
     settings |= run["train"]
-    cfg = onpolicy_config(method.config, run["steps"], run["lr"], micro_batch, **settings)
+    cfg = minibatch_config(run["minibatch"], run["steps"], run["lr"], micro_batch, **settings)
 
     def validate(model) -> dict:
         with _autocast(run):
@@ -410,7 +406,7 @@ def train_third_phase(
         score = rouge_l(written.texts[0], [row["references"] for row in held_out]).mean()
         return {"score": float(score), "loss": loss}
 
-    return train_on_policy(student, method, cfg, run_dir=folder, validate=validate), method
+    return train(student, method, rows, cfg, run_dir=folder, validate=validate), method
 
 # %% ../../nbs/5_own_words/09_pretrained_pairs.ipynb #check-inputs
 # Settings that decide what a run reads
@@ -491,7 +487,7 @@ class PretrainedPairs(_Phase):
                 "validation": result.best["score"],
                 "valid_loss": result.best["loss"],
                 "train_seconds": result.seconds,
-                **work_done(method),
+                **work_done(method, result),
             }
             ngram = forbidden_ngrams(method.config)
             model = merged(result.model)

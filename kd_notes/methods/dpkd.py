@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..losses.divergences import at_least_float32
-from .on_policy import OnPolicy, OnPolicyConfig, SOURCES
+from .on_policy import OnPolicy, OnPolicyConfig, Term
 
 # %% ../../nbs/5_own_words/05_dpkd.ipynb #382789ff
 @dataclass(kw_only=True)
@@ -23,67 +23,74 @@ class DPKDConfig(OnPolicyConfig):
     rollouts: int = 64
     beta: float = 1.0  # of the DPO loss; our choice, the paper's is not established
     per_token: bool = False  # the released code's variant
-    lm_weight: float = (
-        0.0  # of plain cross-entropy on the preferred responses; code: 0.5, with 0.5 of DPO
-    )
+    # Weight of cross-entropy on the preferred responses, beside 1 - it of DPO; code: 0.5.
+    lm_weight: float = 0.0
     average: str = "responses"
 
     @classmethod
     def official(cls, **changes: Any) -> "DPKDConfig":
         "The released code's choices, with changes."
-        return cls(
-            **(
-                dict(
-                    per_token=True, lm_weight=0.5, pt_weight=0.5, pt_kd_ratio=0.5, average="tokens"
-                )
-                | changes
-            )
-        )
+        released = {
+            "per_token": True,
+            "lm_weight": 0.5,
+            "pt_weight": 0.5,
+            "pt_kd_ratio": 0.5,
+            "average": "tokens",
+        }
+        return cls(**(released | changes))
 
 # %% ../../nbs/5_own_words/05_dpkd.ipynb #39c23ee1
-def pair_margin(log_q: Tensor, log_p: Tensor, batch: dict[str, Tensor]) -> Tensor:
-    "Mean of log q - log p over the tokens of each response, teacher's minus student's; (pairs,). Rows alternate: teacher, student."
-    mean = log_q.new_zeros(len(batch["source"])).index_add(
-        0, batch["row"], (log_q - log_p) * batch["share"]
-    )
+def pair_margin(log_q: Tensor, log_p: Tensor, columns: dict[str, Tensor]) -> Tensor:
+    "Mean log q - log p per token, teacher's response minus student's, (pairs,); rows alternate so."
+    mean = log_q.new_zeros(len(columns["source"]))
+    mean = mean.index_add(0, columns["row"], (log_q - log_p) * columns["share"])
     return mean[0::2] - mean[1::2]
 
 # %% ../../nbs/5_own_words/05_dpkd.ipynb #eccb3b3c
 class DPKD(OnPolicy):
-    "Direct preference KD: the teacher's response is preferred to the student's; the teacher is the reference."
+    "Direct preference KD: the teacher's response is preferred; the teacher is the DPO reference."
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.reads_gold = self.config.per_token
+    Config = DPKDConfig
 
-    def objective_weights(self) -> dict[str, float]:
-        lm = self.config.lm_weight
-        return {"dpo": 1 - lm} | ({"nll": lm} if lm else {})
+    @property
+    def reads_completions(self) -> bool:
+        return self.config.per_token
 
-    def selects(self, term: str) -> str:
+    @property
+    def preferred(self) -> str:
+        "The source of the preferred responses."
         return "gold" if self.config.per_token else "teacher"
 
-    def sources(self, slot: int, cycle: int) -> tuple[str, ...]:
+    def terms(self) -> dict[str, Term]:
+        lm_weight = self.config.lm_weight
+        terms = {"dpo": Term(1 - lm_weight, self.preferred)}
+        return terms | ({"nll": Term(lm_weight, self.preferred)} if lm_weight else {})
+
+    def sources(self, place: int, cycle: int) -> tuple[str, ...]:
         return ("gold",) if self.config.per_token else ("teacher", "student")
 
-    def objective(
-        self, student: Tensor, teacher: Tensor, batch: dict[str, Tensor]
+    def token_losses(
+        self, student: Tensor, teacher: Tensor, columns: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        log_q, log_p = (torch.log_softmax(at_least_float32(x), dim=-1) for x in (student, teacher))
-        taken = [x.gather(-1, batch["target_ids"][:, None])[:, 0] for x in (log_q, log_p)]
-        about = (batch["source"] == SOURCES.index(self.selects("dpo")))[batch["row"]]
+        log_q = torch.log_softmax(at_least_float32(student), dim=-1)
+        log_p = torch.log_softmax(at_least_float32(teacher), dim=-1)
+        ids = columns["target_ids"][:, None]
+        chosen_q = log_q.gather(-1, ids)[:, 0]
+        chosen_p = log_p.gather(-1, ids)[:, 0]
+        about = self.about(self.preferred, columns)[columns["row"]]
         if self.config.per_token:
-            best, worst = log_p.argmax(-1, keepdim=True), log_q.argmax(-1, keepdim=True)
-            margin = (
-                log_q.gather(-1, best)
-                - log_q.gather(-1, worst)
-                - log_p.gather(-1, best)
-                + log_p.gather(-1, worst)
-            )[:, 0]
+            margin = self.token_margin(log_q, log_p)
         else:
-            margin = pair_margin(*taken, batch)[batch["row"] // 2]
-        values = {
+            margin = pair_margin(chosen_q, chosen_p, columns)[columns["row"] // 2]
+        losses = {
             "dpo": -torch.nn.functional.logsigmoid(self.config.beta * margin) * about,
-            "nll": -taken[0] * about,
+            "nll": -chosen_q * about,
         }
-        return {k: values[k] for k in self.objective_weights()}
+        return {name: losses[name] for name in self.terms()}
+
+    def token_margin(self, log_q: Tensor, log_p: Tensor) -> Tensor:
+        "Margin between the first choices of teacher and student at each position, (n,)."
+        best = log_p.argmax(-1, keepdim=True)
+        worst = log_q.argmax(-1, keepdim=True)
+        student = log_q.gather(-1, best) - log_q.gather(-1, worst)
+        return (student - log_p.gather(-1, best) + log_p.gather(-1, worst))[:, 0]

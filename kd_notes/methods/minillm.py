@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['IMPORTANCE', 'WHITENING', 'PRESETS', 'all_responses', 'response_logprobs', 'exact_kl', 'MiniLLMConfig',
-           'returns_to_go', 'whitened', 'token_rewards', 'set_advantages', 'padded_mask', 'surrogate', 'minillm_terms',
-           'MiniLLM']
+           'returns_to_go', 'whitened', 'padded', 'padded_mask', 'token_rewards', 'set_advantages', 'surrogate',
+           'minillm_terms', 'MiniLLM']
 
 # %% ../../nbs/5_own_words/03_minillm.ipynb #a8d47943
 from dataclasses import dataclass
@@ -16,24 +16,27 @@ from torch import Tensor
 
 from ..core import UserError
 from ..losses.divergences import at_least_float32, token_divergence
-from .on_policy import OnPolicy, OnPolicyConfig, padded, Response, token_logprobs
+from .on_policy import OnPolicy, OnPolicyConfig, Term
+from .rollouts import named, Response, token_logprobs
 from ..training.batches import causal_batch, target_nll
 
 # %% ../../nbs/5_own_words/03_minillm.ipynb #41397156
 def all_responses(vocabulary: int, steps: int, stop: int | None = 0) -> list[list[int]]:
     "Every response there is: it ends with `stop`, or after `steps` tokens."
-    growing, done = [[]], []
+    growing = [[]]
+    done = []
     for _ in range(steps):
-        longer = [r + [token] for r in growing for token in range(vocabulary)]
-        done += [r for r in longer if r[-1] == stop]
-        growing = [r for r in longer if r[-1] != stop]
+        longer = [start + [token] for start in growing for token in range(vocabulary)]
+        done += [tokens for tokens in longer if tokens[-1] == stop]
+        growing = [tokens for tokens in longer if tokens[-1] != stop]
     return done + growing
 
 # %% ../../nbs/5_own_words/03_minillm.ipynb #2eef37e5
 def response_logprobs(model, prompt: list[int], responses: list[list[int]]) -> Tensor:
-    "Log-probability (n,) of each whole response to one prompt, in natural logs; with gradients."
-    nll = target_nll(model, causal_batch([(prompt, r) for r in responses], pad_id=0))
-    owner = torch.repeat_interleave(torch.tensor([len(r) for r in responses]))
+    "Log-probability (n,) of each whole response to one prompt, in nats; with gradients."
+    rows = [(prompt, tokens) for tokens in responses]
+    nll = target_nll(model, causal_batch(rows, pad_id=0))
+    owner = torch.repeat_interleave(torch.tensor([len(tokens) for tokens in responses]))
     return nll.new_zeros(len(responses)).index_add(0, owner, -nll)
 
 # %% ../../nbs/5_own_words/03_minillm.ipynb #a6de03dd
@@ -42,39 +45,40 @@ def exact_kl(
     teacher,
     prompt: list[int],
     responses: list[list[int]],  # all of them: `all_responses`
-    reverse: bool = True,
-) -> Tensor:  # KL(q||p), the objective of MiniLLM (eq. 1); otherwise KL(p||q)
-    "The sequence-level KL divergence between student q and teacher p, in nats, differentiable."
+    reverse: bool = True,  # KL(q||p), the objective of MiniLLM (eq. 1); otherwise KL(p||q)
+) -> Tensor:
+    "Sequence-level KL divergence between student q and teacher p, in nats, differentiable."
     log_q = response_logprobs(student, prompt, responses)
     with torch.no_grad():
         log_p = response_logprobs(teacher, prompt, responses)
-    return (
-        (log_q.exp() * (log_q - log_p)).sum() if reverse else (log_p.exp() * (log_p - log_q)).sum()
-    )
+    if reverse:
+        return (log_q.exp() * (log_q - log_p)).sum()
+    return (log_p.exp() * (log_p - log_q)).sum()
 
 # %% ../../nbs/5_own_words/03_minillm.ipynb #97291b54
-IMPORTANCE, WHITENING = ("token", "product", "exact"), ("none", "responses", "padded")
+IMPORTANCE = ("token", "product", "exact")
+WHITENING = ("none", "responses", "padded")
 
 
 @dataclass(kw_only=True)
 class MiniLLMConfig(OnPolicyConfig):
-    "MiniLLM's settings: the defaults are the paper's, `MiniLLMConfig.preset('official')` are the released code's."
+    "MiniLLM's settings. The defaults are the paper's; `preset('official')` has the released code's."
 
     inner_epochs: int = 4
     pt_weight: float = 1.0
-    alpha: float = 0.2  # teacher's share in the sampling mixture (eq. 4); 0: the student alone
-    importance: str = "token"  # weight q/p~ of a token: its own (eq. 5), the product up to it (eq. 4), or exact per reward
+    alpha: float = 0.2  # teacher's share in the sampling mixture (section 2.2); 0: student alone
+    # Weight q/p~ of a token: its own (eq. 5), the product up to it (eq. 4), or exact per reward.
+    importance: str = "token"
     single_step: bool = True  # the part that is summed over the vocabulary (eq. 3)
     weight_single: bool = True  # importance weight on that part (eq. 7); code: False
-    present_reward: bool = (
-        False  # the return of a token includes its own reward; code: True, which counts it twice
-    )
+    # Whether the return of a token includes its own reward. Code: True, which counts it twice.
+    present_reward: bool = False
     gamma: float = 1.0  # discount of later rewards; code: 0.95
-    length_norm: bool = True  # return divided by its number of rewards (eq. 6); the code's switch does not switch it off
+    # Return divided by its number of rewards (eq. 6). The code's switch does not switch it off.
+    length_norm: bool = True
     clip: float = 0.2  # the ratio q/p~ is clipped to 1 +- clip; 0: never
-    whiten: str = (
-        "none"  # advantages standardised: none, over responses, or over padding too; code: padded
-    )
+    # Advantages standardised: none, over responses, or over the padding too (the code).
+    whiten: str = "none"
     reward_scale: float = 1.0  # factor on rewards; code: 2
     reward_clip: float = 0.0  # rewards clipped to +- this; 0: not; code: 100
     eval_no_repeat_ngram: int = 0  # evaluation forbids repeating an n-gram; code: 6
@@ -98,9 +102,12 @@ class MiniLLMConfig(OnPolicyConfig):
             "reward_clip": self.reward_clip >= 0,
         }
 
+    def sampler_options(self) -> dict[str, Any]:
+        return {"alpha": self.alpha}
+
     @classmethod
     def preset(cls, name: str = "paper", **changes: Any) -> "MiniLLMConfig":
-        "Settings of PRESETS, with changes. Raises UserError for an unknown name."
+        "Settings of PRESETS, with changes."
         if name not in PRESETS:
             raise UserError(
                 f"there is no preset {name!r}",
@@ -109,93 +116,110 @@ class MiniLLMConfig(OnPolicyConfig):
             )
         return cls(**(PRESETS[name] | changes))
 
-    @classmethod
-    def official(cls, **changes: Any) -> "MiniLLMConfig":
-        "The released code's choices, with changes."
-        return cls.preset("official", **changes)
-
 # %% ../../nbs/5_own_words/03_minillm.ipynb #a6341d5f
-_PURE = dict(alpha=0.0, pt_weight=0.0, inner_epochs=1)
+# Without mixing, corpus and reuse: what the shorter methods below have in common.
+_PURE = {"alpha": 0.0, "pt_weight": 0.0, "inner_epochs": 1}
 PRESETS = {
     "paper": {},
-    "official": dict(
-        minibatch=256,
-        weight_single=False,
-        present_reward=True,
-        gamma=0.95,
-        whiten="padded",
-        reward_scale=2.0,
-        reward_clip=100.0,
-        pt_kd_ratio=0.5,
-        eval_no_repeat_ngram=6,
-    ),
-    "exact": dict(_PURE, length_norm=False, clip=0.0, average="sum"),  # the gradient itself
-    "on_policy": dict(
-        _PURE, single_step=False, present_reward=True, gamma=0.0, length_norm=False, clip=0.0
-    ),  # Thinking Machines, 2025
-    "trl": dict(_PURE, present_reward=True, gamma=0.0, length_norm=False),  # TRL's MiniLLMTrainer
-    "no_length_norm": dict(length_norm=False),
-    "no_mixing": dict(alpha=0.0),
-    "no_single_step": dict(single_step=False, present_reward=True),
-    "no_pt": dict(pt_weight=0.0),
+    # The released code; its scripts use minibatches of 256 too, where the paper has 64.
+    "official": {
+        "weight_single": False,
+        "present_reward": True,
+        "gamma": 0.95,
+        "whiten": "padded",
+        "reward_scale": 2.0,
+        "reward_clip": 100.0,
+        "pt_kd_ratio": 0.5,
+        "eval_no_repeat_ngram": 6,
+    },
+    # The policy gradient itself.
+    "exact": _PURE | {"length_norm": False, "clip": 0.0, "average": "sum"},
+    # On-policy distillation (Thinking Machines, 2025): the present reward alone.
+    "on_policy": _PURE
+    | {
+        "single_step": False,
+        "present_reward": True,
+        "gamma": 0.0,
+        "length_norm": False,
+        "clip": 0.0,
+    },
+    # TRL's MiniLLMTrainer.
+    "trl": _PURE | {"present_reward": True, "gamma": 0.0, "length_norm": False},
+    "no_length_norm": {"length_norm": False},
+    "no_mixing": {"alpha": 0.0},
+    "no_single_step": {"single_step": False, "present_reward": True},
+    "no_pt": {"pt_weight": 0.0},
 }
 
 # %% ../../nbs/5_own_words/03_minillm.ipynb #8754660d
 def returns_to_go(
     rewards: Tensor,  # (B, T), 0 where the mask is 0
-    mask: Tensor,
-    *,  # (B, T), 1 at tokens
-    present: bool = False,  # with the token's own reward (the code), or from the next one on (eq. 3)
+    mask: Tensor,  # (B, T), 1 at tokens
+    *,
+    present: bool = False,  # with the token's own reward (code), or from the next one on (eq. 3)
     gamma: float = 1.0,  # discount
-    length_norm: bool = False,  # mean instead of sum (eq. 6); a token behind which there is nothing has 0
-    weights: Tensor | None = None,
-) -> Tensor:  # (B, T) ratio q/p~ of each token, for exact importance weighting
+    length_norm: bool = False,  # mean, not sum (eq. 6); 0 for a token that no reward follows
+    weights: Tensor | None = None,  # (B, T) ratio q/p~ of each token: exact importance weighting
+) -> Tensor:
     "Return of each token, (B, T): the discounted sum of the rewards that follow it."
-    after, left, out = torch.zeros_like(rewards[:, 0]), torch.zeros_like(rewards[:, 0]), []
+    after = torch.zeros_like(rewards[:, 0])  # return from the next token on
+    left = torch.zeros_like(rewards[:, 0])  # number of its rewards
+    returns = []
     for t in reversed(range(rewards.shape[1])):
-        value, count = rewards[:, t] + gamma * after, left + mask[:, t]
+        value = rewards[:, t] + gamma * after
+        count = left + mask[:, t]
         chosen, terms = (value, count) if present else (after, left)
-        out.append(chosen / terms.clamp(min=1) if length_norm else chosen)
-        after, left = value if weights is None else weights[:, t] * value, count
-    return torch.stack(out[::-1], dim=1) * mask
+        returns.append(chosen / terms.clamp(min=1) if length_norm else chosen)
+        after = value if weights is None else weights[:, t] * value
+        left = count
+    return torch.stack(returns[::-1], dim=1) * mask
 
 # %% ../../nbs/5_own_words/03_minillm.ipynb #8d4f1f9e
 def whitened(values: Tensor, mask: Tensor | None = None) -> Tensor:
-    "Standardised values, (B, T). With a mask: over its ones, 0 elsewhere. Without: over everything, as the released code does."
+    "Standardised values (B, T), over the ones of a mask; without one over everything, as the code does."
     kept = values.flatten() if mask is None else values[mask > 0]
-    out = (values - kept.mean()) * torch.rsqrt(kept.var(correction=0) + 1e-8)
-    return out if mask is None else out * mask
+    standard = (values - kept.mean()) * torch.rsqrt(kept.var(correction=0) + 1e-8)
+    return standard if mask is None else standard * mask
 
 # %% ../../nbs/5_own_words/03_minillm.ipynb #90cf0507
-def token_rewards(responses: list[Response], cfg: MiniLLMConfig, where: str = "") -> Tensor:
-    "r_t = log p - log q when drawn, scaled and clipped, (B, T). Raises UserError naming the responses where it is not finite."
-    rewards = (
-        padded(responses, "log_teacher") - padded(responses, "log_student")
-    ) * cfg.reward_scale
+def padded(responses: list[Response], name: str) -> Tensor:
+    "A field of all responses as (B, T) in float64, 0 after the end."
+    rows = [torch.tensor(getattr(r, name), dtype=torch.float64) for r in responses]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+
+def padded_mask(responses: list[Response]) -> Tensor:
+    "1 at the tokens of each response, (B, T) in float64."
+    rows = [torch.ones(len(r.tokens), dtype=torch.float64) for r in responses]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+
+def token_rewards(responses: list[Response], cfg: MiniLLMConfig) -> Tensor:
+    "r_t = log p - log q when drawn (eq. 2), scaled and clipped, (B, T); refuses one that is not finite."
+    difference = padded(responses, "log_teacher") - padded(responses, "log_student")
+    rewards = difference * cfg.reward_scale
     if cfg.reward_clip:
         rewards = rewards.clamp(-cfg.reward_clip, cfg.reward_clip)
-    bad = list(
-        dict.fromkeys(r.id for r, row in zip(responses, rewards) if not row.isfinite().all())
-    )
+    finite = rewards.isfinite().all(dim=1).tolist()
+    bad = [{"id": r.id} for r, fine in zip(responses, finite) if not fine]
     if bad:
         raise UserError(
             "the reward log p - log q is not finite",
-            where=f"{where}example {', '.join(bad[:8])}",
-            fix="The teacher or the "
-            "student rules out a token that was drawn: check that both read this tokenizer, or set reward_clip.",
+            where=named(bad),
+            fix="The teacher or the student rules out a token that was drawn: check that both "
+            "read this tokenizer, or set reward_clip.",
         )
     return rewards
 
 # %% ../../nbs/5_own_words/03_minillm.ipynb #0ba48347
-def set_advantages(responses: list[Response], cfg: MiniLLMConfig, where: str = "") -> None:
-    "Fill in `advantage` and `prefix` of freshly drawn responses; whitening is over all of them. Raises UserError."
+def set_advantages(responses: list[Response], cfg: MiniLLMConfig) -> None:
+    "Fill in `advantage` and `prefix` of fresh responses; whitening is over all of them."
     mask = padded_mask(responses)
     ratio = (padded(responses, "log_student") - padded(responses, "log_mix")).exp()
-    before = torch.cat(
-        [torch.ones_like(ratio[:, :1]), ratio.cumprod(1)[:, :-1]], dim=1
-    )  # product over the tokens before
-    values = returns_to_go(
-        token_rewards(responses, cfg, where),
+    product = ratio.cumprod(1)
+    before = torch.cat([torch.ones_like(ratio[:, :1]), product[:, :-1]], dim=1)
+    advantages = returns_to_go(
+        token_rewards(responses, cfg),
         mask,
         present=cfg.present_reward,
         gamma=cfg.gamma,
@@ -203,42 +227,37 @@ def set_advantages(responses: list[Response], cfg: MiniLLMConfig, where: str = "
         weights=ratio if cfg.importance == "exact" else None,
     )
     if cfg.importance != "token":
-        values = values * before
+        advantages = advantages * before
     if cfg.whiten != "none":
-        values = whitened(values, mask if cfg.whiten == "responses" else None)
-    for r, row, weight in zip(responses, values.tolist(), before.tolist()):
-        r.advantage, r.prefix = row[: len(r.tokens)], weight[: len(r.tokens)]
-
-# %% ../../nbs/5_own_words/03_minillm.ipynb #5c94286d
-def padded_mask(responses: list[Response]) -> Tensor:
-    "1 at the tokens of each response, (B, T) in float64."
-    return torch.nn.utils.rnn.pad_sequence(
-        [torch.ones(len(r.tokens), dtype=torch.float64) for r in responses], batch_first=True
-    )
+        advantages = whitened(advantages, mask if cfg.whiten == "responses" else None)
+    for response, row, weights in zip(responses, advantages.tolist(), before.tolist()):
+        response.advantage = row[: len(response.tokens)]
+        response.prefix = weights[: len(response.tokens)]
 
 # %% ../../nbs/5_own_words/03_minillm.ipynb #b94c6dda
 def surrogate(ratio: Tensor, advantage: Tensor, clip: float) -> tuple[Tensor, Tensor]:
-    "PPO's loss -min(rho*A, clip(rho)*A) of each token, and whether the clipping has taken its gradient away."
+    "PPO's loss -min(rho*A, clip(rho)*A) of each token, and 1 where clipping removes its gradient."
+    plain = -ratio * advantage
     if not clip:
-        return -ratio * advantage, torch.zeros_like(ratio)
-    plain, limited = -ratio * advantage, -ratio.clamp(1 - clip, 1 + clip) * advantage
+        return plain, torch.zeros_like(ratio)
+    limited = -ratio.clamp(1 - clip, 1 + clip) * advantage
     return torch.maximum(plain, limited), (limited > plain).to(ratio.dtype)
 
 # %% ../../nbs/5_own_words/03_minillm.ipynb #5257ac00
 def minillm_terms(
-    student: Tensor,  # logits (n, V) of the student, at the tokens of `batch`
+    student: Tensor,  # logits (n, V) of the student at the response tokens
     teacher: Tensor,  # logits (n, V) of the teacher
-    batch: dict[str, Tensor],  # columns of a `response_batch` after `set_advantages`
+    columns: dict[str, Tensor],  # of a `response_batch` after `set_advantages`
     cfg: MiniLLMConfig,
 ) -> dict[str, Tensor]:
-    "Per token (n,): single and long (the loss), and for the log kl, clipped and ratio."
+    "Per token (n,): single and long, the loss of eq. 7; for the log kl, clipped and ratio."
     log_q = torch.log_softmax(at_least_float32(student), dim=-1)
     kl = token_divergence("reverse_kl", student, teacher)
-    ratio = (log_q.gather(-1, batch["target_ids"][:, None])[:, 0] - batch["log_mix"]).exp()
-    long, clipped = surrogate(ratio, batch["advantage"], cfg.clip)
-    weight = {"token": ratio, "product": batch["prefix"] * ratio, "exact": batch["prefix"]}[
-        cfg.importance
-    ].detach()
+    chosen = log_q.gather(-1, columns["target_ids"][:, None])[:, 0]
+    ratio = (chosen - columns["log_mix"]).exp()
+    long, clipped = surrogate(ratio, columns["advantage"], cfg.clip)
+    weights = {"token": ratio, "product": columns["prefix"] * ratio, "exact": columns["prefix"]}
+    weight = weights[cfg.importance].detach()
     return {
         "single": weight * kl if cfg.weight_single else kl,
         "long": long,
@@ -249,44 +268,45 @@ def minillm_terms(
 
 # %% ../../nbs/5_own_words/03_minillm.ipynb #751d7b67
 class MiniLLM(OnPolicy):
-    "MiniLLM (arXiv 2306.08543): reverse KL on the student's own responses. Settings: `MiniLLMConfig`."
+    "MiniLLM (arXiv 2306.08543): sequence-level reverse KL on responses of student and teacher."
 
-    def objective_weights(self) -> dict[str, float]:
-        return ({"single": 1.0} if self.config.single_step else {}) | {"long": 1.0}
+    Config = MiniLLMConfig
 
-    def watched(self) -> tuple[str, ...]:
-        return "kl", "reward", "ratio", "clipped", "teacher_share"
+    def terms(self) -> dict[str, Term]:
+        loss = {"single": Term(1.0)} if self.config.single_step else {}
+        logged = ("kl", "reward", "ratio", "clipped", "teacher_share")
+        return loss | {"long": Term(1.0)} | dict.fromkeys(logged, Term())
 
-    def sources(self, slot: int, cycle: int) -> tuple[str, ...]:
+    def sources(self, place: int, cycle: int) -> tuple[str, ...]:
         return ("mixed",) if self.config.alpha else ("student",)
 
-    def prepare(self, responses: list[Response], where: str) -> None:
+    def on_rollout(self, responses: list[Response], student) -> None:
         if not self.config.alpha:
-            logs = token_logprobs(self.teacher, responses, self.pad, self.vocabulary)
-            for r, log in zip(responses, logs):
-                r.log_teacher, r.log_mix = log, r.log_student
-        set_advantages(responses, self.config, where)
+            pad_id = self.tokenizer.pad_token_id
+            logprobs = token_logprobs(self.teacher, responses, pad_id, self.vocabulary)
+            for response, values in zip(responses, logprobs):
+                response.log_teacher = values
+                response.log_mix = response.log_student
+        set_advantages(responses, self.config)
 
-    def objective(
-        self, student: Tensor, teacher: Tensor, batch: dict[str, Tensor]
+    def token_losses(
+        self, student: Tensor, teacher: Tensor, columns: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        terms = minillm_terms(student, teacher, batch, self.config)
-        self.check_ratio(terms["ratio"], batch)
-        terms |= {
-            "reward": batch["log_teacher"] - batch["log_student"],
-            "teacher_share": self.config.alpha * (batch["log_teacher"] - batch["log_mix"]).exp(),
-        }
-        return {k: terms[k] for k in (*self.objective_weights(), *self.watched())}
+        values = minillm_terms(student, teacher, columns, self.config)
+        self.check_ratio(values["ratio"], columns)
+        values["reward"] = columns["log_teacher"] - columns["log_student"]
+        share = (columns["log_teacher"] - columns["log_mix"]).exp()
+        values["teacher_share"] = self.config.alpha * share
+        return {name: values[name] for name in self.terms()}
 
-    def check_ratio(self, ratio: Tensor, batch: dict[str, Tensor]) -> None:
-        "Raises UserError naming step and examples where the ratio q/p~ is not finite."
-        bad = batch["example"][batch["row"][~ratio.isfinite()]].unique().tolist()
+    def check_ratio(self, ratio: Tensor, columns: dict[str, Tensor]) -> None:
+        "Refuse a ratio q/p~ that is not finite, naming the examples."
+        bad = columns["example"][columns["row"][~ratio.isfinite()]].unique().tolist()
         if bad:
-            step = f"step {self.buffer.loop.step + 1}, " if self.buffer.loop else ""
-            names = ", ".join(self.prompts[i]["id"] for i in bad[:8])
+            names = list(self.numbers)
             raise UserError(
                 "the ratio q/p~ is not finite",
-                where=f"{step}example {names}",
-                fix="The student has left what wrote these "
-                "responses behind: lower lr or inner_epochs, or set clip of TrainConfig.",
+                where=f"step {self.step + 1}, {named([{'id': names[i]} for i in bad])}",
+                fix="The student has left the text of this rollout behind: lower lr or "
+                "inner_epochs, or set clip of TrainConfig.",
             )

@@ -11,18 +11,19 @@ from typing import Any, Callable, Iterable
 
 from ..core import UserError
 from .dpkd import DPKD, DPKDConfig
-from .gkd import Distill, DistillConfig, RECIPES
+from .gkd import GKD, GKDConfig, RECIPES
 from .minillm import MiniLLM, MiniLLMConfig
 from .on_policy import OnPolicy, OnPolicyConfig
 
 # %% ../../nbs/5_own_words/06_registry.ipynb #bfe32556
+# {name: (class, what makes its settings)}
 METHODS: dict[str, tuple[type[OnPolicy], Callable[..., OnPolicyConfig]]] = {
     "minillm": (MiniLLM, MiniLLMConfig),
-    "minillm_official": (MiniLLM, MiniLLMConfig.official),
-    "on_policy": (MiniLLM, lambda **c: MiniLLMConfig.preset("on_policy", **c)),
+    "minillm_official": (MiniLLM, partial(MiniLLMConfig.preset, "official")),
+    "on_policy": (MiniLLM, partial(MiniLLMConfig.preset, "on_policy")),
     "dpkd": (DPKD, DPKDConfig),
     "dpkd_official": (DPKD, DPKDConfig.official),
-    **{name: (Distill, partial(DistillConfig.recipe, name)) for name in RECIPES},
+    **{name: (GKD, partial(GKDConfig.recipe, name)) for name in RECIPES},
 }
 
 
@@ -30,13 +31,12 @@ def onpolicy_method(
     name: str,
     tokenizer,
     teacher,
-    prompts: Iterable,
     *,
     corpus: Iterable = (),
     teacher_tokenizer=None,
     **changes: Any,
 ) -> OnPolicy:
-    "A method of METHODS with its published settings, changed. Raises UserError for an unknown name or setting."
+    "A method of METHODS with its published settings, changed."
     if name not in METHODS:
         raise UserError(
             f"there is no method {name!r}",
@@ -46,12 +46,10 @@ def onpolicy_method(
     kind, config = METHODS[name]
     try:
         settings = config(**changes)
-    except TypeError as e:
+    except TypeError as error:
         raise UserError(
-            f"a setting does not exist: {str(e).split('__init__() ')[-1]}",
+            f"a setting does not exist: {str(error).split('__init__() ')[-1]}",
             where=name,
             fix="See the fields of its config.",
-        ) from e
-    return kind(
-        tokenizer, teacher, prompts, settings, corpus=corpus, teacher_tokenizer=teacher_tokenizer
-    )
+        ) from error
+    return kind(tokenizer, teacher, settings, corpus=corpus, teacher_tokenizer=teacher_tokenizer)

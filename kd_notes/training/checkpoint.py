@@ -143,6 +143,7 @@ def _write_checkpoint(loop: Loop, folder: Path) -> None:
             "stale": loop.stale,
             "stop": loop.stop,
             "fingerprint": fingerprint(loop),
+            "method": loop.method.state_dict(),
             "callbacks": [c.state() for c in loop.callbacks],
         },
     )
@@ -195,7 +196,7 @@ def fingerprint(loop: Loop) -> str:
     effective = loop.cfg.batch_size * loop.cfg.accumulate * loop.accelerator.num_processes
     shapes = {name: list(p.shape) for name, p in trainable(loop.objective).items()}
     return stable_hash(
-        [settings, effective, loop.ids, loop.sizes, dict(loop.method.loss_weights), shapes]
+        [settings, effective, loop.examples_hash, dict(loop.method.loss_weights), shapes]
     )
 
 # %% ../../nbs/7_engine_room/16_checkpoint.ipynb #cafdd951
@@ -254,6 +255,7 @@ def _resume(loop: Loop) -> None:
         for name in ("step", "tokens", "seconds", "best", "stale", "stop"):
             setattr(loop, name, state[name])
         loop.saved = loop.step
+        loop.method.load_state_dict(state["method"])
         for callback, kept in zip(loop.callbacks, state["callbacks"]):
             callback.load(kept)
     loop.history = _rewind(loop.run_dir, loop.step, write=loop.accelerator.is_main_process)

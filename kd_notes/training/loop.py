@@ -155,6 +155,7 @@ def train_step(loop: Loop, rows: list[int]) -> None:
     "One optimizer step on these examples (numbers of an effective batch)."
     start = time.perf_counter()
     accelerator = loop.accelerator
+    loop.method.begin_step(loop)
     mine = micro_batches(
         rows, loop.cfg.accumulate, accelerator.num_processes, accelerator.process_index
     )
@@ -256,6 +257,7 @@ def _validate(loop: Loop, validate: Callable[[Any], dict]) -> None:
             loop.best_weights = {name: _full(p) for name, p in _kept(loop).items()}
     if loop.cfg.early_stop and loop.stale >= loop.cfg.early_stop:
         loop.stop = f"no better score in {loop.stale} validations"
+    loop.method.on_validate(loop, metrics)
     for callback in loop.callbacks:
         callback.on_validate(loop, metrics)
 

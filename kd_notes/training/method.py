@@ -57,6 +57,26 @@ class Method(ABC):
         "Move what the method owns, such as a teacher, to the device of the student."
         return None
 
+    def begin(self, state) -> None:
+        "Called once, with the encoded examples in `state`, before a checkpoint is loaded."
+        return None
+
+    def begin_step(self, state) -> None:
+        "Called before every step. On-policy methods draw here, into `state.items`."
+        return None
+
+    def on_validate(self, state, metrics: dict) -> None:
+        "Called after every validation."
+        return None
+
+    def state_dict(self) -> dict:
+        "JSON data that a checkpoint keeps."
+        return {}
+
+    def load_state_dict(self, kept: dict) -> None:
+        "Take back what `state_dict` returned."
+        return None
+
     @abstractmethod
     def collate(self, items: list) -> Batch:
         "Make a batch of encoded items, on the CPU."

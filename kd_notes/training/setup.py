@@ -14,7 +14,7 @@ from typing import Iterable
 import torch
 from torch import Tensor
 
-from ..core import seed_everything, UserError
+from ..core import seed_everything, stable_hash, UserError
 from .batches import Batch
 from .checkpoint import trainable
 from .method import Method
@@ -189,6 +189,8 @@ def _set_up(
             model.enable_input_require_grads()
     loop.objective = Objective(model, method).to(accelerator.device)
     method.to(accelerator.device)
+    loop.examples_hash = stable_hash([loop.ids, loop.sizes])
+    method.begin(loop)
     if cfg.compile:
         loop.objective.compile(
             dynamic=True, backend="inductor" if cfg.compile is True else cfg.compile

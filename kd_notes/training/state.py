@@ -120,6 +120,7 @@ class Loop:
     items: list = field(default_factory=lambda: PackedItems())  # encoded examples
     sizes: list = field(default_factory=list)  # tokens of each
     ids: list = field(default_factory=list)  # name of each, for messages
+    examples_hash: str = ""  # of names and sizes of the examples that the run was given
     callbacks: list = field(default_factory=list)
     run_dir: Path | None = None
     step: int = 0  # steps done

@@ -18,6 +18,11 @@ from hypothesis import strategies as st
 
 import kd_notes.methods.gkd as gkd_module
 import kd_notes.experiments.instruction_world as instruction_world_module
+import kd_notes.runner.code as code_module
+from kd_notes.experiments.base import UNTRAINED
+from kd_notes.experiments.instruction_world import InstructionWorld, WorldModels
+from kd_notes.experiments.stepwise import Stepwise
+from kd_notes.runner.grid import record_runs
 import kd_notes.methods.minillm as minillm_module
 import kd_notes.experiments.phases as phases_module
 from kd_notes.core import read_jsonl, UserError
@@ -1445,13 +1450,10 @@ def test_every_method_trains(name):
 
 def test_what_is_not_trained_has_no_learning_rate():
     "Else a new choice of rates would make other runs of the teacher and the start."
-    assert [
-        instruction_world_module.world_run(arm, 0)["lr"]
-        for arm in instruction_world_module.UNTRAINED
-    ] == [0.0, 0.0]
+    assert [WORLD.parameters(arm=arm, seed=0)["lr"] for arm in UNTRAINED] == [0.0, 0.0]
     assert (
-        instruction_world_module.world_run("gkd", 0)["lr"] > 0
-        and instruction_world_module.world_run("gkd", 0, lr=0.5)["lr"] == 0.5
+        WORLD.parameters(arm="gkd", seed=0)["lr"] > 0
+        and WORLD.parameters(arm="gkd", seed=0, lr=0.5)["lr"] == 0.5
     )
 
 
@@ -1790,6 +1792,7 @@ def test_log_probabilities_of_a_forward_pass_are_the_samplers():
 
 # ---------------------------------------------------------------- the instruction world, in tiny
 
+WORLD = InstructionWorld()
 TINY_TEACHER, TINY_STUDENT = (
     {"size": "xs", "seed": 7, "pretrain": 25, "steps": 2, "batch_size": 16},
     {"pretrain": 8, "steps": 1, "batch_size": 8},
@@ -1844,8 +1847,8 @@ def test_what_is_said_of_a_students_answers_is_true(world):
 
     tok, rows = load_world_tokenizer(), load_world("test")[:12]
     (student, _), (teacher, _) = (
-        instruction_world_module.world_model(**TINY_TEACHER),
-        instruction_world_module.world_model(**TINY_STUDENT),
+        WorldModels().load(**TINY_TEACHER),
+        WorldModels().load(**TINY_STUDENT),
     )  # the better one writes
     prompts = [tok.encode(r["prompt"], add_special_tokens=False) for r in rows]
     found = instruction_world_module.world_metrics(
@@ -1914,8 +1917,8 @@ def kl_along(student, teacher, prompt, answer):
 def test_a_students_divergences_are_those_along_its_own_and_its_teachers_answers(world):
     tok, rows = load_world_tokenizer(), load_world("test")[:12]
     (teacher, _), (student, _) = (
-        instruction_world_module.world_model(**TINY_TEACHER),
-        instruction_world_module.world_model(**TINY_STUDENT),
+        WorldModels().load(**TINY_TEACHER),
+        WorldModels().load(**TINY_STUDENT),
     )
     prompts = [tok.encode(r["prompt"], add_special_tokens=False) for r in rows]
     theirs, own = (world_texts(m, tok, prompts)[0][0] for m in (teacher, student))
@@ -1936,7 +1939,7 @@ def test_a_students_divergences_are_those_along_its_own_and_its_teachers_answers
 
 def test_one_seed_is_one_result_another_seed_another_and_cells_keep_their_places(world, tmp_path):
     cells = {"z": TINY | {"arm": "sft"}, "a": TINY, "t": TINY | {"arm": "teacher"}}
-    found = instruction_world_module.run_cells(cells, [0])
+    found = WORLD.run(cells, [0])
     assert (
         list(found) == ["z", "a", "t"]
         and found["z"][0]["tokens_gold"] > 0
@@ -1947,17 +1950,13 @@ def test_one_seed_is_one_result_another_seed_another_and_cells_keep_their_places
         and "train_seconds" not in found["t"][0]
     )
     [mine] = found["a"]
-    run = instruction_world_module.world_run(seed=0, **TINY)
-    assert timeless(instruction_world_module.train_onpolicy(run, tmp_path / "again")) == timeless(
-        mine
-    )
-    stored = instruction_world_module.run_world(
-        [run, instruction_world_module.world_run(seed=0, **cells["z"])]
-    )
-    assert [r["source"] for r in stored] == ["cache", "cache"] and [
+    run = WORLD.parameters(seed=0, **TINY)
+    assert timeless(WORLD.train(run, tmp_path / "again")) == timeless(mine)
+    stored = WORLD.results([run, WORLD.parameters(seed=0, **cells["z"])])
+    assert [r["source"] for r in stored] == ["cached", "cached"] and [
         r["metrics"] for r in stored
     ] == [mine, found["z"][0]]
-    other = instruction_world_module.train_onpolicy(run | {"seed": 1}, tmp_path / "other")
+    other = WORLD.train(run | {"seed": 1}, tmp_path / "other")
     assert other["tokens_mixed"] != mine["tokens_mixed"] and other["loss"] != mine["loss"]
 
 
@@ -1970,7 +1969,7 @@ KILLED = """
         if state.step == 102: os.kill(os.getpid(), signal.SIGKILL)
         before(self, state)
     on_policy.OnPolicy.begin_step = begin_step
-    instruction_world.run_world([json.loads(sys.argv[1])])
+    instruction_world.InstructionWorld().results([json.loads(sys.argv[1])])
 """
 
 
@@ -1988,8 +1987,8 @@ def test_a_run_of_the_world_that_was_killed_goes_on_and_ends_with_the_same_numbe
         score_seeds=1,
         settings={"rollouts": 4, "inner_epochs": 17},
     )
-    run = instruction_world_module.world_run(seed=0, **(TINY | brief))
-    whole = instruction_world_module.train_onpolicy(run, tmp_path / "whole")
+    run = WORLD.parameters(seed=0, **(TINY | brief))
+    whole = WORLD.train(run, tmp_path / "whole")
     before = set(world.glob("runs/onpolicy/*"))
     script = [sys.executable, "-c", textwrap.dedent(KILLED), json.dumps(run)]
     assert (
@@ -2004,10 +2003,10 @@ def test_a_run_of_the_world_that_was_killed_goes_on_and_ends_with_the_same_numbe
         "begin_step",
         lambda self, state: steps.append(state.step) or begin_step(self, state),
     )
-    [resumed] = instruction_world_module.run_world([run])
+    [resumed] = WORLD.results([run])
     assert (
         steps == [100, 101, 102, 103]
-        and resumed["source"] == "run"
+        and resumed["source"] == "trained"
         and run_folder("onpolicy", resumed["key"]) == folder
     )
     assert (
@@ -2023,57 +2022,77 @@ def test_a_run_of_the_world_that_was_killed_goes_on_and_ends_with_the_same_numbe
     assert logs[0] == logs[1] and logs[0][-1]["step"] == 104
 
 
-def test_what_is_recorded_needs_no_teacher_and_no_start(monkeypatch):
-    from kd_notes.core import stable_hash
-
-    old, new = (
-        instruction_world_module.world_run("sft", 0, size="s"),
-        instruction_world_module.world_run("sft", 1),
-    )
-    asked = {}
-    monkeypatch.setattr(
-        instruction_world_module, "load_record", lambda stage: {stable_hash(old): {}}
-    )
-    monkeypatch.setattr(
-        instruction_world_module,
-        "run_grid",
-        lambda stage, target, runs, **how: asked.update({stage: runs}),
-    )
-    instruction_world_module.run_world([old, new], use_record=True)
-    assert [(m["size"], m["seed"]) for m in asked["world_model"]] == [
-        ("m", 0),
-        ("xs", 1),
-    ] and asked["onpolicy"] == [old, new]
+def test_what_is_recorded_needs_no_teacher_and_no_start(world, tmp_path, monkeypatch):
+    old = WORLD.parameters(arm="sft", seed=0, size="s")
+    new = WORLD.parameters(arm="sft", seed=1)
+    row = {"metrics": {}, "key": "k", "seconds": 1, "device": "cpu", "date": "2026-11-26"}
+    record_runs("onpolicy", [row | {"params": old, "source": "trained"}], tmp_path)
+    asked = []
+    monkeypatch.setattr(WorldModels, "results", lambda self, runs, **grid: asked.extend(runs))
+    monkeypatch.setattr(InstructionWorld, "train", lambda self, run, folder: {"x": run["seed"]})
+    record = {"source": "record", "record_folder": tmp_path}
+    made = WORLD.results([old, new], **record)
+    assert [(run["size"], run["seed"]) for run in asked] == [("m", 0), ("xs", 1)]
+    assert [r["source"] for r in made] == ["replayed", "trained"]
     asked.clear()
-    instruction_world_module.run_world([old], use_record=True)
-    assert list(asked) == ["onpolicy"]
-    instruction_world_module.run_world(
-        [instruction_world_module.world_run("teacher", 0)], use_record=True
-    )
-    assert [(m["size"], m["seed"]) for m in asked["world_model"]] == [("m", 0)]
+    WORLD.results([old], **record)
+    WORLD.results([new], **record)  # trained by now, so its start is not needed either
+    assert asked == []
+    WORLD.results([WORLD.parameters(arm="teacher", seed=0)], **record)
+    assert [(run["size"], run["seed"]) for run in asked] == [("m", 0)]
 
 
 def test_a_frame_is_one_teacher_and_a_start_for_each_seed(monkeypatch):
     asked = []
 
-    def answer(runs, **how):
+    def answer(self, runs, **grid):
         asked.extend(runs)
         return [
             {"params": r, "metrics": {"who": (r["arm"], r["size"], r["seed"], r["steps"])}}
             for r in runs
         ]
 
-    monkeypatch.setattr(instruction_world_module, "run_world", answer)
+    monkeypatch.setattr(InstructionWorld, "results", answer)
     found = instruction_world_module.run_frame([3, 4], "s", {"steps": 7}, jobs=2)
     assert [m["who"] for m in found["start"]] == [("start", "s", 3, 7), ("start", "s", 4, 7)]
-    assert [m["who"] for m in found["teacher"]] == [("teacher", "xs", 3, 7)] and len(
-        asked
-    ) == 3  # the same row whatever the student's size
+    # the same row whatever the student's size
+    assert [m["who"] for m in found["teacher"]] == [("teacher", "xs", 3, 7)] and len(asked) == 3
     assert set(found) <= set(instruction_world_module.TITLES)
 
 
+def test_the_key_of_a_run_follows_the_modules_that_its_arm_uses(monkeypatch):
+    "A new option of DPKD or of AKL must not make the students of other arms stale."
+    arms = ("sft", "minillm", "gkd", "dpkd", "start")
+    runs = {arm: WORLD.parameters(arm=arm, seed=0) for arm in arms}
+    akl = {"parts": [{"divergence": "adaptive_kl"}]}
+    runs["akl"] = WORLD.parameters(arm="gkd", seed=0, settings=akl)
+    student = {"task": "nli", "arm": "dss", "n": 10, "seed": 0}
+    before = {arm: WORLD.key(run) for arm, run in runs.items()}
+    before["step-by-step"] = Stepwise().key(Stepwise().parameters(**student))
+    real = code_module.module_facts
+    for module, stale in (
+        ("losses.adaptive", {"akl"}),
+        ("methods.dpkd", {"dpkd"}),
+        ("methods.minillm", {"minillm"}),
+        ("methods.gkd", {"gkd", "akl", "sft"}),
+        ("runner.grid", set()),
+        ("progress", set()),
+        ("methods.step_by_step", {"step-by-step"}),
+        ("core", set(before)),
+    ):
+        edited = {module: ("edited", real(module)[1])}
+        monkeypatch.setattr(
+            code_module, "module_facts", lambda name, known=edited: known.get(name) or real(name)
+        )
+        after = {arm: WORLD.key(run) for arm, run in runs.items()}
+        after["step-by-step"] = Stepwise().key(Stepwise().parameters(**student))
+        assert {arm for arm in before if after[arm] != before[arm]} == stale, module
+
+
 def test_arms_and_settings_of_the_world_that_do_not_exist_are_named():
-    with pytest.raises(UserError, match="minilm is not known.*Arms: sft, kd"):
-        instruction_world_module.world_run("minilm", 0)
-    with pytest.raises(UserError, match="step is not known.*Settings: size, steps"):
-        instruction_world_module.run_cells({"a": {"arm": "sft", "step": 3}}, [0])
+    with pytest.raises(UserError, match="no arm 'minilm'.*sft, kd"):
+        WORLD.parameters(arm="minilm", seed=0)
+    with pytest.raises(UserError, match="unknown settings stepz"):
+        WORLD.parameters(arm="sft", seed=0, student={"stepz": 3})
+    with pytest.raises(UserError, match="unknown settings step.*size, steps"):
+        WORLD.run({"a": {"arm": "sft", "step": 3}}, [0])

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+import kd_notes.experiments.instruction_sets as instruction_sets_module
 import kd_notes.experiments.pretrained_pairs as pretrained_pairs_module
 from kd_notes.generation.engine import SPARE
 from kd_notes.core import repo_root, stable_hash, UserError
@@ -23,24 +24,20 @@ from kd_notes.experiments.pair_files import (
     rates_to_try,
     UNKNOWN,
 )
+from kd_notes.experiments.instruction_sets import hub_rows, load_set, set_files
+from kd_notes.experiments.pair_runs import check_run, PAIR_RUN, pair_run, phase_run
 from kd_notes.experiments.pretrained_pairs import (
-    check_run,
-    load_set,
     pair_method,
-    PAIR_RUN,
-    pair_run,
-    phase_model,
-    run_arms,
+    PairStudents,
+    PretrainedPairs,
     run_rows,
-    set_files,
-    train_pair_arm,
-    train_pair_student,
 )
-from kd_notes.experiments.equal_time import hub_rows
 from kd_notes.runner.grid import record_runs
+from kd_notes.runner.runs import run_folder
 from kd_notes.training.state import Callback
 
 torch.set_num_threads(1)
+PAIRS = PretrainedPairs()
 FILES = sorted((pair_file("gpt2-120m").parent).glob("*.json"))
 SHAPES = {
     "gpt2": dict(model_type="gpt2", n_layer=1, n_embd=16, n_head=2, n_positions=160),
@@ -145,13 +142,13 @@ def numbers(metrics):
 def test_three_phases_a_stop_and_a_resume_in_bf16(kind, tmp_path, monkeypatch):
     "Teacher and student of one architecture: all phases, and phase 3 broken off in the middle gives the same numbers as uninterrupted."
     run = pair_run("minillm", 0, **TINY, **folders(kind, tmp_path))
-    metrics = run_arms([run])[0]["metrics"]
+    metrics = PAIRS.results([run])[0]["metrics"]
     found = metrics["sets"]["prompts"]
     assert found["rows"] == 3 and all(
         math.isfinite(v) for v in found.values() if not isinstance(v, str)
     )
     assert found["reverse_kl"] > 0 and found["forward_kl"] > 0 and metrics["tokens_mixed"] > 0
-    start, _ = load_pretrained(phase_model("student", run), device="cpu")
+    start, _ = load_pretrained(PairStudents().model(phase_run("student", run)), device="cpu")
     assert start.config.model_type == kind and start.dtype == torch.float32
     plain, ready = pretrained_pairs_module.train, tmp_path / "stopped"
     monkeypatch.setattr(
@@ -160,9 +157,9 @@ def test_three_phases_a_stop_and_a_resume_in_bf16(kind, tmp_path, monkeypatch):
         lambda *a, **k: plain(*a, **k, callbacks=[Stop()]),
     )
     with pytest.raises(KeyboardInterrupt):
-        train_pair_arm(run, ready)
+        PAIRS.train(run, ready)
     monkeypatch.setattr(pretrained_pairs_module, "train", plain)
-    assert list(ready.glob("**/*.safetensors")) and numbers(train_pair_arm(run, ready)) == numbers(
+    assert list(ready.glob("**/*.safetensors")) and numbers(PAIRS.train(run, ready)) == numbers(
         metrics
     )
 
@@ -190,15 +187,15 @@ def test_phase_two_continues_a_stopped_training(tmp_path, monkeypatch):
     run = pair_run(
         "sft", 1, **TINY | {"teacher_steps": 0, "student_steps": 6}, **folders("llama", tmp_path)
     )
-    whole, plain = train_pair_student(run, tmp_path / "whole"), pretrained_pairs_module.finetune
+    whole, plain = PairStudents().train(run, tmp_path / "whole"), pretrained_pairs_module.finetune
     monkeypatch.setattr(
         pretrained_pairs_module, "finetune", lambda *a, **k: plain(*a, **k, callbacks=[Stop()])
     )
     with pytest.raises(KeyboardInterrupt):
-        train_pair_student(run, tmp_path / "part")
+        PairStudents().train(run, tmp_path / "part")
     assert not (tmp_path / "part" / "model").exists()
     monkeypatch.setattr(pretrained_pairs_module, "finetune", plain)
-    assert numbers(train_pair_student(run, tmp_path / "part")) == numbers(whole)
+    assert numbers(PairStudents().train(run, tmp_path / "part")) == numbers(whole)
     same = [
         load_pretrained(tmp_path / name / "model", device="cpu")[0].state_dict()
         for name in ("whole", "part")
@@ -213,10 +210,10 @@ def test_adapters_are_merged_when_a_phase_ends(tmp_path):
         **TINY | {"train": {"device": "cpu", "lora": {"r": 2, "alpha": 4}}},
         **folders("llama", tmp_path),
     )
-    metrics = run_arms([run])[0]["metrics"]
+    metrics = PAIRS.results([run])[0]["metrics"]
     start, first = (
         load_pretrained(path, device="cpu")[0]
-        for path in (phase_model("student", run), run["student"])
+        for path in (PairStudents().model(phase_run("student", run)), run["student"])
     )
     assert (
         metrics["parameters"]
@@ -234,12 +231,10 @@ def test_arms_share_the_phases_before_and_frames_train_nothing():
         "score_seeds": 1,
     }
     runs = [pair_run(arm, 0, **tiny) for arm in ("teacher", "start", "sft", "gkd")]
-    teacher, start, sft, gkd = (r["metrics"] for r in run_arms(runs))
+    teacher, start, sft, gkd = (r["metrics"] for r in PAIRS.results(runs))
     made = sorted(
         p.parent.parent.name
-        for p in (pretrained_pairs_module.run_folder("x", "y").parents[1]).glob(
-            "pair_*/*/metrics.json"
-        )
+        for p in (run_folder("x", "y").parents[1]).glob("pair_*/*/metrics.json")
     )
     assert made == ["pair_arm"] * 4 + ["pair_student", "pair_teacher"]
     assert teacher["sets"]["prompts"]["reverse_kl"] < 1e-6 < start["sets"]["prompts"]["reverse_kl"]
@@ -249,7 +244,7 @@ def test_arms_share_the_phases_before_and_frames_train_nothing():
         and gkd["parameters"] == start["parameters"] < teacher["parameters"]
     )
     assert sft["sets"]["prompts"]["loss"] != start["sets"]["prompts"]["loss"]
-    assert all(r["source"] == "cache" for r in run_arms(runs))
+    assert all(r["source"] == "cached" for r in PAIRS.results(runs))
 
 
 # ---------------------------------------------------------------- sets
@@ -310,7 +305,7 @@ def test_a_set_of_the_hub_has_the_fields_of_dolly(tmp_path, monkeypatch):
 def test_a_hub_set_that_nobody_trains_on_is_evaluated_whole(monkeypatch):
     "The set that a run trains on keeps its split: no training row in the test."
     rows = [ROW | {"instruction": f"Count to {i}."} for i in range(30)]
-    monkeypatch.setattr(pretrained_pairs_module, "hub_rows", lambda name: rows)
+    monkeypatch.setattr(instruction_sets_module, "hub_rows", lambda name: rows)
     run, tok = (
         pair_run(
             "sft",
@@ -350,7 +345,7 @@ def test_the_official_arm_is_evaluated_without_repeats_as_the_released_code_does
         ("teacher", {}, 0),
     ):
         seen.clear()
-        train_pair_arm(
+        PAIRS.train(
             pair_run(arm, 0, **tiny | {"minillm": tiny["minillm"] | changes}),
             tmp_path / f"{arm}{n}",
         )
@@ -359,14 +354,14 @@ def test_the_official_arm_is_evaluated_without_repeats_as_the_released_code_does
         if n == 1:
             for prompt, response in zip(written.prompt_ids, written.response_ids[0]):
                 assert len(set(prompt + response)) == len(set(prompt)) + len(response)
-    with pytest.raises(UserError, match="pair_run, minillm: .*no_repeat_ngram"):
+    with pytest.raises(UserError, match="pair_arm, minillm: .*no_repeat_ngram"):
         pair_run("minillm_official", 0, minillm={"eval_no_repeat_ngram": -1})
 
 
 def test_prompts_that_do_not_fit_are_refused(tmp_path):
     run = pair_run("sft", 0, **TINY | {"max_prompt": 155}, **folders("gpt2", tmp_path))
     with pytest.raises(UserError, match="do not fit a context of 160.*at most 160"):
-        train_pair_student(run | {"teacher_steps": 0}, tmp_path / "run")
+        PairStudents().train(run | {"teacher_steps": 0}, tmp_path / "run")
     with pytest.raises(UserError, match="prompts, test.*prompts of at most 4 tokens"):
         run_rows(run | {"max_prompt": 4}, "test", load_mini_tokenizer())
 
@@ -386,9 +381,9 @@ def test_tokenizers_that_differ_are_refused_before_any_training(arm, tmp_path, m
         monkeypatch.setattr(pretrained_pairs_module, place, never)
     run, words = pair_run(arm, 0, **TINY, **specs), "ids mean different tokens"
     with pytest.raises(UserError, match=words):
-        run_arms([run])
+        PAIRS.results([run])
     with pytest.raises(UserError, match=words):
-        train_pair_student(run | {"teacher_steps": 0}, tmp_path / "run")
+        PairStudents().train(run | {"teacher_steps": 0}, tmp_path / "run")
     monkeypatch.setattr(
         pretrained_pairs_module, "pair_teacher", pretrained_pairs_module.open_teacher
     )
@@ -396,7 +391,7 @@ def test_tokenizers_that_differ_are_refused_before_any_training(arm, tmp_path, m
         pretrained_pairs_module, "pair_start", lambda p: load_pretrained(p["student"], device="cpu")
     )
     with pytest.raises(UserError, match=words):
-        train_pair_arm(run, tmp_path / "run")
+        PAIRS.train(run, tmp_path / "run")
 
 
 def test_a_teacher_alone_needs_no_student(tmp_path):
@@ -407,7 +402,7 @@ def test_a_teacher_alone_needs_no_student(tmp_path):
         | folders("llama", tmp_path)
         | {"teacher_steps": 0, "student": str(tmp_path / "none"), "train_rows": 1},
     )
-    assert run_arms([run])[0]["metrics"]["sets"]["prompts"]["rows"] == 3
+    assert PAIRS.results([run])[0]["metrics"]["sets"]["prompts"]["rows"] == 3
 
 
 def test_what_a_run_reads_is_read_before_anything_is_trained(tmp_path, monkeypatch):
@@ -418,7 +413,7 @@ def test_what_a_run_reads_is_read_before_anything_is_trained(tmp_path, monkeypat
     monkeypatch.setattr(pretrained_pairs_module, "train", never)
     bad = pair_run("minillm", 0, **tiny | {"evaluate": ["prompts", "mine.jsonl"]})
     with pytest.raises(UserError, match="mine.jsonl:4.*nothing to compare"):
-        train_pair_arm(bad, tmp_path / "run")
+        PAIRS.train(bad, tmp_path / "run")
     monkeypatch.setattr(pretrained_pairs_module, "finetune", never)
     for changes, words in (
         ({"seed": 1}, "mine.jsonl:4.*nothing to compare"),
@@ -426,7 +421,7 @@ def test_what_a_run_reads_is_read_before_anything_is_trained(tmp_path, monkeypat
         ({"evaluate": [], "max_prompt": 4}, "prompts, train.*at most 4 tokens"),
     ):
         with pytest.raises(UserError, match=words):
-            run_arms([bad | {"evaluate": [], "seed": 1}, bad | changes])
+            PAIRS.results([bad | {"evaluate": [], "seed": 1}, bad | changes])
 
 
 def test_recorded_runs_need_no_files(tmp_path, monkeypatch):
@@ -437,10 +432,10 @@ def test_recorded_runs_need_no_files(tmp_path, monkeypatch):
     )
     monkeypatch.delenv("KD_NOTES_DATA", raising=False)
     monkeypatch.setattr("kd_notes.runner.grid.data_dir", lambda: tmp_path)
-    record_runs("pair_arm", [row | {"params": run, "source": "cache"}])
-    assert [r["source"] for r in run_arms([run], use_record=True)] == ["record"]
+    record_runs("pair_arm", [row | {"params": run, "source": "cached"}])
+    assert [r["source"] for r in PAIRS.results([run], source="record")] == ["replayed"]
     with pytest.raises(UserError, match="KD_NOTES_DATA"):
-        run_arms([run, run | {"seed": 1}], use_record=True)
+        PAIRS.results([run, run | {"seed": 1}], source="record")
 
 
 def test_prompts_that_are_left_out_are_counted(tmp_path, monkeypatch):
@@ -453,7 +448,7 @@ def test_prompts_that_are_left_out_are_counted(tmp_path, monkeypatch):
         | {"teacher_steps": 0, "evaluate": ["mine.jsonl", "prompts"]}
     )
     for rows, left in ((0, 3), (3, 2), (2, 1)):
-        found = train_pair_arm(
+        found = PAIRS.train(
             pair_run("teacher", 0, **tiny | {"score_rows": rows}), tmp_path / "run"
         )["sets"]
         assert (found["mine.jsonl"]["rows"], found["mine.jsonl"]["left_out"]) == (rows or 3, left)
@@ -501,7 +496,7 @@ def test_the_corpus_is_read_and_a_row_without_text_is_refused(tmp_path, monkeypa
         ({"score_seeds": 6}, "score_seeds"),
         ({"corpus": "prompts"}, "corpus"),
         ({"train": {"precision": "int8"}}, "train: TrainConfig.precision"),
-        ({"micro_batch": 3}, "pair_run, minibatch"),
+        ({"micro_batch": 3}, "pair_arm, minibatch"),
         ({"minillm": {"rollouts": 10}}, "minibatch"),
         ({"evaluate": "prompts"}, "evaluate"),
         ({"teacher_dtype": "int8"}, "teacher_dtype"),
@@ -709,15 +704,15 @@ def from_notebook(monkeypatch, tmp_path, answer, **given):
         if c["cell_type"] == "code"
     ]
 
-    def run_arms(rows, **how):
+    def results(self, rows, **grid):
         asked.extend(rows)
         return [{"params": p, "metrics": answer(p)} for p in rows]
 
-    monkeypatch.setattr(pretrained_pairs_module, "run_arms", run_arms)
+    monkeypatch.setattr(PretrainedPairs, "results", results)
     for source, tags in cells:
         exec(source, names)
         names.update({"run_dir": str(tmp_path)} | given if tags else {})
-        if "results = run_arms" in source:
+        if "results = pairs.results" in source:
             return asked
     raise AssertionError("the notebook has no such cell")
 
@@ -768,7 +763,7 @@ def test_without_a_pair_the_rows_are_those_of_the_record(tmp_path, monkeypatch):
         "evaluate": ["prompts", "dolly", "selfinst", "sni"],
     }
     rows = from_notebook(
-        monkeypatch, tmp_path, metrics_of, settings=settings, lrs=[5e-5, 2e-4], use_record=True
+        monkeypatch, tmp_path, metrics_of, settings=settings, lrs=[5e-5, 2e-4], source="record"
     )
     assert stable_hash(pair_run("minillm", 0, **settings)) == "5ea5b08de6ada2e4" and rows[
         -1

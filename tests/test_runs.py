@@ -26,6 +26,7 @@ from kd_notes.runner.grid import (
     record_file,
     record_runs,
     run_grid,
+    sources_line,
 )
 from kd_notes.runner.runs import cached, read_manifest, read_run, Run, run_folder, run_status
 
@@ -420,16 +421,6 @@ def test_two_processes_asking_for_the_same_run_train_once(tmp_path, targets, cac
     assert len(read_jsonl(tmp_path / "calls" / "5.jsonl")) == 1
 
 
-def test_cached_takes_a_recorded_result(cache):
-    record = {stable_hash({"a": 1}): {"metrics": {"x": "recorded"}}}
-    assert cached("s", {"a": 1}, lambda *_: 1 / 0, modules=["core"], record=record) == {
-        "x": "recorded"
-    }
-    assert cached("s", {"a": 2}, lambda *_: {"x": "run"}, modules=["core"], record=record) == {
-        "x": "run"
-    }
-
-
 # --- grids ------------------------------------------------------------------------------------------------------------------------
 
 
@@ -447,11 +438,11 @@ def test_grid_results_do_not_depend_on_the_number_of_jobs(targets, cache, monkey
     two = run_grid("product", "grid_targets:product", grid, modules=["core"], jobs=2, force=True)
     assert [r["metrics"] for r in one] == [r["metrics"] for r in two]
     assert {r["metrics"]["threads"] for r in one + two} == {1}
-    assert [r["params"] for r in two] == grid and {r["source"] for r in two} == {"run"}
+    assert [r["params"] for r in two] == grid and {r["source"] for r in two} == {"trained"}
     assert {
         r["source"]
         for r in run_grid("product", "grid_targets:product", grid, modules=["core"], jobs=2)
-    } == {"cache"}
+    } == {"cached"}
 
 
 def test_limit_threads_restores_what_it_found(monkeypatch):
@@ -509,7 +500,7 @@ def test_a_killed_run_is_resumed_in_its_folder(targets, cache):
         {"resumed_at": 4, "steps": 10},
         {"resumed_at": 0, "steps": 10},
     ]
-    assert [r["source"] for r in results] == ["run", "cache"]
+    assert [r["source"] for r in results] == ["trained", "cached"]
 
 
 def test_what_a_worker_prints_is_kept_and_disturbs_nothing(targets, cache, monkeypatch):
@@ -583,10 +574,10 @@ def test_ctrl_c_keeps_finished_runs_and_ends_the_workers(tmp_path, targets, cach
     results = run_grid("s", "grid_targets:counting", grid, modules=["core"], jobs=2)
     assert [r["metrics"]["x"] for r in results] == list(range(12))
     assert Counter(r["source"] for r in results) == {
-        "cache": status["done"],
-        "run": 12 - status["done"],
+        "cached": status["done"],
+        "trained": 12 - status["done"],
     }
-    finished = [s for s in range(12) if results[s]["source"] == "cache"]
+    finished = [s for s in range(12) if results[s]["source"] == "cached"]
     assert all(
         len(read_jsonl(tmp_path / "calls" / f"{s}.jsonl")) == 1 and str(s) in called
         for s in finished
@@ -612,18 +603,106 @@ def test_record_replays_without_running(tmp_path, results, cache, monkeypatch):
     assert record_runs("pi", results, tmp_path / "rec") == 3
     monkeypatch.setenv("KD_NOTES_CACHE", str(tmp_path / "empty"))
     grid = [{"draws": 100, "seed": s} for s in range(4)]
-    again = run_grid(
-        "pi", PI, grid, modules=["runner.runs"], use_record=tmp_path / "rec", jobs=2
-    )  # other modules, other keys: noted, not required
-    assert [r["source"] for r in again] == ["record"] * 3 + ["run"]
-    assert [r["metrics"] for r in again[:3]] == [r["metrics"] for r in results] and [
-        r["key"] for r in again[:3]
-    ] == [r["key"] for r in results]
-    assert {"params", "metrics", "key", "seconds", "source"} <= again[0].keys() == again[3].keys()
-    forced = run_grid(
-        "pi", PI, grid, modules=["runner.runs"], use_record=tmp_path / "rec", force=True
-    )
-    assert {r["source"] for r in forced} == {"run"}
+    record = {"source": "record", "record_folder": tmp_path / "rec"}
+    # other modules, other keys: noted, not required
+    again = run_grid("pi", PI, grid, modules=["runner.runs"], jobs=2, **record)
+    assert [r["source"] for r in again] == ["replayed"] * 3 + ["trained"]
+    assert [r["metrics"] for r in again[:3]] == [r["metrics"] for r in results]
+    assert [r["key"] for r in again[:3]] == [r["key"] for r in results]
+    assert {"params", "metrics", "key", "seconds", "source"} <= again[0].keys() & again[3].keys()
+    assert not any(r["same_key"] for r in again[:3])
+    same = run_grid("pi", PI, grid[:3], modules=["core"], **record)
+    assert all(r["same_key"] for r in same)
+    # `force` trains again what would come from the cache; the record stays the record
+    forced = run_grid("pi", PI, grid, modules=["runner.runs"], force=True, **record)
+    assert [r["source"] for r in forced] == ["replayed"] * 3 + ["trained"]
+
+
+def test_nothing_comes_from_the_record_unless_it_is_asked_for(tmp_path, results, monkeypatch):
+    false = [r | {"metrics": {"pi": 0}} for r in results]
+    record_runs("pi", false, tmp_path / "expected" / "runs")
+    monkeypatch.setattr("kd_notes.runner.grid.data_dir", lambda: tmp_path)
+    monkeypatch.setenv("KD_NOTES_CACHE", str(tmp_path / "empty"))
+    grid = [r["params"] for r in results]
+    trained = run_grid("pi", PI, grid, modules=["core"])
+    assert {r["source"] for r in trained} == {"trained"}
+    assert [r["metrics"] for r in trained] == [r["metrics"] for r in results]
+    replayed = run_grid("pi", PI, grid, modules=["core"], source="record")
+    assert [r["metrics"] for r in replayed] == [{"pi": 0}] * 3
+    cached_ones = run_grid("pi", PI, grid, modules=["core"], source="cache")
+    assert {r["source"] for r in cached_ones} == {"cached"}
+
+
+def test_the_cache_alone_never_trains(results, monkeypatch):
+    monkeypatch.setattr("kd_notes.runner.runs.estimate_pi", lambda *_: 1 / 0)
+    grid = [r["params"] for r in results]
+    assert [r["metrics"] for r in run_grid("pi", PI, grid, modules=["core"], source="cache")] == [
+        r["metrics"] for r in results
+    ]
+    asked = []
+    with pytest.raises(UserError, match="1 of 4 runs are not in the cache.*seed=9"):
+        run_grid(
+            "pi",
+            PI,
+            [*grid, {"draws": 100, "seed": 9}],
+            modules=["core"],
+            source="cache",
+            prepare=asked.append,
+        )
+    assert asked == []
+    for wrong in ({"source": "cache", "force": True}, {"source": "records"}):
+        with pytest.raises(UserError, match="source"):
+            run_grid("pi", PI, grid, modules=["core"], **wrong)
+
+
+def test_what_comes_first_is_asked_for_what_will_be_trained_only(results):
+    asked = []
+    grid = [r["params"] for r in results] + [{"draws": 100, "seed": 9}]
+    run_grid("pi", PI, grid, modules=["core"], prepare=asked.extend)
+    assert asked == [{"draws": 100, "seed": 9}]
+    run_grid("pi", PI, grid, modules=["core"], prepare=asked.extend)
+    assert len(asked) == 1
+
+
+def test_a_notebook_counts_where_its_runs_come_from(tmp_path, results, monkeypatch):
+    record_runs("pi", results[:2], tmp_path / "rec")
+    grid = [{"draws": 100, "seed": s} for s in range(4)]
+    folder = tmp_path / "figure"
+    given = {"modules": ["core"], "run_dir": folder}
+    record = {"source": "record", "record_folder": tmp_path / "rec"}
+    run_grid("pi", PI, grid, **given, **record)
+    counts = read_json(folder / "sources.json")
+    date = results[0]["date"]
+    assert counts == {
+        "trained": 1,
+        "cached": 1,
+        "replayed": 2,
+        "record_date": date,
+        "code_differs": False,
+    }
+    # the second call of a notebook finds in the cache what the first has trained
+    run_grid("pi", PI, grid, **given, **record)
+    assert read_json(folder / "sources.json") == counts
+    run_grid("pi", PI, [{"draws": 200, "seed": 0}], **given)
+    line = f"2 trained; 1 from the cache; 2 replayed from the record of {date}, same code"
+    assert sources_line(folder) == line and sources_line(tmp_path / "none") == "nothing was trained"
+    rows = [r | {"key": "older"} for r in results[:2]]
+    record_runs("pi", rows, tmp_path / "rec")
+    other = {"modules": ["core"], "run_dir": tmp_path / "other"}
+    run_grid("pi", PI, grid[:2], **other, **record)
+    assert sources_line(tmp_path / "other").endswith("code differs")
+
+
+def test_force_trains_a_run_once_in_a_notebook(tmp_path, targets, cache):
+    grid = [{"seed": 3, "log": str(tmp_path / "calls")}]
+    given = {"modules": ["core"], "force": True}
+    run_grid("s", "grid_targets:counting", grid, modules=["core"])
+    for _ in range(2):
+        run_grid("s", "grid_targets:counting", grid, **given, run_dir=tmp_path / "figure")
+    assert len(read_jsonl(tmp_path / "calls" / "3.jsonl")) == 2
+    for _ in range(2):  # without a notebook, force is force
+        run_grid("s", "grid_targets:counting", grid, **given)
+    assert len(read_jsonl(tmp_path / "calls" / "3.jsonl")) == 4
 
 
 def test_record_merges_sorts_and_replaces(tmp_path, results):
@@ -636,7 +715,7 @@ def test_record_merges_sorts_and_replaces(tmp_path, results):
     text = record_file("pi", tmp_path / "rec").read_bytes()
     record_runs("pi", results[2:], tmp_path / "rec")
     assert record_file("pi", tmp_path / "rec").read_bytes() == text  # repeating changes nothing
-    replayed = [r | {"source": "record", "metrics": {"pi": 0}} for r in results]
+    replayed = [r | {"source": "replayed", "metrics": {"pi": 0}} for r in results]
     record_runs("pi", replayed, tmp_path / "rec")
     assert (
         record_file("pi", tmp_path / "rec").read_bytes() == text
@@ -690,7 +769,7 @@ from pathlib import Path
 from kd_notes.runner.grid import record_runs
 me = int(sys.argv[2])
 for n in range(15):
-    record_runs("s", [{"params": {"p": me, "n": n}, "metrics": {}, "key": "k", "seconds": 1, "device": "cpu", "date": "d", "source": "run"}], Path(sys.argv[1]))
+    record_runs("s", [{"params": {"p": me, "n": n}, "metrics": {}, "key": "k", "seconds": 1, "device": "cpu", "date": "d", "source": "trained"}], Path(sys.argv[1]))
 """
     both = [
         subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "rec"), str(me)])

@@ -24,9 +24,8 @@ from kd_notes.experiments.stepwise import (
     arm_rows,
     ARMS,
     new_student,
-    student,
+    Stepwise,
     task_split,
-    train_student,
 )
 from kd_notes.methods.step_by_step import EXPLAIN, predict, PREDICT, Row, step_rows, StepByStep
 from kd_notes.training.checkpoint import last_checkpoint, save_model
@@ -37,7 +36,13 @@ from kd_notes.training.state import TrainConfig
 torch.set_num_threads(1)
 TOK = load_mini_tokenizer()
 POOL = load_split("nli", "pool")[:32]
+STUDENTS = Stepwise()
 FAMILIES = ("causal", "t5")
+
+
+def student(task, arm, n, seed, **settings):
+    return STUDENTS.parameters(task=task, arm=arm, n=n, seed=seed, **settings)
+
 
 FIXTURES = Path(__file__).parent / "fixtures" / "real"
 
@@ -358,7 +363,7 @@ def numbers(metrics):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_train_student_gives_metrics_that_agree_with_each_other(tmp_path, family):
-    made = train_student(params(family=family), tmp_path)
+    made = STUDENTS.train(params(family=family), tmp_path)
     bits = unpack_bits(made["outcomes"])
     assert (
         len(bits) == 500
@@ -382,7 +387,7 @@ SCRIPT = """
     real, config = stepwise.train, stepwise.TrainConfig
     stepwise.TrainConfig = lambda **how: config(**(how | {"save_every": 2}))
     stepwise.train = lambda *args, **how: real(*args, **how, callbacks=[Plug()])
-    stepwise.train_student(read_json(Path(sys.argv[1])/"asked.json"), Path(sys.argv[1])/"run")
+    stepwise.Stepwise().train(read_json(Path(sys.argv[1])/"asked.json"), Path(sys.argv[1])/"run")
 """
 
 
@@ -405,7 +410,7 @@ def test_resume_after_a_kill_gives_the_same_metrics(tmp_path, monkeypatch):
         "train",
         lambda *a, **how: started.append(last_checkpoint(how["run_dir"])) or real(*a, **how),
     )
-    resumed, whole = train_student(p, tmp_path / "run"), train_student(p, tmp_path / "whole")
+    resumed, whole = STUDENTS.train(p, tmp_path / "run"), STUDENTS.train(p, tmp_path / "whole")
     assert started[0] is not None and started[1] is None, (
         "the first one has gone on from a checkpoint"
     )
@@ -442,7 +447,7 @@ def test_a_pretrained_t5_learns_from_a_published_set(tiny_t5, precision, tmp_pat
         lr=1e-3,
         precision=precision,
     )
-    metrics = train_student(params, tmp_path)
+    metrics = STUDENTS.train(params, tmp_path)
     assert (
         metrics["parameters"] == count_parameters(mini_model("t5", "xs", 2048, seed=0))
         and metrics["tokens"] > 0
@@ -483,7 +488,7 @@ def test_the_recipe_of_profile_gpu_on_ten_rows(tiny_t5, tmp_path, monkeypatch):
     assert len(set(map(tuple, drawn.values()))) == 1
     size = {"family": "t5", "size": str(tiny_t5), "steps": 2, "lr": 1e-3, "batch_size": 2}
     runs = [student("cqa@folder", arm, 5, 0, **size) for arm in drawn]
-    assert all(0 <= r["metrics"]["accuracy"] <= 1 for r in stepwise_module.run_students(runs))
+    assert all(0 <= r["metrics"]["accuracy"] <= 1 for r in STUDENTS.results(runs))
     folder = next((tmp_path / "cache" / "runs" / "stepwise").iterdir())
     assert {k: read_json(folder / "manifest.json")[k] for k in ("dtype", "effective_batch")} == {
         "dtype": "float32",
@@ -492,12 +497,12 @@ def test_the_recipe_of_profile_gpu_on_ten_rows(tiny_t5, tmp_path, monkeypatch):
 
 
 def test_other_weights_at_the_same_path_are_another_student(tiny_t5):
-    before = stepwise_module.checksums("nli", "pool", str(tiny_t5))
+    before = STUDENTS.inputs(student("nli", "dss", 10, 0, size=str(tiny_t5)))
     weights = tiny_t5 / "model.safetensors"
     kept = weights.read_bytes()
     try:
         save_model(mini_model("t5", "xs", len(TOK), seed=9), tiny_t5, TOK)
-        assert stepwise_module.checksums("nli", "pool", str(tiny_t5)) != before
+        assert STUDENTS.inputs(student("nli", "dss", 10, 0, size=str(tiny_t5))) != before
     finally:
         weights.write_bytes(kept)
 

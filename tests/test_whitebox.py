@@ -42,17 +42,21 @@ from kd_notes.data.dialogues import (
 from kd_notes.distill import distill, distill_settings, hold_out, OBJECTIVES
 from kd_notes.evaluation.validation import Validation
 from kd_notes.experiments.equal_time import (
-    hub_dialogues,
-    hub_rows,
+    EqualTime,
     item_table,
-    measure_costs,
     pair,
     PAIR_ARMS,
-    pair_references,
     pair_rows,
-    split_rows,
+    PairCosts,
+    PairReferences,
     steps_for,
-    train_arm,
+)
+from kd_notes.experiments.instruction_sets import (
+    dolly_dialogues,
+    hub_dialogues,
+    hub_rows,
+    load_set,
+    split_rows,
 )
 from kd_notes.methods.logit_kd import CrossKD, encode_twice, KD
 from kd_notes.methods.seqkd import write_responses, Writing
@@ -261,8 +265,6 @@ def test_a_set_of_the_hub_may_have_no_part_to_train_on(tmp_path, monkeypatch):
 
 
 def test_both_lessons_split_a_set_alike(hub_set):
-    from kd_notes.experiments.pretrained_pairs import load_set
-
     for split in ("train", "validation", "test"):
         assert [a.id for a in load_set(hub_set, split)] == [
             d.id for d in hub_dialogues(hub_set, split)
@@ -1022,7 +1024,8 @@ def tiny(place, tmp_path, monkeypatch):
 @pytest.mark.parametrize("arm", list(PAIR_ARMS))
 def test_an_arm_is_a_function_of_its_parameters(tiny, tmp_path, arm):
     first, again = (
-        train_arm(tiny | {"arm": arm, "seed": 1, "steps": 3}, tmp_path / str(i)) for i in range(2)
+        EqualTime().train(tiny | {"arm": arm, "seed": 1, "steps": 3}, tmp_path / str(i))
+        for i in range(2)
     )
     assert {k: v for k, v in first.items() if k != "seconds"} == {
         k: v for k, v in again.items() if k != "seconds"
@@ -1036,7 +1039,7 @@ def test_an_arm_is_a_function_of_its_parameters(tiny, tmp_path, arm):
 
 
 def test_costs_and_references(tiny, tmp_path):
-    costs = measure_costs(
+    costs = PairCosts().train(
         tiny | {"arms": ["sft", "kd", "cached"], "rounds": 1, "steps": 2}, tmp_path
     )
     assert (
@@ -1044,7 +1047,7 @@ def test_costs_and_references(tiny, tmp_path):
         and set(costs["seconds_per_token"]) == {"sft", "kd", "cached"}
         and min(costs["seconds_per_token"].values()) > 0
     )
-    found = pair_references(tiny, tmp_path)
+    found = PairReferences().train(tiny, tmp_path)
     assert (
         found["teacher"]["forward_kl"] == pytest.approx(0, abs=1e-6)
         and found["untrained"]["forward_kl"] > 0
@@ -1052,8 +1055,6 @@ def test_costs_and_references(tiny, tmp_path):
 
 
 def test_dolly_comes_from_the_named_folder_in_three_disjoint_parts(tmp_path, monkeypatch, tiny):
-    from kd_notes.experiments.equal_time import dolly_dialogues, pair_rows
-
     for part, numbers in (("train", range(20)), ("dev", range(15, 35))):
         lines = (
             {"id": f"{part}-{i}", "instruction": f"Say {i}.", "input": "", "output": f"It is {i}."}
@@ -1070,7 +1071,7 @@ def test_dolly_comes_from_the_named_folder_in_three_disjoint_parts(tmp_path, mon
     assert [len(parts[s]) for s in parts] == [20, 8, 7] and len(set.union(*parts.values())) == 35
     assert len(pair_rows(tiny | {"data": "dolly", "n": 5}, "train", TOK)) == 5
     monkeypatch.delenv("KD_NOTES_DATA")
-    with pytest.raises(UserError, match="Dolly is not here"):
+    with pytest.raises(UserError, match="dolly_train.jsonl is not here"):
         dolly_dialogues("train")
 
 

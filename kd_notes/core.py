@@ -340,21 +340,6 @@ def _write_all(f, data: bytes) -> None:
         view = view[f.write(view) :]
     os.fsync(f.fileno())
 
-# %% ../nbs/7_engine_room/01_core.ipynb #d8de34ec
-def _check_characters(line: bytes, row: dict, where: str) -> None:
-    "Raises UserError for half a character: JSON can spell it, but no file and no tokenizer takes it."
-    if b"\\ud" not in line.lower():
-        return
-    try:
-        json.dumps(row, ensure_ascii=False).encode()
-    except UnicodeEncodeError as e:
-        half = e.object[e.start].encode("unicode_escape").decode()
-        raise UserError(
-            f"the row holds half a character, the lone surrogate {half}",
-            where=where,
-            fix="Write the whole character, or delete it: a program before this one cut the text in two.",
-        ) from e
-
 # %% ../nbs/7_engine_room/01_core.ipynb #8a799acb
 def read_jsonl(
     path: Path | str, *, repair_tail: bool = False
@@ -366,8 +351,9 @@ def read_jsonl(
         if not line.strip():
             continue
         try:
-            # decoded line by line: a kill may cut a letter of several bytes in two
-            row = json.loads(line.decode())
+            row = json.loads(
+                line.decode()
+            )  # decoded line by line: a kill may cut a letter of several bytes in two
             if not isinstance(row, dict):
                 raise ValueError(f"a {type(row).__name__} where an object {{...}} was expected")
         except ValueError as e:
@@ -378,7 +364,6 @@ def read_jsonl(
                 where=f"{path}:{number}",
                 fix="Correct or delete that line.",
             ) from e
-        _check_characters(line, row, f"{path}:{number}")
         rows.append(row)
     return rows
 

@@ -7,16 +7,20 @@ __all__ = ['SMOLLM2_FILE', 'DTYPES', 'context_of', 'count_parameters', 'find_smo
            'default_device', 'check_vocabulary', 'load_pretrained', 'freeze', 'load_teacher']
 
 # %% ../../nbs/2_playground/09_pretrained.ipynb #a2551f12
+import hashlib
 import importlib.metadata
 import os
 import shutil
 import uuid
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import safe_open
 
-from ..core import cache_dir, sha256_file, UserError, write_json
+from ..core import cache_dir, sha256_file, stable_hash, UserError, write_json
 from .mini import _choose
 
 # %% ../../nbs/2_playground/09_pretrained.ipynb #078a22a8
@@ -34,6 +38,34 @@ def context_of(*models, limit: int = 0) -> int:
 def count_parameters(model: torch.nn.Module) -> int:
     "Number of parameters; a tied weight counts once."
     return sum(p.numel() for p in model.parameters())
+
+# %% ../../nbs/2_playground/09_pretrained.ipynb #f3dbd39c
+def _named_weights(source: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    "Names and tensors of a module, or of a folder's safetensors; one tensor in memory at a time."
+    if isinstance(source, torch.nn.Module):
+        yield from source.named_parameters()
+        return
+    files = sorted(Path(source).glob("*.safetensors"))
+    if not files:
+        raise UserError(
+            "there are no safetensors in this folder",
+            where=source,
+            fix="Pass the folder of a saved model, or the model.",
+        )
+    for path in files:
+        with safe_open(path, "pt") as file:
+            for name in file.keys():
+                yield name, file.get_tensor(name)
+
+
+def weights_hash(source: Any) -> str:  # a model, or the folder of one
+    "16 hex digits of the weights: names, shapes and values as float32; tied weights once."
+    sums = {}
+    for name, tensor in _named_weights(source):
+        # As float32, a model hashes like the bfloat16 file that it was loaded from.
+        values = tensor.detach().float().cpu().contiguous().numpy()
+        sums[name] = [list(tensor.shape), hashlib.sha256(values).hexdigest()]
+    return stable_hash(sums)
 
 # %% ../../nbs/2_playground/09_pretrained.ipynb #fbb647a7
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"

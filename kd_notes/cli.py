@@ -396,7 +396,7 @@ def distill_command(
 ) -> None:
     "Distil a teacher into a student on your data; an interrupted run goes on with the same command."
     with guard():
-        from kd_notes.distill import distill
+        from kd_notes.products.distill import distill
 
         report = distill(
             data, teacher, student, objective, out, profile=profile, **plain_settings(sets or [])

@@ -26,7 +26,7 @@ from ..data.answers import exact_match
 from ..generation.sampling import check_lengths, sample, Sampling
 from ..losses.divergences import at_least_float32
 from ..training.batches import causal_batch, target_logits
-from ..training.method import field_of
+from ..data.rows import read_row
 
 # %% ../../nbs/2_playground/11_text.ipynb #ffeaf9e9
 @lru_cache
@@ -346,7 +346,7 @@ def write_answers(
     model,
     tokenizer,
     rows: Sequence[Any],
-    prompt: Callable[[Any], str] = lambda row: field_of(row, "prompt"),
+    prompt: Callable[[Any], str] = lambda row: read_row(row, needs_completion=False).prompt,
     **how: Any,
 ) -> Written:
     "`sample_answers` to the prompts of rows, as texts; `how`: its settings. Raises UserError."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Validation']
 
-# %% ../../nbs/4_probabilities/08_validation.ipynb #5eb08a72
+# %% ../../nbs/4_probabilities/08_validation.ipynb #828331d2
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,12 +19,18 @@ from torch import Tensor
 from ..core import atomic_write
 from ..losses.divergences import at_least_float32, token_divergence
 from ..methods.logit_kd import comparable, linear_head
-from ..training.batches import causal_batch, target_logits, target_states
+from kd_notes.training.batches import (
+    Batch,
+    causal_batch,
+    target_logits,
+    target_positions,
+    target_states,
+)
 
-# %% ../../nbs/4_probabilities/08_validation.ipynb #09efc332
+# %% ../../nbs/4_probabilities/08_validation.ipynb #5f41ee9b
 def logit_chunks(
     model,  # with `states`, the head alone will do
-    batch: dict[str, Tensor],
+    batch: Batch,
     chunk: int = 256,
     states: Tensor | None = None,  # hidden states (n, D) at the target positions
 ) -> Iterator[Tensor]:
@@ -38,18 +44,14 @@ def logit_chunks(
     for part in states.split(chunk):
         yield head(part)
 
-# %% ../../nbs/4_probabilities/08_validation.ipynb #b5520dbf
-def _on_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    return {name: tensor.to(device) for name, tensor in batch.items()}
-
-
+# %% ../../nbs/4_probabilities/08_validation.ipynb #a1358e5b
 @torch.no_grad()
-def _teacher_states(batches: list[dict], teacher, file: Path | None) -> list[Tensor]:
+def _teacher_states(batches: list[Batch], teacher, file: Path | None) -> list[Tensor]:
     "Hidden states of the teacher at the target positions of each batch, cached in the file."
     if file is not None and file.is_file():
         states = load_file(file)["states"].to(teacher.device)
-        return list(states.split([len(batch["target_ids"]) for batch in batches]))
-    states = [target_states(teacher, _on_device(batch, teacher.device)) for batch in batches]
+        return list(states.split([len(target_positions(batch).ids) for batch in batches]))
+    states = [target_states(teacher, batch.to(teacher.device)) for batch in batches]
     if file is not None:
         atomic_write(file, save({"states": torch.cat(states).cpu()}))
     return states
@@ -66,7 +68,7 @@ def _token_terms(
         terms += [token_divergence(name, student, teacher) for name in ("forward_kl", "reverse_kl")]
     return torch.stack(terms)
 
-# %% ../../nbs/4_probabilities/08_validation.ipynb #123d5e0f
+# %% ../../nbs/4_probabilities/08_validation.ipynb #13279469
 class Validation:
     "Perplexity of a model on held-out rows and its KL divergences from a teacher, which runs once."
 
@@ -99,8 +101,8 @@ class Validation:
 
     def terms(self, model, number: int, chunk: int = 256) -> Iterator[Tensor]:
         "The terms of a batch, (names, positions) for each chunk of positions."
-        batch = _on_device(self.batches[number], model.device)
-        targets = batch["target_ids"].split(chunk)
+        batch = self.batches[number].to(model.device)
+        targets = target_positions(batch).ids.split(chunk)
         students = logit_chunks(model, batch, chunk)
         teachers = [None] * len(targets)
         if self.teacher is not None:

@@ -126,17 +126,12 @@ def our_loop(
     from kd_notes.models.mini import mini_model
     from kd_notes.training.method import SFT
 
-    as_it_is = SimpleNamespace(encode=lambda ids, **_: list(ids), pad_token_id=0, eos_token_id=1)
-    method = SFT(
-        as_it_is, prompt=lambda row: row[:1], completion=lambda row: row[1:-1]
-    )  # SFT adds the end token
-    trained(
-        step,
-        mini_model("causal", size, vocab, 0),
-        method,
-        token_rows(low, high, vocab=vocab),
-        batch,
-    )
+    method = SFT(SimpleNamespace(pad_token_id=0))
+    rows = [
+        {"prompt": ids[:1], "completion": [*ids[1:-1], 1]}
+        for ids in token_rows(low, high, vocab=vocab)
+    ]
+    trained(step, mini_model("causal", size, vocab, 0), method, rows, batch)
 
 # %% ../../nbs/7_engine_room/21_bench_steps.ipynb #84e8a980
 def padded(
@@ -194,11 +189,11 @@ def pair_models(teacher: str = "smollm2") -> tuple[Any, Any, Any]:
 # %% ../../nbs/7_engine_room/21_bench_steps.ipynb #e46466c7
 def our_pair(step: Callable, teacher: str = "smollm2", batch: int = 8) -> None:
     "KD on the embedded prompts."
-    from kd_notes.data.dialogues import encode_dialogue, load_prompts
+    from kd_notes.data.dialogues import encode_row, load_prompts
     from kd_notes.methods.logit_kd import KD
 
     student, large, tokenizer = pair_models(teacher)
-    rows = [encode_dialogue(d, tokenizer, 256) for d in load_prompts("train")]
+    rows = [encode_row(row, tokenizer, max_length=256) for row in load_prompts("train")]
     trained(step, student, KD(tokenizer, large, "forward_kl"), rows, batch, lr=5e-4)
 
 # %% ../../nbs/7_engine_room/21_bench_steps.ipynb #1d3bffa0
@@ -226,10 +221,10 @@ def trainer_pair(step: Callable, teacher: str = "smollm2", batch: int = 8) -> No
     "The same rows in a Hugging Face Trainer."
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
-    from kd_notes.data.dialogues import encode_dialogue, load_prompts
+    from kd_notes.data.dialogues import encode_row, load_prompts
 
     student, large, tokenizer = pair_models(teacher)
-    data, seen = [encode_dialogue(d, tokenizer, 256) for d in load_prompts("train")], []
+    data, seen = [encode_row(row, tokenizer, max_length=256) for row in load_prompts("train")], []
 
     def collate(rows: list[dict]) -> dict[str, Tensor]:
         return padded(
@@ -273,7 +268,7 @@ def our_onpolicy(
 
     student, large, tokenizer = pair_models(teacher)
     ids, loss = (
-        [prompt_ids(d, tokenizer) for d in load_prompts("train")[:prompts]],
+        [prompt_ids(row.prompt, tokenizer) for row in load_prompts("train")[:prompts]],
         get_divergence("reverse_kl"),
     )
     with reused_memory():  # as `train` does
@@ -316,7 +311,7 @@ def trl_onpolicy(
 
     student, large, tokenizer = pair_models(teacher)
     data = Dataset.from_list(
-        [{"prompt": list(d.messages)} for d in load_prompts("train")[:prompts]]
+        [{"prompt": list(row.prompt)} for row in load_prompts("train")[:prompts]]
     )
 
     clock: dict[str, float] = {}

@@ -28,7 +28,7 @@ from kd_notes.core import (
     write_json,
 )
 from ..data.answers import pack_numbers, unpack_numbers
-from ..data.dialogues import load_prompts, prompt_ids
+from ..data.dialogues import encode_row, load_prompts
 from ..evaluation.validation import Validation
 from .base import complete_parameters, Experiment, optional
 from kd_notes.experiments.instruction_sets import (
@@ -37,13 +37,12 @@ from kd_notes.experiments.instruction_sets import (
     real_file,
     set_files,
 )
-from ..methods.cached_kd import CachedKD, EncodedRows
 from ..methods.logit_cache import LogitCache, write_cache
 from ..methods.logit_kd import KD
 from ..models.layer_drop import make_student
 from ..models.pretrained import count_parameters, default_device, find_smollm2, load_teacher
 from ..training.loop import train
-from ..training.method import Method
+from ..training.method import Method, SFT
 from ..training.state import Callback, TrainConfig
 
 # %% ../../nbs/4_probabilities/14_equal_time.ipynb #7e272c97
@@ -101,11 +100,9 @@ def pair_rows(run: dict, split: str, tokenizer) -> list[dict]:
     wanted = run["n"] if split == "train" else run["held_out"]
     rows = []
     for each in dialogues:
-        source = prompt_ids(each, tokenizer, run["system"])
-        target = tokenizer.encode(each.response, add_special_tokens=False)
-        target.append(tokenizer.eos_token_id)
-        if len(source) + len(target) <= run["max_length"]:
-            rows.append({"id": each.id, "prompt": source, "completion": target})
+        row = encode_row(each, tokenizer, system=run["system"])
+        if len(row["prompt"]) + len(row["completion"]) <= run["max_length"]:
+            rows.append(row)
         if len(rows) == wanted:
             break
     if len(rows) < min(wanted, 2):
@@ -188,10 +185,10 @@ def timed_method(run: dict, arm: str, teacher, tokenizer, rows: list[dict]) -> M
             f"{arm!r} is not an arm", where="arm", fix=f"Choose one of {', '.join(PAIR_ARMS)}."
         )
     if arm == "sft":
-        return EncodedRows(tokenizer)
+        return SFT(tokenizer)
     if arm == "cached":
         cache, _ = pair_cache(run, teacher, tokenizer, rows)
-        return CachedKD(cache, EncodedRows(tokenizer), sft_weight=run["sft_weight"])
+        return KD(tokenizer, cache, sft_weight=run["sft_weight"])
     divergence = "reverse_kl" if arm == "reverse_kl" else "forward_kl"
     return KD(tokenizer, teacher, divergence, sft_weight=run["sft_weight"])
 

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from ..core import missing_library, rng, UserError
-from ..data.dialogues import Dialogue, dialogue, load_dialogues, load_prompts
+from ..data.dialogues import load_prompts
+from ..data.rows import load_rows, read_row, TextRow
 from ..data.examples import numbered_rows
 
 # %% ../../nbs/4_probabilities/16_instruction_sets.ipynb #iset-is
@@ -66,18 +67,20 @@ def real_file(name: str) -> Path:
 
 def _contents(row: Any) -> tuple[str, ...]:
     "The texts of a row's messages: two rows with equal ones are the same prompt."
-    return tuple(message["content"] for message in row.messages)
+    messages = row.prompt if isinstance(row, TextRow) else row.messages
+    return tuple(message["content"] for message in messages)
 
 
-def dolly_dialogues(split: str) -> list[Dialogue]:
+def dolly_dialogues(split: str) -> list[TextRow]:
     "Dolly from KD_NOTES_DATA: train, or a half of dev without the prompts of train as validation or test."
-    trained = load_dialogues(real_file("dolly_train.jsonl"))
+    trained = load_rows(real_file("dolly_train.jsonl"), chat=True)
     held_out = real_file("dolly_dev.jsonl")
     if split == "train":
         rng("dolly").shuffle(trained)
         return trained
     seen = set(map(_contents, trained))
-    fresh = [row for row in load_dialogues(held_out) if _contents(row) not in seen]
+    rows = load_rows(held_out, chat=True)
+    fresh = [row for row in rows if _contents(row) not in seen]
     return fresh[::2] if split == "validation" else fresh[1::2]
 
 # %% ../../nbs/4_probabilities/16_instruction_sets.ipynb #iset-hub
@@ -116,14 +119,14 @@ def split_rows(rows: Sequence[Any], split: str, name: str) -> list:
     return rows[test + validation :]
 
 
-def hub_dialogues(name: str, split: str) -> list[Dialogue]:
+def hub_dialogues(name: str, split: str) -> list[TextRow]:
     "A part of hub:<id>, see `split_rows`. Dolly's own field names are known."
     dialogues = []
     for i, row in enumerate(hub_rows(name)):
         if "context" in row:
             texts = {"instruction": row["instruction"], "input": row.get("context", "")}
             row = texts | {"output": row["response"]}
-        dialogues.append(dialogue(row, f"hub-{i}", f"{name}, row {i}"))
+        dialogues.append(read_row(row, f"hub-{i}", f"{name}, row {i}", chat=True))
     return split_rows(dialogues, split, name)
 
 # %% ../../nbs/4_probabilities/16_instruction_sets.ipynb #iset-asked
@@ -155,14 +158,14 @@ def question(row: dict, id: str, where: str) -> Question:
         "input": row.get("input", row.get("context")),
         "output": answers[0],
     }
-    return Question(id, dialogue(texts, id, where).messages, tuple(answers))
+    return Question(id, read_row(texts, id, where, chat=True).prompt, tuple(answers))
 
 # %% ../../nbs/4_probabilities/16_instruction_sets.ipynb #iset-load
 def load_set(name: str, split: str = "test") -> list[Question]:
     "A part (train, validation, test; of a set of the hub also all) of a set. A file is a test split."
     if name in TRAIN_SETS:
         load = load_prompts if name == "prompts" else dolly_dialogues
-        return [Question(row.id, row.messages, (row.response,)) for row in load(split)]
+        return [Question(row.id, row.prompt, (row.completion,)) for row in load(split)]
     if is_set(name) and is_hub(name):
         rows = [
             question(row, f"hub-{i}", f"{name}, row {i}") for i, row in enumerate(hub_rows(name))

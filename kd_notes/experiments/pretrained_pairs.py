@@ -16,7 +16,7 @@ import torch
 
 from ..core import data_dir, sha256_file, stable_hash, UserError, verify_checksums
 from ..data.answers import pack_numbers
-from ..data.dialogues import Dialogue, PLAIN_TEMPLATE, prompt_ids
+from ..data.dialogues import PLAIN_TEMPLATE, prompt_ids
 from ..data.examples import numbered_rows
 from ..evaluation.divergence import kl_per_position
 from ..evaluation.text import EVAL_SEEDS, rouge_l, sample_answers, text_metrics
@@ -81,7 +81,7 @@ def fitting_rows(
     rows = []
     too_long = 0
     for each in load_set(name, "all" if whole else split):
-        prompt = prompt_ids(Dialogue(each.id, each.messages, "", each.id), tokenizer, run["system"])
+        prompt = prompt_ids(each.messages, tokenizer, run["system"], each.id)
         response = tokenizer.encode(each.references[0], add_special_tokens=False)
         response.append(tokenizer.eos_token_id)
         fits = split != "train" or len(response) <= run["max_new_tokens"]

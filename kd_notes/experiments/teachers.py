@@ -75,8 +75,12 @@ def adapt_teacher(
         lora=lora,
         precision="bf16",
     )
-    method = SFT(tokenizer, prompt=format_question, completion=format_completion)
-    saved = save_model(train(model, method, examples, cfg, run_dir=run_dir).model.half(), folder)
+    rows = [
+        {"id": e.id, "prompt": format_question(e), "completion": format_completion(e)}
+        for e in examples
+    ]
+    result = train(model, SFT(tokenizer), rows, cfg, run_dir=run_dir)
+    saved = save_model(result.model.half(), folder)
     write_json(saved / "training.json", s | {"examples": len(examples)})
     return saved
 

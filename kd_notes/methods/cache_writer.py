@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Recipe', 'bytes_per_position', 'write_shards']
 
-# %% ../../nbs/4_probabilities/11_logit_cache.ipynb #a83c6ad4
+# %% ../../nbs/4_probabilities/11_logit_cache.ipynb #2a98a078
 import hashlib
 import math
 import shutil
@@ -38,7 +38,7 @@ from ..models.pretrained import weights_hash
 from ..progress import progress
 from ..training.batches import causal_batch, seq2seq_batch, target_logits
 
-# %% ../../nbs/4_probabilities/11_logit_cache.ipynb #f02d4a8f
+# %% ../../nbs/4_probabilities/11_logit_cache.ipynb #123b97ae
 _FLOAT_BYTES = {"float16": 2, "float32": 4}  # of a log-probability
 
 
@@ -69,7 +69,7 @@ class Recipe:
                 where, fix = f"Recipe.{name}", "Choose a number above 0."
                 raise UserError(f"{value!r} is not possible", where=where, fix=fix)
 
-# %% ../../nbs/4_probabilities/11_logit_cache.ipynb #de9996b1
+# %% ../../nbs/4_probabilities/11_logit_cache.ipynb #66a1c157
 def _id_dtype(vocab: int) -> torch.dtype:
     "The smallest type that holds the ids of a vocabulary."
     return torch.uint16 if vocab <= 2**16 else torch.int32
@@ -95,7 +95,7 @@ def bytes_per_position(
     entry = one_id + (count if recipe.power == 1 else 4)
     return (unique or 1) * entry + count + 4 + one_id
 
-# %% ../../nbs/4_probabilities/11_logit_cache.ipynb #5d43d2dc
+# %% ../../nbs/4_probabilities/11_logit_cache.ipynb #2759692f
 def tokenizer_hash(tokenizer) -> str:
     "16 hex digits of the tokenizer's map from token to id."
     if not hasattr(tokenizer, "get_vocab"):
@@ -107,7 +107,7 @@ def tokenizer_hash(tokenizer) -> str:
     entries = tokenizer.get_vocab().items()
     return stable_hash(sorted(entries, key=lambda entry: (entry[1], entry[0])))
 
-# %% ../../nbs/4_probabilities/11_logit_cache.ipynb #dbd68238
+# %% ../../nbs/4_probabilities/11_logit_cache.ipynb #4b3b3d28
 def id_of(row: Any, where: str) -> str:
     "The row's id as text."
     name = row.get("id") if isinstance(row, dict) else getattr(row, "id", None)
@@ -131,7 +131,7 @@ def _encoded(rows: Iterable, teacher, tokenizer) -> list[dict]:
         made.append({"id": name, "prompt": row["prompt"], "completion": row["completion"]})
     return made
 
-# %% ../../nbs/4_probabilities/11_logit_cache.ipynb #8a50351a
+# %% ../../nbs/4_probabilities/11_logit_cache.ipynb #d706bfb4
 def _check_row(row: dict, vocab: int, limit: int) -> None:
     where = f"row {row['id']}"
     if not row["prompt"] or not row["completion"]:
@@ -164,7 +164,7 @@ def _check_rows(rows: list[dict], vocab: int, limit: int) -> None:
         seen.add(row["id"])
         _check_row(row, vocab, limit)
 
-# %% ../../nbs/4_probabilities/11_logit_cache.ipynb #37b692f9
+# %% ../../nbs/4_probabilities/11_logit_cache.ipynb #95f6d6a9
 def shard_plan(rows: list[dict], shard_tokens: int) -> list[range]:
     "Numbers of the rows of each shard: consecutive ones, until they hold `shard_tokens` targets."
     plan = []
@@ -192,20 +192,19 @@ def length_batches(
             batches.append([i])
     return batches
 
-# %% ../../nbs/4_probabilities/11_logit_cache.ipynb #f87fbad5
+# %% ../../nbs/4_probabilities/11_logit_cache.ipynb #f3a1f747
 @torch.no_grad()
 def teacher_logits(teacher, rows: list[dict], pad_id: int) -> list[Tensor]:
     "Logits (target tokens, V) for each row, from one padded batch."
     pairs = [(row["prompt"], row["completion"]) for row in rows]
     if teacher.config.is_encoder_decoder:
-        batch = seq2seq_batch(pairs, pad_id, start_id=teacher.config.decoder_start_token_id)
+        batch = seq2seq_batch(pairs, pad_id)
     else:
         batch = causal_batch(pairs, pad_id)
-    batch = {name: tensor.to(teacher.device) for name, tensor in batch.items()}
     lengths = [len(row["completion"]) for row in rows]
-    return list(target_logits(teacher, batch).split(lengths))
+    return list(target_logits(teacher, batch.to(teacher.device)).split(lengths))
 
-# %% ../../nbs/4_probabilities/11_logit_cache.ipynb #ede33f34
+# %% ../../nbs/4_probabilities/11_logit_cache.ipynb #f37735f4
 @dataclass(frozen=True)
 class _ShardMaker:
     "Everything that goes into the file of a shard."
@@ -266,7 +265,7 @@ class _ShardMaker:
             tensors[f"{name}_lengths"] = torch.tensor(counts, dtype=torch.int32)
         return {key: tensor.contiguous() for key, tensor in tensors.items()}
 
-# %% ../../nbs/4_probabilities/11_logit_cache.ipynb #69732b1b
+# %% ../../nbs/4_probabilities/11_logit_cache.ipynb #b9eb7d86
 FORMAT = "kd_notes logit cache 1"
 
 
@@ -289,7 +288,7 @@ def is_whole(folder: Path, entry: dict) -> bool:
         return False
     return sha256_file(path) == entry["sha256"]
 
-# %% ../../nbs/4_probabilities/11_logit_cache.ipynb #f641719e
+# %% ../../nbs/4_probabilities/11_logit_cache.ipynb #e869a27d
 def _header(teacher, tokenizer, rows: list[dict], recipe: Recipe, layout: dict) -> dict:
     "The content of cache.json."
     config = teacher.config
@@ -312,7 +311,7 @@ def _header(teacher, tokenizer, rows: list[dict], recipe: Recipe, layout: dict) 
         "layout": layout,
     }
 
-# %% ../../nbs/4_probabilities/11_logit_cache.ipynb #29a02df7
+# %% ../../nbs/4_probabilities/11_logit_cache.ipynb #32bdda06
 @dataclass(frozen=True)
 class _FolderWriter:
     "Writes the shards of a cache that are not there or damaged."
@@ -384,7 +383,7 @@ class _FolderWriter:
                 self.write_shard(number, rows)
                 bar.update(sizes[number])
 
-# %% ../../nbs/4_probabilities/11_logit_cache.ipynb #060986cc
+# %% ../../nbs/4_probabilities/11_logit_cache.ipynb #582d2568
 @contextmanager
 def _evaluating(model) -> Iterator[None]:
     "Evaluation mode inside, without dropout; afterwards as it was."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LogitCache', 'CachedTeacher', 'write_cache']
 
-# %% ../../nbs/4_probabilities/12_cached_kd.ipynb #be188b24
+# %% ../../nbs/4_probabilities/12_cached_kd.ipynb #dbff4527
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from itertools import accumulate
@@ -37,8 +37,9 @@ from kd_notes.methods.cache_writer import (
 )
 from .logit_kd import KD, TeacherSignal
 from ..models.pretrained import weights_hash
+from ..training.batches import Batch
 
-# %% ../../nbs/4_probabilities/12_cached_kd.ipynb #2259ed27
+# %% ../../nbs/4_probabilities/12_cached_kd.ipynb #4ccd20ab
 class _Shard:
     "An open file of a cache, and where each of its rows begins."
 
@@ -66,7 +67,7 @@ class _Shard:
             made[name] = self.file.get_slice(name)[starts[i] : starts[i + 1]]
         return made
 
-# %% ../../nbs/4_probabilities/12_cached_kd.ipynb #ac54edf4
+# %% ../../nbs/4_probabilities/12_cached_kd.ipynb #eb6e44fd
 _REPAIR = (
     "Call write_cache with the same arguments again: it makes the damaged or missing shards and "
     "leaves the others."
@@ -138,7 +139,7 @@ class _CacheFolder:
             fix = "Leave the row out, or call write_cache again."
         raise UserError(f"the cache has no such row{state}", where=f"row {name}", fix=fix)
 
-# %% ../../nbs/4_probabilities/12_cached_kd.ipynb #462bfd26
+# %% ../../nbs/4_probabilities/12_cached_kd.ipynb #43544634
 def _joined(rows: list[dict[str, Tensor]], recipe: Recipe) -> dict[str, Tensor]:
     "cache_ids (n, k) int32, and cache_log_probs, cache_tail or cache_weights, cache_entropy."
     names = [name for name in rows[0] if name not in ("source", "target")]
@@ -154,7 +155,7 @@ def _joined(rows: list[dict[str, Tensor]], recipe: Recipe) -> dict[str, Tensor]:
         "cache_entropy": part["entropy"],
     }
 
-# %% ../../nbs/4_probabilities/12_cached_kd.ipynb #66cb8fae
+# %% ../../nbs/4_probabilities/12_cached_kd.ipynb #e5a37a33
 class LogitCache(_CacheFolder):
     "A cache on disk, complete or a prefix: a data set of encoded rows, and a signal for KD."
 
@@ -219,7 +220,7 @@ class LogitCache(_CacheFolder):
         "The distributions of these rows, one position after the other."
         return _joined([self.row(name) for name in names], self.recipe)
 
-# %% ../../nbs/4_probabilities/12_cached_kd.ipynb #3a07a1f2
+# %% ../../nbs/4_probabilities/12_cached_kd.ipynb #fe421768
 def cached_divergence(
     student_logits: Tensor,  # (n, V) at the target positions; V at least the cache's vocabulary
     batch: dict[str, Tensor],  # of `LogitCache.targets`
@@ -244,7 +245,7 @@ def cached_divergence(
     drawn = (batch["cache_weights"], batch["cache_entropy"])
     return sampled_divergence(z, ids, *drawn, divergence, temperature)
 
-# %% ../../nbs/4_probabilities/12_cached_kd.ipynb #65fdcf43
+# %% ../../nbs/4_probabilities/12_cached_kd.ipynb #1edbbc55
 class CachedTeacher(TeacherSignal):
     "A logit cache as the teacher's signal; KD makes one of a LogitCache."
 
@@ -283,25 +284,26 @@ class CachedTeacher(TeacherSignal):
             )
         return {"id": name, "prompt": item["prompt"], "completion": item["completion"]}
 
-    def collate(self, items: list[dict]) -> dict[str, Tensor]:
+    def columns(self, items: list[dict]) -> dict[str, Tensor]:
         return self.cache.targets([item["id"] for item in items])
 
-    def divergence(self, method: KD, logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    def divergence(self, method: KD, logits: Tensor, batch: Batch) -> Tensor:
         return cached_divergence(
-            logits, batch, self.cache, method.divergence, **method.options
+            logits, batch.columns, self.cache, method.divergence, **method.options
         ).sum()
 
-    def fused_arguments(self, method: KD, batch: dict[str, Tensor]) -> dict:
-        ids = batch["cache_ids"].long()
+    def fused_arguments(self, method: KD, batch: Batch) -> dict:
+        columns = batch.columns
+        ids = columns["cache_ids"].long()
         if self.cache.recipe.mode == "topk":
-            kept = (batch["cache_log_probs"], batch["cache_tail"])
+            kept = (columns["cache_log_probs"], columns["cache_tail"])
             teacher = TopK(ids, *kept, self.temperature)
         else:
-            drawn = (batch["cache_weights"], batch["cache_entropy"])
+            drawn = (columns["cache_weights"], columns["cache_entropy"])
             teacher = Samples(ids, *drawn, self.temperature)
         return {"teacher_hidden": teacher, "vocab_size": self.cache.vocab} | method.options
 
-# %% ../../nbs/4_probabilities/12_cached_kd.ipynb #634270fc
+# %% ../../nbs/4_probabilities/12_cached_kd.ipynb #8bc2bc13
 def write_cache(
     folder: Path | str,
     teacher,  # a Hugging Face model, on its device and in its dtype

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CROSS_DIVERGENCES', 'TeacherSignal', 'LiveTeacher', 'KD', 'hidden_states', 'OtherTokenizer']
 
-# %% ../../nbs/4_probabilities/07_logit_kd.ipynb #07b4bd6c
+# %% ../../nbs/4_probabilities/07_logit_kd.ipynb #9d4d66a0
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core import UserError
-from ..data.dialogues import encode_row, is_encoded
+from ..data.dialogues import encode_row, is_encoded, padding_id
 from ..data.rows import read_row
 from kd_notes.losses.cross_tokenizer import (
     align_spans,
@@ -34,15 +34,19 @@ from kd_notes.losses.divergences import (
 from ..losses.fused import fused_cross_entropy, fused_linear_divergence
 from ..models.pretrained import freeze
 from kd_notes.training.batches import (
+    Batch,
     causal_batch,
+    _inputs,
     plain_logits,
+    _positions,
     target_logits,
+    target_positions,
     target_states,
     unwrapped,
 )
 from ..training.method import SFT
 
-# %% ../../nbs/4_probabilities/07_logit_kd.ipynb #22b68b36
+# %% ../../nbs/4_probabilities/07_logit_kd.ipynb #33ed42c6
 class TeacherSignal:
     "The source of the teacher's distributions; subclass it for a new one."
 
@@ -59,23 +63,23 @@ class TeacherSignal:
         "An encoded row with what this signal needs in addition."
         return item
 
-    def collate(self, items: list[dict]) -> dict[str, Tensor]:
-        "Columns of a batch in addition to the student's."
+    def columns(self, items: list[dict]) -> dict[str, Any]:
+        "Columns of a batch in addition to the student's: tensors, or a second Batch."
         return {}
 
-    def count(self, batch: dict[str, Tensor]) -> int:
+    def count(self, method: "KD", batch: Batch | dict) -> int:
         "Number of compared positions of a batch."
-        return len(batch["target_ids"])
+        return len(method.targets(batch))
 
-    def divergence(self, method: "KD", logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    def divergence(self, method: "KD", logits: Tensor, batch: Batch | dict) -> Tensor:
         "Sum over the compared positions, from the student's logits (n, V) at the targets."
         raise NotImplementedError
 
-    def fused_arguments(self, method: "KD", batch: dict[str, Tensor]) -> dict | None:
+    def fused_arguments(self, method: "KD", batch: Batch | dict) -> dict | None:
         "The teacher's arguments of `fused_linear_divergence`; None if there is no fused way."
         return None
 
-# %% ../../nbs/4_probabilities/07_logit_kd.ipynb #ff5d4357
+# %% ../../nbs/4_probabilities/07_logit_kd.ipynb #087e7586
 def comparable(student: Tensor, teacher: Tensor, vocabulary: int | None) -> tuple[Tensor, Tensor]:
     "Logits without padded ids on either side; `vocabulary` None: the narrower width."
     width = student.shape[-1]
@@ -90,7 +94,7 @@ def linear_head(model) -> torch.nn.Linear | None:
     adapted_or_spread = type(head) is not torch.nn.Linear or hasattr(head.weight, "full_tensor")
     return None if adapted_or_spread or not plain_logits(model) else head
 
-# %% ../../nbs/4_probabilities/07_logit_kd.ipynb #fa03e4b4
+# %% ../../nbs/4_probabilities/07_logit_kd.ipynb #b29f443b
 class LiveTeacher(TeacherSignal):
     "A teacher in memory that shares the student's tokenizer; it is frozen."
 
@@ -106,10 +110,10 @@ class LiveTeacher(TeacherSignal):
     def to(self, device: torch.device) -> None:
         self.model.to(device)
 
-    def divergence(self, method: "KD", logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    def divergence(self, method: "KD", logits: Tensor, batch: Batch | dict) -> Tensor:
         with torch.no_grad():
             teacher = target_logits(self.model, batch)
-        return self.against(method, logits, teacher, batch["target_ids"])
+        return self.against(method, logits, teacher, method.targets(batch))
 
     def against(self, method: "KD", student: Tensor, teacher: Tensor, ids: Tensor) -> Tensor:
         "Sum of the divergence between logits (n, V) of both sides."
@@ -119,7 +123,7 @@ class LiveTeacher(TeacherSignal):
         return token_divergence(method.divergence, student, teacher, temperature, **options).sum()
 
     @torch.no_grad()
-    def fused_arguments(self, method: "KD", batch: dict[str, Tensor]) -> dict | None:
+    def fused_arguments(self, method: "KD", batch: Batch | dict) -> dict | None:
         head = linear_head(self.model)
         if head is None:
             return None
@@ -128,9 +132,9 @@ class LiveTeacher(TeacherSignal):
             "teacher_weight": head.weight,
             "teacher_bias": head.bias,
             "vocab_size": self.vocabulary,
-        } | method.options_at(batch["target_ids"])
+        } | method.options_at(method.targets(batch))
 
-# %% ../../nbs/4_probabilities/07_logit_kd.ipynb #711b31f8
+# %% ../../nbs/4_probabilities/07_logit_kd.ipynb #292c72f3
 class KD(SFT):
     "Word-level KD: (1 - sft_weight) divergence from the teacher + sft_weight cross-entropy."
 
@@ -188,24 +192,30 @@ class KD(SFT):
     def to(self, device: torch.device) -> None:
         self.signal.to(device)
 
-    def collate(self, items: list[dict]) -> dict[str, Tensor]:
-        return super().collate(items) | self.signal.collate(items)
+    def collate(self, items: list[dict]) -> Batch:
+        batch = super().collate(items)
+        batch.columns |= self.signal.columns(items)
+        return batch
 
-    def token_counts(self, batch: dict[str, Tensor]) -> dict[str, int]:
-        counts = {"kd": self.signal.count(batch), "sft": len(batch["target_ids"])}
+    def targets(self, batch: Batch | dict) -> Tensor:
+        "The n target tokens of a batch."
+        return target_positions(batch, causal=self.family == "causal").ids
+
+    def token_counts(self, batch: Batch | dict) -> dict[str, int]:
+        counts = {"kd": self.signal.count(self, batch), "sft": len(self.targets(batch))}
         return {term: n for term, n in counts.items() if term in self.loss_weights}
 
-    def loss_sums(self, model, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def loss_sums(self, model, batch: Batch | dict) -> dict[str, Tensor]:
         sums = self._fused_sums(model, batch)
         if sums is None:
             logits = target_logits(model, batch)
             sums = {"kd": self.scale * self.signal.divergence(self, logits, batch)}
             if "sft" in self.loss_weights:
-                targets = batch["target_ids"]
+                targets = self.targets(batch)
                 sums["sft"] = F.cross_entropy(at_least_float32(logits), targets, reduction="sum")
         return sums
 
-    def _fused_sums(self, model, batch: dict[str, Tensor]) -> dict[str, Tensor] | None:
+    def _fused_sums(self, model, batch: Batch | dict) -> dict[str, Tensor] | None:
         "The same sums from hidden states and heads, without the logits; None: not the fused way."
         by_default = self.signal.fused_by_default and "sft" not in self.loss_weights
         if not (by_default if self.fused is None else self.fused):
@@ -234,11 +244,11 @@ class KD(SFT):
         sums = {"kd": self.scale * kd}
         if "sft" in self.loss_weights:
             sums["sft"] = fused_cross_entropy(
-                states, head.weight, batch["target_ids"], bias=head.bias, denominator=1
+                states, head.weight, self.targets(batch), bias=head.bias, denominator=1
             )
         return sums
 
-# %% ../../nbs/4_probabilities/07_logit_kd.ipynb #08c0fb3f
+# %% ../../nbs/4_probabilities/07_logit_kd.ipynb #f15a1c9e
 def as_signal(signal: Any, vocabulary: int | None = None) -> TeacherSignal:
     "A TeacherSignal as it is; a model as a LiveTeacher; a cache by its `as_signal`."
     if isinstance(signal, torch.nn.Module):
@@ -259,21 +269,20 @@ def as_signal(signal: Any, vocabulary: int | None = None) -> TeacherSignal:
         )
     return signal
 
-# %% ../../nbs/4_probabilities/07_logit_kd.ipynb #1e0fe3aa
+# %% ../../nbs/4_probabilities/07_logit_kd.ipynb #80540f96
 def hidden_states(
     model,
-    batch: dict[str, Tensor],
+    batch: Batch | dict,
     layers: Sequence[int] = (-1,),  # 0: embeddings; i: output of block i; -1: the last
 ) -> list[Tensor]:
     "Hidden states (n, D) of these layers at the n target positions of a batch."
-    names = ("input_ids", "attention_mask", "decoder_input_ids")
-    inputs = {name: batch[name] for name in names if name in batch}
     base = unwrapped(model).base_model
-    output = base(**inputs, use_cache=False, output_hidden_states=True)
+    output = base(**_inputs(model, batch), use_cache=False, output_hidden_states=True)
     states = output.get("hidden_states") or output.decoder_hidden_states
-    return [states[i].flatten(0, 1).index_select(0, batch["target_index"]) for i in layers]
+    index = _positions(model, batch).index
+    return [states[i].flatten(0, 1).index_select(0, index) for i in layers]
 
-# %% ../../nbs/4_probabilities/07_logit_kd.ipynb #43ac5dee
+# %% ../../nbs/4_probabilities/07_logit_kd.ipynb #9cb286e6
 CROSS_DIVERGENCES = {
     "uld": "uld",
     "spans_likelihood": "likelihood",
@@ -299,7 +308,7 @@ def _spans(items: list[dict], divergence: str) -> Tensor:
         teacher += len(teacher_ends)
     return torch.tensor(spans).reshape(-1, 4)
 
-# %% ../../nbs/4_probabilities/07_logit_kd.ipynb #a7b754fd
+# %% ../../nbs/4_probabilities/07_logit_kd.ipynb #6f54fb77
 class OtherTokenizer(TeacherSignal):
     "A live teacher with another tokenizer; a mean over spans of text that both tokenizers cut."
 
@@ -355,26 +364,24 @@ class OtherTokenizer(TeacherSignal):
             )
         return ends[:size]
 
-    def collate(self, items: list[dict]) -> dict[str, Tensor]:
+    def columns(self, items: list[dict]) -> dict[str, Any]:
         pairs = [(item["teacher_prompt"], item["teacher_completion"]) for item in items]
-        batch = causal_batch(pairs, self.tokenizer.pad_token_id)
-        columns = {f"teacher_{name}": tensor for name, tensor in batch.items()}
-        return columns | {"spans": _spans(items, self.kind)}
+        teacher = causal_batch(pairs, padding_id(self.tokenizer))
+        return {"teacher": teacher, "spans": _spans(items, self.kind)}
 
-    def count(self, batch: dict[str, Tensor]) -> int:
-        return len(batch["spans"])
+    def count(self, method: "KD", batch: Batch) -> int:
+        return len(batch.columns["spans"])
 
-    def divergence(self, method: "KD", logits: Tensor, batch: dict[str, Tensor]) -> Tensor:
-        prefix = "teacher_"
-        own = {k.removeprefix(prefix): v for k, v in batch.items() if k.startswith(prefix)}
+    def divergence(self, method: "KD", logits: Tensor, batch: Batch | dict) -> Tensor:
+        read = batch.columns["teacher"]
         with torch.no_grad():
-            teacher = target_logits(self.model, own)
+            teacher = target_logits(self.model, read)
         return aligned_span_loss(
             logits[None],
             teacher[None],
-            batch["target_ids"][None],
-            own["target_ids"][None],
-            [[Span(*row) for row in batch["spans"].tolist()]],
+            method.targets(batch)[None],
+            target_positions(read).ids[None],
+            [[Span(*row) for row in batch.columns["spans"].tolist()]],
             CROSS_DIVERGENCES[method.divergence],
             method.temperature,
             matches=self.matches,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Writing', 'write_responses']
 
-# %% ../../nbs/4_probabilities/09_seqkd.ipynb #a3d4714c
+# %% ../../nbs/4_probabilities/09_seqkd.ipynb #3a04d585
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -34,7 +34,7 @@ from ..generation.sampling import beam, sample, Sampling
 from ..models.pretrained import load_teacher, weights_hash
 from ..progress import progress
 
-# %% ../../nbs/4_probabilities/09_seqkd.ipynb #e0c6665b
+# %% ../../nbs/4_probabilities/09_seqkd.ipynb #e8d6afd5
 @dataclass(frozen=True)
 class Writing:
     "How a teacher answers."
@@ -52,7 +52,7 @@ class Writing:
             fix = "Use 'sample', 'greedy' or 'beam'."
             raise UserError(f"{self.how!r} is not known", where="how", fix=fix)
 
-# %% ../../nbs/4_probabilities/09_seqkd.ipynb #ea778a1f
+# %% ../../nbs/4_probabilities/09_seqkd.ipynb #6df24ba9
 def _stop_ids(teacher, tokenizer) -> tuple[int, ...]:
     "All ids that end an answer: of the tokenizer, the chat template and the generation config."
     configured = getattr(teacher.generation_config, "eos_token_id", None)
@@ -93,7 +93,7 @@ def _answers(teacher, tokenizer, rows: Sequence[TextRow], writing: Writing) -> l
         answers.append({"id": row.id, "response": text, "whole": finished})
     return answers
 
-# %% ../../nbs/4_probabilities/09_seqkd.ipynb #b3be6afd
+# %% ../../nbs/4_probabilities/09_seqkd.ipynb #cb38a0bf
 def write_responses(
     path: Path | str,  # JSONL file; an interrupted one is continued
     teacher,
@@ -134,7 +134,7 @@ def write_responses(
             answered.append(replace(row, completion=answer["response"], whole=answer["whole"]))
     return answered
 
-# %% ../../nbs/4_probabilities/09_seqkd.ipynb #c9bd55d4
+# %% ../../nbs/4_probabilities/09_seqkd.ipynb #f4d4e3af
 PROMPT_WRITING = Writing("sample", max_new_tokens=48, temperature=0.7, top_p=0.95, system="")
 
 

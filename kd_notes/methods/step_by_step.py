@@ -6,13 +6,17 @@
 __all__ = ['PREDICT', 'EXPLAIN', 'Row', 'step_rows', 'StepByStep', 'predict']
 
 # %% ../../nbs/3_reasons/02_step_by_step.ipynb #fe8e8820
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..core import UserError
+from ..data.dialogues import end_id, padding_id, start_ids
 from ..data.examples import Example
+from ..data.rows import read_row
 from ..generation.sampling import check_lengths
 from kd_notes.training.batches import (
     Batch,
@@ -35,22 +39,23 @@ class Row:
     pairs: tuple[tuple[str, str, str], ...]  # (term, prompt, completion)
 
 # %% ../../nbs/3_reasons/02_step_by_step.ipynb #bd5f58b0
-def step_rows(examples: list[Example]) -> list[Row]:
+def step_rows(examples: Iterable) -> list[Row]:  # of any shape that `read_row` takes
     "Label and rationale rows of each example; without a rationale only the label row."
-    return [
-        Row(
-            e.id,
-            tuple(
-                p
-                for p in (
-                    ("label", PREDICT + e.input, e.label),
-                    ("rationale", EXPLAIN + e.input, e.rationale),
-                )
-                if p[2]
-            ),
+    rows = []
+    for number, example in enumerate(examples):
+        row = read_row(example, f"row-{number}", f"row {number}", needs_completion=False)
+        if not isinstance(row.prompt, str):
+            raise UserError(
+                "step-by-step distillation reads a text, and this row is a chat",
+                where=row.where,
+                fix="Use input, label and rationale.",
+            )
+        tasks = (
+            ("label", PREDICT + row.prompt, row.completion),
+            ("rationale", EXPLAIN + row.prompt, row.rationale),
         )
-        for e in examples
-    ]
+        rows.append(Row(row.id, tuple(task for task in tasks if task[2])))
+    return rows
 
 # %% ../../nbs/3_reasons/02_step_by_step.ipynb #111fc682
 class StepByStep(Method):
@@ -70,17 +75,21 @@ class StepByStep(Method):
         self.tokenizer, self.family = tokenizer, family
         self.loss_weights = {"label": alpha, "rationale": 1 - alpha}
 
-    def _ids(self, text: str, end: bool) -> list[int]:
-        return (
-            self.tokenizer.encode(text, add_special_tokens=False)
-            + [self.tokenizer.eos_token_id] * end
-        )
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False)
 
-    def encode(self, row: Row) -> list[tuple[str, list[int], list[int]]]:
-        return [
-            (term, self._ids(s, self.family == "t5"), self._ids(t.strip(), True))
-            for term, s, t in row.pairs
-        ]
+    def encode(self, row: Row | Any) -> list[tuple[str, list[int], list[int]]]:
+        if not isinstance(row, Row):
+            row = step_rows([row])[0]
+        end = [end_id(self.tokenizer)]
+        items = []
+        for term, prompt, completion in row.pairs:
+            if self.family == "t5":
+                prompt_ids = self._ids(prompt) + end
+            else:
+                prompt_ids = start_ids(self.tokenizer) + self._ids(prompt)
+            items.append((term, prompt_ids, self._ids(completion.strip()) + end))
+        return items
 
     def num_tokens(self, item: list) -> int:
         return sum(len(s) + len(t) for _, s, t in item)
@@ -92,7 +101,7 @@ class StepByStep(Method):
         pairs = sorted(
             (p for item in items for p in item), key=lambda p: p[0]
         )  # all label rows, then all rationale rows
-        rows, pad = [(s, t) for _, s, t in pairs], self.tokenizer.pad_token_id
+        rows, pad = [(s, t) for _, s, t in pairs], padding_id(self.tokenizer)
         make = causal_batch if self.family == "causal" else seq2seq_batch
         batch = make(rows, pad)
         label_tokens = sum(len(completion) for term, _, completion in pairs if term == "label")
@@ -122,9 +131,11 @@ def predict(
 ) -> dict[str, str]:
     "{id: text} of the student for each example; only the input is read."
     model.eval()
+    # As in training: the encoder of T5 reads an end token, a causal model the start token it knows.
+    first = [] if family == "t5" else start_ids(tokenizer)
+    last = [tokenizer.eos_token_id] if family == "t5" else []
     ids = {
-        e.id: tokenizer.encode(prefix + e.input, add_special_tokens=False)
-        + [tokenizer.eos_token_id] * (family == "t5")
+        e.id: first + tokenizer.encode(prefix + e.input, add_special_tokens=False) + last
         for e in examples
     }
     order, out, pad = sorted(ids, key=lambda i: len(ids[i])), {}, tokenizer.pad_token_id

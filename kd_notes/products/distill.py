@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['distill']
 
-# %% ../../nbs/4_probabilities/15_distill.ipynb #db0a4552
+# %% ../../nbs/4_probabilities/15_distill.ipynb #2d062392
 import copy
 import os
 import shutil
@@ -18,13 +18,7 @@ from typing import Any
 import torch
 
 from ..core import atomic_write, folder_lock, read_json, UserError, write_json
-from kd_notes.data.dialogues import (
-    chat_template_of,
-    encode_row,
-    end_id,
-    padding_id,
-    vocabulary_size,
-)
+from ..data.dialogues import chat_template_of, encode_row, end_id, padding_id
 from ..data.rows import read_rows, TextRow
 from ..environment import device_class, versions
 from ..evaluation.figures import save_figure
@@ -62,7 +56,7 @@ from ..training.loop import train
 from ..training.method import Method, SFT
 from ..training.state import Progress
 
-# %% ../../nbs/4_probabilities/15_distill.ipynb #ae7723c0
+# %% ../../nbs/4_probabilities/15_distill.ipynb #753e88ef
 @dataclass
 class _Pair:
     "Teacher and student with their tokenizers."
@@ -147,7 +141,7 @@ class _Pair:
                 fix="Leave such rows out, or use sft, seqkd or spans_matched.",
             )
 
-# %% ../../nbs/4_probabilities/15_distill.ipynb #6bb5aee7
+# %% ../../nbs/4_probabilities/15_distill.ipynb #6d81a850
 @dataclass
 class _Distillation:
     "A request on its way from checked input to the finished folder."
@@ -209,7 +203,7 @@ class _Distillation:
             batch_size=self.request.settings.batch_size,
         )
 
-# %% ../../nbs/4_probabilities/15_distill.ipynb #5384fbe0
+# %% ../../nbs/4_probabilities/15_distill.ipynb #0c9e0340
 def _measured(job: _Distillation, numbers: dict, tokenizer) -> dict:
     return with_bits_per_byte(numbers, job.pair.encode(job.held_out, tokenizer), tokenizer)
 
@@ -251,7 +245,7 @@ def _leave(job: _Distillation, model, report: dict, history: list[dict]) -> None
     write_json(request.out / "report.json", report)
     shutil.rmtree(request.work)
 
-# %% ../../nbs/4_probabilities/15_distill.ipynb #983bb4fe
+# %% ../../nbs/4_probabilities/15_distill.ipynb #849c0609
 def _run(job: _Distillation) -> dict:
     "Prepare, train, measure and write; the report."
     from accelerate import PartialState
@@ -297,7 +291,7 @@ def _run(job: _Distillation) -> dict:
         )
     return report
 
-# %% ../../nbs/4_probabilities/15_distill.ipynb #e05ffb49
+# %% ../../nbs/4_probabilities/15_distill.ipynb #74feb532
 def _source(model: Any, tokenizer: Any, name: str) -> str | tuple:
     "A spec as text, or (model, tokenizer)."
     if isinstance(model, torch.nn.Module):

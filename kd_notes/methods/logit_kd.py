@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CROSS_DIVERGENCES', 'TeacherSignal', 'LiveTeacher', 'KD', 'hidden_states', 'OtherTokenizer']
 
-# %% ../../nbs/4_probabilities/07_logit_kd.ipynb #9d4d66a0
+# %% ../../nbs/4_probabilities/07_logit_kd.ipynb #4da863b3
 from collections.abc import Sequence
 from typing import Any
 
@@ -46,7 +46,7 @@ from kd_notes.training.batches import (
 )
 from ..training.method import SFT
 
-# %% ../../nbs/4_probabilities/07_logit_kd.ipynb #33ed42c6
+# %% ../../nbs/4_probabilities/07_logit_kd.ipynb #5b3a97b7
 class TeacherSignal:
     "The source of the teacher's distributions; subclass it for a new one."
 
@@ -79,7 +79,7 @@ class TeacherSignal:
         "The teacher's arguments of `fused_linear_divergence`; None if there is no fused way."
         return None
 
-# %% ../../nbs/4_probabilities/07_logit_kd.ipynb #087e7586
+# %% ../../nbs/4_probabilities/07_logit_kd.ipynb #010947a9
 def comparable(student: Tensor, teacher: Tensor, vocabulary: int | None) -> tuple[Tensor, Tensor]:
     "Logits without padded ids on either side; `vocabulary` None: the narrower width."
     width = student.shape[-1]
@@ -94,7 +94,7 @@ def linear_head(model) -> torch.nn.Linear | None:
     adapted_or_spread = type(head) is not torch.nn.Linear or hasattr(head.weight, "full_tensor")
     return None if adapted_or_spread or not plain_logits(model) else head
 
-# %% ../../nbs/4_probabilities/07_logit_kd.ipynb #b29f443b
+# %% ../../nbs/4_probabilities/07_logit_kd.ipynb #e0e5394c
 class LiveTeacher(TeacherSignal):
     "A teacher in memory that shares the student's tokenizer; it is frozen."
 
@@ -134,7 +134,7 @@ class LiveTeacher(TeacherSignal):
             "vocab_size": self.vocabulary,
         } | method.options_at(method.targets(batch))
 
-# %% ../../nbs/4_probabilities/07_logit_kd.ipynb #292c72f3
+# %% ../../nbs/4_probabilities/07_logit_kd.ipynb #e5706d8e
 class KD(SFT):
     "Word-level KD: (1 - sft_weight) divergence from the teacher + sft_weight cross-entropy."
 
@@ -248,7 +248,7 @@ class KD(SFT):
             )
         return sums
 
-# %% ../../nbs/4_probabilities/07_logit_kd.ipynb #f15a1c9e
+# %% ../../nbs/4_probabilities/07_logit_kd.ipynb #36c1f836
 def as_signal(signal: Any, vocabulary: int | None = None) -> TeacherSignal:
     "A TeacherSignal as it is; a model as a LiveTeacher; a cache by its `as_signal`."
     if isinstance(signal, torch.nn.Module):
@@ -269,7 +269,7 @@ def as_signal(signal: Any, vocabulary: int | None = None) -> TeacherSignal:
         )
     return signal
 
-# %% ../../nbs/4_probabilities/07_logit_kd.ipynb #80540f96
+# %% ../../nbs/4_probabilities/07_logit_kd.ipynb #f27b5eb9
 def hidden_states(
     model,
     batch: Batch | dict,
@@ -282,7 +282,7 @@ def hidden_states(
     index = _positions(model, batch).index
     return [states[i].flatten(0, 1).index_select(0, index) for i in layers]
 
-# %% ../../nbs/4_probabilities/07_logit_kd.ipynb #9cb286e6
+# %% ../../nbs/4_probabilities/07_logit_kd.ipynb #995dbc38
 CROSS_DIVERGENCES = {
     "uld": "uld",
     "spans_likelihood": "likelihood",
@@ -308,7 +308,7 @@ def _spans(items: list[dict], divergence: str) -> Tensor:
         teacher += len(teacher_ends)
     return torch.tensor(spans).reshape(-1, 4)
 
-# %% ../../nbs/4_probabilities/07_logit_kd.ipynb #6f54fb77
+# %% ../../nbs/4_probabilities/07_logit_kd.ipynb #62a41bf5
 class OtherTokenizer(TeacherSignal):
     "A live teacher with another tokenizer; a mean over spans of text that both tokenizers cut."
 

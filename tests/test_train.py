@@ -670,7 +670,7 @@ def test_a_method_is_described_by_what_it_does_and_not_by_where_it_is():
     assert kd_rows().identity() == kd_rows().identity()
     first = kd_rows()
     with torch.no_grad():
-        next(first.teacher.parameters())[0, 0] += 1e-3
+        next(first.signal.model.parameters())[0, 0] += 1e-3
     assert first.identity() != kd_rows().identity()
 
 

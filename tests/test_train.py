@@ -35,6 +35,8 @@ from kd_notes.training.batches import (
     target_nll,
     target_positions,
 )
+from kd_notes.methods.logit_kd import KD
+from kd_notes.models.pretrained import _merge_adapter, merge_adapters
 from kd_notes.training.checkpoint import last_checkpoint, rng_state, save_model, set_rng_state
 from kd_notes.training.loop import train
 from kd_notes.training.method import SFT
@@ -178,6 +180,14 @@ def test_another_seed_is_another_training():
     assert losses(run()) != losses(run(**{"seed": 0}, examples=EXAMPLES[::-1]))
     a = train(mini_model("causal", "xs", VOCAB, 0), Rows(), EXAMPLES, config(seed=1))
     assert losses(a) != losses(run())
+
+
+class FusedRows(Rows):
+    fused = True
+
+    def __init__(self):
+        super().__init__()
+        self.fused = True
 
 
 class TwoTerms(Rows):
@@ -604,32 +614,95 @@ def test_half_written_checkpoints_are_ignored(tmp_path):
     assert not part.exists()
 
 
+def kd_rows(teacher=7, divergence="jsd", beta=0.5, **options):
+    "KD on rows of ids; a new teacher each time, with the weights of its seed."
+    if divergence == "jsd":
+        options["beta"] = beta
+    return KD(Rows().tokenizer, mini_model("causal", "s", VOCAB, teacher), divergence, **options)
+
+
+OTHER_TOKEN = {**EXAMPLES[0], "prompt": [2, *EXAMPLES[0]["prompt"][1:-1], 9]}
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({"lr": 1e-3}, "settings"),
+        ({"steps": 13}, "settings"),
+        ({"batch_size": 4}, "settings"),
+        ({"ema": 0.9}, "settings"),
+        ({"examples": EXAMPLES[1:]}, "examples"),
+        ({"examples": [OTHER_TOKEN, *EXAMPLES[1:]]}, "examples"),  # of the same length
+        ({"examples": [EXAMPLES[1], EXAMPLES[0], *EXAMPLES[2:]]}, "examples"),
+        ({"family": "t5"}, "student"),
+        ({"seed": 1}, "student"),  # other first weights of the same shapes
+        ({"dropout": 0.1}, "student"),
+        ({"method": TwoTerms({"first": 1.0, "rest": 1.0})}, "method"),
+        ({"method": FusedRows()}, "method"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(tmp_path, change, named):
+    run(run_dir=tmp_path, save_every=5)
+    with pytest.raises(UserError, match=f"a run with other .*{named}"):
+        run(**{"run_dir": tmp_path, "save_every": 5} | change)
+
+
 @pytest.mark.parametrize(
     "change",
     [
-        {"lr": 1e-3},
-        {"steps": 13},
-        {"batch_size": 4},
-        {"seed": 1},
-        {"examples": EXAMPLES[1:]},
-        {"family": "t5"},
-        {"method": TwoTerms({"first": 1.0, "rest": 1.0})},
+        {"divergence": "reverse_kl"},
+        {"beta": 0.9},
+        {"temperature": 4.0},
+        {"teacher": 8},
+        {"sft_weight": 0.5},
+        {"vocabulary": 60},
     ],
 )
-def test_a_checkpoint_of_another_training_is_refused(tmp_path, change):
-    run(run_dir=tmp_path, save_every=5)
-    arguments = {"run_dir": tmp_path, "save_every": 5} | change
-    with pytest.raises(UserError, match="other settings"):
-        if "seed" in change:
-            train(
-                mini_model("causal", "xs", VOCAB, 0),
-                Rows(),
-                EXAMPLES,
-                config(seed=1, save_every=5),
-                run_dir=tmp_path,
-            )
-        else:
-            run(**arguments)
+def test_a_checkpoint_of_another_objective_or_teacher_is_refused(tmp_path, change):
+    cfg = {"run_dir": tmp_path, "steps": 4, "save_every": 2, "examples": EXAMPLES[:24]}
+    run(method=kd_rows(), **cfg)
+    assert run(method=kd_rows(), **cfg).steps == 4  # the same call goes on
+    with pytest.raises(UserError, match="a run with other method"):
+        run(method=kd_rows(**change), **cfg)
+
+
+def test_a_method_is_described_by_what_it_does_and_not_by_where_it_is():
+    assert kd_rows().identity() == kd_rows().identity()
+    first = kd_rows()
+    with torch.no_grad():
+        next(first.signal.model.parameters())[0, 0] += 1e-3
+    assert first.identity() != kd_rows().identity()
+
+
+@pytest.mark.parametrize("targets", [["lm_head"], ["q_proj", "lm_head"], ["embed_tokens"]])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_merged_student_is_the_one_that_was_trained(tmp_path, targets, tied):
+    "Merging into a head that is also the embeddings would change both (peft#2018)."
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    def base():
+        torch.manual_seed(0)
+        shape = LlamaConfig(
+            vocab_size=VOCAB,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            tie_word_embeddings=tied,
+        )
+        return LlamaForCausalLM(shape)
+
+    cfg = config(steps=20, lr=3e-2, lora={"r": 4, "alpha": 8, "targets": targets})
+    student = train(base(), Rows(), EXAMPLES, cfg).model
+    ids = torch.tensor([EXAMPLES[0]["prompt"]])
+    with torch.no_grad():
+        measured = student(ids).logits
+        adapter = save_model(student, tmp_path / "adapter")
+        saved = save_model(merge_adapters(student), tmp_path / "whole")
+        again = AutoModelForCausalLM.from_pretrained(saved).eval()
+        torch.testing.assert_close(again(ids).logits, measured, atol=1e-4, rtol=1e-4)
+        onto_base = _merge_adapter(base(), adapter).eval()
+        torch.testing.assert_close(onto_base(ids).logits, measured, atol=1e-4, rtol=1e-4)
 
 
 def test_settings_that_cannot_change_numbers_may_change(tmp_path):

@@ -147,7 +147,7 @@ LOSS_BEFORE_DIVERGENCES = """
 import math, types, torch
 from kd_notes.training.batches import causal_batch, target_nll
 class Uniform:
-    config = types.SimpleNamespace(is_encoder_decoder=True)
+    config = types.SimpleNamespace(is_encoder_decoder=False, logit_scale=2)  # called as a whole
     def __call__(self, input_ids, **_): return types.SimpleNamespace(logits=torch.zeros(*input_ids.shape, 7))
 nll = target_nll(Uniform(), causal_batch([([1, 2], [3, 4]), ([1], [5])], pad_id=0))
 print(abs(float(nll.float().mean()) - math.log(7)) < 1e-6, nll.numel())

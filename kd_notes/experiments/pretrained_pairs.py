@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ALPACA', 'fitting_rows', 'run_rows', 'corpus_texts', 'open_teacher', 'open_student', 'run_tokenizer', 'check_room',
-           'merged', 'sft_phase', 'spec_checksums', 'PairTeachers', 'pair_teacher', 'PairStudents', 'pair_start',
-           'set_metrics', 'pair_method', 'train_third_phase', 'check_inputs', 'PretrainedPairs']
+           'sft_phase', 'spec_checksums', 'PairTeachers', 'pair_teacher', 'PairStudents', 'pair_start', 'set_metrics',
+           'pair_method', 'train_third_phase', 'check_inputs', 'PretrainedPairs']
 
 # %% ../../nbs/5_own_words/09_pretrained_pairs.ipynb #f26f103f
 from itertools import islice
@@ -52,6 +52,7 @@ from kd_notes.models.pretrained import (
     freeze,
     load_pretrained,
     load_teacher,
+    merge_adapters,
     _local_snapshot,
     resolve_model,
 )
@@ -206,11 +207,6 @@ def check_room(run: dict, *models) -> None:
         )
 
 # %% ../../nbs/5_own_words/09_pretrained_pairs.ipynb #8b9d63a2
-def merged(model):
-    "The model with its LoRA adapter, if it was trained with one, merged into its weights."
-    return model.merge_and_unload() if hasattr(model, "peft_config") else model
-
-
 def sft_phase(
     model, tokenizer, run: dict, length: int | str, lr: float, seed: int, folder: Path
 ) -> dict:
@@ -235,7 +231,7 @@ def sft_phase(
     }
     cfg = TrainConfig(**(settings | run["train"]))
     result = finetune(model, tokenizer, rows, held_out, cfg, run_dir=folder / "sft")
-    trained = merged(result.model)
+    trained = merge_adapters(result.model)
     save_model(trained, folder / "model", tokenizer)
     return {
         "loss": result.best["loss"],
@@ -490,7 +486,7 @@ class PretrainedPairs(_Phase):
                 **work_done(method, result),
             }
             ngram = forbidden_ngrams(method.config)
-            model = merged(result.model)
+            model = merge_adapters(result.model)
         model.eval()
         sets = {}
         seeds = EVAL_SEEDS[: run["score_seeds"]]

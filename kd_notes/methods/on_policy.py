@@ -254,6 +254,11 @@ def _teacher_hash(teacher) -> str:
 class RolloutPhase(OnPolicyTerms):
     "Draws a rollout before the steps that use it, and makes its rows the examples of the loop."
 
+    def identity(self) -> list:
+        "Settings, corpus and teacher; what a schedule changes during the run is left out."
+        name = type(self).__name__
+        return [name, asdict(self.config), self.corpus, _teacher_hash(self.teacher)]
+
     def begin(self, state: Loop) -> None:
         minibatch = state.cfg.batch_size * state.cfg.accumulate * state.accelerator.num_processes
         check_rollouts(self.config, minibatch)

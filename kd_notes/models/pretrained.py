@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SMOLLM2_FILE', 'DTYPES', 'context_of', 'count_parameters', 'find_smollm2', 'smollm2_path', 'resolve_model',
-           'default_device', 'check_vocabulary', 'load_pretrained', 'freeze', 'load_teacher']
+           'default_device', 'check_vocabulary', 'load_pretrained', 'freeze', 'merge_adapters', 'load_teacher']
 
 # %% ../../nbs/2_playground/09_pretrained.ipynb #a2551f12
 import hashlib
@@ -279,6 +279,28 @@ def freeze(model):
     return model.eval().requires_grad_(False)
 
 
+def merge_adapters(model):
+    """The model with its LoRA adapters merged into its weights; a model without adapters as it is.
+
+    A head that shares its weights with the embeddings gets its own first, if one of the two carries
+    an adapter: merging would change both, and another model would be left than was trained.
+    """
+    if not hasattr(model, "peft_config"):
+        return model
+    base = model.get_base_model()
+    head = base.get_output_embeddings()
+    embeddings = base.get_input_embeddings()
+    adapted = [layer for layer in (head, embeddings) if hasattr(layer, "base_layer")]
+    if adapted:
+        plain_head = getattr(head, "base_layer", head)
+        plain_embeddings = getattr(embeddings, "base_layer", embeddings)
+        if plain_head.weight is plain_embeddings.weight:
+            plain_head.weight = torch.nn.Parameter(plain_head.weight.detach().clone())
+            for config in {id(c): c for c in (base.config, base.config.get_text_config())}.values():
+                config.tie_word_embeddings = False
+    return model.merge_and_unload()
+
+
 def _merge_adapter(model, adapter: Path | str):
     "The model with a LoRA adapter folder merged into its weights. Raises UserError if it does not fit."
     from peft import PeftModel
@@ -290,7 +312,7 @@ def _merge_adapter(model, adapter: Path | str):
             fix="It must hold adapter_config.json and its safetensors.",
         )
     try:
-        return PeftModel.from_pretrained(model, str(adapter), is_trainable=False).merge_and_unload()
+        return merge_adapters(PeftModel.from_pretrained(model, str(adapter), is_trainable=False))
     except (RuntimeError, ValueError, OSError) as e:
         reason = str(e).strip().splitlines()[0]
         raise UserError(

@@ -34,6 +34,7 @@ from kd_notes.models.pretrained import (
     count_parameters,
     default_device,
     load_teacher,
+    merge_adapters,
 )
 from .card import curves_figure, model_card, with_bits_per_byte
 from kd_notes.products.request import (
@@ -228,9 +229,7 @@ def _references(job: _Distillation, check: Validation) -> dict:
 def _leave(job: _Distillation, model, report: dict, history: list[dict]) -> None:
     "Write the folder; the report last."
     request = job.request
-    if request.settings.lora:
-        model = model.merge_and_unload()
-    made = save_model(model, request.work / "model", job.pair.tokenizer)
+    made = save_model(merge_adapters(model), request.work / "model", job.pair.tokenizer)
     for path in made.iterdir():
         os.replace(path, request.out / path.name)
     results = report["results"]

@@ -14,6 +14,7 @@ from typing import Any, Callable, Iterator, KeysView, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ..core import rng, UserError
 from ..losses.divergences import at_least_float32
@@ -147,6 +148,7 @@ def seq2seq_batch(
     return _batch(inputs, causal=False)
 
 # %% ../../nbs/7_engine_room/11_batches.ipynb #9e4296ca
+# settings that may be on and show only with large logits
 _LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 
 
@@ -156,11 +158,54 @@ def unwrapped(model):
 
 
 def plain_logits(model) -> bool:
-    "Whether a causal model's logits are its head applied to the hidden states, and nothing more (no soft-cap, no scale)."
-    config = unwrapped(model).config
-    return not config.is_encoder_decoder and all(
-        getattr(config, name, None) in (None, 1) for name in _LOGIT_CHANGES
-    )
+    """Whether a causal model's logits are its head applied to its hidden states, and nothing more.
+
+    A model that scales or squashes its logits, before the head or behind it, is called as a whole.
+    """
+    model = unwrapped(model)
+    config = model.config
+    if config.is_encoder_decoder:
+        return False
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()  # the language model's part of a composite config
+    if any(getattr(config, name, None) not in (None, 1) for name in _LOGIT_CHANGES):
+        return False
+    if not hasattr(model, "_plain_logits"):
+        model._plain_logits = _head_is_last(model)
+    return model._plain_logits
+
+
+@torch.compiler.disable
+@torch.no_grad()
+def _head_is_last(model) -> bool:
+    "Run two tokens: does the head read the last hidden states, and are its outputs the logits?"
+    head = model.get_output_embeddings()
+    weight = next(head.parameters())
+    if weight.is_meta or isinstance(weight, FakeTensor):
+        return True  # there are no numbers to try it with
+    seen = {}
+
+    def replace(module, inputs, output):
+        numbers = torch.linspace(-50, 50, output.numel(), device=output.device, dtype=output.dtype)
+        seen["read"] = inputs[0]
+        seen["given"] = numbers.view_as(output)
+        return seen["given"]
+
+    modes = {module: module.training for module in model.modules()}
+    ids = torch.tensor([[0, 1]], device=weight.device)
+    model.eval()  # no dropout, and no random number is used up
+    handle = head.register_forward_hook(replace)
+    try:
+        logits = model(input_ids=ids, use_cache=False).logits
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    finally:
+        handle.remove()
+        for module, mode in modes.items():
+            module.training = mode
+    if not seen or logits.shape != seen["given"].shape:
+        return False
+    same_logits = torch.equal(logits.to(seen["given"].dtype), seen["given"])
+    return same_logits and torch.equal(hidden, seen["read"])
 
 # %% ../../nbs/7_engine_room/11_batches.ipynb #5dc06a51
 def _inputs(model, batch: Batch | dict) -> dict[str, Tensor]:

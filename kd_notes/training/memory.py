@@ -52,6 +52,25 @@ def _weightless(config, context):
         return auto.from_config(config).train()
 
 # %% ../../nbs/7_engine_room/14_memory.ipynb #39d2c4cf
+def _activation_bytes(config, cfg: TrainConfig, length: int, targets: int) -> int:
+    "What a step keeps for its backward pass: run on tensors without memory, or else by a formula."
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    real = _uniform_batch(config, cfg.batch_size, length, targets)
+    fake = FakeTensorMode()
+    try:
+        model = _weightless(config, fake)
+        with fake:
+            return saved_bytes(model, real.map(fake.from_tensor), cfg.precision)
+    except Exception:
+        # A mixture of experts routes by numbers, which such tensors have not; a compiled kernel
+        # may refuse them. Then: Korthikanti et al. (arXiv 2205.05198), eq. 2 without the
+        # attention matrices, 34 bytes per token, width and layer in half precision.
+        text = config.get_text_config()
+        token = 34 * text.hidden_size * text.num_hidden_layers
+        return cfg.batch_size * length * token * (2 if cfg.precision == "no" else 1)
+
+
 def memory_estimate(
     config,  # a transformers config of the student
     cfg: TrainConfig,
@@ -59,39 +78,36 @@ def memory_estimate(
     length: int,  # tokens of a long row
     targets: int | None = None,  # target tokens of a row; None: all but the first
     teacher=None,  # config of a teacher
-    processes: int = 1,
-) -> dict[str, int]:  # with cfg.fsdp they share the weights
-    "Bytes on one process: weights, gradients, optimizer, activations, logits, teacher and their total. Loads and computes nothing."
-    from torch._subclasses.fake_tensor import FakeTensorMode
+    processes: int = 1,  # with cfg.fsdp they share the weights
+) -> dict[str, int]:
+    """Estimate the bytes on one process before anything is loaded.
 
+    Returns weights, gradients, optimizer, activations, logits, teacher and their total.
+    """
     targets = length - 1 if targets is None else targets
-    real = _uniform_batch(config, cfg.batch_size, length, targets)
-    fake = FakeTensorMode()
-    model = _weightless(config, fake)
-    with fake:
-        activations = saved_bytes(model, real.map(fake.from_tensor), cfg.precision)
+    text = config.get_text_config()
+    positions = cfg.batch_size * targets
+    activations = _activation_bytes(config, cfg, length, targets)
     if cfg.gradient_checkpointing:
-        layers = config.num_hidden_layers
-        activations = (
-            activations // layers + layers * cfg.batch_size * length * config.hidden_size * 4
-        )
+        layers = text.num_hidden_layers
+        kept = cfg.batch_size * length * text.hidden_size * 4
+        activations = activations // layers + layers * kept
     model = _weightless(config, torch.device("meta"))
-    model = add_lora(model, cfg.lora, cfg.seed) if cfg.lora is not None else model
+    if cfg.lora is not None:
+        model = add_lora(model, cfg.lora, cfg.seed)
     share = processes if cfg.fsdp else 1
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    logits, teacher_bytes = cfg.batch_size * targets * 4 * config.vocab_size * 3, 0
+    teacher_bytes = 0
     if teacher is not None:
         frozen = _weightless(teacher, torch.device("meta"))
-        teacher_bytes = (
-            sum(p.nbytes for p in frozen.parameters())
-            + cfg.batch_size * targets * 4 * teacher.vocab_size
-        )
+        teacher_bytes = sum(p.nbytes for p in frozen.parameters())
+        teacher_bytes += positions * 4 * teacher.get_text_config().vocab_size
     parts = {
         "weights": sum(p.nbytes for p in model.parameters()) // share,
         "gradients": trained // share,
         "optimizer": 2 * trained // share,
         "activations": activations,
-        "logits": logits,
+        "logits": positions * 4 * text.vocab_size * 3,
         "teacher": teacher_bytes,
     }
     return parts | {"total": sum(parts.values())}

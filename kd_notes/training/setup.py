@@ -14,9 +14,9 @@ from typing import Iterable
 import torch
 from torch import Tensor
 
-from ..core import seed_everything, stable_hash, UserError
-from .batches import Batch
-from .checkpoint import trainable
+from ..core import seed_everything, UserError
+from .batches import Batch, plain_logits
+from .checkpoint import run_identity, trainable
 from .method import Method
 from .state import Callback, Loop, TrainConfig
 
@@ -183,13 +183,16 @@ def _set_up(
         run_dir=Path(run_dir) if run_dir else None,
     )
     _encoded(loop, examples)
+    if loop.run_dir:
+        loop.identity = run_identity(loop)  # before anything is sharded or trained
+    if not model.config.is_encoder_decoder:
+        plain_logits(model)  # found out here, once, and not inside a compiled or sharded model
     if cfg.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if cfg.lora is not None:
             model.enable_input_require_grads()
     loop.objective = Objective(model, method).to(accelerator.device)
     method.to(accelerator.device)
-    loop.examples_hash = stable_hash([loop.ids, loop.sizes])
     method.begin(loop)
     if cfg.compile:
         loop.objective.compile(

@@ -120,9 +120,9 @@ class Loop:
     items: list = field(default_factory=lambda: PackedItems())  # encoded examples
     sizes: list = field(default_factory=list)  # tokens of each
     ids: list = field(default_factory=list)  # name of each, for messages
-    examples_hash: str = ""  # of names and sizes of the examples that the run was given
     callbacks: list = field(default_factory=list)
     run_dir: Path | None = None
+    identity: dict = field(default_factory=dict)  # what decides this run, for its checkpoints
     step: int = 0  # steps done
     tokens: int = 0  # tokens of the examples seen so far, padding not counted
     seconds: float = 0.0  # spent in steps, over all sessions

@@ -170,12 +170,12 @@ def test_both_loops_train_on_the_same_rows_and_count_tokens_without_padding(monk
 
 def test_the_trainer_learns_the_same_kl_as_ours():
     "On one batch: the peer's loss over whole padded logits is the mean of what our method sums."
-    from kd_notes.data.dialogues import encode_dialogue, load_prompts
+    from kd_notes.data.dialogues import encode_row, load_prompts
     from kd_notes.methods.logit_kd import KD
 
     student, teacher, tokenizer = bench_steps_module.pair_models("mini")
     torch.nn.init.normal_(student.get_input_embeddings().weight, std=0.3)
-    rows = [encode_dialogue(d, tokenizer, 64) for d in load_prompts("train")[:3]]
+    rows = [encode_row(row, tokenizer, max_length=64) for row in load_prompts("train")[:3]]
     inputs = bench_steps_module.padded(
         [r["prompt"] + r["completion"] for r in rows],
         tokenizer.pad_token_id,

@@ -24,20 +24,17 @@ from kd_notes.losses.sparse import (
     SUPPORTED,
     topk_divergence,
 )
-from kd_notes.methods.cached_kd import CachedKD, EncodedRows
-from kd_notes.methods.logit_cache import (
+from kd_notes.methods.cache_writer import (
     bytes_per_position,
-    cached_divergence,
-    encode_rows,
     length_batches,
-    LogitCache,
     Recipe,
     shard_plan,
-    teacher_hash,
     tokenizer_hash,
-    write_cache,
 )
+from kd_notes.methods.logit_cache import cached_divergence, LogitCache, write_cache
+from kd_notes.methods.logit_kd import KD
 from kd_notes.models.mini import load_mini_tokenizer, mini_model
+from kd_notes.models.pretrained import weights_hash
 from kd_notes.training.batches import target_logits, target_positions
 from kd_notes.training.loop import train
 from kd_notes.training.method import SFT
@@ -370,7 +367,7 @@ def test_divergences_that_are_not_defined_are_refused_with_the_reason(
     with pytest.raises(
         UserError, match="not linear" if mode == "sampled" else "sum of the tail only"
     ) as e:
-        CachedKD(cache, EncodedRows(Ids()), name)
+        KD(Ids(), cache, name)
     assert "forward_kl" in str(e.value)
 
 
@@ -642,7 +639,7 @@ def test_a_full_disk_is_a_user_error_and_leaves_nothing_half_written(kills):
 
 def test_too_small_a_disk_is_known_before_the_teacher_starts(tmp_path, teacher, monkeypatch):
     monkeypatch.setattr(
-        "kd_notes.methods.logit_cache.shutil.disk_usage",
+        "kd_notes.methods.cache_writer.shutil.disk_usage",
         lambda folder: type("Usage", (), {"free": 100}),
     )
     calls = []
@@ -705,7 +702,7 @@ def test_another_tokenizer_is_refused(tmp_path, teacher):
     with pytest.raises(UserError, match="another tokenizer.*student with the teacher's tokenizer"):
         LogitCache(tmp_path, tokenizer=other)
     with pytest.raises(UserError, match="another tokenizer"):
-        CachedKD(cache, EncodedRows(other))
+        KD(other, cache)
     with pytest.raises(UserError, match="another tokenizer"):
         write_cache(tmp_path, teacher, other, ROWS, k=8, shard_tokens=30)
     assert len(LogitCache(tmp_path, tokenizer=Ids())) == len(ROWS)
@@ -716,29 +713,29 @@ def test_another_teacher_is_refused(tmp_path, teacher):
     other = teacher_of(seed=1)
     other.save_pretrained(tmp_path / "other")
     teacher.save_pretrained(tmp_path / "same")
-    for wrong in (other, tmp_path / "other", teacher_hash(other)):
+    for wrong in (other, tmp_path / "other", weights_hash(other)):
         with pytest.raises(UserError, match="another teacher"):
             LogitCache(tmp_path / "cache", teacher=wrong)
     with pytest.raises(UserError, match="another teacher"):
         write(tmp_path / "cache", other)
-    for right in (teacher, tmp_path / "same", teacher_hash(teacher)):
+    for right in (teacher, tmp_path / "same", weights_hash(teacher)):
         assert LogitCache(tmp_path / "cache", teacher=right).complete
 
 
 @pytest.mark.parametrize("family", ["causal", "t5"])
-def test_teacher_hash_of_a_model_and_of_its_folder(tmp_path, family):
+def test_weights_hash_of_a_model_and_of_its_folder(tmp_path, family):
     "Tied weights count once in both; bfloat16 weights hash like their float32 copies; one changed number changes it."
     model = teacher_of(family=family)
     model.save_pretrained(tmp_path / "f32")
-    assert teacher_hash(model) == teacher_hash(tmp_path / "f32")
+    assert weights_hash(model) == weights_hash(tmp_path / "f32")
     half = copy.deepcopy(model).bfloat16()
     half.save_pretrained(tmp_path / "bf16")
-    assert teacher_hash(tmp_path / "bf16") == teacher_hash(half.float()) != teacher_hash(model)
+    assert weights_hash(tmp_path / "bf16") == weights_hash(half.float()) != weights_hash(model)
     with torch.no_grad():
         next(model.parameters()).view(-1)[3] += 1e-3
-    assert teacher_hash(model) != teacher_hash(tmp_path / "f32")
+    assert weights_hash(model) != weights_hash(tmp_path / "f32")
     with pytest.raises(UserError, match="no safetensors"):
-        teacher_hash(tmp_path)
+        weights_hash(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -758,7 +755,7 @@ def test_another_call_in_the_same_folder_is_refused(tmp_path, teacher, change, w
 
 
 def test_an_example_with_another_encoding_or_id_is_refused(tmp_path, teacher):
-    method = CachedKD(write(tmp_path, teacher), EncodedRows(Ids()))
+    method = KD(Ids(), write(tmp_path, teacher))
     assert method.encode(ROWS[3])["completion"] == ROWS[3]["completion"]
     with pytest.raises(UserError, match="encoded differently"):
         method.encode(ROWS[3] | {"prompt": ROWS[3]["prompt"] + [9]})
@@ -824,11 +821,11 @@ def test_other_mistakes(tmp_path, teacher):
     assert not (tmp_path / "a").exists()
     cache = write(tmp_path / "b", teacher, mode="sampled")
     with pytest.raises(UserError, match="no options"):
-        CachedKD(cache, EncodedRows(Ids()), floor=-20.0)
+        KD(Ids(), cache, floor=-20.0)
     with pytest.raises(UserError, match="sft_weight"):
-        CachedKD(cache, EncodedRows(Ids()), sft_weight=1.0)
+        KD(Ids(), cache, sft_weight=1.0)
     with pytest.raises(UserError, match="no option"):
-        CachedKD(write(tmp_path / "c", teacher), EncodedRows(Ids()), "forward_kl", alpha=0.1)
+        KD(Ids(), write(tmp_path / "c", teacher), "forward_kl", alpha=0.1)
     head = json.loads((tmp_path / "b" / "cache.json").read_text())
     (tmp_path / "b" / "cache.json").write_text(json.dumps(head | {"format": "a later one"}))
     with pytest.raises(UserError, match="cache.json"):
@@ -847,8 +844,8 @@ def test_a_teacher_that_overflows_is_named(tmp_path):
 # ---------------------------------------------------------------- the method
 
 
-class LiveKD(EncodedRows):
-    "Word-level KD beside a live teacher: what CachedKD with k = V must be equal to."
+class LiveKD(SFT):
+    "Word-level KD beside a live teacher: what KD from a cache with k = V must be equal to."
 
     loss_weights = {"kd": 1.0}
 
@@ -884,7 +881,7 @@ def gradients_of(model, method, rows):
 def test_with_every_token_kept_loss_and_gradient_are_those_of_plain_kd(tmp_path, name, temperature):
     teacher, student = teacher_of().double(), teacher_of(seed=5).double().train()
     cache = write(tmp_path, teacher, k=VOCAB, dtype="float32", temperature=temperature)
-    loss, grads = gradients_of(student, CachedKD(cache, EncodedRows(Ids()), name), ROWS)
+    loss, grads = gradients_of(student, KD(Ids(), cache, name), ROWS)
     want, wanted = gradients_of(student, LiveKD(teacher, name, temperature), ROWS)
     torch.testing.assert_close(loss, want, atol=1e-5, rtol=1e-6)
     for a, b in zip(grads, wanted):
@@ -896,7 +893,7 @@ def test_a_whole_training_is_that_of_plain_kd(tmp_path, teacher):
     cache = write(tmp_path, teacher, k=VOCAB, dtype="float32")
     runs = [
         train(teacher_of(seed=5), method, ROWS, config)
-        for method in (LiveKD(teacher), CachedKD(cache, EncodedRows(Ids())))
+        for method in (LiveKD(teacher), KD(Ids(), cache))
     ]
     live, cached = ([row["loss"] for row in run.history] for run in runs)
     assert cached == pytest.approx(live, rel=1e-4) and cached[-1] < cached[0]
@@ -917,9 +914,7 @@ def test_fused_sums_are_the_plain_ones(tmp_path, kind):
     cache = write(tmp_path, teacher_of(), mode=kind.pop("mode", "topk"), temperature=1.5)
     student = teacher_of(seed=5, vocab=VOCAB + 3).double()
     (a, plain), (b, fused) = (
-        gradients_of(
-            student, CachedKD(cache, EncodedRows(Ids()), scale_t2=True, fused=f, **kind), ROWS
-        )
+        gradients_of(student, KD(Ids(), cache, scale_t2=True, fused=f, **kind), ROWS)
         for f in (False, True)
     )
     torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
@@ -929,7 +924,7 @@ def test_fused_sums_are_the_plain_ones(tmp_path, kind):
 
 def test_fused_is_refused_where_logits_are_not_one_linear_layer(tmp_path):
     teacher = teacher_of(family="t5")
-    method = CachedKD(write(tmp_path, teacher), EncodedRows(Ids(), "t5"), fused=True)
+    method = KD(Ids(), write(tmp_path, teacher), family="t5", fused=True)
     with pytest.raises(UserError, match="fused=False"):
         method.loss_sums(teacher, method.collate([method.encode(r) for r in ROWS[:3]]))
 
@@ -940,8 +935,8 @@ def test_neighbours_and_padding_change_no_number(tmp_path, kind, family):
     "The sum over a batch is the sum over its rows alone, in float64, in any order."
     kind = dict(kind)
     cache = write(tmp_path, teacher_of(family=family), mode=kind.pop("mode", "topk"))
-    base = EncodedRows(Ids(), family)
-    student, method = teacher_of(seed=5, family=family).double(), CachedKD(cache, base, **kind)
+    student = teacher_of(seed=5, family=family).double()
+    method = KD(Ids(), cache, family=family, **kind)
     items = [method.encode(r) for r in ROWS[:7]]
     whole = method.loss_sums(student, method.collate(items[::-1]))
     alone = [method.loss_sums(student, method.collate([i])) for i in items]
@@ -954,9 +949,7 @@ def test_neighbours_and_padding_change_no_number(tmp_path, kind, family):
 @pytest.mark.parametrize("kind", METHODS[1:3], ids=str)
 def test_accumulation_changes_nothing(tmp_path, teacher, kind):
     kind = dict(kind)
-    method = CachedKD(
-        write(tmp_path, teacher, mode=kind.pop("mode", "topk")), EncodedRows(Ids()), **kind
-    )
+    method = KD(Ids(), write(tmp_path, teacher, mode=kind.pop("mode", "topk")), **kind)
     runs = [
         train(
             teacher_of(seed=5).double(),
@@ -976,7 +969,7 @@ def test_accumulation_changes_nothing(tmp_path, teacher, kind):
 
 def test_a_teacher_that_is_sure_of_the_target_makes_it_the_language_model_loss(teacher):
     "Off by one would show here: all mass on the target token at each target position."
-    batch = EncodedRows(Ids()).collate(ROWS[:5])
+    batch = SFT(Ids()).collate(ROWS[:5])
     logits, n = target_logits(teacher_of(seed=5), batch), len(target_positions(batch).ids)
     sure = topk_divergence(
         logits, target_positions(batch).ids[:, None], torch.zeros(n, 1), torch.full((n,), -math.inf)
@@ -989,8 +982,7 @@ def test_a_teacher_that_is_sure_of_the_target_makes_it_the_language_model_loss(t
 def test_scale_t2_and_sft_weight(tmp_path, teacher):
     cache, student = write(tmp_path, teacher, temperature=2.0), teacher_of(seed=5)
     plain, scaled, mixed = (
-        CachedKD(cache, EncodedRows(Ids()), **kind)
-        for kind in (dict(), dict(scale_t2=True), dict(sft_weight=0.25))
+        KD(Ids(), cache, **kind) for kind in (dict(), dict(scale_t2=True), dict(sft_weight=0.25))
     )
     batch = plain.collate([plain.encode(r) for r in ROWS[:4]])
     torch.testing.assert_close(
@@ -998,19 +990,19 @@ def test_scale_t2_and_sft_weight(tmp_path, teacher):
     )
     both = mixed.loss_sums(student, batch)
     assert mixed.loss_weights == {"kd": 0.75, "sft": 0.25}
-    torch.testing.assert_close(both["sft"], EncodedRows(Ids()).loss_sums(student, batch)["loss"])
+    torch.testing.assert_close(both["sft"], SFT(Ids()).loss_sums(student, batch)["loss"])
 
 
 def test_text_examples_and_their_rows_agree(tmp_path):
     tok = load_mini_tokenizer()
     teacher, method = teacher_of(vocab=len(tok)), SFT(tok)
     examples = [{"id": i, "input": f"Question {i}:", "label": f" answer {i * i}"} for i in range(6)]
-    cache = write_cache(tmp_path, teacher, tok, encode_rows(method, examples), k=16)
-    kd = CachedKD(cache, method)
+    cache = write_cache(tmp_path, teacher, tok, examples, k=16)
+    kd = KD(tok, cache)
     assert [kd.encode(e)["id"] for e in examples] == [str(i) for i in range(6)]
     assert kd.num_tokens(kd.encode(examples[3])) == method.num_tokens(method.encode(examples[3]))
     with pytest.raises(UserError, match="encoded differently"):
-        CachedKD(cache, SFT(tok, prompt=lambda e: "Q: " + e["input"])).encode(examples[0])
+        kd.encode(examples[0] | {"input": "Q: " + examples[0]["input"]})
 
 
 def test_training_needs_the_cache_only(tmp_path):
@@ -1020,7 +1012,7 @@ def test_training_needs_the_cache_only(tmp_path):
     cache = write(tmp_path / "cache", teacher)
     here = train(
         teacher_of(seed=5),
-        CachedKD(cache, EncodedRows(Ids())),
+        KD(Ids(), cache),
         list(cache),
         TrainConfig(steps=4, batch_size=4, lr=3e-3, log_every=1, device="cpu"),
     )
@@ -1038,7 +1030,7 @@ def test_training_needs_the_cache_only(tmp_path):
     transformers.PreTrainedModel.from_pretrained = None
     cache = LogitCache({cache!r}, tokenizer=Ids(), teacher={digest!r})
     config = TrainConfig(steps=4, batch_size=4, lr=3e-3, log_every=1, device="cpu")
-    history = train(teacher_of(seed=5), CachedKD(cache, EncodedRows(Ids())), list(cache), config).history
+    history = train(teacher_of(seed=5), KD(Ids(), cache), list(cache), config).history
     print(json.dumps([built, [row["loss"] for row in history]]))
     """
     from pathlib import Path
@@ -1047,7 +1039,7 @@ def test_training_needs_the_cache_only(tmp_path):
         code,
         tests=str(Path(__file__).parent),
         cache=str(tmp_path / "cache"),
-        digest=teacher_hash(teacher),
+        digest=weights_hash(teacher),
     )
     built, losses = json.loads(out.splitlines()[-1])
     assert built.count("LlamaForCausalLM") == 1, "only the student was built"

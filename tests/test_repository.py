@@ -35,7 +35,7 @@ LAYERS = [
     "evaluation",
     "runner",
     "experiments",
-    "distill",
+    "products",
     "cli",
 ]
 LONG = {"losses.fused": 900, "generation.backends": 900}  # may have more than 500 lines
@@ -385,7 +385,7 @@ def test_layers_import_downward_only():
         ("from ..training.loop import train", 1),
         ("import kd_notes.cli", 1),
         ("from ..core import rng", 0),
-        ("def f():\n    from kd_notes.distill import distill", 1),
+        ("def f():\n    from kd_notes.products.distill import distill", 1),
         ("from .adaptive import head_weight", 0),
     ],
 )

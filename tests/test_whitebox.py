@@ -15,13 +15,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import kd_notes.distill as distill_module
-import kd_notes.methods.seqkd as seqkd_module
+import kd_notes.products.distill as distill_module
 from kd_notes.core import read_json, UserError, verify_checksums
 from kd_notes.data.examples import load_split
 from kd_notes.losses.divergences import DIVERGENCES, forward_kl
 from kd_notes.data.answers import pack_numbers
-from kd_notes.methods.cached_kd import CachedKD, EncodedRows
 from kd_notes.methods.logit_cache import write_cache
 from kd_notes.models.mini import load_mini_tokenizer, mini_model, train_mini_tokenizer
 from kd_notes.training.batches import causal_batch, target_logits
@@ -29,17 +27,17 @@ from kd_notes.training.checkpoint import save_model
 from kd_notes.training.loop import train
 from kd_notes.training.state import TrainConfig
 from kd_notes.data.dialogues import (
-    Dialogue,
-    dialogue,
-    encode_dialogue,
-    load_dialogues,
+    encode_row,
     load_prompts,
     PLAIN_TEMPLATE,
     prompt_ids,
     PROMPT_SPLITS,
     prompt_texts,
 )
-from kd_notes.distill import distill, distill_settings, hold_out, OBJECTIVES
+from kd_notes.data.rows import load_rows, read_row, TextRow
+from kd_notes.products.distill import distill
+from kd_notes.products.request import expected_memory, Request
+from kd_notes.products.settings import distill_settings, hold_out, OBJECTIVES
 from kd_notes.evaluation.validation import Validation
 from kd_notes.experiments.equal_time import (
     EqualTime,
@@ -58,7 +56,7 @@ from kd_notes.experiments.instruction_sets import (
     load_set,
     split_rows,
 )
-from kd_notes.methods.logit_kd import CrossKD, encode_twice, KD
+from kd_notes.methods.logit_kd import KD, OtherTokenizer
 from kd_notes.methods.seqkd import write_responses, Writing
 from kd_notes.models.layer_drop import make_student
 from kd_notes.models.pretrained import context_of
@@ -67,16 +65,13 @@ TOK = load_mini_tokenizer()
 V = len(TOK)
 
 
-def dialogues(n: int, split: str = "pool") -> list[Dialogue]:
-    return [
-        Dialogue(e.id, ({"role": "user", "content": e.input},), e.rationale)
-        for e in load_split("nli", split)[:n]
-    ]
+def dialogues(n: int, split: str = "pool") -> list[TextRow]:
+    return [TextRow(e.id, e.input, e.rationale).as_chat() for e in load_split("nli", split)[:n]]
 
 
 @pytest.fixture(scope="module")
 def rows() -> list[dict]:
-    return [encode_dialogue(d, TOK) for d in dialogues(12)]
+    return [encode_row(d, TOK) for d in dialogues(12)]
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +124,7 @@ def test_a_malformed_row_is_named_with_its_line(tmp_path, line, message):
     file = tmp_path / "mine.jsonl"
     file.write_text('{"prompt": "fine", "response": "fine"}\n\n' + line + "\n")
     with pytest.raises(UserError, match="mine.jsonl:3") as e:
-        load_dialogues(file)
+        load_rows(file, chat=True)
     assert message in str(e.value)
 
 
@@ -139,11 +134,11 @@ def test_three_shapes_are_one(tmp_path):
         '{"prompt": "a\\n\\nb", "completion": "c"}\n{"instruction": "a", "input": "b", "output": "c"}\n'
         '{"messages": [{"role": "user", "content": "a\\n\\nb"}, {"role": "assistant", "content": "c"}]}\n'
     )
-    found = load_dialogues(file)
-    assert len({(d.messages[0]["content"], d.response) for d in found}) == 1 and [
+    found = load_rows(file, chat=True)
+    assert len({(d.prompt[0]["content"], d.completion) for d in found}) == 1 and [
         d.id for d in found
     ] == ["mine-0", "mine-1", "mine-2"]
-    assert len(load_dialogues(file, n=2)) == 2
+    assert len(load_rows(file, n=2, chat=True)) == 2
 
 
 def test_ids_must_differ(tmp_path):
@@ -151,7 +146,7 @@ def test_ids_must_differ(tmp_path):
         '{"id": 1, "prompt": "a", "response": "b"}\n{"id": 1, "prompt": "c", "response": "d"}\n'
     )
     with pytest.raises(UserError, match="an id occurs twice"):
-        load_dialogues(tmp_path / "a.jsonl")
+        load_rows(tmp_path / "a.jsonl", chat=True)
 
 
 def test_a_chat_reads_the_earlier_turns_and_learns_the_last_answer():
@@ -162,22 +157,22 @@ def test_a_chat_reads_the_earlier_turns_and_learns_the_last_answer():
         ("user", "Bye"),
         ("assistant", "See you."),
     ]
-    d = dialogue({"messages": [{"role": r, "content": c} for r, c in said]}, "a")
-    row = encode_dialogue(d, TOK)
+    d = read_row({"messages": [{"role": r, "content": c} for r, c in said]}, "a")
+    row = encode_row(d, TOK)
     read = TOK.decode(row["prompt"])
     assert all(text in read for text in ("Be brief.", "Hello.", "Bye")) and "See you" not in read
     assert TOK.decode(row["completion"], skip_special_tokens=True).strip() == "See you."
 
 
 def test_a_system_message_is_put_in_front_only_where_there_is_none():
-    one = dialogue({"prompt": "Hi", "response": "x"}, "a")
+    one = read_row({"prompt": "Hi", "response": "x"}, "a", chat=True)
     chat = [
         {"role": r, "content": c}
         for r, c in (("system", "Mine."), ("user", "Hi"), ("assistant", "x"))
     ]
     said = [
-        TOK.decode(prompt_ids(d, TOK, system="Yours."))
-        for d in (one, dialogue({"messages": chat}, "b"))
+        TOK.decode(prompt_ids(row.prompt, TOK, system="Yours."))
+        for row in (one, read_row({"messages": chat}, "b"))
     ]
     assert "Yours." in said[0] and "Yours." not in said[1] and "Mine." in said[1]
 
@@ -189,21 +184,21 @@ def test_a_template_that_refuses_a_role_is_explained():
         UserError,
         match="mine.jsonl:7: the model's chat template refuses these messages: System role not supported",
     ):
-        prompt_ids(dialogue({"prompt": "a", "response": "b"}, "a", "mine.jsonl:7"), tok)
+        row = read_row({"prompt": "a", "response": "b"}, "a", "mine.jsonl:7", chat=True)
+        encode_row(row, tok)
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 60))
 def test_encoding_never_exceeds_the_context_and_ends_only_what_is_whole(limit):
-    d = dialogue(
-        {"prompt": "Name a bird.", "response": "A duck is a bird, and so is an owl."}, "a", "f:1"
-    )
-    full = encode_dialogue(d, TOK)
+    words = {"prompt": "Name a bird.", "response": "A duck is a bird, and so is an owl."}
+    d = read_row(words, "a", "f:1", chat=True)
+    full = encode_row(d, TOK)
     if limit and limit <= len(full["prompt"]):
         with pytest.raises(UserError, match="f:1: the prompt has"):
-            encode_dialogue(d, TOK, limit)
+            encode_row(d, TOK, max_length=limit)
         return
-    row = encode_dialogue(d, TOK, limit)
+    row = encode_row(d, TOK, max_length=limit)
     assert not limit or len(row["prompt"]) + len(row["completion"]) <= limit
     assert row["completion"] == full["completion"][: len(row["completion"])] and row["whole"] == (
         row["completion"][-1] == TOK.eos_token_id
@@ -239,10 +234,10 @@ def test_a_set_of_the_hub_is_split_and_no_prompt_is_in_two_parts(hub_set):
     assert [len(p) for p in found.values()] == [32, 4, 4] and found == {
         s: hub_dialogues(hub_set, s) for s in found
     }
-    texts = [d.messages[0]["content"] for p in found.values() for d in p]
+    texts = [d.prompt[0]["content"] for p in found.values() for d in p]
     assert sorted(texts) == sorted(f"Count to {i}." + "\n\nIn words." * (i % 2) for i in range(40))
     assert all(
-        d.response == "One." and d.where.startswith(f"{hub_set}, row ")
+        d.completion == "One." and d.where.startswith(f"{hub_set}, row ")
         for p in found.values()
         for d in p
     )
@@ -272,7 +267,7 @@ def test_both_lessons_split_a_set_alike(hub_set):
 
 
 def test_hub_splits_have_the_papers_sizes_when_there_are_enough_rows():
-    many = [Dialogue(str(i), ({"role": "user", "content": str(i)},), "x") for i in range(15000)]
+    many = [TextRow(str(i), str(i), "x").as_chat() for i in range(15000)]
     assert [len(split_rows(many, s, "d")) for s in ("test", "validation", "train")] == [
         500,
         1000,
@@ -477,8 +472,8 @@ def test_answers_do_not_depend_on_how_they_are_batched(tmp_path, teacher):
     asked, w = dialogues(6, "validation"), Writing(max_new_tokens=8)
     a = write_responses(tmp_path / "a.jsonl", teacher, TOK, asked, w, chunk=2)
     b = write_responses(tmp_path / "b.jsonl", teacher, TOK, asked, w, chunk=5)
-    assert [d.response for d in a] == [d.response for d in b] and all(
-        d.messages == q.messages for d, q in zip(a, asked)
+    assert [d.completion for d in a] == [d.completion for d in b] and all(
+        d.prompt == q.prompt for d, q in zip(a, asked)
     )
 
 
@@ -502,7 +497,7 @@ def test_the_beam_finds_answers_at_least_as_likely_as_greedy(tmp_path, teacher):
         said = write_responses(
             tmp_path / f"{how}.jsonl", teacher, TOK, asked, Writing(how, max_new_tokens=4, width=5)
         )
-        rows = [encode_dialogue(d, TOK) for d in said]
+        rows = [encode_row(d, TOK) for d in said]
         items = Validation(rows, 0).items(teacher)
         mean[how] = items["nll"].sum() / items["tokens"].sum()
     assert mean["beam"] <= mean["greedy"] + 1e-6
@@ -514,7 +509,7 @@ def test_an_answer_that_was_cut_has_no_end_to_learn(tmp_path, teacher):
         tmp_path / "a.jsonl", teacher, TOK, dialogues(4, "validation"), Writing(max_new_tokens=3)
     )
     cut = [d for d in said if not d.whole]
-    assert cut and all(encode_dialogue(d, TOK)["completion"][-1] != TOK.eos_token_id for d in cut)
+    assert cut and all(encode_row(d, TOK)["completion"][-1] != TOK.eos_token_id for d in cut)
 
 
 # --- other tokenizers ---------------------------------------------------------------------------------------------------------------
@@ -523,14 +518,14 @@ def test_an_answer_that_was_cut_has_no_end_to_learn(tmp_path, teacher):
 @pytest.fixture(scope="module")
 def other(tmp_path_factory):
     return train_mini_tokenizer(
-        [d.messages[0]["content"] for d in dialogues(60)], 560, tmp_path_factory.mktemp("other")
+        [d.prompt[0]["content"] for d in dialogues(60)], 560, tmp_path_factory.mktemp("other")
     )
 
 
 @pytest.mark.parametrize("how", ["uld", "spans_likelihood", "spans_uld", "spans_matched"])
 def test_a_student_learns_across_tokenizers(how, other, teacher):
-    rows = [encode_twice(d, other, TOK) for d in dialogues(8)]
-    method = CrossKD(other, TOK, teacher, how, sft_weight=0.0)
+    method = KD(other, OtherTokenizer(teacher, TOK), how)
+    rows = [method.encode(d) for d in dialogues(8)]
     cfg = TrainConfig(steps=12, batch_size=8, lr=3e-3, log_every=1, device="cpu")
     result = train(mini_model("causal", "xs", len(other), seed=0), method, rows, cfg)
     assert result.history[-1]["loss"] < result.history[0]["loss"]
@@ -540,8 +535,8 @@ def test_a_student_learns_across_tokenizers(how, other, teacher):
 
 
 def test_with_one_tokenizer_matched_spans_are_the_forward_kl(rows, teacher, student):
-    method = CrossKD(TOK, TOK, teacher, "spans_matched", sft_weight=0.5)
-    batch = method.collate([encode_twice(d, TOK, TOK) for d in dialogues(4)])
+    method = KD(TOK, OtherTokenizer(teacher, TOK), "spans_matched", sft_weight=0.5)
+    batch = method.collate([method.encode(d) for d in dialogues(4)])
     with torch.no_grad():
         found, wanted = (
             method.loss_sums(student, batch),
@@ -553,10 +548,10 @@ def test_with_one_tokenizer_matched_spans_are_the_forward_kl(rows, teacher, stud
 
 
 def test_spans_of_one_example_do_not_reach_into_the_next(other, teacher, student):
-    method = CrossKD(other, TOK, teacher, "spans_likelihood", sft_weight=0.0)
+    method = KD(other, OtherTokenizer(teacher, TOK), "spans_likelihood")
     pupil, rows = (
         mini_model("causal", "xs", len(other), seed=0),
-        [encode_twice(d, other, TOK) for d in dialogues(3)],
+        [method.encode(d) for d in dialogues(3)],
     )
     with torch.no_grad():
         together = method.loss_sums(pupil, method.collate(rows))["kd"].item()
@@ -570,7 +565,7 @@ def test_spans_of_one_example_do_not_reach_into_the_next(other, teacher, student
 def test_a_full_cache_is_the_live_teacher(tmp_path, rows, teacher, student):
     cache = write_cache(tmp_path / "c", teacher, TOK, rows, k=V, dtype="float32")
     cached, live = (
-        CachedKD(cache, EncodedRows(TOK), sft_weight=0.5),
+        KD(TOK, cache, sft_weight=0.5),
         KD(TOK, teacher, sft_weight=0.5),
     )
     batch = cached.collate([cached.encode(r) for r in rows[:4]])
@@ -638,7 +633,7 @@ def place(tmp_path_factory, teacher, other):
     save_model(teacher, folder / "teacher", TOK)
     save_model(mini_model("causal", "xs", len(other), seed=3), folder / "foreign", other)
     lines = (
-        {"messages": [*d.messages, {"role": "assistant", "content": d.response}]}
+        {"messages": [*d.prompt, {"role": "assistant", "content": d.completion}]}
         for d in dialogues(30)
     )
     (folder / "chats.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -672,10 +667,10 @@ def test_the_folder_loads_like_any_model(place, tmp_path, objective):
         AutoModelForCausalLM.from_pretrained(tmp_path / "out"),
         AutoTokenizer.from_pretrained(tmp_path / "out"),
     )
-    assert model.config.num_hidden_layers == 2 and prompt_ids(dialogues(1)[0], tok) == prompt_ids(
-        dialogues(1)[0], TOK
-    )
-    held = [encode_dialogue(d, tok) for d in hold_out(load_dialogues(place / "chats.jsonl"), 4)[1]]
+    assert model.config.num_hidden_layers == 2 and prompt_ids(
+        dialogues(1)[0].prompt, tok
+    ) == prompt_ids(dialogues(1)[0].prompt, TOK)
+    held = [encode_row(d, tok) for d in hold_out(load_rows(place / "chats.jsonl", chat=True), 4)[1]]
     own = Validation(held, tok.pad_token_id)(model)
     assert own["nll"] == pytest.approx(report["results"]["student"]["nll"], rel=1e-5)
     assert (
@@ -734,10 +729,10 @@ def test_seqkd_learns_what_the_teacher_wrote_and_asks_it_once_per_prompt(
 
     def written(path, teacher, tokenizer, dialogues, writing, **how):
         asked.extend(d.id for d in dialogues)
-        return [Dialogue(d.id, d.messages, "the teacher said so") for d in dialogues]
+        return [TextRow(d.id, d.prompt, "the teacher said so") for d in dialogues]
 
     inner = distill_module.train
-    monkeypatch.setattr(seqkd_module, "write_responses", written)
+    monkeypatch.setattr(distill_module, "write_responses", written)
     monkeypatch.setattr(
         distill_module,
         "train",
@@ -772,25 +767,17 @@ def test_options_are_refused_before_a_model_is_loaded(
 
 
 def test_memory_is_announced_before_a_model_is_loaded(place, tmp_path, monkeypatch, capsys):
-    job = distill_module.Job(
-        place / "chats.jsonl",
-        str(place / "teacher"),
-        "layers:2",
-        "forward_kl",
-        tmp_path,
-        distill_settings("cpu"),
-    )
     monkeypatch.setattr(
         distill_module, "load_teacher", lambda *a, **k: pytest.fail("the teacher was loaded")
     )
-    memory = distill_module.expected_memory(job)
-    few = distill_module.expected_memory(
-        distill_module.replace(job, settings=distill_settings("cpu", batch_size=1))
-    )
-    assert memory["total"] > few["total"] > memory["weights"] > 0 and memory["teacher"] > 0
-    assert (
-        distill_module.expected_memory(distill_module.replace(job, student_spec="nowhere")) is None
-    )
+
+    def memory(student="layers:2", **settings):
+        parts = (place / "chats.jsonl", str(place / "teacher"), student, "forward_kl", tmp_path)
+        return expected_memory(Request(*parts, distill_settings("cpu", **settings)))
+
+    assert memory()["total"] > memory(batch_size=1)["total"] > memory()["weights"] > 0
+    assert memory()["teacher"] > 0
+    assert memory(student="nowhere") is None
 
 
 def test_distill_on_the_command_line(place, tmp_path):
@@ -905,7 +892,7 @@ LONG = {
 SCRIPT = """
 import sys, torch
 torch.set_num_threads(1)
-from kd_notes.distill import distill
+from kd_notes.products.distill import distill
 distill({data!r}, {teacher!r}, "layers:2", {objective!r}, {out!r}, **{settings!r})
 """
 
@@ -977,10 +964,10 @@ def test_every_objective_is_described():
 def test_the_prompts_are_whole_and_their_splits_disjoint():
     splits = {s: load_prompts(s) for s in PROMPT_SPLITS}
     assert {s: len(ds) for s, ds in splits.items()} == PROMPT_SPLITS
-    texts = [d.messages[0]["content"] for ds in splits.values() for d in ds]
-    assert len(set(texts)) == len(texts) and all(d.response for ds in splits.values() for d in ds)
+    texts = [d.prompt[0]["content"] for ds in splits.values() for d in ds]
+    assert len(set(texts)) == len(texts) and all(d.completion for ds in splits.values() for d in ds)
     for split, ds in splits.items():
-        assert {d.messages[0]["content"] for d in ds} <= set(prompt_texts(split))
+        assert {d.prompt[0]["content"] for d in ds} <= set(prompt_texts(split))
     from kd_notes.core import data_dir
 
     assert sum(
@@ -1065,7 +1052,7 @@ def test_dolly_comes_from_the_named_folder_in_three_disjoint_parts(tmp_path, mon
         )
     monkeypatch.setenv("KD_NOTES_DATA", str(tmp_path))
     parts = {
-        s: {d.messages[0]["content"] for d in dolly_dialogues(s)}
+        s: {d.prompt[0]["content"] for d in dolly_dialogues(s)}
         for s in ("train", "validation", "test")
     }
     assert [len(parts[s]) for s in parts] == [20, 8, 7] and len(set.union(*parts.values())) == 35

@@ -12,7 +12,7 @@ from typing import Iterable
 import torch
 
 from ..core import UserError
-from ..methods.rollouts import check_completions, check_context, check_ids, encode_prompts
+from ..methods.prompts import check_completions, check_context, check_ids, encode_prompts
 from ..training.batches import causal_batch, target_nll
 from ..training.loop import train, TrainResult
 from ..training.method import SFT

@@ -41,7 +41,7 @@ from ..losses.cross_tokenizer import check_tokenizers
 from ..methods.health import repeated_ngrams
 from ..methods.on_policy import minibatch_config, OnPolicy
 from ..methods.registry import METHODS, onpolicy_method
-from ..methods.rollouts import encode_prompts
+from ..methods.prompts import encode_prompts
 from ..models.layer_drop import make_student
 from ..models.mini import load_mini_tokenizer, mini_model, SIZES
 from kd_notes.models.pretrained import (

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..core import rng, UserError
 from ..losses.divergences import at_least_float32, DIVERGENCES, token_divergence
+from ..losses.sparse import coarse_logits, SUPPORTED
 from .on_policy import OnPolicy, OnPolicyConfig, Term
 from .rollouts import Response, SOURCES, token_logprobs
 from ..training.state import Loop
@@ -28,6 +29,9 @@ class Part:
     source: str = "any"  # one of SOURCES, or any
     weight: float = 1.0
     options: dict = field(default_factory=dict)  # of the divergence
+    top_k: int = 0  # compare only the teacher's k most likely tokens; 0: the whole vocabulary
+    # The tokens outside the top k: one "bucket", or left out and both sides "renormalised".
+    tail: str = "bucket"
 
     @property
     def name(self) -> str:
@@ -46,13 +50,24 @@ def read_part(part: Any) -> Part:
             where="parts",
             fix=f"Give a table with some of {', '.join(fields)}.",
         )
-    for name, known in (("divergence", ["nll", *DIVERGENCES]), ("source", ["any", *SOURCES])):
+    choices = {
+        "divergence": ["nll", *DIVERGENCES],
+        "source": ["any", *SOURCES],
+        "tail": ["bucket", "renormalised"],
+    }
+    for name, known in choices.items():
         if getattr(part, name) not in known:
             raise UserError(
                 f"{getattr(part, name)!r} is not known",
                 where=f"parts, {name}",
                 fix=f"Choose one of {', '.join(known)}.",
             )
+    if part.top_k < 0 or part.top_k and part.divergence not in SUPPORTED["topk"]:
+        raise UserError(
+            f"top_k={part.top_k} is not possible with {part.divergence}",
+            where="parts, top_k",
+            fix=f"Use a positive number, with one of {', '.join(SUPPORTED['topk'])}.",
+        )
     return part
 
 
@@ -181,6 +196,15 @@ def skew_values(student: Tensor, teacher: Tensor, alpha: Tensor | float, reverse
     mix = torch.logaddexp(own.detach() + a.log(), other + (1 - a).log())
     return (own.exp() * (own - mix)).sum(-1)
 
+# %% ../../nbs/5_own_words/04_gkd.ipynb #top-k
+def top_k_logits(student: Tensor, teacher: Tensor, part: Part) -> tuple[Tensor, Tensor]:
+    "Logits of both sides at the teacher's top k tokens; with the tail as a last token, if asked."
+    k = min(part.top_k, teacher.shape[-1])
+    ids = teacher.topk(k, dim=-1).indices
+    if part.tail == "renormalised" or k == teacher.shape[-1]:
+        return student.gather(-1, ids), teacher.gather(-1, ids)
+    return coarse_logits(student, ids), coarse_logits(teacher, ids)
+
 # %% ../../nbs/5_own_words/04_gkd.ipynb #07147a57
 class DivergenceOnPolicy(OnPolicy):
     "A weighted sum of divergences at each token, each on the responses of one source."
@@ -214,18 +238,13 @@ class DivergenceOnPolicy(OnPolicy):
         ids = columns["target_ids"][about]
         logits = student[about]
         if part.divergence == "nll":
-            values = torch.nn.functional.cross_entropy(
-                at_least_float32(logits), ids, reduction="none"
-            )
-        elif self._is_skewed(part):
-            alpha = columns["skew"][about] if self.config.own_skew else part.options["alpha"]
-            reverse = part.divergence == "skew_reverse_kl"
-            values = skew_values(logits, teacher[about], alpha, reverse)
+            logits = at_least_float32(logits)
+            values = torch.nn.functional.cross_entropy(logits, ids, reduction="none")
         else:
-            options = dict(part.options)
-            if part.divergence in ("dkd", "atkd"):
-                options["target_ids"] = ids
-            values = token_divergence(part.divergence, logits, teacher[about], **options)
+            pair = (logits, teacher[about])
+            if part.top_k:
+                pair = top_k_logits(*pair, part)
+            values = self.divergence_values(part, *pair, ids, about, columns)
         if self.config.ramp:
             rise = 0.5 * min(1.0, 2 * self.step / self.total_steps)
             values = values * (1 + rise if part.source == "student" else 1 - rise)
@@ -233,9 +252,18 @@ class DivergenceOnPolicy(OnPolicy):
             return values
         return values.new_zeros(len(columns["target_ids"])).index_put((about,), values)
 
-    def _is_skewed(self, part: Part) -> bool:
-        own = self.config.own_skew or self.config.cut_mixture
-        return own and part.divergence.startswith("skew")
+    def divergence_values(
+        self, part: Part, student: Tensor, teacher: Tensor, ids: Tensor, about, columns: dict
+    ) -> Tensor:
+        "The divergence of a part at the tokens it is about."
+        own_way = self.config.own_skew or self.config.cut_mixture
+        if own_way and part.divergence.startswith("skew"):
+            alpha = columns["skew"][about] if self.config.own_skew else part.options["alpha"]
+            return skew_values(student, teacher, alpha, part.divergence == "skew_reverse_kl")
+        options = dict(part.options)
+        if part.divergence in ("dkd", "atkd"):
+            options["target_ids"] = ids
+        return token_divergence(part.divergence, student, teacher, **options)
 
 # %% ../../nbs/5_own_words/04_gkd.ipynb #5204b4b4
 def _mean_probabilities(model, responses: list[Response], method: OnPolicy) -> list[float]:

@@ -17,7 +17,8 @@ from torch import Tensor
 from ..core import UserError
 from ..losses.divergences import at_least_float32, token_divergence
 from .on_policy import OnPolicy, OnPolicyConfig, Term
-from .rollouts import named, Response, token_logprobs
+from .prompts import named
+from .rollouts import Response, token_logprobs
 from ..training.batches import causal_batch, target_nll
 
 # %% ../../nbs/5_own_words/03_minillm.ipynb #41397156

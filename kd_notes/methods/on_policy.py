@@ -28,14 +28,19 @@ from kd_notes.methods.health import (
     own_prefixes,
     response_health,
 )
-from kd_notes.methods.rollouts import (
-    add_texts,
+from kd_notes.methods.prompts import (
     check_completions,
     check_context,
-    check_drawn,
     check_ids,
-    encode_corpus,
+    check_templates,
     encode_prompt,
+    stop_ids,
+    width,
+)
+from kd_notes.methods.rollouts import (
+    add_texts,
+    check_drawn,
+    encode_corpus,
     errors_at_step,
     Response,
     response_batch,
@@ -44,10 +49,9 @@ from kd_notes.methods.rollouts import (
     Sampler,
     shuffled_pick,
     SOURCES,
-    width,
     without_texts,
 )
-from ..models.pretrained import freeze
+from ..models.pretrained import freeze, weights_hash
 from ..training.batches import Batch, target_logits, target_positions
 from ..training.method import Method
 from ..training.state import Loop, TrainConfig
@@ -240,16 +244,6 @@ def check_inputs(method: OnPolicyTerms, prompts: list[dict], models: list) -> in
     check_ids(read, models, vocabulary)
     return vocabulary
 
-
-def _teacher_hash(teacher) -> str:
-    "Hash of the shapes of all weights and of about 16 numbers of each."
-    parts = []
-    for name, value in {} if teacher is None else teacher.state_dict().items():
-        if isinstance(value, Tensor):
-            some = value.flatten()[:: max(1, value.numel() // 16)]
-            parts.append([name, list(value.shape), "" if value.is_meta else str(some.tolist())])
-    return stable_hash(parts)
-
 # %% ../../nbs/5_own_words/02_on_policy.ipynb #rollout-phase
 class RolloutPhase(OnPolicyTerms):
     "Draws a rollout before the steps that use it, and makes its rows the examples of the loop."
@@ -267,15 +261,17 @@ class RolloutPhase(OnPolicyTerms):
         models = [model for model in (state.model, self.teacher) if model is not None]
         self.vocabulary = check_inputs(self, prompts, models)
         self.seed = state.cfg.seed
+        ends = stop_ids(self.tokenizer, state.model, self.teacher)
         self.sampler = Sampler(
             self.teacher,
-            self.config.sampling((self.tokenizer.eos_token_id,), self.seed),
+            self.config.sampling(ends, self.seed),
             vocabulary=self.vocabulary,
             batch_size=self.config.sample_batch,
             **self.config.sampler_options(),
         )
         parts = [type(self).__name__, asdict(self.config), prompts, self.corpus]
-        identity = stable_hash([*parts, _teacher_hash(self.teacher)])
+        weights = "" if self.teacher is None else weights_hash(self.teacher)
+        identity = stable_hash([*parts, weights])
         self.rollouts = Rollouts(prompts, self.config.rollouts, self.seed, identity)
         self.epoch = None  # of the rows that the loop has
         self.epoch_steps = self.config.rollouts // minibatch
@@ -427,6 +423,7 @@ class OnPolicy(RolloutPhase, RolloutLoss):
         self.shared = None  # number of ids that both tokenizers have
         if teacher_tokenizer is not None:
             self.shared = check_tokenizers(tokenizer, teacher_tokenizer)
+            check_templates(tokenizer, teacher_tokenizer)
         self.vocabulary = None  # number of ids that count, if the models' widths differ
         self.seed = 0  # the loop's, from `begin` on
         self.step = self.total_steps = 0

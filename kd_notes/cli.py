@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'Names', 'ProfileName', 'Root', 'guard', 'list_command', 'reproduce_command', 'check_command', 'record_command',
-           'publish_command', 'extract_rationales', 'extract_command', 'plain_settings', 'distill_command',
-           'bench_command']
+           'publish_command', 'extract_command', 'plain_settings', 'distill_command', 'bench_command']
 
 # %% ../nbs/7_engine_room/26_cli.ipynb #cdbafe8d
 import ast
@@ -16,11 +15,11 @@ import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Iterable, Iterator, Mapping, Sequence
+from typing import Annotated, Any, Iterable, Iterator, Sequence
 
 import typer
 
-from .core import read_json, UserError, write_json
+from .core import UserError
 from .progress import human_seconds
 from .runner.execute import columns, reproduce, _shown
 from kd_notes.runner.notebooks import (
@@ -211,108 +210,6 @@ def publish_command(names: Names = None, profile: ProfileName = "cpu", root: Roo
     with guard():
         print(*publish(_some(names), profile, open_book(root)), sep="\n")
 
-# %% ../nbs/7_engine_room/26_cli.ipynb #93b1753e
-def _solved(task: str, split: str) -> list[Any]:
-    "Solved examples to draw shots from, none of them of this split: the teacher split; of a published set that gives reasons another part."
-    from kd_notes.experiments import stepwise
-
-    if "@" not in task:
-        return stepwise.task_split(task, "teacher")
-    others = stepwise.task_split(task, "pool" if split in ("validation", "test") else "validation")[
-        :500
-    ]
-    return (
-        others
-        if any(e.rationale for e in others)
-        else stepwise.task_split(stepwise.info_of(task).name, "teacher")
-    )  # SVAMP gives none
-
-
-def _own_place(task: str, split: str, source: Path | None) -> Path:
-    "Where the students look for a teacher's text of a published set. Raises UserError where the file has to be named."
-    from kd_notes.experiments import stepwise
-
-    if "@" not in task or source:
-        raise UserError(
-            "no file is named for the completions",
-            where="--out",
-            fix="Give one, such as --out rationales.jsonl.",
-        )
-    return stepwise.teacher_file(task, split)
-
-
-def extract_rationales(
-    task: str,
-    out: Path
-    | str
-    | None = None,  # JSONL file to fill, or to continue; None: where students look for it
-    *,
-    split: str = "pool",
-    source: Path | None = None,  # a split of the task, or a JSONL file
-    teacher: str = "smollm2",  # as `open_backend` reads it
-    shots: int | None = None,  # solved examples in the prompt; None: 6, or 0 for an adapted teacher
-    limit: int | None = None,
-    samples: int = 1,
-    temperature: float = 0.0,
-    max_new_tokens: int = 160,
-    seed: int = 0,
-    dtype: str = "float32",
-    **options: Any,
-) -> dict:  # options: of the back end, such as concurrency
-    "Rationales and labels of a teacher: {'file', 'rows', 'outcomes', 'accuracy' (None without gold labels)}. Raises UserError."
-    from kd_notes.data.examples import load_jsonl
-    from kd_notes.experiments import stepwise
-    from kd_notes.generation import backends
-    from kd_notes.methods import rationales
-
-    info = stepwise.info_of(task)
-    examples = (
-        load_jsonl(source, info.name, labelled=False)
-        if source
-        else stepwise.task_split(task, split)
-    )
-    decoding = rationales.rationale_decoding(
-        max_new_tokens, temperature=temperature, n=samples, seed=seed
-    )
-    k = shots if shots is not None else 0 if "+" in teacher or teacher.startswith("replay:") else 6
-    prompt = (
-        rationales.few_shot(info, _solved(task, split), k, seed=seed) if k else rationales.ZERO_SHOT
-    )
-    place = out or _own_place(task, split, source)
-    rows = rationales.extract(
-        examples[:limit],
-        backends.open_backend(teacher, dtype=dtype, **options),
-        decoding,
-        place,
-        prompt=prompt,
-    )
-    voted = rationales.vote(rows, info) if samples > 1 else rows
-    found = {"file": str(place), "rows": len(rows), **_judged(info.name, examples, voted)}
-    if out is None and found["accuracy"] is not None:
-        report = stepwise.teacher_file(task, "report").with_suffix(".json")
-        known = read_json(report) if report.is_file() else {}
-        write_json(
-            report, known | {f"{split}_accuracy": found["accuracy"], f"{split}_n": len(voted)}
-        )
-    return found
-
-# %% ../nbs/7_engine_room/26_cli.ipynb #df668510
-def _judged(task: str, examples: Sequence[Any], rows: Sequence[Mapping]) -> dict:
-    "How completions came out: outcomes by name, and the share of right labels where the gold labels are known."
-    from collections import Counter
-    from kd_notes.data import answers, examples as schema
-
-    gold = {e.id: e.label for e in examples if e.label}
-    right = [
-        answers.is_correct(schema.task_info(task).metric, r["label"], gold[r["id"]])
-        for r in rows
-        if r["id"] in gold
-    ]
-    return {
-        "outcomes": dict(Counter(r["outcome"] for r in rows)),
-        "accuracy": answers.accuracy(right) if right else None,
-    }
-
 # %% ../nbs/7_engine_room/26_cli.ipynb #4102ce90
 @app.command("extract")
 def extract_command(
@@ -342,6 +239,8 @@ def extract_command(
 ) -> None:
     "Let a teacher write rationales and labels for a split; an interrupted extraction goes on where it was."
     with guard():
+        from kd_notes.experiments.extraction import extract_rationales
+
         made = extract_rationales(
             task,
             out,

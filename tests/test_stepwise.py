@@ -457,7 +457,7 @@ def test_a_pretrained_t5_learns_from_a_published_set(tiny_t5, precision, tmp_pat
 
 def test_the_recipe_of_profile_gpu_on_ten_rows(tiny_t5, tmp_path, monkeypatch):
     "A teacher writes for a published set, some of it only; its line is known; T5 students of all arms learn from the same examples."
-    from kd_notes.cli import extract_rationales
+    from kd_notes.experiments.extraction import extract_rationales
 
     monkeypatch.setenv("KD_NOTES_DATA", str(FIXTURES))
     monkeypatch.setenv("KD_NOTES_CACHE", str(tmp_path / "cache"))

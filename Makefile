@@ -47,7 +47,7 @@ lab: setup
 
 # README.md from nbs/index.ipynb; after every change of the index, of the profiles and of the record
 readme: setup
-	$(BIN)/python tests/readme.py
+	$(BIN)/kd-notes readme
 
 # what the package index says of every pin, for the tests; after every change of constraints.txt
 pins: setup

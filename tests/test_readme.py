@@ -6,8 +6,12 @@ import shutil
 from pathlib import Path
 
 import pytest
-from readme import NOTE, ROOT, convert, execute, from_root
 
+from kd_notes.core import read_json
+from kd_notes.runner import readme as readme_module
+from kd_notes.runner.notebooks import open_book, read_notebook, result_names
+
+ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 AGAIN = "Run: make readme, and commit README.md, nbs/index.ipynb and nbs/images."
 
@@ -17,21 +21,70 @@ def snippets() -> list[str]:
 
 
 def test_readme_is_the_converted_index():
-    import nbformat
-
-    assert README == convert(nbformat.read(ROOT / "nbs" / "index.ipynb", as_version=4)), AGAIN
-    assert README.startswith(NOTE)
+    index = read_notebook(ROOT / "nbs" / "index.ipynb")
+    assert README == readme_module.readme_text(index), AGAIN
+    assert README.startswith(readme_module.NOTE)
 
 
 def test_tables_and_figure_are_those_of_the_record(tmp_path):
-    "The index, run again on the present data/expected, profiles and published notebooks, gives the committed text and figure."
+    "The index, run again on the present record, profiles and published notebooks, gives the committed text and figure."
     copy = tmp_path / "nbs"
     shutil.copytree(ROOT / "nbs", copy, ignore=shutil.ignore_patterns(".*"))
-    fresh = convert(execute(copy))
-    assert fresh == README, AGAIN
-    assert (copy / "images" / "headline.png").read_bytes() == (
-        ROOT / "nbs" / "images" / "headline.png"
-    ).read_bytes(), AGAIN
+    assert readme_module.readme_text(readme_module.run_index(copy)) == README, AGAIN
+    figures = [root / "nbs" / "images" / "headline.png" for root in (tmp_path, ROOT)]
+    assert figures[0].read_bytes() == figures[1].read_bytes(), AGAIN
+
+
+def test_every_row_is_a_notebook_with_a_claim_of_its_own():
+    rows = readme_module.front_rows()
+    names = [row.notebook for row in rows]
+    assert len(set(names)) == len(names) and set(names) <= set(result_names(open_book()))
+    assert len({row.claim for row in rows}) == len(rows)
+    table = readme_module.experiments_table(open_book(), rows)
+    widths = {line.count(" | ") for line in table.splitlines()}
+    assert widths == {5} and len(table.splitlines()) == len(rows) + 2
+
+
+CLAIM = {"claim": "A beats B (nli)", "kind": "claim", "outcome": "supported", "value": 15.7}
+CLAIM |= {"low": 9.2, "high": 22.0, "n": 5, "unit": "points", "why": "the interval excludes 0"}
+
+
+@pytest.mark.parametrize(
+    "verdicts, cells",
+    [
+        ([], ("–", "–")),
+        ([CLAIM], ("1 supported", "nli: 15.7 [9.2, 22.0] points")),
+        # a control that comes out as it should is no success of the paper
+        ([CLAIM, CLAIM | {"kind": "control"}], ("1 supported", "nli: 15.7 [9.2, 22.0] points")),
+        ([CLAIM | {"kind": "control"}], ("–", "–")),
+        (
+            [CLAIM | {"kind": "question", "unit": "nats", "claim": "less KL"}],
+            ("1 supported", "less KL: 15.7 [9.2, 22] nats"),
+        ),
+        (
+            [CLAIM, CLAIM | {"outcome": "undecided"}, CLAIM | {"outcome": "not testable"}],
+            (
+                "1 supported, 1 undecided, 1 not testable",
+                "; ".join(["nli: 15.7 [9.2, 22.0] points"] * 3),
+            ),
+        ),
+    ],
+)
+def test_a_row_counts_the_claims_and_shows_their_units(verdicts, cells):
+    assert readme_module.outcome_cells({"verdicts": verdicts}) == cells
+
+
+def test_a_number_of_the_page_is_that_of_the_verdict_in_the_record(tmp_path):
+    "The hops from the page to the run: table, record, verdicts.json."
+    book = open_book()
+    row = readme_module.front_rows()[0]
+    path = book.expected / "cpu-full" / f"{row.notebook}.json"
+    stored = read_json(path) | {"verdicts": [CLAIM | {"value": 3.25, "low": 1.5, "high": 5.0}]}
+    other = tmp_path / "data" / "expected" / "cpu-full"
+    other.mkdir(parents=True)
+    (other / path.name).write_text(json.dumps(stored))
+    moved = type(book)(book.nbs, tmp_path / "data", book.runs)
+    assert "nli: 3.2 [1.5, 5.0] points" in readme_module.experiments_table(moved, [row])
 
 
 def test_every_link_of_the_readme_leads_somewhere():
@@ -53,14 +106,14 @@ def test_every_link_of_the_readme_leads_somewhere():
     ],
 )
 def test_links_are_rewritten_for_the_folder_above(link, seen):
-    assert from_root(link) == seen
+    assert readme_module.link_from_root(link) == seen
 
 
-def test_the_three_lines_run(tmp_path, monkeypatch, capsys):
-    "The library in three lines, with fewer steps."
+def test_the_four_lines_run(tmp_path, monkeypatch, capsys):
+    "A student in four lines, with fewer steps."
     monkeypatch.setenv("KD_NOTES_CACHE", str(tmp_path))
-    lines = snippets()[0]
-    assert len(lines.splitlines()) == 3 and "steps=800" in lines
+    lines = next(text for text in snippets() if "steps=800" in text)
+    assert len(lines.splitlines()) == 4
     exec(lines.replace("steps=800", "steps=2"), {})
     accuracy, parameters = capsys.readouterr().out.splitlines()[-1].split()
     assert 0 <= float(accuracy) <= 1 and int(parameters) > 100_000

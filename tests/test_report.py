@@ -113,11 +113,8 @@ def test_seed_means_cover_the_true_mean_as_often_as_they_say_and_one_run_has_no_
         {"a": [{"length": 4.0, "loss": 0.5}], "b": [{"length": 2.0}]}, ["length", "loss"]
     )
     assert set(alone) == {("a", "length"), ("b", "length"), ("a", "loss")}
-    assert alone["a", "loss"].plain() == "0.5" and alone["a", "loss"].as_run_metric() == {
-        "value": 0.5,
-        "n": 1,
-        "abs": pytest.approx(0.025, rel=1e-3),
-    }
+    assert alone["a", "loss"].plain() == "0.5"
+    assert alone["a", "loss"].as_run_metric() == {"value": 0.5, "n": 1}
     assert e.plain(4).count("[") == 1 and e.as_run_metric() == e.as_metric()
 
 

@@ -251,7 +251,7 @@ class RolloutPhase(OnPolicyTerms):
     def identity(self) -> list:
         "Settings, corpus and teacher; what a schedule changes during the run is left out."
         name = type(self).__name__
-        return [name, asdict(self.config), self.corpus, _teacher_hash(self.teacher)]
+        return [name, asdict(self.config), self.corpus, self.teacher and weights_hash(self.teacher)]
 
     def begin(self, state: Loop) -> None:
         minibatch = state.cfg.batch_size * state.cfg.accumulate * state.accelerator.num_processes

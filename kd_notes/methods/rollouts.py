@@ -24,8 +24,8 @@ from kd_notes.generation.sampling import (
     sample,
     sample_mixed,
     Sampling,
-    speculative,
 )
+from ..generation.speculative import speculative
 from ..losses.divergences import at_least_float32
 from kd_notes.training.batches import (
     Batch,

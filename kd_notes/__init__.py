@@ -22,8 +22,8 @@ _NAMES = {
     "losses.cross_tokenizer": "aligned_span_loss check_tokenizers uld",
     "losses.decoupled": "atkd dkd",
     "losses.divergences": (
-        "DIVERGENCES cross_entropy forward_kl get_divergence jsd reverse_kl symmetric_kl "
-        "token_divergence"
+        "DIVERGENCES cross_entropy forward_kl get_divergence jsd next_token_labels reverse_kl "
+        "symmetric_kl token_divergence"
     ),
     "losses.fused": "fused_cross_entropy fused_linear_divergence",
     "losses.sparse": "topk_divergence",

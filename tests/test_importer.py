@@ -193,7 +193,7 @@ def test_05_a_method_of_ones_own_is_a_subclass():
     assert twice == pytest.approx(2 * once, rel=1e-6)
 
 
-def test_06_a_plain_module_on_images():
+def test_06_a_plain_module_on_images(tmp_path):
     class Images(Method):
         def num_tokens(self, item):
             return 1
@@ -213,7 +213,7 @@ def test_06_a_plain_module_on_images():
     data = [(torch.randn(1, 8, 8) + label, label) for label in (0, 1) * 8]
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 2))
     config = TrainConfig(steps=20, batch_size=8, lr=3e-2, log_every=1, device="cpu")
-    losses = finite(train(model, Images(), data, config))
+    losses = finite(train(model, Images(), data, config, run_dir=tmp_path))
     assert losses[-1] < 0.5 * losses[0]
 
 

@@ -38,11 +38,6 @@ def padding_id(tokenizer) -> int:
     padding = tokenizer.pad_token_id
     return end_id(tokenizer) if padding is None else padding
 
-
-def vocabulary_size(tokenizer) -> int:
-    "One more than the largest id: a vocabulary with holes has fewer entries than that."
-    return max(tokenizer.get_vocab().values()) + 1
-
 # %% ../../nbs/4_probabilities/06_dialogues.ipynb #d449db4e
 PLAIN_TEMPLATE = (
     "{% for m in messages %}"

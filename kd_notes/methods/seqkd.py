@@ -23,14 +23,14 @@ from kd_notes.data.dialogues import (
     prompt_ids,
     PROMPT_SPLITS,
     prompt_texts,
-    vocabulary_size,
+    turn_end_id,
 )
 from ..data.rows import TextRow
 from ..generation.beam import beam
 from ..generation.completions import AnswerFile
 from ..generation.engine import end_tokens
 from ..generation.sampling import sample, Sampling
-from ..models.pretrained import load_teacher, weights_hash
+from ..models.pretrained import load_teacher, vocabulary_size, weights_hash
 from ..progress import progress
 
 # %% ../../nbs/4_probabilities/09_seqkd.ipynb #e8d6afd5
@@ -55,8 +55,9 @@ class Writing:
 def _answers(teacher, tokenizer, rows: Sequence[TextRow], writing: Writing) -> list[dict]:
     "{'id', 'response', 'whole'} for each row; whole: it ended by itself."
     prompts = [prompt_ids(row.prompt, tokenizer, writing.system, row.where) for row in rows]
-    end_id(tokenizer)  # refuses a tokenizer with which no answer could end
-    stop_ids = end_tokens(teacher, tokenizer)
+    # The tokenizer's end, the generation config's, and the one that ends a turn in the template.
+    ends = {end_id(tokenizer), turn_end_id(tokenizer), *end_tokens(teacher, tokenizer)}
+    stop_ids = tuple(sorted(ends))
     vocabulary = vocabulary_size(tokenizer)
     if writing.how == "beam":
         made = beam(

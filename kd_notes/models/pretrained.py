@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SMOLLM2_FILE', 'DTYPES', 'context_of', 'count_parameters', 'find_smollm2', 'smollm2_path', 'resolve_model',
-           'default_device', 'check_vocabulary', 'load_pretrained', 'freeze', 'merge_adapters', 'load_teacher']
+           'default_device', 'vocabulary_size', 'check_vocabulary', 'load_pretrained', 'freeze', 'merge_adapters',
+           'load_teacher']
 
 # %% ../../nbs/2_playground/09_pretrained.ipynb #a2551f12
 import hashlib
@@ -235,12 +236,18 @@ def _from_pretrained(
         ) from e
 
 # %% ../../nbs/2_playground/09_pretrained.ipynb #456379f8
+def vocabulary_size(tokenizer) -> int:
+    "One more than the largest id: a vocabulary with holes has fewer entries than that."
+    return max(tokenizer.get_vocab().values()) + 1
+
+
 def check_vocabulary(model, tokenizer, where: str = "model") -> None:
-    "Raises UserError if the tokenizer has ids that the model has no embedding for; sets a padding token if there is none."
+    "Refuse ids that the model has no embedding for; set a padding token if there is none."
     rows = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > rows:
+    size = vocabulary_size(tokenizer)
+    if size > rows:
         raise UserError(
-            f"the tokenizer has {len(tokenizer)} entries, the model only {rows} embeddings",
+            f"the tokenizer has ids up to {size - 1}, the model only {rows} embeddings",
             where=where,
             fix="Load the tokenizer that the model was trained with.",
         )

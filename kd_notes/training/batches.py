@@ -100,6 +100,11 @@ def _batch(inputs: dict[str, Tensor], causal: bool) -> Batch:
     index, ids = target_positions(inputs, causal)
     return Batch(inputs, {"target_index": index, "target_ids": ids}, right_padded=True)
 
+# %% ../../nbs/7_engine_room/11_batches.ipynb #70f521bd
+def as_batch(made: Batch | dict[str, Tensor]) -> Batch:
+    "A Batch as it is; a plain dict of tensors, as a collator of other data makes it, as a Batch."
+    return made if isinstance(made, Batch) else Batch(made)
+
 # %% ../../nbs/7_engine_room/11_batches.ipynb #causal-batch
 def _mask(rows: list[list[int]]) -> Tensor:
     "1 at the tokens of each row, 0 at the padding."

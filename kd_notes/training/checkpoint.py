@@ -191,9 +191,11 @@ _PRODUCT = ("batch_size", "accumulate")
 def run_identity(loop: Loop) -> dict[str, str]:
     "Hashes of what decides a run: the encoded examples, the method, and the student's first weights."
     items = json.dumps(list(loop.items), default=str, sort_keys=True)
+    config = getattr(loop.model, "config", None)
+    options = {} if config is None else vars(config)
     dropout = {
         name: value
-        for name, value in vars(loop.model.config).items()
+        for name, value in options.items()
         if "drop" in name and isinstance(value, (int, float))
     }
     return {

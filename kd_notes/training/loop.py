@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..core import append_jsonl, UserError
-from .batches import batch_order, micro_batches
+from .batches import as_batch, batch_order, micro_batches
 from kd_notes.training.checkpoint import (
     _full,
     _gathered,
@@ -104,7 +104,7 @@ def _culprits(loop: Loop, rows: list[int]) -> list[int]:
     ):  # sharded: every process would have to take part
         return rows
     with torch.no_grad():
-        batches = {i: loop.method.collate([loop.items[i]]) for i in rows}
+        batches = {i: as_batch(loop.method.collate([loop.items[i]])) for i in rows}
         sums = {
             i: loop.method.loss_sums(loop.model, b.to(loop.accelerator.device))
             for i, b in batches.items()
@@ -159,7 +159,7 @@ def train_step(loop: Loop, rows: list[int]) -> None:
     mine = micro_batches(
         rows, loop.cfg.accumulate, accelerator.num_processes, accelerator.process_index
     )
-    batches = [loop.method.collate([loop.items[i] for i in part]) for part in mine]
+    batches = [as_batch(loop.method.collate([loop.items[i] for i in part])) for part in mine]
     means = _forward_backward(loop, batches, _total_counts(loop, batches, rows))
     norm = _apply(loop, rows, means)
     loop.step += 1

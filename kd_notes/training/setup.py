@@ -185,7 +185,8 @@ def _set_up(
     _encoded(loop, examples)
     if loop.run_dir:
         loop.identity = run_identity(loop)  # before anything is sharded or trained
-    if not model.config.is_encoder_decoder:
+    config = getattr(model, "config", None)  # a plain module, for images say, has none
+    if config is not None and not config.is_encoder_decoder:
         plain_logits(model)  # found out here, once, and not inside a compiled or sharded model
     if cfg.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -32,17 +32,20 @@ from transformers import (
 )
 
 from helpers import sharper
-import kd_notes.generation.backends as backends_module
 import kd_notes.generation.engine as engine_module
 from kd_notes.generation.backends import (
-    Completion,
-    completion_row,
     LocalBackend,
     open_backend,
-    OpenAIBackend,
     ReplayBackend,
+    stored_completion,
 )
-from kd_notes.generation.engine import Decoding
+from kd_notes.generation.completions import (
+    Completion,
+    completion_row,
+    Decoding,
+    manifest_path,
+)
+from kd_notes.generation.server import OpenAIBackend
 from kd_notes.core import append_jsonl, UserError, write_json
 from kd_notes.models.mini import mini_model, train_mini_tokenizer
 
@@ -123,7 +126,7 @@ def outcome(completions):
 @pytest.mark.parametrize("batch_size", [1, 3, 8, 256])
 @pytest.mark.parametrize("prefix", ["", SHOTS])
 def test_batches_give_what_one_prompt_at_a_time_gives(model, tok, batch_size, prefix, monkeypatch):
-    monkeypatch.setattr(backends_module, "PREFILL_TOKENS", 100)  # several prefills join one batch
+    monkeypatch.setattr(engine_module, "PREFILL_TOKENS", 100)  # several prefills join one batch
     requests, decoding = prompts_of(14, prefix=prefix), Decoding(30)
     reference = one_by_one(model, tok, requests, decoding)
     assert (
@@ -378,12 +381,14 @@ def test_samples_follow_the_distribution(limits):
     logits = torch.randn(20, generator=torch.Generator().manual_seed(1)) * 1.5
     decoding, n = Decoding(1, temperature=1.3, **limits), 6000
     rows = [
-        engine_module.Row(str(i), 0, [], draws=engine_module.draws(0, str(i), 0, 1))
+        engine_module.DecodeRow(str(i), 0, [], draws=engine_module.draws(0, str(i), 0, 1))
         for i in range(n)
     ]
     drawn = (
         torch.bincount(
-            engine_module._choose(engine_module.Scores(logits.expand(n, 20), None), rows, decoding),
+            engine_module.next_tokens(
+                engine_module.Scores(logits.expand(n, 20), None), rows, decoding
+            ),
             minlength=20,
         )
         / n
@@ -403,7 +408,7 @@ def test_samples_follow_the_distribution(limits):
 
 def test_top_p_is_exact_when_it_needs_more_than_the_first_thousand():
     flat = torch.zeros(2, 3000)
-    weights, ids = engine_module._candidates(flat, Decoding(1, temperature=1.0, top_p=0.9))
+    weights, ids = engine_module.truncate(torch.softmax(flat, -1), top_p=0.9)
     assert weights.shape[-1] == 3000 and abs(int((weights[0] > 0).sum()) - 2700) <= 2
 
 
@@ -638,14 +643,14 @@ def test_chat_and_sampling_on_a_server(server):
 
 def test_what_a_server_refuses_is_not_tried_again(server):
     remote, start = (
-        OpenAIBackend(server.url, server.folder, retries=5, backoff=20.0),
+        OpenAIBackend(server.url, server.folder, retries=5),
         time.monotonic(),
     )
     with pytest.raises(
         UserError, match=r"refused.*HTTP 422|refused.*top_k"
     ):  # transformers serve knows no top_k
         list(remote.generate(prompts_of(1), Decoding(4, temperature=1.0, top_k=5)))
-    wrong = OpenAIBackend(server.url + "/nowhere", server.folder, retries=5, backoff=20.0)
+    wrong = OpenAIBackend(server.url + "/nowhere", server.folder, retries=5)
     with pytest.raises(UserError, match=r"refused.*404.*/v1.*models"):
         list(wrong.generate(prompts_of(1), Decoding(4)))
     assert time.monotonic() - start < 15
@@ -655,11 +660,11 @@ def test_a_server_killed_in_the_middle_keeps_what_it_answered_and_is_waited_for(
     requests, decoding = prompts_of(30), Decoding(4)
     server = Server(folder).ready()
     remote, first = (
-        OpenAIBackend(server.url, server.folder, concurrency=2, retries=2, backoff=0.1, timeout=30),
+        OpenAIBackend(server.url, server.folder, concurrency=2, retries=2, timeout=30),
         [],
     )
     with pytest.raises(
-        UserError, match=f"127.0.0.1:{server.port}/v1, request r.*3 tries.*[Ss]erver runs"
+        UserError, match=f"127.0.0.1:{server.port}/v1, request r.*3 attempts.*[Ss]erver runs"
     ):
         for c in remote.generate(requests, decoding):
             first.append(c)
@@ -667,9 +672,7 @@ def test_a_server_killed_in_the_middle_keeps_what_it_answered_and_is_waited_for(
                 server.kill()
     assert 5 <= len(first) < 30
     rest = [r for r in requests if r[0] not in {c.id for c in first}]
-    patient = OpenAIBackend(
-        server.url, server.folder, concurrency=2, retries=50, backoff=0.2, timeout=30
-    )
+    patient = OpenAIBackend(server.url, server.folder, concurrency=2, retries=50, timeout=30)
     collected = []
     thread = threading.Thread(target=lambda: collected.extend(patient.generate(rest, decoding)))
     thread.start()  # while there is no server
@@ -749,9 +752,7 @@ def test_busy_servers_are_given_the_time_they_ask_for(moody):
         (429, {"Retry-After": "0.6"}, '{"error": {"message": "slow down"}}'),
         (500, {}, "{}"),
     ]
-    done = list(
-        OpenAIBackend(moody.url, "m", backoff=0.01).generate([("a", "one two")], Decoding(3))
-    )
+    done = list(OpenAIBackend(moody.url, "m").generate([("a", "one two")], Decoding(3)))
     assert [c.text for c in done] == ["two"]
     first, second, third = [t for t, *_ in moody.seen]
     assert second - first >= 0.6 and third - second < 0.5
@@ -770,11 +771,11 @@ def test_busy_servers_are_given_the_time_they_ask_for(moody):
     ],
 )
 def test_garbage_is_tried_again_and_then_named(moody, garbage):
-    remote = OpenAIBackend(moody.url, "m", backoff=0.01, retries=1)
+    remote = OpenAIBackend(moody.url, "m", retries=1)
     moody.script[:] = [garbage]
     assert [c.text for c in remote.generate([("a", "one two")], Decoding(3))] == ["two"]
     moody.script[:] = [garbage] * 2
-    with pytest.raises(UserError, match="no usable answer in 2 tries") as e:
+    with pytest.raises(UserError, match="no usable answer in 2 attempts") as e:
         list(remote.generate([("a", "one two")], Decoding(3)))
     assert moody.url in str(e.value) and "request a" in str(e.value)
 
@@ -874,7 +875,7 @@ def test_replay_refuses_another_prompt_an_unknown_id_and_other_decoding(model, t
     with pytest.raises(UserError, match=r"'r0' \(sample 1\)"):
         replay.generate(requests[:1], Decoding(6, temperature=1.0, n=2))
     write_json(
-        backends_module.manifest_path(tmp_path / "a.jsonl"),
+        manifest_path(tmp_path / "a.jsonl"),
         {"backend": {"model": "tiny", "revision": "abc"}, "decoding": Decoding(6)},
     )
     replay = ReplayBackend(tmp_path / "a.jsonl")
@@ -907,4 +908,4 @@ def test_a_completion_survives_its_row():
         Completion("a", "so", 3, 2, "stop", 0.5),
         Completion("b", "é\n", 3, 2, "length", 0.5, -1.5, 4),
     ]:
-        assert backends_module._completion(json.loads(json.dumps(completion_row(c, "p")))) == c
+        assert stored_completion(json.loads(json.dumps(completion_row(c, "p")))) == c

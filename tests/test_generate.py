@@ -25,8 +25,8 @@ import helpers
 import kd_notes.generation.sampling as sampling_module
 from kd_notes.generation.engine import draws
 from kd_notes.core import UserError
+from kd_notes.generation.beam import beam
 from kd_notes.generation.sampling import (
-    beam,
     check_lengths,
     greedy,
     log_mixture,
@@ -35,8 +35,8 @@ from kd_notes.generation.sampling import (
     sample,
     sample_mixed,
     Sampling,
-    speculative,
 )
+from kd_notes.generation.speculative import speculative
 from kd_notes.models.mini import mini_model
 from kd_notes.training.batches import target_nll, target_positions
 

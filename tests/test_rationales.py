@@ -16,12 +16,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import kd_notes.methods.rationale_filters as filters_module
 import kd_notes.methods.rationales as rationales_module
-from kd_notes.generation.backends import LocalBackend, manifest_path, ReplayBackend
-from kd_notes.generation.engine import Decoding
+from kd_notes.generation.backends import LocalBackend, ReplayBackend
+from kd_notes.generation.completions import Decoding, manifest_path
 from kd_notes.core import append_jsonl, read_json, read_jsonl, UserError, write_json
 from kd_notes.data.examples import Example, register_task, TaskInfo, TASKS
 from kd_notes.models.mini import mini_model, train_mini_tokenizer
+from kd_notes.methods.rationale_filters import rationale_report, select
 from kd_notes.methods.rationales import (
     clean_label,
     compare_rows,
@@ -36,8 +38,6 @@ from kd_notes.methods.rationales import (
     Parsed,
     Prompt,
     rationale_decoding,
-    rationale_report,
-    select,
     vote,
     with_rationales,
     ZERO_SHOT,
@@ -708,8 +708,8 @@ def test_a_filter_reports_its_yield_and_what_it_has_done():
 
 
 def test_kinds_of_tasks_with_open_labels():
-    assert rationales_module._kind(question(2)) == "choice 3"
-    assert rationales_module._kind(Example("p", "svamp", "x", "( 3 + 4 ) * 2")) == "+*"
+    assert filters_module.kind_of(question(2)) == "choice 3"
+    assert filters_module.kind_of(Example("p", "svamp", "x", "( 3 + 4 ) * 2")) == "+*"
 
 
 def test_templates_survive_a_change_of_the_words_they_are_filled_with():
@@ -720,12 +720,12 @@ def test_templates_survive_a_change_of_the_words_they_are_filled_with():
 
     text = "A {} is used for work. Such things are kept in a {}. So {} people go there."
     made = {
-        rationales_module.template_of(ex(*w), text.format(*w))
+        filters_module.template_of(ex(*w), text.format(*w))
         for w in [("hammer", "shed", 3), ("needle box", "drawer", 14), ("lamps", "attic", 2)]
     }
     assert len(made) == 1
     assert (
-        rationales_module.template_of(
+        filters_module.template_of(
             ex("hammer", "shed", 3), "Hammers are tools, so look in the shed."
         )
         not in made

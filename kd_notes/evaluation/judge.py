@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, Iterable, Mapping, Sequence
 
 from ..core import append_jsonl, read_jsonl, UserError
-from ..generation.backends import Backend, completion_row, prompt_hash
-from ..generation.engine import Decoding
+from ..generation.backends import Backend
+from ..generation.completions import completion_row, Decoding, prompt_hash
 
 # %% ../../nbs/2_playground/15_judge.ipynb #54995d95
 JUDGE_PROMPT = """Compare two answers to the same instruction.

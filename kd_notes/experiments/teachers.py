@@ -21,6 +21,7 @@ from ..data.public import load_real, real_set
 from ..data.tasks import valid_rationale
 from ..evaluation.statistics import Estimate, hierarchical_bootstrap, paired
 from ..generation.backends import LocalBackend
+from ..methods.rationale_filters import template_of
 from kd_notes.methods.rationales import (
     compare_rows,
     extract,
@@ -29,7 +30,6 @@ from kd_notes.methods.rationales import (
     format_question,
     Prompt,
     rationale_decoding,
-    template_of,
     vote,
     ZERO_SHOT,
 )

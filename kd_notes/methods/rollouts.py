@@ -23,8 +23,8 @@ from kd_notes.generation.sampling import (
     sample,
     sample_mixed,
     Sampling,
-    speculative,
 )
+from ..generation.speculative import speculative
 from ..losses.divergences import at_least_float32
 from .prompts import check_completions, named
 from kd_notes.training.batches import (

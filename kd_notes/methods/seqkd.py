@@ -30,7 +30,8 @@ from kd_notes.data.dialogues import (
     vocabulary_size,
 )
 from ..data.rows import TextRow
-from ..generation.sampling import beam, sample, Sampling
+from ..generation.beam import beam
+from ..generation.sampling import sample, Sampling
 from ..models.pretrained import load_teacher, weights_hash
 from ..progress import progress
 

@@ -1,5 +1,6 @@
 """Back ends: batched generation against one-by-one, a real server that is killed, replay."""
 
+import copy
 import json
 import os
 import random
@@ -32,6 +33,7 @@ from transformers import (
 )
 
 from helpers import sharper
+import kd_notes.generation.backends as backends_module
 import kd_notes.generation.engine as engine_module
 from kd_notes.generation.backends import (
     LocalBackend,
@@ -45,7 +47,11 @@ from kd_notes.generation.completions import (
     Decoding,
     manifest_path,
 )
+from kd_notes.generation.beam import beam
+from kd_notes.generation.engine import DecodeRow, end_tokens
+from kd_notes.generation.sampling import greedy, sample, Sampling
 from kd_notes.generation.server import OpenAIBackend
+from kd_notes.generation.speculative import speculative
 from kd_notes.core import append_jsonl, UserError, write_json
 from kd_notes.models.mini import mini_model, train_mini_tokenizer
 
@@ -909,3 +915,54 @@ def test_a_completion_survives_its_row():
         Completion("b", "é\n", 3, 2, "length", 0.5, -1.5, 4),
     ]:
         assert stored_completion(json.loads(json.dumps(completion_row(c, "p")))) == c
+
+
+# ---------------------------------------------------------------- all end tokens
+
+
+class Talker(LlamaForCausalLM):
+    "Says X, then the token that ends a turn, then Y for ever."
+
+    says: dict[int, int] = {}
+    first = 0
+
+    def forward(self, *args, **kwargs):
+        out = super().forward(*args, **kwargs)
+        after = [self.says.get(t, self.first) for t in kwargs["input_ids"][:, -1].tolist()]
+        spoken = torch.tensor(after)[:, None, None].expand(-1, out.logits.shape[1], 1)
+        out.logits = torch.full_like(out.logits, -20.0).scatter(-1, spoken, 20.0)
+        return out
+
+
+@pytest.mark.parametrize("form", ["list", "int", "tokenizer"])
+def test_every_end_token_ends_a_text_in_every_sampler(tok, form):
+    x, turn_end, y = (tok.convert_tokens_to_ids(t) for t in ("x", "z", "y"))
+    model = Talker(llama(tok).config).eval()
+    model.says, model.first = {x: turn_end, turn_end: y, y: y}, x
+    ids = {"list": [tok.eos_token_id, turn_end], "int": turn_end, "tokenizer": None}[form]
+    model.generation_config.eos_token_id = ids
+    if form == "tokenizer":
+        model.config.eos_token_id = turn_end
+    ends = end_tokens(model, tok)
+    assert ends == tuple(sorted({tok.eos_token_id, turn_end}))
+    prompt = tok("Ann has").input_ids
+    for rollout in (
+        greedy(model, [prompt], 6, ends),
+        sample(model, [prompt], Sampling(6, stop_ids=ends)),
+        beam(model, [prompt], 2, 6, ends),
+        speculative(model, model, [prompt], Sampling(6, stop_ids=ends)),
+    ):
+        assert rollout.response_ids == [[x, turn_end]] and rollout.finished == [True]
+    (completion,) = LocalBackend(model, tok).generate([("a", "Ann has")], Decoding(6))
+    assert completion.finish == "stop" and completion.completion_tokens == 2
+
+
+def test_a_chat_template_that_opens_the_thoughts_is_not_stopped_inside_them(tok):
+    tok = copy.deepcopy(tok)
+    tok.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}<think>\n"
+    backend = LocalBackend(llama(tok), tok, chat=True)
+    assert backend.opening == "<think>"
+    ending = backends_module._Endings(backend, Decoding(9, stop=("\n\n",)))
+    thinking = DecodeRow("a", 0, [1], tok("So.\n\nOr not.").input_ids)
+    done = DecodeRow("a", 0, [1], tok("So.\n\nOr not.</think>\n\nTwelve.\n\nNext").input_ids)
+    assert ending.text(thinking) == ("", False) and ending.text(done) == ("Twelve.", True)

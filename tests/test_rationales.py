@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 import kd_notes.methods.rationale_filters as filters_module
 import kd_notes.methods.rationales as rationales_module
 from kd_notes.generation.backends import LocalBackend, ReplayBackend
-from kd_notes.generation.completions import Decoding, manifest_path
+from kd_notes.generation.completions import Completion, Decoding, manifest_path
 from kd_notes.core import append_jsonl, read_json, read_jsonl, UserError, write_json
 from kd_notes.data.examples import Example, register_task, TaskInfo, TASKS
 from kd_notes.models.mini import mini_model, train_mini_tokenizer
@@ -799,3 +799,79 @@ def test_numbers_in_a_teachers_form_are_its_label(written, value):
         parse_completion("So.\nAnswer: 3 cats, 4 dogs", metric="equation").outcome
         == "label_not_allowed"
     )
+
+
+class Mortal:
+    "A back end that writes a fixed answer to each prompt, and whose process may be killed at any answer."
+
+    name = revision = "mortal"
+
+    def __init__(self, answers_to_live=None, path=None):
+        self.answers_to_live = answers_to_live
+        self.path = path
+
+    def describe(self):
+        return {"kind": "mortal"}
+
+    def generate(self, requests, decoding):
+        for number, (name, prompt) in enumerate(requests):
+            if number == self.answers_to_live:
+                if number % 2:  # the kill comes in the middle of a line, and of a letter
+                    with open(self.path, "ab") as f:
+                        f.write(b'{"id": "q3", "text": "\xc3')
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield Completion(name, f"Because {name}.\nAnswer: pond", len(prompt), 5, "stop", 0.5)
+
+
+def test_forty_kills_leave_the_very_same_file(tmp_path):
+    killed, whole = tmp_path / "killed.jsonl", tmp_path / "whole.jsonl"
+    questions = [question(i) for i in range(90)]
+    extract(questions, Mortal(), rationale_decoding(32), whole)
+    for kill in range(40):
+        child = os.fork()
+        if child == 0:
+            try:
+                extract(questions, Mortal(kill % 4, killed), rationale_decoding(32), killed)
+            finally:
+                os._exit(1)  # not reached: the back end kills its process
+        _, status = os.waitpid(child, 0)
+        assert os.WTERMSIG(status) == signal.SIGKILL
+    assert 0 < killed.read_bytes().count(b"\n") < 90
+    extract(questions, Mortal(), rationale_decoding(32), killed)
+    assert killed.read_bytes() == whole.read_bytes()
+    ours, theirs = (read_json(manifest_path(path)) for path in (killed, whole))
+    assert ours["totals"] == theirs["totals"] and ours["status"] == "done"
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["**Answer:** pond", "**Answer: pond**", "Final Answer: pond", "Final answer: pond"]
+    + ["answer: pond", "### Answer: pond", "### Final answer:\npond", "- Answer: pond"]
+    + [
+        "\n**Answer:** pond",
+        "\n\nFinal answer: pond",
+        "The final answer is: **pond**.",
+        "---\nAnswer: pond",
+    ]
+    + [
+        "> Answer: pond",
+        "__Answer__: pond",
+        "**Answer**: (b) pond",
+        "Answer: $\\boxed{\\text{pond}}$",
+    ],
+)
+def test_markdown_around_the_answer_is_no_part_of_rationale_or_label(line):
+    for rationale in (
+        "Herons eat fish.",
+        "**Reasoning:** Herons eat fish.",
+        "### Reasoning:\nHerons eat fish.",
+    ):
+        parsed = parse_completion(f" {rationale}\n{line}", labels=PLACES)
+        assert parsed == Parsed("ok", "Herons eat fish.", "pond")
+
+
+def test_an_answer_with_no_word_behind_it_is_not_taken_from_the_next_example():
+    text = " Herons eat fish.\nAnswer:\nQuestion: Where is a lamp?\nReasoning: Old.\nAnswer: attic"
+    assert parse_completion(text, labels=PLACES).outcome == "no_label"
+    text = " Herons eat fish.\n\nQuestion: Where is a lamp?\nReasoning: Old.\nAnswer: attic"
+    assert parse_completion(text, labels=PLACES).outcome == "no_label"

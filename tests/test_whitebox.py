@@ -481,7 +481,7 @@ def test_answers_of_another_job_are_refused(tmp_path, teacher):
     asked = dialogues(2, "validation")
     write_responses(tmp_path / "a.jsonl", teacher, TOK, asked, Writing(max_new_tokens=4))
     for more in ({"name": "other"}, {"writing": Writing(max_new_tokens=4, seed=1)}):
-        with pytest.raises(UserError, match="answers of another teacher"):
+        with pytest.raises(UserError, match="belongs to another job"):
             write_responses(
                 tmp_path / "a.jsonl",
                 teacher,

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REAL_SPLITS', 'ANSWER', 'ARMS', 'PRETRAINED_RATE', 'WEIGHT_FILES', 'task_split', 'info_of', 'teacher_file',
-           'teacher_text', 'teacher_score', 'teacher_scores', 'teacher_title', 'with_teacher', 'plain_rows',
+           'teacher_rows', 'teacher_text', 'teacher_score', 'teacher_scores', 'teacher_title', 'plain_rows',
            'single_task_rows', 'shuffled', 'Arm', 'arm_rows', 'is_pretrained', 'rate_key', 'chosen_rate',
            'StudentSettings', 'new_student', 'student_inputs', 'Stepwise', 'build_tokenizer']
 
@@ -34,7 +34,7 @@ from kd_notes.data.examples import (
 )
 from ..data.public import load_real, real_set
 from .base import Experiment, optional
-from ..methods.rationales import vote
+from ..methods.rationales import vote, with_rationales
 from ..methods.step_by_step import EXPLAIN, predict, PREDICT, Row, step_rows, StepByStep
 from ..models.layer_drop import layer_drop
 from ..models.mini import load_mini_tokenizer, mini_model, train_mini_tokenizer
@@ -81,8 +81,8 @@ def teacher_file(task: str, split: str) -> Path:
     return root / "teacher" / task / f"{split}.jsonl"
 
 # %% ../../nbs/3_reasons/03_stepwise.ipynb #e8c15938
-def teacher_text(task: str, split: str) -> dict[str, tuple[str, str]]:
-    "{id: (label, rationale)} of the teacher; empty texts where a completion could not be parsed. Raises UserError if absent."
+def teacher_rows(task: str, split: str) -> list[dict]:
+    "Return the teacher's rows of a split, of several samples the majority."
     path = teacher_file(task, split)
     if not path.exists():
         raise UserError(
@@ -90,10 +90,16 @@ def teacher_text(task: str, split: str) -> dict[str, tuple[str, str]]:
             where=f"data/teacher/{task}/{split}.jsonl",
             fix=f"Run `kd-notes extract` for task {task}, split {split}.",
         )
-    rows = vote(read_jsonl(path), info_of(task))  # of several samples the majority
-    return {
-        r["id"]: (r["label"], r["rationale"]) if r["outcome"] == "ok" else ("", "") for r in rows
-    }
+    return vote(read_jsonl(path), info_of(task))
+
+
+def teacher_text(task: str, split: str) -> dict[str, tuple[str, str]]:
+    "Return {id: (label, rationale)}; empty texts where a completion could not be parsed."
+    text = {}
+    for row in teacher_rows(task, split):
+        usable = row["outcome"] == "ok"
+        text[row["id"]] = (row["label"], row["rationale"]) if usable else ("", "")
+    return text
 
 # %% ../../nbs/3_reasons/03_stepwise.ipynb #4b1e85a1
 def _report_file(task: str) -> Path:
@@ -125,24 +131,6 @@ def teacher_title(tasks: Iterable[str]) -> str:
         if "@" not in t and _report_file(t).is_file()
     }
     return f"teacher (SmolLM2, 135 M, {max(labels)} gold labels)" if labels else "teacher"
-
-# %% ../../nbs/3_reasons/03_stepwise.ipynb #62cc9308
-def with_teacher(
-    examples: list[Example], text: dict[str, tuple[str, str]], *, labels: bool
-) -> list[Example]:
-    "Examples with the teacher's rationale, and with its label where `labels`. Raises UserError for an id without text."
-    missing = [e.id for e in examples if e.id not in text]
-    if missing:
-        raise UserError(
-            f"{len(missing)} examples have no teacher text, the first is {missing[0]!r}",
-            where="data/teacher",
-            fix="Extract the whole split.",
-        )
-    out = [
-        replace(e, rationale=text[e.id][1], label=text[e.id][0] if labels else e.label)
-        for e in examples
-    ]
-    return [e for e in out if e.label]
 
 # %% ../../nbs/3_reasons/03_stepwise.ipynb #7b3db320
 def plain_rows(examples: list[Example]) -> list[Row]:
@@ -232,7 +220,9 @@ def arm_rows(arm: str, task: str, n: int, split: str = "pool", seed: int = 0) ->
         )
     drawn = rng("student examples", task, split, seed).sample(pool, n)
     if spec.labels == "teacher" or spec.rationales in ("teacher", "shuffled"):
-        drawn = with_teacher(drawn, teacher_text(task, split), labels=spec.labels == "teacher")
+        labels = "teacher" if spec.labels == "teacher" else "gold"
+        joined = with_rationales(drawn, teacher_rows(task, split), labels=labels, failed="keep")
+        drawn = [e for e in joined if e.label]
     return spec.rows(_reasoned(spec, drawn, seed)) + (
         plain_rows(task_split(task, "teacher")) if spec.teacher_split else []
     )

@@ -131,7 +131,10 @@ class LocalBackend:
         self.name = name or type(model).__name__
         self.adapter = adapter
         self.revision = revision or weights_hash(model)
-        self.ends = end_tokens(model, tokenizer)
+        self.ends = set(end_tokens(model, tokenizer))
+        # Some templates open a reasoning model's thoughts at the end of the prompt.
+        thinks = chat and self.chat_prompt("").rstrip().endswith("<think>")
+        self.opening = "<think>" if thinks else ""
 
     def describe(self) -> dict:
         "Return what a manifest records: a change of any of these may change the text."
@@ -155,14 +158,15 @@ class LocalBackend:
         size = min(self.batch_size, rows_that_fit(self.model, self.cache_gib, rows[0], decoding))
         return DecodeLoop([self.model], rows, size, _Endings(self, decoding).settle).run()
 
+    def chat_prompt(self, prompt: str) -> str:
+        "Return a prompt as a user's turn in the chat template."
+        turn = [{"role": "user", "content": prompt}]
+        return self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+
     def encode(self, prompt: str) -> list[int]:
         "Return the token ids of a prompt, in the chat template if the back end chats."
-        if self.chat:
-            turn = [{"role": "user", "content": prompt}]
-            prompt = self.tokenizer.apply_chat_template(
-                turn, tokenize=False, add_generation_prompt=True
-            )
-        return self.tokenizer(prompt, add_special_tokens=not self.chat).input_ids
+        text = self.chat_prompt(prompt) if self.chat else prompt
+        return self.tokenizer(text, add_special_tokens=not self.chat).input_ids
 
 # %% ../../nbs/7_engine_room/19_backends.ipynb #86cd4db4
 class _Endings:
@@ -206,7 +210,8 @@ class _Endings:
         text = self.backend.tokenizer.decode(
             row.tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
-        return cut_at(without_thoughts(text), self.decoding.stop)
+        text = without_thoughts(self.backend.opening + text) if self.backend.chat else text
+        return cut_at(text, self.decoding.stop)
 
     def ending(self, row: DecodeRow, may_stop: bool) -> str:
         if row.tokens[-1] in self.backend.ends or may_stop and self.text(row)[1]:

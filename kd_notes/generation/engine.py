@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..core import rng
+from ..data.dialogues import turn_end_id
 from .completions import Decoding
 from ..losses.divergences import at_least_float32
 
@@ -288,12 +289,14 @@ def next_tokens(
 
 # %% ../../nbs/7_engine_room/18_engine.ipynb #ends-01
 def end_tokens(model, tokenizer=None) -> tuple[int, ...]:
-    "Return all ids that end a text: the generation config's and the tokenizer's."
+    "Return all ids that end a text: of generation config, tokenizer and chat template."
     ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     if ids is None:
         ids = getattr(model.config, "eos_token_id", None)
     named = list(ids) if isinstance(ids, (list, tuple)) else [ids]
     named.append(getattr(tokenizer, "eos_token_id", None))
+    if named[-1] is not None and getattr(tokenizer, "chat_template", None):
+        named.append(turn_end_id(tokenizer))
     return tuple(sorted({int(i) for i in named if i is not None}))
 
 # %% ../../nbs/7_engine_room/18_engine.ipynb #7d5d2e45

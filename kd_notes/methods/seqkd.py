@@ -11,11 +11,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from kd_notes.core import (
-    append_jsonl,
     atomic_write,
     canonical_json,
-    read_json,
-    read_jsonl,
     stable_hash,
     UserError,
     write_checksums,
@@ -26,11 +23,12 @@ from kd_notes.data.dialogues import (
     prompt_ids,
     PROMPT_SPLITS,
     prompt_texts,
-    turn_end_id,
     vocabulary_size,
 )
 from ..data.rows import TextRow
 from ..generation.beam import beam
+from ..generation.completions import AnswerFile
+from ..generation.engine import end_tokens
 from ..generation.sampling import sample, Sampling
 from ..models.pretrained import load_teacher, weights_hash
 from ..progress import progress
@@ -54,18 +52,11 @@ class Writing:
             raise UserError(f"{self.how!r} is not known", where="how", fix=fix)
 
 # %% ../../nbs/4_probabilities/09_seqkd.ipynb #6df24ba9
-def _stop_ids(teacher, tokenizer) -> tuple[int, ...]:
-    "All ids that end an answer: of the tokenizer, the chat template and the generation config."
-    configured = getattr(teacher.generation_config, "eos_token_id", None)
-    if not isinstance(configured, (list, tuple)):
-        configured = [] if configured is None else [configured]
-    return tuple(sorted({end_id(tokenizer), turn_end_id(tokenizer), *configured}))
-
-
 def _answers(teacher, tokenizer, rows: Sequence[TextRow], writing: Writing) -> list[dict]:
     "{'id', 'response', 'whole'} for each row; whole: it ended by itself."
     prompts = [prompt_ids(row.prompt, tokenizer, writing.system, row.where) for row in rows]
-    stop_ids = _stop_ids(teacher, tokenizer)
+    end_id(tokenizer)  # refuses a tokenizer with which no answer could end
+    stop_ids = end_tokens(teacher, tokenizer)
     vocabulary = vocabulary_size(tokenizer)
     if writing.how == "beam":
         made = beam(
@@ -106,28 +97,24 @@ def write_responses(
     chunk: int = 32,  # answers that are written together
 ) -> list[TextRow]:
     "The rows with the teacher's answers as completions, without rows that got an empty answer."
-    path = Path(path)
     job = {
         "teacher": name,
         "weights": weights_hash(teacher),
         "writing": asdict(writing),
         "prompts": stable_hash([[row.id, row.prompt] for row in rows]),
     }
-    manifest = path.with_suffix(".manifest.json")
-    if manifest.exists() and read_json(manifest) != job:
-        raise UserError(
-            "the file holds answers of another teacher, to other prompts, or drawn in another way",
-            where=path,
-            fix="Choose another file, or delete this one and its manifest.",
-        )
-    write_json(manifest, job)
-    lines = read_jsonl(path, repair_tail=True) if path.is_file() else []
-    done = {line["id"]: line for line in lines}
-    todo = [row for row in rows if row.id not in done]
-    for start in progress(range(0, len(todo), chunk), desc="teacher's answers", unit=f"x{chunk}"):
-        answers = _answers(teacher, tokenizer, todo[start : start + chunk], writing)
-        append_jsonl(path, answers)
-        done |= {answer["id"]: answer for answer in answers}
+    with AnswerFile(path, job).open() as answers:
+        there = {line["id"] for line in answers.rows}
+        todo = [row for row in rows if row.id not in there]
+        starts = range(0, len(todo), chunk)
+        if todo:
+            with answers.session():
+                for start in progress(starts, desc="teacher's answers", unit=f"x{chunk}"):
+                    part = todo[start : start + chunk]
+                    answers.append(_answers(teacher, tokenizer, part, writing))
+        else:
+            answers.finish()
+        done = {line["id"]: line for line in answers.rows}
     answered = []
     for row in rows:
         answer = done[row.id]

@@ -994,18 +994,19 @@ def test_a_target_without_a_prompt_is_an_error():
 
 
 def test_steps_that_fp16_leaves_out_for_good_end_the_training():
-    loop = state_module.Loop(config(), Rows(), None)
-    loop.accelerator = type("Scaled", (), {"scaler": object()})
-    loop.optimizer = type("Skips", (), {"step_was_skipped": True})
+    state = state_module.TrainState(config(), Rows(), None)
+    state.accelerator = type("Scaled", (), {"scaler": object()})
+    state.optimizer = type("Skips", (), {"step_was_skipped": True})
+    finite = loop_module.FiniteCheck(state)
     for _ in range(49):
-        loop_module._count_skips(loop)
-    loop.optimizer.step_was_skipped = False
-    loop_module._count_skips(loop)
-    assert loop.skipped == 0  # one that was taken begins the count again
-    loop.optimizer.step_was_skipped = True
+        finite.count_skips()
+    state.optimizer.step_was_skipped = False
+    finite.count_skips()
+    assert finite.skipped == 0  # one that was taken begins the count again
+    state.optimizer.step_was_skipped = True
     with pytest.raises(UserError, match="50 steps in a row overflowed"):
         for _ in range(60):
-            loop_module._count_skips(loop)
+            finite.count_skips()
 
 
 def test_encoded_examples_wait_in_four_bytes_a_token_and_come_back_as_they_were():

@@ -18,7 +18,7 @@ from ..losses.divergences import at_least_float32, DIVERGENCES, token_divergence
 from ..losses.sparse import coarse_logits, SUPPORTED
 from .on_policy import OnPolicy, OnPolicyConfig, Term
 from .rollouts import Response, SOURCES, token_logprobs
-from ..training.state import Loop
+from ..training.state import TrainState
 
 # %% ../../nbs/5_own_words/04_gkd.ipynb #53a37089
 @dataclass(frozen=True)
@@ -329,7 +329,7 @@ class GKD(DivergenceOnPolicy):
         if self.config.own_skew:
             set_skew(responses, student, self)
 
-    def on_validate(self, state: Loop, metrics: dict) -> None:
+    def on_validate(self, state: TrainState, metrics: dict) -> None:
         loss = metrics.get("loss", -metrics["score"])
         if self.last_rise is None:
             self.last_rise = loss

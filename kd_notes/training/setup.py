@@ -16,9 +16,9 @@ from torch import Tensor
 
 from ..core import seed_everything, UserError
 from .batches import Batch, plain_logits
-from .checkpoint import run_identity, trainable
+from .checkpoint import run_identity
 from .method import Method
-from .state import Callback, Loop, TrainConfig
+from .state import Callback, TrainConfig, TrainState, WeightAverage
 
 # %% ../../nbs/7_engine_room/15_setup.ipynb #9718c0ad
 class Objective(torch.nn.Module):
@@ -137,22 +137,22 @@ def _check_deepspeed(accelerator, cfg: TrainConfig) -> None:
     )
 
 # %% ../../nbs/7_engine_room/15_setup.ipynb #bd13a57e
-def _encoded(loop: Loop, examples: Iterable) -> None:
+def _encoded(state: TrainState, examples: Iterable) -> None:
     "Encode all examples once. Raises UserError for no examples or one that is too long."
     for number, example in enumerate(examples):
         name = example.get("id") if isinstance(example, dict) else getattr(example, "id", None)
-        item = loop.method.encode(example)
-        loop.ids.append(str(name if name is not None else number))
-        length = loop.method.longest_row(item)
-        if loop.cfg.max_length and length > loop.cfg.max_length:
+        item = state.method.encode(example)
+        state.ids.append(str(name if name is not None else number))
+        length = state.method.longest_row(item)
+        if state.cfg.max_length and length > state.cfg.max_length:
             raise UserError(
-                f"the example has {length} tokens, the limit is {loop.cfg.max_length}",
-                where=f"example {loop.ids[-1]}",
+                f"the example has {length} tokens, the limit is {state.cfg.max_length}",
+                where=f"example {state.ids[-1]}",
                 fix="Shorten it, leave it out, or raise max_length if the model's context allows.",
             )
-        loop.items.append(item)
-        loop.sizes.append(loop.method.num_tokens(item))
-    if not loop.items:
+        state.items.append(item)
+        state.sizes.append(state.method.num_tokens(item))
+    if not state.items:
         raise UserError(
             "there are no training examples",
             where="examples",
@@ -160,21 +160,22 @@ def _encoded(loop: Loop, examples: Iterable) -> None:
         )
 
 # %% ../../nbs/7_engine_room/15_setup.ipynb #19ceeb23
-def _set_up(
+def set_up(
     model,
     method: Method,
     examples: Iterable,
     cfg: TrainConfig,
     run_dir: Path | str | None = None,
     callbacks: Iterable[Callback] = (),
-) -> Loop:
+    kind: type[TrainState] = TrainState,
+) -> TrainState:
     "Everything before the first step, except what a checkpoint restores."
     accelerator = make_accelerator(cfg)
     _check_deepspeed(accelerator, cfg)
     seed_everything(cfg.seed + accelerator.process_index)
     if cfg.lora is not None:
         model = add_lora(model, cfg.lora, cfg.seed)
-    loop = Loop(
+    state = kind(
         cfg,
         method,
         model,
@@ -182,9 +183,9 @@ def _set_up(
         callbacks=list(callbacks),
         run_dir=Path(run_dir) if run_dir else None,
     )
-    _encoded(loop, examples)
-    if loop.run_dir:
-        loop.identity = run_identity(loop)  # before anything is sharded or trained
+    _encoded(state, examples)
+    if state.run_dir:
+        state.identity = run_identity(state)  # before anything is sharded or trained
     config = getattr(model, "config", None)  # a plain module, for images say, has none
     if config is not None and not config.is_encoder_decoder:
         plain_logits(model)  # found out here, once, and not inside a compiled or sharded model
@@ -192,22 +193,22 @@ def _set_up(
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if cfg.lora is not None:
             model.enable_input_require_grads()
-    loop.objective = Objective(model, method).to(accelerator.device)
+    state.objective = Objective(model, method).to(accelerator.device)
     method.to(accelerator.device)
-    method.begin(loop)
+    method.begin(state)
     if cfg.compile:
-        loop.objective.compile(
+        state.objective.compile(
             dynamic=True, backend="inductor" if cfg.compile is True else cfg.compile
         )
     if cfg.fsdp and accelerator.num_processes > 1:
-        loop.module = accelerator.prepare_model(
-            shard(loop.objective, accelerator.device), evaluation_mode=True
+        state.module = accelerator.prepare_model(
+            shard(state.objective, accelerator.device), evaluation_mode=True
         )  # autocast, but no DDP
-        loop.optimizer = accelerator.prepare(make_optimizer(loop.objective, cfg))
+        state.optimizer = accelerator.prepare(make_optimizer(state.objective, cfg))
     else:
-        loop.module, loop.optimizer = accelerator.prepare(
-            loop.objective, make_optimizer(loop.objective, cfg)
+        state.module, state.optimizer = accelerator.prepare(
+            state.objective, make_optimizer(state.objective, cfg)
         )
     if cfg.ema:
-        loop.average = {name: p.detach().clone() for name, p in trainable(loop.objective).items()}
-    return loop
+        state.average = WeightAverage(state.objective, cfg.ema)
+    return state

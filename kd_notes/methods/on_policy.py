@@ -107,11 +107,11 @@ class OnPolicyConfig:
         "How responses are drawn."
         return Sampling(
             self.max_new_tokens,
-            self.temperature,
-            self.top_p,
-            self.top_k,
-            tuple(stop_ids),
-            seed,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            stop_ids=tuple(stop_ids),
+            seed=seed,
         )
 
 # %% ../../nbs/5_own_words/02_on_policy.ipynb #50bb8748

@@ -6,23 +6,24 @@ import time
 import pytest
 import torch
 
+import kd_notes.experiments.bench_loss as bench_loss_module
 import kd_notes.experiments.bench_steps as bench_steps_module
 import kd_notes.experiments.benchmarks as benchmarks_module
 from kd_notes.core import UserError
 
 
 def test_every_arm_that_runs_computes_the_same_loss_and_gradients():
-    can, absent = benchmarks_module.present(
+    can, absent = bench_loss_module.present(
         [
             "ours",
             "plain",
-            *(["liger"] if benchmarks_module.importlib.util.find_spec("liger_kernel") else []),
+            *(["liger"] if bench_loss_module.importlib.util.find_spec("liger_kernel") else []),
         ]
     )
     found = {}
     for name in can:
-        x = benchmarks_module.make_inputs(24, 90, 8)
-        loss = benchmarks_module.ARMS[name](x)
+        x = bench_loss_module.make_inputs(24, 90, 8)
+        loss = bench_loss_module.LOSS_ARMS[name](x)
         found[name] = (loss, *torch.autograd.grad(loss, x[:2]))
     assert {"ours", "plain"} <= set(found)
     for name, parts in found.items():
@@ -31,51 +32,51 @@ def test_every_arm_that_runs_computes_the_same_loss_and_gradients():
 
 
 def test_an_absent_peer_is_reported_with_the_reason(monkeypatch):
-    monkeypatch.setitem(benchmarks_module.NEEDS, "liger", "a_library_that_nobody_has")
-    monkeypatch.setitem(benchmarks_module.ARMS, "trl", lambda x: 1 / 0)
-    monkeypatch.delitem(benchmarks_module.NEEDS, "trl")
-    can, absent = benchmarks_module.present(["ours", "liger", "trl"])
+    monkeypatch.setitem(bench_loss_module.NEEDS, "liger", "a_library_that_nobody_has")
+    monkeypatch.setitem(bench_loss_module.LOSS_ARMS, "trl", lambda x: 1 / 0)
+    monkeypatch.delitem(bench_loss_module.NEEDS, "trl")
+    can, absent = bench_loss_module.present(["ours", "liger", "trl"])
     assert (
         can == ["ours"]
         and absent["liger"] == "not installed"
         and "ZeroDivisionError" in absent["trl"]
     )
-    rows = benchmarks_module.bench((8,), 40, 8, ("ours", "liger"), repeats=1, memory=False, gemm=64)
+    rows = bench_loss_module.bench((8,), 40, 8, ("ours", "liger"), repeats=1, memory=False, gemm=64)
     assert {"arm": "liger", "absent": "not installed"} in rows and benchmarks_module.bars(rows)
     with pytest.raises(UserError, match="not an arm"):
-        benchmarks_module.present(["lger"])
+        bench_loss_module.present(["lger"])
 
 
 def test_a_ratio_follows_the_time(monkeypatch):
     monkeypatch.setattr(
-        benchmarks_module, "gemm_rate", lambda *args, **kwargs: 1e9
+        bench_loss_module, "gemm_rate", lambda *args, **kwargs: 1e9
     )  # a steady machine
     once = min(
-        benchmarks_module.sample(lambda: time.sleep(0.02), 1e6, size=64).ratio for _ in range(5)
+        bench_loss_module.time_once(lambda: time.sleep(0.02), 1e6, size=64).ratio for _ in range(5)
     )
     thrice = min(
-        benchmarks_module.sample(lambda: time.sleep(0.06), 1e6, size=64).ratio for _ in range(5)
+        bench_loss_module.time_once(lambda: time.sleep(0.06), 1e6, size=64).ratio for _ in range(5)
     )
     assert 1.5 < thrice / once < 6
-    assert benchmarks_module.flops(2, 3, 5) == 8 * 2 * 3 * 5
+    assert bench_loss_module.flops(2, 3, 5) == 8 * 2 * 3 * 5
 
 
 def test_spread():
-    assert benchmarks_module.spread([5.0]) == (5.0, 5.0, 5.0, 1)
-    assert benchmarks_module.spread(range(9)) == (4, 2, 6, 9)
+    assert bench_loss_module.spread([5.0]) == (5.0, 5.0, 5.0, 1)
+    assert bench_loss_module.spread(range(9)) == (4, 2, 6, 9)
     with pytest.raises(UserError, match="nothing"):
-        benchmarks_module.spread([])
+        bench_loss_module.spread([])
 
 
 def test_memory_is_that_of_the_arm_above_its_gradients():
-    plain = [benchmarks_module.extra_memory("plain", 512, vocab, 8) for vocab in (15_000, 30_000)]
+    plain = [bench_loss_module.extra_memory("plain", 512, vocab, 8) for vocab in (15_000, 30_000)]
     assert (
         plain[1] > 3 * 4 * 512 * 30_000 / 1e6
     )  # both logits and a distribution at the least, 61 MB each
     assert plain[1] / plain[0] == pytest.approx(2, rel=0.1)  # and nothing but such arrays
-    assert benchmarks_module.extra_memory("ours", 512, 30_000, 8) < plain[1] / 2
+    assert bench_loss_module.extra_memory("ours", 512, 30_000, 8) < plain[1] / 2
     with pytest.raises(UserError, match="ended with"):
-        benchmarks_module.extra_memory("nobody", 8, 8, 8)
+        bench_loss_module.extra_memory("nobody", 8, 8, 8)
 
 
 def steps_at(units: int, *rates: float) -> list:
@@ -85,7 +86,7 @@ def steps_at(units: int, *rates: float) -> list:
 def test_share_and_speed_are_corrected_by_the_rate_of_their_own_step():
     "Two steps of half a second, one while the machine is half as fast: 6 N tokens/s over the rate is twice as high there."
     found = {"ours": [steps_at(100, 2e9, 1e9)], "padded loop": [steps_at(50, 2e9, 2e9)]}
-    share, its_share, speed = benchmarks_module.step_rows(
+    share, its_share, speed = benchmarks_module.turn_rows(
         {"part": "loop", "case": "x"}, found, {}, work=6 * 1e6
     )
     assert (share["low"], share["high"], share["n"]) == (0.6, 1.2, 2) and its_share[
@@ -103,7 +104,7 @@ def test_parts_of_a_step_are_in_units_of_our_step():
     }
     rows = [
         r
-        for r in benchmarks_module.step_rows({"part": "on-policy", "case": "x"}, found, {})
+        for r in benchmarks_module.turn_rows({"part": "on-policy", "case": "x"}, found, {})
         if r["measure"] in bench_steps_module.PARTS
     ]
     assert [r["ratio"] for r in rows] == [0.5, 0.25, 0.25, 2.0, 0.5, 0.5]
@@ -195,13 +196,13 @@ def test_a_peer_of_the_loop_that_is_missing_or_fails_is_absent_and_ours_is_measu
 
     tiny = dict(turns=2, count=2, gemm=32, fresh=False)
     monkeypatch.setitem(benchmarks_module.STEPS["on-policy"], "TRL", broken)
-    monkeypatch.setitem(benchmarks_module.NEEDS, "TRL", "a_library_that_nobody_has")
+    monkeypatch.setitem(bench_loss_module.NEEDS, "TRL", "a_library_that_nobody_has")
     rows = benchmarks_module.bench_onpolicy("mini", 2, 3, **tiny)
     assert rows[0] == {"part": "on-policy", "case": "mini", "arm": "TRL", "absent": "not installed"}
     assert sum(r["ratio"] for r in rows[1:]) == pytest.approx(1, abs=0.5) and {
         r["n"] for r in rows[1:]
     } == {4}
-    monkeypatch.delitem(benchmarks_module.NEEDS, "TRL")
+    monkeypatch.delitem(bench_loss_module.NEEDS, "TRL")
     assert (
         benchmarks_module.bench_onpolicy("mini", 2, 3, **tiny)[0]["absent"]
         == "RuntimeError: no such kernel"

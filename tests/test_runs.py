@@ -21,13 +21,13 @@ from kd_notes.runner.code import code_hash, code_modules, run_key
 from kd_notes.runner.grid import (
     cached_runs,
     GridError,
-    limit_threads,
     load_record,
     record_file,
     record_runs,
     run_grid,
     sources_line,
 )
+from kd_notes.runner.workers import limit_threads
 from kd_notes.runner.runs import cached, read_manifest, read_run, Run, run_folder, run_status
 
 PI = "kd_notes.runner.runs:estimate_pi"
@@ -409,7 +409,7 @@ def test_half_a_result_is_never_read(cache):
 
 def test_two_processes_asking_for_the_same_run_train_once(tmp_path, targets, cache):
     code = (
-        "import sys; from kd_notes.runner.runs import cached; from kd_notes.runner.grid import find_target\n"
+        "import sys; from kd_notes.runner.runs import cached; from kd_notes.runner.workers import find_target\n"
         f"print(cached('s', {{'seed': 5, 'log': {str(tmp_path / 'calls')!r}, 'pause': 1}}, find_target('grid_targets:counting'), modules=['core']))"
     )
     env = os.environ | {"PYTHONPATH": str(tmp_path / "lib")}

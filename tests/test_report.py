@@ -466,14 +466,25 @@ def test_figure_and_twin_are_written_and_deterministic(tmp_path):
         and {float(r["value"]) for r in back} == {0.4, 0.5, 0.6}
         and back[0]["panel"] == "cqa"
     )
-    bundle, metadata = saved._repr_mimebundle_()
-    assert (
-        set(bundle) == {"image/png", "text/plain"}
-        and metadata["image/png"]["alt"] == "what it shows"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["curve.csv", "curve.png"]
+
+
+def test_the_description_of_a_figure_reaches_the_reader(tmp_path, monkeypatch):
+    "As metadata of the image, and as an output: few front ends show the former."
+    import IPython.display
+
+    shown = []
+    monkeypatch.setattr(
+        IPython.display, "display", lambda data, **options: shown.append((data, options))
     )
-    assert str(tmp_path) not in bundle["text/plain"] and sorted(
-        p.name for p in tmp_path.iterdir()
-    ) == ["curve.csv", "curve.png"]
+    fig = figures_module.accuracy_curve(points)
+    alt = 'KD < MiniLLM & "SFT"'
+    figures_module.save_figure(fig, tmp_path, "curve", points, alt)._ipython_display_()
+    (image, options), (text, _) = shown
+    assert set(image) == {"image/png", "text/plain"}
+    assert options["metadata"]["image/png"]["alt"] == alt == text["text/plain"]
+    assert "KD &lt; MiniLLM &amp; " in text["text/html"] and "<details>" in text["text/html"]
+    assert str(tmp_path) not in image["text/plain"]
 
 
 @pytest.mark.parametrize(
@@ -486,16 +497,40 @@ def test_save_figure_refuses(tmp_path, name, rows, text):
     assert not list(tmp_path.iterdir())
 
 
-def test_arms_keep_their_look_and_differ():
-    order = ["finetuning", "distillation", "stepwise", "shuffled"]
+def test_arms_of_no_table_keep_their_look_and_differ():
+    order = ["mine", "yours", "ours", "theirs"]
     full = figures_module.arm_styles(order)
-    assert figures_module.arm_styles(["shuffled", "stepwise"], order) == {
-        k: full[k] for k in ("shuffled", "stepwise")
-    }
-    styles = figures_module.arm_styles([str(i) for i in range(280)])
-    assert len({str(s) for s in styles.values()}) == 280
-    eight = list(figures_module.arm_styles([str(i) for i in range(7)]).values())
-    assert len({s["color"] for s in eight}) == len({s["marker"] for s in eight}) == 7
+    pair = figures_module.arm_styles(["theirs", "ours"], order)
+    assert pair == {arm: full[arm] for arm in ("theirs", "ours")}
+    styles = figures_module.arm_styles([*figures_module._ARMS, *map(str, range(200))])
+    assert len({str(look) for look in styles.values()}) == len(styles)
+    seven = list(figures_module.arm_styles([str(i) for i in range(7)]).values())
+    assert len({look["color"] for look in seven}) > 5
+
+
+def test_every_arm_of_the_experiments_has_one_look_by_name_and_by_title():
+    from kd_notes.experiments import equal_time, instruction_world, stepwise
+
+    families = [
+        {name: arm.title for name, arm in stepwise.ARMS.items()},
+        {name: arm.title for name, arm in instruction_world.WORLD_ARMS.items()},
+        equal_time.PAIR_ARMS,
+    ]
+    for arms in families:
+        assert set(arms) | set(arms.values()) <= set(figures_module._LOOKS)
+        by_name = figures_module.arm_styles(list(arms))
+        by_title = figures_module.arm_styles(list(arms.values()))
+        assert list(by_name.values()) == list(by_title.values())
+        assert len({str(look) for look in by_name.values()}) == len(arms)
+
+
+@pytest.mark.parametrize("colour", figures_module.OKABE_ITO)
+def test_colours_are_dark_enough_for_lines_on_white(colour):
+    "WCAG 2, contrast of graphical objects: at least 3:1."
+    channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    luminance = sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), linear))
+    assert 1.05 / (luminance + 0.05) >= 3
 
 
 def test_palette_stays_apart_without_red_green_vision():

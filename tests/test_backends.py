@@ -761,7 +761,7 @@ def test_busy_servers_are_given_the_time_they_ask_for(moody):
     done = list(OpenAIBackend(moody.url, "m").generate([("a", "one two")], Decoding(3)))
     assert [c.text for c in done] == ["two"]
     first, second, third = [t for t, *_ in moody.seen]
-    assert second - first >= 0.6 and third - second < 0.5
+    assert second - first >= 0.6 and third - second < 3  # the second wait is the client's
 
 
 @pytest.mark.parametrize(

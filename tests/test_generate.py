@@ -22,15 +22,16 @@ from transformers import (
 )
 
 import helpers
+import kd_notes.generation.packing as packing_module
 import kd_notes.generation.sampling as sampling_module
 from kd_notes.generation.engine import draws
 from kd_notes.core import UserError
 from kd_notes.generation.beam import beam
+from kd_notes.generation.packing import packed
 from kd_notes.generation.sampling import (
     check_lengths,
     greedy,
     log_mixture,
-    packed,
     Rollout,
     sample,
     sample_mixed,
@@ -468,10 +469,10 @@ def test_autocast_around_it_changes_nothing():
 
 
 def test_packed_weights_give_the_same_numbers_and_leave_nothing_behind(monkeypatch):
-    monkeypatch.setattr(sampling_module, "PACK_FROM", 1000)
+    monkeypatch.setattr(packing_module, "PACK_FROM", 1000)
     model, ids = mini_model("causal", "s", 300, seed=0).eval(), torch.randint(0, 300, (8, 6))
     assert (
-        sampling_module._can_pack() and len(sampling_module._packable(model)) == 22
+        packing_module._can_pack() and len(packing_module._packable(model)) == 22
     )  # 3 layers of 7, and the head
     with torch.no_grad():
         plain = model(ids).logits
@@ -487,13 +488,13 @@ def test_packed_weights_give_the_same_numbers_and_leave_nothing_behind(monkeypat
         with packed(model):
             assert (model(ids).logits - plain).abs().max() > 0.01
     assert not any("forward" in vars(m) for m in model.modules())
-    assert sampling_module._packable(model.double()) == []
+    assert packing_module._packable(model.double()) == []
 
 
 def test_packed_or_not_the_same_tokens(monkeypatch):
     model, prompts, s = mini_model("causal", "s", 300, seed=0), prompts_of([4, 9, 2]), Sampling(20)
     plain = sample(model, prompts, s)
-    monkeypatch.setattr(sampling_module, "PACK_FROM", 1000)
+    monkeypatch.setattr(packing_module, "PACK_FROM", 1000)
     seen, inner = [], sampling_module.packed
     monkeypatch.setattr(
         sampling_module,

@@ -10,7 +10,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -190,6 +190,41 @@ def differences(stored: Any, wanted: Any, name: str = "") -> list[str]:
     return changes
 
 
+class JobManifest:
+    "What a file of answers is, next to it: who was asked what, and when."
+
+    def __init__(self, path: Path, identity: dict):
+        self.path = path  # of the file of answers
+        self.identity = to_jsonable(identity)
+        self.content: dict = {}
+
+    def read(self) -> None:
+        "Read the manifest, or start one; refuse that of another job."
+        file = manifest_path(self.path)
+        if not file.is_file():
+            if self.path.exists():
+                raise self.refusal("the file has no manifest, so what it holds is unknown")
+            self.content = dict(self.identity)
+            self.update(status="running", sessions=[])
+            return
+        self.content = {"status": "running", "sessions": []} | read_json(file)
+        stored = {key: self.content.get(key) for key in self.identity}
+        if changed := differences(stored, self.identity):
+            raise self.refusal(f"the file belongs to another job ({'; '.join(changed)})")
+
+    def update(self, **changes) -> None:
+        self.content |= changes
+        write_json(manifest_path(self.path), self.content)
+
+    def refusal(self, what: str, where: Any = None) -> UserError:
+        "Return the error for a file that this job must not continue."
+        return UserError(
+            what,
+            where=where or self.path,
+            fix="Choose another file, or delete this one and its manifest to start again.",
+        )
+
+# %% ../../nbs/7_engine_room/09_completions.ipynb #comp-26
 class AnswerFile:
     "A JSONL file of a teacher's answers that one job fills over several sessions."
 
@@ -200,58 +235,19 @@ class AnswerFile:
         totals: Callable[[list[dict]], dict] = lambda rows: {"rows": len(rows)},
     ):
         self.path = Path(path)
-        self.identity = to_jsonable(identity)
+        self.manifest = JobManifest(self.path, identity)
         self.totals = totals
         self.rows: list[dict] = []  # all rows in the file
-        self.manifest: dict = {}
 
     @contextmanager
     def open(self) -> Iterator["AnswerFile"]:
         "Lock the file, read what is there, and refuse a file that belongs to another job."
-        # The lock lies in the cache, not next to the file: that folder may be committed.
-        lock = folder_lock(
-            cache_dir() / "locks" / sha256_text(str(self.path.resolve()))[:16], False
-        )
-        try:
-            lock.__enter__()
-        except UserError as e:
-            raise UserError(
-                "another process is writing into this file",
-                where=self.path,
-                fix="Wait for it, or choose another file.",
-            ) from e
-        try:
-            self._read()
-            yield self
-        finally:
-            lock.__exit__(None, None, None)
-
-    def refuse(self, what: str, where: Any = None) -> UserError:
-        "Return the error for a file that this job must not continue."
-        return UserError(
-            what,
-            where=where or self.path,
-            fix="Choose another file, or delete this one and its manifest to start again.",
-        )
-
-    def _read(self) -> None:
-        manifest = manifest_path(self.path)
-        if not manifest.is_file():
+        with _only_writer(self.path):
+            self.manifest.read()
             if self.path.exists():
-                raise self.refuse("the file has no manifest, so what it holds is unknown")
-            self._write_manifest(self.identity | {"status": "running", "sessions": []})
-            return
-        self.manifest = {"status": "running", "sessions": []} | read_json(manifest)
-        stored = {key: self.manifest.get(key) for key in self.identity}
-        if changed := differences(stored, self.identity):
-            raise self.refuse(f"the file belongs to another job ({'; '.join(changed)})")
-        if self.path.exists():
-            append_jsonl(self.path, [])  # repairs a half-written last line
-            self.rows = read_jsonl(self.path)
-
-    def _write_manifest(self, manifest: dict) -> None:
-        write_json(manifest_path(self.path), manifest)
-        self.manifest = manifest
+                append_jsonl(self.path, [])  # repairs a half-written last line
+                self.rows = read_jsonl(self.path)
+            yield self
 
     def append(self, rows: Sequence[dict]) -> None:
         "Store rows, all of them or, when the disk is full, none."
@@ -260,19 +256,16 @@ class AnswerFile:
 
     def finish(self) -> None:
         "Mark a complete file as done where a kill came between its last row and the manifest."
-        if self.rows and self.manifest["status"] != "done":
-            ended = {"status": "done", "totals": self.totals(self.rows)}
-            self._write_manifest(self.manifest | ended)
+        if self.rows and self.manifest.content["status"] != "done":
+            self.manifest.update(status="done", totals=self.totals(self.rows))
 
     @contextmanager
     def session(self) -> Iterator[None]:
         "Note in the manifest when rows were appended, on which machine, and whether to the end."
         start = time.time()
         before = len(self.rows)
-        entry = {
-            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(start)),
-            "environment": environment(),
-        }
+        started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(start))
+        entry = {"started": started, "environment": environment()}
         status = "interrupted"
         try:
             yield
@@ -280,6 +273,21 @@ class AnswerFile:
         finally:
             entry["rows"] = len(self.rows) - before
             entry["wall_seconds"] = round(time.time() - start, 2)
-            ended = {"status": status, "totals": self.totals(self.rows)}
-            sessions = self.manifest["sessions"] + [entry]
-            self._write_manifest(self.manifest | ended | {"sessions": sessions})
+            sessions = self.manifest.content["sessions"] + [entry]
+            self.manifest.update(status=status, totals=self.totals(self.rows), sessions=sessions)
+
+
+@contextmanager
+def _only_writer(path: Path) -> Iterator[None]:
+    "Hold the lock of a file; it lies in the cache, because the file's folder may be committed."
+    held = folder_lock(cache_dir() / "locks" / sha256_text(str(path.resolve()))[:16], wait=False)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(held)
+        except UserError as e:
+            raise UserError(
+                "another process is writing into this file",
+                where=path,
+                fix="Wait for it, or choose another file.",
+            ) from e
+        yield

@@ -6,7 +6,6 @@
 __all__ = ['Sampling', 'Rollout', 'log_softmax', 'log_mixture', 'sample', 'sample_mixed', 'greedy']
 
 # %% ../../nbs/5_own_words/01_sampling.ipynb #571dedcb
-import functools
 import math
 import time
 from collections import Counter, defaultdict, deque
@@ -32,6 +31,7 @@ from kd_notes.generation.engine import (
     Scores,
     truncate,
 )
+from .packing import PACK_STEPS, packed
 from ..losses.divergences import at_least_float32
 from ..models.pretrained import context_of
 from ..training.batches import Batch, causal_batch, unwrapped
@@ -321,58 +321,6 @@ class TokenDraw:
         for i in fresh:
             rows[i].append(tokens[i], values[i], sampling=self.sampling)
         return [rows[i] for i in fresh if rows[i].finish]
-
-# %% ../../nbs/5_own_words/01_sampling.ipynb #eb88cbd8
-PACK_FROM = 2_000_000  # weights in linear layers; fewer gain nothing
-PACK_UP_TO = 1_000_000_000  # more may not fit twice
-PACK_STEPS = 12  # packing costs about as much as so many steps gain
-
-
-@functools.cache
-def _can_pack() -> bool:
-    "Whether this build of torch has oneDNN's packed matrices."
-    op = torch.ops.mkldnn
-    try:
-        weight = op._reorder_linear_weight(torch.eye(16), 4)
-        product = op._linear_pointwise(torch.ones(4, 16), weight, None, "none", [], "")
-        return torch.allclose(product, torch.ones(4, 16))
-    except (AttributeError, RuntimeError):
-        return False
-
-
-def _packable(model) -> list[torch.nn.Linear]:
-    "List the model's plain float32 linear layers on the CPU; none if too few or too many weights."
-    layers = [
-        module
-        for module in model.modules()
-        if type(module) is torch.nn.Linear
-        and "forward" not in vars(module)
-        and module.weight.dtype == torch.float32
-        and module.weight.device.type == "cpu"
-        and type(module.weight) is torch.nn.Parameter
-    ]
-    weights = sum(layer.weight.numel() for layer in layers)
-    return layers if PACK_FROM <= weights <= PACK_UP_TO and _can_pack() else []
-
-
-@contextmanager
-def packed(*models, rows: int = 8) -> Iterator[None]:
-    """Let linear layers use a packed copy of their weights, made for so many rows.
-
-    A decoding step of SmolLM2 with eight rows is 2.4 times as fast. No gradients; the weights must
-    not change meanwhile.
-    """
-    layers = [layer for model in models for layer in _packable(model)]
-    for layer in layers:
-        weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), rows)
-        layer.forward = lambda x, weight=weight, bias=layer.bias: (
-            torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-        )
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer.forward
 
 # %% ../../nbs/5_own_words/01_sampling.ipynb #ef997e96
 @contextmanager

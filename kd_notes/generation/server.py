@@ -233,6 +233,27 @@ class _Connection:
         answer = json.loads(response.http_response.content)
         return completion_of(answer, job, decoding, seconds)
 
+# %% ../../nbs/7_engine_room/10_server.ipynb #serv-38
+class _Reports:
+    "What `OpenAIBackend` tells about itself and about failures, without the key."
+
+    def __repr__(self) -> str:
+        return (
+            f"OpenAIBackend({self.base_url!r}, {self.name!r}, chat={self.chat}, "
+            f"key from ${self.key_env})"
+        )
+
+    def describe(self) -> dict:
+        "Return what a manifest records. The port is left out: a server may come back on another."
+        described = {
+            "kind": "openai-chat" if self.chat else "openai",
+            "model": self.name,
+            "revision": "",
+            "adapter": "",
+            "host": self.host,
+        }
+        return described | ({"parameters": self.parameters} if self.parameters else {})
+
     def hide_key(self, text: str) -> str:
         key = os.environ.get(self.key_env)
         return text.replace(key, "***") if key else text
@@ -259,8 +280,21 @@ class _Connection:
             fix = f"Check that the server runs and serves this model. {again}"
         return UserError(self.hide_key(what), where=f"{self.base_url}{where}", fix=fix)
 
+
+def host_of(base_url: str, key_env: str) -> str:
+    "Return the host of a base URL; refuse what is none, and one with a secret in it."
+    parts = urlsplit(base_url)
+    secret = parts.username or parts.password
+    if parts.scheme not in ("http", "https") or not parts.hostname or secret:
+        raise UserError(
+            "the base URL must look like http://host:port/v1, without a user name or password",
+            where="base_url",
+            fix=f"Put a key into the environment variable {key_env}.",
+        )
+    return parts.hostname
+
 # %% ../../nbs/7_engine_room/10_server.ipynb #serv-12
-class OpenAIBackend(_Connection):
+class OpenAIBackend(_Connection, _Reports):
     "A model behind an OpenAI-compatible server."
 
     revision = ""  # a server does not tell
@@ -279,16 +313,8 @@ class OpenAIBackend(_Connection):
         parameters: Mapping[str, Any] | None = None,  # more of the request's body; None removes one
         key_env: str = "OPENAI_API_KEY",  # name of the environment variable with the key
     ):
-        parts = urlsplit(base_url)
-        secret = parts.username or parts.password
-        if parts.scheme not in ("http", "https") or not parts.hostname or secret:
-            raise UserError(
-                "the base URL must look like http://host:port/v1, without a user name or password",
-                where="base_url",
-                fix=f"Put a key into the environment variable {key_env}.",
-            )
         self.base_url = base_url.rstrip("/")
-        self.host = parts.hostname
+        self.host = host_of(base_url, key_env)
         self.name = model
         self.chat = chat
         self.concurrency = max(1, concurrency)
@@ -298,23 +324,6 @@ class OpenAIBackend(_Connection):
         self.limit_name = limit_name
         self.parameters = dict(parameters or {})
         self.key_env = key_env
-
-    def __repr__(self) -> str:
-        return (
-            f"OpenAIBackend({self.base_url!r}, {self.name!r}, chat={self.chat}, "
-            f"key from ${self.key_env})"
-        )
-
-    def describe(self) -> dict:
-        "Return what a manifest records. The port is left out: a server may come back on another."
-        described = {
-            "kind": "openai-chat" if self.chat else "openai",
-            "model": self.name,
-            "revision": "",
-            "adapter": "",
-            "host": self.host,
-        }
-        return described | ({"parameters": self.parameters} if self.parameters else {})
 
     def body(self, prompt: str, decoding: Decoding, seed: int) -> dict:
         "Return the body of a request."
@@ -432,24 +441,12 @@ class _Session:
             count = self.backend.concurrency
             workers = [asyncio.create_task(self._worker(client)) for _ in range(count)]
             try:
-                await self._until_done(workers)
+                await until_done(workers, self.ledger)
             finally:
                 for worker in workers:
                     worker.cancel()
                 await asyncio.gather(*workers, return_exceptions=True)
         self.ledger.end()
-
-    async def _until_done(self, workers: list[asyncio.Task]) -> None:
-        "Wait for all workers; after a failure give those in flight a moment to finish."
-        while waiting := [worker for worker in workers if not worker.done()]:
-            patience = 10 if self.ledger.failure else None
-            done, _ = await asyncio.wait(
-                waiting, timeout=patience, return_when=asyncio.FIRST_COMPLETED
-            )
-            if not done:
-                return
-            for worker in done:
-                worker.result()  # raises what went wrong in it
 
     async def _worker(self, client: Any) -> None:
         for job in self.jobs:
@@ -459,3 +456,14 @@ class _Session:
                 self.ledger.answer(await self.backend.ask(client, job, self.decoding))
             except NoAnswer as trouble:
                 self.ledger.fail(job, trouble)
+
+# %% ../../nbs/7_engine_room/10_server.ipynb #serv-39
+async def until_done(workers: list[asyncio.Task], ledger: _Ledger) -> None:
+    "Wait for all workers; after a failure give those in flight a moment to finish."
+    while waiting := [worker for worker in workers if not worker.done()]:
+        patience = 10 if ledger.failure else None
+        done, _ = await asyncio.wait(waiting, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
+        if not done:
+            return
+        for worker in done:
+            worker.result()  # raises what went wrong in it

@@ -278,7 +278,7 @@ def _check_inputs(answers: AnswerFile, prompts: dict[str, str]) -> None:
         name = row["id"]
         if name in prompts and row["prompt_hash"] != prompt_hash(prompts[name]):
             what = f"the input of {name!r} has changed since it was answered"
-            raise answers.refuse(what, f"{answers.path}:{number}")
+            raise answers.manifest.refusal(what, f"{answers.path}:{number}")
 
 # %% ../../nbs/3_reasons/01_rationales.ipynb #60873571
 def extract(

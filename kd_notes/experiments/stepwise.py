@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['REAL_SPLITS', 'ARMS', 'PRETRAINED_RATE', 'task_split', 'info_of', 'teacher_rows', 'teacher_text', 'teacher_score',
-           'teacher_scores', 'teacher_title', 'arm_rows', 'is_pretrained', 'rate_key', 'chosen_rate', 'StudentSettings',
-           'Stepwise']
+           'teacher_scores', 'teacher_title', 'arm_rows', 'is_pretrained', 'rate_key', 'chosen_rate', 'Stepwise']
 
 # %% ../../nbs/3_reasons/03_stepwise.ipynb #f56ec154
 from dataclasses import dataclass, replace

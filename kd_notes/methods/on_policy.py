@@ -53,7 +53,7 @@ from kd_notes.methods.rollouts import (
 from ..models.pretrained import freeze, weights_hash
 from ..training.batches import Batch, target_logits, target_positions
 from ..training.method import Method
-from ..training.state import Loop, TrainConfig
+from ..training.state import TrainConfig, TrainState
 
 # %% ../../nbs/5_own_words/02_on_policy.ipynb #82e1dcad
 AVERAGES = ("tokens", "responses", "sum")
@@ -247,7 +247,7 @@ def check_inputs(method: OnPolicyTerms, prompts: list[dict], models: list) -> in
 class RolloutPhase(OnPolicyTerms):
     "Draws a rollout before the steps that use it, and makes its rows the examples of the loop."
 
-    def begin(self, state: Loop) -> None:
+    def begin(self, state: TrainState) -> None:
         minibatch = state.cfg.batch_size * state.cfg.accumulate * state.accelerator.num_processes
         check_rollouts(self.config, minibatch)
         check_dropout(self.config, state.cfg)
@@ -271,7 +271,7 @@ class RolloutPhase(OnPolicyTerms):
         state.items = [RolloutRow([])] * self.config.rollouts
         state.sizes = [1] * self.config.rollouts
 
-    def begin_step(self, state: Loop) -> None:
+    def begin_step(self, state: TrainState) -> None:
         self.step = state.step
         self.total_steps = state.cfg.steps
         cycle = state.step // (self.epoch_steps * self.config.inner_epochs)
@@ -286,7 +286,7 @@ class RolloutPhase(OnPolicyTerms):
             state.sizes = [row.num_tokens for row in state.items]
             state.ids = [row.responses[0].id for row in state.items]
 
-    def roll_out(self, state: Loop, cycle: int) -> None:
+    def roll_out(self, state: TrainState, cycle: int) -> None:
         "The rollout phase: draw the responses of a cycle, in the precision of the loop."
         write = partial(self.write, state.model)
         with torch.no_grad(), state.accelerator.autocast():

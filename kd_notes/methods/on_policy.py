@@ -16,7 +16,7 @@ from typing import Any, Iterable
 import torch
 from torch import Tensor
 
-from ..core import stable_hash, UserError
+from ..core import UserError
 from ..generation.sampling import Sampling
 from ..losses.cross_tokenizer import check_tokenizers
 from ..losses.divergences import at_least_float32, token_divergence
@@ -105,7 +105,7 @@ class OnPolicyConfig:
     def sampling(self, stop_ids: Iterable[int] = (), seed: int = 0) -> Sampling:
         "How responses are drawn."
         return Sampling(
-            self.max_new_tokens,
+            max_new_tokens=self.max_new_tokens,
             temperature=self.temperature,
             top_p=self.top_p,
             top_k=self.top_k,
@@ -247,11 +247,6 @@ def check_inputs(method: OnPolicyTerms, prompts: list[dict], models: list) -> in
 class RolloutPhase(OnPolicyTerms):
     "Draws a rollout before the steps that use it, and makes its rows the examples of the loop."
 
-    def identity(self) -> list:
-        "Settings, corpus and teacher; what a schedule changes during the run is left out."
-        name = type(self).__name__
-        return [name, asdict(self.config), self.corpus, self.teacher and weights_hash(self.teacher)]
-
     def begin(self, state: TrainState) -> None:
         minibatch = state.cfg.batch_size * state.cfg.accumulate * state.accelerator.num_processes
         check_rollouts(self.config, minibatch)
@@ -268,10 +263,7 @@ class RolloutPhase(OnPolicyTerms):
             batch_size=self.config.sample_batch,
             **self.config.sampler_options(),
         )
-        parts = [type(self).__name__, asdict(self.config), prompts, self.corpus]
-        weights = "" if self.teacher is None else weights_hash(self.teacher)
-        identity = stable_hash([*parts, weights])
-        self.rollouts = Rollouts(prompts, self.config.rollouts, self.seed, identity)
+        self.rollouts = Rollouts(prompts, self.config.rollouts, self.seed)
         self.epoch = None  # of the rows that the loop has
         self.epoch_steps = self.config.rollouts // minibatch
         # The loop orders the places of a rollout. All count as one token there, so that the
@@ -440,6 +432,11 @@ class OnPolicy(RolloutPhase, RolloutLoss):
             logged += HEALTH_OF_PREFIXES
         weights |= dict.fromkeys(logged, 0.0)
         return weights | ({"pt": self.config.pt_weight} if self.config.pt_weight else {})
+
+    def identity(self) -> list:
+        "Settings, corpus and teacher; what a schedule changes during the run is left out."
+        teacher = None if self.teacher is None else weights_hash(self.teacher)
+        return [type(self).__name__, asdict(self.config), self.corpus, teacher]
 
     def encode(self, row: Any) -> dict:
         return encode_prompt(self.tokenizer, row)

@@ -12,6 +12,7 @@ from typing import Any
 from ..core import UserError
 from ..data.dialogues import end_id, prompt_ids, turn_end_id
 from ..data.rows import read_row
+from ..generation.engine import end_tokens
 from ..generation.sampling import check_lengths
 from ..training.batches import unwrapped
 
@@ -111,21 +112,10 @@ def check_ids(rows: Sequence[dict], models: Sequence, shared: int | None = None)
         )
 
 # %% ../../nbs/5_own_words/01a_prompts.ipynb #rollouts-ends
-def configured_ends(model) -> set[int]:
-    "The end tokens in the generation config of a model."
-    config = getattr(unwrapped(model), "generation_config", None)
-    ends = getattr(config, "eos_token_id", None)
-    if not isinstance(ends, (list, tuple)):
-        ends = [] if ends is None else [ends]
-    return set(ends)
-
-
 def stop_ids(tokenizer, student, teacher) -> tuple[int, ...]:
     "All tokens that end a response; student and teacher must share one."
-    ends = {end_id(tokenizer)} | configured_ends(student)
-    if getattr(tokenizer, "chat_template", None):
-        ends.add(turn_end_id(tokenizer))
-    others = configured_ends(teacher) if teacher is not None else set()
+    ends = set(end_tokens(unwrapped(student), tokenizer))
+    others = set() if teacher is None else set(end_tokens(unwrapped(teacher)))
     if others and not ends & others:
         raise UserError(
             f"the student ends a response with {sorted(ends)}, the teacher with {sorted(others)}",

@@ -123,8 +123,7 @@ def shuffled_pick(name: str, seed: int, index: int, size: int) -> int:
 class Rollouts:
     "The responses that are in use: drawn together, trained on for some steps, kept in checkpoints."
 
-    def __init__(self, prompts: list[dict], size: int, seed: int, identity: str = ""):
-        self.identity = identity  # of the method that draws them; a checkpoint must agree
+    def __init__(self, prompts: list[dict], size: int, seed: int):
         self.prompts = prompts  # of `encode_prompts`
         self.size = size  # prompts per rollout
         self.seed = seed
@@ -168,21 +167,9 @@ class Rollouts:
     def state_dict(self) -> dict:
         "What a checkpoint keeps: the weights that wrote these responses are gone."
         rows = [[asdict(response) for response in row] for row in self.responses]
-        return {
-            "identity": self.identity,
-            "cycle": self.cycle,
-            "responses": rows,
-            "drawn": dict(self.drawn),
-        }
+        return {"cycle": self.cycle, "responses": rows, "drawn": dict(self.drawn)}
 
     def load_state_dict(self, kept: dict) -> None:
-        if kept["identity"] != self.identity:
-            raise UserError(
-                "the checkpoint is of a run with other prompts, texts or settings of the method, "
-                "or another teacher",
-                where="run_dir",
-                fix="Choose another run_dir, or delete the folder.",
-            )
         self.cycle = kept["cycle"]
         self.responses = [[Response(**fields) for fields in row] for row in kept["responses"]]
         self.drawn = Counter(kept["drawn"])

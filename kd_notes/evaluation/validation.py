@@ -45,6 +45,16 @@ def logit_chunks(
         yield head(part)
 
 # %% ../../nbs/4_probabilities/08_validation.ipynb #a1358e5b
+def _long_first(
+    rows: Sequence[dict], pad_id: int, batch_size: int
+) -> tuple[list[list[int]], list[Batch]]:
+    "Numbers of the rows of each batch, and the batches, long rows first."
+    pairs = [(row["prompt"], row["completion"]) for row in rows]
+    order = sorted(range(len(rows)), key=lambda i: -len(pairs[i][0] + pairs[i][1]))
+    parts = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    return parts, [causal_batch([pairs[i] for i in part], pad_id) for part in parts]
+
+
 @torch.no_grad()
 def _teacher_states(batches: list[Batch], teacher, file: Path | None) -> list[Tensor]:
     "Hidden states of the teacher at the target positions of each batch, cached in the file."
@@ -84,11 +94,8 @@ class Validation:
         vocabulary: int | None = None,  # ids that both share; None: the narrower head
         batch_size: int = 8,
     ):
-        pairs = [(row["prompt"], row["completion"]) for row in rows]
-        order = sorted(range(len(rows)), key=lambda i: -len(pairs[i][0] + pairs[i][1]))
-        self.parts = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-        self.batches = [causal_batch([pairs[i] for i in part], pad_id) for part in self.parts]
-        self.lengths = [len(completion) for _, completion in pairs]
+        self.parts, self.batches = _long_first(rows, pad_id, batch_size)
+        self.lengths = [len(row["completion"]) for row in rows]
         self.score = score
         self.vocabulary = vocabulary
         self.teacher = teacher

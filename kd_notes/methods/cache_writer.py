@@ -311,6 +311,18 @@ def _header(teacher, tokenizer, rows: list[dict], recipe: Recipe, layout: dict) 
         "layout": layout,
     }
 
+
+def _check_space(folder: Path, recipe: Recipe, vocab: int, positions: int) -> None:
+    "Refuse a disk that is too small before the teacher has worked for an hour."
+    needed = bytes_per_position(recipe, vocab) * positions
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(
+            f"the cache needs at least {needed / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB",
+            where=folder,
+            fix="Choose a smaller k, mode='sampled', or another disk.",
+        )
+
 # %% ../../nbs/4_probabilities/11_logit_cache.ipynb #32bdda06
 @dataclass(frozen=True)
 class _FolderWriter:
@@ -339,17 +351,6 @@ class _FolderWriter:
                     fix="Choose another folder, delete this one, or make the same call as before.",
                 )
 
-    def check_space(self, positions: int) -> None:
-        "Refuse a disk that is too small before the teacher has worked for an hour."
-        needed = bytes_per_position(self.maker.recipe, self.maker.vocab) * positions
-        free = shutil.disk_usage(self.folder).free
-        if needed > free:
-            raise UserError(
-                f"the cache needs at least {needed / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB",
-                where=self.folder,
-                fix="Choose a smaller k, mode='sampled', or another disk.",
-            )
-
     def write_shard(self, number: int, rows: list[dict]) -> None:
         "The file, then its line in the index; a full disk leaves nothing half-written."
         path = self.folder / f"shard-{number:05d}.safetensors"
@@ -376,7 +377,7 @@ class _FolderWriter:
         shards = {n: [self.rows[i] for i in part] for n, part in enumerate(plan) if n not in there}
         sizes = {n: sum(len(r["completion"]) for r in rows) for n, rows in shards.items()}
         total = sum(sizes.values())
-        self.check_space(total)
+        _check_space(self.folder, self.maker.recipe, self.maker.vocab, total)
         mode = self.maker.recipe.mode
         with progress(total=total, desc=f"teacher's {mode} cache", unit="token") as bar:
             for number, rows in shards.items():

@@ -40,6 +40,12 @@ from ..models.pretrained import weights_hash
 from ..training.batches import Batch
 
 # %% ../../nbs/4_probabilities/12_cached_kd.ipynb #4ccd20ab
+_REPAIR = (
+    "Call write_cache with the same arguments again: it makes the damaged or missing shards and "
+    "leaves the others."
+)
+
+
 class _Shard:
     "An open file of a cache, and where each of its rows begins."
 
@@ -68,12 +74,6 @@ class _Shard:
         return made
 
 # %% ../../nbs/4_probabilities/12_cached_kd.ipynb #eb6e44fd
-_REPAIR = (
-    "Call write_cache with the same arguments again: it makes the damaged or missing shards and "
-    "leaves the others."
-)
-
-
 class _CacheFolder:
     "The index of a cache, and the check of its origin."
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..core import UserError
 from ..data.dialogues import encode_row, is_encoded, padding_id
-from ..data.rows import read_row
+from ..data.rows import read_row, TextRow
 from kd_notes.losses.cross_tokenizer import (
     align_spans,
     align_vocabulary,
@@ -135,8 +135,8 @@ class LiveTeacher(TeacherSignal):
         } | method.options_at(method.targets(batch))
 
 # %% ../../nbs/4_probabilities/07_logit_kd.ipynb #e5706d8e
-class KD(SFT):
-    "Word-level KD: (1 - sft_weight) divergence from the teacher + sft_weight cross-entropy."
+class _KDSettings(SFT):
+    "The settings of KD, its rows and batches."
 
     def __init__(
         self,
@@ -174,12 +174,6 @@ class KD(SFT):
             self.loss_weights["sft"] = sft_weight
         self.signal.check(self)
 
-    def options_at(self, target_ids: Tensor) -> dict:
-        "The divergence's options, with the target tokens where it needs them."
-        if "target_ids" in _options(DIVERGENCES[self.divergence]):
-            return self.options | {"target_ids": target_ids}
-        return self.options
-
     def encode(self, row: Any) -> dict:
         family, limit = self.family, self.max_length
         item = encode_row(row, self.tokenizer, family=family, max_length=limit, system=self.system)
@@ -196,6 +190,19 @@ class KD(SFT):
         batch = super().collate(items)
         batch.columns |= self.signal.columns(items)
         return batch
+
+# %% ../../nbs/4_probabilities/07_logit_kd.ipynb #7e2271cf
+class KD(_KDSettings):
+    """Word-level KD: (1 - sft_weight) divergence from the teacher + sft_weight cross-entropy.
+
+    With the forward KL and temperature squared it is the soft-target loss of Hinton et al. (2015).
+    """
+
+    def options_at(self, target_ids: Tensor) -> dict:
+        "The divergence's options, with the target tokens where it needs them."
+        if "target_ids" in _options(DIVERGENCES[self.divergence]):
+            return self.options | {"target_ids": target_ids}
+        return self.options
 
     def targets(self, batch: Batch | dict) -> Tensor:
         "The n target tokens of a batch."
@@ -308,6 +315,21 @@ def _spans(items: list[dict], divergence: str) -> Tensor:
         teacher += len(teacher_ends)
     return torch.tensor(spans).reshape(-1, 4)
 
+
+def _completion_ends(tokenizer, row: TextRow, item: dict) -> list[int]:
+    "Where each token of the completion ends in the text."
+    ids, ends = token_ends(tokenizer, row.completion, eos=row.whole)
+    size = len(item["completion"])
+    # The last token may be the end of a chat's turn instead of the end of a text.
+    text = size - 1 if row.whole and size == len(ids) else size
+    if item["completion"][:text] != ids[:text]:
+        raise UserError(
+            "the tokenizer cuts the completion in two ways",
+            where=row.where,
+            fix="Load its fast version.",
+        )
+    return ends[:size]
+
 # %% ../../nbs/4_probabilities/07_logit_kd.ipynb #62a41bf5
 class OtherTokenizer(TeacherSignal):
     "A live teacher with another tokenizer; a mean over spans of text that both tokenizers cut."
@@ -345,24 +367,11 @@ class OtherTokenizer(TeacherSignal):
         limit, system = method.max_length, method.system
         other = encode_row(row, self.tokenizer, max_length=limit, system=system)
         return item | {
-            "ends": self._ends(method.tokenizer, row, item),
+            "ends": _completion_ends(method.tokenizer, row, item),
             "teacher_prompt": other["prompt"],
             "teacher_completion": other["completion"],
-            "teacher_ends": self._ends(self.tokenizer, row, other),
+            "teacher_ends": _completion_ends(self.tokenizer, row, other),
         }
-
-    def _ends(self, tokenizer, row, item: dict) -> list[int]:
-        "Where each token of the completion ends in the text."
-        ids, ends = token_ends(tokenizer, row.completion, eos=row.whole)
-        size = len(item["completion"])
-        text = size - (row.whole and size == len(ids))  # the end of a chat's turn may differ
-        if item["completion"][:text] != ids[:text]:
-            raise UserError(
-                "the tokenizer cuts the completion in two ways",
-                where=row.where,
-                fix="Load its fast version.",
-            )
-        return ends[:size]
 
     def columns(self, items: list[dict]) -> dict[str, Any]:
         pairs = [(item["teacher_prompt"], item["teacher_completion"]) for item in items]

@@ -57,6 +57,56 @@ from ..training.loop import train
 from ..training.method import Method, SFT
 from ..training.state import Progress
 
+# %% ../../nbs/4_probabilities/15_distill.ipynb #9ee80f21
+def _shared_vocabulary(pair: "_Pair", request: Request) -> int | None:
+    "The number of ids that both tokenizers share, None if they differ; models that fit."
+    sides = (
+        (pair.teacher, pair.teacher_tokenizer, request.teacher),
+        (pair.student, pair.tokenizer, request.student),
+    )
+    for model, tokenizer, source in sides:
+        if model.config.is_encoder_decoder:
+            raise UserError(
+                "this is an encoder-decoder",
+                where=shown_name(source),
+                fix="distill takes causal models; use KD with family='t5' and train for others.",
+            )
+        check_vocabulary(model, tokenizer, shown_name(source))
+        end_id(tokenizer)
+    if pair.tokenizer.chat_template is None:
+        pair.tokenizer.chat_template = chat_template_of(pair.tokenizer)
+    try:
+        return check_tokenizers(pair.tokenizer, pair.teacher_tokenizer)
+    except UserError as error:
+        if request.objective in {*TEXT_OBJECTIVES, *CROSS_OBJECTIVES}:
+            return None
+        raise UserError(
+            error.what,
+            where="objective",
+            fix=f"{request.objective} compares ids. Use spans_matched, uld or seqkd.",
+        ) from error
+
+
+def _check_rows(pair: "_Pair", rows: list[TextRow], objective: str) -> None:
+    "Encode all rows for both sides; find tokens that the teacher does not have."
+    pair.encode(rows, pair.teacher_tokenizer)
+    if pair.vocabulary is None or pair.tokenizer is pair.teacher_tokenizer:
+        pair.encode(rows)
+        return
+    for row, item in zip(rows, pair.encode(rows)):
+        largest = max(item["prompt"] + item["completion"])
+        if largest < pair.vocabulary:
+            continue
+        if objective in TEXT_OBJECTIVES:
+            pair.vocabulary = None  # no ids are compared, so no divergence is reported
+            return
+        token = pair.tokenizer.convert_ids_to_tokens(largest)
+        raise UserError(
+            f"the token {token!r} of the student's tokenizer is unknown to the teacher",
+            where=row.where,
+            fix="Leave such rows out, or use sft, seqkd or spans_matched.",
+        )
+
 # %% ../../nbs/4_probabilities/15_distill.ipynb #753e88ef
 @dataclass
 class _Pair:
@@ -86,61 +136,15 @@ class _Pair:
             # The caller's model stays as it is; the trained one is in the folder.
             student = (copy.deepcopy(student[0]).to(place).requires_grad_(True), student[1])
         pair = cls(teacher, teacher_tokenizer, *student, settings.system)
-        pair.check(request)
+        pair.vocabulary = _shared_vocabulary(pair, request)
         pair.max_length = context_of(pair.student, teacher, limit=settings.max_length)
         return pair
-
-    def check(self, request: Request) -> None:
-        sides = (
-            (self.teacher, self.teacher_tokenizer, request.teacher),
-            (self.student, self.tokenizer, request.student),
-        )
-        for model, tokenizer, source in sides:
-            if model.config.is_encoder_decoder:
-                raise UserError(
-                    "this is an encoder-decoder",
-                    where=shown_name(source),
-                    fix="distill takes causal models; use KD with family='t5' and train for others.",
-                )
-            check_vocabulary(model, tokenizer, shown_name(source))
-            end_id(tokenizer)
-        try:
-            self.vocabulary = check_tokenizers(self.tokenizer, self.teacher_tokenizer)
-        except UserError as error:
-            if request.objective not in {*TEXT_OBJECTIVES, *CROSS_OBJECTIVES}:
-                raise UserError(
-                    error.what,
-                    where="objective",
-                    fix=f"{request.objective} compares ids. Use spans_matched, uld or seqkd.",
-                ) from error
-        if self.tokenizer.chat_template is None:
-            self.tokenizer.chat_template = chat_template_of(self.tokenizer)
 
     def encode(self, rows: list[TextRow], tokenizer: Any = None) -> list[dict]:
         "Rows as ids of the student's tokenizer, or of another one."
         tokenizer = tokenizer or self.tokenizer
         length = self.max_length
         return [encode_row(row, tokenizer, max_length=length, system=self.system) for row in rows]
-
-    def check_rows(self, rows: list[TextRow], objective: str) -> None:
-        "Encode all rows for both sides; find tokens that the teacher does not have."
-        self.encode(rows, self.teacher_tokenizer)
-        if self.vocabulary is None or self.tokenizer is self.teacher_tokenizer:
-            self.encode(rows)
-            return
-        for row, item in zip(rows, self.encode(rows)):
-            largest = max(item["prompt"] + item["completion"])
-            if largest < self.vocabulary:
-                continue
-            if objective in TEXT_OBJECTIVES:
-                self.vocabulary = None  # no ids are compared, so no divergence is reported
-                return
-            token = self.tokenizer.convert_ids_to_tokens(largest)
-            raise UserError(
-                f"the token {token!r} of the student's tokenizer is unknown to the teacher",
-                where=row.where,
-                fix="Leave such rows out, or use sft, seqkd or spans_matched.",
-            )
 
 # %% ../../nbs/4_probabilities/15_distill.ipynb #6d81a850
 @dataclass
@@ -312,6 +316,28 @@ def _source(model: Any, tokenizer: Any, name: str) -> str | tuple:
     return str(model)
 
 
+def _start(request: Request) -> _Distillation:
+    "Load and check everything before anything is computed."
+    settings = request.settings
+    texts, held_out = hold_out(request.rows(), settings.validation, settings.seed)
+    if memory := expected_memory(request):
+        total = memory["total"] / 1e9
+        activations = memory["activations"] / 1e9
+        request.say(
+            f"about {total:.1f} GB of memory, {activations:.1f} GB of them for activations, with "
+            f"batches of {settings.batch_size} rows of {settings.max_length} tokens"
+        )
+    pair = _Pair.load(request)
+    _check_rows(pair, texts + held_out, request.objective)
+    rows = pair.encode(texts)
+    cut = sum(not row["whole"] for row in rows)
+    note = f"; {cut} completions are cut at {pair.max_length} tokens" if cut else ""
+    request.say(f"{len(rows)} rows to train on, {len(held_out)} held out{note}")
+    if main_process():
+        write_json(request.out / "request.json", request.as_dict())
+    return _Distillation(request, pair, texts, held_out, rows)
+
+# %% ../../nbs/4_probabilities/15_distill.ipynb #604ea83a
 def distill(
     data: Path | str | Iterable,  # JSONL, or rows of any shape that `read_row` takes
     teacher: Any,  # smollm2, hub:<id>, a folder, or (model, tokenizer)
@@ -337,25 +363,3 @@ def distill(
             request.say("finished already")
             return report
         return _run(_start(request))
-
-
-def _start(request: Request) -> _Distillation:
-    "Load and check everything before anything is computed."
-    settings = request.settings
-    texts, held_out = hold_out(request.rows(), settings.validation, settings.seed)
-    if memory := expected_memory(request):
-        total = memory["total"] / 1e9
-        activations = memory["activations"] / 1e9
-        request.say(
-            f"about {total:.1f} GB of memory, {activations:.1f} GB of them for activations, with "
-            f"batches of {settings.batch_size} rows of {settings.max_length} tokens"
-        )
-    pair = _Pair.load(request)
-    pair.check_rows(texts + held_out, request.objective)
-    rows = pair.encode(texts)
-    cut = sum(not row["whole"] for row in rows)
-    note = f"; {cut} completions are cut at {pair.max_length} tokens" if cut else ""
-    request.say(f"{len(rows)} rows to train on, {len(held_out)} held out{note}")
-    if main_process():
-        write_json(request.out / "request.json", request.as_dict())
-    return _Distillation(request, pair, texts, held_out, rows)

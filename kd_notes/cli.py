@@ -20,20 +20,17 @@ import typer
 
 from .core import UserError
 from .progress import human_seconds
-from .runner.execute import columns, Outcome, reproduce, shown_path
 from kd_notes.runner.notebooks import (
     Book,
-    load_profile,
     notebook_title,
     open_book,
-    Profile,
-    profile_names,
     read_notebook,
     result_names,
-    setting_value,
 )
+from .runner.profiles import load_profile, Profile, profile_names, setting_value
 from .runner.publish import publish
 from .runner.record import check, check_table, record, record_stage
+from .runner.reproduce import columns, Outcome, reproduce, shown_path
 from .runner.runs import read_manifest, run_status
 
 # %% ../nbs/7_engine_room/28_cli.ipynb #2f20091f

@@ -386,6 +386,21 @@ def test_an_upward_import_is_seen(text, wrong):
     assert len(upward("losses.fused", text)) == wrong
 
 
+def test_the_picture_of_the_package_names_every_layer_and_module():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    picture = re.search(r"## The package, room by room\n(.*?)\n## ", text, re.S)[1]
+    rooms = re.findall(r"(?m)^    (\w+)/? ", picture)
+    assert rooms == LAYERS
+    named = set(re.findall(r"\w+", picture))
+    packages = {"experiments", "products"}  # described as a whole
+    missing = [
+        name
+        for path in MODULES
+        if (name := dotted(path)).split(".")[0] not in packages and name.split(".")[-1] not in named
+    ]
+    assert not missing, f"CONTRIBUTING does not say what these are for: {missing}"
+
+
 def test_modules_do_not_import_each_other_in_a_circle():
     from kd_notes.runner.code import module_facts
 

@@ -18,9 +18,11 @@ import kd_notes.cli as cli_module
 import kd_notes.data.examples as examples_module
 import kd_notes.runner.execute as execute_module
 import kd_notes.runner.notebooks as notebooks_module
+import kd_notes.runner.profiles as profiles_module
 import kd_notes.runner.publish as publish_module
 import kd_notes.methods.rationales as rationales_module
 import kd_notes.runner.record as record_module
+import kd_notes.runner.reproduce as reproduce_module
 from kd_notes.core import read_json, stable_hash, UserError, write_json
 from kd_notes.runner.grid import load_record, record_runs, run_grid
 from kd_notes.runner.runs import read_manifest, run_status
@@ -141,7 +143,7 @@ def ran(tmp_path_factory) -> notebooks_module.Book:
             figure=REAL_FIGURE,
         ),
     )
-    [outcome] = execute_module.reproduce(profile="smoke", jobs=2, book=book)
+    [outcome] = reproduce_module.reproduce(profile="smoke", jobs=2, book=book)
     assert outcome.status == "done", outcome.message
     record_module.record(["small"], "smoke", book)
     return book
@@ -244,7 +246,7 @@ def test_a_whole_number_may_stand_for_a_decimal_one_with_the_same_key():
 def test_bad_profiles_name_the_file_and_the_known(tmp_path, fields, message):
     book = make_book(tmp_path, {"p": fields}, small=standard())
     with pytest.raises(UserError, match=message) as e:
-        notebooks_module.load_profile(book, "p")
+        profiles_module.load_profile(book, "p")
     assert "p.json" in str(e.value)
 
 
@@ -252,7 +254,7 @@ def test_a_profile_that_is_not_json_names_the_line(tmp_path):
     book = make_book(tmp_path, small=standard())
     (book.profiles / "p.json").write_text('{\n "headline": [\n')
     with pytest.raises(UserError, match="p.json:3"):
-        notebooks_module.load_profile(book, "p")
+        profiles_module.load_profile(book, "p")
 
 
 @pytest.mark.parametrize(
@@ -275,13 +277,13 @@ def test_settings_from_the_command_line(sets, made):
             for k, v in {"a": 1, "text": "", "flag": False}.items()
         },
     }
-    assert notebooks_module.parse_sets(sets, known) == made
+    assert profiles_module.parse_sets(sets, known) == made
 
 
 @pytest.mark.parametrize("text", ["b=1", "three.a=1", "a", ""])
 def test_settings_that_reach_nothing(text):
     with pytest.raises(UserError, match="Known: a"):
-        notebooks_module.parse_sets([text], {"one": {"a": notebooks_module.Parameter("a", 1)}})
+        profiles_module.parse_sets([text], {"one": {"a": notebooks_module.Parameter("a", 1)}})
 
 
 # ---------------------------------------------------------------- a run
@@ -324,7 +326,7 @@ def test_the_kernel_is_this_interpreter_and_jobs_arrive(ran):
 
 def test_unchanged_is_skipped_without_importing_anything_heavy(ran):
     program = (
-        "import sys, time; t = time.time(); from pathlib import Path; from kd_notes.runner.notebooks import open_book; from kd_notes.runner.execute import reproduce; "
+        "import sys, time; t = time.time(); from pathlib import Path; from kd_notes.runner.notebooks import open_book; from kd_notes.runner.reproduce import reproduce; "
         f"made = reproduce(profile='smoke', book=open_book(Path({str(ran.nbs.parent)!r}))); "
         "print([o.status for o in made], [m for m in ('torch', 'transformers', 'papermill', 'pandas', 'matplotlib') if m in sys.modules], time.time() - t)"
     )
@@ -382,11 +384,13 @@ def test_real_data_outside_counts_only_for_those_who_read_it(copy, tmp_path, mon
 def test_a_run_with_lost_or_changed_files_is_not_fresh(copy):
     folder = copy.runs / "smoke" / "small"
     key = read_manifest(folder)["key"]
-    assert execute_module.run_fresh(folder, key) and not execute_module.run_fresh(folder, "0" * 16)
+    assert reproduce_module.run_fresh(folder, key) and not reproduce_module.run_fresh(
+        folder, "0" * 16
+    )
     (folder / "curve.png").write_bytes(b"other")
-    assert not execute_module.run_fresh(folder, key)
+    assert not reproduce_module.run_fresh(folder, key)
     (folder / "curve.png").unlink()
-    assert not execute_module.run_fresh(folder, key)
+    assert not reproduce_module.run_fresh(folder, key)
 
 
 def test_failures_do_not_stop_the_others_and_say_why(tmp_path):
@@ -450,8 +454,8 @@ def test_runs_that_ended_well_but_are_not_good(tmp_path, monkeypatch, parts, mes
         )
         return {"error": None, "peak_memory_mib": 1.0}
 
-    monkeypatch.setattr(execute_module, "_run_process", run_here)
-    [outcome] = execute_module.reproduce(profile="smoke", book=book)
+    monkeypatch.setattr(reproduce_module, "_run_process", run_here)
+    [outcome] = reproduce_module.reproduce(profile="smoke", book=book)
     assert outcome.status == "failed" and message in outcome.message
     assert run_status(outcome.folder) == "failed"
 
@@ -463,12 +467,12 @@ def test_a_parameter_that_papermill_cannot_read_is_an_error(tmp_path):
             parameters=PARAMETERS + '\nodd = "a=b"', echo=ECHO.replace("a=a", "a=a, odd=odd")
         ),
     )
-    [outcome] = execute_module.reproduce(profile="smoke", book=book)
+    [outcome] = reproduce_module.reproduce(profile="smoke", book=book)
     assert outcome.status == "failed" and "papermill does not understand odd" in outcome.message
 
 
 def test_settings_beside_the_profile_get_a_folder_of_their_own(copy):
-    [outcome] = execute_module.reproduce(["small"], "smoke", sets=["a=7"], book=copy)
+    [outcome] = reproduce_module.reproduce(["small"], "smoke", sets=["a=7"], book=copy)
     assert outcome.status == "done" and outcome.folder.parent == copy.runs / "custom"
     assert (
         read_json(outcome.folder / "metrics.json")["a"] == 7
@@ -476,7 +480,7 @@ def test_settings_beside_the_profile_get_a_folder_of_their_own(copy):
     )
     assert [
         o.status
-        for o in execute_module.reproduce(["small"], "smoke", sets=["small.a=7"], book=copy)
+        for o in reproduce_module.reproduce(["small"], "smoke", sets=["small.a=7"], book=copy)
     ] == ["unchanged"]
 
 
@@ -485,7 +489,7 @@ def test_a_failed_rerun_keeps_the_last_good_run(copy):
     (copy.results / "small.ipynb").write_text(
         publish_module.notebook_text({**nb, "cells": [*nb["cells"], code("1 / 0")]})
     )
-    [outcome] = execute_module.reproduce(profile="smoke", book=copy)
+    [outcome] = reproduce_module.reproduce(profile="smoke", book=copy)
     assert outcome.status == "failed" and "ZeroDivisionError" in outcome.message
     assert read_json(copy.runs / "smoke" / ".previous" / "small" / "metrics.json")["a"] == 4
 
@@ -508,14 +512,16 @@ def test_skipped_notebooks_are_neither_success_nor_failure(tmp_path):
     ]
     with pytest.raises(UserError, match="no finished run"):
         record_module.record(["small"], "smoke", book)
-    assert [o.status for o in execute_module.reproduce(profile="smoke", book=book)] == ["unchanged"]
+    assert [o.status for o in reproduce_module.reproduce(profile="smoke", book=book)] == [
+        "unchanged"
+    ]
 
 
 @pytest.mark.parametrize("name", ["my{b}ook", "{a}", "{{x}}", "half{open", "100% [x] \u00fc"])
 def test_a_book_in_a_folder_with_an_odd_name(tmp_path, name):
     "Papermill fills parameters into the paths that it is given, and there is a parameter `a`."
     book = make_book(tmp_path / name, small=standard())
-    [outcome] = execute_module.reproduce(profile="smoke", book=book)
+    [outcome] = reproduce_module.reproduce(profile="smoke", book=book)
     assert outcome.status == "done", outcome.message
     assert (tmp_path / name / "runs" / "smoke" / "small" / "executed.ipynb").is_file()
 
@@ -523,7 +529,7 @@ def test_a_book_in_a_folder_with_an_odd_name(tmp_path, name):
 @pytest.mark.parametrize("last", ["os.kill(os.getpid(), 9)", "os._exit(0)", "os._exit(7)"])
 def test_a_kernel_that_ends_by_itself_is_no_success(tmp_path, last):
     book = make_book(tmp_path, small=standard(f"import os\n{last}"))
-    [outcome] = execute_module.reproduce(profile="smoke", book=book)
+    [outcome] = reproduce_module.reproduce(profile="smoke", book=book)
     assert outcome.status == "failed" and "kernel died" in outcome.message
     assert run_status(outcome.folder) == "failed"
 
@@ -535,7 +541,7 @@ def test_a_text_parameter_arrives_letter_by_letter(tmp_path):
     parameters = PARAMETERS + '\nword = "x"  # a text'
     echoed = ECHO.replace("jobs=jobs", "jobs=jobs, word=word")
     book = make_book(tmp_path, small=standard(parameters=parameters, echo=echoed))
-    [outcome] = execute_module.reproduce(
+    [outcome] = reproduce_module.reproduce(
         profile="smoke", book=book, sets=[f"small.word={ODD_TEXT}"]
     )
     assert outcome.status == "done", outcome.message
@@ -623,7 +629,7 @@ def test_interruptions_leave_a_state_to_go_on_from(tmp_path, how):
     if how == signal.SIGTERM:
         return
     write_json(book.profiles / "smoke.json", {**profile, "parameters": {"slow": {"a": 0}}})
-    assert [o.status for o in execute_module.reproduce(profile="smoke", book=book)] == [
+    assert [o.status for o in reproduce_module.reproduce(profile="smoke", book=book)] == [
         "unchanged",
         "done",
     ]
@@ -637,7 +643,7 @@ def test_two_runners_do_not_share_a_folder(tmp_path):
     )
     process, kernel = start_and_wait_for_kernel(book)
     try:
-        [outcome] = execute_module.reproduce(profile="smoke", book=book)
+        [outcome] = reproduce_module.reproduce(profile="smoke", book=book)
         assert outcome.status == "failed" and "another process" in outcome.message
         assert psutil.pid_exists(kernel)
     finally:
@@ -719,7 +725,7 @@ save_verdicts([verdict("A beats B", Estimate(0.1, 0.05, 0.15, 5)), verdict("C be
 
 def test_verdicts_are_recorded_and_checked(tmp_path):
     book = make_book(tmp_path, small=standard(VERDICTS))
-    [outcome] = execute_module.reproduce(profile="smoke", book=book)
+    [outcome] = reproduce_module.reproduce(profile="smoke", book=book)
     assert outcome.status == "done", outcome.message
     assert "verdicts.json" in read_manifest(outcome.folder)["outputs"]
     lines = record_module.record(["small"], "smoke", book)
@@ -772,7 +778,7 @@ def test_a_replay_is_called_one(training_book):
 
 def test_a_replay_does_not_stand_for_a_training(training_book):
     def run(*words, **options):
-        [outcome] = execute_module.reproduce(profile="smoke", book=training_book, **options)
+        [outcome] = reproduce_module.reproduce(profile="smoke", book=training_book, **options)
         return outcome.status
 
     assert run(source="record") == "done" and run(source="record") == "unchanged"
@@ -785,15 +791,15 @@ def test_source_and_force_reach_the_notebook_and_are_not_in_the_key(training_boo
     def key():
         return read_manifest(training_book.runs / "smoke" / "small")["key"]
 
-    execute_module.reproduce(profile="smoke", book=training_book)
+    reproduce_module.reproduce(profile="smoke", book=training_book)
     before = key()
-    execute_module.reproduce(profile="smoke", book=training_book, source="record", force=True)
+    reproduce_module.reproduce(profile="smoke", book=training_book, source="record", force=True)
     log = (training_book.runs / "smoke" / "small" / "log.txt").read_text()
     assert "source record force True" in log and key() == before
     with pytest.raises(UserError, match="set by the runner"):
-        execute_module.reproduce(profile="smoke", book=training_book, sets=["source=record"])
+        reproduce_module.reproduce(profile="smoke", book=training_book, sets=["source=record"])
     with pytest.raises(UserError, match="train, cache, record"):
-        execute_module.reproduce(profile="smoke", book=training_book, source="memory")
+        reproduce_module.reproduce(profile="smoke", book=training_book, source="memory")
 
 
 def test_hand_edits_fail_however_small(copy):
@@ -1207,7 +1213,7 @@ def test_a_setting_that_is_an_option_is_named(words, option, tmp_path, monkeypat
 @pytest.mark.parametrize("word, value", [("no", False), ("off", False), ("yes", True)])
 def test_a_switch_of_a_notebook_takes_words(word, value):
     known = {"one": {"flag": notebooks_module.Parameter("flag", not value)}}
-    assert notebooks_module.parse_sets([f"flag={word}"], known) == {"one": {"flag": value}}
+    assert profiles_module.parse_sets([f"flag={word}"], known) == {"one": {"flag": value}}
 
 
 def test_extract_on_the_command_line_goes_on_where_it_was(tmp_path):
@@ -1280,8 +1286,8 @@ def test_plain_progress_has_no_control_characters(capsys, monkeypatch):
 
 def test_every_profile_of_this_project_is_valid():
     book = notebooks_module.open_book()
-    for name in notebooks_module.profile_names(book):
-        notebooks_module.load_profile(book, name)
+    for name in profiles_module.profile_names(book):
+        profiles_module.load_profile(book, name)
     for name in notebooks_module.result_names(book):
         assert notebooks_module.notebook_title(
             notebooks_module.read_notebook(book.results / f"{name}.ipynb")

@@ -19,10 +19,10 @@ from ..evaluation.statistics import count_outcomes, reported, Verdict
 from ..progress import human_seconds
 from kd_notes.runner.notebooks import (
     Book,
-    load_profile,
     notebook_title,
     read_notebook,
 )
+from .profiles import load_profile
 from .publish import notebook_text
 from .record import expected_file
 

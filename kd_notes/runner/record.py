@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any, Mapping, Sequence
 
 from ..core import cache_dir, read_json, stable_hash, UserError, write_json
-from .execute import columns, run_fresh
 from .grid import cached_runs, load_record, record_runs
-from .notebooks import Book, known_names, load_profile, open_book, read_numbers
+from .notebooks import Book, known_names, open_book, read_numbers
+from .profiles import load_profile
+from .reproduce import columns, run_fresh
 from .runs import read_manifest, run_status
 from .tolerance import seed_spreads, Tolerances
 

@@ -38,7 +38,13 @@ LAYERS = [
     "products",
     "cli",
 ]
-LONG = {"losses.fused": 900, "generation.backends": 900}  # may have more than 500 lines
+# Modules that may have more than 500 lines. divergences and public are to come down.
+LONG = {
+    "losses.fused": 900,
+    "generation.backends": 900,
+    "losses.divergences": 560,
+    "data.public": 560,
+}
 CLEAN = "Run: .venv/bin/nbdev_clean --fname nbs/{0} and commit the notebook."
 
 

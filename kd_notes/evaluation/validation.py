@@ -139,9 +139,5 @@ class Validation:
         model.train(training)
         tokens = sum(self.lengths)
         means = {name: float(v.sum() / tokens) for name, v in sums.items() if name != "tokens"}
-        perplexity = math.exp(min(means["nll"], 700))
-        return means | {
-            "perplexity": perplexity,
-            "tokens": tokens,
-            "score": -means[self.score],
-        }
+        means["perplexity"] = math.exp(min(means["nll"], 700))
+        return means | {"tokens": tokens, "score": -means[self.score]}

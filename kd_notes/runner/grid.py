@@ -273,7 +273,7 @@ def _run_all(tasks: list[Task], jobs: int, threads: int, force: bool, desc: str)
                     bar.set_postfix_str(f"{failed} failed")
                 yield event
 
-
+# %% ../../nbs/7_engine_room/06_grid.ipynb #b8dcc65f
 def run_grid(
     stage: str,
     target: str,  # "package.module:function"

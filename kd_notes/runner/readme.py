@@ -98,7 +98,7 @@ def _stepwise_rows() -> list[FrontRow]:
         ),
     ]
 
-
+# %% ../../nbs/7_engine_room/27_readme.ipynb #21cfc6ed
 def _minillm_rows() -> list[FrontRow]:
     arms = ("SFT", "SeqKD", "MiniLLM")
     rouge = _minillm_values("Table 1", arms, ", GPT-2 120M", unit=("Rouge-L",))

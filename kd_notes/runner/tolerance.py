@@ -95,9 +95,9 @@ def _decides(low: float, high: float) -> int:
     "Side of zero on which an interval lies: 1, -1, or 0 if it holds zero."
     return (low > 0) - (high < 0)
 
-
+# %% ../../nbs/7_engine_room/24_tolerance.ipynb #77474edd
 @dataclass(frozen=True)
-class Tolerances:
+class Widths:
     "Recorded numbers of one notebook, and how far a measured one may lie from each."
 
     numbers: Mapping[str, Mapping[str, Any]]
@@ -134,6 +134,10 @@ class Tolerances:
         deviation = max(spread.absolute, spread.relative * abs(number["value"]))
         seeds = number.get("n", 1)
         return max(own_half_width, DEVIATIONS * deviation / math.sqrt(seeds))
+
+# %% ../../nbs/7_engine_room/24_tolerance.ipynb #61bf58e9
+class Tolerances(Widths):
+    "Judges measured numbers by the recorded ones."
 
     def judge(self, name: str, measured: Mapping[str, Any]) -> Judgement:
         "Compare a measured number with the recorded one of this name."

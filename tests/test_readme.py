@@ -112,9 +112,9 @@ def test_links_are_rewritten_for_the_folder_above(link, seen):
 def test_the_four_lines_run(tmp_path, monkeypatch, capsys):
     "A student in four lines, with fewer steps."
     monkeypatch.setenv("KD_NOTES_CACHE", str(tmp_path))
-    lines = next(text for text in snippets() if "steps=800" in text)
+    lines = next(text for text in snippets() if '"steps": 800' in text)
     assert len(lines.splitlines()) == 4
-    exec(lines.replace("steps=800", "steps=2"), {})
+    exec(lines.replace('"steps": 800', '"steps": 2'), {})
     accuracy, parameters = capsys.readouterr().out.splitlines()[-1].split()
     assert 0 <= float(accuracy) <= 1 and int(parameters) > 100_000
 

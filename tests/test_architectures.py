@@ -8,7 +8,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from kd_notes.losses.divergences import token_divergence
-from kd_notes.methods.logit_kd import KD, states_suffice
+from kd_notes.methods.logit_kd import KD
+from kd_notes.methods.logit_kd import linear_head
 from kd_notes.training.batches import (
     plain_logits,
     seq2seq_batch,
@@ -178,7 +179,7 @@ def test_a_change_behind_the_head_is_noticed_without_a_setting():
 
     model = tiny("Llama")
     model.__class__ = Squashed
-    assert not plain_logits(model) and not states_suffice(model)
+    assert not plain_logits(model) and linear_head(model) is None
 
 
 @pytest.mark.parametrize("name", ["Gemma 2", "Cohere", "Gemma 3 with images", "Mixtral", "Llama"])

@@ -179,8 +179,7 @@ def test_full_disk_appends_all_rows_or_none(small_disk):
 def test_file_size_limit_is_reported_like_a_full_disk(tmp_path):
     code = f"""
 import os, resource
-from kd_notes.core import *
-from kd_notes.core import UserError
+from kd_notes.core import append_jsonl, atomic_write, UserError, write_json
 os.chdir({str(tmp_path)!r})
 append_jsonl("rows.jsonl", [{{"id": 1}}]); write_json("old.json", [1])
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))

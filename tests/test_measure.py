@@ -24,7 +24,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import kd_notes.evaluation.judge as judge_module
 import kd_notes.evaluation.text as text_module
-from kd_notes.generation.backends import Completion, completion_row, open_backend, ReplayBackend
+from kd_notes.generation.backends import open_backend, ReplayBackend
+from kd_notes.generation.completions import Completion, completion_row
 from kd_notes.core import append_jsonl, read_jsonl, UserError
 from kd_notes.evaluation.calibration import ece, label_scores, reliability, score_labels
 from kd_notes.evaluation.cost import cost_table, ratio_in_turns, time_in_turns

@@ -107,7 +107,7 @@ def teacher(tmp_path, monkeypatch):
 def test_alpha_one_is_finetuning_on_prefixed_input_bit_for_bit(family):
     rows = step_rows([replace(e, rationale="") for e in POOL])
     ours = fit(StepByStep(TOK, family, alpha=1.0), rows, family)
-    plain = fit(SFT(TOK, family, prompt=lambda e: PREDICT + e.input), POOL, family)
+    plain = fit(SFT(TOK, family), [replace(e, input=PREDICT + e.input) for e in POOL], family)
     assert [h["loss"] for h in ours.history if "loss" in h] == [
         h["loss"] for h in plain.history if "loss" in h
     ]
@@ -120,7 +120,7 @@ def test_alpha_one_is_finetuning_on_prefixed_input_bit_for_bit(family):
 def test_alpha_one_ignores_the_rationales_that_are_there():
     "To float tolerance: the rationale rows share the batch, and change its padding."
     ours = fit(StepByStep(TOK, alpha=1.0), step_rows(POOL), bucket=False)
-    plain = fit(SFT(TOK, prompt=lambda e: PREDICT + e.input), POOL, bucket=False)
+    plain = fit(SFT(TOK), [replace(e, input=PREDICT + e.input) for e in POOL], bucket=False)
     losses = [[h["loss"] for h in r.history if "loss" in h] for r in (ours, plain)]
     assert losses[0] == pytest.approx(losses[1], abs=2e-4)
 

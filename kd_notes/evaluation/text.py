@@ -319,9 +319,9 @@ def sample_answers(
     )
     for i, seed in enumerate(seeds):
         sampling = Sampling(
-            max_new_tokens,
-            temperature,
-            top_p,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
             stop_ids=(tokenizer.eos_token_id,),
             seed=seed,
             no_repeat_ngram=no_repeat_ngram,

@@ -74,7 +74,9 @@ class UserError(Exception):
         super().__init__(
             what, str(where), fix
         )  # plain positional args, so that it survives a trip between processes
-        self.what, self.where, self.fix = what, str(where), fix
+        self.what = what
+        self.where = str(where)
+        self.fix = fix
 
     def __str__(self) -> str:
         what = self.what if self.what.rstrip().endswith((".", "!", "?")) else self.what + "."
@@ -139,7 +141,8 @@ def nbs_dir() -> Path:
 # %% ../nbs/7_engine_room/01_core.ipynb #6ef1a493
 def cache_dir() -> Path:
     "Folder for everything that can be made again: $KD_NOTES_CACHE, else .cache in the checkout, else the user's cache folder."
-    named, root = os.environ.get("KD_NOTES_CACHE"), repo_root()
+    named = os.environ.get("KD_NOTES_CACHE")
+    root = repo_root()
     path = (
         Path(named).expanduser()
         if named

@@ -34,7 +34,8 @@ def git_state() -> dict[str, Any]:
             )
             return done.stdout.strip() if done.returncode == 0 else None
 
-    commit, changes = ask("rev-parse", "HEAD"), ask("status", "--porcelain", "--untracked-files=no")
+    commit = ask("rev-parse", "HEAD")
+    changes = ask("status", "--porcelain", "--untracked-files=no")
     return {
         "git_commit": commit,
         "git_dirty": None if commit is None or changes is None else bool(changes),

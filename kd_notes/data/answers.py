@@ -29,7 +29,9 @@ def tokenize(text: str) -> list[str]:
     "Cut `text` into numbers, operators and parentheses. Raises EquationError at the first character that starts none of them."
     if not isinstance(text, str):
         raise EquationError(f"expected a text, got {type(text).__name__}")
-    text, tokens, at = text.strip(), [], 0
+    text = text.strip()
+    tokens = []
+    at = 0
     if len(text) > MAX_CHARS:
         raise EquationError(f"{len(text)} characters, more than {MAX_CHARS}")
     while at < len(text):
@@ -48,7 +50,8 @@ def _chain(
     tree, at = part(tokens, at, depth)
     while at < len(tokens) and tokens[at] in operators:
         right, after = part(tokens, at + 1, depth)
-        tree, at = (tokens[at], tree, right), after
+        tree = (tokens[at], tree, right)
+        at = after
     return tree, at
 
 

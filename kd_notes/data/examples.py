@@ -261,7 +261,8 @@ def _checked(
     info: TaskInfo, examples: Iterable[tuple[str, Example]], labelled: bool = True
 ) -> list[Example]:
     "The examples, once each (place, example) has passed: an allowed label, and an id of its own."
-    seen, out = {}, []
+    seen = {}
+    out = []
     for where, ex in examples:
         if labelled or ex.label:
             check_label(info, ex, where)
@@ -331,10 +332,8 @@ def write_split(
     task: str, split: str, examples: Iterable[Example], root: Path | str | None = None
 ) -> Path:
     "Check and write a split and record its checksum. Raises UserError for an empty split, a duplicate id or a label not allowed."
-    path, places = (
-        split_path(task, split, root),
-        [(f"{task}/{split}, example {i}", ex) for i, ex in enumerate(examples)],
-    )
+    path = split_path(task, split, root)
+    places = [(f"{task}/{split}, example {i}", ex) for i, ex in enumerate(examples)]
     if not places:
         raise UserError(
             "the split is empty", where=f"{task}/{split}", fix="Give at least one example."

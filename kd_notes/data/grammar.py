@@ -48,7 +48,8 @@ SINGLE = {
 
 def draw_villages(n: int = VILLAGES, seed: int = SEED) -> dict[str, dict]:
     "{name: facts} of n villages; a ranked fact is a list of [probability, value], a single one a text."
-    words, r = lexicon(), rng("world", "villages", seed)
+    words = lexicon()
+    r = rng("world", "villages", seed)
     names = sorted(r.sample([a + b for a in words["first"] for b in words["last"]], n))
     return {name: _village_facts(r, words) for name in names}
 
@@ -135,7 +136,8 @@ def with_fixed(pattern: str, fixed: Sequence[str], env: dict) -> Any:
     "The grammar of a pattern in which each of the `fixed` slots has one value throughout."
     if not fixed:
         return fill(pattern, env)
-    slot, rest = fixed[0], fixed[1:]
+    slot = fixed[0]
+    rest = fixed[1:]
     return choice(
         (w, with_fixed(pattern, rest, env | {slot: [(1.0, value)]} | _chosen(slot, value)))
         for w, value in options_of(slot, env)
@@ -189,7 +191,9 @@ class Answers:
     def __init__(self, grammar: Any, split: Callable[[str], list] = words_of, end: Any = END):
         self.network = Network()
         self.start = self.network.build(grammar, self.network.add(end, ()), split)
-        self.end, self._steps, self._entropies = end, {}, {}
+        self.end = end
+        self._steps = {}
+        self._entropies = {}
 
     def step(self, state: Closure) -> dict[Any, tuple[float, Closure]]:
         "{symbol: (probability, next state)} after a state; empty after the end."
@@ -238,7 +242,8 @@ def next_symbols(a: Answers, prefix: Sequence = ()) -> dict[Any, float]:
 # %% ../../nbs/2_playground/06_grammar.ipynb #1e74a8c6
 def enumerate_answers(a: Answers, limit: int = 100_000) -> Iterator[tuple[float, list]]:
     "(probability, symbols) of every answer, the end included. Raises UserError if there are more than `limit`."
-    stack, found = [(1.0, [], a.start)], 0
+    stack = [(1.0, [], a.start)]
+    found = 0
     while stack:
         p, symbols, state = stack.pop()
         if not state:

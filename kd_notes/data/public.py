@@ -198,10 +198,8 @@ for _name, _round in (("anli", 1), ("anli_r3", 3)):
 # %% ../../nbs/2_playground/05_public.ipynb #b2b599cf
 def carve(examples: Sequence, share: float = 0.1, seed: int = 0) -> tuple[list, list]:
     "(rest, held out), in the order that `datasets.Dataset.train_test_split(test_size=share, seed=seed)` gives."
-    order, held = (
-        np.random.default_rng(seed).permutation(len(examples)),
-        math.ceil(share * len(examples)),
-    )
+    order = np.random.default_rng(seed).permutation(len(examples))
+    held = math.ceil(share * len(examples))
     return [examples[i] for i in order[held:]], [examples[i] for i in order[:held]]
 
 
@@ -280,7 +278,8 @@ def _svamp_splits(name: str, parts: Parts) -> Parts:
     examples = [ex for part in parts.values() for ex in part]
     if len(parts) > 1:
         examples.sort(key=lambda ex: int(re.sub(r"\D", "", ex.id)))  # svamp/chal-17 -> 17
-    order, cut = np.random.RandomState(0).permutation(len(examples)), int(0.8 * len(examples))
+    order = np.random.RandomState(0).permutation(len(examples))
+    cut = int(0.8 * len(examples))
     return _carved(
         name,
         {"train": [examples[i] for i in order[:cut]], "test": [examples[i] for i in order[cut:]]},
@@ -516,7 +515,8 @@ def load_real(
     gold: bool = False,
 ) -> list[Example]:
     "Examples of a published set, in the paper's split where the files allow it. Raises UserError if the data is absent or malformed."
-    spec, hub = real_set(name), source == "hub"
+    spec = real_set(name)
+    hub = source == "hub"
     if source not in ("folder", "hub"):
         raise UserError(
             f"the source {source!r} is not known", where="source", fix="Use 'folder' or 'hub'."

@@ -84,7 +84,9 @@ def near_duplicates(
         [shingles(x.input if isinstance(x, Example) else x, unit, size) for x in xs]
         for xs in (a, a if b is None else b)
     )
-    index, sizes, found = _index(sets_b), np.array([len(s) for s in sets_b]), []
+    index = _index(sets_b)
+    sizes = np.array([len(s) for s in sets_b])
+    found = []
     for i, s in enumerate(sets_a):
         similar = _similarities(s, index, sizes)
         found += [
@@ -138,7 +140,8 @@ def _fit(x, y: np.ndarray):
     from sklearn.linear_model import LogisticRegression
 
     order = np.random.RandomState(0).permutation(len(y))
-    held, rest = order[: len(y) // 5], order[len(y) // 5 :]
+    held = order[: len(y) // 5]
+    rest = order[len(y) // 5 :]
     with warnings.catch_warnings():
         warnings.simplefilter(
             "ignore"
@@ -188,10 +191,8 @@ def _class_probes(
 # %% ../../nbs/2_playground/04_quality.ipynb #3d348360
 def _choice_features(ex: Example, i: int) -> list[str]:
     "Features of choice i of an example, without its question."
-    words, rivals = (
-        normalise(ex.choices[i]).split(),
-        {w for j, c in enumerate(ex.choices) if j != i for w in normalise(c).split()},
-    )
+    words = normalise(ex.choices[i]).split()
+    rivals = {w for j, c in enumerate(ex.choices) if j != i for w in normalise(c).split()}
     longer = sum(len(c) > len(ex.choices[i]) for c in ex.choices)
     pieces = [
         f"#{normalise(ex.choices[i])[k : k + 4]}" for k in range(max(1, len(ex.choices[i]) - 3))
@@ -207,10 +208,8 @@ def _choice_features(ex: Example, i: int) -> list[str]:
 # %% ../../nbs/2_playground/04_quality.ipynb #6d550057
 def _pair_features(info: TaskInfo, ex: Example, i: int) -> list[str]:
     "Features of choice i together with the question."
-    question, words = (
-        sorted(set(normalise(split_input(info, ex.input)[0]).split())),
-        normalise(ex.choices[i]).split(),
-    )
+    question = sorted(set(normalise(split_input(info, ex.input)[0]).split()))
+    words = normalise(ex.choices[i]).split()
     common = len(set(question) & set(words))
     return (
         [f"{q}|{w}" for q in question for w in words]
@@ -230,7 +229,8 @@ def _best_choice(
     classes, scores = _scores(
         docs, right, [features(ex, i) for ex in test for i in range(len(ex.choices))], _given()
     )
-    column, ends = scores[:, classes.index("right")], np.cumsum([len(ex.choices) for ex in test])
+    column = scores[:, classes.index("right")]
+    ends = np.cumsum([len(ex.choices) for ex in test])
     return [
         ex.choices[int(column[end - len(ex.choices) : end].argmax())] for ex, end in zip(test, ends)
     ]
@@ -270,7 +270,9 @@ def numbers_in(text: str) -> list[str]:
 # %% ../../nbs/2_playground/04_quality.ipynb #501925bd
 def equation_template(equation: str, question: str) -> str:
     "The equation with N0, N1, ... for the numbers of the question; other numbers stay. Raises EquationError if malformed."
-    values, used, out = [Fraction(x) for x in numbers_in(question)], set(), []
+    values = [Fraction(x) for x in numbers_in(question)]
+    used = set()
+    out = []
     for t in tokenize(equation):
         places = [i for i, v in enumerate(values) if t not in "+-*/()" and v == Fraction(t)]
         if places:
@@ -309,14 +311,10 @@ def _equation_probes(
     info: TaskInfo, train: list[Example], test: list[Example]
 ) -> dict[str, list[str]]:
     "Predictions of the probes for equations: over label texts, and over templates that are then filled in."
-    labels, templates = (
-        [ex.label for ex in train],
-        [equation_template(ex.label, ex.input) for ex in train],
-    )
-    read, masked = (
-        [[ex.input for ex in xs] for xs in (train, test)],
-        [[_masked(ex.input) for ex in xs] for xs in (train, test)],
-    )
+    labels = [ex.label for ex in train]
+    templates = [equation_template(ex.label, ex.input) for ex in train]
+    read = [[ex.input for ex in xs] for xs in (train, test)]
+    masked = [[_masked(ex.input) for ex in xs] for xs in (train, test)]
     guesses = {"majority_template": [Counter(templates).most_common(1)[0][0]] * len(test)}
     for name, vectors in (("words", _words()), ("chars", _chars(4_000))):
         guesses[f"template_{name}"] = _likeliest(

@@ -182,7 +182,8 @@ def cqa_example(r: random.Random, world: str) -> dict | None:
     if setting_world(thing, setting) != world:
         return None
     choices = _cqa_choices(r, f, purpose, setting)
-    room, where = choices[0], r.choice(f["settings"][setting])
+    room = choices[0]
+    where = r.choice(f["settings"][setting])
     r.shuffle(choices)
     words = {
         "n": r.choice(f["names"]),
@@ -209,7 +210,8 @@ def svamp_example(r: random.Random, world: str) -> dict | None:
     category = r.choice(list(f["categories"]))
     fits = r.random() < 0.5
     kind = category if fits else r.choice([c for c in f["categories"] if c != category])
-    thing, sign = r.choice(f["categories"][kind]), r.choice("+-")
+    thing = r.choice(f["categories"][kind])
+    sign = r.choice("+-")
     change = r.choice(f["changes"][sign])
     if world_of(thing, change) != world:
         return None
@@ -255,7 +257,8 @@ def generate(
 
 
 def _draw_split(task: str, split: str, n: int, seed: int, seen: set[str]) -> list[Example]:
-    r, rows = rng("tasks", task, split, seed), []
+    r = rng("tasks", task, split, seed)
+    rows = []
     while len(rows) < n:
         item = GENERATORS[task](r, WORLDS[split])
         if item is None or item["input"] in seen:

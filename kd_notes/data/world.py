@@ -124,7 +124,8 @@ def sigmoid(x: float) -> float:
 
 def rain_probability(village: str, season: str) -> float:
     "Probability of the answer 'yes' to the question whether it rains; wet villages lie above their land's value, dry ones below."
-    facts, words = villages()[village], lexicon()
+    facts = villages()[village]
+    words = lexicon()
     base = words["rain"][facts["land"]][words["seasons"].index(season)]
     return sigmoid(math.log(base / (1 - base)) + facts["wet"])
 
@@ -247,8 +248,11 @@ def draw_slots(names: Sequence[str], r: random.Random) -> dict[str, str]:
 
 def draw_prompts(split: str, n: int, seed: int = SEED) -> list[Prompt]:
     "n different prompts of a split, kinds in proportion to their shares."
-    kinds, r = lexicon()["kinds"], rng("world", "prompts", split, seed)
-    names, shares, drawn = list(kinds), [k["share"] for k in kinds.values()], {}
+    kinds = lexicon()["kinds"]
+    r = rng("world", "prompts", split, seed)
+    names = list(kinds)
+    shares = [k["share"] for k in kinds.values()]
+    drawn = {}
     while len(drawn) < n:
         prompt = draw_prompt(r.choices(names, shares)[0], r)
         if split_of(prompt) == split:
@@ -303,8 +307,11 @@ def passage_grammar(kind: str, slots: dict[str, str]) -> Any:
 
 def draw_corpus(n: int = CORPUS, seed: int = SEED) -> list[dict]:
     "n different passages: id, kind, slots, text."
-    kinds, r, drawn = lexicon()["corpus"], rng("world", "corpus", seed), {}
-    names, shares = list(kinds), [k["share"] for k in kinds.values()]
+    kinds = lexicon()["corpus"]
+    r = rng("world", "corpus", seed)
+    drawn = {}
+    names = list(kinds)
+    shares = [k["share"] for k in kinds.values()]
     while len(drawn) < n:
         kind = r.choices(names, shares)[0]
         slots = draw_slots(kinds[kind]["slots"], r)
@@ -350,9 +357,12 @@ def load_corpus() -> list[dict]:
 # %% ../../nbs/2_playground/07_world.ipynb #6b05c183
 def profile(a: Answers) -> list[tuple[float, float]]:
     "For each position: (probability that the answer reaches it, expected entropy of its symbol in nats if it does)."
-    out, states = [], {a.start: 1.0}
+    out = []
+    states = {a.start: 1.0}
     while states:
-        alive, total, after = math.fsum(states.values()), 0.0, Counter()
+        alive = math.fsum(states.values())
+        total = 0.0
+        after = Counter()
         for state, p in states.items():
             step = a.step(state)
             total -= p * math.fsum(q * math.log(q) for q, _ in step.values())
@@ -416,9 +426,11 @@ def generator_logprobs(
     prompt: str, response_ids: Sequence[int], tokenizer: Any, size: int | None = None
 ) -> tuple[Tensor, Tensor]:
     "(T, V) log-probabilities before each response token, float64, and (T,) bool: whether the prefix is one that the generator writes."
-    size, a = size or len(tokenizer), token_answers(prompt, tokenizer)
+    size = size or len(tokenizer)
+    a = token_answers(prompt, tokenizer)
     out = torch.full((len(response_ids), size), -math.inf, dtype=torch.float64)
-    inside, state = torch.zeros(len(response_ids), dtype=torch.bool), a.start
+    inside = torch.zeros(len(response_ids), dtype=torch.bool)
+    state = a.start
     for t, token in enumerate(response_ids):
         step = a.step(state)
         if not step:

@@ -79,10 +79,8 @@ def _refuse_scores(logs: Sequence[Sequence[float]]) -> None:
     "Raises UserError naming the items whose labels' log-probabilities hold NaN, or rule out every label."
     bad = [i for i, found in enumerate(logs) if not math.isfinite(np.max(found))]
     if bad:
-        named, scores = (
-            [f"item {i}" for i in bad[:8]] + ["..."] * (len(bad) > 8),
-            ", ".join(f"{x:.3g}" for x in logs[bad[0]]),
-        )
+        named = [f"item {i}" for i in bad[:8]] + ["..."] * (len(bad) > 8)
+        scores = ", ".join(f"{x:.3g}" for x in logs[bad[0]])
         raise UserError(
             f"the labels' log-probabilities are {scores}",
             where=", ".join(named),

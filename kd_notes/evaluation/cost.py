@@ -60,7 +60,9 @@ def cost_table(
         for name, model in models.items()
         for n in (1, new_tokens)
     }
-    seconds, rows, reference = time_in_turns(runs, rounds), [], next(iter(models))
+    seconds = time_in_turns(runs, rounds)
+    rows = []
+    reference = next(iter(models))
     for name, model in models.items():
         first, whole = (statistics.median(seconds[name, n]) for n in (1, new_tokens))
         rows.append(

@@ -187,7 +187,8 @@ def _reference(ax, value: float | None, label: str, linestyle: Any, color: str) 
 # %% ../../nbs/2_playground/14_figures.ipynb #c460d4d4
 def _draw_panel(ax, rows: Sequence[Mapping], styles: Mapping, xlabel: str, log: bool) -> None:
     "All arms of one panel, on a common x axis with ticks where there are points."
-    arms, ticks = list(dict.fromkeys(r["arm"] for r in rows)), sorted({r["x"] for r in rows})
+    arms = list(dict.fromkeys(r["arm"] for r in rows))
+    ticks = sorted({r["x"] for r in rows})
     for k, arm in enumerate(arms):
         apart = 1 + 0.025 * (k - (len(arms) - 1) / 2) if log else 1.0
         _draw_arm(ax, [r for r in rows if r["arm"] == arm], styles[arm], apart)

@@ -63,7 +63,8 @@ def _shares(g: np.random.Generator, draws: int, n: int) -> np.ndarray:
 # %% ../../nbs/2_playground/13_statistics.ipynb #0a8f4ffa
 def _draw_means(table: np.ndarray, draws: int, seed: int) -> np.ndarray:
     "Means of `draws` sub-tables with rows and columns drawn with replacement, [draws]."
-    g, (rows, columns) = np.random.default_rng(seed), table.shape
+    g = np.random.default_rng(seed)
+    (rows, columns) = table.shape
     step = max(1, 2_000_000 // columns)  # keeps a block of counts below 16 MB
     blocks = [min(step, draws - start) for start in range(0, draws, step)]
     return np.concatenate(
@@ -137,7 +138,8 @@ def hierarchical_bootstrap(
 ) -> Estimate:
     "Mean over seeds and items with a 95 % percentile interval from drawing both again. One seed: items only. Raises UserError."
     table = _as_table(outcomes)
-    mean, factor = table.mean(), small_sample_factor(len(table)) if small_sample else 1.0
+    mean = table.mean()
+    factor = small_sample_factor(len(table)) if small_sample else 1.0
     shares = np.isin(
         table, (0.0, 1.0)
     ).all()  # of right answers: an interval that leaves [0, 1] says nothing there
@@ -166,7 +168,8 @@ def seed_means(
 # %% ../../nbs/2_playground/13_statistics.ipynb #f4a32dbb
 def holm(p: Mapping[str, float]) -> dict[str, float]:
     "Holm-adjusted p-values by name, in the order given: a claim at level 5 % is one with an adjusted value below 0.05."
-    adjusted, largest = {}, 0.0
+    adjusted = {}
+    largest = 0.0
     for rank, name in enumerate(sorted(p, key=lambda k: p[k])):
         largest = max(largest, min(1.0, (len(p) - rank) * p[name]))
         adjusted[name] = largest
@@ -264,7 +267,8 @@ def _side(low: float, high: float, direction: str, margin: float) -> str:
         raise UserError(
             f"{direction!r} is not a direction", where="verdict", fix="Use 'greater' or 'less'."
         )
-    above, below = low > margin, high < margin
+    above = low > margin
+    below = high < margin
     if not (above or below):
         return "undecided"
     return "claimed" if above == (direction == "greater") else "opposite"

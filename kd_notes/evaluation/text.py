@@ -57,7 +57,8 @@ _SPACELESS = re.compile(
 
 def unicode_words(text: str) -> list[str]:
     "Words of any script, in lower case; in a script without spaces, letters with their marks."
-    words, open_word = [], False
+    words = []
+    open_word = False
     for char in text.lower():
         kind = unicodedata.category(char)[0]
         if kind not in "LNM":  # neither a letter nor a number nor a mark on one
@@ -108,7 +109,8 @@ def rouge_l(
 ) -> np.ndarray:
     "Rouge-L F1 of each item, (n,), 0 to 1. Raises UserError for an item without a reference and for lists of different length."
     _same_number(predictions, references)
-    scorer, out = _rouge_scorer(stem) if tokenizer is None else _scorer_of(tokenizer), []
+    scorer = _rouge_scorer(stem) if tokenizer is None else _scorer_of(tokenizer)
+    out = []
     if tokenizer is None:
         _warn_if_blind(references)
     for i, (text, known) in enumerate(zip(predictions, references)):
@@ -263,7 +265,8 @@ def length_slices(
             where="bounds",
             fix="Give numbers such as (5, 10).",
         )
-    n, lows = np.asarray(lengths), [0, *(b + 1 for b in bounds)]
+    n = np.asarray(lengths)
+    lows = [0, *(b + 1 for b in bounds)]
     names = [f"{low}-{high}" for low, high in zip(lows, bounds)] + [f"{lows[-1]}+"]
     return {
         name: found

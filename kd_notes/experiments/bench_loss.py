@@ -102,7 +102,9 @@ NEEDS = {"liger": "liger_kernel", "trl": "trl", "TRL": "trl"}
 def products(x: Inputs) -> Callable[[], None]:
     "The four matrix products of the loss, in these shapes, and nothing else."
     h, w, t, u = (a.detach() for a in x)
-    z, grad_h, grad_w = h @ w.t(), torch.empty_like(h), torch.empty_like(w)
+    z = h @ w.t()
+    grad_h = torch.empty_like(h)
+    grad_w = torch.empty_like(w)
 
     def run() -> None:
         torch.mm(t, u.t(), out=z)
@@ -134,7 +136,8 @@ def reason(e: Exception) -> str:
 # %% ../../nbs/7_engine_room/19b_bench_loss.ipynb #705eaaaf
 def present(names: Iterable[str]) -> tuple[list[str], dict[str, str]]:
     "The arms that can run here, and why the others cannot. Raises UserError for a name that is no arm."
-    can, absent = [], {}
+    can = []
+    absent = {}
     for name in names:
         if name not in LOSS_ARMS:
             raise UserError(

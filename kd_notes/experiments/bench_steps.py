@@ -51,14 +51,18 @@ class Clock:
     def __init__(
         self, ask: Callable[[], int | None], answer: Callable[[list[Step]], Any], size: int = 2048
     ):
-        self.ask, self.answer, self.arrays = ask, answer, torch.ones(3, size, size)
+        self.ask = ask
+        self.answer = answer
+        self.arrays = torch.ones(3, size, size)
 
     def begin(self) -> None:
         "Wait for a turn, and start the watch."
-        self.count, self.found = self.ask(), []
+        self.count = self.ask()
+        self.found = []
         if self.count is None:
             raise _Over
-        self.before, self.start = unit(self.arrays), time.perf_counter()
+        self.before = unit(self.arrays)
+        self.start = time.perf_counter()
 
     def __call__(self, units: int, parts: dict[str, float] | None = None) -> None:
         seconds = sum((parts or {}).values()) or time.perf_counter() - self.start
@@ -66,7 +70,8 @@ class Clock:
         rate, share = ((a + b) / 2 for a, b in zip(self.before, after))
         self.found.append(Step(units, seconds, rate, share, parts or {}))
         if len(self.found) < self.count:
-            self.before, self.start = after, time.perf_counter()
+            self.before = after
+            self.start = time.perf_counter()
         else:
             self.answer(self.found)
             self.begin()
@@ -106,7 +111,8 @@ def trained(step: Callable, model, method, rows: Sequence, batch: int, lr: float
         seen = 0
 
         def on_step(self, loop) -> None:
-            tokens, self.seen = loop.tokens - self.seen, loop.tokens
+            tokens = loop.tokens - self.seen
+            self.seen = loop.tokens
             step(tokens)
 
     train(
@@ -139,7 +145,8 @@ def padded(
     "input_ids, attention_mask and labels (-100 at the padding, and in the first `prompts` tokens) of rows, padded on the right."
     from kd_notes.training.batches import pad_rows
 
-    ids, place = pad_rows(list(rows), pad), torch.arange(max(map(len, rows)))[None]
+    ids = pad_rows(list(rows), pad)
+    place = torch.arange(max(map(len, rows)))[None]
     mask = place < torch.tensor([len(r) for r in rows])[:, None]
     target = mask & (place >= torch.tensor(prompts or [0] * len(rows))[:, None])
     return {
@@ -155,11 +162,9 @@ def padded_loop(
     "The usual loop around a Hugging Face model."
     from kd_notes.models.mini import mini_model
 
-    model, rows, draw = (
-        mini_model("causal", size, vocab, 0),
-        token_rows(low, high, vocab=vocab),
-        random.Random(0),
-    )
+    model = mini_model("causal", size, vocab, 0)
+    rows = token_rows(low, high, vocab=vocab)
+    draw = random.Random(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0, fused=True)
     while True:
         inputs = padded(draw.sample(rows, batch), pad=0)
@@ -201,7 +206,8 @@ def whole_logits_kl(student, teacher, inputs: dict[str, Tensor]) -> Tensor:
     feed = {k: inputs[k] for k in ("input_ids", "attention_mask")}
     with torch.no_grad():
         wanted = teacher(**feed).logits[:, :-1].log_softmax(-1)
-    mine, mask = student(**feed).logits[:, :-1].log_softmax(-1), inputs["labels"][:, 1:] != -100
+    mine = student(**feed).logits[:, :-1].log_softmax(-1)
+    mask = inputs["labels"][:, 1:] != -100
     each = torch.nn.functional.kl_div(mine, wanted, reduction="none", log_target=True).sum(-1)
     return (each * mask).sum() / mask.sum()
 
@@ -223,7 +229,8 @@ def trainer_pair(step: Callable, teacher: str = "smollm2", batch: int = 8) -> No
     from kd_notes.data.dialogues import encode_row, load_prompts
 
     student, large, tokenizer = pair_models(teacher)
-    data, seen = [encode_row(row, tokenizer, max_length=256) for row in load_prompts("train")], []
+    data = [encode_row(row, tokenizer, max_length=256) for row in load_prompts("train")]
+    seen = []
 
     def collate(rows: list[dict]) -> dict[str, Tensor]:
         return padded(
@@ -266,10 +273,8 @@ def our_onpolicy(
     from kd_notes.data.dialogues import load_prompts, prompt_ids
 
     student, large, tokenizer = pair_models(teacher)
-    ids, loss = (
-        [prompt_ids(row.prompt, tokenizer) for row in load_prompts("train")[:prompts]],
-        get_divergence("reverse_kl"),
-    )
+    ids = [prompt_ids(row.prompt, tokenizer) for row in load_prompts("train")[:prompts]]
+    loss = get_divergence("reverse_kl")
     with reused_memory():  # as `train` does
         for seed in itertools.count():
             laps = [time.perf_counter()]

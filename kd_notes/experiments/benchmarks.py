@@ -59,10 +59,8 @@ def worker(
     part: str, arm: str, gemm: int = 2048, **call: Any
 ) -> Iterator[Callable[[int], list[Step]]]:
     "An arm of STEPS in a process of its own: `turn(count)` are its next steps. Raises UserError with the last line of its errors."
-    job, threads = (
-        json.dumps([part, arm, gemm, call]),
-        {"OMP_NUM_THREADS": str(torch.get_num_threads())},
-    )
+    job = json.dumps([part, arm, gemm, call])
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     with tempfile.TemporaryFile("w+") as errors:
         child = subprocess.Popen(
             [sys.executable, "-c", _SERVE, job],
@@ -138,7 +136,9 @@ def in_turns(
     **call: Any,
 ) -> tuple[dict[str, list[list[Step]]], dict[str, str]]:
     "{arm: turns of steps}, and why arms are absent. Raises UserError if ours fails."
-    ready, absent, wanted = {}, {}, STEPS[part] if peers is None else ("ours", *peers)
+    ready = {}
+    absent = {}
+    wanted = STEPS[part] if peers is None else ("ours", *peers)
     with ExitStack() as stack:
         for arm in STEPS[
             part

@@ -250,7 +250,8 @@ def search_adapter(
     task: str, tries: list[dict], folder: Path, n: int = 128
 ) -> list[dict]:  # tries: settings of ADAPTER
     "Adapt with each of the settings in a folder of its own; accuracy and validity on the first `n` validation items, best first."
-    found, held = [], load_split(task, "validation", gold=True)[:n]
+    found = []
+    held = load_split(task, "validation", gold=True)[:n]
     for s in tries:
         mine = folder / "_".join(f"{k}{v}" for k, v in sorted(s.items()))
         adapter = mine / "adapter"
@@ -282,7 +283,8 @@ def truncate_adapter(folder: Path | str, rank: int, out: Path | str) -> Path:
             where=f"{folder}",
             fix=f"Choose 1 to {config['r'] - 1}.",
         )
-    old, new = load_file(folder / "adapter_model.safetensors"), {}
+    old = load_file(folder / "adapter_model.safetensors")
+    new = {}
     for name in [n for n in old if n.endswith("lora_A.weight")]:
         other = name.replace("lora_A", "lora_B")
         u, s, v = torch.linalg.svd(old[other].double() @ old[name].double(), full_matrices=False)

@@ -101,7 +101,8 @@ class StepByStep(Method):
         pairs = sorted(
             (p for item in items for p in item), key=lambda p: p[0]
         )  # all label rows, then all rationale rows
-        rows, pad = [(s, t) for _, s, t in pairs], padding_id(self.tokenizer)
+        rows = [(s, t) for _, s, t in pairs]
+        pad = padding_id(self.tokenizer)
         make = causal_batch if self.family == "causal" else seq2seq_batch
         batch = make(rows, pad)
         label_tokens = sum(len(completion) for term, _, completion in pairs if term == "label")
@@ -138,7 +139,9 @@ def predict(
         e.id: first + tokenizer.encode(prefix + e.input, add_special_tokens=False) + last
         for e in examples
     }
-    order, out, pad = sorted(ids, key=lambda i: len(ids[i])), {}, tokenizer.pad_token_id
+    order = sorted(ids, key=lambda i: len(ids[i]))
+    out = {}
+    pad = tokenizer.pad_token_id
     check_lengths([model], {f"example {i}": len(ids[i]) for i in reversed(order)}, max_new_tokens)
     for start in range(0, len(order), batch_size):
         names = order[start : start + batch_size]

@@ -205,10 +205,11 @@ class Answers:
                 total[symbol] += p
                 for q, t in self.network.after[s]:
                     reach.setdefault(symbol, Counter())[t] += p * q
-            self._steps[state] = {
-                a: (p, tuple(sorted((q / p, t) for t, q in reach.get(a, {}).items())))
-                for a, p in total.items()
-            }
+            steps = {}
+            for symbol, p in total.items():
+                after = [(q / p, t) for t, q in reach.get(symbol, {}).items()]
+                steps[symbol] = (p, tuple(sorted(after)))
+            self._steps[state] = steps
         return self._steps[state]
 
 # %% ../../nbs/2_playground/06_grammar.ipynb #58f90e71

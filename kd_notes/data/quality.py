@@ -80,10 +80,13 @@ def near_duplicates(
             where="threshold",
             fix="Use a similarity such as 0.9.",
         )
-    sets_a, sets_b = (
-        [shingles(x.input if isinstance(x, Example) else x, unit, size) for x in xs]
-        for xs in (a, a if b is None else b)
-    )
+
+    def shingled(items: Sequence) -> list[set]:
+        texts = [x.input if isinstance(x, Example) else x for x in items]
+        return [shingles(text, unit, size) for text in texts]
+
+    sets_a = shingled(a)
+    sets_b = sets_a if b is None else shingled(b)
     index = _index(sets_b)
     sizes = np.array([len(s) for s in sets_b])
     found = []
@@ -320,14 +323,13 @@ def _equation_probes(
         guesses[f"template_{name}"] = _likeliest(
             *_scores(masked[0], templates, masked[1], vectors, top=50)
         )
-    return {
+    predictions = {
         "majority": [Counter(labels).most_common(1)[0][0]] * len(test),
         "labels": _likeliest(*_scores(read[0], labels, read[1], _words(), top=100)),
-        **{
-            name: [fill_template(t, ex.input) for t, ex in zip(guess, test)]
-            for name, guess in guesses.items()
-        },
     }
+    for name, guess in guesses.items():
+        predictions[name] = [fill_template(t, ex.input) for t, ex in zip(guess, test)]
+    return predictions
 
 # %% ../../nbs/2_playground/04_quality.ipynb #06bed0a3
 def surface_probes(
@@ -343,19 +345,15 @@ def surface_probes(
         )
     for ex in [*train, *test]:
         check_label(info, ex, f"example {ex.id}")
-    probes = (
-        _equation_probes
-        if info.metric == "equation"
-        else _choice_probes
-        if info.choices
-        else _class_probes
-    )
-    return {
-        name: accuracy(
-            [is_correct(info.metric, p, ex.label) for p, ex in zip(out, test, strict=True)]
-        )
-        for name, out in probes(info, train, test).items()
-    }
+    if info.metric == "equation":
+        probes = _equation_probes
+    else:
+        probes = _choice_probes if info.choices else _class_probes
+    accuracies = {}
+    for name, predictions in probes(info, train, test).items():
+        pairs = zip(predictions, test, strict=True)
+        accuracies[name] = accuracy([is_correct(info.metric, p, ex.label) for p, ex in pairs])
+    return accuracies
 
 # %% ../../nbs/2_playground/04_quality.ipynb #503b994a
 def floor_accuracy(

@@ -65,11 +65,11 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
 
     def _repr_markdown_(self) -> str:
-        lines = [self.columns, ("---",) * len(self.columns), *self.rows]
-        return "\n".join(
-            "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in line) + " |"
-            for line in lines
-        )
+        lines = []
+        for row in [self.columns, ("---",) * len(self.columns), *self.rows]:
+            cells = [cell.replace("|", "\\|").replace("\n", " ") for cell in row]
+            lines.append(f"| {' | '.join(cells)} |")
+        return "\n".join(lines)
 
     def __str__(self) -> str:
         lines = [self.columns, *self.rows]

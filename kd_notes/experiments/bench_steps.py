@@ -96,10 +96,11 @@ def token_rows(
 ) -> list[list[int]]:
     "n rows of random ids with the end token 1, low to high tokens long."
     draw = random.Random(seed)
-    return [
-        [*(draw.randrange(4, vocab) for _ in range(draw.randint(low, high) - 1)), 1]
-        for _ in range(n)
-    ]
+    rows = []
+    for _ in range(n):
+        words = draw.randint(low, high) - 1
+        rows.append([draw.randrange(4, vocab) for _ in range(words)] + [1])
+    return rows
 
 # %% ../../nbs/7_engine_room/21_bench_steps.ipynb #2b41ae2e
 def trained(step: Callable, model, method, rows: Sequence, batch: int, lr: float = 1e-3) -> None:

@@ -325,8 +325,9 @@ def save_figure(
     run_dir: Path | str,  # folder of the run
     name: str,  # file name without ending: lower-case letters, digits, - and _
     rows: Iterable[Mapping[str, Any]],  # the numbers in the figure
-    alt: str = "",
-) -> SavedFigure:  # what the figure shows, in a sentence
+    alt: str = "",  # what the figure shows, in a sentence
+    title: str = "",  # what the figure finds, drawn above it
+) -> SavedFigure:
     "Write <name>.png and <name>.csv into `run_dir`, atomically. Raises UserError for a bad name, no rows, or a full disk."
     rows, folder = list(rows), Path(run_dir)
     if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", name):
@@ -341,6 +342,8 @@ def save_figure(
             where=f"save_figure {name}",
             fix="Pass the plotted rows.",
         )
+    if title:
+        fig.suptitle(title)
     atomic_write(folder / f"{name}.csv", rows_to_csv(rows))
     atomic_write(folder / f"{name}.png", png_bytes(fig))
     return SavedFigure(

@@ -62,8 +62,10 @@ def machine_places(book: Book, folder: Path) -> dict[str, str]:
 def _clean_data(data: Mapping[str, Any], places: Mapping[str, str]) -> dict[str, Any]:
     "A mime bundle without widgets and without paths of this machine; images stay as they are."
     cleaned = {}
+    needs_kernel = any("widget" in kind for kind in data)
     for kind, content in data.items():
-        if "widget" in kind:
+        # The plain text that stands in for a widget, such as a progress bar, tells a reader nothing.
+        if "widget" in kind or (needs_kernel and kind == "text/plain"):
             continue
         if kind.startswith("text/"):
             content = _scrub("".join(content), places).splitlines(True)

@@ -36,8 +36,8 @@ def kl_per_position(
     responses: Sequence[Sequence[int]],
     *,
     batch_size: int = 16,
-    size: int | None = None,
-) -> PositionKL:  # size: number of ids of the shared tokenizer
+    size: int | None = None,  # number of ids of the shared tokenizer
+) -> PositionKL:
     """Compute both divergences before every response token.
 
     Raises UserError if the vocabularies differ by more than padding.

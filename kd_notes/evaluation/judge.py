@@ -112,8 +112,9 @@ def _plain(line: str) -> bool:
 
 # %% ../../nbs/2_playground/15_judge.ipynb #ab52318f
 def parse_reply(
-    text: str, cut: bool = False
-) -> Reply:  # cut: True if the reply hit the length limit
+    text: str,
+    cut: bool = False,  # True if the reply hit the length limit
+) -> Reply:
     """Parse the scores of a judge's reply, or return the reason why there are none.
 
     A number at which a reply was cut off may be incomplete and is not used.

@@ -86,10 +86,7 @@ def _token_terms(
 
 # %% ../../nbs/4_probabilities/08_validation.ipynb #13279469
 class Validation:
-    """Perplexity of a model on held-out rows and its KL divergences from a teacher.
-
-    The teacher runs once, when the object is made.
-    """
+    "Perplexity of a model on held-out rows and KL to a teacher, which runs once."
 
     def __init__(
         self,

@@ -43,7 +43,7 @@ from ..training.state import TrainConfig
 
 # %% ../../nbs/5_own_words/08_instruction_world.ipynb #6ac553a1
 def world_inputs() -> dict[str, str]:
-    "{name: checksum} of the files that decide the numbers of a run in the world: data and tokenizer."
+    "Return {name: checksum} of data and tokenizer of the instruction world."
     files = sorted(world_dir().glob("*.json*"))
     files.append(data_dir() / "tokenizer" / "world" / "tokenizer.json")
     return {
@@ -55,7 +55,7 @@ def world_inputs() -> dict[str, str]:
 # %% ../../nbs/5_own_words/08_instruction_world.ipynb #8feba89e
 @dataclass
 class ModelSettings:
-    "A teacher, or a student before distillation."
+    "The settings of a teacher, or of a student before distillation."
 
     size: str = "xs"
     seed: int = 0
@@ -66,7 +66,7 @@ class ModelSettings:
 
 
 class WorldModels(Experiment):
-    "Mini models that have read the corpus and learnt to answer prompts."
+    "Mini models, pretrained on the corpus and finetuned on prompts."
 
     name = "world_model"
     module = "experiments.instruction_world"
@@ -76,7 +76,10 @@ class WorldModels(Experiment):
         return world_inputs()
 
     def train(self, run: dict, folder: Path) -> dict:
-        "Save the checkpoint of the lowest validation loss in folder/model. Metrics: loss, steps, size."
+        """Save the checkpoint of the lowest validation loss in folder/model.
+
+        Metrics: loss, best step, parameters, seconds.
+        """
         tokenizer = load_world_tokenizer()
         model = mini_model("causal", run["size"], len(tokenizer), seed=run["seed"])
         common = dict(
@@ -110,7 +113,7 @@ class WorldModels(Experiment):
         }
 
     def load(self, **settings: Any) -> tuple[Any, dict]:
-        "(model, metrics) from the cache, or trained now."
+        "Return (model, metrics) from the cache, or train the model now."
         run = self.parameters(**settings)
         options = {"modules": self.modules(run), "checksums": self.inputs(run)}
         metrics = cached(self.name, run, self.train, **options)
@@ -119,7 +122,7 @@ class WorldModels(Experiment):
 
 # %% ../../nbs/5_own_words/08_instruction_world.ipynb #0acb847b
 def _corpus_rows(tokenizer) -> list[dict]:
-    "Texts of the corpus as rows whose prompt is their first token."
+    "Return the texts of the corpus as rows whose prompt is their first token."
     rows = []
     for row in load_corpus():
         ids = tokenizer.encode(row["text"], add_special_tokens=False)
@@ -129,7 +132,7 @@ def _corpus_rows(tokenizer) -> list[dict]:
 
 
 def _quiet_bars() -> None:
-    "No progress bars for models that load in a blink."
+    "Disable transformers' progress bars, which small models do not need."
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -137,7 +140,7 @@ def _quiet_bars() -> None:
 # %% ../../nbs/5_own_words/08_instruction_world.ipynb #d4d94ff4
 @dataclass(frozen=True)
 class WorldArm:
-    "One way to go on from the finetuned student."
+    "One way to continue from the finetuned student."
 
     title: str
     method: str  # a key of METHODS
@@ -176,7 +179,10 @@ TITLES = {name: arm.title for name, arm in WORLD_ARMS.items()} | UNTRAINED  # in
 
 # %% ../../nbs/5_own_words/08_instruction_world.ipynb #92802d94
 def world_rate(arm: str) -> float:
-    "Learning rate that the grid chose for an arm (data/chosen/minillm.json), or the default; 0 for what is not trained."
+    """Return the learning rate of an arm in data/chosen/minillm.json, or the default.
+
+    It is 0 for an arm without training.
+    """
     if arm in UNTRAINED:
         return 0.0
     chosen = read_json(data_dir() / "chosen" / "minillm.json")
@@ -185,7 +191,7 @@ def world_rate(arm: str) -> float:
 # %% ../../nbs/5_own_words/08_instruction_world.ipynb #b8407d6e
 @dataclass
 class WorldSettings:
-    "Everything that a run in the instruction world is asked to do."
+    "The settings of a run in the instruction world."
 
     arm: str  # of WORLD_ARMS or UNTRAINED
     seed: int
@@ -194,8 +200,8 @@ class WorldSettings:
     minibatch: int = 32
     lr: float | None = None  # None: `world_rate`
     max_new_tokens: int = 56
-    teacher: dict = field(default_factory=dict)  # of ModelSettings, where they differ from TEACHER
-    student: dict = field(default_factory=dict)  # likewise, without size and seed
+    teacher: dict = field(default_factory=dict)  # of ModelSettings, if they differ from TEACHER
+    student: dict = field(default_factory=dict)  # of ModelSettings, without size and seed
     settings: dict = field(default_factory=dict)  # of the arm's method
     valid_rows: int = 128
     score_on: str = "test"
@@ -207,9 +213,10 @@ TEACHER = {"size": "m", "steps": 1500}
 
 # %% ../../nbs/5_own_words/08_instruction_world.ipynb #0df6b489
 def world_labels(model, tokenizer, rows: list[dict]) -> dict:
-    """Calibration on the prompts that are answered by a label.
+    """Measure calibration on the prompts that are answered by a label.
 
-    Confidence and true probability of each preferred label, packed, the ECE, and the mass on labels.
+    Returns confidence and true probability of each preferred label (packed), the ECE, and the
+    probability mass on labels.
     """
     truth = {row["prompt"]: label_probabilities(row["prompt"]) for row in rows}
     truth = {prompt: labels for prompt, labels in truth.items() if labels}
@@ -227,12 +234,12 @@ def world_labels(model, tokenizer, rows: list[dict]) -> dict:
     }
 
 # %% ../../nbs/5_own_words/08_instruction_world.ipynb #5a0872c0
-EXPOSED = (5, 10, 15, 20, 25, 30)  # numbers of tokens at which a run keeps the accumulated errors
+EXPOSED = (5, 10, 15, 20, 25, 30)  # numbers of tokens at which a run stores the accumulated errors
 
 
 @dataclass
 class AnswerSettings:
-    "Answers of a teacher to the prompts of a split."
+    "The settings of a teacher's answers to the prompts of a split."
 
     teacher: dict  # of ModelSettings, complete
     split: str
@@ -241,7 +248,7 @@ class AnswerSettings:
 
 
 class TeacherAnswers(Experiment):
-    "What a teacher writes: {'response_ids'}."
+    "Answers of a teacher: {'response_ids'}."
 
     name = "world_answers"
     module = "experiments.instruction_world"
@@ -262,7 +269,10 @@ class TeacherAnswers(Experiment):
         return {"response_ids": written.response_ids[0]}
 
     def answers(self, run: dict) -> list[list[int]]:
-        "Token ids of the answers of the teacher of an arm's run, from the cache or written now."
+        """Return the token ids of the answers of a run's teacher.
+
+        They come from the cache or are written now.
+        """
         wanted = self.parameters(
             teacher=run["teacher"],
             split=run["score_on"],
@@ -280,7 +290,7 @@ def world_exposure(
     student_answers: list[list[int]],
     teacher_answers: list[list[int]],
 ) -> dict:
-    """KL(p || q) in nats accumulated over the first l tokens, for l in EXPOSED.
+    """Return KL(p || q) in nats, accumulated over the first l tokens, for l in EXPOSED.
 
     Once along the student's answers, once along the teacher's.
     """
@@ -304,9 +314,10 @@ def world_metrics(
     seeds: int = 5,
     max_new_tokens: int = 56,
 ) -> dict:
-    """What a student writes, measured.
+    """Sample a student's answers and measure them.
 
-    Rouge-L (also per item, packed), calibration, exposure, diversity, lengths, KLs in nats per token, losses.
+    Rouge-L (also per item, packed), calibration, exposure, diversity, lengths, KLs in nats per
+    token, losses.
     """
     tokenizer = load_world_tokenizer()
     written = write_answers(
@@ -341,7 +352,7 @@ def world_metrics(
 
 # %% ../../nbs/5_own_words/08_instruction_world.ipynb #707764d0
 def arm_settings_in_world(run: dict) -> dict:
-    "Settings of the method of a run's arm."
+    "Return the method settings of a run's arm."
     given = {
         "rollouts": run["minibatch"],
         "max_new_tokens": run["max_new_tokens"],
@@ -350,7 +361,10 @@ def arm_settings_in_world(run: dict) -> dict:
 
 
 def distil_in_world(run: dict, model, teacher, folder: Path) -> tuple[Any, dict]:
-    "Train a student as its arm does: (the best one on validation, {'train_seconds', 'best_step', tokens})."
+    """Train a student with the method of its arm.
+
+    Returns the best student on validation, and {'train_seconds', 'best_step', tokens}.
+    """
     tokenizer = load_world_tokenizer()
     method = onpolicy_method(
         WORLD_ARMS[run["arm"]].method,
@@ -390,7 +404,7 @@ def distil_in_world(run: dict, model, teacher, folder: Path) -> tuple[Any, dict]
 
 # %% ../../nbs/5_own_words/08_instruction_world.ipynb #a050f031
 class InstructionWorld(Experiment):
-    "On-policy methods and their baselines in the world where the true probability of every answer is known."
+    "On-policy methods and baselines in a world with known answer probabilities."
 
     name = "onpolicy"
     module = "experiments.instruction_world"
@@ -400,7 +414,7 @@ class InstructionWorld(Experiment):
     def complete(self, run: dict) -> dict:
         start = WorldModels().parameters(**run["student"])
         for own in ("size", "seed"):
-            if own not in run["student"]:  # those are the run's
+            if own not in run["student"]:  # these two are the run's
                 del start[own]
         return run | {
             "lr": world_rate(run["arm"]) if run["lr"] is None else run["lr"],
@@ -418,7 +432,7 @@ class InstructionWorld(Experiment):
         return [self.module, *method_modules(method, arm_settings_in_world(run))]
 
     def start(self, run: dict) -> dict:
-        "The parameters of the student before distillation."
+        "Return the parameters of the student before distillation."
         return {"size": run["size"], "seed": run["seed"]} | run["student"]
 
     def before(self, runs: list[dict]) -> list[tuple[Experiment, list[dict]]]:
@@ -427,7 +441,7 @@ class InstructionWorld(Experiment):
         return [(WorldModels(), teachers + starts)]
 
     def train(self, run: dict, folder: Path) -> dict:
-        "Metrics: those of `world_metrics` and `distil_in_world`, and the size."
+        "Return the metrics of `world_metrics` and `distil_in_world`, and the size."
         spent = {}
         teacher, _ = WorldModels().load(**run["teacher"])
         model = teacher
@@ -446,7 +460,10 @@ class InstructionWorld(Experiment):
 def run_frame(
     seeds: Sequence[int], size: str = "xs", settings: dict | None = None, **grid: Any
 ) -> dict[str, list[dict]]:
-    "{'teacher': [its metrics], 'start': metrics of each seed's student before distillation}; `grid` as in `Experiment.run`."
+    """Return {'teacher': [metrics], 'start': metrics of each seed's starting student}.
+
+    `grid` takes the keywords of `Experiment.run`.
+    """
     world = InstructionWorld()
     settings = settings or {}
     teacher = world.run({"teacher": {"arm": "teacher"} | settings}, seeds[:1], **grid)
@@ -455,5 +472,5 @@ def run_frame(
 
 # %% ../../nbs/5_own_words/08_instruction_world.ipynb #f19e6cd7
 def item_scores(metrics: Sequence[dict], name: str = "items") -> np.ndarray:
-    "A packed list of numbers of several runs as a table, (seeds, items)."
+    "Unpack a list of numbers of several runs as a table, (seeds, items)."
     return np.array([unpack_numbers(each[name]) for each in metrics])

@@ -13,14 +13,14 @@ from contextlib import contextmanager
 import torch
 
 # %% ../../nbs/7_engine_room/08_packing.ipynb #eb88cbd8
-PACK_FROM = 2_000_000  # weights in linear layers; fewer gain nothing
-PACK_UP_TO = 1_000_000_000  # more may not fit twice
-PACK_STEPS = 12  # packing costs about as much as so many steps gain
+PACK_FROM = 2_000_000  # weights in linear layers; smaller models are not faster
+PACK_UP_TO = 1_000_000_000  # a copy of a larger model may not fit into memory
+PACK_STEPS = 12  # packing costs about as much as this many steps gain
 
 
 @functools.cache
 def _can_pack() -> bool:
-    "Whether this build of torch has oneDNN's packed matrices."
+    "Return True if this build of torch has oneDNN's packed matrices."
     op = torch.ops.mkldnn
     try:
         weight = op._reorder_linear_weight(torch.eye(16), 4)
@@ -31,7 +31,10 @@ def _can_pack() -> bool:
 
 
 def _packable(model) -> list[torch.nn.Linear]:
-    "List the model's plain float32 linear layers on the CPU; none if too few or too many weights."
+    """Return the model's plain float32 linear layers on the CPU.
+
+    [] if they have too few or too many weights.
+    """
     layers = [
         module
         for module in model.modules()
@@ -47,10 +50,10 @@ def _packable(model) -> list[torch.nn.Linear]:
 
 @contextmanager
 def packed(*models, rows: int = 8) -> Iterator[None]:
-    """Let linear layers use a packed copy of their weights, made for so many rows.
+    """Let linear layers use a packed copy of their weights, made for `rows` rows.
 
-    A decoding step of SmolLM2 with eight rows is 2.4 times as fast. No gradients; the weights must
-    not change meanwhile.
+    A decoding step of SmolLM2 with eight rows is 2.4 times as fast. There are no gradients, and the
+    weights must not change inside the block.
     """
     layers = [layer for model in models for layer in _packable(model)]
     for layer in layers:

@@ -26,8 +26,8 @@ def align_vocabulary(
     teacher_logits: Tensor,  # (..., V of the teacher), the same tokenizer
     size: int
     | None = None,  # ids that the tokenizer has (check_tokenizers returns it); None: the narrower width
-    how: str = "slice",
-) -> tuple[Tensor, Tensor]:  # or "-inf": keep the wider width, ban the rest on both sides
+    how: str = "slice",  # or "-inf": keep the wider width, ban the rest on both sides
+) -> tuple[Tensor, Tensor]:
     "Logits of one tokenizer with differently padded vocabularies, made comparable. Raises UserError if it cannot be padding."
     widths = student_logits.shape[-1], teacher_logits.shape[-1]
     if size is None and max(widths) > 1.05 * min(widths):
@@ -136,8 +136,8 @@ def align_spans(
     student_ends: Sequence[int],
     teacher_ends: Sequence[int],  # per token: where it ends in the text; -1: inside a character
     student_start: int = 0,
-    teacher_start: int = 0,
-) -> list[Span]:  # the row of logits that predicts the first token
+    teacher_start: int = 0,  # the row of logits that predicts the first token
+) -> list[Span]:
     "The shortest spans that end at the same place for both. What comes after the last common end is left out."
     spans, s, t, s_from, t_from = [], 0, 0, 0, 0
     while s < len(student_ends) and t < len(teacher_ends):
@@ -159,8 +159,8 @@ def align_spans(
 def token_ends(
     tokenizer: Any,  # a fast Hugging Face tokenizer
     text: str,  # what the model writes
-    eos: bool = True,
-) -> tuple[list[int], list[int]]:  # append the end-of-sequence token
+    eos: bool = True,  # append the end-of-sequence token
+) -> tuple[list[int], list[int]]:
     "(ids, ends): the tokens of a text, and where each ends in it; -1 inside a character. Raises UserError for a slow tokenizer."
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(
@@ -183,8 +183,9 @@ def token_ends(
 
 # %% ../../nbs/4_probabilities/04_cross_tokenizer.ipynb #6a9cb1cd
 def spans_in_order(
-    student_mask: Tensor, teacher_mask: Tensor
-) -> list[list[Span]]:  # (B, rows), True where a target token is predicted
+    student_mask: Tensor,
+    teacher_mask: Tensor,  # (B, rows), True where a target token is predicted
+) -> list[list[Span]]:
     "Row t of the student's unmasked rows with row t of the teacher's, cut to the shorter: ULD's own alignment."
     return [
         [
@@ -330,8 +331,8 @@ def aligned_span_loss(
     *,
     matches: tuple[Tensor, Tensor] | None = None,  # of matching_tokens, for "matched"
     scale_t2: bool = False,
-    denominator: Any = None,
-) -> Tensor:  # spans of the effective batch; None: of this call
+    denominator: Any = None,  # spans of the effective batch; None: of this call
+) -> Tensor:
     "Mean over the spans of a divergence between models with different tokenizers, a scalar. Raises UserError."
     values = _span_values(
         student_logits,

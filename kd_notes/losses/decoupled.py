@@ -111,8 +111,8 @@ class EasyHard(NamedTuple):
 # %% ../../nbs/4_probabilities/03_decoupled.ipynb #2c6b643f
 def easy_hard(
     log_uncertainty: Tensor,  # log(1 - p_g) of the unmasked positions of the scope, any shape
-    hard_fraction: float = 0.5,
-) -> EasyHard:  # the paper's k; 0.5 cuts at the median
+    hard_fraction: float = 0.5,  # the paper's k; 0.5 cuts at the median
+) -> EasyHard:
     "The cut between easy and hard positions; ties are hard. Raises UserError if there are no positions."
     flat = log_uncertainty.detach().flatten()
     if not flat.numel():

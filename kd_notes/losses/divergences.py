@@ -337,8 +337,9 @@ def forward_kl(
     | None = None,  # smallest log-probability of the student; None: +inf where it bans what p has
     labels: Tensor | None = None,  # (...), -100 where the loss does not count
     scale_t2: bool = False,  # multiply the loss by the square of the temperature
+    # tokens of the effective batch; None: the unmasked positions of this call
     denominator: Any = None,
-) -> Tensor:  # tokens of the effective batch; None: the unmasked positions of this call
+) -> Tensor:
     "KL(p || q) = sum p log(p/q), teacher p, student q: token-mean, a scalar. Raises UserError."
     return _loss(
         "forward_kl",
@@ -354,8 +355,8 @@ def forward_kl(
 
 # %% ../../nbs/4_probabilities/01_divergences.ipynb #a61ef06c
 def effective_denominator(
-    *masks: Tensor,
-) -> float:  # the masks of all micro-batches of one optimizer step, on this process
+    *masks: Tensor,  # the masks of all micro-batches of one optimizer step, on this process
+) -> float:
     "What to divide by so that accumulated, DDP-averaged gradients are those of the whole batch. Raises UserError if nothing is unmasked."
     if not masks:
         raise UserError(

@@ -766,8 +766,8 @@ def fused_linear_divergence(
     denominator: Any = None,  # tokens of the effective batch; None: the unmasked positions of this call
     chunk: int | None = None,  # positions at a time; None: what fits into the budget
     recompute: bool = False,  # gradient in backward instead of in forward
-    **options,
-) -> Tensor:  # of the divergence: beta=, alpha=, target_ids=, ...
+    **options,  # of the divergence: beta=, alpha=, target_ids=, ...
+) -> Tensor:
     "Token-mean divergence of the outputs of two lm-heads, a scalar, without the logits of the batch. Raises UserError."
     head = {"scale": student_logit_scale, "softcap": student_softcap, "temperature": temperature}
     other = head | {"scale": teacher_logit_scale, "softcap": teacher_softcap}

@@ -45,8 +45,8 @@ def _scaled(logits: Tensor, temperature: float) -> Tensor:
 # %% ../../nbs/4_probabilities/10_sparse.ipynb #9129a47d
 def coarse_logits(
     logits: Tensor,  # (..., V)
-    ids: Tensor,
-) -> Tensor:  # (..., k) int64, no id twice in a position
+    ids: Tensor,  # (..., k) int64, no id twice in a position
+) -> Tensor:
     "(..., k + 1), at least float32: the logits at `ids` and, last, the logit of the bucket that holds all other tokens."
     logits = at_least_float32(logits)
     flat = _Coarse.apply(logits.reshape(-1, logits.shape[-1]), ids.reshape(-1, ids.shape[-1]))
@@ -107,8 +107,8 @@ def topk_divergence(
     tail: Tensor,  # (...), log of the teacher's mass of all others
     divergence: str = "forward_kl",
     temperature: float = 1.0,  # the temperature that the cache was written with
-    **options,
-) -> Tensor:  # of the divergence, such as alpha=0.1
+    **options,  # of the divergence, such as alpha=0.1
+) -> Tensor:
     "The coarsened divergence of every position, shape (...): between 0 and the full one. Raises UserError for one that is not defined."
     check_divergence("topk", divergence)
     student = coarse_logits(_scaled(student_logits, temperature), ids)

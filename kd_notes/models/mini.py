@@ -56,8 +56,8 @@ def _with_numbers(texts: Iterable[str]) -> Iterable[str]:
 def train_mini_tokenizer(
     texts: Iterable[str],  # what the students will read and write
     vocab_size: int,  # entries including 256 bytes, 4 special tokens and 202 numbers
-    folder: Path | str,
-):  # where it is saved, with checksums
+    folder: Path | str,  # where it is saved, with checksums
+):
     "Train a byte-level BPE tokenizer, save it in `folder` and return it (PreTrainedTokenizerFast). Deterministic."
     from tokenizers import pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -92,8 +92,8 @@ def train_mini_tokenizer(
 
 # %% ../../nbs/2_playground/08_mini.ipynb #e8eefb5f
 def load_mini_tokenizer(
-    folder: Path | str | None = None,
-):  # None: the committed one, data/tokenizer/mini
+    folder: Path | str | None = None,  # None: the committed one, data/tokenizer/mini
+):
     "The mini tokenizer (PreTrainedTokenizerFast). Raises UserError if a file is missing or changed."
     from transformers import PreTrainedTokenizerFast
 

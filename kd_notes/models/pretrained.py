@@ -259,8 +259,8 @@ def load_pretrained(
     dtype: str = "float32",
     device: str | None = None,
     local_files_only: bool | None = None,  # None: as HF_HUB_OFFLINE says
-    revision: str | None = None,
-):  # commit or tag of a hub model
+    revision: str | None = None,  # commit or tag of a hub model
+):
     "(model, tokenizer) of a spec, ready to be trained. Causal or encoder-decoder, as its config says. Raises UserError."
     kind = getattr(torch, _choose(dtype, DTYPES, "dtype"))
     source = resolve_model(spec)

@@ -40,7 +40,7 @@ def paper_values(
 
 
 def _minillm_values(artefact: str, rows: Iterable[str], ending: str = "", **only: tuple) -> str:
-    "Rows of a table of MiniLLM side by side, on Dolly unless said otherwise."
+    "Return values of several rows of a table of MiniLLM, on Dolly by default."
     only = {"dataset": ("DollyEval",)} | only
     return ", ".join(
         f"{row} {paper_values('minillm', artefact, row + ending, '{value:g}', **only)}"
@@ -138,7 +138,7 @@ def _minillm_rows() -> list[FrontRow]:
 
 
 def _our_rows() -> list[FrontRow]:
-    "Questions that no paper answers."
+    "Return the rows for questions that no paper answers."
     return [
         FrontRow("minillm_compute_matched", "MiniLLM at equal compute, not equal steps", "–"),
         FrontRow("divergence_zoo", "Which objective gets closest to the teacher?", "–"),
@@ -152,11 +152,11 @@ def front_rows() -> list[FrontRow]:
     return _stepwise_rows() + _minillm_rows() + _our_rows()
 
 # %% ../../nbs/7_engine_room/27_readme.ipynb #76a4ba04
-SHOWN_VERDICTS = 3  # the notebook has them all
+SHOWN_VERDICTS = 3  # the notebook shows all of them
 
 
 def _recorded(book: Book, name: str) -> tuple[str, dict] | None:
-    "Profile and record of a notebook: five seeds where they are recorded."
+    "Return profile and record of a notebook; the record of five seeds comes first."
     for profile in ("cpu-full", "cpu"):
         path = expected_file(book, profile, name)
         if path.is_file():
@@ -165,7 +165,7 @@ def _recorded(book: Book, name: str) -> tuple[str, dict] | None:
 
 
 def _verdict_text(verdict: Verdict) -> str:
-    "A verdict in a table cell: what it is about, the interval, its unit."
+    "Format a verdict for a table cell: subject, interval, unit."
     about = re.search(r"\(([^()]*)\)$", verdict.claim)
     digits = ".1f" if verdict.unit == "points" or verdict.unit.startswith("%") else ".3g"
     numbers = [f"{x:{digits}}" for x in (verdict.value, verdict.low, verdict.high)]
@@ -174,7 +174,7 @@ def _verdict_text(verdict: Verdict) -> str:
 
 
 def outcome_cells(stored: Mapping[str, Any]) -> tuple[str, str]:
-    "Return how the claims of a record came out, and their first intervals."
+    "Return the outcomes of a record's claims and their first intervals."
     verdicts = [Verdict(**row) for row in stored["verdicts"]]
     for kind in ("claim", "question"):
         chosen = [verdict for verdict in verdicts if verdict.kind == kind]
@@ -212,7 +212,7 @@ def experiments_table(book: Book, rows: Iterable[FrontRow]) -> str:
 
 # %% ../../nbs/7_engine_room/27_readme.ipynb #c1eba0bc
 def headline_figure(book: Book, name: str) -> str:
-    "Write nbs/images/headline.png and return it as Markdown with its description and its source."
+    "Write nbs/images/headline.png and return it as Markdown, with alt text and source."
     nb = read_notebook(book.results / f"{name}.ipynb")
     stamp = nb["metadata"].get("kd_notes")
     for cell in nb["cells"]:
@@ -252,7 +252,7 @@ def predicted_time(book: Book, profile: str, everything: bool = False) -> str:
 
 
 def cost_table(book: Book) -> str:
-    "Return what the commands cost and what they train, as Markdown."
+    "Return a Markdown table of the commands, what they do and what they cost."
     full = predicted_time(book, "cpu-full", everything=True)
     replay = "nothing is trained: the figures are drawn again from the recorded trainings"
     costs = {
@@ -288,7 +288,7 @@ NOTE = "<!-- Generated from nbs/index.ipynb by `kd-notes readme`. Do not edit. -
 
 
 def run_index(nbs: Path) -> dict:
-    "Run the index in the folder `nbs` and return it with fresh outputs, clean as nbdev_clean leaves it."
+    "Run the index in the folder `nbs` and return it with fresh, clean outputs."
     import nbformat
     from nbclient import NotebookClient
 
@@ -306,7 +306,7 @@ def run_index(nbs: Path) -> dict:
 
 
 def link_from_root(target: str) -> str:
-    "Return a link of nbs/ as seen from the folder above."
+    "Return a link of nbs/ relative to the folder above."
     if re.match(r"[a-z]+:|#", target):
         return target
     return os.path.normpath(f"nbs/{target}").replace(os.sep, "/")
@@ -327,7 +327,7 @@ def readme_text(index: Mapping[str, Any]) -> str:
 
 
 def write_readme(book: Book, execute: bool = True) -> str:
-    "Write README.md, and the index with fresh outputs if it is executed; return a line about it."
+    "Write README.md, and the index with fresh outputs; return a line about it."
     index = book.nbs / "index.ipynb"
     if execute:
         nb = run_index(book.nbs)
@@ -338,7 +338,7 @@ def write_readme(book: Book, execute: bool = True) -> str:
 
 
 def _canonical(nb: Mapping[str, Any]) -> str:
-    "The notebook as nbdev_clean writes it: texts as lists of lines."
+    "Return the notebook as nbdev_clean writes it: texts as lists of lines."
     import nbformat
 
     return notebook_text(json.loads(nbformat.writes(nbformat.from_dict(nb))))

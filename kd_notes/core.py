@@ -77,7 +77,9 @@ class UserError(Exception):
     ):
         # Plain positional arguments, so that the error can be pickled between processes.
         super().__init__(what, str(where), fix)
-        self.what, self.where, self.fix = what, str(where), fix
+        self.what = what
+        self.where = str(where)
+        self.fix = fix
 
     def __str__(self) -> str:
         what = self.what if self.what.rstrip().endswith((".", "!", "?")) else self.what + "."
@@ -149,7 +151,8 @@ def cache_dir() -> Path:
 
     It is $KD_NOTES_CACHE, else .cache in the checkout, else the user's cache folder.
     """
-    named, root = os.environ.get("KD_NOTES_CACHE"), repo_root()
+    named = os.environ.get("KD_NOTES_CACHE")
+    root = repo_root()
     path = (
         Path(named).expanduser()
         if named

@@ -35,7 +35,8 @@ def progress_mode(
 
     $KD_NOTES_PROGRESS overrides the choice.
     """
-    wanted, known = os.environ.get("KD_NOTES_PROGRESS", ""), ("bar", "notebook", "lines", "off")
+    wanted = os.environ.get("KD_NOTES_PROGRESS", "")
+    known = ("bar", "notebook", "lines", "off")
     if wanted:
         if wanted not in known:
             raise UserError(
@@ -65,8 +66,14 @@ class Tally:
         desc: str = "",
         unit: str = "it",
     ):
-        self.iterable, self.total, self.desc, self.unit = iterable, total, desc, unit
-        self.n, self.postfix, self.closed, self.start = 0, "", False, time.monotonic()
+        self.iterable = iterable
+        self.total = total
+        self.desc = desc
+        self.unit = unit
+        self.n = 0
+        self.postfix = ""
+        self.closed = False
+        self.start = time.monotonic()
 
     def update(self, n: int = 1) -> None:
         self.n += n
@@ -108,13 +115,11 @@ class Meter(Tally):
 
     def __init__(self, *args, mode: str = "lines", file=None, every: float | None = None, **kwargs):
         super().__init__(*args, **kwargs)
-        self.mode, self.file, self.handle, self.shown, self.shown_n = (
-            mode,
-            file,
-            None,
-            self.start,
-            0,
-        )
+        self.mode = mode
+        self.file = file
+        self.handle = None
+        self.shown = self.start
+        self.shown_n = 0
         self.every = (
             every if every is not None else (0.5 if mode == "notebook" else 10.0)
         )  # seconds between two lines
@@ -126,7 +131,8 @@ class Meter(Tally):
             self.show()
 
     def show(self) -> None:
-        self.shown, self.shown_n = time.monotonic(), self.n
+        self.shown = time.monotonic()
+        self.shown_n = self.n
         if self.mode == "notebook":
             self.handle = _display_line(progress_line(self), self.handle)
         else:

@@ -266,7 +266,8 @@ def _checked(
     info: TaskInfo, examples: Iterable[tuple[str, Example]], labelled: bool = True
 ) -> list[Example]:
     "Check labels and unique ids of (place, example) pairs and return the examples."
-    seen, out = {}, []
+    seen = {}
+    out = []
     for where, ex in examples:
         if labelled or ex.label:
             check_label(info, ex, where)
@@ -341,10 +342,8 @@ def write_split(
 
     Raises UserError for an empty split, a duplicate id or a label that the task does not allow.
     """
-    path, places = (
-        split_path(task, split, root),
-        [(f"{task}/{split}, example {i}", ex) for i, ex in enumerate(examples)],
-    )
+    path = split_path(task, split, root)
+    places = [(f"{task}/{split}, example {i}", ex) for i, ex in enumerate(examples)]
     if not places:
         raise UserError(
             "the split is empty", where=f"{task}/{split}", fix="Give at least one example."

@@ -51,7 +51,8 @@ def draw_villages(n: int = VILLAGES, seed: int = SEED) -> dict[str, dict]:
 
     A ranked fact is a list of [probability, value], any other fact a text.
     """
-    words, r = lexicon(), rng("world", "villages", seed)
+    words = lexicon()
+    r = rng("world", "villages", seed)
     names = sorted(r.sample([a + b for a in words["first"] for b in words["last"]], n))
     return {name: _village_facts(r, words) for name in names}
 
@@ -260,7 +261,8 @@ def enumerate_answers(a: Answers, limit: int = 100_000) -> Iterator[tuple[float,
 
     Raises UserError if there are more than `limit` answers.
     """
-    stack, found = [(1.0, [], a.start)], 0
+    stack = [(1.0, [], a.start)]
+    found = 0
     while stack:
         p, symbols, state = stack.pop()
         if not state:

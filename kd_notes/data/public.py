@@ -200,10 +200,8 @@ def carve(examples: Sequence, share: float = 0.1, seed: int = 0) -> tuple[list, 
 
     The order is that of `datasets.Dataset.train_test_split(test_size=share, seed=seed)`.
     """
-    order, held = (
-        np.random.default_rng(seed).permutation(len(examples)),
-        math.ceil(share * len(examples)),
-    )
+    order = np.random.default_rng(seed).permutation(len(examples))
+    held = math.ceil(share * len(examples))
     return [examples[i] for i in order[held:]], [examples[i] for i in order[:held]]
 
 
@@ -519,7 +517,8 @@ def load_real(
     gold: bool = False,
 ) -> list[Example]:
     "Load examples of a published set, in the paper's split where the files allow it."
-    spec, hub = real_set(name), source == "hub"
+    spec = real_set(name)
+    hub = source == "hub"
     if source not in ("folder", "hub"):
         raise UserError(
             f"the source {source!r} is not known", where="source", fix="Use 'folder' or 'hub'."

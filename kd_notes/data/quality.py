@@ -210,10 +210,8 @@ def _class_probes(
 # %% ../../nbs/2_playground/04_quality.ipynb #3d348360
 def _choice_features(ex: Example, i: int) -> list[str]:
     "Return the features of choice i without its question."
-    words, rivals = (
-        normalise(ex.choices[i]).split(),
-        {w for j, c in enumerate(ex.choices) if j != i for w in normalise(c).split()},
-    )
+    words = normalise(ex.choices[i]).split()
+    rivals = {w for j, c in enumerate(ex.choices) if j != i for w in normalise(c).split()}
     longer = sum(len(c) > len(ex.choices[i]) for c in ex.choices)
     pieces = [
         f"#{normalise(ex.choices[i])[k : k + 4]}" for k in range(max(1, len(ex.choices[i]) - 3))
@@ -229,10 +227,8 @@ def _choice_features(ex: Example, i: int) -> list[str]:
 # %% ../../nbs/2_playground/04_quality.ipynb #6d550057
 def _pair_features(info: TaskInfo, ex: Example, i: int) -> list[str]:
     "Return the features of choice i together with the question."
-    question, words = (
-        sorted(set(normalise(split_input(info, ex.input)[0]).split())),
-        normalise(ex.choices[i]).split(),
-    )
+    question = sorted(set(normalise(split_input(info, ex.input)[0]).split()))
+    words = normalise(ex.choices[i]).split()
     common = len(set(question) & set(words))
     return (
         [f"{q}|{w}" for q in question for w in words]
@@ -299,7 +295,9 @@ def equation_template(equation: str, question: str) -> str:
 
     Other numbers stay. Raises EquationError if the equation is malformed.
     """
-    values, used, out = [Fraction(x) for x in numbers_in(question)], set(), []
+    values = [Fraction(x) for x in numbers_in(question)]
+    used = set()
+    out = []
     for t in tokenize(equation):
         places = [i for i, v in enumerate(values) if t not in "+-*/()" and v == Fraction(t)]
         if places:
@@ -338,14 +336,10 @@ def _equation_probes(
     info: TaskInfo, train: list[Example], test: list[Example]
 ) -> dict[str, list[str]]:
     "Predict with the probes for equations: over labels, and over filled templates."
-    labels, templates = (
-        [ex.label for ex in train],
-        [equation_template(ex.label, ex.input) for ex in train],
-    )
-    read, masked = (
-        [[ex.input for ex in xs] for xs in (train, test)],
-        [[_masked(ex.input) for ex in xs] for xs in (train, test)],
-    )
+    labels = [ex.label for ex in train]
+    templates = [equation_template(ex.label, ex.input) for ex in train]
+    read = [[ex.input for ex in xs] for xs in (train, test)]
+    masked = [[_masked(ex.input) for ex in xs] for xs in (train, test)]
     guesses = {"majority_template": [Counter(templates).most_common(1)[0][0]] * len(test)}
     for name, vectors in (("words", _words()), ("chars", _chars(4_000))):
         guesses[f"template_{name}"] = _likeliest(

@@ -129,7 +129,8 @@ def rain_probability(village: str, season: str) -> float:
 
     Wet villages lie above their land's value, dry ones below it.
     """
-    facts, words = villages()[village], lexicon()
+    facts = villages()[village]
+    words = lexicon()
     base = words["rain"][facts["land"]][words["seasons"].index(season)]
     return sigmoid(math.log(base / (1 - base)) + facts["wet"])
 
@@ -255,8 +256,11 @@ def draw_slots(names: Sequence[str], r: random.Random) -> dict[str, str]:
 
 def draw_prompts(split: str, n: int, seed: int = SEED) -> list[Prompt]:
     "Draw n different prompts of a split, with kinds in proportion to their shares."
-    kinds, r = lexicon()["kinds"], rng("world", "prompts", split, seed)
-    names, shares, drawn = list(kinds), [k["share"] for k in kinds.values()], {}
+    kinds = lexicon()["kinds"]
+    r = rng("world", "prompts", split, seed)
+    names = list(kinds)
+    shares = [k["share"] for k in kinds.values()]
+    drawn = {}
     while len(drawn) < n:
         prompt = draw_prompt(r.choices(names, shares)[0], r)
         if split_of(prompt) == split:
@@ -314,8 +318,11 @@ def passage_grammar(kind: str, slots: dict[str, str]) -> Any:
 
 def draw_corpus(n: int = CORPUS, seed: int = SEED) -> list[dict]:
     "Draw n different passages: id, kind, slots, text."
-    kinds, r, drawn = lexicon()["corpus"], rng("world", "corpus", seed), {}
-    names, shares = list(kinds), [k["share"] for k in kinds.values()]
+    kinds = lexicon()["corpus"]
+    r = rng("world", "corpus", seed)
+    drawn = {}
+    names = list(kinds)
+    shares = [k["share"] for k in kinds.values()]
     while len(drawn) < n:
         kind = r.choices(names, shares)[0]
         slots = draw_slots(kinds[kind]["slots"], r)
@@ -364,7 +371,8 @@ def load_corpus() -> list[dict]:
 # %% ../../nbs/2_playground/07_world.ipynb #6b05c183
 def profile(a: Answers) -> list[tuple[float, float]]:
     "Return (probability that an answer reaches it, expected entropy in nats) per position."
-    out, states = [], {a.start: 1.0}
+    out = []
+    states = {a.start: 1.0}
     while states:
         alive = math.fsum(states.values())
         total = 0.0
@@ -442,7 +450,8 @@ def generator_logprobs(
     The second tensor, (T,) bool, is True where the generator can write the prefix. The first is
     float64.
     """
-    size, a = size or len(tokenizer), token_answers(prompt, tokenizer)
+    size = size or len(tokenizer)
+    a = token_answers(prompt, tokenizer)
     out = torch.full((len(response_ids), size), -math.inf, dtype=torch.float64)
     inside = torch.zeros(len(response_ids), dtype=torch.bool)
     state = a.start

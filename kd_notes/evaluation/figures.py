@@ -187,7 +187,8 @@ def _reference(ax, value: float | None, label: str, linestyle: Any, color: str) 
 # %% ../../nbs/2_playground/14_figures.ipynb #c460d4d4
 def _draw_panel(ax, rows: Sequence[Mapping], styles: Mapping, xlabel: str, log: bool) -> None:
     "Draw all arms of one panel, with ticks on the x axis where there are points."
-    arms, ticks = list(dict.fromkeys(r["arm"] for r in rows)), sorted({r["x"] for r in rows})
+    arms = list(dict.fromkeys(r["arm"] for r in rows))
+    ticks = sorted({r["x"] for r in rows})
     for k, arm in enumerate(arms):
         apart = 1 + 0.025 * (k - (len(arms) - 1) / 2) if log else 1.0
         _draw_arm(ax, [r for r in rows if r["arm"] == arm], styles[arm], apart)
@@ -330,6 +331,7 @@ def save_figure(
     name: str,  # file name without ending: lower-case letters, digits, - and _
     rows: Iterable[Mapping[str, Any]],  # the numbers in the figure
     alt: str = "",  # what the figure shows, in a sentence
+    title: str = "",  # what the figure finds, drawn above it
 ) -> SavedFigure:
     "Write <name>.png and <name>.csv into `run_dir`, atomically."
     rows, folder = list(rows), Path(run_dir)

@@ -67,7 +67,8 @@ def _shares(g: np.random.Generator, draws: int, n: int) -> np.ndarray:
 # %% ../../nbs/2_playground/13_statistics.ipynb #0a8f4ffa
 def _draw_means(table: np.ndarray, draws: int, seed: int) -> np.ndarray:
     "Return the means of `draws` tables with resampled rows and columns, (draws,)."
-    g, (rows, columns) = np.random.default_rng(seed), table.shape
+    g = np.random.default_rng(seed)
+    (rows, columns) = table.shape
     step = max(1, 2_000_000 // columns)  # keeps a block of counts below 16 MB
     blocks = [min(step, draws - start) for start in range(0, draws, step)]
     return np.concatenate(
@@ -144,7 +145,8 @@ def hierarchical_bootstrap(
     Both are resampled; with one seed, items only.
     """
     table = _as_table(outcomes)
-    mean, factor = table.mean(), small_sample_factor(len(table)) if small_sample else 1.0
+    mean = table.mean()
+    factor = small_sample_factor(len(table)) if small_sample else 1.0
     # Outcomes are shares of correct answers, so their interval is clipped to [0, 1].
     shares = np.isin(table, (0.0, 1.0)).all()
     table = table + (factor - 1) * (table.mean(1, keepdims=True) - mean)
@@ -178,7 +180,8 @@ def holm(p: Mapping[str, float]) -> dict[str, float]:
 
     A claim holds at level 5 % if its adjusted value is below 0.05.
     """
-    adjusted, largest = {}, 0.0
+    adjusted = {}
+    largest = 0.0
     for rank, name in enumerate(sorted(p, key=lambda k: p[k])):
         largest = max(largest, min(1.0, (len(p) - rank) * p[name]))
         adjusted[name] = largest

@@ -60,7 +60,8 @@ def unicode_words(text: str) -> list[str]:
 
     In a script without spaces, each letter with its marks is a word.
     """
-    words, open_word = [], False
+    words = []
+    open_word = False
     for char in text.lower():
         kind = unicodedata.category(char)[0]
         if kind not in "LNM":  # no letter, number or combining mark

@@ -63,7 +63,8 @@ class Clock:
 
     def begin(self) -> None:
         "Wait for a turn and start the clock."
-        self.count, self.found = self.ask(), []
+        self.count = self.ask()
+        self.found = []
         if self.count is None:
             raise _Over
         self.before = unit(self.arrays)

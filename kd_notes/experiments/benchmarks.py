@@ -62,10 +62,8 @@ def worker(
 
     If the process fails, UserError has the last line of its errors.
     """
-    job, threads = (
-        json.dumps([part, arm, gemm, call]),
-        {"OMP_NUM_THREADS": str(torch.get_num_threads())},
-    )
+    job = json.dumps([part, arm, gemm, call])
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     with tempfile.TemporaryFile("w+") as errors:
         child = subprocess.Popen(
             [sys.executable, "-c", _SERVE, job],
@@ -144,7 +142,9 @@ def in_turns(
 
     Raises an error if our arm fails.
     """
-    ready, absent, wanted = {}, {}, STEPS[part] if peers is None else ("ours", *peers)
+    ready = {}
+    absent = {}
+    wanted = STEPS[part] if peers is None else ("ours", *peers)
     with ExitStack() as stack:
         # The processes load their libraries at the same time, and then wait for their turn.
         for arm in STEPS[part]:

@@ -206,7 +206,8 @@ def arm_rows(arm: str, task: str, n: int, split: str = "pool", seed: int = 0) ->
         raise UserError(
             f"there is no arm {arm!r}", where="arm", fix=f"Choose one of {', '.join(ARMS)}."
         )
-    spec, pool = ARMS[arm], task_split(task, split)
+    spec = ARMS[arm]
+    pool = task_split(task, split)
     # A published set may be extracted in part; then all arms use the extracted examples.
     if "@" in task and teacher_file(task, split).is_file():
         text = teacher_text(task, split)

@@ -277,7 +277,8 @@ def search_adapter(
 
     Returns accuracy and validity on the first `n` validation items, best first.
     """
-    found, held = [], load_split(task, "validation", gold=True)[:n]
+    found = []
+    held = load_split(task, "validation", gold=True)[:n]
     for s in tries:
         mine = folder / "_".join(f"{k}{v}" for k, v in sorted(s.items()))
         adapter = mine / "adapter"

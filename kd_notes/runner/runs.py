@@ -178,7 +178,8 @@ def _enter(run: Run) -> Run:
         for half in run.folder.glob(".*.tmp"):  # left by a killed atomic_write
             half.unlink(missing_ok=True)
         write_json(run.folder / "params.json", run.params)
-        run.started, run.manifest["start"] = time.monotonic(), _now()
+        run.started = time.monotonic()
+        run.manifest["start"] = _now()
         _write_manifest(run, "running", attempts=tried + 1)
     except BaseException:
         run.lock.__exit__(None, None, None)

@@ -344,6 +344,31 @@ def test_saved_verdicts_are_data_and_are_counted_by_kind(tmp_path):
         statistics_module.load_verdicts(tmp_path / "verdicts.json")
 
 
+@pytest.mark.parametrize("side", ["better arm", "worse arm"])
+def test_an_untrained_arm_makes_a_claim_untestable_on_either_side(side):
+    clear = statistics_module.Estimate(0.2, 0.1, 0.3, 5, 100, 0.001)
+    both = dict.fromkeys(("better arm", "worse arm"), "")
+    fine = statistics_module.verdict("a beats b", clear, untrained=both)
+    assert fine.outcome == "supported"
+    why = both | {side: "its best rate is the lowest of the grid"}
+    made = statistics_module.verdict("a beats b", clear, untrained=why)
+    assert made.outcome == "not testable" and side in made.why and "lowest" in made.why
+    [of_task] = statistics_module.verdicts("a beats b", {"nli": clear}, untrained={"nli": why})
+    assert of_task.outcome == "not testable"
+
+
+def test_runs_have_moved_if_one_metric_differs_and_not_if_none_does():
+    g = np.random.default_rng(0)
+    start = [{"loss": x, "length": 9.0, "best_step": 3} for x in g.normal(1, 0.1, 5)]
+    further = [m | {"loss": m["loss"] - 0.3} for m in start]
+    assert statistics_module.runs_moved(further, start)
+    assert not statistics_module.runs_moved(start, start)
+    other = [m | {"best_step": 100} for m in start]
+    assert not statistics_module.runs_moved(other, start)  # that is no metric of the student
+    with pytest.raises(ValueError):
+        statistics_module.runs_moved(start[:4], start)
+
+
 # ---------------------------------------------------------------- reported numbers
 
 

@@ -182,6 +182,18 @@ def world_rate(arm: str) -> float:
     chosen = read_json(data_dir() / "chosen" / "minillm.json")
     return chosen["lr"].get(arm, chosen["default"])
 
+# %% ../../nbs/5_own_words/08_instruction_world.ipynb #d2cda58e
+def grid_edge(arm: str, file: str = "minillm") -> str:
+    "'lower' or 'upper' if the rate in data/chosen/<file>.json is the first or last of its grid, else ''."
+    chosen = read_json(data_dir() / "chosen" / f"{file}.json")
+    rates = {float(cell.split("/")[1]) for cell in chosen["validation_rouge_l"]}
+    return {min(rates): "lower", max(rates): "upper"}.get(chosen["lr"].get(arm), "")
+
+
+def untrained_why(arm: str, file: str = "minillm") -> str:
+    "Why an arm does not count as trained; empty if it does."
+    return "its best rate is the lowest of the grid" if grid_edge(arm, file) == "lower" else ""
+
 # %% ../../nbs/5_own_words/08_instruction_world.ipynb #b8407d6e
 @dataclass
 class WorldSettings:
@@ -452,6 +464,24 @@ def run_frame(
     teacher = world.run({"teacher": {"arm": "teacher"} | settings}, seeds[:1], **grid)
     start = world.run({"start": {"arm": "start", "size": size} | settings}, seeds, **grid)
     return teacher | start
+
+# %% ../../nbs/5_own_words/08_instruction_world.ipynb #b0168f5a
+def pair_checks(
+    pairs: dict[str, tuple[str, ...]],  # {what a verdict is about: the arms that it compares}
+    moved: dict[str, bool],  # arm -> `runs_moved`
+    why: dict[str, str] | None = None,  # arm -> reason to call it untrained; None: `untrained_why`
+    titles: dict[str, str] | None = None,  # of arms; None: TITLES
+) -> dict[str, dict]:
+    "The arguments `moved` and `untrained` of `verdicts`."
+    titles = titles or TITLES
+    if why is None:
+        why = {arm: untrained_why(arm) for arm in moved}
+    return {
+        "moved": {name: {titles[arm]: moved[arm] for arm in arms} for name, arms in pairs.items()},
+        "untrained": {
+            name: {titles[arm]: why[arm] for arm in arms} for name, arms in pairs.items()
+        },
+    }
 
 # %% ../../nbs/5_own_words/08_instruction_world.ipynb #f19e6cd7
 def item_scores(metrics: Sequence[dict], name: str = "items") -> np.ndarray:

@@ -197,6 +197,7 @@ def _why_not_testable(
     arms: Mapping[str, float],  # accuracy of each arm, 0 to 1
     floor: float | None,  # accuracy of the most frequent answer
     moved: Mapping[str, bool],  # arm -> does it differ from its start in any metric?
+    untrained: Mapping[str, str],  # arm -> why it does not count as trained, empty if it does
 ) -> str:
     "Return the reason why an experiment cannot decide a claim, '' if it can."
     shares = {**arms, "floor": floor or 0.0}
@@ -217,7 +218,7 @@ def _why_not_testable(
     unmoved = [name for name, differs in moved.items() if not differs]
     if unmoved:
         return f"{', '.join(unmoved)} not different from the start in any metric"
-    return ""
+    return "; ".join(f"{name} untrained: {why}" for name, why in untrained.items() if why)
 
 # %% ../../nbs/2_playground/13_statistics.ipynb #2f6d09d4
 def moved_from_start(differences: Mapping[str, Estimate]) -> bool:
@@ -226,6 +227,22 @@ def moved_from_start(differences: Mapping[str, Estimate]) -> bool:
     `differences` maps a metric to the arm minus its start. Holm's correction applies.
     """
     return any(p < 0.05 for p in holm({name: e.p for name, e in differences.items()}).values())
+
+# %% ../../nbs/2_playground/13_statistics.ipynb #0601348f
+MOVED_IN = ("rouge_l", "reverse_kl", "loss", "length", "dist4")
+
+
+def runs_moved(
+    runs: Sequence[Mapping[str, Any]],  # metrics of each seed's trained student
+    start: Sequence[Mapping[str, Any]],  # metrics of each seed's student before training
+    names: Iterable[str] = MOVED_IN,  # of metrics that a run has once
+) -> bool:
+    "`moved_from_start` of trained students, paired by seed, over the metrics that both have."
+    pairs = list(zip(runs, start, strict=True))
+    shared = [name for name in names if all(name in a and name in b for a, b in pairs)]
+    return moved_from_start(
+        {name: hierarchical_bootstrap([[a[name] - b[name]] for a, b in pairs]) for name in shared}
+    )
 
 # %% ../../nbs/2_playground/13_statistics.ipynb #731de487
 _KINDS = ("claim", "control", "question")
@@ -300,6 +317,7 @@ def verdict(
     arms: Mapping[str, float] | None = None,  # accuracy of every arm that is compared
     floor: float | None = None,  # accuracy of the most frequent answer
     moved: Mapping[str, bool] | None = None,  # arm -> `moved_from_start`
+    untrained: Mapping[str, str] | None = None,  # arm -> why it is untrained, empty if it is not
     p: float | None = None,  # Holm-adjusted p-value, where several tasks share the claim
 ) -> Verdict:
     "Decide a claim by its interval: supported, contradicted, undecided or not testable."
@@ -311,7 +329,7 @@ def verdict(
         )
     scale = 100 if _percent(unit) else 1
     side = _side(low, high, direction, margin)
-    why = _why_not_testable(difference.n, arms or {}, floor, moved or {})
+    why = _why_not_testable(difference.n, arms or {}, floor, moved or {}, untrained or {})
     if why:
         outcome = "not testable"
     elif side == "undecided":
@@ -333,10 +351,16 @@ def verdicts(
     arms: Mapping[str, Mapping[str, float]] | None = None,  # task -> arm -> accuracy
     floor: Mapping[str, float] | None = None,  # task -> accuracy of the most frequent answer
     moved: Mapping[str, Mapping[str, bool]] | None = None,  # task -> arm -> `moved_from_start`
+    untrained: Mapping[str, Mapping[str, str]] | None = None,  # task -> arm -> why, or empty
     **rule: Any,  # kind, unit, direction and margin of `verdict`
 ) -> list[Verdict]:
-    "Decide a claim for each task. Holm's correction applies to claims about zero (margin 0)."
-    by_task = {"arms": arms or {}, "floor": floor or {}, "moved": moved or {}}
+    "One verdict per task of a claim. Holm's correction applies to claims about zero (margin 0)."
+    by_task = {
+        "arms": arms or {},
+        "floor": floor or {},
+        "moved": moved or {},
+        "untrained": untrained or {},
+    }
     adjusted = {}
     if not rule.get("margin"):
         adjusted = holm({task: e.p for task, e in estimates.items()})

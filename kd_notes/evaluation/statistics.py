@@ -354,7 +354,7 @@ def verdicts(
     untrained: Mapping[str, Mapping[str, str]] | None = None,  # task -> arm -> why, or empty
     **rule: Any,  # kind, unit, direction and margin of `verdict`
 ) -> list[Verdict]:
-    "One verdict per task of a claim. Holm's correction applies to claims about zero (margin 0)."
+    "Decide a claim for each task. Holm's correction applies to claims about zero (margin 0)."
     by_task = {
         "arms": arms or {},
         "floor": floor or {},

@@ -216,6 +216,21 @@ def readme_command(
 
         print(write_readme(open_book(), execute=execute))
 
+# %% ../nbs/7_engine_room/28_cli.ipynb #cf8832db
+@app.command("course")
+def course_command(
+    out: Annotated[Path, typer.Option(help="A new folder.")],
+    chapters: Annotated[
+        list[str] | None, typer.Argument(help="Chapters, such as 1_idea; none: all.")
+    ] = None,
+) -> None:
+    "Copy the lessons for students: without solutions, with an empty cell below each exercise."
+    with guard():
+        from kd_notes.runner.course import student_copy
+
+        written = student_copy(out, chapters or ())
+        print(f"{len(written)} lessons in {out}")
+
 # %% ../nbs/7_engine_room/28_cli.ipynb #4102ce90
 @app.command("extract")
 def extract_command(

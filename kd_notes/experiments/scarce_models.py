@@ -25,7 +25,7 @@ from kd_notes.evaluation.text import (
     write_answers,
     Written,
 )
-from .base import Experiment
+from .base import Experiment, optional
 from kd_notes.experiments.instruction_world import (
     corpus_rows,
     EXPOSED,
@@ -67,7 +67,7 @@ class ScarceModels(Experiment):
     "Teachers, and students before distillation."
 
     name = "scarce_model"
-    module = "experiments.scarce_world"
+    module = "experiments.scarce_models"
     Settings = ScarceModelSettings
 
     def complete(self, run: dict) -> dict:
@@ -170,10 +170,9 @@ def possible_share(rows: list[dict], texts: list[list[str]]) -> float:
     return sum(found) / len(found)
 
 # %% ../../nbs/5_own_words/08c_scarce_models.ipynb #0fc7f9a1
-def scarce_scores(model, teacher, held: bool, length: int) -> tuple[dict, Written, list]:
-    "(scores on one of the tests, the answers, KL(p || q) along the first answer of each prompt)."
+def scarce_scores(model, teacher, rows: list[dict], length: int) -> tuple[dict, Written, list]:
+    "(scores on these rows, the answers, KL(p || q) along the first answer of each prompt)."
     tokenizer = load_world_tokenizer()
-    rows = list(test_rows(held))
     how = {"max_new_tokens": length}
     written = write_answers(model, tokenizer, rows, seeds=EVAL_SEEDS, **how)
     greedy = write_answers(model, tokenizer, rows, seeds=(1,), temperature=0.0, **how)
@@ -203,13 +202,14 @@ class ScarceAnswerSettings:
 
     teacher: dict  # of ScarceModelSettings, complete
     max_new_tokens: int
+    rows: int = optional(0)  # 0: all
 
 
 class ScarceAnswers(Experiment):
     "What a teacher writes: {'response_ids'}."
 
     name = "scarce_answers"
-    module = "experiments.scarce_world"
+    module = "experiments.scarce_models"
     Settings = ScarceAnswerSettings
 
     def inputs(self, run: dict) -> dict[str, str]:
@@ -221,7 +221,7 @@ class ScarceAnswers(Experiment):
         written = write_answers(
             teacher,
             load_world_tokenizer(),
-            test_rows(False),
+            test_rows(False)[: run.get("rows") or None],
             seeds=EVAL_SEEDS[:1],
             max_new_tokens=length,
         )
@@ -229,7 +229,11 @@ class ScarceAnswers(Experiment):
 
     def answers(self, run: dict) -> list[list[int]]:
         "Token ids of the answers of a run's teacher, from the cache or written now."
-        wanted = self.parameters(teacher=run["teacher"], max_new_tokens=run["max_new_tokens"])
+        wanted = self.parameters(
+            teacher=run["teacher"],
+            max_new_tokens=run["max_new_tokens"],
+            rows=run.get("score_rows", 0),
+        )
         options = {"modules": self.modules(wanted), "checksums": self.inputs(wanted)}
         return cached(self.name, wanted, self.train, **options)["response_ids"]
 
@@ -250,15 +254,21 @@ OUT_OF_DOMAIN = (
 )
 
 
-def scarce_metrics(model, teacher, teacher_answers: list[list[int]], length: int) -> dict:
+def scarce_metrics(
+    model,
+    teacher,
+    teacher_answers: list[list[int]],  # to the first rows of the test in domain
+    length: int,  # longest answer, in tokens
+) -> dict:
     "Scores in domain, and those of OUT_OF_DOMAIN with `out_` before their names."
-    scores, written, forward = scarce_scores(model, teacher, False, length)
-    labels = world_labels(model, load_world_tokenizer(), list(test_rows(False)))
-    labels.pop("label_mass")
+    near, far = (list(test_rows(held)[: len(teacher_answers)]) for held in (False, True))
+    scores, written, forward = scarce_scores(model, teacher, near, length)
+    labels = world_labels(model, load_world_tokenizer(), near)
+    labels.pop("label_mass", None)
     kl = kl_per_position(model, teacher, written.prompt_ids, teacher_answers, batch_size=64)
     bias = exposure_bias(forward, kl.forward, draws=2, min_alive=1)
     kept = [n for n in EXPOSED if n <= len(bias.student)]
-    away, _, _ = scarce_scores(model, teacher, True, length)
+    away, _, _ = scarce_scores(model, teacher, far, length)
     return {
         **scores,
         **labels,

@@ -177,9 +177,9 @@ def _write_all(state: TrainState, folder: Path) -> None:
         _checkpoint_tensors(state)  # putting shards together takes every process
 
 # %% ../../nbs/7_engine_room/16_checkpoint.ipynb #84d057c8
-# settings that change no number; batch_size and accumulate decide by their product
+# settings that change no number; batch_size and gradient_accumulation_steps decide by their product
 _FREE = ("save_every", "log_every", "device", "compile", "fsdp", "keep_memory")
-_PRODUCT = ("batch_size", "accumulate")
+_PRODUCT = ("batch_size", "gradient_accumulation_steps")
 
 
 def run_identity(state: TrainState) -> dict[str, str]:

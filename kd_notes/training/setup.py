@@ -126,9 +126,9 @@ def _check_deepspeed(accelerator, cfg: TrainConfig) -> None:
     if accelerator.distributed_type.value != "DEEPSPEED":
         return
     asked = [name for name in ("save_every", "keep_best", "ema", "fsdp") if getattr(cfg, name)]
-    if asked or cfg.accumulate > 1:
+    if asked or cfg.gradient_accumulation_steps > 1:
         raise UserError(
-            f"{', '.join(asked) or 'accumulate'} does not work with DeepSpeed in this loop",
+            f"{', '.join(asked) or 'gradient_accumulation_steps'} does not work with DeepSpeed in this loop",
             where="TrainConfig",
             fix="Use fsdp=True instead of DeepSpeed, or a larger batch_size and no checkpoints.",
         )

@@ -738,6 +738,14 @@ def test_weights_hash_of_a_model_and_of_its_folder(tmp_path, family):
         weights_hash(tmp_path)
 
 
+def test_weights_hash_sees_every_bit_of_float64():
+    model = torch.nn.Linear(2, 2).double()
+    before = weights_hash(model)
+    with torch.no_grad():
+        model.weight[0, 0] = torch.nextafter(model.weight[0, 0], torch.ones(()).double())
+    assert weights_hash(model) != before
+
+
 @pytest.mark.parametrize(
     "change, word",
     [

@@ -688,6 +688,13 @@ def test_a_method_is_described_by_what_it_does_and_not_by_where_it_is():
     assert first.identity() != kd_rows().identity()
 
 
+def test_the_precision_of_a_teacher_belongs_to_its_description():
+    half, widened = kd_rows(), kd_rows()
+    half.signal.model.bfloat16()
+    widened.signal.model.bfloat16().float()
+    assert half.identity() != widened.identity()
+
+
 @pytest.mark.parametrize("targets", [["lm_head"], ["q_proj", "lm_head"], ["embed_tokens"]])
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_merged_student_is_the_one_that_was_trained(tmp_path, targets, tied):
@@ -1558,8 +1565,8 @@ assert PartialState().num_processes == 2
     )
 
 
-@pytest.mark.parametrize("name", ["cpu", "ddp", "fsdp2", "deepspeed"])
-def test_configurations_are_what_accelerate_takes(name, monkeypatch):
+@pytest.mark.parametrize("name", ["cpu", "ddp", "deepspeed"])
+def test_configurations_are_what_accelerate_takes(name):
     "Not run here (but for cpu.yaml): parsed by Accelerate's own launcher, which refuses unknown keys, down to the environment it would set."
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
@@ -1571,11 +1578,11 @@ def test_configurations_are_what_accelerate_takes(name, monkeypatch):
     )
     assert (args.multi_gpu, args.use_fsdp, args.use_deepspeed) == (
         name in ("cpu", "ddp"),
-        name == "fsdp2",
+        False,
         name == "deepspeed",
     )
     known = vars(launch_command_parser().parse_args(["x.py"]))
-    assert not {*defaults.fsdp_config, *defaults.deepspeed_config} - set(known)
+    assert not set(defaults.deepspeed_config) - set(known)
     if name == "deepspeed":
         args.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
         environment = prepare_deepspeed_cmd_env(args)[1]
@@ -1584,21 +1591,25 @@ def test_configurations_are_what_accelerate_takes(name, monkeypatch):
             and environment["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] == "1"
         )
     else:
-        environment = prepare_multi_gpu_env(args)
-    if name == "fsdp2":
-        from accelerate import FullyShardedDataParallelPlugin
+        assert prepare_multi_gpu_env(args)
 
-        for key, value in environment.items():
-            if "FSDP" in key:
-                monkeypatch.setenv(key, value)
-        plugin = FullyShardedDataParallelPlugin()
-        plugin.set_auto_wrap_policy(
-            training_setup.Objective(mini_model("causal", "xs", VOCAB, 0), Rows())
-        )
-        assert plugin.fsdp_version == 2 and plugin.reshard_after_forward is True
-        assert {c.__name__ for c in plugin.auto_wrap_policy.keywords["transformer_layer_cls"]} == {
-            "LlamaDecoderLayer"
-        }
+
+def test_accelerates_own_fsdp_is_refused(tmp_path):
+    "Two gloo processes launched with --use_fsdp: the run stops before a step and names fsdp=True."
+    script = tmp_path / "training.py"
+    script.write_text(f"""
+import sys
+sys.path.insert(0, {os.path.dirname(__file__)!r})
+from test_train import run
+run(batch_size=4)
+""")
+    launch = [sys.executable, "-m", "accelerate.commands.launch"]
+    launch += ["--config_file", f"{CONFIGS}/cpu.yaml", "--use_fsdp", "--fsdp_version", "2"]
+    launch += ["--main_process_port", free_port(), str(script)]
+    done = subprocess.run(launch, env=os.environ | CPU, capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0
+    assert "UserError: FSDP of Accelerate: it is switched on" in done.stderr, done.stderr[-3000:]
+    assert "TrainConfig(fsdp=True)" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -886,7 +886,7 @@ def test_another_request_for_the_same_folder_is_refused(place, tmp_path):
 
 
 LONG = {
-    "steps": 40,
+    "max_steps": 40,
     "evaluations": 2,
     "batch_size": 4,
     "validation": 4,

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..core import atomic_write, read_json, read_jsonl, stable_hash, UserError, write_json
-from .method import weights_hash
+from .method import describe_weights
 from .state import trainable, TrainState
 
 # %% ../../nbs/7_engine_room/16_checkpoint.ipynb #1da3fdf4
@@ -195,7 +195,7 @@ def run_identity(state: TrainState) -> dict[str, str]:
     return {
         "examples": stable_hash([state.ids, state.sizes, items]),
         "method": stable_hash([state.method.identity(), dict(state.method.loss_weights)]),
-        "student": stable_hash([weights_hash(state.model), dropout]),
+        "student": stable_hash([describe_weights(state.model), dropout]),
     }
 
 

@@ -104,7 +104,7 @@ class ScarceModels(Experiment):
     def config(self, run: dict, steps: int, **changes: Any) -> TrainConfig:
         "How a model is trained for so many steps."
         chosen = {name: run[name] for name in ("batch_size", "lr", "seed")}
-        return TrainConfig(steps=steps, **chosen, **OPTIMIZER, **changes)
+        return TrainConfig(max_steps=steps, **chosen, **OPTIMIZER, **changes)
 
     def read(self, run: dict, folder: Path) -> tuple[Any, dict]:
         "Random weights, then the corpus."

@@ -18,11 +18,12 @@ from kd_notes.data.regime import (
 from kd_notes.data.regime import test_rows as regime_test
 from kd_notes.data.world import load_corpus, load_world, load_world_tokenizer
 from kd_notes.experiments.base import UNTRAINED
+from kd_notes.experiments.scarce_models import ScarceModels
 from kd_notes.experiments.scarce_world import (
     LOWEST_STEPS,
     SCARCE_ARMS,
     scarce_cell,
-    ScarceModels,
+    ScarceTexts,
     ScarceWorld,
 )
 from kd_notes.losses.divergences import forward_kl
@@ -256,6 +257,10 @@ def test_a_run_measures_both_tests_and_fits_into_the_record(tmp_path, monkeypatc
     for name in ("rouge_l", "rouge_l_greedy", "possible", "overlap", "teacher_agrees"):
         assert 0 <= metrics[name] <= 1 and 0 <= metrics[f"out_{name}"] <= 1
     assert metrics["train_clipped"] >= 0 and metrics["tokens_mixed"] > 0
-    grid = WORLD.parameters(arm="sft", seed=0, lr=0.001, size="xxs", score_on="validation", **TINY)
+    texts = ScarceTexts()
+    [written] = texts.results([texts.parameters(student=run)])
+    assert len(written["metrics"]["texts"]) == 5
+    few = TINY | {"valid_rows": 4}
+    grid = WORLD.parameters(arm="sft", seed=0, lr=0.001, size="xxs", score_on="validation", **few)
     [result] = WORLD.results([grid])
     assert "valid_rouge_l" in result["metrics"] and "rouge_l" not in result["metrics"]

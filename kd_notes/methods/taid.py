@@ -67,7 +67,7 @@ class TAID(GKD):
         if self.seen[1]:
             seen = torch.tensor(self.seen, dtype=torch.float64, device=state.accelerator.device)
             total, count = state.accelerator.reduce(seen, reduction="sum").tolist()
-            self.advance(total / count, (state.step - 1) / state.cfg.steps)
+            self.advance(total / count, (state.step - 1) / state.cfg.max_steps)
             self.seen = [0.0, 0]
         super().begin_step(state)
 

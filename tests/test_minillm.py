@@ -1475,7 +1475,7 @@ def test_presets_and_recipes():
         GKDConfig.recipe(name)
     cfg = minibatch_config(64, 5000, batch_size=16)
     assert (
-        cfg.batch_size * cfg.accumulate,
+        cfg.batch_size * cfg.gradient_accumulation_steps,
         cfg.lr,
         tuple(cfg.betas),
         cfg.weight_decay,
@@ -1686,7 +1686,7 @@ def test_phases_1_and_2_name_examples_that_cannot_be_used_before_the_first_step(
             small(),
             Ids(),
             **sets,
-            cfg=TrainConfig(steps=1, batch_size=2, lr=1e-3, device="cpu"),
+            cfg=TrainConfig(max_steps=1, batch_size=2, lr=1e-3, device="cpu"),
             callbacks=[watch],
         )
     assert "example bad" in str(caught.value) and not steps

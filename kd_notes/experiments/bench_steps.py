@@ -122,7 +122,7 @@ def trained(step: Callable, model, method, rows: Sequence, batch: int, lr: float
         model,
         method,
         rows,
-        TrainConfig(steps=10**9, batch_size=batch, lr=lr, schedule="constant", device="cpu"),
+        TrainConfig(max_steps=10**9, batch_size=batch, lr=lr, schedule="constant", device="cpu"),
         callbacks=[Watch()],
     )
 

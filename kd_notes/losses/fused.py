@@ -21,6 +21,7 @@ from .decoupled import easy_hard, log_uncertainty
 from kd_notes.losses.divergences import (
     _counted,
     DIVERGENCES,
+    IGNORED,
     _look_up,
     _options,
     _select,
@@ -809,7 +810,7 @@ def fused_cross_entropy(
     bias: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
-    ignore_index: int = -100,  # a target that does not count
+    ignore_index: int = IGNORED,  # a target that does not count
     denominator: Any = None,
     chunk: int | None = None,
     recompute: bool = False,

@@ -47,7 +47,7 @@ def _log_probs(logits: Tensor, temperature: float, dtype: torch.dtype) -> _Side:
             raise UserError(
                 "every logit of a position is -inf",
                 where="logits",
-                fix="Mask such positions out: they are no distribution.",
+                fix="Mask such positions out: they have no distribution.",
             )
         x = x.clamp(min=_LOW)
     return _Side(x.log_softmax(-1), low)
@@ -236,7 +236,7 @@ def _select(mask: Tensor | None, shape: torch.Size, *tensors: Tensor | None) -> 
             raise UserError(
                 "the mask holds other numbers than 0 and 1",
                 where="mask",
-                fix="A mask chooses positions, it does not weigh.",
+                fix="Use 1 for positions that count and 0 for the others.",
             )
         mask = mask.bool()
     return list(tensors) if bool(mask.all()) else [None if t is None else t[mask] for t in tensors]

@@ -75,7 +75,7 @@ def read_parts(parts: Iterable) -> tuple[Part, ...]:
     "The parts of an objective, of which no two may have one name."
     if not isinstance(parts, (list, tuple)):
         raise UserError(
-            f"{parts!r} is no list of parts",
+            f"{parts!r} is not a list of parts",
             where="parts",
             fix='Give a list such as [{"divergence": "jsd", "options": {"beta": 0.1}}].',
         )

@@ -324,7 +324,7 @@ def _completion_ends(tokenizer, row: TextRow, item: dict) -> list[int]:
     text = size - 1 if row.whole and size == len(ids) else size
     if item["completion"][:text] != ids[:text]:
         raise UserError(
-            "the tokenizer cuts the completion in two ways",
+            "the tokenizer encodes the completion in two different ways",
             where=row.where,
             fix="Load its fast version.",
         )

@@ -306,6 +306,6 @@ class MiniLLM(OnPolicy):
             raise UserError(
                 "the ratio q/p~ is not finite",
                 where=f"step {self.step + 1}, {named([{'id': names[i]} for i in bad])}",
-                fix="The student has left the text of this rollout behind: lower lr or "
+                fix="The student has moved too far from this rollout: lower lr or "
                 "inner_epochs, or set max_grad_norm of TrainConfig.",
             )

@@ -265,7 +265,7 @@ def check_drawn(responses: list[Response]) -> None:
         raise UserError(
             f"all {len(responses)} responses are empty: the student has collapsed to silence",
             where=named(ids),
-            fix="Go back to the checkpoint before; lower lr, keep length_norm and teacher mixing "
+            fix="Go back to the previous checkpoint; lower lr, keep length_norm and teacher mixing "
             "on, or start from a student that was finetuned first.",
         )
 

@@ -147,7 +147,7 @@ def write_prompts(
         ended = [row for row in answered if row.whole][:n]
         if len(ended) < n:
             raise UserError(
-                f"only {len(ended)} answers of {split} came to an end",
+                f"only {len(ended)} answers of {split} ended before the length limit",
                 where="write_prompts",
                 fix="Ask for fewer.",
             )

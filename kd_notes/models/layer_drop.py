@@ -89,7 +89,7 @@ def _layer_choice(keep_layers: Any, stacks: dict[str, int]) -> dict[str, list[in
         part = evenly_spaced(total, part) if isinstance(part, int) else list(part)
         if not part or sorted(set(part)) != part or part[0] < 0 or part[-1] >= total:
             raise UserError(
-                f"{part} is not a rising list of layers of {stack!r}",
+                f"{part} is not an increasing list of layers of {stack!r}",
                 where="keep_layers",
                 fix=f"Use numbers from 0 to {total - 1}.",
             )
@@ -155,9 +155,9 @@ def _check_cut(model, student, stack: str, keep: list[int]) -> None:
         (found - wanted).abs() <= (1e-3 if found.dtype == torch.float32 else 0.1) * scale
     ).all():
         raise UserError(
-            f"layers {keep} of {type(model).__name__} do not compute what they did in the teacher",
+            f"layers {keep} of {type(model).__name__} compute other values than in the teacher",
             where="keep_layers",
-            fix="Its config says something per layer that layer_drop does not know; take another model.",
+            fix="Its config has settings per layer that layer_drop does not support; use another model.",
         )
 
 

@@ -198,7 +198,7 @@ def resolve_model(spec: str | Path) -> str:
     if (Path(text) / "config.json").is_file():
         return text
     raise UserError(
-        f"{text!r} is no model that can be loaded",
+        f"{text!r} is not a model that can be loaded",
         where="model",
         fix="Use smollm2, hub:<id> (a model of the Hugging Face "
         "hub), or a folder that holds config.json and safetensors, such as save_pretrained writes.",

@@ -100,7 +100,7 @@ def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
             f"the checkpoint could not be written ({e})",
             where=path.parent.parent,
             fix="Free some space and run the same "
-            "command again: it continues from the checkpoint before this one.",
+            "command again: it resumes from the previous checkpoint.",
         ) from e
 
 # %% ../../nbs/7_engine_room/16_checkpoint.ipynb #27c9bb8c

@@ -53,7 +53,7 @@ class Gradients(TrainState):
                 raise UserError(
                     f"the batch of step {self.step + 1} has no target tokens for the term {term!r}",
                     where=self.names(rows),
-                    fix="Give every example a target, or do not train on these.",
+                    fix="Give every example a target, or leave these examples out.",
                 )
         return total
 

@@ -50,7 +50,7 @@ def make_accelerator(cfg: TrainConfig):
 
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         raise UserError(
-            "it is switched on, and this loop shards the model by itself",
+            "it is switched on, but this loop shards the model itself",
             where="FSDP of Accelerate",
             fix="Launch with configs/ddp.yaml and train with TrainConfig(fsdp=True).",
         )

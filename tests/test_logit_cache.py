@@ -1042,7 +1042,7 @@ def test_training_needs_the_cache_only(tmp_path):
     transformers.PreTrainedModel.__init__ = lambda self, *a, **k: (built.append(type(self).__name__), init(self, *a, **k))[1]
     transformers.PreTrainedModel.from_pretrained = None
     cache = LogitCache({cache!r}, tokenizer=Ids(), teacher={digest!r})
-    config = TrainConfig(steps=4, batch_size=4, lr=3e-3, log_every=1, device="cpu")
+    config = TrainConfig(max_steps=4, batch_size=4, lr=3e-3, log_every=1, device="cpu")
     history = train(teacher_of(seed=5), KD(Ids(), cache), list(cache), config).history
     print(json.dumps([built, [row["loss"] for row in history]]))
     """

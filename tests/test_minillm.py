@@ -1737,7 +1737,7 @@ def test_a_batch_is_divided_by_processes_that_were_launched(monkeypatch):
     assert minibatch_config(8, 2).batch_size == 8
     monkeypatch.setenv("LOCAL_RANK", "0")
     assert minibatch_config(8, 2).batch_size == 4
-    assert minibatch_config(8, 2, batch_size=2).accumulate == 2
+    assert minibatch_config(8, 2, batch_size=2).gradient_accumulation_steps == 2
     with pytest.raises(UserError, match="no whole number"):
         minibatch_config(8, 2, batch_size=8)
 

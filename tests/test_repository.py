@@ -26,6 +26,7 @@ LAYERS = [
     "core",
     "progress",
     "environment",
+    "kernels",
     "losses",
     "models",
     "data",

@@ -1385,7 +1385,7 @@ def test_memory_estimate_is_near_the_measured_peak():
 FAULTS = """
     import resource, sys, torch
     from contextlib import nullcontext
-    from kd_notes.training.memory import reused_memory
+    from kd_notes.kernels import reused_memory
     def faults(megabytes):
         for number in range(8):
             if number == 3:

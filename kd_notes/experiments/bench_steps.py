@@ -274,7 +274,7 @@ def our_onpolicy(
     "Train with the reverse KL on rollouts; calls step(completions, {part: seconds})."
     from kd_notes.generation.sampling import sample as draw, Sampling
     from kd_notes.training.batches import target_logits
-    from kd_notes.training.memory import reused_memory
+    from kd_notes.kernels import reused_memory
     from kd_notes.data.dialogues import load_prompts, prompt_ids
 
     student, large, tokenizer = pair_models(teacher)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..core import UserError
+from ..kernels import reused_memory
 from .batches import as_batch, Batch, batch_order, micro_batches
 from kd_notes.training.checkpoint import (
     gathered,
@@ -29,7 +30,6 @@ from kd_notes.training.checkpoint import (
     whole_tensor,
     write_into,
 )
-from .memory import reused_memory
 from .method import Method
 from .setup import set_up
 from .state import Callback, lr_factor, trainable, TrainConfig, TrainState

@@ -143,10 +143,8 @@ class TrainSteps(Gradients):
         "One optimizer step on these examples (numbers of an effective batch)."
         start = time.perf_counter()
         self.method.begin_step(self)
-        world = self.accelerator.num_processes
-        parts = micro_batches(
-            rows, self.cfg.gradient_accumulation_steps, world, self.accelerator.process_index
-        )
+        accelerator, count = self.accelerator, self.cfg.gradient_accumulation_steps
+        parts = micro_batches(rows, count, accelerator.num_processes, accelerator.process_index)
         batches = [as_batch(self.method.collate([self.items[i] for i in part])) for part in parts]
         means = self.forward_backward(batches, self.total_counts(batches, rows))
         norm = self.update(rows, means)
@@ -167,9 +165,8 @@ class TrainSteps(Gradients):
         accelerator = self.accelerator
         for group in self.optimizer.param_groups:
             group["lr"] = self.cfg.lr * lr_factor(self.step, self.cfg)
-        norm = accelerator.clip_grad_norm_(
-            self.module.parameters(), self.cfg.max_grad_norm or math.inf
-        )
+        limit = self.cfg.max_grad_norm or math.inf
+        norm = accelerator.clip_grad_norm_(self.module.parameters(), limit)
         if hasattr(norm, "full_tensor"):
             norm = norm.full_tensor()
         norm = torch.as_tensor(0.0 if norm is None else norm)

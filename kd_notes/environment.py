@@ -22,7 +22,7 @@ from .core import repo_root
 # %% ../nbs/7_engine_room/03_environment.ipynb #0b4b1123
 @functools.lru_cache(maxsize=1)
 def git_state() -> dict[str, Any]:
-    "Return {'git_commit', 'git_dirty'} of this checkout; None where git does not tell."
+    "Return {'git_commit', 'git_dirty'} of this checkout; None if unknown."
 
     def ask(*words: str) -> str | None:
         root = repo_root()

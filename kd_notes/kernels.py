@@ -22,36 +22,37 @@ SWITCH = "KD_NOTES_CPU_KERNELS"  # environment variable; "0": off
 
 
 def enabled() -> bool:
-    "True unless KD_NOTES_CPU_KERNELS is 0."
+    "Return True unless KD_NOTES_CPU_KERNELS is 0."
     return os.environ.get(SWITCH, "1") != "0"
 
 # %% ../nbs/7_engine_room/08_kernels.ipynb #112c2c86
 def big_zeros(
     *shape: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """torch.zeros; above 8 MB in main memory on huge pages, where Linux has them.
+    """Return torch.zeros, on huge pages for more than 8 MB in main memory under Linux.
 
-    The first use of 64 MB takes a third of the processor time. Of a whole fused loss (V = 49,152,
-    D = 576) that is 6 % at 128 positions, and lost in the noise at 512.
+    The first use of 64 MB takes a third of the processor time. For a whole fused loss (V = 49,152,
+    D = 576) that saves 6 % at 128 positions; at 512 the gain is not measurable.
     """
-    size, device = math.prod(shape) * dtype.itemsize, torch.device(device)
+    size = math.prod(shape) * dtype.itemsize
+    device = torch.device(device)
     possible = enabled() and hasattr(mmap, "MADV_HUGEPAGE")
     if device.type != "cpu" or size < 2**23 or not possible:
         return torch.zeros(shape, dtype=dtype, device=device)
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # a kernel without huge pages
+    with suppress(OSError):  # the kernel may lack huge pages
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 # %% ../nbs/7_engine_room/08_kernels.ipynb #eb88cbd8
-PACK_FROM = 2_000_000  # weights in linear layers; fewer gain nothing
-PACK_UP_TO = 1_000_000_000  # more may not fit twice
-PACK_STEPS = 12  # packing costs about as much as so many steps gain
+PACK_FROM = 2_000_000  # weights in linear layers; smaller models are not faster
+PACK_UP_TO = 1_000_000_000  # a copy of a larger model may not fit into memory
+PACK_STEPS = 12  # packing costs about as much as this many steps gain
 
 
 @functools.cache
 def _can_pack() -> bool:
-    "Whether this build of torch has oneDNN's packed matrices."
+    "Return True if this build of torch has oneDNN's packed matrices."
     op = torch.ops.mkldnn
     try:
         weight = op._reorder_linear_weight(torch.eye(16), 4)
@@ -62,7 +63,10 @@ def _can_pack() -> bool:
 
 
 def _packable(model) -> list[torch.nn.Linear]:
-    "List the model's plain float32 linear layers on the CPU; none if too few or too many weights."
+    """Return the model's plain float32 linear layers on the CPU.
+
+    [] if they have too few or too many weights.
+    """
     layers = [
         module
         for module in model.modules()
@@ -79,13 +83,13 @@ def _packable(model) -> list[torch.nn.Linear]:
 
 @contextmanager
 def packed(*models, rows: int = 8) -> Iterator[None]:
-    """Let linear layers use a packed copy of their weights, made for so many rows.
+    """Let linear layers use a packed copy of their weights, made for `rows` rows.
 
-    No gradients; the weights must not change meanwhile. The products are added up in another order,
-    so logits agree to float32 rounding and not to the bit.
+    There are no gradients, and the weights must not change inside the block. The products are
+    added up in another order, so logits agree up to float32 rounding, not to the bit.
 
     A decoding step of SmolLM2 takes 1.25 times less processor time with 8 and with 32 rows, and 5 %
-    more with one row, on a machine whose memory others used too; on a quiet one, 2.4 times less
+    more with one row, on a machine with shared memory bandwidth; on an idle one, 2.4 times less
     with 8 rows was measured. Packing costs 0.3 s.
     """
     layers = [layer for model in models for layer in _packable(model)]
@@ -109,11 +113,11 @@ _TRIM_THRESHOLD = -1
 
 @contextmanager
 def reused_memory(wanted: bool = True) -> Iterator[bool]:
-    """Inside, glibc keeps freed memory for the next allocation (up to 2 GB at its end).
+    """Let glibc keep up to 2 GB of freed memory for reuse inside the block.
 
-    Elsewhere than on glibc nothing happens. Yields whether it is on. A training step of
-    0.9 million parameters on 32 rows of 80 tokens had 15 page faults instead of 3,500, and took 4 %
-    less processor time.
+    On other systems nothing happens. Yields whether it is on. A training step of 0.9 million
+    parameters on 32 rows of 80 tokens had 15 page faults instead of 3,500, and took 4 % less
+    processor time.
     """
     libc = ctypes.CDLL(None) if wanted and enabled() and os.name == "posix" else None
     known = hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim")

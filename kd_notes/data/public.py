@@ -540,7 +540,7 @@ def load_real(
         raise UserError(
             f"n = {n}, but {name}/{split} has {len(splits[split])} examples",
             where="n",
-            fix="Ask for 1 to that many.",
+            fix="Choose from 1 to that many.",
         )
     if not (examples := splits[split][:n]):
         raise UserError(

@@ -164,7 +164,8 @@ def _exposure(
     draws: int,
     g: np.random.Generator,
 ) -> ExposureBias:
-    length, names = len(alive), np.unique(np.concatenate(groups))
+    length = len(alive)
+    names = np.unique(np.concatenate(groups))
     # How often each prompt is drawn.
     times = g.multinomial(len(names), np.full(len(names), 1 / len(names)), size=draws)
     weights = [

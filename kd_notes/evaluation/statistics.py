@@ -126,7 +126,7 @@ def _as_table(outcomes: Any) -> np.ndarray:
     table = np.atleast_2d(np.asarray(outcomes, dtype=np.float64))
     if table.ndim != 2 or table.size == 0 or not np.isfinite(table).all():
         raise UserError(
-            f"expected a table [seeds, items] of finite numbers, got shape {table.shape} or a value that is none",
+            f"expected a table [seeds, items] of finite numbers, got shape {table.shape} or a value that is not finite",
             where="outcomes",
             fix="Stack the outcomes of the finished runs with stack_outcomes.",
         )
@@ -278,7 +278,7 @@ class Verdict:
                 )
         if not (self.claim.strip() and self.unit.strip()):
             raise UserError(
-                "a verdict needs a claim and a unit", where="Verdict", fix="Say both in words."
+                "a verdict needs a claim and a unit", where="Verdict", fix="Give both as text."
             )
 
     def as_dict(self) -> dict[str, Any]:

@@ -314,7 +314,7 @@ def by_length(
         raise UserError(
             f"scores of {scores.shape[-1]} items, lengths of {len(lengths)}",
             where="by_length",
-            fix="Give every item one.",
+            fix="Give one length per item.",
         )
     return {name: scores[..., found] for name, found in length_slices(lengths, bounds).items()}
 

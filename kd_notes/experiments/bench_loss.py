@@ -139,7 +139,8 @@ def reason(e: Exception) -> str:
 # %% ../../nbs/7_engine_room/19b_bench_loss.ipynb #705eaaaf
 def present(names: Iterable[str]) -> tuple[list[str], dict[str, str]]:
     "Return the arms that can run here, and the reasons why the others cannot."
-    can, absent = [], {}
+    can = []
+    absent = {}
     for name in names:
         if name not in LOSS_ARMS:
             raise UserError(

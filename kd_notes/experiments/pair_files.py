@@ -31,7 +31,8 @@ from ..training.memory import memory_estimate
 from ..training.state import TrainConfig
 
 # %% ../../nbs/5_own_words/10_pair_files.ipynb #4294956c
-UNKNOWN, ORIGINS = "not established", ("paper", "code", "ours", "not established")
+UNKNOWN = "not established"
+ORIGINS = ("paper", "code", "ours", "not established")
 STATUS = "never run at scale"
 PARTS = {
     "about": NAME,
@@ -110,7 +111,8 @@ def _check_sources(f: dict, where: str) -> None:
 def load_pair_file(path: Path | str) -> PairFile:
     "Load a parameter file and check every field; an error names file and field."
     path = Path(path)
-    f, where = read_json(path), path.name
+    f = read_json(path)
+    where = path.name
     fix = f"A parameter file holds {', '.join(PARTS)}."
     for name, (fine, wanted) in PARTS.items():
         if not isinstance(f, dict) or not fine(f.get(name)):
@@ -183,7 +185,7 @@ def cache_bytes(config, rows: int, columns: int, dtype: torch.dtype = torch.floa
 
 # %% ../../nbs/5_own_words/10_pair_files.ipynb #e1c2c90b
 def _sft_memory(config, p: dict, length: int) -> dict[str, int]:
-    "Bytes of finetuning a model, by part."
+    "Return the bytes of finetuning a model, by part."
     cfg = TrainConfig(
         max_steps=1, batch_size=p["micro_batch"] or p["sft_batch"], lr=1.0, **p["train"]
     )
@@ -211,7 +213,8 @@ def pair_memory(
     """
     said = PAIR_RUN | pair.settings | given
     p = said | {k: PAIR_RUN[k] for k, v in said.items() if v == UNKNOWN}
-    length, new = p["max_prompt"] + p["max_new_tokens"], p["max_new_tokens"]
+    length = p["max_prompt"] + p["max_new_tokens"]
+    new = p["max_new_tokens"]
     student, teacher = (
         config_of(pair.shapes[who], f"{pair.name}.json, shapes.{who}")
         for who in ("student", "teacher")

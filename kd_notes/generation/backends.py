@@ -64,7 +64,7 @@ def check_model(model) -> None:
     what = f"layers of the kind {', '.join(sorted(kinds))}" if kinds else "an encoder and a decoder"
     raise UserError(
         f"{type(model).__name__} has {what}; "
-        "only causal models with attention layers can be driven here",
+        "only causal models with attention layers are supported",
         where="model",
         fix="As a teacher that writes text, serve it (vLLM, `transformers serve`) and use "
         "openai:<base-url>#<model>.",
@@ -373,7 +373,7 @@ def _open_local(spec: str, dtype: str, device: str | None, options: dict) -> Loc
     base, _, adapter = spec.partition("+")
     if not (base == "smollm2" or base.startswith("hub:") or (Path(base) / "config.json").is_file()):
         fix = f"Use one of: {', '.join(SPECS)}."
-        raise UserError(f"{spec!r} names no back end", where="back end", fix=fix)
+        raise UserError(f"{spec!r} is not the spec of a back end", where="back end", fix=fix)
     model, tokenizer = load_teacher(base, adapter=adapter or None, dtype=dtype, device=device)
     if base == "smollm2":
         revision = read_json(smollm2_path() / "source.json")["sha256"][:16]

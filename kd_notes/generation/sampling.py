@@ -356,7 +356,7 @@ def nan_error(places: list[str], name: str, token: int) -> UserError:
     return UserError(
         f"{name} of new token {token} is NaN",
         where=", ".join(places[:8]) + (", ..." if len(places) > 8 else ""),
-        fix="The model computes no numbers: check its weights, load it in float32 or bfloat16, or "
+        fix="The model computes NaN: check its weights, load it in float32 or bfloat16, or "
         "take another checkpoint.",
     )
 

@@ -26,7 +26,10 @@ from kd_notes.losses.divergences import (
 
 # %% ../../nbs/4_probabilities/01b_families.ipynb #9dc99ec8
 def _weighted_kl(student: _Side, teacher: _Side, weight: Any, floor: float | None) -> Tensor:
-    "weight KL(p || q) + (1 - weight) KL(q || p), weight a number or (...); a weight of 0 silences even +inf."
+    """Return weight KL(p || q) + (1 - weight) KL(q || p), weight a number or (...).
+
+    A weight of 0 removes its term even if the term is +inf.
+    """
     p, q = teacher.log.exp(), student.log.exp()
     forward = (p * _gap(teacher, student, floor)).sum(-1)
     reverse = (q * _gap(student, teacher, floor)).sum(-1)
@@ -47,13 +50,16 @@ def symmetric_kl(
     mask: Tensor | None = None,
     temperature: float = 1.0,
     *,
-    weight: float = 0.5,  # of the forward KL; the reverse KL has the rest
+    weight: float = 0.5,  # of the forward KL; the reverse KL has 1 - weight
     floor: float | None = None,
     labels: Tensor | None = None,
     scale_t2: bool = False,
     denominator: Any = None,
 ) -> Tensor:
-    "weight KL(p || q) + (1 - weight) KL(q || p): token-mean, a scalar. Parameters as in forward_kl."
+    """Return the token-mean of weight KL(p || q) + (1 - weight) KL(q || p), a scalar.
+
+    Parameters as in forward_kl.
+    """
     return _loss(
         "symmetric_kl",
         student_logits,
@@ -95,7 +101,10 @@ def skew_kl(
     scale_t2: bool = False,
     denominator: Any = None,
 ) -> Tensor:
-    "KL(p || alpha p + (1 - alpha) q), at most -log(alpha): token-mean, a scalar. Parameters as in forward_kl."
+    """Return the token-mean of KL(p || alpha p + (1 - alpha) q), a scalar.
+
+    It is at most -log(alpha). Parameters as in forward_kl.
+    """
     return _loss(
         "skew_kl",
         student_logits,
@@ -120,7 +129,10 @@ def skew_reverse_kl(
     scale_t2: bool = False,
     denominator: Any = None,
 ) -> Tensor:
-    "KL(q || (1 - alpha) p + alpha q), at most -log(alpha): token-mean, a scalar. Parameters as in forward_kl."
+    """Return the token-mean of KL(q || (1 - alpha) p + alpha q), a scalar.
+
+    It is at most -log(alpha). Parameters as in forward_kl.
+    """
     return _loss(
         "skew_reverse_kl",
         student_logits,
@@ -149,7 +161,10 @@ def total_variation(
     scale_t2: bool = False,
     denominator: Any = None,
 ) -> Tensor:
-    "0.5 sum |p - q|, between 0 and 1: token-mean, a scalar. Parameters as in forward_kl."
+    """Return the token-mean of 0.5 sum |p - q|, a scalar between 0 and 1.
+
+    Parameters as in forward_kl.
+    """
     return _loss(
         "total_variation",
         student_logits,
@@ -179,12 +194,15 @@ def alpha_divergence(
     mask: Tensor | None = None,
     temperature: float = 1.0,
     *,
-    alpha: float = 0.5,  # 1: forward KL, 0: reverse KL; outside of [0, 1] it is unbounded and may overflow to +inf
+    alpha: float = 0.5,  # 1: forward KL, 0: reverse KL; outside [0, 1] it may overflow to +inf
     labels: Tensor | None = None,
     scale_t2: bool = False,
     denominator: Any = None,
 ) -> Tensor:
-    "(1 - sum p^alpha q^(1 - alpha)) / (alpha (1 - alpha)): token-mean, a scalar. Parameters as in forward_kl."
+    """Return the token-mean of (1 - sum p^alpha q^(1 - alpha)) / (alpha (1 - alpha)).
+
+    A scalar. Parameters as in forward_kl.
+    """
     return _loss(
         "alpha_divergence",
         student_logits,
@@ -223,7 +241,10 @@ def renyi(
     scale_t2: bool = False,
     denominator: Any = None,
 ) -> Tensor:
-    "log(sum p^alpha q^(1 - alpha)) / (alpha - 1): token-mean, a scalar. Parameters as in forward_kl."
+    """Return the token-mean of log(sum p^alpha q^(1 - alpha)) / (alpha - 1), a scalar.
+
+    Parameters as in forward_kl.
+    """
     return _loss(
         "renyi",
         student_logits,

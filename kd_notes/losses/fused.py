@@ -33,7 +33,7 @@ class _Head(NamedTuple):
     "Hidden states and lm-head of one model. Logits at the temperature: x = hidden @ weight.T + bias, or cap*tanh(x)."
 
     hidden: Tensor  # (n, D), times `factor`, in the precision of the products
-    weight: Tensor  # (V, D), as it is stored
+    weight: Tensor  # (V, D), as stored
     bias: Tensor | None  # (V,), times `factor`
     factor: float  # logit scale / temperature, or logit scale / soft-cap
     cap: float | None  # soft-cap / temperature
@@ -49,7 +49,7 @@ def _make_head(
     temperature: float,
     dtype: torch.dtype,
 ) -> _Head:
-    "One side, out of the graph, with the first `size` entries of its vocabulary."
+    "Return one detached side with the first `size` entries of its vocabulary."
     factor, cap = (
         (scale / temperature, None) if softcap is None else (scale / softcap, softcap / temperature)
     )
@@ -59,7 +59,7 @@ def _make_head(
 
 # %% ../../nbs/4_probabilities/05_fused.ipynb #edd765f3
 def _product(out: Tensor, a: Tensor, b: Tensor, add: bool = False) -> None:
-    "out = a @ b, or out += a @ b."
+    "Compute out = a @ b, or out += a @ b."
     if a.dtype == out.dtype:
         out.addmm_(a, b, beta=1 if add else 0)
     else:
@@ -70,7 +70,10 @@ def _product(out: Tensor, a: Tensor, b: Tensor, add: bool = False) -> None:
 def _logits(
     head: _Head, rows: slice, columns: slice, out: Tensor, tanh: Tensor | None = None
 ) -> None:
-    "Logits of the positions `rows` for the vocabulary `columns` into `out`, (columns, rows); the soft-cap's tanh into `tanh`."
+    """Write the logits of positions `rows` and vocabulary `columns` to `out`, (columns, rows).
+
+    The soft-cap's tanh is written to `tanh`.
+    """
     hidden = head.hidden[rows]
     _product(out, head.weight[columns].to(hidden.dtype), hidden.t())
     if head.bias is not None:
@@ -83,10 +86,10 @@ def _logits(
 
 # %% ../../nbs/4_probabilities/05_fused.ipynb #f2f4a1bd
 class _Rule(NamedTuple):
-    "How a divergence is computed block by block."
+    "The computation of a divergence block by block."
 
-    sweep: Callable  # of x, y, scratch, sums: leaves X and Y in x and y, adds to the sums (3, n): e^x, e^y and a third
-    end: Callable  # of the sums: values, k and c; the gradient is c (Y + k X)
+    sweep: Callable  # (x, y, scratch, sums): leaves X, Y in x, y; adds e^x, e^y and a third to sums (3, n)
+    end: Callable  # (sums): values, k and c; the gradient is c (Y + k X)
 
 # %% ../../nbs/4_probabilities/05_fused.ipynb #4496cd37
 def _forward_sweep(x: Tensor, y: Tensor, s: Tensor, sums: Tensor) -> None:
@@ -132,7 +135,7 @@ RULES = {
 
 # %% ../../nbs/4_probabilities/05_fused.ipynb #d05fe790
 def _mixture(a: Tensor, b: Tensor, weight: float, out: Tensor) -> None:
-    "out = weight a + (1 - weight) b; where both are 0 a tiny number."
+    "Compute out = weight a + (1 - weight) b, with a tiny number where both are 0."
     torch.lerp(b, a, weight, out=out).clamp_(min=torch.finfo(a.dtype).tiny)
 
 # %% ../../nbs/4_probabilities/05_fused.ipynb #d3372482
@@ -191,7 +194,7 @@ DENSITIES = {
 
 # %% ../../nbs/4_probabilities/05_fused.ipynb #60d777df
 def _in_closed_form(name: str, options: dict, *biases: Tensor | None) -> bool:
-    "Whether there is a formula for the gradient here."
+    "Return True if there is a formula for the gradient of this divergence."
     at_the_end = name != "symmetric_kl" and any(
         not 0 < options.get(o, 0.5) < 1 for o in ("alpha", "beta")
     )
@@ -202,7 +205,7 @@ def _in_closed_form(name: str, options: dict, *biases: Tensor | None) -> bool:
 
 # %% ../../nbs/4_probabilities/05_fused.ipynb #3a7cdd43
 class _Job(NamedTuple):
-    "A loss: sum over positions of weight*divergence."
+    "A loss: the sum over positions of weight * divergence."
 
     student: _Head
     teacher: Any  # _Head, TopK or Samples, of the same positions
@@ -223,14 +226,15 @@ def _pieces(start: int, stop: int, size: int) -> Iterator[slice]:
 
 # %% ../../nbs/4_probabilities/05_fused.ipynb #e281e32e
 class _Work:
-    "Arrays for one chunk: x (student), y (teacher), t (tanh of the student's soft-cap), s (three strips of scratch)."
+    """The arrays for one chunk of positions.
+
+    x (student), y (teacher), t (tanh of the student's soft-cap), s (three strips of scratch).
+    """
 
     def __init__(self, job: _Job):
-        n, device, size = (
-            len(job.student.hidden),
-            job.student.hidden.device,
-            len(job.student.weight),
-        )
+        n = len(job.student.hidden)
+        device = job.student.hidden.device
+        size = len(job.student.weight)
         heights = [
             size,
             len(job.teacher.weight) if isinstance(job.teacher, _Head) else 0,
@@ -256,7 +260,7 @@ class _Work:
         ]
 
     def of(self, positions: int) -> list[Tensor]:
-        "x, y, t and s for a chunk with so many positions."
+        "Return x, y, t and s for a chunk of `positions` positions."
         return [
             a
             if positions == self.chunk
@@ -266,7 +270,7 @@ class _Work:
 
 # %% ../../nbs/4_probabilities/05_fused.ipynb #878acf80
 def _shift(z: Tensor) -> Tensor | None:
-    "What to subtract from logits like these, (n,); None if nothing."
+    "Return the shift of each position for a stable softmax, (n,), or None if not needed."
     top = z.amax(0)
     return top if bool((top.abs() > 40).any()) else None
 
@@ -274,9 +278,10 @@ def _shift(z: Tensor) -> Tensor | None:
 def _sums(
     job: _Job, rows: slice, arrays: list[Tensor], work: _Work, rule: _Rule, exact: bool = False
 ) -> Tensor:
-    "The logits of a chunk, swept by the rule: its sums, (3, n)."
+    "Compute the logits of a chunk and return the rule's sums, (3, n)."
     x, y, t, s = arrays
-    sums, shifts = x.new_zeros(3, x.shape[1]), None
+    sums = x.new_zeros(3, x.shape[1])
+    shifts = None
     for c in _pieces(0, len(x), work.block):
         _logits(job.teacher, rows, c, y[c])
         _logits(job.student, rows, c, x[c], t[c] if len(t) else None)
@@ -290,7 +295,7 @@ def _sums(
 
 # %% ../../nbs/4_probabilities/05_fused.ipynb #17015a56
 def _sweep(x, y, s, columns: slice, work: _Work, rule: _Rule, sums: Tensor, shifts: tuple) -> None:
-    "The rule on the strips of these columns."
+    "Apply the rule to the strips of these columns."
     for c in _pieces(columns.start, columns.stop, work.strip):
         for z, shift in zip((x, y), shifts):
             if shift is not None:
@@ -299,7 +304,7 @@ def _sweep(x, y, s, columns: slice, work: _Work, rule: _Rule, sums: Tensor, shif
 
 # %% ../../nbs/4_probabilities/05_fused.ipynb #37b04ef3
 class _Slope(NamedTuple):
-    "Gradient with respect to the logits of a chunk: c (y + k x), all (V, n) but k and c."
+    "The gradient with respect to the logits of a chunk: c (y + k x), all (V, n) but k and c."
 
     y: Tensor
     x: Tensor | None = None
@@ -335,7 +340,7 @@ def _by_density(job: _Job, rows: slice, arrays: list[Tensor], work: _Work) -> tu
 
 # %% ../../nbs/4_probabilities/05_fused.ipynb #5613626a
 def _fill(head: _Head, rows: slice, out: Tensor, work: _Work, tanh: Tensor | None = None) -> Tensor:
-    "The logits of a chunk, (V, n)."
+    "Write the logits of a chunk, (V, n), to `out` and return it."
     for c in _pieces(0, len(out), work.block):
         _logits(head, rows, c, out[c], None if tanh is None else tanh[c])
     return out
@@ -351,7 +356,8 @@ def _by_autograd(
     x, y, t, _ = arrays
     _fill(job.student, rows, x, work, t if len(t) else None)
     _fill(job.teacher, rows, y, work)
-    values, options = [], _of_rows(job.options, rows)
+    values = []
+    options = _of_rows(job.options, rows)
     for r in _pieces(0, x.shape[1], max(1, 2**20 // len(x))):
         z = x[:, r].t().contiguous().requires_grad_()
         with torch.enable_grad():
@@ -363,7 +369,7 @@ def _by_autograd(
 
 # %% ../../nbs/4_probabilities/05_fused.ipynb #27a644c2
 class TopK(NamedTuple):
-    "A teacher's best tokens, and the rest as one further token: never negative, as the sum over the best alone would be."
+    "A teacher's best tokens, with the rest as one more token, so that the loss is never negative."
 
     ids: Tensor  # (..., k), no id twice in a position
     log_probs: Tensor  # (..., k)
@@ -372,7 +378,10 @@ class TopK(NamedTuple):
 
 # %% ../../nbs/4_probabilities/05_fused.ipynb #ff166ff1
 class Samples(NamedTuple):
-    "Random tokens of a teacher with weights whose expectation is its distribution; or gold tokens with weight 1."
+    """Random tokens of a teacher, with weights whose expectation is its distribution.
+
+    Target tokens with weight 1 give the cross-entropy.
+    """
 
     ids: Tensor  # (..., m)
     weights: Tensor  # (..., m)
@@ -381,7 +390,7 @@ class Samples(NamedTuple):
 
 # %% ../../nbs/4_probabilities/05_fused.ipynb #cbb15d79
 def _one_sum(x: Tensor, work: _Work, shift: Tensor | None) -> Tensor:
-    "x becomes exp(x - shift); its sum over the vocabulary, (n,)."
+    "Replace x by exp(x - shift) and return its sum over the vocabulary, (n,)."
     total = x.new_zeros(x.shape[1])
     for c in _pieces(0, len(x), work.strip):
         if shift is not None:
@@ -393,7 +402,10 @@ def _one_sum(x: Tensor, work: _Work, shift: Tensor | None) -> Tensor:
 def _exponentials(
     job: _Job, rows: slice, arrays: list[Tensor], work: _Work, ids: Tensor, without: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    "x becomes e^x, up to a factor per position, and 0 at `ids` if `without`; the logits at ids (n, m), the sum of x, its true logarithm."
+    """Replace x by e^x, up to a factor per position, and by 0 at `ids` if `without`.
+
+    Returns the logits at ids (n, m), the sum of x, and the logarithm of the true sum, each (n,).
+    """
     x, _, t, _ = arrays
     for exact in (False, True):
         picked = _fill(job.student, rows, x, work, t if len(t) else None).t().gather(1, ids)
@@ -407,8 +419,9 @@ def _exponentials(
 
 # %% ../../nbs/4_probabilities/05_fused.ipynb #a9b481c4
 def _by_samples(job: _Job, rows: slice, arrays: list[Tensor], work: _Work) -> tuple[Tensor, _Slope]:
-    "-sum w log q: its gradient is (sum w) q - w."
-    ids, weights = job.teacher.ids[rows], job.teacher.weights[rows].to(job.dtype)
+    "Compute -sum w log q, whose gradient is (sum w) q - w."
+    ids = job.teacher.ids[rows]
+    weights = job.teacher.weights[rows].to(job.dtype)
     picked, total, log_total = _exponentials(job, rows, arrays, work, ids, without=False)
     mass = weights.sum(-1)
     values = mass * log_total - (weights * picked.masked_fill(weights == 0, 0)).sum(-1)
@@ -420,8 +433,12 @@ def _by_samples(job: _Job, rows: slice, arrays: list[Tensor], work: _Work) -> tu
 
 # %% ../../nbs/4_probabilities/05_fused.ipynb #b965f76f
 def _by_topk(job: _Job, rows: slice, arrays: list[Tensor], work: _Work) -> tuple[Tensor, _Slope]:
-    "A divergence of k + 1 things. The gradient of the last one goes to all other tokens, by their share in it."
-    x, (ids, log_probs, tail) = arrays[0], (a[rows] for a in job.teacher[:3])
+    """Compute a divergence of k + 1 entries.
+
+    The gradient of the last one is shared by all other tokens in proportion to their probability.
+    """
+    x = arrays[0]
+    (ids, log_probs, tail) = (a[rows] for a in job.teacher[:3])
     picked, total, log_total = _exponentials(job, rows, arrays, work, ids, without=True)
     things = ids.shape[1] + (ids.shape[1] < len(x))
     teacher = torch.cat([log_probs, tail[:, None]], 1)[:, :things].to(job.dtype)
@@ -452,7 +469,7 @@ _FROM_SAMPLES = ("cross_entropy", "forward_kl")
 
 # %% ../../nbs/4_probabilities/05_fused.ipynb #b953669b
 def _check_cached(teacher: TopK | Samples, name: str, temperature: float) -> None:
-    "Raises UserError for a divergence, or a temperature, that cannot be had from this teacher."
+    "Raise UserError for a divergence or temperature that the teacher does not support."
     kind, known = ("topk", _FROM_TOPK) if isinstance(teacher, TopK) else ("samples", _FROM_SAMPLES)
     if name not in known:
         raise UserError(
@@ -475,19 +492,25 @@ def _check_cached(teacher: TopK | Samples, name: str, temperature: float) -> Non
 
 # %% ../../nbs/4_probabilities/05_fused.ipynb #01508411
 class _Gradients:
-    "Sums of the gradients with respect to hidden states (n, D), weight (V, D) and bias (V,); None for those not wanted."
+    """Sums of the gradients of hidden states (n, D), weight (V, D) and bias (V,).
+
+    None for those that are not needed.
+    """
 
     def __init__(self, job: _Job, wanted: tuple[bool, ...], size: int):
         like = dict(dtype=job.dtype, device=job.student.hidden.device)
-        (n, d), head = job.student.hidden.shape, job.student
+        (n, d) = job.student.hidden.shape
+        head = job.student
         self.hidden = torch.zeros(n, d, **like) if wanted[0] else None
         self.weight = big_zeros(size, d, **like) if wanted[1] else None
         self.bias = torch.zeros(size, **like) if wanted[2] else None
-        self.job, self.outer = job, head.cap or 1.0
+        self.job = job
+        self.outer = head.cap or 1.0
 
     def add(self, rows: slice, slope: _Slope, work: _Work) -> None:
-        "The contribution of a chunk."
-        head, c = self.job.student, slope.c * self.job.weight * self.outer
+        "Add the contribution of a chunk."
+        head = self.job.student
+        c = slope.c * self.job.weight * self.outer
         c = torch.as_tensor(c, dtype=self.job.dtype, device=head.hidden.device).expand(
             slope.y.shape[1]
         )
@@ -515,7 +538,7 @@ class _Gradients:
 
 # %% ../../nbs/4_probabilities/05_fused.ipynb #3bff1d80
 def _finish(slope: _Slope, strip: slice) -> None:
-    "y + k x in place, through the soft-cap."
+    "Compute y + k x in place, with the gradient of the soft-cap."
     y = slope.y[strip]
     if slope.x is not None:
         y.addcmul_(slope.x[strip], slope.k)
@@ -532,8 +555,11 @@ def _way(job: _Job) -> Callable:
 
 # %% ../../nbs/4_probabilities/05_fused.ipynb #22ee7197
 def _run(job: _Job, wanted: tuple[bool, ...], size: int) -> tuple[Tensor, list[Tensor | None]]:
-    "The loss, and its gradients with respect to hidden states, weight (`size` rows) and bias."
-    work, way, n, total = _Work(job), _way(job), len(job.student.hidden), 0.0
+    "Return the loss and its gradients for hidden states, weight (`size` rows) and bias."
+    work = _Work(job)
+    way = _way(job)
+    n = len(job.student.hidden)
+    total = 0.0
     grads = _Gradients(job, wanted, size)
     for rows in _pieces(0, n, work.chunk):
         arrays = work.of(rows.stop - rows.start)
@@ -546,7 +572,7 @@ def _run(job: _Job, wanted: tuple[bool, ...], size: int) -> tuple[Tensor, list[T
 
 # %% ../../nbs/4_probabilities/05_fused.ipynb #e07ddaf3
 class _Fused(torch.autograd.Function):
-    "Loss of hidden states, weight and bias; `make` turns these three into a job."
+    "The autograd function of the loss; `make` builds a job from its three inputs."
 
     @staticmethod
     def forward(
@@ -565,7 +591,9 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, above: Tensor):
-        inputs, grads, ctx.grads = ctx.saved_tensors, ctx.grads, None
+        inputs = ctx.saved_tensors
+        grads = ctx.grads
+        ctx.grads = None
         if grads is None:
             with torch.autocast(above.device.type, enabled=False):
                 grads = _run(ctx.make(*inputs), tuple(ctx.needs_input_grad[:3]), len(inputs[1]))[1]
@@ -575,13 +603,17 @@ class _Fused(torch.autograd.Function):
 
 # %% ../../nbs/4_probabilities/05_fused.ipynb #6fbbff2e
 def _product_dtype(device: str, dtype: torch.dtype, sums: torch.dtype) -> torch.dtype:
-    "In what to multiply. Not in float16: the factors of the gradient's products reach e^40, its largest number is 65,504."
+    """Return the dtype of the matmuls.
+
+    float16 is not used: the factors of the gradient reach e^40, its largest number is 65,504.
+    """
     return sums if device == "cpu" or dtype == torch.float16 else dtype
 
 
 def _precisions(*tensors: Tensor) -> tuple[torch.dtype, torch.dtype]:
-    "(of the products, of logits and sums)"
-    device, dtype = tensors[0].device.type, tensors[0].dtype
+    "Return the dtypes of the matmuls, and of logits and sums."
+    device = tensors[0].device.type
+    dtype = tensors[0].dtype
     for t in tensors[1:]:
         dtype = torch.promote_types(dtype, t.dtype)
     sums = torch.promote_types(dtype, torch.float32)
@@ -591,7 +623,7 @@ def _precisions(*tensors: Tensor) -> tuple[torch.dtype, torch.dtype]:
 
 # %% ../../nbs/4_probabilities/05_fused.ipynb #ebfb1379
 def _check_side(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    "Raises UserError if the shapes do not fit together."
+    "Raise UserError if the shapes do not fit together."
     if weight.dim() != 2 or hidden.shape[-1:] != weight.shape[1:]:
         raise UserError(
             f"hidden states {tuple(hidden.shape)} and weight {tuple(weight.shape)} do not fit",
@@ -615,7 +647,10 @@ def _check_side(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) 
 def _vocabulary(
     name: str, student_weight: Tensor, teacher_weight: Tensor | None, size: int | None
 ) -> tuple[int, int]:
-    "How many ids of either vocabulary count. Raises UserError if they differ by more than padding."
+    """Return how many ids of each vocabulary are used.
+
+    Raises UserError if they differ by more than padding.
+    """
     widths = len(student_weight), len(student_weight if teacher_weight is None else teacher_weight)
     if name == "uld":  # two vocabularies
         return widths if size is None else (min(size, widths[0]), min(size, widths[1]))
@@ -627,7 +662,7 @@ def _vocabulary(
 def _positions(
     shape: torch.Size, mask: Tensor | None, **tensors: Tensor | None
 ) -> list[Tensor | None]:
-    "Every tensor (*shape, ...) as (n, ...), without the masked positions. Raises UserError if a shape differs."
+    "Flatten every tensor (*shape, ...) to (n, ...), without the masked positions."
     for name, t in ({"mask": mask} | tensors).items():
         if t is not None and t.shape[: len(shape)] != shape:
             raise UserError(
@@ -640,8 +675,9 @@ def _positions(
 
 # %% ../../nbs/4_probabilities/05_fused.ipynb #7975d41b
 def _split_of_all(teacher: _Head, ids: Tensor, dtype: torch.dtype, fraction: float) -> Any:
-    "ATKD's cut between easy and hard over all positions of the call."
-    found, size = [], len(teacher.weight)
+    "Return ATKD's cut between easy and hard over all positions of the call."
+    found = []
+    size = len(teacher.weight)
     for rows in _pieces(0, len(ids), 64):
         y = torch.empty(size, rows.stop - rows.start, dtype=dtype, device=ids.device)
         _logits(teacher, rows, slice(0, size), y)
@@ -650,13 +686,13 @@ def _split_of_all(teacher: _Head, ids: Tensor, dtype: torch.dtype, fraction: flo
 
 # %% ../../nbs/4_probabilities/05_fused.ipynb #7fd233cb
 def _each(n: int, denominator: Any) -> float:
-    "Weight of one of n positions. Raises UserError for a denominator that is none."
+    "Return the weight of one of n positions."
     total = float(_token_mean(torch.ones(n, dtype=torch.float64), denominator))
     return total / n if n else 0.0
 
 # %% ../../nbs/4_probabilities/05_fused.ipynb #41f1978a
 def _check_ids(name: str, ids: Tensor, size: int) -> Tensor:
-    "int64; raises UserError for an id that the vocabulary does not have."
+    "Return the ids as int64, after a check of their range."
     if ids.numel() and not bool(((ids >= 0) & (ids < size)).all()):
         raise UserError(
             f"{name} holds ids from {int(ids.min())} to {int(ids.max())}, the vocabulary has {size}",
@@ -667,7 +703,7 @@ def _check_ids(name: str, ids: Tensor, size: int) -> Tensor:
 
 # %% ../../nbs/4_probabilities/05_fused.ipynb #056a1acd
 def _check_call(name: str, options: dict, student: dict, teacher: dict, chunk: int | None) -> None:
-    "Raises UserError for an unknown name or option, and for a number that must be above 0 and is not."
+    "Raise UserError for an unknown name or option, or a number that must be above 0."
     _look_up(name, options, complete=True)
     numbers = [("chunk", 1 if chunk is None else chunk), ("temperature", student["temperature"])]
     for side, head in (("student", student), ("teacher", teacher)):
@@ -689,7 +725,7 @@ def _source(
     name: str,
     temperature: float,
 ) -> dict:
-    "Tensors of the teacher by name, each with the positions first. Raises UserError."
+    "Return the tensors of the teacher by name, each with the positions first."
     if not isinstance(teacher, (TopK, Samples)):
         if weight is None:
             raise UserError(
@@ -712,7 +748,7 @@ def _teacher(
     dtype: torch.dtype,
     head: dict,
 ) -> Any:
-    "The teacher's side of a job."
+    "Return the teacher's side of a job."
     if kind in (TopK, Samples):
         return kind(_check_ids("ids", parts[0], size), *parts[1:], head["temperature"])
     return _make_head(parts[0], weight, bias, size, dtype=dtype, **head)
@@ -721,7 +757,7 @@ def _teacher(
 def _with_targets(
     name: str, options: dict, ids: Tensor | None, teacher: Any, dtype: torch.dtype
 ) -> dict:
-    "The options, with the unmasked target ids and with what depends on all of them."
+    "Return the options with the unmasked target ids and what depends on all of them."
     if ids is None:
         return options
     options = options | {"target_ids": _check_ids("target_ids", ids, len(teacher.weight))}
@@ -733,29 +769,32 @@ def _with_targets(
 
 # %% ../../nbs/4_probabilities/05_fused.ipynb #8b678bf4
 def fused_linear_divergence(
-    student_hidden: Tensor,
-    student_weight: Tensor,  # (..., D) before the lm-head, and the lm-head's weight (V, D)
-    teacher_hidden: Tensor | TopK | Samples,  # (..., D of the teacher), or what a cache holds
+    student_hidden: Tensor,  # (..., D), the input of the lm-head
+    student_weight: Tensor,  # (V, D), of the lm-head
+    teacher_hidden: Tensor | TopK | Samples,  # (..., D of the teacher), or cached distributions
     teacher_weight: Tensor | None = None,  # (V, D of the teacher); gets no gradient
     divergence: str = "reverse_kl",  # a key of DIVERGENCES
-    mask: Tensor | None = None,
-    *,  # (...), True or 1 where the loss counts
-    student_bias: Tensor | None = None,
+    mask: Tensor | None = None,  # (...), True or 1 where the loss counts
+    *,
+    student_bias: Tensor | None = None,  # (V,)
     teacher_bias: Tensor | None = None,  # (V,)
     temperature: float = 1.0,  # both sides' logits are divided by it
-    student_softcap: float | None = None,
-    teacher_softcap: float | None = None,  # c of c tanh(z/c)
-    student_logit_scale: float = 1.0,
-    teacher_logit_scale: float = 1.0,  # the logits are multiplied by it
-    vocab_size: int | None = None,  # ids that count; None: the narrower side's
+    student_softcap: float | None = None,  # c of c tanh(z/c)
+    teacher_softcap: float | None = None,
+    student_logit_scale: float = 1.0,  # factor on the logits
+    teacher_logit_scale: float = 1.0,
+    vocab_size: int | None = None,  # number of ids to compare; None: the narrower side's
     labels: Tensor | None = None,  # (...), -100 where the loss does not count
     scale_t2: bool = False,  # multiply the loss by temperature squared
-    denominator: Any = None,  # tokens of the effective batch; None: the unmasked positions of this call
-    chunk: int | None = None,  # positions at a time; None: what fits into the budget
-    recompute: bool = False,  # gradient in backward instead of in forward
+    denominator: Any = None,  # tokens of the effective batch; None: unmasked positions
+    chunk: int | None = None,  # positions at a time; None: as many as fit into the budget
+    recompute: bool = False,  # compute the gradient in backward instead of in forward
     **options,  # of the divergence: beta=, alpha=, target_ids=, ...
 ) -> Tensor:
-    "Token-mean divergence of the outputs of two lm-heads, a scalar, without the logits of the batch. Raises UserError."
+    """Return the token-mean divergence of two lm-heads' outputs, a scalar.
+
+    The logits of the batch are never stored.
+    """
     head = {"scale": student_logit_scale, "softcap": student_softcap, "temperature": temperature}
     other = head | {"scale": teacher_logit_scale, "softcap": teacher_softcap}
     mask = _counted(mask, labels, student_hidden.shape[:-1])
@@ -788,20 +827,20 @@ def fused_linear_divergence(
 
 # %% ../../nbs/4_probabilities/05_fused.ipynb #627cf621
 def fused_cross_entropy(
-    hidden: Tensor,
-    weight: Tensor,  # (..., D) before the lm-head, and the lm-head's weight (V, D)
+    hidden: Tensor,  # (..., D), the input of the lm-head
+    weight: Tensor,  # (V, D), of the lm-head
     target_ids: Tensor,  # (...), the token that each position has to predict
-    mask: Tensor | None = None,
-    *,  # (...), True or 1 where the loss counts
+    mask: Tensor | None = None,  # (...), True or 1 where the loss counts
+    *,
     bias: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
-    ignore_index: int = IGNORED,  # a target that does not count
+    ignore_index: int = IGNORED,  # an ignored target
     denominator: Any = None,
     chunk: int | None = None,
     recompute: bool = False,
 ) -> Tensor:
-    "Token-mean of -log q(target), a scalar, without the logits of the batch. Raises UserError."
+    "Return the token-mean of -log q(target), a scalar, without storing logits."
     _positions(hidden.shape[:-1], mask, target_ids=target_ids)
     counts = target_ids != ignore_index
     gold = Samples(

@@ -265,7 +265,7 @@ def _run(job: _Distillation) -> dict:
         method = job.method()
     cfg = train_config(request.settings, len(job.rows))
     parameters = count_parameters(pair.student)
-    pair.teacher = None  # where the method does not hold it, its memory is free
+    pair.teacher = None  # frees its memory, unless the method needs it
     batch = cfg.batch_size * cfg.gradient_accumulation_steps
     request.say(
         f"{request.objective}, {cfg.max_steps} steps of {batch} rows, {parameters:,} parameters"

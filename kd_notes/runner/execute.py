@@ -109,7 +109,7 @@ def _papermill_agrees(path: Path | str, names: Iterable[str]) -> None:
 
 # %% ../../nbs/7_engine_room/23_execute.ipynb #c04b2c5a
 _DEAD_KERNEL = (
-    "the kernel died without a word, which is often a lack of memory: "
+    "the kernel died without a message, often for lack of memory: "
     "try fewer --jobs, or a smaller profile"
 )
 

@@ -64,7 +64,7 @@ def open_book(
     root = Path(root).resolve()
     if not (root / "nbs").is_dir():
         raise UserError(
-            "there is no folder nbs in it",
+            "the folder has no subfolder nbs",
             where=root,
             fix="Give a folder that holds nbs/results and nbs/profiles.",
         )
@@ -382,7 +382,7 @@ def read_numbers(path: Path) -> dict[str, dict]:
     numbers = read_json(path)
     if not isinstance(numbers, dict):
         raise UserError(
-            "metrics.json holds no numbers by name",
+            "metrics.json does not hold numbers by name",
             where=path,
             fix="Write one JSON object: {name: number}.",
         )

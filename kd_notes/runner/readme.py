@@ -307,7 +307,9 @@ def headline_figure(book: Book, name: str) -> str:
                     f"Profile {stamp['profile']}, {stamp['date']}: [{name}](results/{name}.ipynb)."
                 )
                 return f"![{alt}](images/headline.png)\n\n{source}"
-    raise UserError("no figure of it is published", where=name, fix=f"Run: kd-notes publish {name}")
+    raise UserError(
+        "no figure of this notebook is published", where=name, fix=f"Run: kd-notes publish {name}"
+    )
 
 # %% ../../nbs/7_engine_room/27_readme.ipynb #7f378c60
 CHAPTERS = {

@@ -153,13 +153,13 @@ def _check_folder(run: Run) -> int:
         raise UserError(
             "the folder holds a run with other parameters",
             where=run.folder,
-            fix="Choose another folder, or force.",
+            fix="Choose another folder, or use force=True.",
         )
     if before["status"] == "done":
         raise UserError(
             "the folder holds a finished run",
             where=run.folder,
-            fix="Read it, choose another folder, or force.",
+            fix="Read it, choose another folder, or use force=True.",
         )
     return before.get("attempts", 1)
 

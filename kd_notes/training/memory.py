@@ -15,7 +15,7 @@ from .state import TrainConfig
 
 # %% ../../nbs/7_engine_room/14_memory.ipynb #2c266541
 def _uniform_batch(config, rows: int, length: int, targets: int) -> Batch:
-    "A batch of equal rows in the form of a `causal_batch` or `seq2seq_batch`."
+    "Return a batch of equal rows, as `causal_batch` or `seq2seq_batch` does."
     pairs = [
         ([4] * (length if config.is_encoder_decoder else length - targets), [4] * targets)
     ] * rows
@@ -23,8 +23,12 @@ def _uniform_batch(config, rows: int, length: int, targets: int) -> Batch:
 
 # %% ../../nbs/7_engine_room/14_memory.ipynb #cac4710b
 def saved_bytes(model, batch: Batch, precision: str = "no") -> int:
-    "Bytes that the forward pass up to the target logits keeps for the backward pass; parameters are not counted."
-    own, kept = {p.untyped_storage()._cdata for p in model.parameters()}, {}
+    """Return the bytes that the forward pass saves for the backward pass.
+
+    It ends at the target logits; parameters are not counted.
+    """
+    own = {p.untyped_storage()._cdata for p in model.parameters()}
+    kept = {}
 
     def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -40,7 +44,7 @@ def saved_bytes(model, batch: Batch, precision: str = "no") -> int:
 
 # %% ../../nbs/7_engine_room/14_memory.ipynb #8448b98d
 def _weightless(config, context):
-    "A model built from its config inside a context that gives tensors no memory."
+    "Build a model from its config inside a context that allocates no memory."
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
@@ -49,7 +53,10 @@ def _weightless(config, context):
 
 # %% ../../nbs/7_engine_room/14_memory.ipynb #39d2c4cf
 def _activation_bytes(config, cfg: TrainConfig, length: int, targets: int) -> int:
-    "What a step keeps for its backward pass: run on tensors without memory, or else by a formula."
+    """Return the bytes that a step saves for its backward pass.
+
+    They are measured on tensors without memory, or else computed by a formula.
+    """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     real = _uniform_batch(config, cfg.batch_size, length, targets)
@@ -71,7 +78,7 @@ def memory_estimate(
     config,  # a transformers config of the student
     cfg: TrainConfig,
     *,
-    length: int,  # tokens of a long row
+    length: int,  # tokens of a row
     targets: int | None = None,  # target tokens of a row; None: all but the first
     teacher=None,  # config of a teacher
     processes: int = 1,  # with cfg.fsdp they share the weights

@@ -27,6 +27,7 @@ MODULES = sorted(
 # Who may import whom: a layer imports only from layers below it (further left), and from itself.
 LAYERS = [
     "core",
+    "checks",
     "progress",
     "environment",
     "kernels",

@@ -170,13 +170,12 @@ _KINDS = {
     int: "a number",
     float: "a number",
     bool: "true or false",
-    type(None): "null",
 }
 
 
 def _check_form(row: dict, where: str) -> None:
     for name in ("id", "input"):
-        if row.get(name) is None or isinstance(row[name], str) and not row[name].strip():
+        if name not in row or isinstance(row[name], str) and not row[name].strip():
             raise UserError(
                 f"the field {name!r} is missing or empty",
                 where=where,
@@ -205,10 +204,8 @@ def _check_form(row: dict, where: str) -> None:
 
 # %% ../../nbs/2_playground/01_examples.ipynb #a00375ad
 def example_from_row(row: dict, task: str, where: str = "row") -> Example:
-    """Build an Example from one JSON object.
-
-    Raises UserError if a field is missing, unknown or of the wrong type.
-    """
+    "An Example from one JSON object. Raises UserError for a field that is missing, unknown or of the wrong type."
+    row = {name: value for name, value in row.items() if value is not None}
     _check_form(row, where)
     if row.get("task", task) != task:
         raise UserError(

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..checks import check_count
 from ..core import read_json, UserError, write_json
 from ..data.answers import accuracy, is_correct
 from ..data.examples import Example, load_jsonl, task_info
@@ -47,7 +48,7 @@ def teacher_prompt(task: str, split: str, teacher: str, shots: int | None, seed:
     """
     if shots is None:
         shots = 0 if "+" in teacher or teacher.startswith("replay:") else SHOTS
-    if not shots:
+    if not check_count(shots, "shots"):
         return ZERO_SHOT
     return few_shot(info_of(task), solved_examples(task, split), shots, seed=seed)
 
@@ -108,6 +109,8 @@ def extract_rationales(
     Returns {'file', 'rows', 'outcomes', 'accuracy'}; the accuracy is None without gold labels.
     """
     info = info_of(task)
+    if limit is not None:
+        limit = check_count(limit, "limit", 1, "Use 1 or more, or leave it out for all examples.")
     if source:
         examples = load_jsonl(source, info.name, labelled=False)
     else:

@@ -333,7 +333,7 @@ def parse_json(text: str) -> Any:
 
 # %% ../nbs/7_engine_room/01_core.ipynb #778ee9e6
 def read_json(path: Path | str) -> Any:
-    "Read a JSON file. Raises UserError naming file and line."
+    "Read a JSON file. A syntax error raises UserError with file and line."
     text = read_text(path)
     fix = "Correct that line, or delete the file if kd-notes wrote it: it will be made again."
     try:
@@ -421,7 +421,7 @@ def read_jsonl(
         if not line.strip():
             continue
         try:
-            # decoded line by line: a kill may cut a letter of several bytes in two
+            # decoded line by line: a kill may cut a multi-byte character in two
             row = parse_json(line.decode())
             if not isinstance(row, dict):
                 raise ValueError(f"a {type(row).__name__} where an object {{...}} was expected")

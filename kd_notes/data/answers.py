@@ -20,7 +20,7 @@ import numpy as np
 from ..core import UserError
 
 # %% ../../nbs/2_playground/02_answers.ipynb #21360102
-MAX_CHARS = 200  # longest text that is read as an equation; the longest label of SVAMP has about 40
+MAX_CHARS = 200  # longest text read as an equation; SVAMP's longest label has about 40
 MAX_DEPTH = 32  # deepest nesting of parentheses, and of minus signs
 _TOKEN = re.compile(r"\s*(?:([0-9]+\.?[0-9]*|\.[0-9]+)|([-+*/()]))")
 
@@ -92,7 +92,10 @@ def _value(node: ast.expr, source: str, signs: int = 0) -> Fraction:
 
 
 def equation_value(text: str) -> Fraction:
-    "Exact value of an arithmetic expression. Raises EquationError if it is not one or has no value."
+    """Return the exact value of an arithmetic expression.
+
+    Raises EquationError if `text` is not an expression or has no value.
+    """
     return _value(*_parsed(text))
 
 # %% ../../nbs/2_playground/02_answers.ipynb #a91ffe8f
@@ -188,7 +191,10 @@ def majority_baseline(labels: Sequence[str], metric: str = "exact") -> tuple[str
 
 # %% ../../nbs/2_playground/02_answers.ipynb #a95e83b0
 def pack_bits(rights: Sequence[bool]) -> str:
-    "Outcomes as text: '<number of outcomes>:<hexadecimal digits>', four outcomes a digit, the first outcome is the highest bit."
+    """Pack outcomes as text '<number of outcomes>:<hex digits>'.
+
+    A digit holds four outcomes; the first outcome is the highest bit.
+    """
     bits = np.asarray(rights, dtype=bool)
     digits = np.packbits(bits).tobytes().hex()
     return f"{len(bits)}:{digits[: -(-len(bits) // 4)]}"

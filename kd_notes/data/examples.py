@@ -204,7 +204,10 @@ def _check_form(row: dict, where: str) -> None:
 
 # %% ../../nbs/2_playground/01_examples.ipynb #a00375ad
 def example_from_row(row: dict, task: str, where: str = "row") -> Example:
-    "An Example from one JSON object. Raises UserError for a field that is missing, unknown or of the wrong type."
+    """Build an Example from one JSON object.
+
+    Raises UserError if a field is missing, unknown or of the wrong type.
+    """
     row = {name: value for name, value in row.items() if value is not None}
     _check_form(row, where)
     if row.get("task", task) != task:

@@ -187,7 +187,7 @@ def load_rows(
     n: int | None = None,  # the first n rows; None: all
     **options: Any,  # of `read_row`
 ) -> list[TextRow]:
-    "Rows of a file as TextRows; an error names file and line."
+    "Load the rows of a JSONL file as TextRows; an error names file and line."
     if n is not None:
         n = check_count(n, "n", 1, "Use 1 or more, or leave it out for all rows.")
     name = Path(path).stem

@@ -140,7 +140,7 @@ class LocalBackend:
         self.opening = "<think>" if thinks else ""
 
     def describe(self) -> dict:
-        "Return what a manifest records: a change of any of these may change the text."
+        "Return the fields of a manifest that may change the text."
         template = {"template": stable_hash(chat_template_of(self.tokenizer))} if self.chat else {}
         return template | {
             "kind": "local",

@@ -185,7 +185,7 @@ def completion_row(completion: Completion, prompt: str) -> dict:
 def manifest_path(path: Path | str) -> Path:
     "Return the path of a file's manifest: answers.jsonl -> answers.manifest.json."
     path = Path(path)
-    # Only this ending goes: after any other dot, names may differ (qwen2.5-a, qwen2.5-b).
+    # Remove only this ending: names may differ after another dot (qwen2.5-a, qwen2.5-b).
     if path.name.endswith(".jsonl"):
         return path.with_name(path.name.removesuffix(".jsonl") + ".manifest.json")
     return path.with_name(path.name + ".manifest")  # answers and answers.jsonl are two files

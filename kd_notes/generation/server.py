@@ -85,7 +85,10 @@ _ENDED = ("stop", "end", "eos", "complete", "finish", "tool", "function")
 
 
 def finish_of(reason: Any, tokens: int, limit: int, size: int) -> str:
-    "Return 'stop', 'length' or 'refused' for a server's finish reason; `size`: bytes of the text."
+    """Return 'stop', 'length' or 'refused' for a server's finish reason.
+
+    `size` is the number of bytes of the text.
+    """
     name = str(reason or "").casefold()
     if any(word in name for word in _CUT):
         return "length"
@@ -195,7 +198,7 @@ class _Hooks:
                 response.extensions["hidden_status"] = True
                 response.status_code = status
         if response.status_code == 429 and any(word in response.text for word in _QUOTA_IS_SPENT):
-            response.headers["x-should-retry"] = "false"  # the client obeys this header
+            response.headers["x-should-retry"] = "false"  # the client reads this header
         if 10 < (wait := wait_of(response.headers)) <= _LONGEST_WAIT:
             print(
                 f"the server asks for {wait:.0f} seconds of patience", file=sys.stderr, flush=True

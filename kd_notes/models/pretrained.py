@@ -311,9 +311,8 @@ def load_pretrained(
         if Path(source).is_dir()
         else source
     )
-    model.name_or_path = model.config.name_or_path = (
-        name  # adapters write this down; no path of this machine in it
-    )
+    # Adapters store this name, so it must not be a path of this machine.
+    model.name_or_path = model.config.name_or_path = name
     return model.to(place_of(device)), tokenizer
 
 # %% ../../nbs/2_playground/09_pretrained.ipynb #4a238291

@@ -8,6 +8,7 @@ __all__ = []
 # %% ../../nbs/4_probabilities/19_distill_request.ipynb #9fa397b4
 import copy
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,31 @@ def weights_identity(source: Any) -> str | None:
 
     cached = try_to_load_from_cache(place, "config.json")
     return Path(cached).parent.name if isinstance(cached, str) else None
+
+# %% ../../nbs/4_probabilities/19_distill_request.ipynb #e740dc4d
+def finished_report(out: Path, request: Callable[[], dict], what: str) -> dict | None:
+    """The report of a folder that holds this request's work, None if there is none yet.
+
+    Raises UserError for a folder that holds another request's work, or something else.
+    """
+    file = out / "request.json"
+    if file.is_file():
+        before = read_json(file)
+        now = request()
+        if changed := [key for key in now if before.get(key) != now[key]]:
+            raise UserError(
+                f"the folder holds {what} with another {' and '.join(changed)}",
+                where=out,
+                fix="Choose another folder, or delete this one.",
+            )
+    elif any(path.name != ".lock" for path in out.iterdir()):
+        raise UserError(
+            f"the folder is not empty, and what is in it is not {what}",
+            where=out,
+            fix="Choose a new folder.",
+        )
+    report = out / "report.json"
+    return read_json(report) if report.is_file() else None
 
 # %% ../../nbs/4_probabilities/19_distill_request.ipynb #e09beb8e
 @dataclass(frozen=True)
@@ -95,24 +121,7 @@ class Request:
 
     def finished(self) -> dict | None:
         "The report, if the folder holds this request's; an error if it holds something else."
-        file = self.out / "request.json"
-        if file.is_file():
-            before = read_json(file)
-            request = self.as_dict()
-            if changed := [key for key in request if before.get(key) != request[key]]:
-                raise UserError(
-                    f"the folder holds a distillation with another {' and '.join(changed)}",
-                    where=self.out,
-                    fix="Choose another folder, or delete this one.",
-                )
-        elif any(path.name != ".lock" for path in self.out.iterdir()):
-            raise UserError(
-                "the folder is not empty, and what is in it is not a distillation",
-                where=self.out,
-                fix="Choose a new folder.",
-            )
-        report = self.out / "report.json"
-        return read_json(report) if report.is_file() else None
+        return finished_report(self.out, self.as_dict, "a distillation")
 
 # %% ../../nbs/4_probabilities/19_distill_request.ipynb #2aef66de
 def _config_of(source: str | tuple):

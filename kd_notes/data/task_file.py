@@ -174,6 +174,7 @@ def own_example(task: OwnTask, row: Any, id: str, where: str) -> Example:
 def task_examples(
     task: TaskInfo | str | Path,  # as `own_task` takes it
     data: Path | str | Iterable,  # JSONL, or rows
+    limit: int | None = None,  # only the first so many rows
 ) -> list[Example]:
     """Rows of a task as examples with different ids; a row without a label has the label ''.
 
@@ -181,6 +182,9 @@ def task_examples(
     id that occurs twice.
     """
     task = own_task(task)
+    if limit is not None and limit < 1:
+        fix = "Use 1 or more, or leave it out for all rows."
+        raise UserError(f"{limit} is not a number of rows", where="limit", fix=fix)
     if isinstance(data, (str, os.PathLike)):
         rows = numbered_rows(Path(data))
         name = Path(data).stem
@@ -189,7 +193,7 @@ def task_examples(
         name = task.name
     seen: dict[str, str] = {}
     examples = []
-    for number, (where, row) in enumerate(rows):
+    for number, (where, row) in enumerate(rows[:limit]):
         example = own_example(task, row, f"{name}-{number}", where)
         if example.id in seen:
             what = f"the id {example.id!r} was already used at {seen[example.id]}"

@@ -182,7 +182,7 @@ def predict_rows(
     that the task allows: an outcome, not an error.
     """
     student = load_student(model, task, max_new_tokens, device)
-    examples = task_examples(student.task, data)[:limit]
+    examples = task_examples(student.task, data, limit)
     rows = answer_file(student, examples, out, batch_size)
     return {"file": str(out), **_totals(rows)}
 
@@ -203,7 +203,7 @@ def evaluate_rows(
     The interval is a 95 % bootstrap over rows. Raises UserError if a row has no label.
     """
     student = load_student(model, task, max_new_tokens, device)
-    examples = task_examples(student.task, data)[:limit]
+    examples = task_examples(student.task, data, limit)
     unlabelled = [example.id for example in examples if not example.label]
     if unlabelled:
         what = f"{len(unlabelled)} of {len(examples)} rows have no label, first {unlabelled[0]!r}"

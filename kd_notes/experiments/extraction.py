@@ -110,7 +110,9 @@ def _score(info: TaskInfo, examples: Sequence[Example], rows: Sequence[Mapping])
         "accuracy": accuracy(right) if right else None,
     }
     if known and isinstance(info, OwnTask):
-        answers = {row["id"]: row["label"] or None for row in known}
+        read = {"ok", "no_rationale"}  # outcomes whose label is one that the task allows
+        answers = {row["id"]: row["label"] if row["outcome"] in read else None for row in known}
+        answers = {id: label or None for id, label in answers.items()}
         asked = [example for example in examples if example.id in answers]
         found["score"] = task_score(info, answers, asked)
     return found

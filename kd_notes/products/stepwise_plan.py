@@ -90,6 +90,9 @@ STEPWISE_PROFILES: dict[str, dict] = {
 }
 
 # %% ../../nbs/3_reasons/10_stepwise_plan.ipynb #5ce65efb
+_OPTIONAL = {"device": str, "lora": dict}  # settings that may be None
+
+
 def stepwise_settings(profile: str = "cpu", **settings: Any) -> StepwiseSettings:
     "The settings of a profile with some of them changed; a wrong name, type or value is an error."
     if profile not in STEPWISE_PROFILES:
@@ -100,8 +103,11 @@ def stepwise_settings(profile: str = "cpu", **settings: Any) -> StepwiseSettings
         if name not in defaults:
             fix = f"Settings are {', '.join(defaults)}."
             raise UserError(f"{name!r} is not a setting of stepwise", where="settings", fix=fix)
-        if not fits(value, defaults[name]):
-            kind = type(defaults[name]).__name__
+        fine = fits(value, defaults[name])
+        if name in _OPTIONAL:
+            fine = value is None or isinstance(value, _OPTIONAL[name])
+        if not fine:
+            kind = _OPTIONAL.get(name, type(defaults[name])).__name__
             fix = f"The default is {defaults[name]!r}."
             raise UserError(f"{name}={value!r} is not a {kind}", where="settings", fix=fix)
     chosen = StepwiseSettings(**STEPWISE_PROFILES[profile] | settings)

@@ -36,7 +36,11 @@ from ..training.memory import memory_estimate
 from ..training.state import TrainConfig
 
 # %% ../../nbs/3_reasons/11_stepwise_request.ipynb #f2a23f44
-RATES = {"mini": (1e-3, 3e-3, 9e-3), "pretrained": (3e-5, 1e-4, 3e-4)}
+RATES = {
+    "mini": (1e-3, 3e-3, 9e-3),
+    "pretrained": (3e-5, 1e-4, 3e-4),
+    "adapters": (3e-4, 1e-3, 3e-3),
+}
 
 
 def mini_spec(student: Any) -> tuple[str, str] | None:
@@ -125,7 +129,8 @@ class StepwiseRequest:
 
     def rates(self) -> tuple[float, ...]:
         "Learning rates to try, in rising order."
-        known = RATES["mini" if mini_spec(self.student) else "pretrained"]
+        kind = "mini" if mini_spec(self.student) else "pretrained"
+        known = RATES["adapters" if self.settings.lora else kind]
         return tuple(sorted(set(self.settings.learning_rates or known)))
 
     def splits(self) -> Splits:

@@ -35,6 +35,7 @@ from ..training.state import Progress, TrainConfig
 
 # %% ../../nbs/3_reasons/12_stepwise_trials.ipynb #fd9a89a7
 TIE = 1e-6  # weight of the loss beside the score
+SAVE_EVERY = 20  # steps between checkpoints, at least: each has four times the weights
 
 
 class ArmValidation:
@@ -116,7 +117,7 @@ class Search:
             seed=s.seed,
             log_every=max(1, job.steps // 50),
             eval_every=max(1, job.steps // s.evaluations),
-            save_every=max(1, job.steps // 10),
+            save_every=max(SAVE_EVERY, job.steps // 10),
             keep_best=True,
             max_length=context_of(model, limit=s.max_length),
             precision=s.precision,

@@ -278,7 +278,7 @@ def plain_settings(
             raise UserError(
                 f"{text!r} is not of the form k=v",
                 where="--set",
-                fix="For example --set steps=200.",
+                fix="For example --set max_steps=200.",
             )
         if name in options:
             raise UserError(
@@ -301,7 +301,7 @@ def distill_command(
     ] = "forward_kl",
     profile: Annotated[str, typer.Option(help="smoke, cpu, cpu-full or gpu.")] = "cpu",
     sets: Annotated[
-        list[str] | None, typer.Option("--set", help="A setting: k=v, such as steps=200.")
+        list[str] | None, typer.Option("--set", help="A setting: k=v, such as max_steps=200.")
     ] = None,
 ) -> None:
     "Distil a teacher into a student on your data; an interrupted run goes on with the same command."

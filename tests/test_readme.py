@@ -136,8 +136,8 @@ def test_your_own_data_run(tmp_path, monkeypatch):
     ]
     for name, content in (("mine", rows), ("rationales", said)):
         Path(f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in content))
-    training = next(text for text in snippets() if "steps=500" in text)
-    exec(training.replace("steps=500", "steps=2"), {})
+    training = next(text for text in snippets() if "max_steps=500" in text)
+    exec(training.replace("max_steps=500", "max_steps=2"), {})
     assert Path("my-run/metrics.jsonl").stat().st_size > 0
 
 

@@ -26,6 +26,7 @@ LAYERS = [
     "core",
     "progress",
     "environment",
+    "kernels",
     "losses",
     "models",
     "data",
@@ -38,11 +39,10 @@ LAYERS = [
     "products",
     "cli",
 ]
-# Modules that may have more than 500 lines. divergences and public are to come down.
+# Modules that may have more than 500 lines. public is to come down.
 LONG = {
     "losses.fused": 900,
     "generation.backends": 900,
-    "losses.divergences": 560,
     "data.public": 560,
 }
 CLEAN = "Run: .venv/bin/nbdev_clean --fname nbs/{0} and commit the notebook."

@@ -113,7 +113,7 @@ def trained(step: Callable, model, method, rows: Sequence, batch: int, lr: float
         model,
         method,
         rows,
-        TrainConfig(steps=10**9, batch_size=batch, lr=lr, schedule="constant", device="cpu"),
+        TrainConfig(max_steps=10**9, batch_size=batch, lr=lr, schedule="constant", device="cpu"),
         callbacks=[Watch()],
     )
 
@@ -262,7 +262,7 @@ def our_onpolicy(
     "Reverse KL; calls step(completions, seconds of each of PARTS)."
     from kd_notes.generation.sampling import sample as draw, Sampling
     from kd_notes.training.batches import target_logits
-    from kd_notes.training.memory import reused_memory
+    from kd_notes.kernels import reused_memory
     from kd_notes.data.dialogues import load_prompts, prompt_ids
 
     student, large, tokenizer = pair_models(teacher)

@@ -239,7 +239,7 @@ class PairCosts(_Timed):
                 timer = _Timer()
                 method = timed_method(run, arm, teacher, tokenizer, rows)
                 cfg = TrainConfig(
-                    steps=run["steps"] + 1, batch_size=run["batch_size"], lr=1e-5, seed=7
+                    max_steps=run["steps"] + 1, batch_size=run["batch_size"], lr=1e-5, seed=7
                 )
                 train(student, method, rows, cfg, callbacks=[timer])
                 seconds.append(timer.seconds_per_token())
@@ -302,7 +302,7 @@ class EqualTime(_Timed):
         few_rows = pair_rows(few, "validation", tokenizer)
         timer = _Timer(pair_validation(run, "validation", teacher, tokenizer, few_rows))
         cfg = TrainConfig(
-            steps=run["steps"],
+            max_steps=run["steps"],
             batch_size=run["batch_size"],
             lr=run["lr"],
             warmup=0.1,

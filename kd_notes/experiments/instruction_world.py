@@ -90,13 +90,13 @@ class WorldModels(Experiment):
         )
         seconds = 0.0
         if run["pretrain"]:
-            cfg = TrainConfig(steps=run["pretrain"], **common)
+            cfg = TrainConfig(max_steps=run["pretrain"], **common)
             rows = _corpus_rows(tokenizer)
             seconds += train(
                 model, EncodedSFT(tokenizer), rows, cfg, run_dir=folder / "pretrain"
             ).seconds
         every = max(run["steps"] // 8, 1)
-        cfg = TrainConfig(steps=run["steps"], eval_every=every, keep_best=True, **common)
+        cfg = TrainConfig(max_steps=run["steps"], eval_every=every, keep_best=True, **common)
         rows = load_world("train")
         held_out = load_world("validation")
         result = finetune(model, tokenizer, rows, held_out, cfg, run_dir=folder / "sft")

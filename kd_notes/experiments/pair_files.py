@@ -175,7 +175,9 @@ def cache_bytes(config, rows: int, columns: int, dtype: torch.dtype = torch.floa
 # %% ../../nbs/5_own_words/10_pair_files.ipynb #e1c2c90b
 def _sft_memory(config, p: dict, length: int) -> dict[str, int]:
     "Bytes of finetuning a model, by part."
-    cfg = TrainConfig(steps=1, batch_size=p["micro_batch"] or p["sft_batch"], lr=1.0, **p["train"])
+    cfg = TrainConfig(
+        max_steps=1, batch_size=p["micro_batch"] or p["sft_batch"], lr=1.0, **p["train"]
+    )
     parts = memory_estimate(config, cfg, length=length, targets=p["max_new_tokens"])
     logits = (
         2
@@ -203,7 +205,9 @@ def pair_memory(
     )
     found = {} if said["teacher_steps"] == 0 else {"phase 1": _sft_memory(teacher, p, length)}
     found["phase 2"] = _sft_memory(student, p, length)
-    cfg = TrainConfig(steps=1, batch_size=p["micro_batch"] or p["minibatch"], lr=1.0, **p["train"])
+    cfg = TrainConfig(
+        max_steps=1, batch_size=p["micro_batch"] or p["minibatch"], lr=1.0, **p["train"]
+    )
     teacher.dtype = getattr(torch, p["teacher_dtype"])
     last = memory_estimate(student, cfg, length=length, targets=new, teacher=teacher)
     del last["total"]

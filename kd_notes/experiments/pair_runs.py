@@ -163,7 +163,7 @@ def forbidden_ngrams(config: Any) -> int:
 def _build(name: str, run: dict) -> None:
     "Build what the table `train` or `minillm` of a run describes."
     if name == "train":
-        TrainConfig(steps=1, batch_size=1, lr=1.0, **run["train"])
+        TrainConfig(max_steps=1, batch_size=1, lr=1.0, **run["train"])
     elif run["arm"] not in UNTRAINED:
         config = METHODS[run["arm"]][1](**arm_settings(run))
         forbidden_ngrams(config)

@@ -197,9 +197,9 @@ def sft_phase(
     steps = total_steps(length, len(rows), run["sft_batch"])
     micro_batch = run["micro_batch"] or run["sft_batch"]
     settings = {
-        "steps": steps,
+        "max_steps": steps,
         "batch_size": micro_batch,
-        "accumulate": run["sft_batch"] // micro_batch,
+        "gradient_accumulation_steps": run["sft_batch"] // micro_batch,
         "lr": lr,
         "warmup": 0.05,
         "schedule": "cosine",

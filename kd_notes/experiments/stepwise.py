@@ -399,10 +399,11 @@ class Stepwise(Experiment):
         arm = ARMS[run["arm"]]
         model, tokenizer = new_student(run)
         rows = arm_rows(run["arm"], run["task"], run["n"], run["split"], run["seed"])
-        optional_settings = ("precision", "accumulate", "device")
+        optional_settings = ("precision", "device")
         cfg = TrainConfig(
-            steps=round(run["steps"] * arm.steps),
+            max_steps=round(run["steps"] * arm.steps),
             batch_size=run["batch_size"],
+            gradient_accumulation_steps=run.get("accumulate", 1),
             lr=run["lr"],
             warmup=0.04,
             weight_decay=0.01,

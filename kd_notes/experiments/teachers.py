@@ -65,7 +65,7 @@ def adapt_teacher(
     model, tokenizer = load_pretrained(s["base"], dtype="bfloat16")
     lora = {"r": s["rank"], "alpha": s["alpha"], "dropout": 0.0, "targets": "all-linear"}
     cfg = TrainConfig(
-        steps=s["steps"],
+        max_steps=s["steps"],
         batch_size=s["batch_size"],
         lr=s["lr"],
         warmup=0.06,

@@ -31,7 +31,7 @@ from kd_notes.generation.engine import (
     Scores,
     truncate,
 )
-from .packing import PACK_STEPS, packed
+from ..kernels import PACK_STEPS, packed
 from ..losses.divergences import at_least_float32
 from ..models.pretrained import context_of
 from ..training.batches import Batch, causal_batch, unwrapped

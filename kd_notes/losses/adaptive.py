@@ -19,8 +19,8 @@ from kd_notes.losses.divergences import (
     _register,
     _Side,
     _sides,
-    _weighted_kl,
 )
+from .families import _weighted_kl
 
 # %% ../../nbs/4_probabilities/02_adaptive.ipynb #2c00ca2e
 def _head_edge(p: Tensor, mu: float, boundary: str, width: int = 64) -> tuple[Tensor, Tensor]:

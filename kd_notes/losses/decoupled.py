@@ -52,11 +52,20 @@ def _check_targets(target_ids: Tensor, side: _Side) -> Tensor:
     return target_ids
 
 # %% ../../nbs/4_probabilities/03_decoupled.ipynb #7f8a0503
+def _log_uncertainty(side: _Split) -> Tensor:
+    """log(1 - p_g), (...).
+
+    Where p_g is small, the sum over the other tokens rounds to 1, and 1 - p_g no longer tells two
+    positions apart; log1p does.
+    """
+    return torch.where(side.gold < -1, torch.log1p(-side.gold.exp()), side.other)
+
+
 def _tkd_dkd(student: _Side, teacher: _Side, target_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     "Target part, non-target part (0 where the teacher allows only gold) and log(1 - p_g), all (...)."
     p, q = (_split_gold(side, _check_targets(target_ids, side)) for side in (teacher, student))
     binary = [_Side(torch.stack([part.gold, part.other], -1), True) for part in (p, q)]
-    return _kl(*binary), _kl(p.rest, q.rest), p.other
+    return _kl(*binary), _kl(p.rest, q.rest), _log_uncertainty(p)
 
 # %% ../../nbs/4_probabilities/03_decoupled.ipynb #5ca15807
 def _times(weight: float, values: Tensor) -> Tensor:
@@ -122,15 +131,23 @@ def easy_hard(
             fix="Pass the unmasked positions of a batch.",
         )
     place = math.floor((1 - _between("hard_fraction", hard_fraction)) * (flat.numel() - 1))
-    threshold = flat.kthvalue(place + 1).values.item() if hard_fraction else math.inf
-    easy = int((flat < threshold).sum())
-    return EasyHard(threshold, easy, flat.numel() - easy)
+    if not hard_fraction:
+        return EasyHard(math.inf, flat.numel(), 0)
+    first_hard = flat.kthvalue(place + 1).values
+    below = flat[flat < first_hard]
+    if not below.numel():
+        return EasyHard(-math.inf, 0, flat.numel())
+    # Half way to the last easy position: one that another code path rounds differently stays
+    # on its side.
+    middle = below.max() + (first_hard - below.max()) / 2
+    threshold = middle if middle > below.max() else first_hard
+    return EasyHard(threshold.item(), below.numel(), flat.numel() - below.numel())
 
 # %% ../../nbs/4_probabilities/03_decoupled.ipynb #8c4e09a1
 def log_uncertainty(teacher_logits: Tensor, target_ids: Tensor, temperature: float = 1.0) -> Tensor:
-    "log(1 - p_g) of every position, (...), without rounding 1 - p_g to 0."
+    "log(1 - p_g) of every position, (...), without rounding 1 - p_g to 0 or to 1."
     side = _sides(teacher_logits, teacher_logits, temperature)[1]
-    return _split_gold(side, _check_targets(target_ids, side)).other
+    return _log_uncertainty(_split_gold(side, _check_targets(target_ids, side)))
 
 # %% ../../nbs/4_probabilities/03_decoupled.ipynb #44a9c0ef
 @_register

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ELSEWHERE', 'DIVERGENCES', 'IGNORED', 'Registry', 'token_divergence', 'next_token_labels', 'forward_kl',
-           'effective_denominator', 'reverse_kl', 'cross_entropy', 'symmetric_kl', 'jsd', 'get_divergence']
+           'effective_denominator', 'reverse_kl', 'cross_entropy', 'jsd', 'get_divergence']
 
 # %% ../../nbs/4_probabilities/01_divergences.ipynb #ea35d015
 import importlib
@@ -63,12 +63,10 @@ def _sides(
             where="temperature",
             fix="Use a number above 0; 1 changes nothing.",
         )
-    dtype = torch.promote_types(
-        torch.promote_types(student_logits.dtype, teacher_logits.dtype), torch.float32
-    )
-    return _log_probs(student_logits, temperature, dtype), _log_probs(
-        teacher_logits.detach(), temperature, dtype
-    )
+    dtype = torch.promote_types(student_logits.dtype, teacher_logits.dtype)
+    dtype = torch.promote_types(dtype, torch.float32)
+    student = _log_probs(student_logits, temperature, dtype)
+    return student, _log_probs(teacher_logits.detach(), temperature, dtype)
 
 # %% ../../nbs/4_probabilities/01_divergences.ipynb #178184f0
 def _gap(a: _Side, b: _Side, floor: float | None) -> Tensor:
@@ -92,6 +90,7 @@ def _kl(a: _Side, b: _Side, floor: float | None = None) -> Tensor:
 
 # %% ../../nbs/4_probabilities/01_divergences.ipynb #2b6712f9
 ELSEWHERE = {
+    "symmetric_kl": "families",
     "skew_kl": "families",
     "skew_reverse_kl": "families",
     "total_variation": "families",
@@ -122,13 +121,8 @@ class Registry(MutableMapping):
         del self.loaded[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(
-            {
-                **dict.fromkeys(name for name in self.loaded if name not in ELSEWHERE),
-                **dict.fromkeys(ELSEWHERE),
-                **dict.fromkeys(self.loaded),
-            }
-        )
+        own = {name: None for name in self.loaded if name not in ELSEWHERE}
+        return iter(own | ELSEWHERE | self.loaded)
 
     def __len__(self) -> int:
         return len(self.loaded.keys() | ELSEWHERE.keys())
@@ -331,14 +325,13 @@ def forward_kl(
     student_logits: Tensor,  # (..., V), any floating dtype
     teacher_logits: Tensor,  # (..., V), gets no gradient
     mask: Tensor | None = None,  # (...), True or 1 where the loss counts
-    temperature: float = 1.0,
-    *,  # both sides' logits are divided by it
-    floor: float
-    | None = None,  # smallest log-probability of the student; None: +inf where it bans what p has
+    temperature: float = 1.0,  # both sides' logits are divided by it
+    *,
+    floor: float | None = None,  # least log q; None: +inf where the student bans what p has
     labels: Tensor | None = None,  # (...), -100 where the loss does not count
     scale_t2: bool = False,  # multiply the loss by the square of the temperature
-    denominator: Any = None,
-) -> Tensor:  # tokens of the effective batch; None: the unmasked positions of this call
+    denominator: Any = None,  # tokens of the effective batch; None: unmasked positions
+) -> Tensor:
     "KL(p || q) = sum p log(p/q), teacher p, student q: token-mean, a scalar. Raises UserError."
     return _loss(
         "forward_kl",
@@ -385,8 +378,7 @@ def reverse_kl(
     mask: Tensor | None = None,
     temperature: float = 1.0,
     *,
-    floor: float
-    | None = None,  # smallest log-probability of the teacher; None: +inf where it bans what q has
+    floor: float | None = None,  # least log p; None: +inf where the teacher bans what q has
     labels: Tensor | None = None,
     scale_t2: bool = False,
     denominator: Any = None,
@@ -436,25 +428,12 @@ def cross_entropy(
         floor=floor,
     )
 
-# %% ../../nbs/4_probabilities/01_divergences.ipynb #9dc99ec8
-def _weighted_kl(student: _Side, teacher: _Side, weight: Any, floor: float | None) -> Tensor:
-    "weight KL(p || q) + (1 - weight) KL(q || p), weight a number or (...); a weight of 0 silences even +inf."
-    p, q = teacher.log.exp(), student.log.exp()
-    forward, reverse = (
-        (p * _gap(teacher, student, floor)).sum(-1),
-        (q * _gap(student, teacher, floor)).sum(-1),
-    )
-    values = _infinite(weight * forward + (1 - weight) * reverse, p, student, floor, weight > 0)
-    return _infinite(values, q, teacher, floor, weight < 1)
+# %% ../../nbs/4_probabilities/01_divergences.ipynb #9f634b0d
+def _log_mixture(a: Tensor, b: Tensor, weight: float) -> Tensor:
+    "log(weight a + (1 - weight) b) of two probabilities; where both are 0, a finite number that nothing will be multiplied with."
+    return torch.lerp(b, a, weight).clamp(min=torch.finfo(a.dtype).tiny).log()
 
-# %% ../../nbs/4_probabilities/01_divergences.ipynb #f964ff3e
-@_register
-def _symmetric_kl(
-    student: _Side, teacher: _Side, *, weight: float = 0.5, floor: float | None = None
-) -> Tensor:
-    return _weighted_kl(student, teacher, _between("weight", weight), floor)
-
-
+# %% ../../nbs/4_probabilities/01_divergences.ipynb #fc477649
 def _between(name: str, value: float) -> float:
     if not 0 <= value <= 1:
         raise UserError(
@@ -462,39 +441,7 @@ def _between(name: str, value: float) -> float:
         )
     return value
 
-# %% ../../nbs/4_probabilities/01_divergences.ipynb #ba25b272
-def symmetric_kl(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    mask: Tensor | None = None,
-    temperature: float = 1.0,
-    *,
-    weight: float = 0.5,  # of the forward KL; the reverse KL has the rest
-    floor: float | None = None,
-    labels: Tensor | None = None,
-    scale_t2: bool = False,
-    denominator: Any = None,
-) -> Tensor:
-    "weight KL(p || q) + (1 - weight) KL(q || p): token-mean, a scalar. Parameters as in forward_kl."
-    return _loss(
-        "symmetric_kl",
-        student_logits,
-        teacher_logits,
-        mask,
-        temperature,
-        labels=labels,
-        scale_t2=scale_t2,
-        denominator=denominator,
-        weight=weight,
-        floor=floor,
-    )
 
-# %% ../../nbs/4_probabilities/01_divergences.ipynb #9f634b0d
-def _log_mixture(a: Tensor, b: Tensor, weight: float) -> Tensor:
-    "log(weight a + (1 - weight) b) of two probabilities; where both are 0, a finite number that nothing will be multiplied with."
-    return torch.lerp(b, a, weight).clamp(min=torch.finfo(a.dtype).tiny).log()
-
-# %% ../../nbs/4_probabilities/01_divergences.ipynb #fc477649
 @_register
 def _jsd(student: _Side, teacher: _Side, *, beta: float = 0.5, scaled: bool = False) -> Tensor:
     if _between("beta", beta) in (0, 1) and scaled:

@@ -307,5 +307,5 @@ class MiniLLM(OnPolicy):
                 "the ratio q/p~ is not finite",
                 where=f"step {self.step + 1}, {named([{'id': names[i]} for i in bad])}",
                 fix="The student has left the text of this rollout behind: lower lr or "
-                "inner_epochs, or set clip of TrainConfig.",
+                "inner_epochs, or set max_grad_norm of TrainConfig.",
             )

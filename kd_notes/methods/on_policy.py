@@ -116,7 +116,7 @@ class OnPolicyConfig:
 # %% ../../nbs/5_own_words/02_on_policy.ipynb #50bb8748
 def minibatch_config(
     minibatch: int,  # prompts per optimizer step, over all processes
-    steps: int,
+    max_steps: int,
     lr: float = 5e-6,
     batch_size: int | None = None,  # rows of a process at a time; None: its whole share
     **changes: Any,
@@ -139,13 +139,13 @@ def minibatch_config(
         "betas": (0.9, 0.95),
         "weight_decay": 1e-6,
         "schedule": "constant",
-        "warmup": min(100, steps // 10),
+        "warmup": min(100, max_steps // 10),
     }
     return TrainConfig(
-        steps=steps,
+        max_steps=max_steps,
         lr=lr,
         batch_size=batch_size,
-        accumulate=accumulate,
+        gradient_accumulation_steps=accumulate,
         **(settings | changes),
     )
 
@@ -202,7 +202,7 @@ def check_rollouts(config: OnPolicyConfig, minibatch: int) -> None:
         raise UserError(
             f"a rollout of {config.rollouts} is no whole number of minibatches of {minibatch}",
             where="rollouts",
-            fix="Change rollouts, or batch_size * accumulate * processes of TrainConfig.",
+            fix="Change rollouts, or batch_size * gradient_accumulation_steps * processes of TrainConfig.",
         )
 
 
@@ -248,7 +248,7 @@ class RolloutPhase(OnPolicyTerms):
     "Draws a rollout before the steps that use it, and makes its rows the examples of the loop."
 
     def begin(self, state: TrainState) -> None:
-        minibatch = state.cfg.batch_size * state.cfg.accumulate * state.accelerator.num_processes
+        minibatch = state.effective_batch
         check_rollouts(self.config, minibatch)
         check_dropout(self.config, state.cfg)
         prompts = [item | {"id": name} for name, item in zip(state.ids, state.items)]
@@ -273,7 +273,7 @@ class RolloutPhase(OnPolicyTerms):
 
     def begin_step(self, state: TrainState) -> None:
         self.step = state.step
-        self.total_steps = state.cfg.steps
+        self.total_steps = state.cfg.max_steps
         cycle = state.step // (self.epoch_steps * self.config.inner_epochs)
         if cycle != self.rollouts.cycle:
             with errors_at_step(state.step + 1):

@@ -24,12 +24,11 @@ from kd_notes.generation.sampling import (
     Sampling,
 )
 from ..generation.speculative import speculative
-from ..losses.divergences import at_least_float32
+from ..losses.divergences import at_least_float32, IGNORED
 from .prompts import check_completions, named
 from kd_notes.training.batches import (
     Batch,
     causal_batch,
-    IGNORE,
     target_logits,
     target_positions,
 )
@@ -317,7 +316,7 @@ def add_texts(batch: Batch, texts: list[list[int]], pad_id: int) -> Batch:
     more = causal_batch([(text[:1], text[1:]) for text in texts], pad_id)
     wide = max(part["input_ids"].shape[1] for part in (batch, more))
     inputs = {}
-    for name, fill in (("input_ids", pad_id), ("attention_mask", 0), ("labels", IGNORE)):
+    for name, fill in (("input_ids", pad_id), ("attention_mask", 0), ("labels", IGNORED)):
         parts = []
         for part in (batch, more):
             missing = wide - part[name].shape[1]

@@ -57,14 +57,25 @@ def _named_weights(source: Any) -> Iterator[tuple[str, torch.Tensor]]:
                 yield name, file.get_tensor(name)
 
 
+def tensor_hash(tensor: torch.Tensor) -> str:
+    "64 hex digits of a tensor's bits; a half-precision one is widened to float32 first."
+    if tensor.is_meta:
+        return ""  # it has no values
+    values = tensor.detach().cpu()
+    if values.dtype.itemsize < 4:
+        values = values.float()
+    bits = values.contiguous().flatten().view(torch.uint8).numpy()
+    return hashlib.sha256(bits).hexdigest()
+
+
 def weights_hash(source: Any) -> str:  # a model, or the folder of one
-    "16 hex digits of the weights: names, shapes and values as float32; tied weights once."
-    sums = {}
-    for name, tensor in _named_weights(source):
-        # As float32, a model hashes like the bfloat16 file that it was loaded from.
-        values = tensor.detach().float().cpu().contiguous().numpy()
-        sums[name] = [list(tensor.shape), hashlib.sha256(values).hexdigest()]
-    return stable_hash(sums)
+    """16 hex digits of the weights: names, shapes and values; tied weights once.
+
+    A model that was loaded in float32 hashes like the bfloat16 file that it comes from. Where the
+    precision decides, as for a run that is continued, compare the dtype as well.
+    """
+    named = _named_weights(source)
+    return stable_hash({name: [list(t.shape), tensor_hash(t)] for name, t in named})
 
 # %% ../../nbs/2_playground/09_pretrained.ipynb #fbb647a7
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"

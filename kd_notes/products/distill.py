@@ -263,9 +263,9 @@ def _run(job: _Distillation) -> dict:
     cfg = train_config(request.settings, len(job.rows))
     parameters = count_parameters(pair.student)
     pair.teacher = None  # where the method does not hold it, its memory is free
-    batch = cfg.batch_size * cfg.accumulate
+    batch = cfg.batch_size * cfg.gradient_accumulation_steps
     request.say(
-        f"{request.objective}, {cfg.steps} steps of {batch} rows, {parameters:,} parameters"
+        f"{request.objective}, {cfg.max_steps} steps of {batch} rows, {parameters:,} parameters"
     )
     folder = request.work / "train"
     bar = [Progress(request.objective)]

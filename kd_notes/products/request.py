@@ -150,7 +150,7 @@ def expected_memory(request: Request) -> dict[str, int] | None:
         if getattr(config, "layer_types", None):
             config.layer_types = config.layer_types[: config.num_hidden_layers]
     cfg = TrainConfig(
-        steps=1,
+        max_steps=1,
         batch_size=settings.batch_size,
         lr=settings.lr,
         precision=settings.precision,

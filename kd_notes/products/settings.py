@@ -25,9 +25,9 @@ class DistillSettings:
     n: int = 0  # rows that are used; 0: all
     validation: float = 0.1  # share (below 1) or number of rows that are held out, at most 200
     epochs: float = 3.0  # passes over the training rows
-    steps: int = 0  # optimiser steps; 0: as `epochs` says
+    max_steps: int = 0  # optimiser steps; 0: as `epochs` says
     batch_size: int = 8
-    accumulate: int = 1  # micro-batches per step
+    gradient_accumulation_steps: int = 1
     lr: float = 5e-4
     warmup: float = 0.05  # share of the steps
     weight_decay: float = 0.01
@@ -53,7 +53,7 @@ PROFILES = {
     "smoke": {
         "n": 12,
         "validation": 4,
-        "steps": 2,
+        "max_steps": 2,
         "batch_size": 2,
         "max_length": 128,
         "evaluations": 1,
@@ -187,12 +187,12 @@ def train_config(settings: DistillSettings, rows: int) -> TrainConfig:
     "The loop's settings for so many training rows."
     s = settings
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    per_step = s.batch_size * s.accumulate * processes
-    steps = s.steps or max(1, math.ceil(s.epochs * rows / per_step))
+    per_step = s.batch_size * s.gradient_accumulation_steps * processes
+    steps = s.max_steps or max(1, math.ceil(s.epochs * rows / per_step))
     return TrainConfig(
-        steps=steps,
+        max_steps=steps,
         batch_size=s.batch_size,
-        accumulate=s.accumulate,
+        gradient_accumulation_steps=s.gradient_accumulation_steps,
         lr=s.lr,
         warmup=min(s.warmup, steps),
         seed=s.seed,

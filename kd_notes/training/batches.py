@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..core import rng, UserError
-from ..losses.divergences import at_least_float32
+from ..losses.divergences import at_least_float32, IGNORED
 
 # %% ../../nbs/7_engine_room/11_batches.ipynb #a1a38044
 def pad_rows(rows: list[list[int]], value: int) -> Tensor:
@@ -24,9 +24,6 @@ def pad_rows(rows: list[list[int]], value: int) -> Tensor:
     return torch.tensor([row + [value] * (longest - len(row)) for row in rows])
 
 # %% ../../nbs/7_engine_room/11_batches.ipynb #fa01b3d8
-IGNORE = -100  # label of a position that is not trained
-
-
 class Batch:
     """Tensors that a model reads, and `columns` that only a method reads.
 
@@ -87,9 +84,9 @@ def target_positions(batch: Batch | dict, causal: bool | None = None) -> TargetP
     if causal is None:
         causal = "decoder_input_ids" not in batch
     labels = batch["labels"]
-    wanted = F.pad(labels[:, 1:], (0, 1), value=IGNORE) if causal else labels
+    wanted = F.pad(labels[:, 1:], (0, 1), value=IGNORED) if causal else labels
     wanted = wanted.flatten()
-    index = (wanted != IGNORE).nonzero()[:, 0]
+    index = (wanted != IGNORED).nonzero()[:, 0]
     return TargetPositions(index, wanted[index])
 
 
@@ -124,11 +121,11 @@ def causal_batch(
                 "tokenizer's bos_token.",
             )
     texts = [prompt + completion for prompt, completion in rows]
-    labels = [[IGNORE] * len(prompt) + completion for prompt, completion in rows]
+    labels = [[IGNORED] * len(prompt) + completion for prompt, completion in rows]
     inputs = {
         "input_ids": pad_rows(texts, pad_id),
         "attention_mask": _mask(texts),
-        "labels": pad_rows(labels, IGNORE),
+        "labels": pad_rows(labels, IGNORED),
     }
     return _batch(inputs, causal=True)
 
@@ -146,7 +143,7 @@ def seq2seq_batch(
     inputs = {
         "input_ids": pad_rows(prompts, pad_id),
         "attention_mask": _mask(prompts),
-        "labels": pad_rows([completion for _, completion in rows], IGNORE),
+        "labels": pad_rows([completion for _, completion in rows], IGNORED),
     }
     return _batch(inputs, causal=False)
 

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..core import atomic_write, read_json, read_jsonl, stable_hash, UserError, write_json
-from .method import weights_hash
+from .method import describe_weights
 from .state import trainable, TrainState
 
 # %% ../../nbs/7_engine_room/16_checkpoint.ipynb #1da3fdf4
@@ -177,9 +177,9 @@ def _write_all(state: TrainState, folder: Path) -> None:
         _checkpoint_tensors(state)  # putting shards together takes every process
 
 # %% ../../nbs/7_engine_room/16_checkpoint.ipynb #84d057c8
-# settings that change no number; batch_size and accumulate decide by their product
+# settings that change no number; batch_size and gradient_accumulation_steps decide by their product
 _FREE = ("save_every", "log_every", "device", "compile", "fsdp", "keep_memory")
-_PRODUCT = ("batch_size", "accumulate")
+_PRODUCT = ("batch_size", "gradient_accumulation_steps")
 
 
 def run_identity(state: TrainState) -> dict[str, str]:
@@ -195,7 +195,7 @@ def run_identity(state: TrainState) -> dict[str, str]:
     return {
         "examples": stable_hash([state.ids, state.sizes, items]),
         "method": stable_hash([state.method.identity(), dict(state.method.loss_weights)]),
-        "student": stable_hash([weights_hash(state.model), dropout]),
+        "student": stable_hash([describe_weights(state.model), dropout]),
     }
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..core import UserError
+from ..kernels import reused_memory
 from .batches import as_batch, Batch, batch_order, micro_batches
 from kd_notes.training.checkpoint import (
     gathered,
@@ -29,7 +30,6 @@ from kd_notes.training.checkpoint import (
     whole_tensor,
     write_into,
 )
-from .memory import reused_memory
 from .method import Method
 from .setup import set_up
 from .state import Callback, lr_factor, trainable, TrainConfig, TrainState
@@ -104,7 +104,7 @@ class FiniteCheck:
                 raise UserError(
                     f"loss or gradient is not finite at step {step}",
                     where=self.state.names(self.culprits(rows)),
-                    fix="Look at these examples; lower lr, set clip, or use precision 'bf16' or "
+                    fix="Look at these examples; lower lr, set max_grad_norm, or use precision 'bf16' or "
                     "'no' instead of 'fp16'.",
                 )
 
@@ -143,8 +143,8 @@ class TrainSteps(Gradients):
         "One optimizer step on these examples (numbers of an effective batch)."
         start = time.perf_counter()
         self.method.begin_step(self)
-        world = self.accelerator.num_processes
-        parts = micro_batches(rows, self.cfg.accumulate, world, self.accelerator.process_index)
+        accelerator, count = self.accelerator, self.cfg.gradient_accumulation_steps
+        parts = micro_batches(rows, count, accelerator.num_processes, accelerator.process_index)
         batches = [as_batch(self.method.collate([self.items[i] for i in part])) for part in parts]
         means = self.forward_backward(batches, self.total_counts(batches, rows))
         norm = self.update(rows, means)
@@ -153,7 +153,7 @@ class TrainSteps(Gradients):
             self.average.update(self.step)
         self.tokens += sum(self.sizes[i] for i in rows)
         self.seconds += time.perf_counter() - start
-        if self.step % self.cfg.log_every == 0 or self.step in (1, self.cfg.steps):
+        if self.step % self.cfg.log_every == 0 or self.step in (1, self.cfg.max_steps):
             self.log_step(means, norm)
 
     @cached_property
@@ -165,7 +165,8 @@ class TrainSteps(Gradients):
         accelerator = self.accelerator
         for group in self.optimizer.param_groups:
             group["lr"] = self.cfg.lr * lr_factor(self.step, self.cfg)
-        norm = accelerator.clip_grad_norm_(self.module.parameters(), self.cfg.clip or math.inf)
+        limit = self.cfg.max_grad_norm or math.inf
+        norm = accelerator.clip_grad_norm_(self.module.parameters(), limit)
         if hasattr(norm, "full_tensor"):
             norm = norm.full_tensor()
         norm = torch.as_tensor(0.0 if norm is None else norm)
@@ -224,7 +225,7 @@ class ValidatedSteps(TrainSteps):
 
     def compare(self, metrics: dict) -> None:
         "Keep the best weights, and decide about stopping early."
-        patience = self.cfg.early_stop
+        patience = self.cfg.early_stopping_patience
         if self.best is None or metrics["score"] > self.best["score"]:
             self.stale = 0
             self.best = {"step": self.step, **metrics}
@@ -268,7 +269,7 @@ class TrainLoop(ValidatedSteps):
         random_state = rng_state() if self.saves else None  # after the last whole step
         try:
             with reused_memory(self.cfg.keep_memory and on_cpu):
-                for rows in islice(order, self.step, self.cfg.steps):
+                for rows in islice(order, self.step, self.cfg.max_steps):
                     if self.stop:
                         break
                     self.train_step(rows)

@@ -6,7 +6,6 @@
 __all__ = ['SFT']
 
 # %% ../../nbs/7_engine_room/12_method.ipynb #f5ce1787
-import hashlib
 from abc import ABC, abstractmethod
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -14,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core import stable_hash
 from ..data.dialogues import encode_row, padding_id
 from ..losses.fused import fused_cross_entropy
+from ..models.pretrained import tensor_hash, weights_hash
 from kd_notes.training.batches import (
     Batch,
     causal_batch,
@@ -29,13 +28,9 @@ from kd_notes.training.batches import (
 )
 
 # %% ../../nbs/7_engine_room/12_method.ipynb #described
-def weights_hash(model: torch.nn.Module) -> str:
-    "16 hex digits of a model's weights: names, types, shapes and all bits; tied weights once."
-    digests = {}
-    for name, tensor in model.named_parameters():
-        digest = "" if tensor.is_meta else _hash_of(tensor)
-        digests[name] = [str(tensor.dtype), list(tensor.shape), digest]
-    return stable_hash(digests)
+def describe_weights(model: torch.nn.Module) -> list:
+    "The hash of a model's weights and their dtypes: both decide the numbers of a run."
+    return [weights_hash(model), [str(p.dtype) for p in model.parameters()]]
 
 
 def _described(value: Any) -> Any:
@@ -45,9 +40,9 @@ def _described(value: Any) -> Any:
     if isinstance(value, Method):
         return value.identity()
     if isinstance(value, torch.nn.Module):
-        return weights_hash(value)
+        return describe_weights(value)
     if isinstance(value, Tensor):
-        return [list(value.shape), value.tolist() if value.numel() < 64 else _hash_of(value)]
+        return [list(value.shape), value.tolist() if value.numel() < 64 else tensor_hash(value)]
     if isinstance(value, dict):
         return {str(name): _described(part) for name, part in value.items()}
     if isinstance(value, (list, tuple)):
@@ -66,11 +61,6 @@ def _described(value: Any) -> Any:
     # an object of this package, such as a teacher's signal or a cache of logits
     public = {name: part for name, part in vars(value).items() if not name.startswith("_")}
     return [kind.__qualname__, _described(public)]
-
-
-def _hash_of(tensor: Tensor) -> str:
-    bits = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-    return hashlib.sha256(bits).hexdigest()
 
 # %% ../../nbs/7_engine_room/12_method.ipynb #11d15468
 class Method(ABC):

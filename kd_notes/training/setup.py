@@ -8,6 +8,7 @@ __all__ = []
 # %% ../../nbs/7_engine_room/15_setup.ipynb #0df0d28a
 import atexit
 import gc
+import os
 from pathlib import Path
 from typing import Iterable
 
@@ -40,10 +41,19 @@ def _end_group() -> None:
 
 
 def make_accelerator(cfg: TrainConfig):
-    "An Accelerator for this training. Raises UserError if the precision is impossible on the device."
+    """Make the Accelerator of a run.
+
+    Raises UserError if the device cannot have the precision, or if Accelerate's FSDP is on.
+    """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise UserError(
+            "it is switched on, and this loop shards the model by itself",
+            where="FSDP of Accelerate",
+            fix="Launch with configs/ddp.yaml and train with TrainConfig(fsdp=True).",
+        )
     # Accelerate keeps one global state per process, and the last training may have had another device or precision
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     accelerator = Accelerator(mixed_precision=cfg.precision, cpu=cfg.device == "cpu")
@@ -126,9 +136,9 @@ def _check_deepspeed(accelerator, cfg: TrainConfig) -> None:
     if accelerator.distributed_type.value != "DEEPSPEED":
         return
     asked = [name for name in ("save_every", "keep_best", "ema", "fsdp") if getattr(cfg, name)]
-    if asked or cfg.accumulate > 1:
+    if asked or cfg.gradient_accumulation_steps > 1:
         raise UserError(
-            f"{', '.join(asked) or 'accumulate'} does not work with DeepSpeed in this loop",
+            f"{', '.join(asked) or 'gradient_accumulation_steps'} does not work with DeepSpeed in this loop",
             where="TrainConfig",
             fix="Use fsdp=True instead of DeepSpeed, or a larger batch_size and no checkpoints.",
         )

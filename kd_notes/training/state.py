@@ -25,23 +25,22 @@ from .method import Method
 class TrainConfig:
     "Settings of a training; all but the first three have defaults. Raises UserError for impossible values."
 
-    steps: int  # optimizer steps
+    max_steps: int  # optimizer steps
     batch_size: int  # examples in a micro-batch of one process
     lr: float  # peak learning rate of AdamW
-    accumulate: int = (
-        1  # micro-batches per step; effective batch = batch_size * accumulate * processes
-    )
+    # micro-batches per step; effective batch = batch_size * this * processes
+    gradient_accumulation_steps: int = 1
     warmup: float = 0.0  # below 1: share of the steps; otherwise a number of steps
     schedule: str = "linear"  # after warmup: linear or cosine to 0, or constant
     weight_decay: float = 0.0  # on matrices, not on norms and biases
     betas: tuple = (0.9, 0.999)
-    clip: float = 1.0  # largest gradient norm; 0: no clipping
+    max_grad_norm: float = 1.0  # largest gradient norm; 0: no clipping
     seed: int = 0  # order of examples, dropout, LoRA's initial weights
     log_every: int = 10  # steps between two rows of history
     eval_every: int = 0  # steps between validations; 0: only at the end
     save_every: int = 0  # steps between checkpoints (needs run_dir); 0: none
     keep_best: bool = False  # end with the weights of the best validation
-    early_stop: int = 0  # stop after so many validations without a better score; 0: never
+    early_stopping_patience: int = 0  # validations without a better score; 0: never stop early
     precision: str = "no"  # autocast: no, bf16, fp16 (GPU only)
     bucket: bool = True  # batches of similar length
     max_length: int = 0  # longest row in tokens, longer ones are an error; 0: no limit
@@ -71,17 +70,17 @@ SCHEDULES, PRECISIONS = ("linear", "cosine", "constant"), ("no", "bf16", "fp16")
 def check_config(cfg: TrainConfig) -> None:
     "Raises UserError naming the first setting that makes no sense."
     rules = {
-        "steps": cfg.steps >= 0,
+        "max_steps": cfg.max_steps >= 0,
         "batch_size": cfg.batch_size >= 1,
         "lr": cfg.lr > 0,
-        "accumulate": cfg.accumulate >= 1,
-        "warmup": 0 <= cfg.warmup <= max(cfg.steps, 1),
+        "gradient_accumulation_steps": cfg.gradient_accumulation_steps >= 1,
+        "warmup": 0 <= cfg.warmup <= max(cfg.max_steps, 1),
         "weight_decay": cfg.weight_decay >= 0,
-        "clip": cfg.clip >= 0,
+        "max_grad_norm": cfg.max_grad_norm >= 0,
         "log_every": cfg.log_every >= 1,
         "eval_every": cfg.eval_every >= 0,
         "save_every": cfg.save_every >= 0,
-        "early_stop": cfg.early_stop >= 0,
+        "early_stopping_patience": cfg.early_stopping_patience >= 0,
         "ema": 0 <= cfg.ema < 1,
         "schedule": cfg.schedule in SCHEDULES,
         "precision": cfg.precision in PRECISIONS,
@@ -101,10 +100,10 @@ def check_config(cfg: TrainConfig) -> None:
 # %% ../../nbs/7_engine_room/13_state.ipynb #858047d4
 def lr_factor(step: int, cfg: TrainConfig) -> float:
     "Learning rate at a step (counted from 0) as a share of `cfg.lr`."
-    warm = cfg.warmup if cfg.warmup >= 1 else cfg.warmup * cfg.steps
+    warm = cfg.warmup if cfg.warmup >= 1 else cfg.warmup * cfg.max_steps
     if step < warm:
         return (step + 1) / (warm + 1)
-    done = (step - warm) / max(cfg.steps - warm, 1)
+    done = (step - warm) / max(cfg.max_steps - warm, 1)
     return {"linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done)), "constant": 1.0}[
         cfg.schedule
     ]
@@ -180,14 +179,18 @@ class TrainState:
     best_weights: dict | None = None
     average: WeightAverage | None = None  # with cfg.ema
     stale: int = 0  # validations since the best one
-    stop: str = ""  # a reason to end before `steps`
+    stop: str = ""  # a reason to end before `max_steps`
     saved: int = -1  # step of the last checkpoint
     unwritten: list = field(default_factory=list)  # (time, row of history) not yet on the disk
 
     @property
     def effective_batch(self) -> int:
         "Examples in an optimizer step, over all processes."
-        return self.cfg.batch_size * self.cfg.accumulate * self.accelerator.num_processes
+        return (
+            self.cfg.batch_size
+            * self.cfg.gradient_accumulation_steps
+            * self.accelerator.num_processes
+        )
 
     def names(self, rows: list[int]) -> str:
         "Name examples in a message: the first eight of them."
@@ -242,7 +245,7 @@ class Progress(Callback):
 
     def on_start(self, state: TrainState) -> None:
         if state.accelerator.is_main_process:
-            self.bar = progress(total=state.cfg.steps, desc=self.desc, unit="step")
+            self.bar = progress(total=state.cfg.max_steps, desc=self.desc, unit="step")
             self.bar.update(state.step)
 
     def on_step(self, state: TrainState) -> None:

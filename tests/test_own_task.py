@@ -291,7 +291,7 @@ def test_a_local_model_is_a_teacher_too(place):
 QUICK = {
     "validation": 8.0,
     "test": 8.0,
-    "steps": 30,
+    "max_steps": 30,
     "batch_size": 8,
     "learning_rates": [1e-2],
     "evaluations": 3,
@@ -363,7 +363,7 @@ def test_an_input_is_never_on_two_sides(place):
         {"epoch": 3},
         {"alpha": "half"},
         {"alpha": 1.5},
-        {"steps": True},
+        {"max_steps": True},
         {"n": -1},
         {"arms": ["dss"]},
         {"arms": []},
@@ -395,7 +395,7 @@ def train_student(place, out, **more):
 def test_two_commands_make_a_student_that_answers(place, student):
     extract(place)
     arms = ["step_by_step", "finetuning", "distillation"]
-    report = train_student(place, "out", student=student, arms=arms, steps=60)
+    report = train_student(place, "out", student=student, arms=arms, max_steps=60)
     out = place / "out"
     assert set(report["arms"]) == set(arms) and set(report["differences"]) == set(arms[1:])
     assert report["arms"]["step_by_step"]["test"]["value"] >= 0.8
@@ -412,7 +412,7 @@ def test_two_commands_make_a_student_that_answers(place, student):
     predict_rows(out, asked, place / "said.jsonl")
     said = {row["id"]: row["text"] for row in read_jsonl(place / "said.jsonl")}
     assert said == {example["id"]: example["answers"]["step_by_step"] for example in shown}
-    assert train_student(place, "out", student=student, arms=arms, steps=60) == report
+    assert train_student(place, "out", student=student, arms=arms, max_steps=60) == report
 
 
 def test_another_request_is_refused(place):
@@ -435,7 +435,7 @@ def test_another_request_is_refused(place):
 def test_the_grid_grows_at_an_edge_and_a_rate_that_explodes_is_an_outcome(place):
     extract(place)
     task = read_task(place / "task.toml")
-    settings = stepwise_settings(**QUICK | {"learning_rates": [1e-6, 1e-5], "steps": 10})
+    settings = stepwise_settings(**QUICK | {"learning_rates": [1e-6, 1e-5], "max_steps": 10})
     files = (place / "rows.jsonl", place / "rationales.jsonl")
     request = StepwiseRequest(task, *files, "mini:xxs", place / "grid", settings)
     trials = run_search(Search.prepare(request))
@@ -456,7 +456,7 @@ def test_a_dry_run_says_what_would_run_and_writes_nothing(place):
         [
             *("stepwise", "--task", str(place / "task.toml"), "--student", "mini:xxs"),
             *("--input", str(place / "rows.jsonl"), "--out", str(place / "out"), "--dry-run"),
-            *("--rationales", str(place / "rationales.jsonl"), "--set", "steps=10"),
+            *("--rationales", str(place / "rationales.jsonl"), "--set", "max_steps=10"),
             *("--arms", "step_by_step,finetuning_same_tokens", "--alpha", "0.7"),
         ],
     )
@@ -492,7 +492,7 @@ torch.set_num_threads(1)
 from kd_notes.products.stepwise import stepwise
 stepwise({task!r}, {data!r}, {rationales!r}, "mini:xxs", {out!r}, **{settings!r})
 """
-LONG = QUICK | {"steps": 160, "evaluations": 1}
+LONG = QUICK | {"max_steps": 160, "evaluations": 1}
 
 
 def start(place, out):

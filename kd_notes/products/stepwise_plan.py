@@ -56,9 +56,9 @@ class StepwiseSettings:
     learning_rates: tuple[float, ...] = ()  # tried for each arm; (): as suits the student
     widen: int = 1  # times that the grid grows where the best rate is at its edge
     epochs: float = 5.0  # passes over the training rows
-    steps: int = 0  # optimiser steps; 0: as `epochs` says
+    max_steps: int = 0  # optimiser steps; 0: as `epochs` says
     batch_size: int = 16
-    accumulate: int = 1  # minibatches per step
+    gradient_accumulation_steps: int = 1  # minibatches per step
     warmup: float = 0.05  # share of the steps
     weight_decay: float = 0.01
     max_length: int = 0  # tokens of input and answer; 0: as the student's context allows
@@ -79,7 +79,7 @@ STEPWISE_PROFILES: dict[str, dict] = {
         "n": 8,
         "validation": 4.0,
         "test": 4.0,
-        "steps": 2,
+        "max_steps": 2,
         "batch_size": 2,
         "evaluations": 1,
         "learning_rates": (1e-3,),
@@ -133,7 +133,7 @@ def _check_settings(s: StepwiseSettings) -> None:
         "answer_batch": s.answer_batch >= 1,
         "evaluations": s.evaluations >= 1,
     }
-    counts = ("n", "widen", "steps", "max_length", "max_new_tokens", "layers")
+    counts = ("n", "widen", "max_steps", "max_length", "max_new_tokens", "layers")
     rules |= {name: getattr(s, name) >= 0 for name in counts}
     for name, fine in rules.items():
         if not fine:

@@ -194,8 +194,8 @@ class ArmJob:
 def arm_jobs(request: StepwiseRequest, splits: Splits, tokenizer, family: str) -> dict[str, ArmJob]:
     "{arm: its job}, in the order of the settings."
     s = request.settings
-    batch = s.batch_size * s.accumulate
-    steps = s.steps or max(1, math.ceil(s.epochs * len(splits.train) / batch))
+    batch = s.batch_size * s.gradient_accumulation_steps
+    steps = s.max_steps or max(1, math.ceil(s.epochs * len(splits.train) / batch))
     method = StepByStep(tokenizer, family)
     tokens_a_row = {}
     jobs = {}
@@ -245,11 +245,11 @@ def run_cost(request: StepwiseRequest) -> dict:
     config = student_config(request.student, s.layers, tokenizer)
     family = "t5" if config.is_encoder_decoder else "causal"
     jobs = arm_jobs(request, splits, tokenizer, family)
-    batch = s.batch_size * s.accumulate
+    batch = s.batch_size * s.gradient_accumulation_steps
     rates = request.rates()
     longest = max(job.longest for job in jobs.values())
     cfg = TrainConfig(
-        steps=1,
+        max_steps=1,
         batch_size=s.batch_size,
         lr=rates[0],
         precision=s.precision,

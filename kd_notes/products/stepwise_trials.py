@@ -108,9 +108,9 @@ class Search:
     def config(self, job: ArmJob, rate: float, model: Any) -> TrainConfig:
         s = self.request.settings
         return TrainConfig(
-            steps=job.steps,
+            max_steps=job.steps,
             batch_size=s.batch_size,
-            accumulate=s.accumulate,
+            gradient_accumulation_steps=s.gradient_accumulation_steps,
             lr=rate,
             warmup=min(s.warmup, job.steps),
             weight_decay=s.weight_decay,

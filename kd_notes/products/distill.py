@@ -358,7 +358,7 @@ def distill(
     """
     chosen = distill_settings(profile, **settings)
     check_objective(objective, chosen.options)
-    check_libraries(chosen)
+    check_libraries(chosen.lora)
     in_file = isinstance(data, (str, os.PathLike))
     rows = Path(data) if in_file else read_rows(data, chat=True)
     sources = (_source(teacher, tokenizer, "teacher"), _source(student, tokenizer, "student"))

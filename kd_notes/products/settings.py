@@ -163,16 +163,20 @@ def check_objective(name: str, options: dict | None = None) -> str:  # options: 
     return name
 
 # %% ../../nbs/4_probabilities/17_distill_settings.ipynb #557eba58
-def check_libraries(settings: DistillSettings) -> None:
-    "Raise UserError if a library is missing that training will need."
-    needed = {"accelerate": "train", "transformers": "train", "matplotlib": "notebooks"}
-    if settings.lora:
+def check_libraries(
+    lora: dict | None = None,  # of the settings
+    where: str = "distill",  # the product that asks
+    **more: str,  # further libraries, with the extra that holds each
+) -> None:
+    "Refuse to start without a library that will be needed."
+    needed = {"accelerate": "train", "transformers": "train", "matplotlib": "notebooks"} | more
+    if lora:
         needed["peft"] = "train"
     for library, extra in needed.items():
         if importlib.util.find_spec(library) is None:
             raise UserError(
                 f"the library {library} is not installed",
-                where="distill",
+                where=where,
                 fix=f"Run `pip install 'kd_notes[{extra}]'`, or `pip install {library}`.",
             )
 

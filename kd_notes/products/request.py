@@ -54,6 +54,40 @@ def weights_identity(source: Any) -> str | None:
     cached = try_to_load_from_cache(place, "config.json")
     return Path(cached).parent.name if isinstance(cached, str) else None
 
+
+_LAYOUT_FILES = (
+    "config.json generation_config.json tokenizer.json tokenizer_config.json tokenizer.model "
+    "special_tokens_map.json added_tokens.json chat_template.jinja chat_template.json vocab.json merges.txt"
+).split()
+
+
+def layout_identity(source: Any) -> str | None:
+    "A hash of what is not weights: configs, tokenizer, chat template. None where the weights' says it all."
+    if isinstance(source, tuple):
+        return stable_hash([_configs(source[0]), _layout_of(source[1])])
+    if source.startswith("layers:") or not Path(place := resolve_model(source)).is_dir():
+        return None
+    files = [Path(place) / name for name in _LAYOUT_FILES]
+    return stable_hash({file.name: sha256_file(file) for file in files if file.is_file()})
+
+
+def _configs(model: torch.nn.Module) -> list[dict]:
+    "The configs of a model, without where it came from."
+    configs = [model.config, getattr(model, "generation_config", None)]
+    plain = [json.loads(config.to_json_string()) for config in configs if config is not None]
+    origin = ("transformers_version", "_name_or_path", "name_or_path")
+    return [{k: v for k, v in config.items() if k not in origin} for config in plain]
+
+
+def _layout_of(tokenizer: Any) -> list:
+    "How a tokenizer cuts and lays out a text; padding is left out, because loading may set it."
+    cut = tokenizer.get_vocab()
+    if tokenizer.is_fast:
+        cut = json.loads(tokenizer.backend_tokenizer.to_str())
+        cut = {k: v for k, v in cut.items() if k not in ("padding", "truncation")}
+    ends = [tokenizer.bos_token, tokenizer.eos_token]
+    return [cut, ends, chat_template_of(tokenizer)]
+
 # %% ../../nbs/4_probabilities/19_distill_request.ipynb #e740dc4d
 def finished_report(out: Path, request: Callable[[], dict], what: str) -> dict | None:
     """The report of a folder that holds this request's work, None if there is none yet.

@@ -14,7 +14,7 @@ from typing import Any
 from ..checks import check_count
 from ..core import read_json, UserError, write_json
 from ..data.answers import accuracy, is_correct
-from ..data.examples import Example, load_jsonl, task_info, TaskInfo, TASKS
+from ..data.examples import Example, load_jsonl, TaskInfo, TASKS
 from ..data.task_file import own_task, OwnTask, task_examples
 from ..evaluation.task_scores import task_score
 from .stepwise import info_of, task_split, teacher_file

@@ -7,7 +7,6 @@ __all__ = []
 
 # %% ../../nbs/3_reasons/12_stepwise_trials.ipynb #7cc00c6b
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

@@ -23,8 +23,9 @@ _NAMES = {
     "losses.decoupled": "atkd dkd",
     "losses.divergences": (
         "DIVERGENCES cross_entropy forward_kl get_divergence jsd next_token_labels reverse_kl "
-        "symmetric_kl token_divergence"
+        "token_divergence"
     ),
+    "losses.families": "symmetric_kl",
     "losses.fused": "fused_cross_entropy fused_linear_divergence",
     "losses.sparse": "topk_divergence",
     "methods.dpkd": "DPKD",

@@ -16,17 +16,23 @@ from typing import Any, Callable, Iterable, Mapping, Sequence
 from ..core import UserError
 
 # %% ../../nbs/2_playground/02_answers.ipynb #21360102
-MAX_CHARS = 200  # longest text that is read as an equation; the longest label of SVAMP has about 40
+MAX_CHARS = 200  # longest text read as an equation; SVAMP's longest label has about 40
 MAX_DEPTH = 32  # deepest nesting of parentheses and minus signs
 _TOKEN = re.compile(r"\s*(?:([0-9]+\.?[0-9]*|\.[0-9]+)|([-+*/()]))")
 
 
 class EquationError(ValueError):
-    "A text that is not an arithmetic expression, or that has no value. The message says why, for a log; scoring just counts it wrong."
+    """An error for a text that is no arithmetic expression or has no value.
+
+    Scoring counts such an answer as wrong.
+    """
 
 # %% ../../nbs/2_playground/02_answers.ipynb #a68f2053
 def tokenize(text: str) -> list[str]:
-    "Cut `text` into numbers, operators and parentheses. Raises EquationError at the first character that starts none of them."
+    """Split `text` into numbers, operators and parentheses.
+
+    Raises EquationError at the first character that belongs to none of them.
+    """
     if not isinstance(text, str):
         raise EquationError(f"expected a text, got {type(text).__name__}")
     text = text.strip()
@@ -46,7 +52,7 @@ def tokenize(text: str) -> list[str]:
 def _chain(
     tokens: list[str], at: int, depth: int, operators: tuple[str, str], part: Callable
 ) -> tuple[tuple, int]:
-    "Parts joined by `operators`, grouped from the left: (((a - b) + c) - d)."
+    "Parse parts joined by `operators`, grouped from the left: (((a - b) + c) - d)."
     tree, at = part(tokens, at, depth)
     while at < len(tokens) and tokens[at] in operators:
         right, after = part(tokens, at + 1, depth)
@@ -83,7 +89,10 @@ def _factor(tokens: list[str], at: int, depth: int) -> tuple[tuple, int]:
 
 # %% ../../nbs/2_playground/02_answers.ipynb #20a1064f
 def parse_equation(text: str) -> tuple:
-    "Syntax tree of `text`: ('num', Fraction), ('neg', tree) or (operator, left, right). Raises EquationError."
+    """Parse `text` into ('num', Fraction), ('neg', tree) or (operator, left, right).
+
+    Raises EquationError if `text` is not an arithmetic expression.
+    """
     tokens = tokenize(text)
     tree, at = _sum(tokens, 0, 0)
     if at < len(tokens):
@@ -100,7 +109,10 @@ _OPERATIONS: dict[str, Callable[[Fraction, Fraction], Fraction]] = {
 
 
 def tree_value(tree: tuple) -> Fraction:
-    "Exact value of a tree made by `parse_equation`. Raises EquationError for a division by zero."
+    """Return the exact value of a tree made by `parse_equation`.
+
+    Raises EquationError for a division by zero.
+    """
     kind, *parts = tree
     if kind == "num":
         return parts[0]
@@ -113,7 +125,10 @@ def tree_value(tree: tuple) -> Fraction:
 
 
 def equation_value(text: str) -> Fraction:
-    "Exact value of an arithmetic expression. Raises EquationError if it is not one or has no value."
+    """Return the exact value of an arithmetic expression.
+
+    Raises EquationError if `text` is not an expression or has no value.
+    """
     return tree_value(parse_equation(text))
 
 # %% ../../nbs/2_playground/02_answers.ipynb #b75dbfef
@@ -126,7 +141,10 @@ _WRITTEN = re.compile(
 
 
 def written_number(text: str) -> str | None:
-    "The one number with which a text starts, as an expression: '$1,234.50' and '42 dollars' give '1234.50' and '42'."
+    """Return the number at the start of a text as an expression, or None.
+
+    For example '$1,234.50' and '42 dollars' give '1234.50' and '42'.
+    """
     if not isinstance(text, str):
         return None
     plain = text.strip().strip("*_`\"' ").replace("−", "-")
@@ -140,9 +158,9 @@ def written_number(text: str) -> str | None:
 # %% ../../nbs/2_playground/02_answers.ipynb #a91ffe8f
 def equation_equal(
     prediction: Any,  # text of a model
-    label: Any,
-) -> bool:  # gold equation or number
-    "Do the two texts have the same value? False if either has none (invalid text, division by zero, not a text)."
+    label: Any,  # gold equation or number
+) -> bool:
+    "Return True if both texts are expressions of the same value."
     try:
         return equation_value(prediction) == equation_value(label)
     except EquationError:
@@ -151,9 +169,12 @@ def equation_equal(
 # %% ../../nbs/2_playground/02_answers.ipynb #ad2e5f40
 def exact_match(
     prediction: Any,  # text of a model
-    label: Any,
-) -> bool:  # gold label
-    "Are the two texts equal, apart from white space at the ends? False if either is not a text or the label is empty."
+    label: Any,  # gold label
+) -> bool:
+    """Return True if the texts are equal, apart from white space at the ends.
+
+    False if one of them is not a text or the label is empty.
+    """
     return (
         isinstance(prediction, str)
         and isinstance(label, str)
@@ -167,9 +188,9 @@ METRICS: dict[str, Callable[[Any, Any], bool]] = {"exact": exact_match, "equatio
 def is_correct(
     metric: str,  # "exact" or "equation"
     prediction: Any,  # text of a model
-    label: Any,
-) -> bool:  # gold label
-    "Is the prediction right by this metric? Raises UserError for an unknown metric."
+    label: Any,  # gold label
+) -> bool:
+    "Return True if the prediction is correct by this metric."
     if metric not in METRICS:
         raise UserError(
             f"{metric!r} is not a metric",
@@ -182,22 +203,25 @@ def is_correct(
 def outcomes(
     metric: str,  # "exact" or "equation"
     predictions: Mapping[str, Any],  # id -> text of the model
-    examples: Iterable[Any],  # things with .id and .label; their order is the order of the result
+    examples: Iterable[Any],  # objects with .id and .label; the result has their order
 ) -> list[bool]:
-    "Right or wrong, one per example, joined by id. Raises UserError if an example has no prediction."
+    """Score the prediction of each example, joined by id: True or False per example.
+
+    Raises UserError if an example has no prediction.
+    """
     examples = list(examples)
     missing = [e.id for e in examples if e.id not in predictions]
     if missing:
         raise UserError(
             f"{len(missing)} of {len(examples)} examples have no prediction, the first is {missing[0]!r}",
             where="predictions",
-            fix="Predict every example; a model that says nothing counts as the empty text.",
+            fix="Predict every example; use the empty text where the model gave no answer.",
         )
     return [is_correct(metric, predictions[e.id], e.label) for e in examples]
 
 # %% ../../nbs/2_playground/02_answers.ipynb #7219b316
 def accuracy(rights: Sequence[bool]) -> float:
-    "Share of right outcomes, 0 to 1. Raises UserError for an empty list: the accuracy on nothing is not zero."
+    "Return the share of correct outcomes, from 0 to 1. An empty list is an error."
     if len(rights) == 0:
         raise UserError(
             "there are no outcomes to average",
@@ -208,7 +232,10 @@ def accuracy(rights: Sequence[bool]) -> float:
 
 # %% ../../nbs/2_playground/02_answers.ipynb #f206af93
 def majority_baseline(labels: Sequence[str], metric: str = "exact") -> tuple[str, float]:
-    "The label that is right most often when it is always given, and its accuracy (0 to 1). Ties go to the label seen first."
+    """Return the most frequent label and the accuracy (0 to 1) of always giving it.
+
+    Among equally frequent labels, the first one is returned.
+    """
     if not labels:
         raise UserError(
             "there are no labels",
@@ -221,7 +248,10 @@ def majority_baseline(labels: Sequence[str], metric: str = "exact") -> tuple[str
 
 # %% ../../nbs/2_playground/02_answers.ipynb #a95e83b0
 def pack_bits(rights: Sequence[bool]) -> str:
-    "Outcomes as text: '<number of outcomes>:<hexadecimal digits>', four outcomes a digit, the first outcome is the highest bit."
+    """Pack outcomes as text '<number of outcomes>:<hex digits>'.
+
+    A digit holds four outcomes; the first outcome is the highest bit.
+    """
     bits = [1 if bool(x) else 0 for x in rights]
     padded = bits + [0] * (-len(bits) % 4)
     digits = (8 * a + 4 * b + 2 * c + d for a, b, c, d in zip(*[iter(padded)] * 4))
@@ -229,10 +259,13 @@ def pack_bits(rights: Sequence[bool]) -> str:
 
 # %% ../../nbs/2_playground/02_answers.ipynb #dc4f9e8c
 def unpack_bits(
-    text: str,  # made by pack_bits
-    n: int | None = None,  # number of outcomes that is expected
+    text: str,  # from pack_bits
+    n: int | None = None,  # expected number of outcomes
 ) -> list[bool]:
-    "The outcomes again. Raises UserError if the text is damaged or does not hold `n` outcomes."
+    """Unpack the outcomes of `pack_bits`.
+
+    Raises UserError if the text is damaged or does not hold `n` outcomes.
+    """
     found = re.fullmatch(r"([0-9]+):([0-9a-f]*)", text) if isinstance(text, str) else None
     if not found or len(found[2]) != -(-int(found[1]) // 4):
         raise UserError(
@@ -255,9 +288,13 @@ _KINDS = {"u1": "B", "f4": "f"}  # a byte for 0 to 1, or a float of 32 bits
 
 
 def pack_numbers(
-    values: Sequence[float], kind: str = "f4"
-) -> str:  # kind: "f4", or "u1" for numbers from 0 to 1
-    "Numbers as text: '<kind>:<base 64>', little-endian. Raises UserError for another kind or a number that does not fit."
+    values: Sequence[float],
+    kind: str = "f4",  # "f4", or "u1" for numbers from 0 to 1
+) -> str:
+    """Pack numbers as text '<kind>:<base 64>', little-endian.
+
+    Raises UserError for an unknown kind or a number that does not fit it.
+    """
     try:
         made = [round(255 * x) for x in values] if kind == "u1" else [float(x) for x in values]
         return (
@@ -273,7 +310,7 @@ def pack_numbers(
 
 # %% ../../nbs/2_playground/02_answers.ipynb #d2152394
 def unpack_numbers(text: str) -> list[float]:
-    "What `pack_numbers` packed. Raises UserError if the text is damaged."
+    "Unpack the numbers of `pack_numbers`. A damaged text is an error."
     try:
         kind, _, digits = text.partition(":")
         data = base64.b64decode(digits, validate=True)

@@ -25,7 +25,7 @@ from ..progress import progress
 # %% ../../nbs/2_playground/03_tasks.ipynb #5c1d51ce
 @lru_cache
 def facts(task: str) -> dict:  # name of an embedded task
-    "The table of facts and phrases of a task, from data/facts. Raises UserError for an unknown task."
+    "Load the table of facts and phrases of a task from data/facts."
     path = data_dir() / "facts" / f"{task}.json"
     if not path.exists():
         raise UserError(
@@ -45,30 +45,39 @@ WORLDS = {
 }
 
 
-def world_of(*fact_names: str) -> str:  # facts that meet in one input
-    "Where this combination may occur: 'train' (50 %), 'validation' (20 %) or 'test' (30 %). The order does not matter."
+def world_of(*fact_names: str) -> str:  # facts that occur in one input
+    """Return the world of a combination of facts, in any order.
+
+    50 % are 'train', 20 % 'validation' and 30 % 'test'.
+    """
     draw = int(stable_hash(sorted(fact_names)), 16) % 10
     return "train" if draw < 5 else "validation" if draw < 7 else "test"
 
 
 def all_in(world: str, names: list[str]) -> bool:
-    "Whether every pair of these facts belongs to the world."
+    "Return True if every pair of these facts belongs to the world."
     return all(world_of(a, b) == world for a, b in combinations(names, 2))
 
 # %% ../../nbs/2_playground/03_tasks.ipynb #82720b16
 def english(text: str) -> str:
-    "Text with 'an' before vowels and capitals after full stops."
+    "Write 'an' before vowels and capitals at the start of sentences."
     text = re.sub(r"\b([Aa]) (?=[aeio]|um)", r"\1n ", text)
     return re.sub(r"(^|[.?!] )([a-z])", lambda m: m[1] + m[2].upper(), text)
 
 
 def noun_of(phrase: str) -> str:
-    "What a phrase is about: 'with a parrot' -> 'a parrot'. An activity stays as it is."
+    """Return the noun of a phrase: 'with a parrot' gives 'a parrot'.
+
+    A phrase of another kind is returned as it is.
+    """
     return re.sub(r"^(wearing|eating|with|next to|in|on|by) ", "", phrase)
 
 # %% ../../nbs/2_playground/03_tasks.ipynb #a55143bb
 def _nli_slots(r: random.Random, topics: dict, label: str) -> tuple[str, str, dict]:
-    "Topic and kind of the hypothesis, and {topic: (phrase, kind)} of the three things in the premise."
+    """Draw topic and kind of the hypothesis and the three things of the premise.
+
+    The things are {topic: (phrase, kind)}.
+    """
     topic = r.choice(list(topics))
     kind = r.choice(list(topics[topic]["values"]))
     others = r.sample([t for t in topics if t != topic], 3 if label == "neutral" else 2)
@@ -83,7 +92,7 @@ def _nli_slots(r: random.Random, topics: dict, label: str) -> tuple[str, str, di
 
 # %% ../../nbs/2_playground/03_tasks.ipynb #cd796754
 def nli_example(r: random.Random, world: str) -> dict | None:
-    "One inference item, or None if its combination belongs to another world."
+    "Draw one inference item, or None if its facts belong to another world."
     f = facts("nli")
     label = r.choice(["entailment", "neutral", "contradiction"])
     topic, kind, things = _nli_slots(r, f["topics"], label)
@@ -117,7 +126,10 @@ def nli_example(r: random.Random, world: str) -> dict | None:
 def _anli_slots(
     r: random.Random, f: dict, label: str
 ) -> tuple[str, str, list[tuple[str, str, str]]]:
-    "Event and continent of the hypothesis, and the two (event, city, continent) of the premise; the decisive one first."
+    """Draw event and continent of the hypothesis and two places of the premise.
+
+    A place is (event, city, continent); the one that decides the label is first.
+    """
     event = r.choice(list(f["events"]))
     there = r.choice(list(f["cities"]))
     away = r.choice([c for c in f["cities"] if c != there])
@@ -132,7 +144,7 @@ def _anli_slots(
 
 # %% ../../nbs/2_playground/03_tasks.ipynb #ac3e5d6b
 def anli_example(r: random.Random, world: str) -> dict | None:
-    "One multi-hop item, or None if its two cities belong to another world."
+    "Draw one multi-hop item, or None if its two cities belong to another world."
     f = facts("anli")
     label = r.choice(["entailment", "neutral", "contradiction"])
     event, there, places = _anli_slots(r, f, label)
@@ -162,20 +174,23 @@ def anli_example(r: random.Random, world: str) -> dict | None:
 
 # %% ../../nbs/2_playground/03_tasks.ipynb #e7b4caa1
 def setting_world(thing: str, setting: str) -> str:
-    "The world of a thing in a setting: of its four settings two are 'train', at least one is 'test'."
+    """Return the world of a thing in a setting.
+
+    Of the four settings of a thing, two are 'train' and at least one is 'test'.
+    """
     dealt = sorted(facts("cqa")["settings"], key=lambda s: stable_hash([thing, s]))
     last = "validation" if int(stable_hash(thing), 16) % 3 else "test"
     return ["train", "train", "test", last][dealt.index(setting)]
 
 # %% ../../nbs/2_playground/03_tasks.ipynb #3882f323
 def _cqa_choices(r: random.Random, f: dict, purpose: str, setting: str) -> list[str]:
-    "Five rooms of the setting; the answer first."
+    "Return five rooms of the setting, the answer first."
     others = r.sample([p for p in f["purposes"] if p != purpose], 4)
     return [f["purposes"][p]["rooms"][setting] for p in (purpose, *others)]
 
 
 def cqa_example(r: random.Random, world: str) -> dict | None:
-    "One five-way question, or None if thing and setting belong together in another world."
+    "Draw one five-way question, or None if thing and setting belong to another world."
     f = facts("cqa")
     purpose, setting = r.choice(list(f["purposes"])), r.choice(list(f["settings"]))
     thing = r.choice(f["purposes"][purpose]["things"])
@@ -205,7 +220,7 @@ def cqa_example(r: random.Random, world: str) -> dict | None:
 
 # %% ../../nbs/2_playground/03_tasks.ipynb #8c1fbe9b
 def svamp_example(r: random.Random, world: str) -> dict | None:
-    "One word problem, or None if the thing and this change belong together in another world."
+    "Draw one word problem, or None if thing and change belong to another world."
     f = facts("svamp")
     category = r.choice(list(f["categories"]))
     fits = r.random() < 0.5
@@ -247,9 +262,11 @@ SEED = 2305
 
 
 def generate(
-    task: str, sizes: dict[str, int] = SIZES, seed: int = SEED
-) -> dict[str, list[Example]]:  # {split: number}
-    "All splits of an embedded task; no input occurs twice. Raises UserError for an unknown task."
+    task: str,
+    sizes: dict[str, int] = SIZES,
+    seed: int = SEED,  # {split: number}
+) -> dict[str, list[Example]]:
+    "Generate all splits of an embedded task; no input occurs twice."
     facts(task)
     task_info(task)
     seen: set[str] = set()
@@ -278,7 +295,7 @@ def _texts(tree) -> list[str]:
 
 @lru_cache
 def fact_words(task: str) -> frozenset[str]:
-    "The words that carry facts in a task: names of things, kinds, cities, rooms, purposes; lower case."
+    "Return the lower-case words of a task that carry facts, such as things and cities."
     f = facts(task)
     tables = {
         "nli": lambda: {k: t["values"] for k, t in f["topics"].items()},
@@ -309,15 +326,19 @@ def fact_words(task: str) -> frozenset[str]:
 
 
 def said_facts(task: str, text: str) -> tuple[bool, frozenset[str]]:
-    "Whether a text denies something, and the fact words in it."
+    "Return whether a text contains a negation, and the fact words in it."
     words = set(re.findall(r"[a-z-]+", text.lower()))
     return bool(words & {"not", "nothing", "no"}), frozenset(words & fact_words(task))
 
 
 def valid_rationale(
-    example: Example, rationale: str
-) -> bool:  # of an embedded task, with its oracle rationale
-    "Whether a rationale states the facts of the oracle's and reaches the same side. Raises KeyError for other tasks."
+    example: Example,
+    rationale: str,  # of an embedded task, with its oracle rationale
+) -> bool:
+    """Return True if a rationale has the same facts and negation as the oracle's.
+
+    Raises KeyError for a task that is not embedded.
+    """
     return said_facts(example.task, rationale) == said_facts(example.task, example.rationale)
 
 # %% ../../nbs/2_playground/03_tasks.ipynb #0dcd2233

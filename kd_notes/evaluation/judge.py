@@ -32,7 +32,7 @@ Scores:"""
 
 # %% ../../nbs/2_playground/15_judge.ipynb #08be879e
 def judge_prompt(instruction: str, first: str, second: str) -> str:
-    "What the judge reads. Braces in the texts are harmless."
+    "Write the judge's prompt. Braces in the texts are left as they are."
     return JUDGE_PROMPT.format(
         instruction=instruction.strip(), first=first.strip(), second=second.strip()
     )
@@ -52,7 +52,7 @@ REPLY_OUTCOMES = (
 
 @dataclass(frozen=True)
 class Reply:
-    "What the judge said about (first, second)."
+    "The judge's scores for the answers (first, second), or the reason why there are none."
 
     outcome: str  # one of REPLY_OUTCOMES
     first: float | None = None  # scores from 1 to 10; None unless the outcome is ok
@@ -64,7 +64,7 @@ _LABEL = rf"\b(?:answer|assistant|scores?(?: of| for)?(?: answer)?) *#?([12]) *(
 _LABELLED = (
     _LABEL + rf"[:=()\s]*(?:(?:-|is|gets|scores)\s+)?({_NUMBER})"
     r"(?!\s+(?!(?:and|because|points?|vs|answer|assistant|scores?)\b)[^\W\d])"
-)  # "Answer 1: 3 errors" is no score
+)  # "Answer 1: 3 errors" is not a score
 _BEFORE = set(
     "score scores rating ratings answer answers both first final my the of for are is as here s i give rate would "
     "evaluation output result sure okay".split()
@@ -73,12 +73,16 @@ _BETWEEN = r"[\s,;|&()\[\]–—-]*(?:(?:and|vs|versus|points?|the|second)\b[\s,
 
 # %% ../../nbs/2_playground/15_judge.ipynb #reply-said
 def _said(text: str) -> str:
-    "The first line that is more than a heading, without thoughts, markdown and '/10'; two lines if each has one label and one score."
+    """Return the first line of a reply that is not a heading.
+
+    Thoughts, markdown and '/10' are removed. Two lines are joined if each has one label and one
+    score.
+    """
     for thought in (
-        r"<(think(?:ing)?)>.*?</\1>",
-        r"\A.*</think(?:ing)?>",
-        r"<think(?:ing)?>.*",
-    ):  # whole; begun before the text; cut off
+        r"<(think(?:ing)?)>.*?</\1>",  # complete
+        r"\A.*</think(?:ing)?>",  # begun before the text
+        r"<think(?:ing)?>.*",  # cut off
+    ):
         text = re.sub(thought, " ", text, flags=re.I | re.S)
     text = re.sub(r"(?:/| out of | of ) *10\b(?!\.\d)", " ", re.sub(r"[*`]", " ", text))
     lines = [x.strip() for x in text.splitlines() if x.strip()]
@@ -98,14 +102,23 @@ def _words(text: str) -> set[str]:
 
 # %% ../../nbs/2_playground/15_judge.ipynb #reply-plain
 def _plain(line: str) -> bool:
-    "Whether only words about scores stand before and between its two numbers, and no sign of a fraction, a range or a list."
+    """Return True if only words about scores stand before and between the two numbers.
+
+    Signs of a fraction, a range or a list give False.
+    """
     before, between, _ = re.split(_NUMBER, line)
     listed = before.endswith("#") or re.fullmatch(r"[–—-]|\)\s*", between)
     return _words(before) <= _BEFORE and not listed and bool(re.fullmatch(_BETWEEN, between, re.I))
 
 # %% ../../nbs/2_playground/15_judge.ipynb #ab52318f
-def parse_reply(text: str, cut: bool = False) -> Reply:  # cut: the reply had to end here
-    "Scores of a judge's reply, or the reason why there are none. A number at which a reply was cut off may be half of one."
+def parse_reply(
+    text: str,
+    cut: bool = False,  # True if the reply hit the length limit
+) -> Reply:
+    """Parse the scores of a judge's reply, or return the reason why there are none.
+
+    A number at which a reply was cut off may be incomplete and is not used.
+    """
     if not text.strip():
         return Reply("empty")
     line = _said(text)
@@ -113,9 +126,8 @@ def parse_reply(text: str, cut: bool = False) -> Reply:  # cut: the reply had to
     if labels and re.match(r"\W*" + _NUMBER, line):  # scores first, then words about "answer 1"
         labels = 0
     found = [float(x) for x in re.findall(_NUMBER, bare)]
-    if (
-        cut and re.search(r"[\d.]$", text.rstrip()) and _said(text.rstrip() + "0") != line
-    ):  # the line that is read is the one that was cut
+    # The line with the scores is the one that was cut.
+    if cut and re.search(r"[\d.]$", text.rstrip()) and _said(text.rstrip() + "0") != line:
         return Reply("ambiguous")
     if len(found) != 2:
         return Reply({0: "no score", 1: "one score"}.get(len(found), "more than two scores"))
@@ -138,18 +150,24 @@ class Judgement:
     "Two replies about one pair of answers (a, b)."
 
     id: str
-    straight: Reply  # a first
-    swapped: Reply | None  # b first; None if the order was not swapped
+    straight: Reply  # answer a is shown first
+    swapped: Reply | None  # answer b is shown first; None if the order was not swapped
 
     def scores(self) -> tuple[float, float] | None:
-        "(score of a, score of b), averaged over the orders; None if a reply is unusable."
+        """Return (score of a, score of b), averaged over the orders.
+
+        None if a reply is unusable.
+        """
         pairs = [(self.straight.first, self.straight.second)] + (
             [(self.swapped.second, self.swapped.first)] if self.swapped else []
         )
         return None if None in sum(pairs, ()) else tuple(statistics.fmean(x) for x in zip(*pairs))
 
     def preferred(self) -> str:
-        "'a', 'b', 'tie', 'contradiction' (the orders disagree) or 'unusable'."
+        """Return 'a', 'b', 'tie', 'contradiction' or 'unusable'.
+
+        'contradiction' means that the two orders disagree.
+        """
         if self.scores() is None:
             return "unusable"
         signs = {_sign(self.straight.first - self.straight.second)}
@@ -168,15 +186,18 @@ def judge(
     items: Iterable[tuple[str, str, str, str]],  # (id, instruction, answer a, answer b)
     *,
     swap: bool = True,
-    path: Path | str | None = None,  # JSONL file of the replies, to continue from
+    path: Path | str | None = None,  # JSONL file of the replies, to resume from
     max_new_tokens: int = 16,
 ) -> list[Judgement]:
-    "Let a model compare pairs of answers. Raises UserError (a repeated id, a server that gives up); what has arrived is kept in `path`."
+    """Let a model compare pairs of answers.
+
+    If the server fails, UserError is raised and the replies so far are in `path`.
+    """
     items = list(items)
     prompts = {f"{i}/ab": judge_prompt(x, a, b) for i, x, a, b in items}
     if len(prompts) < len(items):
         raise UserError(
-            "an id occurs twice", where="judge", fix="Give every pair of answers an id of its own."
+            "an id occurs twice", where="judge", fix="Give every pair of answers a different id."
         )
     if swap:
         prompts |= {f"{i}/ba": judge_prompt(x, b, a) for i, x, a, b in items}
@@ -194,7 +215,7 @@ def judge(
 def _known_replies(
     path: Path | str | None, prompts: Mapping[str, str]
 ) -> dict[str, tuple[str, bool]]:
-    "{request id: (text, whether it was cut off)} of the stored replies that answer exactly these prompts."
+    "Return {request id: (text, was it cut off?)} of stored replies to these prompts."
     rows = read_jsonl(path, repair_tail=True) if path and Path(path).is_file() else []
     mine = [
         r
@@ -205,7 +226,11 @@ def _known_replies(
 
 # %% ../../nbs/2_playground/15_judge.ipynb #5e638d01
 def judge_summary(judgements: Sequence[Judgement]) -> dict[str, Any]:
-    "Ratio of the score sums in per cent, preferences, outcomes of the replies, and by how much the first place is favoured."
+    """Return the ratio of score sums in per cent, preferences and outcomes of replies.
+
+    `first_place` is the mean lead in points of the answer shown first; it is 0 for an unbiased
+    judge.
+    """
     usable = [s for s in (j.scores() for j in judgements) if s is not None]
     replies = [r for j in judgements for r in (j.straight, j.swapped) if r is not None]
     lead = [
@@ -221,4 +246,4 @@ def judge_summary(judgements: Sequence[Judgement]) -> dict[str, Any]:
         "preferred": dict(Counter(j.preferred() for j in judgements)),
         "ratio": 100 * sum(a for a, _ in usable) / sum(b for _, b in usable) if usable else None,
         "first_place": statistics.fmean(lead) if lead else None,
-    }  # 0 for a judge without a bias to the first place
+    }

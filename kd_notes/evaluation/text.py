@@ -29,7 +29,7 @@ from ..data.rows import read_row
 # %% ../../nbs/2_playground/11_text.ipynb #ffeaf9e9
 @lru_cache
 def _rouge_scorer(stem: bool):
-    "A Rouge-L scorer whose tokenizer remembers the texts it has seen. Raises UserError if rouge-score is not installed."
+    "Return a Rouge-L scorer whose tokenizer caches the texts it has seen."
     try:
         from rouge_score.rouge_scorer import RougeScorer
         from rouge_score.tokenizers import DefaultTokenizer
@@ -45,7 +45,7 @@ def _same_number(predictions: Sequence, references: Sequence) -> None:
         raise UserError(
             f"{len(predictions)} predictions for {len(references)} items",
             where="predictions",
-            fix="Give one prediction per item, an empty text where the model said nothing, and at least one item.",
+            fix="Give one prediction per item (an empty text for no answer) and at least one item.",
         )
 
 # %% ../../nbs/2_playground/11_text.ipynb #881d37b3
@@ -56,12 +56,15 @@ _SPACELESS = re.compile(
 
 
 def unicode_words(text: str) -> list[str]:
-    "Words of any script, in lower case; in a script without spaces, letters with their marks."
+    """Split a text of any script into lower-case words.
+
+    In a script without spaces, each letter with its marks is a word.
+    """
     words = []
     open_word = False
     for char in text.lower():
         kind = unicodedata.category(char)[0]
-        if kind not in "LNM":  # neither a letter nor a number nor a mark on one
+        if kind not in "LNM":  # no letter, number or combining mark
             open_word = False
         elif kind == "M" and words:
             words[-1] += char
@@ -74,7 +77,7 @@ def unicode_words(text: str) -> list[str]:
 
 
 class _Tokenizer:
-    "A function in the form that rouge-score wants."
+    "An adapter that gives a function the interface of rouge-score's tokenizers."
 
     def __init__(self, function: Callable[[str], list[str]]):
         self.tokenize = function
@@ -87,7 +90,10 @@ def _scorer_of(tokenizer: Callable[[str], list[str]]):
 
 
 def _warn_if_blind(references: Sequence[Sequence[str]]) -> None:
-    "Warn where the official tokenizer, which knows a-z and 0-9, sees less than half of the reference's letters."
+    """Warn if the official tokenizer drops more than half of a reference's letters.
+
+    That tokenizer knows a-z and 0-9 only.
+    """
     texts = [text for known in references if not isinstance(known, str) for text in known]
     letters = [sum(map(len, unicode_words(text))) for text in texts]
     seen = [len(re.findall("[a-z0-9]", text.lower())) for text in texts]
@@ -102,12 +108,15 @@ def _warn_if_blind(references: Sequence[Sequence[str]]) -> None:
 # %% ../../nbs/2_playground/11_text.ipynb #d802c2c3
 def rouge_l(
     predictions: Sequence[str],
-    references: Sequence[Sequence[str]],  # of each item; the best one counts
+    references: Sequence[Sequence[str]],  # of each item; the best match counts
     stem: bool = True,
-    tokenizer: Callable[[str], list[str]]
-    | None = None,  # None: the official one, a-z and 0-9 alone
+    # None: the official one, which knows a-z and 0-9 only
+    tokenizer: Callable[[str], list[str]] | None = None,
 ) -> np.ndarray:
-    "Rouge-L F1 of each item, (n,), 0 to 1. Raises UserError for an item without a reference and for lists of different length."
+    """Return the Rouge-L F1 of each item, shape (n,), from 0 to 1.
+
+    Raises UserError for an item without a reference.
+    """
     _same_number(predictions, references)
     scorer = _rouge_scorer(stem) if tokenizer is None else _scorer_of(tokenizer)
     out = []
@@ -125,7 +134,10 @@ def rouge_l(
 
 # %% ../../nbs/2_playground/11_text.ipynb #82130850
 def references_of(rows: Sequence[Any]) -> list[list[str]]:
-    "The references of each row: its `references`, or else its `response` or `label`. Raises UserError naming the first row without."
+    """Return the references of each row: `references`, else `response` or `label`.
+
+    Raises UserError with the number of the first row that has none of them.
+    """
     out = []
     for i, row in enumerate(rows):
         found = [_field(row, name) for name in ("references", "response", "label")]
@@ -142,11 +154,11 @@ def references_of(rows: Sequence[Any]) -> list[list[str]]:
 
 # %% ../../nbs/2_playground/11_text.ipynb #c0e6547c
 def _field(row: Any, name: str) -> Any:
-    "A field of a dictionary or an object; None if there is none."
+    "Return a field of a dictionary or an object, or None."
     return row.get(name) if isinstance(row, dict) else getattr(row, name, None)
 
 # %% ../../nbs/2_playground/11_text.ipynb #09b4e530
-EVAL_SEEDS = (10, 20, 30, 40, 50)  # those of the official code
+EVAL_SEEDS = (10, 20, 30, 40, 50)  # the seeds of the official code
 
 
 def over_seeds(
@@ -154,12 +166,15 @@ def over_seeds(
     score: Callable[[Sequence[str]], Sequence[float]],  # texts -> one number per item
     seeds: Sequence[int] = EVAL_SEEDS,
 ) -> np.ndarray:
-    "Scores of each seed's answers, (seeds, items)."
+    "Score the answers of each seed; shape (seeds, items)."
     return np.stack([np.asarray(score(answer(seed)), dtype=np.float64) for seed in seeds])
 
 # %% ../../nbs/2_playground/11_text.ipynb #b2de7f88
 def exact_matches(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[bool]:
-    "Whether each prediction equals one of its references, apart from white space at the ends."
+    """Return for each prediction whether it equals one of its references.
+
+    White space at the ends is ignored.
+    """
     _same_number(predictions, references)
     return [
         any(exact_match(text, ref) for ref in known) for text, known in zip(predictions, references)
@@ -167,15 +182,24 @@ def exact_matches(predictions: Sequence[str], references: Sequence[Sequence[str]
 
 # %% ../../nbs/2_playground/11_text.ipynb #a081de4c
 def ngrams(text: str | Sequence, n: int) -> list[tuple]:
-    "All runs of n words (lower case, without punctuation) of a text, or of n elements of a sequence such as token ids."
+    """Return all runs of n words of a text, or of n elements of a sequence such as token ids.
+
+    Words are in lower case, without punctuation.
+    """
     parts = re.findall(r"\w+", text.lower()) if isinstance(text, str) else list(text)
     return [tuple(parts[i : i + n]) for i in range(len(parts) - n + 1)]
 
 # %% ../../nbs/2_playground/11_text.ipynb #f9ec20f5
 def distinct_n(
-    texts: Sequence, n: int = 4, *, within: bool = False
-) -> float:  # within: mean over the answers that have n words
-    "Different n-grams over all n-grams, 0 to 1. Raises UserError if no text has n words."
+    texts: Sequence,
+    n: int = 4,
+    *,
+    within: bool = False,  # mean over the answers that have n words, each by itself
+) -> float:
+    """Return the number of different n-grams divided by the number of n-grams, 0 to 1.
+
+    Raises UserError if no text has n words.
+    """
     if isinstance(texts, str) or n < 1:
         raise UserError(
             f"{texts!r:.40} with n = {n} is not a list of texts",
@@ -202,14 +226,17 @@ def response_logits(
     responses: Sequence[Sequence[int]],
     batch_size: int = 16,
 ) -> Iterator[Tensor]:
-    "For each item the logits (T, V) that predict its T response tokens, at least float32. Raises UserError: empty, or too long."
+    """Yield for each item the logits (T, V) that predict its T response tokens.
+
+    They are at least float32. An empty or too long item is an error.
+    """
     _same_number(prompts, responses)
     for i, (prompt, response) in enumerate(zip(prompts, responses)):
         if not len(prompt) or not len(response):
             raise UserError(
                 "the prompt or the response is empty",
                 where=f"item {i}",
-                fix="Leave the item out, or give it a bos token as prompt and the end mark as response.",
+                fix="Leave the item out, or use a bos token as prompt and an end token as response.",
             )
     check_lengths(
         [model], {f"item {i}": len(p) + len(r) for i, (p, r) in enumerate(zip(prompts, responses))}
@@ -232,7 +259,7 @@ def token_nll(
     responses: Sequence[Sequence[int]],
     batch_size: int = 16,
 ) -> list[Tensor]:
-    "Negative log-likelihood of each response token, one (T,) tensor per item, natural logs. Raises UserError as `response_logits`."
+    "Return the negative log-likelihood of each response token in nats, one (T,) per item."
     every = zip(response_logits(model, prompts, responses, batch_size), responses)
     return [
         torch.nn.functional.cross_entropy(
@@ -243,12 +270,12 @@ def token_nll(
 
 # %% ../../nbs/2_playground/11_text.ipynb #dce4c50d
 def lm_loss(nll: Sequence[Tensor]) -> float:
-    "Mean over all tokens of all items, in nats."
+    "Return the mean negative log-likelihood over all tokens of all items, in nats."
     return float(torch.cat(list(nll)).double().mean())
 
 
 def perplexity(nll: Sequence[Tensor]) -> float:
-    "exp of the mean over all tokens."
+    "Return exp of the mean negative log-likelihood over all tokens."
     return math.exp(lm_loss(nll))
 
 # %% ../../nbs/2_playground/11_text.ipynb #ec57e880
@@ -258,7 +285,10 @@ LENGTH_BOUNDS = (5, 10)  # slices [0, 5], [6, 10], [11, inf)
 def length_slices(
     lengths: Sequence[int], bounds: Sequence[int] = LENGTH_BOUNDS
 ) -> dict[str, np.ndarray]:
-    "{'0-5': numbers of the items, ...}; empty slices are left out. Raises UserError for bounds that do not rise."
+    """Return {'0-5': indices of the items, ...} without empty slices.
+
+    The bounds must increase.
+    """
     if not len(bounds) or list(bounds) != sorted(set(bounds)) or bounds[0] < 0:
         raise UserError(
             f"{bounds!r} are not rising lengths",
@@ -278,29 +308,29 @@ def length_slices(
 def by_length(
     scores: np.ndarray, lengths: Sequence[int], bounds: Sequence[int] = LENGTH_BOUNDS
 ) -> dict[str, np.ndarray]:
-    "{slice: its columns of the scores}, for scores (items,) or (seeds, items). Raises UserError if the numbers of items differ."
+    "Return {slice: its columns of the scores} for scores (items,) or (seeds, items)."
     scores = np.asarray(scores, dtype=np.float64)
     if scores.shape[-1] != len(lengths):
         raise UserError(
             f"scores of {scores.shape[-1]} items, lengths of {len(lengths)}",
             where="by_length",
-            fix="Give every item one.",
+            fix="Give one length per item.",
         )
     return {name: scores[..., found] for name, found in length_slices(lengths, bounds).items()}
 
 # %% ../../nbs/2_playground/11_text.ipynb #4ba01aba
 @dataclass
 class Written:
-    "Sampled answers to the rows of an evaluation set, per seed."
+    "Sampled answers to the rows of an evaluation set, for each seed."
 
     seeds: tuple[int, ...]
     prompt_ids: list[list[int]]
-    response_ids: list[list[list[int]]]  # [seed][item], the end mark included
+    response_ids: list[list[list[int]]]  # [seed][item], with the end-of-sequence token
     texts: list[list[str]]  # [seed][item]
-    finished: np.ndarray  # (seeds, items) bool: ended by itself
+    finished: np.ndarray  # (seeds, items) bool: the answer ended before the length limit
 
     def lengths(self) -> np.ndarray:
-        "(seeds, items) tokens."
+        "Return the number of tokens of each answer, shape (seeds, items)."
         return np.array([[len(r) for r in rows] for rows in self.response_ids])
 
 # %% ../../nbs/2_playground/11_text.ipynb #1421f499
@@ -314,9 +344,12 @@ def sample_answers(
     temperature: float = 1.0,
     top_p: float = 1.0,
     batch_size: int = 64,
-    no_repeat_ngram: int = 0,
-) -> Written:  # n-grams of prompt and answer together that may not recur; 0: off
-    "Sample an answer to each prompt with each seed (paper: temperature 1, top-p 1, seeds 10 to 50). Raises UserError."
+    no_repeat_ngram: int = 0,  # length of n-grams that may not recur in prompt and answer; 0: off
+) -> Written:
+    """Sample an answer to each prompt with each seed.
+
+    The defaults are the paper's: temperature 1, top-p 1, seeds 10 to 50.
+    """
     out = Written(
         tuple(seeds), prompt_ids, [], [], np.zeros((len(seeds), len(prompt_ids)), dtype=bool)
     )
@@ -350,7 +383,7 @@ def write_answers(
     prompt: Callable[[Any], str] = lambda row: read_row(row, needs_completion=False).prompt,
     **how: Any,
 ) -> Written:
-    "`sample_answers` to the prompts of rows, as texts; `how`: its settings. Raises UserError."
+    "Sample answers to the prompts of rows; keywords are those of `sample_answers`."
     return sample_answers(
         model,
         tokenizer,
@@ -363,9 +396,13 @@ def text_metrics(
     written: Written,
     rows: Sequence[Any],
     bounds: Sequence[int] = LENGTH_BOUNDS,
-    gold_lengths: Sequence[int] | None = None,
-) -> dict[str, Any]:  # tokens of each gold answer, for slices
-    "Tables (seeds, items) of Rouge-L and exact match, Rouge-L by gold length, and means per seed of the rest. Raises UserError."
+    gold_lengths: Sequence[int] | None = None,  # tokens of each gold answer, for slices
+) -> dict[str, Any]:
+    """Return Rouge-L and exact match, each (seeds, items), and means per seed, (seeds,).
+
+    The means are length, finished and distinct 4-grams. With `gold_lengths`, Rouge-L is also
+    returned per length slice.
+    """
     known = references_of(rows)
     rouge = np.stack([rouge_l(texts, known) for texts in written.texts])
     exact = np.stack(
@@ -387,5 +424,5 @@ def text_metrics(
 
 # %% ../../nbs/2_playground/11_text.ipynb #abf66d2f
 def _distinct(texts: Sequence[str], **how) -> float | None:
-    "distinct_n, or None if no text is long enough."
+    "Return distinct_n, or None if no text is long enough."
     return distinct_n(texts, **how) if any(ngrams(t, 4) for t in texts) else None

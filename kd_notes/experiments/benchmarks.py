@@ -58,7 +58,10 @@ serve(bench.STEPS[part][arm], lambda: int(sys.stdin.readline() or 0) or None,
 def worker(
     part: str, arm: str, gemm: int = 2048, **call: Any
 ) -> Iterator[Callable[[int], list[Step]]]:
-    "An arm of STEPS in a process of its own: `turn(count)` are its next steps. Raises UserError with the last line of its errors."
+    """Run an arm of STEPS in a separate process; `turn(count)` returns its next steps.
+
+    If the process fails, UserError has the last line of its errors.
+    """
     job = json.dumps([part, arm, gemm, call])
     threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     with tempfile.TemporaryFile("w+") as errors:
@@ -75,7 +78,7 @@ def worker(
             try:
                 print(count, file=child.stdin, flush=True)
             except BrokenPipeError:
-                pass  # it has ended: there is no answer either
+                pass  # the process has ended and sends no answer
             if line := child.stdout.readline():
                 return [Step(*values) for values in json.loads(line)]
             errors.seek(0)
@@ -90,7 +93,7 @@ def worker(
             yield turn
         finally:
             try:
-                child.communicate(timeout=60)  # its input ends, and so does it
+                child.communicate(timeout=60)  # the process ends with its input
             except subprocess.TimeoutExpired:
                 child.kill()
                 child.wait()
@@ -100,7 +103,7 @@ def worker(
 def here(
     part: str, arm: str, gemm: int = 2048, **call: Any
 ) -> Iterator[Callable[[int], list[Step]]]:
-    "The same in a thread of this process, for a quick try; its shares are too low, see above."
+    "Run an arm in a thread of this process, for a quick try; its processor shares are too low."
     asked, said = queue.SimpleQueue(), queue.SimpleQueue()
 
     def whole() -> None:
@@ -128,21 +131,23 @@ def here(
 def in_turns(
     part: str,  # of STEPS
     peers: Sequence[str] | None = None,  # None: all of them
-    turns: int = 3,
-    count: int = 1,  # turns of each arm, steps in a turn
-    warm: int = 1,  # steps before the first turn, left out
-    gemm: int = 2048,
-    fresh: bool = True,  # size of the unit product; a process for each arm
+    turns: int = 3,  # of each arm
+    count: int = 1,  # steps in a turn
+    warm: int = 1,  # steps before the first turn, not measured
+    gemm: int = 2048,  # size of the unit product
+    fresh: bool = True,  # a process for each arm
     **call: Any,
 ) -> tuple[dict[str, list[list[Step]]], dict[str, str]]:
-    "{arm: turns of steps}, and why arms are absent. Raises UserError if ours fails."
+    """Return {arm: turns of steps}, and the reasons why arms are absent.
+
+    Raises an error if our arm fails.
+    """
     ready = {}
     absent = {}
     wanted = STEPS[part] if peers is None else ("ours", *peers)
     with ExitStack() as stack:
-        for arm in STEPS[
-            part
-        ]:  # processes load their libraries at the same time, and then do nothing until they are asked
+        # The processes load their libraries at the same time, and then wait for their turn.
+        for arm in STEPS[part]:
             if missing(arm) or arm not in wanted:
                 absent[arm] = "not installed" if missing(arm) else "left out"
             else:
@@ -152,7 +157,7 @@ def in_turns(
         for arm in list(ready):
             try:
                 ready[arm](warm)
-            except Exception as e:  # whatever goes wrong in a library that is not ours
+            except Exception as e:  # another library may fail in any way
                 if arm == "ours":
                     raise
                 del ready[arm]
@@ -168,14 +173,17 @@ SHARE, SPEED = "share of the GEMM rate", "our speed over its"
 
 
 def speed(steps: Sequence[Step]) -> float:
-    "Units per operation that the machine could have done meanwhile."
+    "Return the units per operation of the machine during these steps."
     return sum(s.units for s in steps) / sum(s.seconds * s.rate for s in steps)
 
 # %% ../../nbs/7_engine_room/20_benchmarks.ipynb #11ab23b7
 def turn_rows(
     label: dict, found: dict[str, list[list[Step]]], absent: dict[str, str], work: float = 0
 ) -> list[dict]:
-    "Rows {**label, arm, measure, ratio, low, high, n, share}; `work`: operations of a unit, for SHARE. Absent arms: a row with the reason."
+    """Return rows {**label, arm, measure, ratio, low, high, n, share}.
+
+    `work` is the number of operations of a unit, for SHARE. Absent arms have a row with the reason.
+    """
     rows = [label | {"arm": arm, "absent": why} for arm, why in absent.items()]
     for arm, turns in found.items():
         steps = [s for turn in turns for s in turn]
@@ -194,7 +202,7 @@ def turn_rows(
 
 # %% ../../nbs/7_engine_room/20_benchmarks.ipynb #b88d2dd5
 def _part_rows(label: dict, found: dict[str, list[list[Step]]]) -> list[dict]:
-    "Rows whose measure is a part of a step and whose ratio is its time over our whole step's."
+    "Return rows for the parts of a step, with their time relative to our whole step's."
     whole = statistics.median(s.seconds * s.rate for turn in found["ours"] for s in turn)
     rows = []
     for arm, turns in found.items():
@@ -219,7 +227,10 @@ def bench_loop(
     count: int = 8,
     **how: Any,
 ) -> list[dict]:
-    "The loop on rows of each kind: SHARE of all arms, SPEED over the padded loop. `how`: peers, warm, gemm, fresh of `in_turns`."
+    """Measure the loop on rows of each kind: SHARE of all arms, SPEED over the padded loop.
+
+    `how` takes peers, warm, gemm and fresh of `in_turns`.
+    """
     from kd_notes.models.mini import mini_model
     from kd_notes.models.pretrained import count_parameters
 
@@ -248,7 +259,7 @@ def bench_loop(
 def bench_pair(
     teacher: str = "smollm2", batch: int = 8, turns: int = 3, count: int = 2, **how: Any
 ) -> list[dict]:
-    "SPEED of KD over a Hugging Face Trainer's."
+    "Measure the SPEED of KD relative to a Hugging Face Trainer."
     found = in_turns("pair", turns=turns, count=count, teacher=teacher, batch=batch, **how)
     return turn_rows({"part": "pair", "case": teacher}, *found)
 
@@ -261,7 +272,7 @@ def bench_onpolicy(
     count: int = 1,
     **how: Any,
 ) -> list[dict]:
-    "SPEED of an on-policy step over TRL's, and the parts of both."
+    "Measure the SPEED of an on-policy step relative to TRL's, and the parts of both."
     found = in_turns(
         "on-policy",
         turns=turns,
@@ -285,7 +296,10 @@ LEAST = {
 
 # %% ../../nbs/7_engine_room/20_benchmarks.ipynb #8c443e07
 def bars(rows: Sequence[dict]) -> list[dict]:
-    "Rows against what is promised: bar, case, promised, measured, met. Without its peer a bar is not measured: None, with the reason."
+    """Compare rows with the limits: bar, case, promised, measured, met.
+
+    Without its peer a bar is not measured: None, with the reason.
+    """
     out = []
     for row in rows:
         if "part" in row:
@@ -309,8 +323,8 @@ def bars(rows: Sequence[dict]) -> list[dict]:
 
 # %% ../../nbs/7_engine_room/20_benchmarks.ipynb #2ab6682e
 def _least(row: dict) -> list[dict]:
-    "The bars of LEAST that a row of `turn_rows` decides."
-    measure, arm = row.get("measure", SPEED), row["arm"]  # an absent peer leaves the speed open
+    "Return the bars of LEAST that a row of `turn_rows` decides."
+    measure, arm = row.get("measure", SPEED), row["arm"]  # without its peer the speed is unknown
     if (
         (promised := LEAST.get((row["part"], row["case"], measure))) is None
         or measure == SHARE
@@ -347,7 +361,7 @@ def measure(
     gemm: int = 2048,
     **how: Any,
 ) -> Iterator[dict]:
-    "Rows of the parts. `how`: peers, warm and fresh of `in_turns`. Raises UserError for an unknown part."
+    "Yield the rows of the parts. `how` takes peers, warm and fresh of `in_turns`."
     if unknown := sorted(set(parts) - {"loss", *STEPS}):
         raise UserError(
             f"{unknown[0]!r} is not a part",

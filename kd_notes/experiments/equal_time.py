@@ -56,7 +56,7 @@ PAIR_ARMS = {
 
 @dataclass
 class TimedSettings:
-    "Everything that a run at equal time is asked to do."
+    "The settings of a run at equal time."
 
     data: str = "prompts"  # or dolly, hub:<id>
     teacher: str = "smollm2"
@@ -66,8 +66,8 @@ class TimedSettings:
     batch_size: int = 4
     lr: float = 1e-3
     sft_weight: float = 0.5
-    max_length: int = 128  # longest row, in tokens
-    top_k: int = 32  # probabilities that the cache keeps per position
+    max_length: int = 128  # maximum tokens of a row
+    top_k: int = 32  # probabilities per position in the cache
     system: str = ""
     score_on: str = "test"
     arm: str | None = optional(None)  # of PAIR_ARMS
@@ -78,12 +78,15 @@ class TimedSettings:
 
 # %% ../../nbs/4_probabilities/14_equal_time.ipynb #3b248461
 def pair(**settings: Any) -> dict:
-    "What all runs of a pair have in common: TimedSettings, some of them changed."
+    "Return the parameters that all runs of a pair share: TimedSettings, some of them changed."
     return complete_parameters(TimedSettings, settings, "pair")
 
 # %% ../../nbs/4_probabilities/14_equal_time.ipynb #35e9ea5d
 def pair_rows(run: dict, split: str, tokenizer) -> list[dict]:
-    "Encoded rows of a pair's data, none longer than max_length: n to train on, held_out otherwise."
+    """Return encoded rows of a pair's data, none longer than max_length.
+
+    There are `n` rows of the split 'train', `held_out` of the other splits.
+    """
     if run["data"] == "prompts":
         dialogues = load_prompts(split)
     elif run["data"] == "dolly":
@@ -115,16 +118,16 @@ def pair_rows(run: dict, split: str, tokenizer) -> list[dict]:
 
 # %% ../../nbs/4_probabilities/14_equal_time.ipynb #f57bb81f
 def _pair_folder(run: dict, name: str, rows: list[dict]) -> Path:
-    "Folder in the cache for something that the teacher computed from these rows."
+    "Return the cache folder for results that the teacher computed from these rows."
     texts = [[row["prompt"], row["completion"]] for row in rows]
     decides = stable_hash([run["teacher"], run["top_k"], *texts])
     return cache_dir() / "whitebox" / f"{name}-{decides}"
 
 # %% ../../nbs/4_probabilities/14_equal_time.ipynb #116bcf5b
 def busy_seconds() -> float:
-    """Seconds that this process has computed, per thread.
+    """Return the seconds that this process has computed, per thread.
 
-    On a CPU that is the wall time of a machine that does nothing else; with a GPU it is wall time.
+    On a CPU that is the wall time of an otherwise idle machine; with a GPU it is wall time.
     """
     if default_device() == "cpu":
         return time.process_time() / torch.get_num_threads()
@@ -132,7 +135,7 @@ def busy_seconds() -> float:
 
 
 class _Timer(Callback):
-    "Busy seconds and tokens up to every step; validations are left out."
+    "A callback that records busy seconds and tokens after every step, without validations."
 
     def __init__(self, validation: Callable | None = None):
         self.marks: list[tuple[float, int]] = []  # (seconds, tokens) after each step
@@ -152,17 +155,19 @@ class _Timer(Callback):
         return measured
 
     def seconds_per_token(self) -> float:
-        "Without the first step, which allocates the state of the optimiser."
+        "Return the mean without the first step, which allocates optimiser state."
         first_seconds, first_tokens = self.marks[0]
         seconds, tokens = self.marks[-1]
         return (seconds - first_seconds) / (tokens - first_tokens)
 
 # %% ../../nbs/4_probabilities/14_equal_time.ipynb #4f06bdd6
 def pair_cache(run: dict, teacher, tokenizer, rows: list[dict]) -> tuple[LogitCache, float]:
-    "(cache, seconds that its building took), built now if it is not there."
+    "Return (logit cache, seconds to build it); the cache is built now if it is missing."
     folder = _pair_folder(run, "logits", rows)
     if not (folder / "seconds.json").is_file():
-        shutil.rmtree(folder, ignore_errors=True)  # half a cache has half a time
+        shutil.rmtree(
+            folder, ignore_errors=True
+        )  # a partial cache would report a partial build time
         start = busy_seconds()
         write_cache(folder, teacher, tokenizer, rows, k=run["top_k"])
         write_json(folder / "seconds.json", busy_seconds() - start)
@@ -172,14 +177,14 @@ def pair_cache(run: dict, teacher, tokenizer, rows: list[dict]) -> tuple[LogitCa
 def pair_validation(
     run: dict, split: str, teacher, tokenizer, rows: list[dict] | None = None
 ) -> Validation:
-    "Validation on the held-out rows of a pair; the teacher's hidden states are kept in the cache."
+    "Return the validation on held-out rows, with the teacher's states in the cache."
     rows = pair_rows(run, split, tokenizer) if rows is None else rows
     states = _pair_folder(run, "states", rows).with_suffix(".safetensors")
     return Validation(rows, tokenizer.pad_token_id, teacher, states_file=states)
 
 # %% ../../nbs/4_probabilities/14_equal_time.ipynb #9c994db2
 def timed_method(run: dict, arm: str, teacher, tokenizer, rows: list[dict]) -> Method:
-    "What an arm learns from."
+    "Return the method of an arm."
     if arm not in PAIR_ARMS:
         raise UserError(
             f"{arm!r} is not an arm", where="arm", fix=f"Choose one of {', '.join(PAIR_ARMS)}."
@@ -194,14 +199,17 @@ def timed_method(run: dict, arm: str, teacher, tokenizer, rows: list[dict]) -> M
 
 # %% ../../nbs/4_probabilities/14_equal_time.ipynb #b16da3ba
 class _Timed(Experiment):
-    "What the experiments on one pair have in common."
+    "The common part of the experiments on one pair."
 
     module = "experiments.equal_time"
     Settings = TimedSettings
     input_settings = ("data", "teacher")
 
     def inputs(self, run: dict) -> dict[str, str]:
-        "Checksums of the rows and of the teacher's weights; what comes from the hub is named by its id."
+        """Return checksums of the rows and of the teacher's weights.
+
+        Data from the hub is identified by its id.
+        """
         sums = {}
         if run["data"] == "prompts":
             for name, checksum in verify_checksums(data_dir() / "prompts").items():
@@ -217,13 +225,13 @@ class _Timed(Experiment):
         return sums
 
     def models(self, run: dict) -> tuple[Any, Any, Any]:
-        "(teacher, tokenizer, student as it was cut)."
+        "Return (teacher, tokenizer, untrained student)."
         teacher, tokenizer = load_teacher(run["teacher"])
         return teacher, tokenizer, make_student(run["student"], teacher, tokenizer)[0]
 
 # %% ../../nbs/4_probabilities/14_equal_time.ipynb #47d19168
 class PairCosts(_Timed):
-    "Seconds per token of each arm in `arms`, tokens of a mean step, and seconds that the cache takes."
+    "The costs of a pair: seconds per token of each arm, tokens per step, cache seconds."
 
     name = "whitebox_measure_costs"
 
@@ -239,7 +247,7 @@ class PairCosts(_Timed):
                 timer = _Timer()
                 method = timed_method(run, arm, teacher, tokenizer, rows)
                 cfg = TrainConfig(
-                    steps=run["steps"] + 1, batch_size=run["batch_size"], lr=1e-5, seed=7
+                    max_steps=run["steps"] + 1, batch_size=run["batch_size"], lr=1e-5, seed=7
                 )
                 train(student, method, rows, cfg, callbacks=[timer])
                 seconds.append(timer.seconds_per_token())
@@ -254,12 +262,15 @@ class PairCosts(_Timed):
 
 # %% ../../nbs/4_probabilities/14_equal_time.ipynb #db6ef2f8
 def _before_steps(costs: dict, arm: str) -> float:
-    "Seconds that an arm needs before its first step."
+    "Return the seconds that an arm needs before its first step."
     return costs["cache_seconds"] if arm == "cached" else 0.0
 
 
 def steps_for(costs: dict, arm: str, budget: float) -> int:
-    "Optimiser steps that an arm can do in `budget` seconds of wall time; `costs` of `PairCosts`."
+    """Return the optimiser steps that an arm can do in `budget` seconds.
+
+    `costs` are the metrics of `PairCosts`.
+    """
     left = budget - _before_steps(costs, arm)
     steps = int(left / (costs["seconds_per_token"][arm] * costs["tokens_per_step"]))
     if steps < 1:
@@ -273,28 +284,28 @@ def steps_for(costs: dict, arm: str, budget: float) -> int:
 
 
 def seconds_at(costs: dict, arm: str, step: int) -> float:
-    "Wall time after `step` steps of an arm, the cache's building included."
+    "Return the wall time after `step` steps of an arm, with the time to build its cache."
     per_step = costs["seconds_per_token"][arm] * costs["tokens_per_step"]
     return _before_steps(costs, arm) + step * per_step
 
 # %% ../../nbs/4_probabilities/14_equal_time.ipynb #ff4d6af1
 def item_table(packed: Sequence[str], tokens: int) -> np.ndarray:
-    """Sums per row, packed, one text per seed, as a table [seeds, rows].
+    """Unpack sums per row, one text per seed, as a table [seeds, rows].
 
-    It is scaled so that its mean is the mean per token; `tokens` of all rows together.
+    It is scaled so that its mean is the mean per token; `tokens` are those of all rows.
     """
     rows = np.array([unpack_numbers(text) for text in packed])
     return rows * rows.shape[1] / tokens
 
 # %% ../../nbs/4_probabilities/14_equal_time.ipynb #7f251274
 class EqualTime(_Timed):
-    "Students of one pair, trained for the steps that they can do in the same time."
+    "Students of one pair, trained for as many steps as fit into the same time."
 
     name = "whitebox_train_arm"
     arms = PAIR_ARMS
 
     def train(self, run: dict, folder: Path) -> dict:
-        "Metrics: means per token, sums per held-out row (packed), the curve on validation, seconds."
+        "Return means per token, packed sums per held-out row, the validation curve, seconds."
         teacher, tokenizer, student = self.models(run)
         rows = pair_rows(run, "train", tokenizer)
         method = timed_method(run, run["arm"], teacher, tokenizer, rows)
@@ -302,7 +313,7 @@ class EqualTime(_Timed):
         few_rows = pair_rows(few, "validation", tokenizer)
         timer = _Timer(pair_validation(run, "validation", teacher, tokenizer, few_rows))
         cfg = TrainConfig(
-            steps=run["steps"],
+            max_steps=run["steps"],
             batch_size=run["batch_size"],
             lr=run["lr"],
             warmup=0.1,
@@ -334,7 +345,7 @@ class EqualTime(_Timed):
 
 # %% ../../nbs/4_probabilities/14_equal_time.ipynb #5a197696
 class PairReferences(_Timed):
-    "Untrained student and teacher of a pair on its held-out rows: nll, forward_kl, reverse_kl."
+    "Untrained student and teacher of a pair: nll, forward_kl, reverse_kl."
 
     name = "whitebox_pair_references"
 

@@ -26,11 +26,11 @@ from kd_notes.methods.rationales import (
 )
 
 # %% ../../nbs/3_reasons/05_extraction.ipynb #extr-shots
-SHOTS = 6  # solved examples in a prompt, unless a number is given
+SHOTS = 6  # default number of solved examples in a prompt
 
 
 def solved_examples(task: str, split: str) -> list[Example]:
-    "Solved examples with reasons to draw shots from, none of them of this split."
+    "Return solved examples for few-shot prompts, none of them of this split."
     if "@" not in task:
         return task_split(task, "teacher")
     other = "pool" if split in ("validation", "test") else "validation"
@@ -41,7 +41,10 @@ def solved_examples(task: str, split: str) -> list[Example]:
 
 
 def teacher_prompt(task: str, split: str, teacher: str, shots: int | None, seed: int) -> Prompt:
-    "The prompt for a teacher. One that was adapted ('smollm2+<folder>') or recorded knows the form and gets no shots."
+    """Return the prompt for a teacher.
+
+    An adapted ('smollm2+<folder>') or recorded teacher knows the form and gets no shots.
+    """
     if shots is None:
         shots = 0 if "+" in teacher or teacher.startswith("replay:") else SHOTS
     if not shots:
@@ -50,7 +53,10 @@ def teacher_prompt(task: str, split: str, teacher: str, shots: int | None, seed:
 
 # %% ../../nbs/3_reasons/05_extraction.ipynb #extr-place
 def _student_place(task: str, split: str, source: Path | str | None) -> Path:
-    "Where the students look for a teacher's text of a published set; elsewhere the file has to be named."
+    """Return the file where students look for a teacher's text of a published set.
+
+    For other tasks the file has to be named, else UserError is raised.
+    """
     if "@" not in task or source:
         raise UserError(
             "no file is named for the completions",
@@ -61,7 +67,10 @@ def _student_place(task: str, split: str, source: Path | str | None) -> Path:
 
 
 def _score(task: str, examples: Sequence[Example], rows: Sequence[Mapping]) -> dict:
-    "Outcomes of the completions by name, and the share of right labels where the gold labels are known."
+    """Count the outcomes of the completions and return the share of correct labels.
+
+    The share is None without gold labels.
+    """
     gold = {example.id: example.label for example in examples if example.label}
     metric = task_info(task).metric
     right = [is_correct(metric, row["label"], gold[row["id"]]) for row in rows if row["id"] in gold]
@@ -72,7 +81,7 @@ def _score(task: str, examples: Sequence[Example], rows: Sequence[Mapping]) -> d
 
 
 def _report(task: str, split: str, share: float, count: int) -> None:
-    "Note the accuracy of a split in the report that the figures read."
+    "Write the accuracy of a split to the report that the figures read."
     report = teacher_file(task, "report").with_suffix(".json")
     known = read_json(report) if report.is_file() else {}
     write_json(report, known | {f"{split}_accuracy": share, f"{split}_n": count})
@@ -80,11 +89,11 @@ def _report(task: str, split: str, share: float, count: int) -> None:
 # %% ../../nbs/3_reasons/05_extraction.ipynb #extr-fn
 def extract_rationales(
     task: str,
-    out: Path | str | None = None,  # JSONL file to fill or to continue; None: where students look
+    out: Path | str | None = None,  # JSONL file to write or resume; None: where students look
     *,
     split: str = "pool",
     source: Path | str | None = None,  # a JSONL file instead of a split
-    teacher: str = "smollm2",  # as `open_backend` reads it
+    teacher: str = "smollm2",  # a spec for `open_backend`
     shots: int | None = None,  # solved examples in the prompt; None: see `teacher_prompt`
     limit: int | None = None,  # only the first examples
     samples: int = 1,
@@ -94,7 +103,7 @@ def extract_rationales(
     dtype: str = "float32",
     **options: Any,  # of the back end, such as concurrency
 ) -> dict:
-    """Let a teacher write rationales and labels; an interrupted extraction goes on where it was.
+    """Let a teacher write rationales and labels; a second call resumes.
 
     Returns {'file', 'rows', 'outcomes', 'accuracy'}; the accuracy is None without gold labels.
     """

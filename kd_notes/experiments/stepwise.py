@@ -50,7 +50,7 @@ REAL_SPLITS = {
 
 
 def task_split(task: str, split: str) -> list[Example]:
-    "Examples of a split of 'nli' (embedded), 'esnli@folder' or 'esnli@hub'. Raises UserError if there is no such split."
+    "Return the examples of a split of 'nli' (embedded), 'esnli@folder' or 'esnli@hub'."
     name, at, source = task.partition("@")
     if not at:
         return load_split(name, split)
@@ -60,27 +60,29 @@ def task_split(task: str, split: str) -> list[Example]:
             where=f"task {task}",
             fix=f"Use {', '.join(REAL_SPLITS)}.",
         )
-    if (
-        split == "unlabelled" and name != "asdiv"
-    ):  # only ASDiv has inputs beside the labelled ones: elsewhere train without its labels
+    # Only ASDiv has unlabelled inputs; the other sets use train without its labels.
+    if split == "unlabelled" and name != "asdiv":
         return [withhold(e) for e in load_real(name, "train", source=source)]
     return load_real(name, REAL_SPLITS[split], source=source)
 
 
 def info_of(task: str) -> TaskInfo:
-    "Labels and metric of an embedded task or a published set."
+    "Return the labels and metric of an embedded task or a published set."
     name, at, _ = task.partition("@")
     return task_info(real_set(name).task if at else name)
 
 # %% ../../nbs/3_reasons/03_stepwise.ipynb #57b688a7
 def teacher_file(task: str, split: str) -> Path:
-    "Where the teacher's completions of a split lie: with the package for an embedded task, in the cache for a published set."
+    """Return the file of the teacher's completions of a split.
+
+    It is in the package for an embedded task and in the cache for a published set.
+    """
     root = cache_dir() if "@" in task else data_dir()
     return root / "teacher" / task / f"{split}.jsonl"
 
 # %% ../../nbs/3_reasons/03_stepwise.ipynb #e8c15938
 def teacher_rows(task: str, split: str) -> list[dict]:
-    "Return the teacher's rows of a split, of several samples the majority."
+    "Return the teacher's rows of a split, with the majority of several samples."
     path = teacher_file(task, split)
     if not path.exists():
         raise UserError(
@@ -92,7 +94,7 @@ def teacher_rows(task: str, split: str) -> list[dict]:
 
 
 def teacher_text(task: str, split: str) -> dict[str, tuple[str, str]]:
-    "Return {id: (label, rationale)}; empty texts where a completion could not be parsed."
+    "Return {id: (label, rationale)}, with empty texts for an unusable completion."
     text = {}
     for row in teacher_rows(task, split):
         usable = row["outcome"] == "ok"
@@ -105,7 +107,7 @@ def _report_file(task: str) -> Path:
 
 
 def teacher_score(task: str) -> tuple[float, int]:
-    "Test accuracy of the teacher and on how many items: the reference line of the figures. Raises UserError if absent."
+    "Return the test accuracy of the teacher and the number of test items."
     if not _report_file(task).is_file():
         raise UserError(
             f"the teacher of {task} was not scored",
@@ -117,12 +119,12 @@ def teacher_score(task: str) -> tuple[float, int]:
 
 
 def teacher_scores(tasks: Iterable[str]) -> dict[str, float]:
-    "{task: test accuracy of its teacher}; a task whose teacher was not scored is left out."
+    "Return {task: test accuracy of its teacher} for the tasks with a scored teacher."
     return {t: teacher_score(t)[0] for t in tasks if _report_file(t).is_file()}
 
 
 def teacher_title(tasks: Iterable[str]) -> str:
-    "The teacher's name in a legend: with its size and what it cost in gold labels, where it is the embedded one."
+    "Return the teacher's name for a legend, with the size and gold labels it used."
     labels = {
         read_json(_report_file(t)).get("gold_labels", 0)
         for t in tasks
@@ -132,12 +134,15 @@ def teacher_title(tasks: Iterable[str]) -> str:
 
 # %% ../../nbs/3_reasons/03_stepwise.ipynb #7b3db320
 def plain_rows(examples: list[Example]) -> list[Row]:
-    "The label behind the bare input."
+    "Return rows with the input as prompt and the label as completion."
     return [Row(e.id, (("label", e.input, e.label),)) for e in examples]
 
 # %% ../../nbs/3_reasons/03_stepwise.ipynb #77abece4
 def single_task_rows(examples: list[Example]) -> list[Row]:
-    "One target: the rationale, then the label (the paper's single-task variant)."
+    """Return rows with one target: the rationale, then the label.
+
+    This is the paper's single-task variant.
+    """
     return [
         Row(
             e.id,
@@ -157,7 +162,10 @@ ANSWER = "Answer:"
 
 # %% ../../nbs/3_reasons/03_stepwise.ipynb #3e682120
 def shuffled(examples: list[Example], seed: int) -> list[Example]:
-    "Each example with the rationale of another one: a rotation by a random order, so that nobody keeps their own."
+    """Give each example the rationale of another one.
+
+    The rationales rotate in a random order, so that no example keeps its own.
+    """
     order = list(range(len(examples)))
     rng("shuffled rationales", seed).shuffle(order)
     other = {order[i]: examples[order[i - 1]].rationale for i in range(len(order))}
@@ -166,14 +174,14 @@ def shuffled(examples: list[Example], seed: int) -> list[Example]:
 # %% ../../nbs/3_reasons/03_stepwise.ipynb #3ea243f6
 @dataclass(frozen=True)
 class Arm:
-    "One way to train a student. `labels` and `rationales` say whose they are."
+    "One way to train a student, with the origin of its labels and rationales."
 
     title: str
     labels: str = "gold"  # "gold" or "teacher"
     rationales: str = ""  # "", "teacher", "oracle", "shuffled", "empty" or "input"
     rows: Callable = step_rows
     steps: float = 1.0  # factor on the number of steps
-    teacher_split: bool = False  # trains on the teacher's own gold examples as well
+    teacher_split: bool = False  # also trains on the teacher's gold examples
 
 # %% ../../nbs/3_reasons/03_stepwise.ipynb #6271e332
 ARMS = {
@@ -193,16 +201,15 @@ ARMS = {
 
 # %% ../../nbs/3_reasons/03_stepwise.ipynb #854c7886
 def arm_rows(arm: str, task: str, n: int, split: str = "pool", seed: int = 0) -> list[Row]:
-    "Training rows of an arm on `n` examples of a split, drawn by `seed`. Raises UserError for an unknown arm or too large an n."
+    "Return the training rows of an arm on `n` examples of a split, drawn by `seed`."
     if arm not in ARMS:
         raise UserError(
             f"there is no arm {arm!r}", where="arm", fix=f"Choose one of {', '.join(ARMS)}."
         )
     spec = ARMS[arm]
     pool = task_split(task, split)
-    if (
-        "@" in task and teacher_file(task, split).is_file()
-    ):  # a published set need not be extracted as a whole: all arms keep to what is
+    # A published set may be extracted in part; then all arms use the extracted examples.
+    if "@" in task and teacher_file(task, split).is_file():
         text = teacher_text(task, split)
         pool = [e for e in pool if e.id in text]
     if spec.labels == "gold" and split == "unlabelled":
@@ -241,19 +248,20 @@ PRETRAINED_RATE = 5e-5  # the paper's, for T5
 
 
 def is_pretrained(size: str) -> bool:
-    "Whether `size` names a model to load ('smollm2', 'hub:<id>', a folder) and not one of the mini sizes."
+    "Return True if `size` is a model spec ('smollm2', 'hub:<id>', a folder)."
     return size == "smollm2" or bool({":", "/"} & set(size))
 
 
 def rate_key(task: str, arm: str, family: str = "causal") -> str:
-    "Name of an entry in data/chosen/stepwise.json."
+    "Return the name of an entry in data/chosen/stepwise.json."
     return f"{task}/{arm}" if family == "causal" else f"{task}/{arm}/{family}"
 
 
 def chosen_rate(arm: str, task: str, family: str = "causal") -> float:
-    """The learning rate that the grid chose for an arm on a task.
+    """Return the learning rate that the grid chose for an arm on a task.
 
-    If it is not there: that of the arm it varies, then the same of the causal student, then the default.
+    Without one, use that of the arm it varies, then the same of the causal student, then the
+    default.
     """
     chosen = read_json(data_dir() / "chosen" / "stepwise.json")
     related = "dss" if arm in ARMS and ARMS[arm].rows is step_rows else "finetune"
@@ -266,7 +274,7 @@ def chosen_rate(arm: str, task: str, family: str = "causal") -> float:
 # %% ../../nbs/3_reasons/03_stepwise.ipynb #97f7aaab
 @dataclass
 class StudentSettings:
-    "Everything that a student of the stepwise pages is asked to do."
+    "The settings of a student of the stepwise pages."
 
     task: str  # 'nli', 'esnli@folder', ...
     arm: str  # of ARMS
@@ -279,7 +287,9 @@ class StudentSettings:
     batch_size: int = 16
     alpha: float = 0.5  # weight of the label's loss in step-by-step
     score_on: str = "test"
-    lr: float | None = None  # None: what the grid chose for the arm; if pretrained, the paper's
+    lr: float | None = (
+        None  # None: the grid's choice for the arm, or the paper's rate if pretrained
+    )
     layers: int = optional(0)  # of a pretrained model to keep; 0: all
     precision: str = optional("no")
     accumulate: int = optional(1)
@@ -287,7 +297,10 @@ class StudentSettings:
 
 # %% ../../nbs/3_reasons/03_stepwise.ipynb #61e34116
 def new_student(run: dict) -> tuple[Any, Any]:
-    "(model, tokenizer) of a run: a mini model from random weights or, if `size` is a model spec, a pretrained one."
+    """Return (model, tokenizer) of a run.
+
+    The model is a mini model with random weights, or a pretrained one if `size` is a model spec.
+    """
     if not is_pretrained(run["size"]):
         tokenizer = load_mini_tokenizer()
         model = mini_model(run["family"], run["size"], len(tokenizer), seed=run["seed"])
@@ -305,7 +318,7 @@ def new_student(run: dict) -> tuple[Any, Any]:
 
 # %% ../../nbs/3_reasons/03_stepwise.ipynb #aa086616
 def student_inputs(run: dict) -> dict[str, str]:
-    "{name: checksum} of a student's data, teacher text, tokenizer and pretrained weights."
+    "Return {name: checksum} of data, teacher text, tokenizer and pretrained weights."
     task = run["task"]
     if "@" in task:
         # A published set has no checksums file: its rows are hashed.
@@ -320,7 +333,7 @@ def student_inputs(run: dict) -> dict[str, str]:
         teacher_file(task, run["split"]),
         data_dir() / "tokenizer" / "mini" / "tokenizer.json",
     ]
-    # A model of the hub is named by its id; of a folder the files count.
+    # A hub model is identified by its id, a folder by its files.
     if is_pretrained(run["size"]) and Path(folder := resolve_model(run["size"])).is_dir():
         weights = [path for path in Path(folder).iterdir() if path.suffix in WEIGHT_FILES]
         files += sorted(weights)
@@ -334,10 +347,10 @@ WEIGHT_FILES = (".json", ".safetensors")
 
 # %% ../../nbs/3_reasons/03_stepwise.ipynb #st-score
 def _score(result: Any, model: Any, tokenizer: Any, run: dict) -> dict:
-    "Accuracy of a trained student on the split that its run names, and what the training cost."
+    "Return the accuracy of a trained student and the cost of its training."
     examples = task_split(run["task"], run["score_on"])
     rows = ARMS[run["arm"]].rows
-    published = "@" in run["task"]  # people write longer than our generators
+    published = "@" in run["task"]  # people write longer answers than our generators
     single = rows is single_task_rows  # this arm writes a rationale before the label
     answers = predict(
         result.model,
@@ -396,14 +409,15 @@ class Stepwise(Experiment):
         }
 
     def train(self, run: dict, folder: Path) -> dict:
-        "Metrics: accuracy, outcomes (packed), parameters, tokens, seconds, number of rows."
+        "Return accuracy, outcomes (packed), parameters, tokens, seconds, number of rows."
         arm = ARMS[run["arm"]]
         model, tokenizer = new_student(run)
         rows = arm_rows(run["arm"], run["task"], run["n"], run["split"], run["seed"])
-        optional_settings = ("precision", "accumulate", "device")
+        optional_settings = ("precision", "device")
         cfg = TrainConfig(
-            steps=round(run["steps"] * arm.steps),
+            max_steps=round(run["steps"] * arm.steps),
             batch_size=run["batch_size"],
+            gradient_accumulation_steps=run.get("accumulate", 1),
             lr=run["lr"],
             warmup=0.04,
             weight_decay=0.01,
@@ -420,7 +434,10 @@ class Stepwise(Experiment):
 
 # %% ../../nbs/3_reasons/03_stepwise.ipynb #57df5c5b
 def build_tokenizer(folder: Path | None = None):  # None: data/tokenizer/mini
-    "Train and save the students' tokenizer on pool inputs, labels and oracle rationales of all embedded tasks."
+    """Train and save the students' tokenizer on the pools of all embedded tasks.
+
+    Its texts are inputs, labels and oracle rationales.
+    """
     texts = [
         t
         for task in ("nli", "anli", "cqa", "svamp")

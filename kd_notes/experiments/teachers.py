@@ -51,9 +51,13 @@ NEW_TOKENS = 64  # completions of the embedded tasks are shorter
 
 
 def adapt_teacher(
-    examples: list[Example], folder: Path | str, *, run_dir: Path | None = None, **settings
-) -> Path:  # settings: of ADAPTER
-    "Train a LoRA adapter on solved examples and save it (safetensors) in `folder`. Raises UserError for unknown settings."
+    examples: list[Example],
+    folder: Path | str,
+    *,
+    run_dir: Path | None = None,
+    **settings,  # of ADAPTER
+) -> Path:
+    "Train a LoRA adapter on solved examples and save it (safetensors) in `folder`."
     unknown = set(settings) - set(ADAPTER)
     if unknown:
         raise UserError(
@@ -65,7 +69,7 @@ def adapt_teacher(
     model, tokenizer = load_pretrained(s["base"], dtype="bfloat16")
     lora = {"r": s["rank"], "alpha": s["alpha"], "dropout": 0.0, "targets": "all-linear"}
     cfg = TrainConfig(
-        steps=s["steps"],
+        max_steps=s["steps"],
         batch_size=s["batch_size"],
         lr=s["lr"],
         warmup=0.06,
@@ -84,10 +88,9 @@ def adapt_teacher(
 
 # %% ../../nbs/3_reasons/04_teachers.ipynb #85cf0f14
 def teacher_dir(task: str) -> Path:
-    "Folder of the embedded teacher of a task. Raises UserError if there is none."
-    folder = (
-        (cache_dir() if "@" in task else data_dir()) / "teacher" / task
-    )  # 'esnli@hub': what `kd-notes extract` wrote
+    "Return the folder of the embedded teacher of a task."
+    # The teacher of a published set, such as 'esnli@hub', was written by `kd-notes extract`.
+    folder = (cache_dir() if "@" in task else data_dir()) / "teacher" / task
     if not folder.is_dir():
         known = sorted(p.name for p in (data_dir() / "teacher").glob("*") if p.is_dir())
         raise UserError(
@@ -99,41 +102,47 @@ def teacher_dir(task: str) -> Path:
 
 
 def open_teacher(task: str, dtype: str = "bfloat16") -> LocalBackend:
-    "The adapted teacher of a task, ready to generate."
+    "Load the adapted teacher of a task."
     model, tokenizer = load_teacher("smollm2", adapter=teacher_dir(task) / "adapter", dtype=dtype)
     return LocalBackend(model, tokenizer, name=f"smollm2+{task}")
 
 # %% ../../nbs/3_reasons/04_teachers.ipynb #0f180a56
 def stored(task: str, split: str) -> list[dict]:
-    "The committed completions of a split. Raises UserError if there are none."
+    "Return the committed completions of a split."
     return read_jsonl(teacher_dir(task) / f"{split}.jsonl")
 
 
 def labels_of(rows: list[dict]) -> dict[str, str]:
-    "{id: label}, empty where a completion could not be parsed, so that it counts as wrong."
+    "Return {id: label}; '' for a completion that could not be parsed."
     return {r["id"]: r["label"] if r["outcome"] == "ok" else "" for r in rows}
 
 
 def label_accuracy(task: str, rows: list[dict], examples: list[Example]) -> float:
-    "Share of right labels among all examples; a completion that could not be parsed counts as wrong."
+    """Return the share of correct labels, 0 to 1, among all examples.
+
+    A completion that could not be parsed counts as wrong.
+    """
     right = outcomes(task_info(task).metric, labels_of(rows), examples)
     return sum(right) / len(right)
 
 
 def validity(rows: list[dict], examples: list[Example]) -> float:
-    "Share of rationales that state the oracle's facts and side."
+    "Return the share of rationales with the oracle's facts and negation, 0 to 1."
     by_id = {r["id"]: r["rationale"] for r in rows}
     return sum(valid_rationale(e, by_id[e.id]) for e in examples) / len(examples)
 
 
 def copied(rows: list[dict], examples: list[Example]) -> float:
-    "Share of rationales that equal the oracle's sentence word for word."
+    "Return the share of rationales that equal the oracle's sentence, 0 to 1."
     by_id = {r["id"]: r["rationale"] for r in rows}
     return sum(by_id[e.id] == e.rationale for e in examples) / len(examples)
 
 
 def in_template(task: str, rows: list[dict], examples: list[Example]) -> float:
-    "Share of rationales whose sentence is one of the teacher split's with other words filled in (`template_of`)."
+    """Return the share of rationales that follow a template of the teacher split, 0 to 1.
+
+    See `template_of`.
+    """
     templates = {template_of(e, e.rationale) for e in load_split(task, "teacher")}
     by_id = {r["id"]: r["rationale"] for r in rows}
     return sum(template_of(e, by_id[e.id]) in templates for e in examples) / len(examples)
@@ -142,7 +151,10 @@ def in_template(task: str, rows: list[dict], examples: list[Example]) -> float:
 def live_check(
     task: str, split: str = "pool", k: int = 8, *, seed: int = 0, out: Path | str, backend=None
 ) -> dict:
-    "Generate `k` stored completions again and compare: {'n', 'same_text', 'same_label', ...} as shares."
+    """Generate `k` stored completions again and compare them.
+
+    Returns {'n', 'same_text', 'same_label', ...}; the values after 'n' are shares.
+    """
     rows = {r["id"]: r for r in stored(task, split)}
     sample = rng("live check", task, split, seed).sample(load_split(task, split), k)
     live = extract(
@@ -164,7 +176,7 @@ def extract_split(
     folder: Path | None = None,
     prompt: Prompt = ZERO_SHOT,
 ) -> list[dict]:
-    "Completions of a split (its first `n` examples), resumable."
+    "Return the completions of a split (its first `n` examples); a second call resumes."
     folder = folder or teacher_dir(task)
     return extract(
         load_split(task, split)[:n],
@@ -179,7 +191,10 @@ def extract_split(
 def few_shot_split(
     task: str, backend, n: int = 100, *, shots: int = 6, folder: Path | None = None
 ) -> list[dict]:
-    "What a model that was not adapted writes for the first `n` test examples, after `shots` solved ones of the teacher split."
+    """Return an unadapted model's completions of the first `n` test examples.
+
+    The prompt has `shots` solved examples of the teacher split.
+    """
     prompt = few_shot(task, load_split(task, "teacher"), shots)
     folder = folder or teacher_dir(task)
     return extract(
@@ -201,7 +216,10 @@ def sampled_split(
     temperature: float = 0.7,
     folder: Path | None = None,
 ) -> list[dict]:
-    "Several completions of each of the first `n` test examples, in `samples.jsonl`, resumable."
+    """Return several completions of each of the first `n` test examples.
+
+    They are written to `samples.jsonl`; a second call resumes.
+    """
     how = rationale_decoding(NEW_TOKENS, n=samples, temperature=temperature)
     return extract(
         load_split(task, "test")[:n],
@@ -213,14 +231,17 @@ def sampled_split(
 
 
 def vote_outcomes(task: str, rows: list[dict], k: int) -> np.ndarray:  # rows: of `sampled_split`
-    "Right (1) or wrong (0) of the majority among the first `k` samples of each example, shape [1, items], in the order of the test split."
+    """Score the majority of the first `k` samples of each example, shape (1, items).
+
+    Items are in the order of the test split.
+    """
     won = labels_of(vote([r for r in rows if r.get("sample", 0) < k], task))
     examples = [e for e in load_split(task, "test", gold=True) if e.id in won]
     return np.array([outcomes(task_info(task).metric, won, examples)], dtype=np.float64)
 
 # %% ../../nbs/3_reasons/04_teachers.ipynb #feae27a5
 def _accuracies(task: str, name: str, split: str) -> dict:
-    "Numbers of one stored file; nothing if there is no such file."
+    "Return the numbers of one stored file, {} if there is no such file."
     if not (teacher_dir(task) / f"{name}.jsonl").exists():
         return {}
     rows = stored(task, name)
@@ -236,7 +257,7 @@ def _accuracies(task: str, name: str, split: str) -> dict:
 
 
 def write_report(task: str) -> dict:
-    "Accuracy and validity of the stored text, written to data/teacher/<task>/report.json."
+    "Write accuracy and validity of the stored text to data/teacher/<task>/report.json."
     report = {"gold_labels": len(load_split(task, "teacher"))} | _accuracies(
         task, "few_shot", "test"
     )
@@ -247,9 +268,15 @@ def write_report(task: str) -> dict:
 
 # %% ../../nbs/3_reasons/04_teachers.ipynb #tch-search
 def search_adapter(
-    task: str, tries: list[dict], folder: Path, n: int = 128
-) -> list[dict]:  # tries: settings of ADAPTER
-    "Adapt with each of the settings in a folder of its own; accuracy and validity on the first `n` validation items, best first."
+    task: str,
+    tries: list[dict],  # settings of ADAPTER
+    folder: Path,
+    n: int = 128,
+) -> list[dict]:
+    """Train an adapter with each of the settings, in separate folders.
+
+    Returns accuracy and validity on the first `n` validation items, best first.
+    """
     found = []
     held = load_split(task, "validation", gold=True)[:n]
     for s in tries:
@@ -274,7 +301,10 @@ def search_adapter(
 
 # %% ../../nbs/3_reasons/04_teachers.ipynb #tch-cut
 def truncate_adapter(folder: Path | str, rank: int, out: Path | str) -> Path:
-    "An adapter of lower rank in `out`: each layer's best approximation of B·A, in half precision. Raises UserError unless it is lower."
+    """Write an adapter of lower rank to `out`: the best approximation of each B·A.
+
+    Its weights are in half precision.
+    """
     folder, out = Path(folder), Path(out)
     config = read_json(folder / "adapter_config.json")
     if not 0 < rank < config["r"]:
@@ -304,7 +334,7 @@ def truncate_adapter(folder: Path | str, rank: int, out: Path | str) -> Path:
 
 # %% ../../nbs/3_reasons/04_teachers.ipynb #feae27a9
 def teacher_outcomes(task: str) -> np.ndarray:
-    "Right (1) or wrong (0) of the stored teacher on the first items of the test split, shape [1, items]. Raises UserError if absent."
+    "Return 1.0 or 0.0 for each test item that the teacher answered, shape (1, items)."
     rows = labels_of(stored(task, "test"))
     name, at, source = task.partition("@")
     examples = (load_real(name, "test", source=source) if at else load_split(task, "test"))[
@@ -315,8 +345,9 @@ def teacher_outcomes(task: str) -> np.ndarray:
 
 
 def minus_teacher(
-    right: np.ndarray, task: str
-) -> Estimate:  # outcomes of a student, [seeds, test items]
-    "Student minus teacher on the items that the teacher has answered, paired item by item."
+    right: np.ndarray,
+    task: str,  # outcomes of a student, [seeds, test items]
+) -> Estimate:
+    "Estimate student minus teacher, paired by item, on the items the teacher answered."
     teacher = teacher_outcomes(task)
     return hierarchical_bootstrap(paired(right[:, : teacher.shape[1]], teacher))

@@ -43,8 +43,8 @@ from ..models.pretrained import weights_hash
 class Backend(Protocol):
     "The interface of every back end."
 
-    name: str  # the model, as a person would call it
-    revision: str  # what tells two states of it apart: a hash, a commit
+    name: str  # name of the model
+    revision: str  # hash or commit of the model's state
 
     def describe(self) -> dict: ...
 
@@ -56,7 +56,7 @@ class Backend(Protocol):
 
 # %% ../../nbs/7_engine_room/19_backends.ipynb #59348e4f
 def check_model(model) -> None:
-    "Refuse a model that is not a causal model whose layers are all attention."
+    "Raise UserError unless the model is causal with attention layers only."
     known = {"full_attention", "sliding_attention"}
     kinds = set(getattr(model.config, "layer_types", None) or ()) - known
     if not model.config.is_encoder_decoder and not kinds:
@@ -64,7 +64,7 @@ def check_model(model) -> None:
     what = f"layers of the kind {', '.join(sorted(kinds))}" if kinds else "an encoder and a decoder"
     raise UserError(
         f"{type(model).__name__} has {what}; "
-        "only causal models with attention layers can be driven here",
+        "only causal models with attention layers are supported",
         where="model",
         fix="As a teacher that writes text, serve it (vLLM, `transformers serve`) and use "
         "openai:<base-url>#<model>.",
@@ -94,7 +94,7 @@ def open_rows(
 
 # %% ../../nbs/7_engine_room/19_backends.ipynb #7a2eebaa
 def rows_that_fit(model, gib: float, longest: DecodeRow, decoding: Decoding) -> int:
-    "Return how many rows may step together while their keys and values take at most `gib`."
+    "Return how many rows can be decoded together with a cache of at most `gib` GiB."
     config = model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -115,9 +115,9 @@ class LocalBackend:
         name: str = "",
         revision: str = "",
         adapter: str = "",
-        batch_size: int = 256,  # rows that step together
-        dtype: str | None = None,  # converts the model ("bfloat16", ...); None leaves it as it is
-        cache_gib: float = 4.0,  # the batch shrinks where its keys and values would take more
+        batch_size: int = 256,  # rows that are decoded together
+        dtype: str | None = None,  # converts the model ("bfloat16", ...); None: no conversion
+        cache_gib: float = 4.0,  # limit of keys and values; the batch is reduced to fit
         chat: bool = False,  # wrap prompts in the tokenizer's chat template
         logprobs: bool = False,  # also sum the log-probabilities of the tokens
     ):
@@ -132,12 +132,12 @@ class LocalBackend:
         self.adapter = adapter
         self.revision = revision or weights_hash(model)
         self.ends = set(end_tokens(model, tokenizer))
-        # Some templates open a reasoning model's thoughts at the end of the prompt.
+        # Some templates open the thoughts of a reasoning model at the end of the prompt.
         thinks = chat and self.chat_prompt("").rstrip().endswith("<think>")
         self.opening = "<think>" if thinks else ""
 
     def describe(self) -> dict:
-        "Return what a manifest records: a change of any of these may change the text."
+        "Return the fields of a manifest that may change the text."
         return {
             "kind": "local",
             "model": self.name,
@@ -159,18 +159,18 @@ class LocalBackend:
         return DecodeLoop([self.model], rows, size, _Endings(self, decoding).settle).run()
 
     def chat_prompt(self, prompt: str) -> str:
-        "Return a prompt as a user's turn in the chat template."
+        "Return a prompt as a user message in the chat template."
         turn = [{"role": "user", "content": prompt}]
         return self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
 
     def encode(self, prompt: str) -> list[int]:
-        "Return the token ids of a prompt, in the chat template if the back end chats."
+        "Return the token ids of a prompt, in the chat template if `chat` is on."
         text = self.chat_prompt(prompt) if self.chat else prompt
         return self.tokenizer(text, add_special_tokens=not self.chat).input_ids
 
 # %% ../../nbs/7_engine_room/19_backends.ipynb #86cd4db4
 class _Endings:
-    "Gives rows their tokens and knows when they end and with which text."
+    "The choice of tokens for a local back end, and the detection of the end of a text."
 
     def __init__(self, backend: LocalBackend, decoding: Decoding):
         self.backend = backend
@@ -184,7 +184,7 @@ class _Endings:
     def settle(
         self, batches: Sequence[DecodeBatch], scores: Sequence[Scores], start: float
     ) -> list[Completion]:
-        "Give each open row its next token; return the completions of those that end with it."
+        "Append a token to each unfinished row; return the completions that end with it."
         batch = batches[0]
         batch.last = next_tokens(scores[0], batch.rows, self.decoding, self.head)
         logprobs = [0.0] * len(batch.rows)
@@ -228,13 +228,13 @@ class _Endings:
 
 @torch.inference_mode()
 def log_probabilities(logits: torch.Tensor, tokens: torch.Tensor) -> list[float]:
-    "Return the log-probability of each row's token (rows,), given its logits (rows, vocabulary)."
+    "Return the log-probability of each row's token from logits (rows, vocabulary)."
     logits = logits.float()
     return (logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)).tolist()
 
 # %% ../../nbs/7_engine_room/19_backends.ipynb #12ceb4f4
 class ReplayBackend:
-    "Answers from a JSONL file, by id, sample and prompt."
+    "Stored answers from a JSONL file, found by id, sample and prompt."
 
     def __init__(self, path: Path | str):
         self.path = Path(path)
@@ -259,7 +259,7 @@ class ReplayBackend:
         self.answers[key] = row
 
     def describe(self) -> dict:
-        "Return the teacher's own description where the file has a manifest, and the file's hash."
+        "Return the stored description of the teacher, and the file's hash."
         teacher = self.manifest.get("backend", {"model": self.name})
         sha256 = sha256_file(self.path)
         return teacher | {"kind": "replay", "file": self.path.name, "sha256": sha256}
@@ -267,7 +267,7 @@ class ReplayBackend:
     def generate(
         self, requests: Iterable[tuple[str, str]], decoding: Decoding
     ) -> Iterator[Completion]:
-        "Yield the stored completions; one that is missing is an error before the first."
+        "Yield the stored completions. A missing one is an error before the first."
         check_decoding(self.manifest, decoding, manifest_path(self.path))
         rows = [
             self._find(name, sample, prompt)
@@ -292,7 +292,7 @@ class ReplayBackend:
 
 # %% ../../nbs/7_engine_room/19_backends.ipynb #repl-01
 def check_decoding(manifest: dict, decoding: Decoding, where: Path) -> None:
-    "Refuse a decoding that differs from the manifest's."
+    "Raise UserError if a decoding differs from the manifest's."
     wanted = to_jsonable(decoding)
     changed = [
         f"{key} {value!r} (asked for: {wanted[key]!r})"
@@ -308,7 +308,7 @@ def check_decoding(manifest: dict, decoding: Decoding, where: Path) -> None:
 
 
 def stored_completion(row: dict) -> Completion:
-    "Return the completion that a row of a file holds."
+    "Return the completion of a row of a file."
     counts = {"prompt_tokens": 0, "completion_tokens": 0, "seconds": 0.0}
     known = counts | {key: row[key] for key in Completion.__dataclass_fields__ if key in row}
     return Completion(**known)
@@ -333,7 +333,7 @@ def open_backend(
     device: str | None = None,
     **options,  # those of the back end's class
 ) -> Backend:
-    "Return the back end that a spec names."
+    "Open the back end of a spec."
     spec = str(spec)
     if spec.startswith(("openai:", "openai-chat:")):
         kind, _, rest = spec.partition(":")
@@ -354,7 +354,7 @@ def open_backend(
 
 # %% ../../nbs/7_engine_room/19_backends.ipynb #7d54a42e
 def check_options(kind: type, options: dict) -> None:
-    "Refuse an option that this kind of back end does not have."
+    "Raise UserError for an option that this kind of back end does not have."
     known = [
         name for name, p in inspect.signature(kind).parameters.items() if p.default is not p.empty
     ]
@@ -373,7 +373,7 @@ def _open_local(spec: str, dtype: str, device: str | None, options: dict) -> Loc
     base, _, adapter = spec.partition("+")
     if not (base == "smollm2" or base.startswith("hub:") or (Path(base) / "config.json").is_file()):
         fix = f"Use one of: {', '.join(SPECS)}."
-        raise UserError(f"{spec!r} names no back end", where="back end", fix=fix)
+        raise UserError(f"{spec!r} is not the spec of a back end", where="back end", fix=fix)
     model, tokenizer = load_teacher(base, adapter=adapter or None, dtype=dtype, device=device)
     if base == "smollm2":
         revision = read_json(smollm2_path() / "source.json")["sha256"][:16]

@@ -34,7 +34,7 @@ def _is_status(code: Any) -> bool:
 
 
 def hidden_status(content: bytes) -> int | None:
-    "Return the status that a response with status 200 should have had; None if it is an answer."
+    "Return the status that a response with status 200 should have; None for an answer."
     try:
         body = json.loads(content)
     except ValueError:
@@ -54,7 +54,7 @@ def hidden_status(content: bytes) -> int | None:
 
 
 def _text_of(choice: dict) -> str | None:
-    "The text of a choice; None if it has none. Content may be a list of blocks."
+    "Return the text of a choice, or None. Its content may be a list of blocks."
     message = choice.get("message")
     content = message.get("content") if isinstance(message, dict) else choice.get("text")
     if isinstance(content, list):
@@ -66,13 +66,16 @@ def _text_of(choice: dict) -> str | None:
 # %% ../../nbs/7_engine_room/10_server.ipynb #serv-09
 _CUT = ("length", "max", "limit", "budget", "incomplete", "truncat", "context")
 _FILTERED = (
-    "filter safety block refus prohibit recitation moderat sensitive spii".split()  # Google's names
+    "filter safety block refus prohibit recitation moderat sensitive spii".split()  # Google's words
 )
 _ENDED = ("stop", "end", "eos", "complete", "finish", "tool", "function")
 
 
 def finish_of(reason: str | None, tokens: int, limit: int, size: int) -> str:
-    "Return 'stop', 'length' or 'refused' for a server's finish reason; `size`: bytes of the text."
+    """Return 'stop', 'length' or 'refused' for a server's finish reason.
+
+    `size` is the number of bytes of the text.
+    """
     name = (reason or "").casefold()
     if any(word in name for word in _CUT):
         return "length"
@@ -91,17 +94,17 @@ _QUOTA_IS_SPENT = ("insufficient_quota", "billing", "quota_exceeded", "credit")
 
 
 class NoAnswer(Exception):
-    "A request without an answer: the reason in one line, its status, and whom it concerns."
+    "A request without an answer: reason, status, and whether server or request caused it."
 
     def __init__(self, reason: str, status: int = 0, concerns: str = "either"):
         super().__init__(reason)
         self.reason = reason
-        self.status = status  # 0: there was no response
+        self.status = status  # 0: no response
         self.concerns = concerns  # "server", "request" or "either"
 
 
 def _words(response: Any) -> str:
-    "What the server says about a failure, or what it sent instead."
+    "Return the server's message about a failure, or its raw response."
     try:
         error = response.json()["error"]
         message = error.get("message") or response.text if isinstance(error, dict) else error
@@ -115,7 +118,7 @@ def _duration(seconds: float) -> str:
 
 
 def no_answer(error: Exception) -> NoAnswer:
-    "Say what an error of the `openai` client means for the request and for the work."
+    "Convert an error of the `openai` client to NoAnswer."
     import openai
 
     if isinstance(error, (openai.APITimeoutError, TimeoutError)):
@@ -139,7 +142,7 @@ def no_answer(error: Exception) -> NoAnswer:
 
 # %% ../../nbs/7_engine_room/10_server.ipynb #serv-17
 class _Hooks:
-    "Space the attempts evenly, and show the client what a response hides."
+    "HTTP hooks that space the attempts evenly and correct a response's status."
 
     def __init__(self, gap: float):
         self.gap = gap  # seconds between two attempts
@@ -158,14 +161,14 @@ class _Hooks:
                 response.extensions["hidden_status"] = True
                 response.status_code = status
         if response.status_code == 429 and any(word in response.text for word in _QUOTA_IS_SPENT):
-            response.headers["x-should-retry"] = "false"  # the client obeys this header
+            response.headers["x-should-retry"] = "false"  # the client reads this header
         wait = response.headers.get("retry-after", "")
         if wait.isdigit() and 10 < int(wait) <= 120:
             print(f"the server asks for {wait} seconds of patience", file=sys.stderr, flush=True)
 
 # %% ../../nbs/7_engine_room/10_server.ipynb #serv-36
 def completion_of(answer: dict, job: tuple, decoding: Decoding, seconds: float) -> Completion:
-    "Return the completion that a response's body holds."
+    "Return the completion in a response's body."
     name, sample, _ = job
     choice = answer["choices"][0]
     usage = answer.get("usage") or {}
@@ -192,10 +195,10 @@ def completion_of(answer: dict, job: tuple, decoding: Decoding, seconds: float) 
 
 # %% ../../nbs/7_engine_room/10_server.ipynb #serv-34
 class _Connection:
-    "How `OpenAIBackend` talks to its server."
+    "The communication of `OpenAIBackend` with its server."
 
     def client(self) -> Any:
-        "Return the client of one call of `generate`; it reads the key and nothing else keeps it."
+        "Return the client for one call of `generate`; nothing else stores the key."
         import openai
 
         hooks = _Hooks(self.gap)
@@ -205,7 +208,7 @@ class _Connection:
         )
         return openai.AsyncOpenAI(
             base_url=self.base_url,
-            # Local servers ask for no key, but the client insists on one.
+            # Local servers need no key, but the client requires one.
             api_key=os.environ.get(self.key_env) or "none",
             max_retries=self.retries,
             timeout=self.timeout,
@@ -221,7 +224,7 @@ class _Connection:
         body = self.body(prompt, decoding, seed)
         endpoint = client.chat.completions if self.chat else client.completions
         known = {key: body.pop(key) for key in ("model", "messages", "prompt") if key in body}
-        # A server that sends a byte now and then would never run into the client's time-out.
+        # A server that sends a byte now and then would never reach the client's time-out.
         patience = (self.retries + 1) * (self.timeout + 120)
         start = time.perf_counter()
         try:
@@ -235,7 +238,7 @@ class _Connection:
 
 # %% ../../nbs/7_engine_room/10_server.ipynb #serv-38
 class _Reports:
-    "What `OpenAIBackend` tells about itself and about failures, without the key."
+    "Descriptions and errors of `OpenAIBackend`, without the key."
 
     def __repr__(self) -> str:
         return (
@@ -244,7 +247,7 @@ class _Reports:
         )
 
     def describe(self) -> dict:
-        "Return what a manifest records. The port is left out: a server may come back on another."
+        "Return the fields of a manifest, without the port, which may change."
         described = {
             "kind": "openai-chat" if self.chat else "openai",
             "model": self.name,
@@ -282,7 +285,7 @@ class _Reports:
 
 
 def host_of(base_url: str, key_env: str) -> str:
-    "Return the host of a base URL; refuse what is none, and one with a secret in it."
+    "Return the host of a base URL. An invalid URL or one with a password is an error."
     parts = urlsplit(base_url)
     secret = parts.username or parts.password
     if parts.scheme not in ("http", "https") or not parts.hostname or secret:
@@ -297,7 +300,7 @@ def host_of(base_url: str, key_env: str) -> str:
 class OpenAIBackend(_Connection, _Reports):
     "A model behind an OpenAI-compatible server."
 
-    revision = ""  # a server does not tell
+    revision = ""  # a server does not report it
 
     def __init__(
         self,
@@ -335,7 +338,7 @@ class OpenAIBackend(_Connection, _Reports):
         if decoding.temperature > 0:
             body |= {"top_p": decoding.top_p, "seed": seed}
         if decoding.top_k:
-            body["top_k"] = decoding.top_k  # not in the protocol, but vLLM and others know it
+            body["top_k"] = decoding.top_k  # not in the protocol, but vLLM and others support it
         if self.chat:
             body["messages"] = [{"role": "user", "content": prompt}]
         else:
@@ -349,7 +352,10 @@ class OpenAIBackend(_Connection, _Reports):
     def generate(
         self, requests: Iterable[tuple[str, str]], decoding: Decoding
     ) -> Iterator[Completion]:
-        "Yield completions as the server answers. Those answered before an error are yielded first."
+        """Yield completions as the server answers.
+
+        Answers that arrive before an error are yielded first.
+        """
         jobs = [
             (name, sample, prompt)
             for name, prompt in check_requests(requests)
@@ -359,9 +365,9 @@ class OpenAIBackend(_Connection, _Reports):
 
 # %% ../../nbs/7_engine_room/10_server.ipynb #serv-19
 class _Ledger:
-    "What has become of the requests of one call of `generate`."
+    "The state of the requests of one call of `generate`."
 
-    PATIENCE = 3  # so many failures without an answer between them end the work
+    PATIENCE = 3  # this many failures in a row end the work
 
     def __init__(self, backend: OpenAIBackend):
         self.backend = backend
@@ -371,7 +377,7 @@ class _Ledger:
         self.failure: UserError | None = None
 
     def answer(self, completion: Completion) -> None:
-        "Hand over an answer. The server is well, so what failed before failed by itself."
+        "Store an answer. The server works, so earlier failures were the requests' own."
         self.answered += 1
         for job, trouble in self.set_aside:
             self.refuse(job, trouble)
@@ -401,7 +407,7 @@ class _Ledger:
 
 # %% ../../nbs/7_engine_room/10_server.ipynb #serv-21
 class _Session:
-    "Ask for all jobs, `concurrency` at a time, in a thread with an event loop."
+    "A thread with an event loop that asks for all jobs, `concurrency` at a time."
 
     def __init__(self, backend: OpenAIBackend, jobs: list[tuple], decoding: Decoding):
         self.backend = backend
@@ -413,14 +419,14 @@ class _Session:
 
     def run(self) -> Iterator[Completion]:
         "Yield completions; raise the error that ended the work."
-        # A daemon: a server that hangs must not keep the program from ending.
+        # A daemon thread: a server that hangs must not keep the program from ending.
         thread = threading.Thread(target=self._work, name="kd_notes server", daemon=True)
         thread.start()
         try:
             while (completion := self.ledger.results.get()) is not None:
                 yield completion
         finally:
-            with suppress(RuntimeError):  # the loop is closed already
+            with suppress(RuntimeError):  # the loop may be closed already
                 self.loop.call_soon_threadsafe(self.task.cancel)
             thread.join(timeout=5)
         if self.ledger.failure:
@@ -459,11 +465,11 @@ class _Session:
 
 # %% ../../nbs/7_engine_room/10_server.ipynb #serv-39
 async def until_done(workers: list[asyncio.Task], ledger: _Ledger) -> None:
-    "Wait for all workers; after a failure give those in flight a moment to finish."
+    "Wait for all workers; after a failure give unfinished requests ten seconds."
     while waiting := [worker for worker in workers if not worker.done()]:
         patience = 10 if ledger.failure else None
         done, _ = await asyncio.wait(waiting, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
         if not done:
             return
         for worker in done:
-            worker.result()  # raises what went wrong in it
+            worker.result()  # raises the worker's error

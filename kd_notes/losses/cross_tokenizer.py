@@ -24,11 +24,14 @@ from .divergences import _kl, _log_probs, _loss, _LOW, _register, _Side, _token_
 def align_vocabulary(
     student_logits: Tensor,  # (..., V of the student)
     teacher_logits: Tensor,  # (..., V of the teacher), the same tokenizer
-    size: int
-    | None = None,  # ids that the tokenizer has (check_tokenizers returns it); None: the narrower width
-    how: str = "slice",
-) -> tuple[Tensor, Tensor]:  # or "-inf": keep the wider width, ban the rest on both sides
-    "Logits of one tokenizer with differently padded vocabularies, made comparable. Raises UserError if it cannot be padding."
+    # number of ids of the tokenizer (check_tokenizers returns it); None: the narrower width
+    size: int | None = None,
+    how: str = "slice",  # or "-inf": keep the wider width, ban the rest on both sides
+) -> tuple[Tensor, Tensor]:
+    """Cut or pad the logits of one tokenizer with differently padded vocabularies.
+
+    Raises UserError if the difference cannot be padding.
+    """
     widths = student_logits.shape[-1], teacher_logits.shape[-1]
     if size is None and max(widths) > 1.05 * min(widths):
         raise UserError(
@@ -55,7 +58,10 @@ _PROBE = " The naïve café's bill: 1,234.50 €\n\tdef f(x):  return x**2 — �
 
 
 def check_tokenizers(student_tokenizer: Any, teacher_tokenizer: Any) -> int:
-    "How many ids both tokenizers share and mean the same by. Raises UserError with the reason and the alternative."
+    """Return the number of ids that both tokenizers share.
+
+    Raises UserError if an id means different tokens or the tokenizers cut text differently.
+    """
     tokens = [
         {i: t for t, i in tokenizer.get_vocab().items()}
         for tokenizer in (student_tokenizer, teacher_tokenizer)
@@ -85,7 +91,7 @@ def check_tokenizers(student_tokenizer: Any, teacher_tokenizer: Any) -> int:
 
 # %% ../../nbs/4_probabilities/04_cross_tokenizer.ipynb #d88283f5
 def _sorted_gap(p: Tensor, q: Tensor) -> Tensor:
-    "sum |sorted p - sorted q| over the last dimension, which may differ."
+    "Return sum |sorted p - sorted q| over the last dimension, which may differ."
     p, q = (x.sort(-1, descending=True).values for x in (p, q))
     short = min(p.shape[-1], q.shape[-1])
     return (
@@ -102,7 +108,7 @@ def _uld(student: _Side, teacher: _Side) -> Tensor:
 # %% ../../nbs/4_probabilities/04_cross_tokenizer.ipynb #ebec9991
 def uld(
     student_logits: Tensor,  # (..., V of the student)
-    teacher_logits: Tensor,  # (..., V of the teacher), position by position beside the student's
+    teacher_logits: Tensor,  # (..., V of the teacher), at the student's positions
     mask: Tensor | None = None,
     temperature: float = 1.0,
     *,
@@ -110,7 +116,10 @@ def uld(
     scale_t2: bool = False,
     denominator: Any = None,
 ) -> Tensor:
-    "Universal logit distillation: sum |sorted p - sorted q|, between 0 and 2: token-mean, a scalar. Parameters as in forward_kl."
+    """Return the token-mean of universal logit distillation: sum |sorted p - sorted q|, a scalar.
+
+    It is between 0 and 2. Parameters as in forward_kl.
+    """
     return _loss(
         "uld",
         student_logits,
@@ -124,7 +133,7 @@ def uld(
 
 # %% ../../nbs/4_probabilities/04_cross_tokenizer.ipynb #e8099334
 class Span(NamedTuple):
-    "Rows of logits that predict one piece of text: [start, stop) of the student and of the teacher."
+    "Rows of logits that predict one piece of text: [start, stop) of student and teacher."
 
     student_start: int
     student_stop: int
@@ -133,13 +142,20 @@ class Span(NamedTuple):
 
 # %% ../../nbs/4_probabilities/04_cross_tokenizer.ipynb #b0317b38
 def align_spans(
-    student_ends: Sequence[int],
-    teacher_ends: Sequence[int],  # per token: where it ends in the text; -1: inside a character
+    student_ends: Sequence[int],  # per token: its end in the text; -1: inside a character
+    teacher_ends: Sequence[int],
     student_start: int = 0,
-    teacher_start: int = 0,
-) -> list[Span]:  # the row of logits that predicts the first token
-    "The shortest spans that end at the same place for both. What comes after the last common end is left out."
-    spans, s, t, s_from, t_from = [], 0, 0, 0, 0
+    teacher_start: int = 0,  # the row of logits that predicts the first token
+) -> list[Span]:
+    """Return the shortest spans that end at the same place for both tokenizers.
+
+    Tokens after the last common end are left out.
+    """
+    spans = []
+    s = 0
+    t = 0
+    s_from = 0
+    t_from = 0
     while s < len(student_ends) and t < len(teacher_ends):
         here, there = student_ends[s], teacher_ends[t]
         s, t = s + (here <= there or here < 0), t + (there <= here or there < 0)
@@ -158,10 +174,13 @@ def align_spans(
 # %% ../../nbs/4_probabilities/04_cross_tokenizer.ipynb #5cabab98
 def token_ends(
     tokenizer: Any,  # a fast Hugging Face tokenizer
-    text: str,  # what the model writes
-    eos: bool = True,
-) -> tuple[list[int], list[int]]:  # append the end-of-sequence token
-    "(ids, ends): the tokens of a text, and where each ends in it; -1 inside a character. Raises UserError for a slow tokenizer."
+    text: str,  # the completion
+    eos: bool = True,  # append the end-of-sequence token
+) -> tuple[list[int], list[int]]:
+    """Return (ids, ends): the tokens of a text, and the position in the text where each ends.
+
+    The end is -1 inside a character. A slow tokenizer is an error.
+    """
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(
             "the tokenizer does not report which characters a token covers",
@@ -183,9 +202,13 @@ def token_ends(
 
 # %% ../../nbs/4_probabilities/04_cross_tokenizer.ipynb #6a9cb1cd
 def spans_in_order(
-    student_mask: Tensor, teacher_mask: Tensor
-) -> list[list[Span]]:  # (B, rows), True where a target token is predicted
-    "Row t of the student's unmasked rows with row t of the teacher's, cut to the shorter: ULD's own alignment."
+    student_mask: Tensor,
+    teacher_mask: Tensor,  # (B, rows), True where a target token is predicted
+) -> list[list[Span]]:
+    """Pair the unmasked rows of student and teacher in order, as ULD does.
+
+    The longer list is cut to the shorter.
+    """
     return [
         [
             Span(s, s + 1, t, t + 1)
@@ -196,7 +219,11 @@ def spans_in_order(
 
 # %% ../../nbs/4_probabilities/04_cross_tokenizer.ipynb #dd20001c
 class _Spans(NamedTuple):
-    "What one model says about P spans: log P(span), log(1 - P(span)), log P(all but its last token), (P,), and the last rows, (P, V)."
+    """One model's log-probabilities of P spans.
+
+    log P(span), log(1 - P(span)) and log P(all but its last token), each (P,), and the last rows,
+    (P, V).
+    """
 
     written: Tensor
     not_written: Tensor
@@ -205,7 +232,10 @@ class _Spans(NamedTuple):
 
 
 def _rows_of(ranges: list[tuple[int, int, int]], width: int, device: Any) -> tuple[Tensor, Tensor]:
-    "(P, K) row numbers in the flattened batch for (example, start, stop), and which of them are real; padded with 0 at the *front*."
+    """Return row numbers (P, K) in the flattened batch, and which of them are real.
+
+    Ranges are (example, start, stop); the padding is 0 at the front.
+    """
     longest = max(stop - start for _, start, stop in ranges)
     rows = [
         [0] * (longest - stop + start) + [b * width + i for i in range(start, stop)]
@@ -250,7 +280,7 @@ def _span_likelihood(student: _Spans, teacher: _Spans) -> Tensor:
 
 # %% ../../nbs/4_probabilities/04_cross_tokenizer.ipynb #0a82adfa
 def _coarse(last: _Side, ids: Tensor) -> _Side:
-    "Log-probabilities of these tokens and, as the last entry, of all the others together."
+    "Return the log-probabilities of these tokens and, last, of all other tokens together."
     others = last.log.index_fill(-1, ids, _LOW).logsumexp(-1, keepdim=True)
     return _Side(torch.cat([last.log[..., ids], others], -1), True)
 
@@ -272,15 +302,19 @@ def _span_uld(student: _Spans, teacher: _Spans) -> Tensor:
 
 # %% ../../nbs/4_probabilities/04_cross_tokenizer.ipynb #fa361686
 def _byte_letters() -> dict[str, int]:
-    "The letter that byte-level BPE writes for each byte."
+    "Return {character that byte-level BPE uses: byte}."
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     other = [b for b in range(256) if b not in plain]
     return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(other)}
 
 
 def token_bytes(tokenizer: Any) -> dict[bytes, int]:
-    "{the bytes that a token stands for: its id}, for byte-level BPE as for SentencePiece with its ▁ and <0xE9>."
-    vocabulary, letters = tokenizer.get_vocab(), _byte_letters()
+    """Return {bytes of a token: its id}.
+
+    Works for byte-level BPE and for SentencePiece with its ▁ and <0xE9>.
+    """
+    vocabulary = tokenizer.get_vocab()
+    letters = _byte_letters()
     decoder = repr(getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None))
     if "ByteLevel" in decoder or "Metaspace" not in decoder and "▁" not in "".join(vocabulary):
         return {
@@ -299,7 +333,7 @@ def token_bytes(tokenizer: Any) -> dict[bytes, int]:
 
 
 def matching_tokens(student_tokenizer: Any, teacher_tokenizer: Any) -> tuple[Tensor, Tensor]:
-    "Ids of the tokens that stand for the same bytes in both vocabularies, (M,) for either. Raises UserError if there is none."
+    "Return the ids of tokens with the same bytes in both vocabularies, (M,) each."
     student, teacher = token_bytes(student_tokenizer), token_bytes(teacher_tokenizer)
     ends = [tok.eos_token_id for tok in (student_tokenizer, teacher_tokenizer)]
     pairs = {
@@ -308,7 +342,7 @@ def matching_tokens(student_tokenizer: Any, teacher_tokenizer: Any) -> tuple[Ten
         if text in teacher and s != ends[0] and teacher[text] != ends[1]
     }
     if None not in ends:
-        pairs[ends[0]] = ends[1]  # whatever the end-of-sequence tokens are called
+        pairs[ends[0]] = ends[1]  # even if the end-of-sequence tokens have different names
     if not pairs:
         raise UserError(
             "the vocabularies have no token in common",
@@ -320,19 +354,22 @@ def matching_tokens(student_tokenizer: Any, teacher_tokenizer: Any) -> tuple[Ten
 
 # %% ../../nbs/4_probabilities/04_cross_tokenizer.ipynb #8a4aeb68
 def aligned_span_loss(
-    student_logits: Tensor,
-    teacher_logits: Tensor,  # (B, rows, V), each with its own number of rows and V
-    student_ids: Tensor,
-    teacher_ids: Tensor,  # (B, rows): the token that each row of logits predicts
+    student_logits: Tensor,  # (B, rows, V)
+    teacher_logits: Tensor,  # (B, rows, V), with another number of rows and V
+    student_ids: Tensor,  # (B, rows): the token that each row of logits predicts
+    teacher_ids: Tensor,
     spans: Sequence[Sequence[Span]],  # per example, from align_spans or spans_in_order
     kind: str = "likelihood",  # or "matched", "uld"
     temperature: float = 1.0,
     *,
     matches: tuple[Tensor, Tensor] | None = None,  # of matching_tokens, for "matched"
     scale_t2: bool = False,
-    denominator: Any = None,
-) -> Tensor:  # spans of the effective batch; None: of this call
-    "Mean over the spans of a divergence between models with different tokenizers, a scalar. Raises UserError."
+    denominator: Any = None,  # spans of the effective batch; None: of this call
+) -> Tensor:
+    """Return the mean divergence over spans between models with two tokenizers.
+
+    A scalar.
+    """
     values = _span_values(
         student_logits,
         teacher_logits.detach(),
@@ -357,7 +394,7 @@ def _span_values(
     temperature: float,
     matches: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
-    "The divergence of every span, (P,)."
+    "Return the divergence of every span, (P,)."
     if kind not in ("likelihood", "matched", "uld") or (kind == "matched" and matches is None):
         raise UserError(
             f"{kind!r} is not known, or lacks its matches",

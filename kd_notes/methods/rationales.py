@@ -40,12 +40,12 @@ def one_line(text: str) -> str:
 
 # %% ../../nbs/3_reasons/01_rationales.ipynb #9b8d4168
 def format_question(example: Example) -> str:
-    "Return the input and the cue for the reasoning, without the blank lines that end an example."
+    "Return the input and the cue for the reasoning, without blank lines."
     return re.sub(r"\n\s*\n", "\n", example.input.strip()) + CUE
 
 
 def format_completion(example: Example) -> str:
-    "Return what a teacher is to write: ' {rationale}\\nAnswer: {label}\\n\\n'."
+    r"""Return the completion of a solved example: ' {rationale}\nAnswer: {label}\n\n'."""
     for part in ("rationale", "label"):
         if not getattr(example, part).strip():
             raise UserError(
@@ -57,7 +57,7 @@ def format_completion(example: Example) -> str:
 
 
 def format_prompt(example: Example, shots: Sequence[Example] = (), header: str = "") -> str:
-    "Return the whole prompt: header, solved examples, then the new input and the cue."
+    "Return the prompt: header, solved examples, then the new input and the cue."
     parts = [header.strip() + END] if header.strip() else []
     parts += [format_question(shot) + format_completion(shot) for shot in shots]
     return "".join(parts) + format_question(example)
@@ -79,7 +79,7 @@ class Prompt:
         return prompt_hash(self(Example("", "", "{input}")))
 
     def describe(self) -> dict:
-        "Return what a manifest records."
+        "Return the fields of a manifest."
         return {"hash": self.hash, "header": self.header, "shots": [s.id for s in self.shots]}
 
 # %% ../../nbs/3_reasons/01_rationales.ipynb #b8e6471d
@@ -87,7 +87,7 @@ ZERO_SHOT = Prompt()
 
 
 def rationale_decoding(max_new_tokens: int = 160, **options) -> Decoding:
-    "Return a decoding that ends with the example: a blank line stops it."
+    "Return a decoding that stops at a blank line, the end of an example."
     return Decoding(max_new_tokens, **({"stop": (END,)} | options))
 
 # %% ../../nbs/3_reasons/01_rationales.ipynb #fb787ef9
@@ -106,7 +106,7 @@ HEADERS["anli"] = HEADERS["nli"]
 # %% ../../nbs/3_reasons/01_rationales.ipynb #61f608ca
 def few_shot(
     task: str | TaskInfo,
-    examples: Iterable[Example],  # solved ones; those without a rationale are passed over
+    examples: Iterable[Example],  # solved ones; those without a rationale are skipped
     k: int = 6,
     *,
     seed: int = 0,
@@ -141,7 +141,7 @@ OUTCOMES = ("ok", "no_rationale", "no_label", "label_not_allowed", "truncated", 
 
 @dataclass(frozen=True)
 class Parsed:
-    "A completion taken apart."
+    "The parts of a completion."
 
     outcome: str  # one of OUTCOMES
     rationale: str  # "" if there is none
@@ -162,7 +162,7 @@ def split_answer(text: str) -> tuple[str, str | None, bool]:
     "Return rationale, answer (None without a marker), and whether the answer's line ended."
     marker = _AT_LINE_START.search(text)
     for inside in _INSIDE_A_LINE.finditer(text) if marker is None else ():
-        marker = inside  # the last one; the others are talk
+        marker = inside  # the last one; earlier ones are part of the rationale
     if marker is None:
         return clean_rationale(text), None, False
     rest = text[marker.end() :].lstrip(" ")
@@ -173,7 +173,7 @@ def split_answer(text: str) -> tuple[str, str | None, bool]:
 
 
 def clean_rationale(text: str) -> str:
-    "Return a rationale on one line, without a title before it and a rule or markup behind it."
+    "Return a rationale on one line, without a title before it or markup after it."
     return one_line(_RULE_AT_END.sub("", _TITLE.sub("", text.strip()).rstrip()))
 
 # %% ../../nbs/3_reasons/01_rationales.ipynb #bef88cc3
@@ -207,7 +207,7 @@ def parse_completion(
     labels: Sequence[str] | None = None,
     metric: str = "exact",
 ) -> Parsed:
-    "Return outcome, rationale and label of what a teacher wrote after `format_question`."
+    "Parse a teacher's text after `format_question`: outcome, rationale and label."
     if finish == "refused":
         return Parsed("refused", "", "")
     answer_text = without_thoughts(text).lstrip()
@@ -231,7 +231,7 @@ def parse_for(example: Example, text: str, finish: str = "stop") -> Parsed:
 
 # %% ../../nbs/3_reasons/01_rationales.ipynb #6ab5f3b8
 def check_examples(examples: Sequence[Example], prompt: Prompt) -> None:
-    "Refuse no examples, an id that occurs twice, or a shot that gives away an answer."
+    "Raise UserError for no examples, a repeated id, or a shot with the answer."
     if not examples:
         raise UserError(
             "there are no examples to extract rationales for",
@@ -261,7 +261,7 @@ def _key(row: dict) -> tuple[str, int]:
 
 
 def _totals(rows: Sequence[dict]) -> dict:
-    "Sum up rows for the manifest."
+    "Count rows, outcomes, seconds and tokens for the manifest."
     return {
         "rows": len(rows),
         "outcomes": dict(Counter(row["outcome"] for row in rows)),
@@ -272,7 +272,7 @@ def _totals(rows: Sequence[dict]) -> dict:
 
 
 def _check_inputs(answers: AnswerFile, prompts: dict[str, str]) -> None:
-    "Refuse a file with an answer to another prompt than the one that would be sent now."
+    "Raise UserError for an answer to another prompt than the current one."
     for number, row in enumerate(answers.rows, start=1):
         name = row["id"]
         if name in prompts and row["prompt_hash"] != prompt_hash(prompts[name]):
@@ -284,12 +284,12 @@ def extract(
     examples: Sequence[Example],
     backend: Backend,
     decoding: Decoding,
-    out_path: Path | str,  # a .jsonl file; an interrupted one is continued
+    out_path: Path | str,  # a .jsonl file; an incomplete one is resumed
     *,
     prompt: Prompt = ZERO_SHOT,
     desc: str = "rationales",  # before the progress bar
 ) -> list[dict]:
-    "Ask for the rows that the file lacks, store each as it arrives, and return all in order."
+    "Generate the rows that the file lacks, append each as it arrives, return all in order."
     examples = list(examples)
     check_examples(examples, prompt)
     by_id = {ex.id: ex for ex in examples}
@@ -328,13 +328,13 @@ def extract(
 
 
 def extraction_row(example: Example, completion: Completion, prompt: str) -> dict:
-    "Return what is stored of one completion."
+    "Return the stored row of one completion."
     parsed = parse_for(example, completion.text, completion.finish)
     return completion_row(completion, prompt) | asdict(parsed)
 
 # %% ../../nbs/3_reasons/01_rationales.ipynb #b0bf85ee
 def compare_rows(one: Iterable[dict], two: Iterable[dict]) -> dict:
-    "Return the share of equal texts and labels among the completions that both have."
+    "Return the share of equal texts and labels among the completions in both."
     first = {_key(row): row for row in one}
     second = {_key(row): row for row in two}
     both = sorted(first.keys() & second.keys())
@@ -358,11 +358,14 @@ def with_rationales(
     examples: Iterable[Example],
     rows: Iterable[dict],
     *,
-    labels: str = "gold",  # "teacher": the label is the teacher's as well
+    labels: str = "gold",  # "teacher": also use the teacher's label
     keep: Sequence[str] = ("ok",),  # outcomes that may be trained on
-    failed: str = "drop",  # "keep": the other outcomes, with a gold label, without a rationale
+    failed: str = "drop",  # "keep": use other outcomes with a gold label and no rationale
 ) -> list[Example]:
-    "Return the examples with the teacher's rationale (and label); each needs exactly one row."
+    """Return the examples with the teacher's rationale (and label).
+
+    Each example needs exactly one row.
+    """
     for name, value, known in (
         ("labels", labels, ("gold", "teacher")),
         ("failed", failed, ("drop", "keep")),
@@ -405,7 +408,7 @@ def vote(rows: Iterable[dict], task: str | TaskInfo) -> list[dict]:
     voted = []
     for group in groups.values():
         ballots = [(_ballot(row["label"], metric), row) for row in group if row["outcome"] == "ok"]
-        # in order of first appearance, which is how max breaks a tie
+        # in order of first appearance, which breaks ties in max
         counts = Counter(ballot for ballot, _ in ballots)
         winner = max(counts, key=counts.get) if counts else None
         row = next((row for ballot, row in ballots if ballot == winner), group[0])
@@ -417,5 +420,5 @@ def vote(rows: Iterable[dict], task: str | TaskInfo) -> list[dict]:
 
 
 def _ballot(label: str, metric: str) -> Any:
-    "What two labels have in common that mean the same."
+    "Return a value that is equal for labels with the same meaning."
     return equation_value(label) if metric == "equation" else label

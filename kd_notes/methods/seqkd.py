@@ -36,7 +36,7 @@ from ..progress import progress
 # %% ../../nbs/4_probabilities/09_seqkd.ipynb #e8d6afd5
 @dataclass(frozen=True)
 class Writing:
-    "How a teacher answers."
+    "The settings for a teacher's answers."
 
     how: str = "sample"  # "sample", "greedy" or "beam"
     max_new_tokens: int = 128
@@ -53,9 +53,9 @@ class Writing:
 
 # %% ../../nbs/4_probabilities/09_seqkd.ipynb #6df24ba9
 def _answers(teacher, tokenizer, rows: Sequence[TextRow], writing: Writing) -> list[dict]:
-    "{'id', 'response', 'whole'} for each row; whole: it ended by itself."
+    "Return {'id', 'response', 'whole'} for each row; whole: it ended with an end token."
     prompts = [prompt_ids(row.prompt, tokenizer, writing.system, row.where) for row in rows]
-    # The tokenizer's end, the generation config's, and the one that ends a turn in the template.
+    # End tokens of the tokenizer, the generation config and the chat template.
     ends = {end_id(tokenizer), turn_end_id(tokenizer), *end_tokens(teacher, tokenizer)}
     stop_ids = tuple(sorted(ends))
     vocabulary = vocabulary_size(tokenizer)
@@ -88,16 +88,19 @@ def _answers(teacher, tokenizer, rows: Sequence[TextRow], writing: Writing) -> l
 
 # %% ../../nbs/4_probabilities/09_seqkd.ipynb #cb38a0bf
 def write_responses(
-    path: Path | str,  # JSONL file; an interrupted one is continued
+    path: Path | str,  # JSONL file; an incomplete one is resumed
     teacher,
     tokenizer,
     rows: Sequence[TextRow],
     writing: Writing = Writing(),
     *,
     name: str = "",  # of the teacher, for the manifest
-    chunk: int = 32,  # answers that are written together
+    chunk: int = 32,  # answers that are generated together
 ) -> list[TextRow]:
-    "The rows with the teacher's answers as completions, without rows that got an empty answer."
+    """Return the rows with the teacher's answers as completions.
+
+    Rows with an empty answer are left out. A second call resumes.
+    """
     job = {
         "teacher": name,
         "weights": weights_hash(teacher),
@@ -129,7 +132,7 @@ PROMPT_WRITING = Writing("sample", max_new_tokens=48, temperature=0.7, top_p=0.9
 
 def write_prompts(
     folder: Path | str,
-    work: Path | str,  # keeps unfinished answers
+    work: Path | str,  # for incomplete files of answers
     teacher_spec: str = "smollm2",
     sizes: dict[str, int] = PROMPT_SPLITS,
 ) -> dict:
@@ -137,7 +140,7 @@ def write_prompts(
     folder = Path(folder)
     teacher, tokenizer = load_teacher(teacher_spec)
     for split, n in sizes.items():
-        # Some answers will not end in time, so more are asked for than needed.
+        # Some answers reach the length limit, so more are requested than needed.
         texts = prompt_texts(split)[: round(1.75 * n)]
         rows = [TextRow(f"{split}-{i:03d}", text, "-").as_chat() for i, text in enumerate(texts)]
         path = Path(work) / f"{split}.jsonl"
@@ -147,7 +150,7 @@ def write_prompts(
         ended = [row for row in answered if row.whole][:n]
         if len(ended) < n:
             raise UserError(
-                f"only {len(ended)} answers of {split} came to an end",
+                f"only {len(ended)} answers of {split} ended before the length limit",
                 where="write_prompts",
                 fix="Ask for fewer.",
             )

@@ -23,12 +23,12 @@ from ..training.state import TrainConfig
 
 # %% ../../nbs/4_probabilities/19_distill_request.ipynb #0edca397
 def main_process() -> bool:
-    "True in the process that writes, among those that `accelerate launch` started."
+    "Return True in the process that writes, among those of `accelerate launch`."
     return int(os.environ.get("RANK", "0")) == 0
 
 
 def shown_name(source: Any) -> str:
-    "A model or data source without the folders of this machine."
+    "Return the name of a model or data source without folders of this machine."
     if isinstance(source, tuple):
         source = source[0]
     if isinstance(source, torch.nn.Module):
@@ -38,11 +38,11 @@ def shown_name(source: Any) -> str:
 
 
 def weights_identity(source: Any) -> str | None:
-    "A hash of the weights; for a hub model its commit, if it is in the local cache."
+    "Return a hash of the weights; for a hub model its commit in the local cache."
     if isinstance(source, tuple):
         return weights_hash(source[0])
     if source.startswith("layers:"):
-        return None  # the teacher's
+        return None  # the weights are the teacher's
     place = resolve_model(source)
     if Path(place).is_dir():
         return weights_hash(place)
@@ -54,7 +54,7 @@ def weights_identity(source: Any) -> str | None:
 # %% ../../nbs/4_probabilities/19_distill_request.ipynb #e09beb8e
 @dataclass(frozen=True)
 class Request:
-    "What was asked for, and the folder that it fills."
+    "The arguments of a distillation and the folder that it fills."
 
     data: Path | list[TextRow]
     teacher: str | tuple  # a spec, or (model, tokenizer)
@@ -78,7 +78,7 @@ class Request:
         return self.data[:n]
 
     def as_dict(self) -> dict:
-        "All that decides the result, as JSON data without a path of this machine."
+        "Return all that decides the result as JSON data, without paths of this machine."
         in_file = isinstance(self.data, Path)
         content = None if in_file else [asdict(row) for row in self.data]
         request = {
@@ -94,7 +94,10 @@ class Request:
         return to_jsonable(request)
 
     def finished(self) -> dict | None:
-        "The report, if the folder holds this request's; an error if it holds something else."
+        """Return the report of a finished distillation, or None.
+
+        Raises UserError if the folder holds something else.
+        """
         file = self.out / "request.json"
         if file.is_file():
             before = read_json(file)
@@ -124,7 +127,10 @@ def _config_of(source: str | tuple):
 
 
 def expected_memory(request: Request) -> dict[str, int] | None:
-    "Bytes of training by part, from the configs alone; None if one cannot be had."
+    """Estimate the bytes of training by part from the configs alone.
+
+    None if a config is not available.
+    """
     settings = request.settings
     student = request.student
     kind, layers = "", ""
@@ -134,14 +140,14 @@ def expected_memory(request: Request) -> dict[str, int] | None:
         teacher_config = _config_of(request.teacher)
         config = _config_of(request.teacher if kind == "layers" else student)
     except (OSError, ValueError, UserError):
-        return None  # loading will say what is wrong
+        return None  # loading the models will raise the error
     if kind == "layers" and layers.replace(",", "").isdigit():
         config = copy.deepcopy(config)
         config.num_hidden_layers = layers.count(",") + 1 if "," in layers else int(layers)
         if getattr(config, "layer_types", None):
             config.layer_types = config.layer_types[: config.num_hidden_layers]
     cfg = TrainConfig(
-        steps=1,
+        max_steps=1,
         batch_size=settings.batch_size,
         lr=settings.lr,
         precision=settings.precision,

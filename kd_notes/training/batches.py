@@ -15,30 +15,27 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..core import rng, UserError
-from ..losses.divergences import at_least_float32
+from ..losses.divergences import at_least_float32, IGNORED
 
 # %% ../../nbs/7_engine_room/11_batches.ipynb #a1a38044
 def pad_rows(rows: list[list[int]], value: int) -> Tensor:
-    "Lists of ids as a (rows, longest) tensor, padded on the right."
+    "Pad lists of ids on the right and return a (rows, longest) tensor."
     longest = max(map(len, rows))
     return torch.tensor([row + [value] * (longest - len(row)) for row in rows])
 
 # %% ../../nbs/7_engine_room/11_batches.ipynb #fa01b3d8
-IGNORE = -100  # label of a position that is not trained
-
-
 class Batch:
     """Tensors that a model reads, and `columns` that only a method reads.
 
-    `model(**batch).loss` is the model's own loss. This is no dict on purpose: Hugging Face's Trainer, DDP and FSDP
-    copy a dict key by key, and its other attributes would get lost.
+    `model(**batch).loss` is the model's own loss. A Batch is not a dict, because Hugging Face's
+    Trainer, DDP and FSDP copy a dict key by key and would lose its other attributes.
     """
 
     def __init__(
         self,
         inputs: dict[str, Tensor],  # input_ids, attention_mask and labels
         columns: dict[str, Any] | None = None,  # tensors, or a second Batch
-        right_padded: bool = False,  # known to be; otherwise it is looked up when it matters
+        right_padded: bool = False,  # True if known; otherwise it is checked when needed
     ):
         self.inputs = dict(inputs)
         self.columns = dict(columns or {})
@@ -60,25 +57,25 @@ class Batch:
         return len(self.inputs)
 
     def map(self, change: Callable[[Any], Any]) -> "Batch":
-        "The batch with `change` applied to each tensor."
+        "Return the batch with `change` applied to each tensor."
         inputs = {name: change(x) for name, x in self.inputs.items()}
         columns = {name: change(x) for name, x in self.columns.items()}
         return Batch(inputs, columns, self.right_padded)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
-        "The batch with all tensors on a device."
+        "Return the batch with all tensors on a device."
         return self.map(lambda x: x.to(device, non_blocking=non_blocking))
 
 # %% ../../nbs/7_engine_room/11_batches.ipynb #positions
 class TargetPositions(NamedTuple):
-    index: Tensor  # (n,) positions that predict a target, into the flattened B*L
-    ids: Tensor  # (n,) the tokens wanted there
+    index: Tensor  # (n,) positions that predict a target, in the flattened B*L
+    ids: Tensor  # (n,) the target tokens
 
 
 def target_positions(batch: Batch | dict, causal: bool | None = None) -> TargetPositions:
-    """Where the n targets of a batch are predicted, row by row.
+    """Return the positions that predict the n targets of a batch, row by row.
 
-    `causal` says whether a position predicts the token behind it (decoder-only) or its own label
+    `causal` says whether a position predicts the token after it (decoder-only) or its own label
     (encoder-decoder). By default, a batch with decoder_input_ids belongs to an encoder-decoder.
     """
     columns = getattr(batch, "columns", {})
@@ -87,25 +84,25 @@ def target_positions(batch: Batch | dict, causal: bool | None = None) -> TargetP
     if causal is None:
         causal = "decoder_input_ids" not in batch
     labels = batch["labels"]
-    wanted = F.pad(labels[:, 1:], (0, 1), value=IGNORE) if causal else labels
+    wanted = F.pad(labels[:, 1:], (0, 1), value=IGNORED) if causal else labels
     wanted = wanted.flatten()
-    index = (wanted != IGNORE).nonzero()[:, 0]
+    index = (wanted != IGNORED).nonzero()[:, 0]
     return TargetPositions(index, wanted[index])
 
 
 def _batch(inputs: dict[str, Tensor], causal: bool) -> Batch:
-    "A right-padded batch that knows its target positions."
+    "Return a right-padded batch with its target positions."
     index, ids = target_positions(inputs, causal)
     return Batch(inputs, {"target_index": index, "target_ids": ids}, right_padded=True)
 
 # %% ../../nbs/7_engine_room/11_batches.ipynb #70f521bd
 def as_batch(made: Batch | dict[str, Tensor]) -> Batch:
-    "A Batch as it is; a plain dict of tensors, as a collator of other data makes it, as a Batch."
+    "Return a Batch as it is, and a dict of tensors as a Batch."
     return made if isinstance(made, Batch) else Batch(made)
 
 # %% ../../nbs/7_engine_room/11_batches.ipynb #causal-batch
 def _mask(rows: list[list[int]]) -> Tensor:
-    "1 at the tokens of each row, 0 at the padding."
+    "Return 1 at the tokens of each row and 0 at the padding, (rows, longest)."
     lengths = torch.tensor([len(row) for row in rows])
     return (torch.arange(int(lengths.max()))[None] < lengths[:, None]).long()
 
@@ -114,7 +111,10 @@ def causal_batch(
     rows: list[tuple[list[int], list[int]]],  # (prompt ids, completion ids); prompts are not empty
     pad_id: int,
 ) -> Batch:
-    "Batch of a decoder-only model: input_ids, attention_mask and labels (B, L), aligned."
+    """Return the batch of a decoder-only model.
+
+    input_ids, attention_mask and labels are (B, L), aligned.
+    """
     for number, (prompt, _) in enumerate(rows):
         if not prompt:
             raise UserError(
@@ -124,11 +124,11 @@ def causal_batch(
                 "tokenizer's bos_token.",
             )
     texts = [prompt + completion for prompt, completion in rows]
-    labels = [[IGNORE] * len(prompt) + completion for prompt, completion in rows]
+    labels = [[IGNORED] * len(prompt) + completion for prompt, completion in rows]
     inputs = {
         "input_ids": pad_rows(texts, pad_id),
         "attention_mask": _mask(texts),
-        "labels": pad_rows(labels, IGNORE),
+        "labels": pad_rows(labels, IGNORED),
     }
     return _batch(inputs, causal=True)
 
@@ -137,40 +137,40 @@ def seq2seq_batch(
     rows: list[tuple[list[int], list[int]]],  # (prompt ids, completion ids)
     pad_id: int,
 ) -> Batch:
-    """Batch of an encoder-decoder: input_ids and attention_mask (B, L), labels (B, T).
+    """Return the batch of an encoder-decoder.
 
-    The model makes decoder_input_ids from the labels, because it knows its own start token:
-    T5 starts with padding, BART with the end of a text.
+    input_ids and attention_mask are (B, L), labels (B, T). The model makes decoder_input_ids from
+    the labels, because it knows its start token: padding for T5, the end token for BART.
     """
     prompts = [prompt for prompt, _ in rows]
     inputs = {
         "input_ids": pad_rows(prompts, pad_id),
         "attention_mask": _mask(prompts),
-        "labels": pad_rows([completion for _, completion in rows], IGNORE),
+        "labels": pad_rows([completion for _, completion in rows], IGNORED),
     }
     return _batch(inputs, causal=False)
 
 # %% ../../nbs/7_engine_room/11_batches.ipynb #9e4296ca
-# settings that may be on and show only with large logits
+# settings whose effect may show only with large logits
 _LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 
 
 def unwrapped(model):
-    "The model inside a PEFT wrapper, or the model itself."
+    "Return the model inside a PEFT wrapper, or the model itself."
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def plain_logits(model) -> bool:
-    """Whether a causal model's logits are its head applied to its hidden states, and nothing more.
+    """Return True if a causal model's logits are its head applied to its hidden states.
 
-    A model that scales or squashes its logits, before the head or behind it, is called as a whole.
+    A model that scales or caps its logits, before the head or after it, is called as a whole.
     """
     model = unwrapped(model)
     config = model.config
     if config.is_encoder_decoder:
         return False
     if hasattr(config, "get_text_config"):
-        config = config.get_text_config()  # the language model's part of a composite config
+        config = config.get_text_config()  # the language model of a composite config
     if any(getattr(config, name, None) not in (None, 1) for name in _LOGIT_CHANGES):
         return False
     if not hasattr(model, "_plain_logits"):
@@ -181,11 +181,11 @@ def plain_logits(model) -> bool:
 @torch.compiler.disable
 @torch.no_grad()
 def _head_is_last(model) -> bool:
-    "Run two tokens: does the head read the last hidden states, and are its outputs the logits?"
+    "Run two tokens to test if the head reads the last hidden states and gives the logits."
     head = model.get_output_embeddings()
     weight = next(head.parameters())
     if weight.is_meta or isinstance(weight, FakeTensor):
-        return True  # there are no numbers to try it with
+        return True  # there are no values to test with
     seen = {}
 
     def replace(module, inputs, output):
@@ -196,7 +196,7 @@ def _head_is_last(model) -> bool:
 
     modes = {module: module.training for module in model.modules()}
     ids = torch.tensor([[0, 1]], device=weight.device)
-    model.eval()  # no dropout, and no random number is used up
+    model.eval()  # no dropout, and no random number is consumed
     handle = head.register_forward_hook(replace)
     try:
         logits = model(input_ids=ids, use_cache=False).logits
@@ -212,7 +212,7 @@ def _head_is_last(model) -> bool:
 
 # %% ../../nbs/7_engine_room/11_batches.ipynb #5dc06a51
 def _inputs(model, batch: Batch | dict) -> dict[str, Tensor]:
-    "What the model reads for its logits: everything but the labels."
+    "Return the model's inputs for its logits: everything but the labels."
     inputs = {name: batch[name] for name in batch.keys() if name != "labels"}
     model = unwrapped(model)
     if model.config.is_encoder_decoder:
@@ -220,7 +220,7 @@ def _inputs(model, batch: Batch | dict) -> dict[str, Tensor]:
             shifted = model.prepare_decoder_input_ids_from_labels(batch["labels"])
             inputs["decoder_input_ids"] = shifted
     elif _is_right_padded(batch):
-        # a causal model never looks at padding on the right; without a mask, attention is faster
+        # a causal model never attends to padding on the right; without a mask, attention is faster
         inputs.pop("attention_mask", None)
     return inputs
 
@@ -237,14 +237,20 @@ def _positions(model, batch: Batch | dict) -> TargetPositions:
 
 
 def target_states(model, batch: Batch | dict) -> Tensor:
-    "Hidden states (n, D) of a decoder-only model at the n target positions; also through PEFT."
+    """Return the hidden states (n, D) of a decoder-only model at the n target positions.
+
+    The model may be wrapped by PEFT.
+    """
     base = unwrapped(model).base_model
     hidden = base(**_inputs(model, batch), use_cache=False).last_hidden_state
     return hidden.flatten(0, 1).index_select(0, _positions(model, batch).index)
 
 # %% ../../nbs/7_engine_room/11_batches.ipynb #42465b20
 def target_logits(model, batch: Batch | dict) -> Tensor:
-    "Logits (n, V) at the n target positions of a batch; also through a PEFT wrapper."
+    """Return the logits (n, V) at the n target positions of a batch.
+
+    The model may be wrapped by PEFT.
+    """
     if plain_logits(model):
         return unwrapped(model).get_output_embeddings()(target_states(model, batch))
     logits = model(**_inputs(model, batch), use_cache=False).logits
@@ -252,29 +258,38 @@ def target_logits(model, batch: Batch | dict) -> Tensor:
 
 # %% ../../nbs/7_engine_room/11_batches.ipynb #4cc60aa6
 def target_nll(model, batch: Batch | dict) -> Tensor:
-    "Negative log-likelihood of each target token, (n,) in natural logs and at least float32."
+    """Return the negative log-likelihood of each target token, (n,), in nats.
+
+    It is at least float32.
+    """
     logits = at_least_float32(target_logits(model, batch))
     return F.cross_entropy(logits, _positions(model, batch).ids, reduction="none")
 
 # %% ../../nbs/7_engine_room/11_batches.ipynb #c08b79e4
-WINDOW = 8  # batches that are sorted by length together
+WINDOW = 8  # number of batches that are sorted by length together
 
 
 def batch_order(
     sizes: list[int],  # tokens of each example
     batch: int,  # examples in an effective batch
     seed: int,
-    bucket: bool = True,  # form batches of similar length
+    bucket: bool = True,  # make batches of similar length
     window: int = WINDOW,
 ) -> Iterator[list[int]]:
-    "Endless effective batches of example numbers, sorted by size inside. An epoch's leftover opens the next."
-    epoch, queue = 0, []
+    """Yield effective batches of example numbers without end, sorted by size inside.
+
+    The remainder of an epoch is at the start of the next one.
+    """
+    epoch = 0
+    queue = []
     while True:
         order = list(range(len(sizes)))
         rng("order", seed, epoch).shuffle(order)
-        queue, epoch = queue + order, epoch + 1
+        queue = queue + order
+        epoch = epoch + 1
         full = len(queue) // batch * batch
-        ready, queue = queue[:full], queue[full:]
+        ready = queue[:full]
+        queue = queue[full:]
         for start in range(0, full, batch * window):
             part = ready[start : start + batch * window]
             if bucket:
@@ -287,13 +302,16 @@ def batch_order(
 def micro_batches(
     rows: list[int], accumulate: int, world: int = 1, rank: int = 0
 ) -> list[list[int]]:
-    "The micro-batches of this process: every world-th of accumulate*world equal slices of an effective batch."
+    """Return the minibatches of this process.
+
+    They are every world-th of accumulate*world equal slices of an effective batch.
+    """
     width = len(rows) // (accumulate * world)
     return [rows[i : i + width] for i in range(0, len(rows), width)][rank::world]
 
 # %% ../../nbs/7_engine_room/11_batches.ipynb #pack-items
 def _pack(item: Any) -> Any:
-    "Lists of ids as arrays: 4 bytes a token instead of 8 to 36."
+    "Convert lists of ids to arrays, which take 4 bytes a token instead of 8 to 36."
     if type(item) is dict:
         return {k: _pack(v) for k, v in item.items()}
     if type(item) is tuple:
@@ -313,7 +331,7 @@ def _unpack(item: Any) -> Any:
 
 
 class PackedItems(list):
-    "A list of encoded examples that keeps ids in arrays and gives lists back."
+    "A list of encoded examples that stores ids in arrays and returns lists."
 
     def append(self, item: Any) -> None:
         super().append(_pack(item))

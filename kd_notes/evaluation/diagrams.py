@@ -11,9 +11,14 @@ from dataclasses import dataclass, field
 from html import escape
 from typing import Sequence
 
-# %% ../../nbs/2_playground/14b_diagrams.ipynb #b545d32a
+# %% ../../nbs/2_playground/14b_diagrams.ipynb #401f6e43
 FONT = "font-family='Helvetica, Arial, sans-serif'"
 INK = "#1a1a1a"
+_SVG = "xmlns='http://www.w3.org/2000/svg'"
+_TIP = (
+    "<defs><marker id='tip' viewBox='0 0 10 10' refX='9' refY='5' markerWidth='7' "
+    f"markerHeight='7' orient='auto'><path d='M0 0L10 5L0 10z' fill='{INK}'/></marker></defs>"
+)
 
 
 @dataclass(repr=False)
@@ -25,24 +30,15 @@ class Diagram:
     width: int = 400
     parts: list[str] = field(default_factory=list)
 
-    def words(
-        self,
-        x: float,
-        y: float,
-        text: str,
-        size: int = 12,
-        bold: bool = False,
-        align: str = "middle",
-    ) -> None:
-        "Write lines of text, centred around y; `align` is start, middle or end."
+    def words(self, x: float, y: float, text: str, size: int = 12, bold: bool = False) -> None:
+        "Write lines of text, centred around (x, y)."
         lines = text.split("\n")
         weight = "bold" if bold else "normal"
+        style = f"{FONT} font-size='{size}' font-weight='{weight}' fill='{INK}'"
         for number, line in enumerate(lines):
             middle = y + (number - (len(lines) - 1) / 2) * size * 1.25 + size * 0.35
-            self.parts.append(
-                f"<text x='{x:g}' y='{middle:g}' {FONT} font-size='{size}' fill='{INK}' "
-                f"font-weight='{weight}' text-anchor='{align}'>{escape(line)}</text>"
-            )
+            place = f"x='{x:g}' y='{middle:g}' text-anchor='middle'"
+            self.parts.append(f"<text {place} {style}>{escape(line)}</text>")
 
     def box(
         self,
@@ -55,33 +51,27 @@ class Diagram:
         "Draw a box with text in its middle."
         (x, y), (width, height) = corner, size
         dashes = "stroke-dasharray='5 4'" if dashed else ""
-        self.parts.append(
-            f"<rect x='{x:g}' y='{y:g}' width='{width:g}' height='{height:g}' rx='5' "
-            f"fill='{fill}' stroke='{INK}' {dashes}/>"
-        )
+        shape = f"x='{x:g}' y='{y:g}' width='{width:g}' height='{height:g}' rx='5'"
+        self.parts.append(f"<rect {shape} fill='{fill}' stroke='{INK}' {dashes}/>")
         self.words(x + width / 2, y + height / 2, text)
 
     def arrow(self, start: tuple[float, float], end: tuple[float, float], text: str = "") -> None:
         "Draw an arrow, with text above its middle."
         (x1, y1), (x2, y2) = start, end
+        line = f"x1='{x1:g}' y1='{y1:g}' x2='{x2:g}' y2='{y2:g}'"
         self.parts.append(
-            f"<line x1='{x1:g}' y1='{y1:g}' x2='{x2:g}' y2='{y2:g}' stroke='{INK}' "
-            "stroke-width='1.5' marker-end='url(#tip)'/>"
+            f"<line {line} stroke='{INK}' stroke-width='1.5' marker-end='url(#tip)'/>"
         )
         if text:
             self.words((x1 + x2) / 2, (y1 + y2) / 2 - 9, text, size=11)
 
     def svg(self) -> str:
         "Return the drawing as SVG."
-        tip = (
-            "<defs><marker id='tip' viewBox='0 0 10 10' refX='9' refY='5' markerWidth='7' "
-            f"markerHeight='7' orient='auto'><path d='M0 0L10 5L0 10z' fill='{INK}'/></marker></defs>"
-        )
+        frame = f"viewBox='0 0 {self.width} {self.height}' role='img'"
         ground = f"<rect width='{self.width}' height='{self.height}' fill='#ffffff'/>"
-        return (
-            f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {self.width} {self.height}' "
-            f"role='img'><title>{escape(self.alt)}</title>{tip}{ground}{''.join(self.parts)}</svg>"
-        )
+        title = f"<title>{escape(self.alt)}</title>"
+        drawn = "".join(self.parts)
+        return f"<svg {_SVG} {frame}>{title}{_TIP}{ground}{drawn}</svg>"
 
     def _repr_html_(self) -> str:
         "As an image, so that its description arrives in every front end."

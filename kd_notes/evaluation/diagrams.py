@@ -11,16 +11,17 @@ from dataclasses import dataclass, field
 from html import escape
 from typing import Sequence
 
-# %% ../../nbs/2_playground/14b_diagrams.ipynb #401f6e43
+# %% ../../nbs/2_playground/14b_diagrams.ipynb #eec99b8c
 FONT = "font-family='Helvetica, Arial, sans-serif'"
 INK = "#1a1a1a"
+_Pair = tuple[float, float]
 _SVG = "xmlns='http://www.w3.org/2000/svg'"
 _TIP = (
     "<defs><marker id='tip' viewBox='0 0 10 10' refX='9' refY='5' markerWidth='7' "
     f"markerHeight='7' orient='auto'><path d='M0 0L10 5L0 10z' fill='{INK}'/></marker></defs>"
 )
 
-
+# %% ../../nbs/2_playground/14b_diagrams.ipynb #b5252a5e
 @dataclass(repr=False)
 class Diagram:
     "A drawing of boxes, arrows and words, in units of about one pixel."
@@ -41,21 +42,16 @@ class Diagram:
             self.parts.append(f"<text {place} {style}>{escape(line)}</text>")
 
     def box(
-        self,
-        corner: tuple[float, float],  # left and upper edge
-        size: tuple[float, float],  # width and height
-        text: str,
-        fill: str = "#ffffff",
-        dashed: bool = False,
+        self, corner: _Pair, size: _Pair, text: str, fill: str = "#ffffff", dashed: bool = False
     ) -> None:
-        "Draw a box with text in its middle."
+        "Draw a box with its upper left corner, its width and height, and text in its middle."
         (x, y), (width, height) = corner, size
         dashes = "stroke-dasharray='5 4'" if dashed else ""
         shape = f"x='{x:g}' y='{y:g}' width='{width:g}' height='{height:g}' rx='5'"
         self.parts.append(f"<rect {shape} fill='{fill}' stroke='{INK}' {dashes}/>")
         self.words(x + width / 2, y + height / 2, text)
 
-    def arrow(self, start: tuple[float, float], end: tuple[float, float], text: str = "") -> None:
+    def arrow(self, start: _Pair, end: _Pair, text: str = "") -> None:
         "Draw an arrow, with text above its middle."
         (x1, y1), (x2, y2) = start, end
         line = f"x1='{x1:g}' y1='{y1:g}' x2='{x2:g}' y2='{y2:g}'"
@@ -87,7 +83,7 @@ def picture(svg: str, alt: str) -> str:
     style = "width:100%;max-width:640px"
     return f'<img alt="{escape(alt)}" style="{style}" src="data:image/svg+xml;base64,{data}">'
 
-# %% ../../nbs/2_playground/14b_diagrams.ipynb #0c04a653
+# %% ../../nbs/2_playground/14b_diagrams.ipynb #3e2e54b7
 _CHOOSE = (
     "var f=this.closest('.kd-frames');"
     "f.querySelectorAll('.kd-frame').forEach((e,i)=>{e.hidden=i!=this.value});"

@@ -210,10 +210,12 @@ def readme_command(
         typer.Option(help="Run nbs/index.ipynb first; otherwise use its stored outputs."),
     ] = True,
 ) -> None:
-    "Write README.md from nbs/index.ipynb and the record."
+    "Write README.md from nbs/index.ipynb and the record, and the links between the lessons."
     with guard():
+        from kd_notes.runner.order import write_links
         from kd_notes.runner.readme import write_readme
 
+        print(f"links: {len(write_links(open_book()))} lessons changed")
         print(write_readme(open_book(), execute=execute))
 
 # %% ../nbs/7_engine_room/28_cli.ipynb #cf8832db

@@ -212,7 +212,8 @@ def test_notebook_says_what_it_costs_and_ends_with_exercises(path):
     cells = [c for c in load(path)["cells"] if source(c).strip()]
     opening = "".join(source(c) for c in cells[:3])
     assert re.search(r"\bcost", opening, re.I), "Say in the opening what the notebook costs to run."
-    assert cells[-1]["cell_type"] == "markdown" and "Exercise" in source(cells[-1]), (
+    last = [c for c in cells if c["id"] != "book-bottom"][-1]  # the links stand below
+    assert last["cell_type"] == "markdown" and "Exercise" in source(last), (
         "The last cell holds the exercises."
     )
 
@@ -394,6 +395,45 @@ def test_every_module_has_one_notebook():
         f"one module, one notebook: {twice}"
     )
     assert set(found) == {dotted(p) for p in MODULES}
+
+
+def test_every_lesson_has_its_place_and_its_links():
+    "nbs/book.json lists every lesson once, after what it needs; its lines in the lessons are those it gives now."
+    from kd_notes.runner.notebooks import notebook_title, open_book, result_names
+    from kd_notes.runner.order import lesson_lines, read_order
+
+    book = open_book(ROOT)
+    parts = read_order(book)
+    listed = [name for part in parts for name in part.results]
+    assert sorted(listed) == result_names(book)
+    notebooks = {name(p)[4:-6]: load(p) for p in LIBRARY}
+    titles = {lesson: notebook_title(nb) for lesson, nb in notebooks.items()}
+    expected = lesson_lines(parts, titles)
+    stale = []
+    for lesson, nb in notebooks.items():
+        found = {c["id"]: source(c) for c in nb["cells"] if c["id"].startswith("book-")}
+        top, bottom = expected[lesson]
+        places = [nb["cells"][1]["id"], nb["cells"][-1]["id"]]
+        if found != {"book-top": top, "book-bottom": bottom} or places != list(found):
+            stale.append(lesson)
+    assert not stale, f"Run: .venv/bin/kd-notes readme; the links of these are old: {stale}"
+
+
+def test_every_link_between_lessons_leads_somewhere():
+    "Relative links in the prose of lessons, solutions and results, and in the pages beside them."
+    broken = []
+    pages = sorted((ROOT / "nbs").rglob("*.ipynb")) + sorted((ROOT / "nbs").glob("*.md"))
+    for path in [p for p in pages if not p.name.startswith(("_", "."))]:
+        if path.suffix == ".md":
+            text = path.read_text()
+        else:
+            text = "\n".join(source(c) for c in load(path)["cells"] if c["cell_type"] == "markdown")
+        text = re.sub(r"(?s)```.*?```|`[^`\n]*`", "", text)
+        for target in re.findall(r"\]\(([^)\s]+)\)", text):
+            file = target.split("#")[0]
+            if file and not re.match(r"[a-z]+:", file) and not (path.parent / file).exists():
+                broken.append(f"{name(path)}: {target}")
+    assert not broken, broken
 
 
 def upward(module: str, text: str) -> list[str]:

@@ -89,13 +89,11 @@ def lesson_lines(parts: list[Part], titles: dict[str, str]) -> dict[str, tuple[s
     order = [(part, lesson) for part in parts for lesson in part.lessons]
     lines = {}
     for place, (part, lesson) in enumerate(order):
-
-        def link(other: str, text: str = "") -> str:
-            return _link(text or titles[other], f"{other}.ipynb", lesson.name)
-
+        here = lesson.name
+        links = {name: _link(title, f"{name}.ipynb", here) for name, title in titles.items()}
         facts = [f"**{part.title}**", f"about {lesson.minutes} minutes"]
         if lesson.after:
-            facts.append("read first: " + ", ".join(link(name) for name in lesson.after))
+            facts.append("read first: " + ", ".join(links[name] for name in lesson.after))
         pages = [
             _link("contents", "index.ipynb", lesson.name),
             _link("notation", "notation.md", lesson.name),
@@ -104,9 +102,9 @@ def lesson_lines(parts: list[Part], titles: dict[str, str]) -> dict[str, tuple[s
         way = [*pages]
         if place:
             before = order[place - 1][1].name
-            way.insert(0, "Previous: " + link(before))
+            way.insert(0, "Previous: " + links[before])
         if place + 1 < len(order):
-            way.append("Next: " + link(order[place + 1][1].name))
+            way.append("Next: " + links[order[place + 1][1].name])
         lines[lesson.name] = (" · ".join(facts + pages), " · ".join(way))
     return lines
 

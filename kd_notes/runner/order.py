@@ -8,7 +8,6 @@ __all__ = []
 # %% ../../nbs/7_engine_room/27b_order.ipynb #fae6c62b
 import os
 from dataclasses import dataclass
-from pathlib import Path
 
 from kd_notes.core import atomic_write, read_json, UserError
 from kd_notes.runner.notebooks import Book, notebook_title, read_notebook

@@ -12,6 +12,7 @@ _NAMES = {
     "data.dialogues": "encode_row load_prompts",
     "data.examples": "Example load_split",
     "data.rows": "TextRow load_rows read_row read_rows",
+    "data.task_file": "OwnTask read_task task_examples",
     "evaluation.calibration": "ece",
     "evaluation.divergence": "exposure_bias kl_per_position",
     "evaluation.statistics": "hierarchical_bootstrap holm paired",
@@ -23,8 +24,9 @@ _NAMES = {
     "losses.decoupled": "atkd dkd",
     "losses.divergences": (
         "DIVERGENCES cross_entropy forward_kl get_divergence jsd next_token_labels reverse_kl "
-        "symmetric_kl token_divergence"
+        "token_divergence"
     ),
+    "losses.families": "symmetric_kl",
     "losses.fused": "fused_cross_entropy fused_linear_divergence",
     "losses.sparse": "topk_divergence",
     "methods.dpkd": "DPKD",
@@ -39,7 +41,10 @@ _NAMES = {
     "models.mini": "load_mini_tokenizer mini_model",
     "models.pretrained": "count_parameters load_pretrained load_teacher",
     "products.distill": "distill",
+    "products.predict": "evaluate_rows predict_rows",
     "products.settings": "OBJECTIVES DistillSettings",
+    "products.stepwise": "stepwise",
+    "products.stepwise_plan": "StepwiseSettings",
     "training.batches": "causal_batch seq2seq_batch target_logits",
     "training.loop": "TrainResult train",
     "training.method": "Method SFT",

@@ -54,7 +54,7 @@ Root = Annotated[
 # %% ../nbs/7_engine_room/28_cli.ipynb #77534650
 @contextmanager
 def _terminate_as_interrupt() -> Iterator[None]:
-    "Let a polite kill (SIGTERM) end the work as Ctrl-C does."
+    "Treat SIGTERM as Ctrl-C inside the block."
 
     def interrupt(*_):
         raise KeyboardInterrupt
@@ -71,7 +71,7 @@ def _terminate_as_interrupt() -> Iterator[None]:
 # %% ../nbs/7_engine_room/28_cli.ipynb #9c021786
 @contextmanager
 def guard() -> Iterator[None]:
-    "Turn errors into exit codes: a paragraph and 2 for the user's mistakes, 130 for an interruption."
+    "Turn errors into exit codes: 2 and a message for a UserError, 130 for an interruption."
     try:
         with _terminate_as_interrupt():
             yield
@@ -80,13 +80,13 @@ def guard() -> Iterator[None]:
         raise typer.Exit(2) from e
     except KeyboardInterrupt as e:
         words = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
-        kept = "What has finished is kept; the same command goes on from there"
+        kept = "Finished results are kept; the same command goes on from there"
         print(f"\nkd-notes: interrupted. {kept}: {words}", file=sys.stderr)
         raise typer.Exit(130) from e
 
 # %% ../nbs/7_engine_room/28_cli.ipynb #4e561760
 def _state(book: Book, profile: str, name: str) -> str:
-    "State of a run in a few words."
+    "Return the state of a run in a few words."
     folder = book.runs / profile / name
     status = run_status(folder)
     if status == "absent":
@@ -98,7 +98,7 @@ def _state(book: Book, profile: str, name: str) -> str:
 
 
 def _overview(book: Book, profile: Profile) -> list[tuple]:
-    "A row for each results notebook, for `list`."
+    "Return a row for each results notebook, for `list`."
     rows = [("", "notebook", "time", "last run", "title")]
     for name in result_names(book):
         seconds = profile.seconds.get(name)
@@ -111,11 +111,11 @@ def _overview(book: Book, profile: Profile) -> list[tuple]:
 # %% ../nbs/7_engine_room/28_cli.ipynb #7a377a8e
 @app.command("list")
 def list_command(profile: ProfileName = "cpu", root: Root = None) -> None:
-    "Show the results notebooks, the predicted time and the state of their runs; * marks the headline."
+    "List the results notebooks, predicted times and states of runs; * marks the headline."
     with guard():
         book = open_book(root)
         names = profile_names(book)
-        # a book without profiles still has a list
+        # a book without profiles can be listed too
         chosen = load_profile(book, profile) if names or profile != "cpu" else Profile(profile)
         print(columns(_overview(book, chosen)))
         print(f"\nprofile {profile}: {chosen.about or 'no description'}")
@@ -123,7 +123,7 @@ def list_command(profile: ProfileName = "cpu", root: Root = None) -> None:
 
 # %% ../nbs/7_engine_room/28_cli.ipynb #8c7c0683
 def _count_outcomes(outcomes: Sequence[Outcome]) -> str:
-    "Say how many notebooks ended how."
+    "Count the notebooks by outcome."
     statuses = [outcome.status for outcome in outcomes]
     known = ("done", "unchanged", "skipped", "failed")
     return ", ".join(f"{statuses.count(s)} {s}" for s in known if s in statuses)
@@ -133,7 +133,7 @@ def _count_outcomes(outcomes: Sequence[Outcome]) -> str:
 def reproduce_command(
     names: Names = None,
     profile: ProfileName = "cpu",
-    jobs: Annotated[int, typer.Option("--jobs", "-j", help="Trainings side by side.")] = 1,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", help="Training runs in parallel.")] = 1,
     source: Annotated[
         str,
         typer.Option(
@@ -141,7 +141,7 @@ def reproduce_command(
         ),
     ] = "train",
     force: Annotated[
-        bool, typer.Option("--force", help="Run what is unchanged, and train what is cached.")
+        bool, typer.Option("--force", help="Run unchanged notebooks and train cached runs again.")
     ] = False,
     everything: Annotated[
         bool, typer.Option("--all", help="All results notebooks, not the headline only.")
@@ -151,7 +151,7 @@ def reproduce_command(
     ] = None,
     root: Root = None,
 ) -> None:
-    "Run results notebooks with papermill: the headline of the profile, or those named."
+    "Run results notebooks with papermill: the named ones, or the profile's headline."
     with guard():
         start = time.monotonic()
         book = open_book(root)
@@ -181,13 +181,13 @@ def record_command(
         list[str] | None,
         typer.Option(
             "--runs",
-            help="Add the cache's finished trainings of this stage, "
+            help="Add the cache's finished runs of this stage, "
             "such as onpolicy, to data/expected/runs.",
         ),
     ] = None,
     root: Root = None,
 ) -> None:
-    "Store numbers and verdicts of finished runs in data/expected, and say what changes."
+    "Store numbers and verdicts of finished runs in data/expected and print the changes."
     with guard():
         book = open_book(root)
         lines = [record_stage(stage, book) for stage in stages or ()]
@@ -207,19 +207,36 @@ def publish_command(names: Names = None, profile: ProfileName = "cpu", root: Roo
 def readme_command(
     execute: Annotated[
         bool,
-        typer.Option(help="Run nbs/index.ipynb first; otherwise take its outputs as they are."),
+        typer.Option(help="Run nbs/index.ipynb first; otherwise use its stored outputs."),
     ] = True,
 ) -> None:
-    "Write README.md from nbs/index.ipynb and the record."
+    "Write README.md from nbs/index.ipynb and the record, and the links between the lessons."
     with guard():
+        from kd_notes.runner.order import write_links
         from kd_notes.runner.readme import write_readme
 
+        print(f"links: {len(write_links(open_book()))} lessons changed")
         print(write_readme(open_book(), execute=execute))
+
+# %% ../nbs/7_engine_room/28_cli.ipynb #cf8832db
+@app.command("course")
+def course_command(
+    out: Annotated[Path, typer.Option(help="A new folder.")],
+    chapters: Annotated[
+        list[str] | None, typer.Argument(help="Chapters, such as 1_idea; none: all.")
+    ] = None,
+) -> None:
+    "Copy the lessons for students: without solutions, with an empty cell below each exercise."
+    with guard():
+        from kd_notes.runner.course import student_copy
+
+        written = student_copy(out, chapters or ())
+        print(f"{len(written)} lessons in {out}")
 
 # %% ../nbs/7_engine_room/28_cli.ipynb #4102ce90
 @app.command("extract")
 def extract_command(
-    task: Annotated[str, typer.Option(help="Task, such as nli.")],
+    task: Annotated[str, typer.Option(help="nli, esnli@hub, or a task file such as task.toml.")],
     out: Annotated[
         Path | None, typer.Option(help="JSONL file to fill; not needed for esnli@hub and the like.")
     ] = None,
@@ -231,10 +248,10 @@ def extract_command(
         str, typer.Option(help="smollm2, hub:<id>, openai:<url>#<model>, replay:<file>, ...")
     ] = "smollm2",
     shots: Annotated[int | None, typer.Option(help="Solved examples in the prompt.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Only the first so many examples.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Use only the first LIMIT examples.")] = None,
     samples: Annotated[int, typer.Option(help="Completions per example.")] = 1,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest completion.")] = 160,
+    max_new_tokens: Annotated[int, typer.Option(help="Maximum length of a completion.")] = 160,
     seed: int = 0,
     sets: Annotated[
         list[str] | None, typer.Option("--set", help="k=v of the back end, such as concurrency=8.")
@@ -243,7 +260,7 @@ def extract_command(
         str, typer.Option(help="Of a local teacher: float32 or bfloat16.")
     ] = "float32",
 ) -> None:
-    "Let a teacher write rationales and labels for a split; an interrupted extraction goes on where it was."
+    "Let a teacher write rationales and labels for a split; a second call resumes."
     with guard():
         from kd_notes.experiments.extraction import extract_rationales
 
@@ -278,7 +295,7 @@ def plain_settings(
             raise UserError(
                 f"{text!r} is not of the form k=v",
                 where="--set",
-                fix="For example --set steps=200.",
+                fix="For example --set max_steps=200.",
             )
         if name in options:
             raise UserError(
@@ -301,16 +318,105 @@ def distill_command(
     ] = "forward_kl",
     profile: Annotated[str, typer.Option(help="smoke, cpu, cpu-full or gpu.")] = "cpu",
     sets: Annotated[
-        list[str] | None, typer.Option("--set", help="A setting: k=v, such as steps=200.")
+        list[str] | None, typer.Option("--set", help="A setting: k=v, such as max_steps=200.")
     ] = None,
 ) -> None:
-    "Distil a teacher into a student on your data; an interrupted run goes on with the same command."
+    "Distil a teacher into a student on your data; a second call resumes."
     with guard():
         from kd_notes.products.distill import distill
 
         settings = plain_settings(sets or [], signature(distill).parameters)
         report = distill(data, teacher, student, objective, out, profile=profile, **settings)
         print(json.dumps(report, indent=1, default=str))
+
+# %% ../nbs/7_engine_room/28_cli.ipynb #db3bdd4d
+@app.command("stepwise")
+def stepwise_command(
+    task: Annotated[str, typer.Option(help="A task file such as task.toml, or nli.")],
+    data: Annotated[Path, typer.Option("--input", help="JSONL: the rows, with labels.")],
+    out: Annotated[Path, typer.Option(help="New folder for the student.")],
+    rationales: Annotated[
+        Path | None, typer.Option(help="JSONL of kd-notes extract; default: the rows' own.")
+    ] = None,
+    student: Annotated[
+        str, typer.Option(help="mini, smollm2, hub:<id> or a folder; causal or T5-like.")
+    ] = "smollm2",
+    arms: Annotated[
+        str, typer.Option(help="Of step_by_step, finetuning, finetuning_same_tokens, distillation.")
+    ] = "step_by_step,finetuning",
+    test_data: Annotated[
+        Path | None, typer.Option("--test-input", help="JSONL to test on; default: held-out rows.")
+    ] = None,
+    alpha: Annotated[float | None, typer.Option(help="Weight of the label's loss.")] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="One rate for all arms, instead of a search.")
+    ] = None,
+    profile: Annotated[str, typer.Option(help="smoke, cpu, cpu-full or gpu.")] = "cpu",
+    dry_run: Annotated[bool, typer.Option(help="Only say what would run and cost.")] = False,
+    sets: Annotated[
+        list[str] | None, typer.Option("--set", help="A setting: k=v, such as epochs=10.")
+    ] = None,
+) -> None:
+    "Distil step-by-step on a task of your own; an interrupted run goes on with the same command."
+    with guard():
+        from kd_notes.products.stepwise import stepwise
+
+        taken = {*signature(stepwise).parameters, "arms", "alpha", "learning_rates"}
+        settings = plain_settings(sets or [], taken) | {"arms": arms.replace(" ", "").split(",")}
+        settings |= {} if alpha is None else {"alpha": alpha}
+        settings |= {} if learning_rate is None else {"learning_rates": [learning_rate]}
+        named = {"test_data": test_data, "profile": profile, "dry_run": dry_run}
+        report = stepwise(task, data, rationales, student, out, **named, **settings)
+        shown = ("rows", "arms", "differences", "references")
+        print(json.dumps(report if dry_run else {k: report[k] for k in shown}, indent=1))
+
+# %% ../nbs/7_engine_room/28_cli.ipynb #cec70d1a
+ModelOption = Annotated[str, typer.Option(help="Folder of a student, hub:<id> or smollm2.")]
+RowsOption = Annotated[Path, typer.Option("--input", help="JSONL: the rows.")]
+TaskOption = Annotated[
+    str | None, typer.Option(help="Task file; default: what the student was trained for.")
+]
+BatchOption = Annotated[int, typer.Option(help="Rows that are answered together.")]
+LimitOption = Annotated[int | None, typer.Option(help="Only the first so many rows.")]
+TokensOption = Annotated[
+    int | None, typer.Option(help="Longest answer; default: as the student was trained.")
+]
+
+
+@app.command("predict")
+def predict_command(
+    model: ModelOption,
+    data: RowsOption,
+    out: Annotated[Path, typer.Option(help="JSONL file to fill or to continue.")],
+    task: TaskOption = None,
+    batch_size: BatchOption = 32,
+    max_new_tokens: TokensOption = None,
+    limit: LimitOption = None,
+) -> None:
+    "Let a student answer rows; an interrupted run goes on with the same command."
+    with guard():
+        from kd_notes.products.predict import predict_rows
+
+        options = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "limit": limit}
+        print(json.dumps(predict_rows(model, data, out, task, **options), indent=1))
+
+
+@app.command("evaluate")
+def evaluate_command(
+    model: ModelOption,
+    data: RowsOption,
+    out: Annotated[Path | None, typer.Option(help="JSON file for the scores.")] = None,
+    task: TaskOption = None,
+    batch_size: BatchOption = 32,
+    max_new_tokens: TokensOption = None,
+    limit: LimitOption = None,
+) -> None:
+    "Score a student on labelled rows: the task's metric with its interval, as JSON."
+    with guard():
+        from kd_notes.products.predict import evaluate_rows
+
+        options = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "limit": limit}
+        print(json.dumps(evaluate_rows(model, data, out, task, **options), indent=1))
 
 # %% ../nbs/7_engine_room/28_cli.ipynb #cli-bench-2
 @app.command("bench")
@@ -331,7 +437,7 @@ def bench_command(
     turns: Annotated[int, typer.Option(help="Turns of each arm of loop, pair and on-policy.")] = 5,
     device: Annotated[str, typer.Option(help="cpu, or cuda for the loss alone.")] = "cpu",
 ) -> None:
-    "Time loss, loop and on-policy step beside what else is installed, as ratios, and compare them with what is promised."
+    "Time loss, loop and on-policy step against other libraries and check the limits."
     with guard():
         from kd_notes.experiments import benchmarks as bench
 
@@ -353,7 +459,7 @@ def bench_command(
 
 # %% ../nbs/7_engine_room/28_cli.ipynb #55dc4a3b
 def _some(names: Sequence[str] | None) -> Sequence[str]:
-    "The names, of which there must be one."
+    "Return the names; no name is an error."
     if not names:
         raise UserError(
             "no notebook is named",

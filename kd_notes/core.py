@@ -34,7 +34,11 @@ _HELD: Counter = Counter()  # run folders that this process holds
 # %% ../nbs/7_engine_room/01_core.ipynb #8a78e3fb
 @contextmanager
 def folder_lock(folder: Path | str, wait: bool = True) -> Iterator[None]:
-    "Hold a run folder for this process; waits for another holder, or raises UserError if `wait` is False. Re-entrant in a thread."
+    """Hold the lock of a run folder while the block runs.
+
+    If another process holds it, wait, or raise UserError if `wait` is False. The same thread may
+    take the lock again.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder.resolve()
@@ -63,17 +67,16 @@ def folder_lock(folder: Path | str, wait: bool = True) -> Iterator[None]:
 
 # %% ../nbs/7_engine_room/01_core.ipynb #0ce26d0a
 class UserError(Exception):
-    "A mistake that the person at the keyboard can mend. `str()` of it is one paragraph: where, what, how to mend it."
+    "An error that the user can fix. Its text is one paragraph: where, what, how to fix it."
 
     def __init__(
         self,
         what: str,  # what is wrong, as a sentence
         where: str = "",  # file, file:row or parameter
-        fix: str = "",
-    ):  # what to do about it, as a sentence
-        super().__init__(
-            what, str(where), fix
-        )  # plain positional args, so that it survives a trip between processes
+        fix: str = "",  # what to do about it, as a sentence
+    ):
+        # Plain positional arguments, so that the error can be pickled between processes.
+        super().__init__(what, str(where), fix)
         self.what = what
         self.where = str(where)
         self.fix = fix
@@ -85,7 +88,7 @@ class UserError(Exception):
 
 # %% ../nbs/7_engine_room/01_core.ipynb #034b6d24
 def missing_library(error: ModuleNotFoundError) -> UserError:
-    "A UserError that names the extra of kd_notes that holds the library which could not be imported."
+    "Return a UserError that names the extra of kd_notes with the missing library."
     name = (error.name or str(error)).partition(".")[0]
     wanted = {"sklearn": "scikit-learn"}.get(name, name).lower().replace("_", "-")
     extras = set()
@@ -102,9 +105,13 @@ def missing_library(error: ModuleNotFoundError) -> UserError:
 @contextmanager
 def expect_error(
     kind: type[BaseException] = UserError,  # the class that must be raised
-    match: str = "",
-) -> Iterator[list]:  # text that the message must contain
-    "Run a block that must fail, print its message; raises AssertionError if it does not fail. Yields a list that gets the error."
+    match: str = "",  # text that the message must contain
+) -> Iterator[list]:
+    """Run a block that must fail and print the error's message.
+
+    Yields a list that receives the error. Raises AssertionError if nothing fails or the message
+    lacks `match`.
+    """
     caught: list = []
     try:
         yield caught
@@ -122,25 +129,28 @@ def _package_dir() -> Path:
 
 
 def repo_root() -> Path | None:
-    "The checkout that this package runs from (the folder with settings.ini and nbs), or None in an installed wheel."
+    "Return the checkout with settings.ini and nbs, or None in an installed wheel."
     root = _package_dir().parent
     return root if (root / "settings.ini").is_file() and (root / "nbs").is_dir() else None
 
 # %% ../nbs/7_engine_room/01_core.ipynb #6b3d926a
 def data_dir() -> Path:
-    "Folder of the embedded data: `data/` in a checkout, `kd_notes/_data` in a wheel."
+    "Return the folder of the embedded data: `data/` in a checkout, else `kd_notes/_data`."
     root = repo_root()
     return root / "data" if root else _package_dir() / "_data"
 
 # %% ../nbs/7_engine_room/01_core.ipynb #e5570125
 def nbs_dir() -> Path:
-    "Folder of the notebooks: `nbs/` in a checkout, `kd_notes/_nbs` in a wheel."
+    "Return the folder of the notebooks: `nbs/` in a checkout, else `kd_notes/_nbs`."
     root = repo_root()
     return root / "nbs" if root else _package_dir() / "_nbs"
 
 # %% ../nbs/7_engine_room/01_core.ipynb #6ef1a493
 def cache_dir() -> Path:
-    "Folder for everything that can be made again: $KD_NOTES_CACHE, else .cache in the checkout, else the user's cache folder."
+    """Return the folder for files that can be made again, and create it.
+
+    It is $KD_NOTES_CACHE, else .cache in the checkout, else the user's cache folder.
+    """
     named = os.environ.get("KD_NOTES_CACHE")
     root = repo_root()
     path = (
@@ -165,7 +175,7 @@ _DISK_FIX = "Free some space, or move the cache with the environment variable KD
 
 
 def disk_error(e: OSError, path: Path | str) -> UserError:
-    "An operating system error while writing `path`, as a UserError that says what to do."
+    "Turn an OSError from writing `path` into a UserError that says what to do."
     full = e.errno in (28, 122, 27)  # ENOSPC, EDQUOT, EFBIG
     reason = e.strerror or type(e).__name__
     fix = _DISK_FIX if full else "Check that the folder exists and that you may write to it."
@@ -185,14 +195,31 @@ def _sync_folder(folder: Path) -> None:
             os.close(fd)
 
 # %% ../nbs/7_engine_room/01_core.ipynb #d4a7dbe7
+def encoded(text: str, where: Path | str) -> bytes:
+    "Encode a text as UTF-8. Raises UserError for half a character, which no file can hold."
+    try:
+        return text.encode()
+    except UnicodeEncodeError as e:
+        around = text[max(0, e.start - 20) : e.end + 20]
+        raise UserError(
+            f"the text holds half a character (a lone surrogate) in {around!a}",
+            where=where,
+            fix="Correct it: a text was cut inside an emoji or another rare character.",
+        ) from e
+
+
 def atomic_write(path: Path | str, data: str | bytes) -> Path:
-    "Write `data` (text as UTF-8) so that `path` holds all of it or what it held before. Raises UserError when it cannot."
+    """Write `data` (text as UTF-8) so that `path` never holds a part of it.
+
+    If writing fails, UserError is raised and `path` still holds its old content.
+    """
     path = Path(path)
+    data = encoded(data, path) if isinstance(data, str) else data
     tmp = path.parent / f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(tmp, "xb") as f:
-            f.write(data.encode() if isinstance(data, str) else data)
+            f.write(data)
             f.flush()
             os.fsync(f.fileno())
         os.replace(tmp, path)
@@ -200,13 +227,16 @@ def atomic_write(path: Path | str, data: str | bytes) -> Path:
     except OSError as e:
         raise disk_error(e, path) from e
     finally:
-        with suppress(OSError):  # after a success it is gone already
+        with suppress(OSError):  # after a success it does not exist
             tmp.unlink()
     return path
 
 # %% ../nbs/7_engine_room/01_core.ipynb #1b96781e
 def to_jsonable(obj: Any, where: str = "value") -> Any:
-    "`obj` as plain JSON data: dataclasses, tuples, sets, paths, numpy and torch numbers converted. Raises UserError naming the key."
+    """Convert an object to plain JSON data: dataclasses, sets, paths, numpy, torch.
+
+    Raises UserError with the key of a value that JSON cannot hold, such as NaN.
+    """
     if obj is None or isinstance(obj, (str, bool, int)):
         return obj
     if isinstance(obj, float):
@@ -227,7 +257,7 @@ def to_jsonable(obj: Any, where: str = "value") -> Any:
 
 # %% ../nbs/7_engine_room/01_core.ipynb #9381db12
 def _convert(obj: Any, where: str) -> Any:
-    "The rarer kinds of `to_jsonable`."
+    "Convert the less common types of `to_jsonable`."
     if is_dataclass(obj) and not isinstance(obj, type):
         return to_jsonable(asdict(obj), where)
     if isinstance(obj, (set, frozenset)):
@@ -242,7 +272,7 @@ def _convert(obj: Any, where: str) -> Any:
 
 # %% ../nbs/7_engine_room/01_core.ipynb #c60a3d79
 def write_json(path: Path | str, obj: Any) -> Path:
-    "Write `obj` as JSON: sorted keys, indent 1, UTF-8, atomic."
+    "Write `obj` as UTF-8 JSON with sorted keys and indent 1, atomically."
     return atomic_write(
         path,
         json.dumps(to_jsonable(obj), sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False)
@@ -253,16 +283,16 @@ def write_json(path: Path | str, obj: Any) -> Path:
 def _read_bytes(path: Path | str) -> bytes:
     try:
         return Path(path).read_bytes()
-    except OSError as e:
+    except (OSError, ValueError) as e:  # ValueError: no file can have such a name
         raise UserError(
-            f"the file cannot be read ({e.strerror})",
+            f"the file cannot be read ({getattr(e, 'strerror', None) or e})",
             where=path,
             fix="Check the name and the folder.",
         ) from e
 
 # %% ../nbs/7_engine_room/01_core.ipynb #a971c971
 def read_text(path: Path | str) -> str:
-    "Text of a UTF-8 file (a byte order mark is skipped). Raises UserError if it is missing, unreadable or not UTF-8."
+    "Read a UTF-8 text file; a byte order mark is skipped."
     data = _read_bytes(path).removeprefix(codecs.BOM_UTF8)
     try:
         return data.decode()
@@ -274,17 +304,45 @@ def read_text(path: Path | str) -> str:
             fix="Save it as UTF-8.",
         ) from e
 
+# %% ../nbs/7_engine_room/01_core.ipynb #6a08303a
+_HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")  # where a surrogate may be escaped
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict:
+    "A JSON object; a name that occurs twice is an error."
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        ((name, count),) = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"the name {name!r} occurs {count} times in one object")
+    return made
+
+
+def parse_json(text: str) -> Any:
+    "Parse JSON. Raises ValueError also for a name that occurs twice, half a character, or endless nesting."
+    try:
+        value = json.loads(text, object_pairs_hook=_object)
+    except RecursionError as e:
+        raise ValueError("it is nested too deeply") from e
+    if _HALF_CHARACTER.search(text):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as e:
+            half = e.object[e.start : e.end]
+            raise ValueError(f"it holds half a character, the lone surrogate {half!a}") from e
+    return value
+
 # %% ../nbs/7_engine_room/01_core.ipynb #778ee9e6
 def read_json(path: Path | str) -> Any:
-    "Read a JSON file. Raises UserError naming file and line."
+    "Read a JSON file. A syntax error raises UserError with file and line."
+    text = read_text(path)
+    fix = "Correct that line, or delete the file if kd-notes wrote it: it will be made again."
     try:
-        return json.loads(read_text(path))
+        return parse_json(text)
     except json.JSONDecodeError as e:
-        raise UserError(
-            f"the file is not valid JSON ({e.msg}, column {e.colno})",
-            where=f"{path}:{e.lineno}",
-            fix="Correct that line, or delete the file if kd-notes wrote it: it will be made again.",
-        ) from e
+        what = f"the file is not valid JSON ({e.msg}, column {e.colno})"
+        raise UserError(what, where=f"{path}:{e.lineno}", fix=fix) from e
+    except ValueError as e:
+        raise UserError(f"the file is not valid JSON ({e})", where=path, fix=fix) from e
 
 # %% ../nbs/7_engine_room/01_core.ipynb #5b8dd4fa
 def _is_json(line: bytes) -> bool:
@@ -296,7 +354,10 @@ def _is_json(line: bytes) -> bool:
 
 
 def _repair_tail(f) -> None:
-    "Give the last line its newline if it is a whole row, cut it off if it is half of one. `f` is open for reading and writing."
+    """Add the newline to a complete last row, or cut off an incomplete one.
+
+    `f` is open for reading and writing, in binary mode.
+    """
     end = f.seek(0, os.SEEK_END)
     if end == 0:
         return
@@ -314,13 +375,16 @@ def _repair_tail(f) -> None:
 
 # %% ../nbs/7_engine_room/01_core.ipynb #f89221a6
 def append_jsonl(path: Path | str, rows: Iterable[dict]) -> None:
-    "Append one line per row and force them to the disk: all rows or, when the disk is full, none (UserError). One writer per file."
+    """Append one line per row and flush it to the disk. Only one process may write a file.
+
+    If the disk is full, no row is written and UserError is raised.
+    """
     lines = [
         json.dumps(to_jsonable(r, f"row {i}"), sort_keys=True, ensure_ascii=False)
         for i, r in enumerate(rows)
     ]
-    data = "".join(line + "\n" for line in lines).encode()
     path = Path(path)
+    data = encoded("".join(line + "\n" for line in lines), path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "r+b" if path.exists() else "x+b", buffering=0) as f:
@@ -343,18 +407,22 @@ def _write_all(f, data: bytes) -> None:
 
 # %% ../nbs/7_engine_room/01_core.ipynb #8a799acb
 def read_jsonl(
-    path: Path | str, *, repair_tail: bool = False
-) -> list[dict]:  # ignore a half-written last line (the mark of a killed writer)
-    "Rows of a JSONL file; blank lines are skipped. Raises UserError with file:line for a row that is not one JSON object."
+    path: Path | str,
+    *,
+    repair_tail: bool = False,  # ignore a half-written last line (the mark of a killed writer)
+) -> list[dict]:
+    """Read the rows of a JSONL file; blank lines are skipped.
+
+    Raises UserError with file:line for a line that is not one JSON object.
+    """
     lines = _read_bytes(path).removeprefix(codecs.BOM_UTF8).split(b"\n")
     rows = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            row = json.loads(
-                line.decode()
-            )  # decoded line by line: a kill may cut a letter of several bytes in two
+            # decoded line by line: a kill may cut a multi-byte character in two
+            row = parse_json(line.decode())
             if not isinstance(row, dict):
                 raise ValueError(f"a {type(row).__name__} where an object {{...}} was expected")
         except ValueError as e:
@@ -370,12 +438,12 @@ def read_jsonl(
 
 # %% ../nbs/7_engine_room/01_core.ipynb #f175a5ad
 def sha256_text(text: str) -> str:
-    "SHA-256 of a text (UTF-8), 64 hex digits."
+    "Return the SHA-256 of a text in UTF-8, as 64 hex digits."
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def sha256_file(path: Path | str) -> str:
-    "SHA-256 of a file's bytes, 64 hex digits."
+    "Return the SHA-256 of a file's bytes, as 64 hex digits."
     try:
         with open(path, "rb") as f:
             return hashlib.file_digest(f, "sha256").hexdigest()
@@ -388,19 +456,22 @@ def sha256_file(path: Path | str) -> str:
 
 # %% ../nbs/7_engine_room/01_core.ipynb #4410f02c
 def canonical_json(obj: Any) -> str:
-    "`obj` as JSON in one spelling: sorted keys, no spaces."
+    "Return `obj` as JSON with sorted keys and no spaces."
     return json.dumps(
         to_jsonable(obj), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
     )
 
 # %% ../nbs/7_engine_room/01_core.ipynb #a86a20ba
 def stable_hash(obj: Any) -> str:
-    "16 hex digits that are equal for equal data, in every process and on every machine."
+    "Return 16 hex digits that are equal for equal data on every machine."
     return sha256_text(canonical_json(obj))[:16]
 
 # %% ../nbs/7_engine_room/01_core.ipynb #74f704fe
 def write_checksums(folder: Path | str, names: Iterable[str] | None = None) -> dict[str, str]:
-    "Write folder/checksums.json for these files, or for all below the folder; names are relative, with forward slashes."
+    """Write folder/checksums.json for `names`, by default for all files below the folder.
+
+    Returns {name: sha256}; names are relative to the folder, with forward slashes.
+    """
     folder = Path(folder)
     if names is None:
         found = (
@@ -415,9 +486,13 @@ def write_checksums(folder: Path | str, names: Iterable[str] | None = None) -> d
 
 # %% ../nbs/7_engine_room/01_core.ipynb #e0136b4b
 def verify_checksums(
-    folder: Path | str, names: Iterable[str] | None = None
-) -> dict[str, str]:  # only these files; None: every file listed
-    "Check files against folder/checksums.json and return {name: sha256}. Raises UserError for a missing or a changed file."
+    folder: Path | str,
+    names: Iterable[str] | None = None,  # only these files; None: every file listed
+) -> dict[str, str]:
+    """Check files against folder/checksums.json and return {name: sha256}.
+
+    Raises UserError if a file is missing, changed or not listed.
+    """
     folder = Path(folder)
     sums = read_json(folder / "checksums.json")
     fix = "Restore the file (git checkout), or write new checksums if you changed it on purpose."
@@ -439,7 +514,7 @@ def verify_checksums(
 
 # %% ../nbs/7_engine_room/01_core.ipynb #872bcfe1
 def seed_everything(seed: int) -> None:  # 0 ... 2**32 - 1 (numpy's range)
-    "Seed python, numpy and (where installed) torch, CPU and GPU. Raises UserError for a seed out of range."
+    "Seed python, numpy and torch (CPU and GPU), as far as they are installed."
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
         raise UserError(
             f"{seed!r} is not a whole number from 0 to 4294967295",
@@ -458,5 +533,5 @@ def seed_everything(seed: int) -> None:  # 0 ... 2**32 - 1 (numpy's range)
 
 # %% ../nbs/7_engine_room/01_core.ipynb #942e286b
 def rng(*parts: Any) -> random.Random:  # anything that names the stream: strings, numbers, tuples
-    "A generator of its own, seeded by its name; the same in every process, whatever PYTHONHASHSEED is."
+    "Return a random generator seeded by a name, the same in every process and on every machine."
     return random.Random(int(sha256_text(canonical_json(parts)), 16))

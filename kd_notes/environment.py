@@ -22,7 +22,7 @@ from .core import repo_root
 # %% ../nbs/7_engine_room/03_environment.ipynb #0b4b1123
 @functools.lru_cache(maxsize=1)
 def git_state() -> dict[str, Any]:
-    "{'git_commit', 'git_dirty'} of this checkout; None where there is no checkout, no commit or no git."
+    "Return {'git_commit', 'git_dirty'} of this checkout; None if unknown."
 
     def ask(*words: str) -> str | None:
         root = repo_root()
@@ -57,7 +57,7 @@ LIBRARIES = (
 
 @functools.lru_cache(maxsize=1)
 def versions() -> dict[str, str | None]:
-    "Versions of python and of the libraries that matter here; None where one is not installed."
+    "Return the versions of python and of LIBRARIES; None for one that is not installed."
     found: dict[str, str | None] = {"python": platform.python_version()}
     for name in LIBRARIES:
         found[name] = None
@@ -79,7 +79,10 @@ def _cpu_count() -> int | None:
 
 # %% ../nbs/7_engine_room/03_environment.ipynb #23552289
 def device_class() -> str:
-    "'cuda' if torch is loaded and sees a GPU, else 'cpu'; the classes whose numbers are compared with each other."
+    """Return 'cuda' if torch is loaded and sees a GPU, else 'cpu'.
+
+    Numbers are compared within a class only.
+    """
     torch = sys.modules.get("torch")
     return "cuda" if torch is not None and torch.cuda.is_available() else "cpu"
 
@@ -93,7 +96,7 @@ def _threads() -> int | None:
 
 # %% ../nbs/7_engine_room/03_environment.ipynb #30ff3e72
 def environment() -> dict[str, Any]:
-    "Where a run happens: versions, platform, cpu, threads, device, commit and dirty flag. Unknown values are None."
+    "Return versions, platform, CPU, threads, device and commit; None where unknown."
     torch = sys.modules.get("torch")
     device = (
         torch.cuda.get_device_name()
@@ -114,7 +117,10 @@ def environment() -> dict[str, Any]:
 
 # %% ../nbs/7_engine_room/03_environment.ipynb #0c5b159d
 def peak_memory() -> dict[str, float | None]:
-    "Highest memory use of this process so far, in MiB: main memory, and the GPU's where torch uses one."
+    """Return the peak memory of this process so far, in MiB: main memory and GPU memory.
+
+    A value is None where it cannot be measured.
+    """
     ram = gpu = None
     with suppress(ImportError):  # not on Windows
         import resource

@@ -17,7 +17,7 @@ from .core import UserError
 
 # %% ../nbs/7_engine_room/02_progress.ipynb #ad5c69f6
 def human_seconds(s: float) -> str:
-    "A duration as people say it: 0.4 s, 12 s, 3 min 05 s, 2 h 10 min."
+    "Format a duration in seconds: 0.4 s, 12 s, 3 min 05 s, 2 h 10 min."
     if s < 9.95:
         return f"{max(s, 0):.1f} s"
     s = round(s)
@@ -29,10 +29,14 @@ def human_seconds(s: float) -> str:
 
 # %% ../nbs/7_engine_room/02_progress.ipynb #8258967b
 def progress_mode(
-    file=None,
-) -> str:  # the stream that would be written to; standard error by default
-    "How progress is shown here: 'bar', 'notebook', 'lines' or 'off' ($KD_NOTES_PROGRESS overrides)."
-    wanted, known = os.environ.get("KD_NOTES_PROGRESS", ""), ("bar", "notebook", "lines", "off")
+    file=None,  # the stream that would be written to; standard error by default
+) -> str:
+    """Choose the way to show progress: 'bar', 'notebook', 'lines' or 'off'.
+
+    $KD_NOTES_PROGRESS overrides the choice.
+    """
+    wanted = os.environ.get("KD_NOTES_PROGRESS", "")
+    known = ("bar", "notebook", "lines", "off")
     if wanted:
         if wanted not in known:
             raise UserError(
@@ -50,7 +54,10 @@ def progress_mode(
 
 # %% ../nbs/7_engine_room/02_progress.ipynb #dc3d4fc7
 class Tally:
-    "Counts in silence: an iterator, a context manager, or `update(n)` by hand; the same small interface as a tqdm bar."
+    """A counter that shows nothing, with the interface of a tqdm bar.
+
+    Use it as an iterator or a context manager, or call `update(n)`.
+    """
 
     def __init__(
         self,
@@ -59,19 +66,23 @@ class Tally:
         desc: str = "",
         unit: str = "it",
     ):
-        self.iterable, self.total, self.desc, self.unit = iterable, total, desc, unit
-        self.n, self.postfix, self.closed, self.start = 0, "", False, time.monotonic()
+        self.iterable = iterable
+        self.total = total
+        self.desc = desc
+        self.unit = unit
+        self.n = 0
+        self.postfix = ""
+        self.closed = False
+        self.start = time.monotonic()
 
     def update(self, n: int = 1) -> None:
-        "Count `n` more."
         self.n += n
 
     def set_postfix_str(self, text: str = "", refresh: bool = True) -> None:
-        "Text at the end of the line, such as a loss."
+        "Set the text at the end of the line, such as a loss."
         self.postfix = text
 
     def close(self) -> None:
-        "Nothing more will be counted."
         self.closed = True
 
     def __iter__(self) -> Iterator:
@@ -88,7 +99,7 @@ class Tally:
 
 # %% ../nbs/7_engine_room/02_progress.ipynb #5aaaba1e
 def progress_line(tally: Tally) -> str:
-    "For example 'students: 3/12 run in 41 s (0.07 run/s), about 2 min 03 s left'."
+    "Format a line such as 'students: 3/12 run in 41 s (0.07 run/s), about 2 min 03 s left'."
     seconds = time.monotonic() - tally.start
     rate = tally.n / max(seconds, 1e-9)
     text = f"{tally.desc}: " if tally.desc else ""
@@ -100,37 +111,35 @@ def progress_line(tally: Tally) -> str:
 
 # %% ../nbs/7_engine_room/02_progress.ipynb #755cc2c6
 class Meter(Tally):
-    "Progress as text: a line that is replaced in a notebook, or printed lines."
+    "Progress as text: one line that is replaced in a notebook, or printed lines."
 
     def __init__(self, *args, mode: str = "lines", file=None, every: float | None = None, **kwargs):
         super().__init__(*args, **kwargs)
-        self.mode, self.file, self.handle, self.shown, self.shown_n = (
-            mode,
-            file,
-            None,
-            self.start,
-            0,
-        )
+        self.mode = mode
+        self.file = file
+        self.handle = None
+        self.shown = self.start
+        self.shown_n = 0
         self.every = (
             every if every is not None else (0.5 if mode == "notebook" else 10.0)
         )  # seconds between two lines
 
     def update(self, n: int = 1) -> None:
-        "Count `n` more; shows the line if the last one is old enough."
+        "Count `n` more, and show the line if `every` seconds have passed."
         super().update(n)
         if time.monotonic() - self.shown >= self.every:
             self.show()
 
     def show(self) -> None:
-        "Show the line now."
-        self.shown, self.shown_n = time.monotonic(), self.n
+        self.shown = time.monotonic()
+        self.shown_n = self.n
         if self.mode == "notebook":
             self.handle = _display_line(progress_line(self), self.handle)
         else:
             print(progress_line(self), file=self.file or sys.stderr, flush=True)
 
     def close(self) -> None:
-        "Show the final state, unless it was shown already or the work took less than a second."
+        "Show the final state, unless it is shown already or less than a second has passed."
         if (
             not self.closed
             and self.n != self.shown_n
@@ -151,14 +160,17 @@ def _display_line(text: str, handle=None):
 
 # %% ../nbs/7_engine_room/02_progress.ipynb #1a4d2eaa
 def progress(
-    iterable: Iterable | None = None,  # what to go through; None: call update() yourself
-    total: int | None = None,  # number of items, where len(iterable) does not tell
+    iterable: Iterable | None = None,  # items to iterate over; None: call update() yourself
+    total: int | None = None,  # number of items, if iterable has no length
     desc: str = "",
     unit: str = "it",
     mode: str | None = None,
     file=None,
 ):
-    "Go through `iterable` and show how far it is, as suits a terminal, a notebook or a log. Returns a tqdm bar, a Meter or a Tally."
+    """Iterate over `iterable` and show progress in a terminal, a notebook or a log.
+
+    Returns a tqdm bar, a Meter or a Tally.
+    """
     if total is None and hasattr(iterable, "__len__"):
         total = len(iterable)
     mode = mode or progress_mode(file)

@@ -1,4 +1,5 @@
 "What every test process needs before its first test."
+
 import signal
 
 # A shell that starts a suite in the background leaves Ctrl-C ignored, and every child inherits that.

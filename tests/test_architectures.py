@@ -199,7 +199,7 @@ def test_distillation_compares_the_models_own_logits(name):
 def test_every_family_trains_and_has_an_estimate(name, precision):
     model = tiny(name)
     cfg = TrainConfig(
-        steps=2, batch_size=2, lr=1e-2, device="cpu", precision=precision, log_every=1
+        max_steps=2, batch_size=2, lr=1e-2, device="cpu", precision=precision, log_every=1
     )
     estimate = memory_estimate(model.config, cfg, length=12, teacher=tiny("Llama").config)
     assert estimate["activations"] > 0 and estimate["total"] > estimate["weights"]
@@ -211,7 +211,7 @@ def test_every_family_trains_and_has_an_estimate(name, precision):
 def test_a_decoder_is_trained_from_the_token_it_starts_with(name):
     model = tiny(name)
     rows = [(row["prompt"], row["completion"]) for row in ROWS]
-    learned = TrainConfig(steps=200, batch_size=4, lr=1e-2, device="cpu")
+    learned = TrainConfig(max_steps=200, batch_size=4, lr=1e-2, device="cpu")
     train(model, method_for(model), ROWS, learned)
     batch = seq2seq_batch(rows[:3], 0)
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}

@@ -39,7 +39,6 @@ from kd_notes.losses.divergences import (
     jsd,
     next_token_labels,
     reverse_kl,
-    symmetric_kl,
     token_divergence,
 )
 from kd_notes.losses.families import (
@@ -47,6 +46,7 @@ from kd_notes.losses.families import (
     renyi,
     skew_kl,
     skew_reverse_kl,
+    symmetric_kl,
     total_variation,
 )
 
@@ -880,6 +880,20 @@ def test_atkd_written_out():
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("n", [1, 2, 3, 50])
+def test_a_cut_holds_for_positions_that_are_rounded_differently(n, dtype):
+    u = -torch.rand(n, generator=torch.Generator().manual_seed(n), dtype=dtype)
+    for fraction in (0.0, 0.3, 0.5, 1.0):
+        split = easy_hard(u, fraction)
+        for side in (-math.inf, math.inf):
+            moved = torch.nextafter(u, torch.full_like(u, side))
+            assert int((moved < split.threshold).sum()) == split.easy
+    neighbours = torch.stack([u[0], torch.nextafter(u[0], torch.ones_like(u[0]))])
+    split = easy_hard(neighbours, 0.5)
+    assert int((neighbours < split.threshold).sum()) == split.easy
+
+
 @pytest.mark.parametrize("n", [1, 2, 5, 8])
 def test_easy_hard_follows_torch_median_and_ties_are_hard(n):
     u = torch.randn(n, generator=torch.Generator().manual_seed(n))
@@ -888,7 +902,7 @@ def test_easy_hard_follows_torch_median_and_ties_are_hard(n):
         and easy_hard(u, 1.0).easy == 0
         and easy_hard(u, 0.0).hard == 0
     )
-    assert easy_hard(torch.zeros(n)) == (0.0, 0, n)
+    assert easy_hard(torch.zeros(n)) == (-math.inf, 0, n)
     with pytest.raises(UserError, match="no positions"):
         easy_hard(torch.zeros(0))
 

@@ -7,14 +7,13 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import kd_notes.losses.fused as fused_module
 from kd_notes.core import UserError
 from kd_notes.losses.divergences import DIVERGENCES, get_divergence
 from kd_notes.losses.fused import (
-    big_zeros,
     fused_cross_entropy,
     fused_linear_divergence,
     Samples,
@@ -126,6 +125,8 @@ def test_the_list_above_has_every_divergence_of_the_registry():
     assert set(DIVERGENCES) <= {name for name, _ in OPTIONS}
 
 
+@example("atkd", 1, 2, None, 1, 16, 429, 3.34375, 1.0)  # the teacher's logits round differently
+@example("atkd", 10, 17, None, 1, 16, 0, 0.0625, 1.0)  # 1 - p_g is 1 but for rounding
 @settings(max_examples=40, deadline=None)
 @given(
     name=st.sampled_from(
@@ -634,14 +635,6 @@ def test_uld_counts_the_ids_it_is_told_to():
     h, w, t, u = torch.randn(5, 6), torch.randn(40, 6), torch.randn(5, 6), torch.randn(36, 6)
     want = get_divergence("uld")(h @ w[:30].t(), t @ u[:30].t())
     torch.testing.assert_close(fused_linear_divergence(h, w, t, u, "uld", vocab_size=30), want)
-
-
-def test_big_zeros():
-    x = big_zeros(2**21 + 1, 2, dtype=torch.float32)
-    assert x.shape == (2**21 + 1, 2) and not x.any() and x.is_contiguous()
-    x.requires_grad_().sum().backward()
-    assert x.grad.all() and torch.nn.Parameter(x).add(1).sum() > 0
-    assert big_zeros(3, dtype=torch.float64).dtype == torch.float64
 
 
 def test_import_is_light():

@@ -22,12 +22,11 @@ from transformers import (
 )
 
 import helpers
-import kd_notes.generation.packing as packing_module
+import kd_notes.kernels as kernels
 import kd_notes.generation.sampling as sampling_module
 from kd_notes.generation.engine import draws
 from kd_notes.core import UserError
 from kd_notes.generation.beam import beam
-from kd_notes.generation.packing import packed
 from kd_notes.generation.sampling import (
     check_lengths,
     greedy,
@@ -468,33 +467,10 @@ def test_autocast_around_it_changes_nothing():
 # ---------------------------------------------------------------- packed weights
 
 
-def test_packed_weights_give_the_same_numbers_and_leave_nothing_behind(monkeypatch):
-    monkeypatch.setattr(packing_module, "PACK_FROM", 1000)
-    model, ids = mini_model("causal", "s", 300, seed=0).eval(), torch.randint(0, 300, (8, 6))
-    assert (
-        packing_module._can_pack() and len(packing_module._packable(model)) == 22
-    )  # 3 layers of 7, and the head
-    with torch.no_grad():
-        plain = model(ids).logits
-        with packed(model):
-            assert (model(ids).logits - plain).abs().max() < 1e-4
-            assert all(
-                m.forward.__name__ == "<lambda>"
-                for m in model.modules()
-                if type(m) is torch.nn.Linear
-            )
-        for p in model.parameters():
-            p.mul_(1.5)  # an optimizer's step: the next packing must see it
-        with packed(model):
-            assert (model(ids).logits - plain).abs().max() > 0.01
-    assert not any("forward" in vars(m) for m in model.modules())
-    assert packing_module._packable(model.double()) == []
-
-
 def test_packed_or_not_the_same_tokens(monkeypatch):
     model, prompts, s = mini_model("causal", "s", 300, seed=0), prompts_of([4, 9, 2]), Sampling(20)
     plain = sample(model, prompts, s)
-    monkeypatch.setattr(packing_module, "PACK_FROM", 1000)
+    monkeypatch.setattr(kernels, "PACK_FROM", 1000)
     seen, inner = [], sampling_module.packed
     monkeypatch.setattr(
         sampling_module,

@@ -45,7 +45,7 @@ PAIRS = [
     {"id": str(i), "prompt": f"Say {WORDS[i]}:", "completion": f" {WORDS[-1 - i]}."}
     for i in range(8)
 ]
-STEPS = TrainConfig(steps=2, batch_size=4, lr=1e-3, log_every=1, device="cpu")
+STEPS = TrainConfig(max_steps=2, batch_size=4, lr=1e-3, log_every=1, device="cpu")
 
 
 def student(seed: int = 1):
@@ -212,7 +212,7 @@ def test_06_a_plain_module_on_images(tmp_path):
     torch.manual_seed(0)
     data = [(torch.randn(1, 8, 8) + label, label) for label in (0, 1) * 8]
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 2))
-    config = TrainConfig(steps=20, batch_size=8, lr=3e-2, log_every=1, device="cpu")
+    config = TrainConfig(max_steps=20, batch_size=8, lr=3e-2, log_every=1, device="cpu")
     losses = finite(train(model, Images(), data, config, run_dir=tmp_path))
     assert losses[-1] < 0.5 * losses[0]
 
@@ -364,7 +364,7 @@ def test_19_minillm_is_trained_by_the_same_loop(teacher):
 
 # --- the product ----------------------------------------------------------------------------------------------------------------------
 
-QUICK = {"steps": 2, "batch_size": 2, "validation": 2, "evaluations": 1, "device": "cpu"}
+QUICK = {"max_steps": 2, "batch_size": 2, "validation": 2, "evaluations": 1, "device": "cpu"}
 
 
 def test_17_distill_takes_rows_and_models(tmp_path, teacher):

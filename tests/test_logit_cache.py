@@ -738,6 +738,14 @@ def test_weights_hash_of_a_model_and_of_its_folder(tmp_path, family):
         weights_hash(tmp_path)
 
 
+def test_weights_hash_sees_every_bit_of_float64():
+    model = torch.nn.Linear(2, 2).double()
+    before = weights_hash(model)
+    with torch.no_grad():
+        model.weight[0, 0] = torch.nextafter(model.weight[0, 0], torch.ones(()).double())
+    assert weights_hash(model) != before
+
+
 @pytest.mark.parametrize(
     "change, word",
     [
@@ -889,7 +897,7 @@ def test_with_every_token_kept_loss_and_gradient_are_those_of_plain_kd(tmp_path,
 
 
 def test_a_whole_training_is_that_of_plain_kd(tmp_path, teacher):
-    config = TrainConfig(steps=10, batch_size=6, lr=3e-3, log_every=1, device="cpu")
+    config = TrainConfig(max_steps=10, batch_size=6, lr=3e-3, log_every=1, device="cpu")
     cache = write(tmp_path, teacher, k=VOCAB, dtype="float32")
     runs = [
         train(teacher_of(seed=5), method, ROWS, config)
@@ -956,7 +964,12 @@ def test_accumulation_changes_nothing(tmp_path, teacher, kind):
             method,
             ROWS,
             TrainConfig(
-                steps=5, batch_size=8 // a, accumulate=a, lr=3e-3, log_every=1, device="cpu"
+                max_steps=5,
+                batch_size=8 // a,
+                gradient_accumulation_steps=a,
+                lr=3e-3,
+                log_every=1,
+                device="cpu",
             ),
         )
         for a in (1, 4)
@@ -1014,7 +1027,7 @@ def test_training_needs_the_cache_only(tmp_path):
         teacher_of(seed=5),
         KD(Ids(), cache),
         list(cache),
-        TrainConfig(steps=4, batch_size=4, lr=3e-3, log_every=1, device="cpu"),
+        TrainConfig(max_steps=4, batch_size=4, lr=3e-3, log_every=1, device="cpu"),
     )
     for path in (tmp_path / "teacher").iterdir():
         path.unlink()
@@ -1029,7 +1042,7 @@ def test_training_needs_the_cache_only(tmp_path):
     transformers.PreTrainedModel.__init__ = lambda self, *a, **k: (built.append(type(self).__name__), init(self, *a, **k))[1]
     transformers.PreTrainedModel.from_pretrained = None
     cache = LogitCache({cache!r}, tokenizer=Ids(), teacher={digest!r})
-    config = TrainConfig(steps=4, batch_size=4, lr=3e-3, log_every=1, device="cpu")
+    config = TrainConfig(max_steps=4, batch_size=4, lr=3e-3, log_every=1, device="cpu")
     history = train(teacher_of(seed=5), KD(Ids(), cache), list(cache), config).history
     print(json.dumps([built, [row["loss"] for row in history]]))
     """

@@ -1475,7 +1475,7 @@ def test_presets_and_recipes():
         GKDConfig.recipe(name)
     cfg = minibatch_config(64, 5000, batch_size=16)
     assert (
-        cfg.batch_size * cfg.accumulate,
+        cfg.batch_size * cfg.gradient_accumulation_steps,
         cfg.lr,
         tuple(cfg.betas),
         cfg.weight_decay,
@@ -1686,7 +1686,7 @@ def test_phases_1_and_2_name_examples_that_cannot_be_used_before_the_first_step(
             small(),
             Ids(),
             **sets,
-            cfg=TrainConfig(steps=1, batch_size=2, lr=1e-3, device="cpu"),
+            cfg=TrainConfig(max_steps=1, batch_size=2, lr=1e-3, device="cpu"),
             callbacks=[watch],
         )
     assert "example bad" in str(caught.value) and not steps
@@ -1737,7 +1737,7 @@ def test_a_batch_is_divided_by_processes_that_were_launched(monkeypatch):
     assert minibatch_config(8, 2).batch_size == 8
     monkeypatch.setenv("LOCAL_RANK", "0")
     assert minibatch_config(8, 2).batch_size == 4
-    assert minibatch_config(8, 2, batch_size=2).accumulate == 2
+    assert minibatch_config(8, 2, batch_size=2).gradient_accumulation_steps == 2
     with pytest.raises(UserError, match="no whole number"):
         minibatch_config(8, 2, batch_size=8)
 

@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from kd_notes.core import read_json
+from kd_notes.core import read_json, UserError
 from kd_notes.runner import readme as readme_module
 from kd_notes.runner.notebooks import open_book, read_notebook, result_names
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-AGAIN = "Run: make readme, and commit README.md, nbs/index.ipynb and nbs/images."
+AGAIN = (
+    "Run: make readme, and commit README.md, nbs/index.ipynb, nbs/images and nbs/results/claims.md."
+)
 
 
 def snippets() -> list[str]:
@@ -136,18 +138,44 @@ def test_your_own_data_run(tmp_path, monkeypatch):
     ]
     for name, content in (("mine", rows), ("rationales", said)):
         Path(f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in content))
-    training = next(text for text in snippets() if "steps=500" in text)
-    exec(training.replace("steps=500", "steps=2"), {})
+    training = next(text for text in snippets() if "max_steps=500" in text)
+    exec(training.replace("max_steps=500", "max_steps=2"), {})
     assert Path("my-run/metrics.jsonl").stat().st_size > 0
 
 
 def test_the_loss_of_the_readme_runs():
     import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-    names = {
-        "student_logits": torch.zeros(2, 3, 5),
-        "teacher_logits": torch.zeros(2, 3, 5),
-        "response_mask": torch.ones(2, 3),
-    }
+    sizes = dict(vocab_size=11, hidden_size=8, intermediate_size=16, num_attention_heads=2)
+    student, teacher = (
+        LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=layers)) for layers in (1, 2)
+    )
+    ids = torch.randint(0, 11, (2, 6))
+    labels = ids.masked_fill(torch.arange(6) < 3, -100)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    names = {"student": student, "teacher": teacher, "batch": batch}
     exec(next(text for text in snippets() if "reverse_kl" in text), names)
-    assert names["loss"].item() == 0
+    log_q = student(**batch).logits[:, 2:-1].log_softmax(-1)
+    log_p = teacher(**batch).logits[:, 2:-1].log_softmax(-1)
+    expected = (log_q.exp() * (log_q - log_p)).sum(-1).mean()
+    assert torch.isclose(names["loss"], expected, atol=1e-6)
+
+
+def test_the_register_is_that_of_the_record():
+    page = (ROOT / "nbs" / "results" / "claims.md").read_text(encoding="utf-8")
+    assert page == readme_module.claims_page(open_book()), AGAIN
+    verdicts = sum(
+        len(read_json(path)["verdicts"])
+        for path in (ROOT / "data" / "expected" / "cpu-full").glob("*.json")
+    )
+    assert page.split("## The register")[1].count("\n| [") >= verdicts > 0
+
+
+def test_a_finding_without_its_verdict_is_an_error():
+    words = "step-by-step beats standard finetuning (nli)"
+    finding = readme_module.Finding("x", "stepwise_data_efficiency", words, "y")
+    assert "15.7 [9.2, 22.0] points, 5 seeds" in readme_module.findings_list(open_book(), [finding])
+    lost = readme_module.Finding("x", "stepwise_data_efficiency", "no such claim", "y")
+    with pytest.raises(UserError, match="no recorded verdict 'no such claim'"):
+        readme_module.findings_list(open_book(), [lost])

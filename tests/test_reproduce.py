@@ -1079,17 +1079,14 @@ def test_image_data_is_not_searched_for_paths():
         "image/png": {"alt": "x"}
     }
     publish_module._no_machine_paths([{"outputs": [made]}], "x")
-    assert (
-        publish_module._clean_output(
-            {
-                "output_type": "display_data",
-                "data": {"application/vnd.jupyter.widget-view+json": {}},
-                "metadata": {},
-            },
-            {},
-        )
-        is None
-    )
+
+
+def test_a_progress_bar_is_not_published_and_a_widget_leaves_its_picture():
+    widget = {"application/vnd.jupyter.widget-view+json": {}, "text/plain": "Loading:   0%|"}
+    output = {"output_type": "display_data", "data": widget, "metadata": {}}
+    assert publish_module._clean_output(output, {}) is None
+    framed = output | {"data": widget | {"text/html": "<b>frame</b>"}}
+    assert publish_module._clean_output(framed, {})["data"] == {"text/html": ["<b>frame</b>"]}
 
 
 # ---------------------------------------------------------------- command line

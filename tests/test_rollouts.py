@@ -52,7 +52,7 @@ ROWS = [{"id": f"p{i}", "prompt": [1, 1 + i % 3], "completion": [2, 1, 0]} for i
 
 def config(steps=4, **changes):
     settings = {"batch_size": 4, "lr": 1e-3, "log_every": 1, "device": "cpu"} | changes
-    return TrainConfig(steps=steps, **settings)
+    return TrainConfig(max_steps=steps, **settings)
 
 
 # ---------------------------------------------------------------- rows
@@ -163,7 +163,7 @@ def test_everything_is_drawn_before_the_batches_of_a_step_are_put_together():
             return super().collate(items)
 
     method = Watched(Ids(), toy(1), OnPolicyConfig(rollouts=8, inner_epochs=2, max_new_tokens=3))
-    train(toy(0), method, ROWS, config(8, batch_size=2, accumulate=2))
+    train(toy(0), method, ROWS, config(8, batch_size=2, gradient_accumulation_steps=2))
     rollout = ["write", *["collate"] * 8]  # 2 inner epochs of 2 steps of 2 micro-batches
     assert events == rollout * 2
 

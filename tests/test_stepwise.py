@@ -56,7 +56,7 @@ def fit(method, rows, family="causal", steps=6, **how):
         tiny(family),
         method,
         rows,
-        TrainConfig(steps=steps, batch_size=8, lr=2e-3, log_every=1, device="cpu", **how),
+        TrainConfig(max_steps=steps, batch_size=8, lr=2e-3, log_every=1, device="cpu", **how),
     )
 
 
@@ -344,7 +344,7 @@ def test_a_student_learns_what_it_is_trained_on():
         tiny(),
         StepByStep(TOK),
         step_rows(few),
-        TrainConfig(steps=60, batch_size=16, lr=8e-3, device="cpu"),
+        TrainConfig(max_steps=60, batch_size=16, lr=8e-3, device="cpu"),
     ).model
     said = predict(model, TOK, few)
     assert sum(said[e.id] == e.label for e in few) >= 14
@@ -560,7 +560,7 @@ def test_an_input_beyond_the_context_is_named():
             StepByStep(TOK),
             step_rows([long]),
             TrainConfig(
-                steps=1, batch_size=1, lr=1e-3, max_length=stepwise_module.context_of(tiny())
+                max_steps=1, batch_size=1, lr=1e-3, max_length=stepwise_module.context_of(tiny())
             ),
         )
 

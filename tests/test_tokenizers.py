@@ -69,7 +69,7 @@ TURNS = (
 )
 TEXT = {"id": "a", "prompt": "the cat", "completion": "sat"}
 CHAT = read_row(TEXT, chat=True)
-FAST = {"steps": 2, "batch_size": 2, "validation": 2, "evaluations": 1, "device": "cpu"}
+FAST = {"max_steps": 2, "batch_size": 2, "validation": 2, "evaluations": 1, "device": "cpu"}
 FAST |= {"max_length": 64, "max_new_tokens": 6}
 ROWS = [{"prompt": f"the {a}", "response": f"{b} ran"} for a in ("cat", "dog") for b in "abcdef"]
 

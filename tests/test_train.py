@@ -79,7 +79,10 @@ EXAMPLES = rows(96)
 
 def config(**changes):
     return TrainConfig(
-        **({"steps": 12, "batch_size": 8, "lr": 2e-3, "log_every": 1, "device": "cpu"} | changes)
+        **(
+            {"max_steps": 12, "batch_size": 8, "lr": 2e-3, "log_every": 1, "device": "cpu"}
+            | changes
+        )
     )
 
 
@@ -129,7 +132,7 @@ GOLDEN = {
 
 @pytest.mark.parametrize("family", GOLDEN)
 def test_golden_losses_of_the_first_steps(family):
-    assert losses(run(family, steps=4)) == pytest.approx(GOLDEN[family], abs=2e-4)
+    assert losses(run(family, max_steps=4)) == pytest.approx(GOLDEN[family], abs=2e-4)
 
 
 @pytest.mark.parametrize("family", GOLDEN)
@@ -144,13 +147,16 @@ def test_first_loss_is_the_models_own(family):
         )
         loss = model(input_ids=torch.tensor([ids]), labels=torch.tensor([labels])).loss.item()
         total, count = total + loss * len(target), count + len(target)
-    assert losses(run(family, steps=1))[0] == pytest.approx(total / count, rel=1e-5)
+    assert losses(run(family, max_steps=1))[0] == pytest.approx(total / count, rel=1e-5)
 
 
 @pytest.mark.parametrize("family", GOLDEN)
 @pytest.mark.parametrize("shape", [(4, 2), (2, 4), (1, 8)])
 def test_accumulation_changes_nothing(family, shape):
-    whole, parts = run(family), run(family, batch_size=shape[0], accumulate=shape[1])
+    whole, parts = (
+        run(family),
+        run(family, batch_size=shape[0], gradient_accumulation_steps=shape[1]),
+    )
     assert losses(parts) == pytest.approx(losses(whole), rel=2e-4)
     for a, b in zip(whole.model.parameters(), parts.model.parameters()):
         torch.testing.assert_close(a, b, atol=2e-4, rtol=1e-3)
@@ -160,7 +166,10 @@ def test_accumulation_is_exact_in_float64():
     def train64(micro, accumulate):
         model = mini_model("causal", "xs", VOCAB, 0).double()
         return train(
-            model, Rows(), EXAMPLES, config(batch_size=micro, accumulate=accumulate, steps=6)
+            model,
+            Rows(),
+            EXAMPLES,
+            config(batch_size=micro, gradient_accumulation_steps=accumulate, max_steps=6),
         ).model
 
     for a, b in zip(train64(8, 1).parameters(), train64(2, 4).parameters()):
@@ -169,9 +178,9 @@ def test_accumulation_is_exact_in_float64():
 
 def test_training_learns_and_is_the_same_every_time():
     torch.manual_seed(123)
-    a = run(steps=150, lr=5e-3, dropout=0.1)
+    a = run(max_steps=150, lr=5e-3, dropout=0.1)
     random.random(), torch.rand(7)
-    b = run(steps=150, lr=5e-3, dropout=0.1)
+    b = run(max_steps=150, lr=5e-3, dropout=0.1)
     assert losses(a)[-1] < 0.8 * losses(a)[0]
     assert losses(a) == losses(b) and same_bits(a.model, b.model)
 
@@ -214,14 +223,19 @@ class TwoTerms(Rows):
 @given(st.floats(0.1, 5), st.floats(0.1, 5))
 @settings(max_examples=5, deadline=None)
 def test_the_total_is_the_weighted_sum_of_token_means(w1, w2):
-    result = run(method=TwoTerms({"first": w1, "rest": w2}), steps=2, batch_size=2, accumulate=4)
+    result = run(
+        method=TwoTerms({"first": w1, "rest": w2}),
+        max_steps=2,
+        batch_size=2,
+        gradient_accumulation_steps=4,
+    )
     for row in result.history:
         assert row["loss"] == pytest.approx(w1 * row["first"] + w2 * row["rest"], rel=1e-6)
 
 
 def test_a_term_of_weight_zero_is_measured_and_has_no_effect():
     def final(weights):
-        return run(method=TwoTerms(weights), steps=5)
+        return run(method=TwoTerms(weights), max_steps=5)
 
     with_zero, other = final({"first": 1.0, "rest": 0.0}), final({"first": 1.0, "rest": 1.0})
     assert all(row["rest"] > 0 and row["loss"] == row["first"] for row in with_zero.history)
@@ -234,14 +248,14 @@ def test_a_term_of_weight_zero_is_measured_and_has_no_effect():
         def loss_sums(self, model, batch):
             return {"first": super().loss_sums(model, batch)["first"]}
 
-    alone = run(method=OnlyFirst({"first": 1.0}), steps=5)
+    alone = run(method=OnlyFirst({"first": 1.0}), max_steps=5)
     for a, b in zip(alone.model.parameters(), with_zero.model.parameters()):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
 
 
 def test_a_step_is_adamw_with_clipping_and_decay():
     "One step of the loop against torch's own AdamW (not fused), clip and schedule, written out."
-    cfg = config(steps=2, weight_decay=0.1, clip=0.05, warmup=1, lr=1e-2)
+    cfg = config(max_steps=2, weight_decay=0.1, max_grad_norm=0.05, warmup=1, lr=1e-2)
     result = train(mini_model("causal", "xs", VOCAB, 0), Rows(), EXAMPLES, cfg)
     model, method = mini_model("causal", "xs", VOCAB, 0), Rows()
     groups = [
@@ -268,7 +282,7 @@ def test_a_step_is_adamw_with_clipping_and_decay():
 
 @given(st.integers(1, 300), st.floats(0, 0.5), st.sampled_from(state_module.SCHEDULES))
 def test_schedules_rise_then_fall(steps, warmup, name):
-    cfg = TrainConfig(steps=steps, batch_size=1, lr=1.0, warmup=warmup, schedule=name)
+    cfg = TrainConfig(max_steps=steps, batch_size=1, lr=1.0, warmup=warmup, schedule=name)
     factors = [lr_factor(s, cfg) for s in range(steps)]
     assert all(0 < f <= 1 for f in factors)
     top = factors.index(max(factors))
@@ -494,7 +508,7 @@ SCRIPT = """
         def on_step(self, loop):
             if loop.step == int(sys.argv[3]): os.kill(os.getpid(), signal.SIGKILL)
             time.sleep(float(sys.argv[4]))
-    cfg = config(steps=40, save_every=6, eval_every=9, keep_best=True, lr=5e-3)
+    cfg = config(max_steps=40, save_every=6, eval_every=9, keep_best=True, lr=5e-3)
     train(mini_model("causal", "xs", 64, 0, 0.1), Rows(), EXAMPLES, cfg, run_dir=sys.argv[2], validate=mean_loss, callbacks=[Plug()])
 """
 
@@ -514,7 +528,7 @@ def killed_training(folder, at_step, pause=0.0):
 
 def long_run(folder=None):
     return run(
-        steps=40,
+        max_steps=40,
         save_every=6,
         eval_every=9,
         keep_best=True,
@@ -628,7 +642,7 @@ OTHER_TOKEN = {**EXAMPLES[0], "prompt": [2, *EXAMPLES[0]["prompt"][1:-1], 9]}
     "change, named",
     [
         ({"lr": 1e-3}, "settings"),
-        ({"steps": 13}, "settings"),
+        ({"max_steps": 13}, "settings"),
         ({"batch_size": 4}, "settings"),
         ({"ema": 0.9}, "settings"),
         ({"examples": EXAMPLES[1:]}, "examples"),
@@ -659,7 +673,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path, change, named):
     ],
 )
 def test_a_checkpoint_of_another_objective_or_teacher_is_refused(tmp_path, change):
-    cfg = {"run_dir": tmp_path, "steps": 4, "save_every": 2, "examples": EXAMPLES[:24]}
+    cfg = {"run_dir": tmp_path, "max_steps": 4, "save_every": 2, "examples": EXAMPLES[:24]}
     run(method=kd_rows(), **cfg)
     assert run(method=kd_rows(), **cfg).steps == 4  # the same call goes on
     with pytest.raises(UserError, match="a run with other method"):
@@ -672,6 +686,13 @@ def test_a_method_is_described_by_what_it_does_and_not_by_where_it_is():
     with torch.no_grad():
         next(first.signal.model.parameters())[0, 0] += 1e-3
     assert first.identity() != kd_rows().identity()
+
+
+def test_the_precision_of_a_teacher_belongs_to_its_description():
+    half, widened = kd_rows(), kd_rows()
+    half.signal.model.bfloat16()
+    widened.signal.model.bfloat16().float()
+    assert half.identity() != widened.identity()
 
 
 @pytest.mark.parametrize("targets", [["lm_head"], ["q_proj", "lm_head"], ["embed_tokens"]])
@@ -692,7 +713,7 @@ def test_a_merged_student_is_the_one_that_was_trained(tmp_path, targets, tied):
         )
         return LlamaForCausalLM(shape)
 
-    cfg = config(steps=20, lr=3e-2, lora={"r": 4, "alpha": 8, "targets": targets})
+    cfg = config(max_steps=20, lr=3e-2, lora={"r": 4, "alpha": 8, "targets": targets})
     student = train(base(), Rows(), EXAMPLES, cfg).model
     ids = torch.tensor([EXAMPLES[0]["prompt"]])
     with torch.no_grad():
@@ -713,7 +734,9 @@ def test_settings_that_cannot_change_numbers_may_change(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         run(run_dir=tmp_path, save_every=5, callbacks=[Stop()])
-    resumed = run(run_dir=tmp_path, save_every=3, batch_size=4, accumulate=2, log_every=4)
+    resumed = run(
+        run_dir=tmp_path, save_every=3, batch_size=4, gradient_accumulation_steps=2, log_every=4
+    )
     for a, b in zip(resumed.model.parameters(), run().model.parameters()):
         torch.testing.assert_close(a, b, atol=2e-4, rtol=1e-3)
 
@@ -792,7 +815,9 @@ def test_best_weights_and_early_stopping():
         seen.append([p.clone() for p in model.parameters()])
         return {"score": next(scores)}
 
-    result = run(steps=50, eval_every=4, keep_best=True, early_stop=2, validate=validate)
+    result = run(
+        max_steps=50, eval_every=4, keep_best=True, early_stopping_patience=2, validate=validate
+    )
     assert (
         result.best == {"step": 8, "score": 0.5}
         and result.steps == 16
@@ -946,8 +971,8 @@ def test_fp16_on_a_cpu_is_refused():
 
 
 def test_gradient_checkpointing_and_compilation_change_no_number():
-    plain = losses(run(steps=3))
-    assert losses(run(steps=3, compile="eager")) == pytest.approx(plain, rel=1e-5)
+    plain = losses(run(max_steps=3))
+    assert losses(run(max_steps=3, compile="eager")) == pytest.approx(plain, rel=1e-5)
     calls, inner = [], type(mini_model("causal", "xs", VOCAB, 0).model.layers[0].mlp).forward
 
     def counted(self, *args, **kwargs):
@@ -959,11 +984,13 @@ def test_gradient_checkpointing_and_compilation_change_no_number():
         patch.setattr(
             type(mini_model("causal", "xs", VOCAB, 0).model.layers[0].mlp), "forward", counted
         )
-        run(steps=3)
+        run(max_steps=3)
         once, calls[:] = len(calls), []
-        assert losses(run(steps=3, gradient_checkpointing=True)) == pytest.approx(plain, rel=1e-5)
+        assert losses(run(max_steps=3, gradient_checkpointing=True)) == pytest.approx(
+            plain, rel=1e-5
+        )
     assert len(calls) == 2 * once  # every layer ran again in the backward pass
-    lora = {"lora": {"r": 2}, "steps": 3}
+    lora = {"lora": {"r": 2}, "max_steps": 3}
     assert losses(run(**lora, gradient_checkpointing=True)) == pytest.approx(
         losses(run(**lora)), rel=1e-5
     )
@@ -984,7 +1011,9 @@ def test_fused_sft_is_sft_without_logits(monkeypatch):
         )
     torch.testing.assert_close(found[0], found[1])
     monkeypatch.undo()
-    assert losses(run(steps=3, method=lean)) == pytest.approx(losses(run(steps=3)), rel=1e-4)
+    assert losses(run(max_steps=3, method=lean)) == pytest.approx(
+        losses(run(max_steps=3)), rel=1e-4
+    )
 
 
 def test_a_target_without_a_prompt_is_an_error():
@@ -1059,18 +1088,18 @@ class Sometimes(Rows):
 def test_a_batch_may_lack_a_term_only_where_the_method_says_so():
     few = [e for e in EXAMPLES if e["prompt"][1] <= 60][:8]
     with pytest.raises(UserError, match="no target tokens for the term 'extra'"):
-        run(steps=2, examples=few, method=Sometimes())
+        run(max_steps=2, examples=few, method=Sometimes())
     method = Sometimes()
     method.optional_terms = frozenset({"extra"})
-    assert all(math.isfinite(x) for x in losses(run(steps=2, examples=few, method=method)))
+    assert all(math.isfinite(x) for x in losses(run(max_steps=2, examples=few, method=method)))
     method.loss_weights = {"loss": 0.0, "extra": 1.0}
     with pytest.raises(UserError, match="no target tokens"):  # nothing at all would be learned
-        run(steps=2, examples=few, method=method)
+        run(max_steps=2, examples=few, method=method)
 
 
 def test_layer_dropped_students_train():
     student = layer_drop(mini_model("causal", "m", VOCAB, 0), 2)
-    assert losses(train(student, Rows(), EXAMPLES, config(steps=30)))[-1] < 4
+    assert losses(train(student, Rows(), EXAMPLES, config(max_steps=30)))[-1] < 4
 
 
 # ---------------------------------------------------------------- bad data and settings
@@ -1088,7 +1117,7 @@ def test_no_targets_no_examples_too_long():
             examples=EXAMPLES[:3] + [{"id": "row-3", "prompt": [5] * 40, "completion": [1]}],
             max_length=30,
         )
-    assert run(examples=EXAMPLES, max_length=30, steps=1).steps == 1
+    assert run(examples=EXAMPLES, max_length=30, max_steps=1).steps == 1
 
 
 class Poisoned(Rows):
@@ -1131,7 +1160,7 @@ def test_non_finite_stops_with_step_and_examples_before_the_weights_are_touched(
             model,
             Poisoned(how),
             examples,
-            config(steps=12, save_every=2),
+            config(max_steps=12, save_every=2),
             run_dir=tmp_path,
             callbacks=[Keep()],
         )
@@ -1150,14 +1179,14 @@ def test_non_finite_stops_with_step_and_examples_before_the_weights_are_touched(
 @pytest.mark.parametrize(
     "change",
     [
-        {"steps": -1},
+        {"max_steps": -1},
         {"batch_size": 0},
         {"lr": 0},
-        {"accumulate": 0},
+        {"gradient_accumulation_steps": 0},
         {"schedule": "step"},
         {"precision": "fp8"},
         {"warmup": -0.1},
-        {"clip": -1},
+        {"max_grad_norm": -1},
         {"log_every": 0},
     ],
 )
@@ -1329,11 +1358,11 @@ PEAK = """
     def status(name): return 1024*int(re.search(name + r":\\s+(\\d+)", open("/proc/self/status").read())[1])
     long = [{"prompt": [2], "completion": [5 + i % 50 for i in range(255)]} for _ in range(8)]
     def build(): return mini_model("causal", "m", 8192, 0)
-    train(build(), Rows(), [EXAMPLES[0]]*2, config(steps=2, batch_size=2))  # libraries are loaded
+    train(build(), Rows(), [EXAMPLES[0]]*2, config(max_steps=2, batch_size=2))  # libraries are loaded
     shape = build().config
     before = status("VmRSS")
     open("/proc/self/clear_refs", "w").write("5")
-    train(build(), Rows(), long, config(steps=3, keep_memory=False))
+    train(build(), Rows(), long, config(max_steps=3, keep_memory=False))
     estimate = memory_module.memory_estimate(shape, config(), length=256)
     print(json.dumps([status("VmHWM") - before, estimate["total"]]))
 """
@@ -1356,7 +1385,7 @@ def test_memory_estimate_is_near_the_measured_peak():
 FAULTS = """
     import resource, sys, torch
     from contextlib import nullcontext
-    from kd_notes.training.memory import reused_memory
+    from kd_notes.kernels import reused_memory
     def faults(megabytes):
         for number in range(8):
             if number == 3:
@@ -1413,7 +1442,7 @@ def one_of_two(folder, fsdp):
     folder = f"{folder}/{'fsdp' if fsdp else 'ddp'}"
     result = run(
         batch_size=2,
-        accumulate=2,
+        gradient_accumulation_steps=2,
         run_dir=folder,
         save_every=6,
         eval_every=4,
@@ -1514,7 +1543,7 @@ def left():
     names = [p.read_text() for p in Path("/proc/self/task").glob("*/comm")]
     Path({str(tmp_path)!r}, "left-" + os.environ["RANK"]).write_text("".join(names))
 atexit.register(left)  # before the training: it runs after whatever the training leaves for the end
-result = run("t5", batch_size=4, accumulate=2, run_dir={str(tmp_path / "run")!r}, save_every=6)
+result = run("t5", batch_size=4, gradient_accumulation_steps=2, run_dir={str(tmp_path / "run")!r}, save_every=6)
 from accelerate import PartialState
 assert PartialState().num_processes == 2
 """)
@@ -1536,8 +1565,8 @@ assert PartialState().num_processes == 2
     )
 
 
-@pytest.mark.parametrize("name", ["cpu", "ddp", "fsdp2", "deepspeed"])
-def test_configurations_are_what_accelerate_takes(name, monkeypatch):
+@pytest.mark.parametrize("name", ["cpu", "ddp", "deepspeed"])
+def test_configurations_are_what_accelerate_takes(name):
     "Not run here (but for cpu.yaml): parsed by Accelerate's own launcher, which refuses unknown keys, down to the environment it would set."
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
@@ -1549,11 +1578,11 @@ def test_configurations_are_what_accelerate_takes(name, monkeypatch):
     )
     assert (args.multi_gpu, args.use_fsdp, args.use_deepspeed) == (
         name in ("cpu", "ddp"),
-        name == "fsdp2",
+        False,
         name == "deepspeed",
     )
     known = vars(launch_command_parser().parse_args(["x.py"]))
-    assert not {*defaults.fsdp_config, *defaults.deepspeed_config} - set(known)
+    assert not set(defaults.deepspeed_config) - set(known)
     if name == "deepspeed":
         args.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
         environment = prepare_deepspeed_cmd_env(args)[1]
@@ -1562,26 +1591,36 @@ def test_configurations_are_what_accelerate_takes(name, monkeypatch):
             and environment["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] == "1"
         )
     else:
-        environment = prepare_multi_gpu_env(args)
-    if name == "fsdp2":
-        from accelerate import FullyShardedDataParallelPlugin
+        assert prepare_multi_gpu_env(args)
 
-        for key, value in environment.items():
-            if "FSDP" in key:
-                monkeypatch.setenv(key, value)
-        plugin = FullyShardedDataParallelPlugin()
-        plugin.set_auto_wrap_policy(
-            training_setup.Objective(mini_model("causal", "xs", VOCAB, 0), Rows())
-        )
-        assert plugin.fsdp_version == 2 and plugin.reshard_after_forward is True
-        assert {c.__name__ for c in plugin.auto_wrap_policy.keywords["transformer_layer_cls"]} == {
-            "LlamaDecoderLayer"
-        }
+
+def test_accelerates_own_fsdp_is_refused(tmp_path):
+    "Two gloo processes launched with --use_fsdp: the run stops before a step and names fsdp=True."
+    script = tmp_path / "training.py"
+    script.write_text(f"""
+import sys
+sys.path.insert(0, {os.path.dirname(__file__)!r})
+from test_train import run
+run(batch_size=4)
+""")
+    launch = [sys.executable, "-m", "accelerate.commands.launch"]
+    launch += ["--config_file", f"{CONFIGS}/cpu.yaml", "--use_fsdp", "--fsdp_version", "2"]
+    launch += ["--main_process_port", free_port(), str(script)]
+    done = subprocess.run(launch, env=os.environ | CPU, capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0
+    assert "UserError: FSDP of Accelerate: it is switched on" in done.stderr, done.stderr[-3000:]
+    assert "TrainConfig(fsdp=True)" in done.stderr
 
 
 @pytest.mark.parametrize(
     "change",
-    [{"save_every": 5}, {"ema": 0.9}, {"keep_best": True}, {"accumulate": 2}, {"fsdp": True}],
+    [
+        {"save_every": 5},
+        {"ema": 0.9},
+        {"keep_best": True},
+        {"gradient_accumulation_steps": 2},
+        {"fsdp": True},
+    ],
 )
 def test_deepspeed_and_what_it_takes_away(change):
     "DeepSpeed is not installed here: only the refusal is tested, on an object with the two attributes that it looks at."

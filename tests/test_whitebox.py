@@ -302,7 +302,7 @@ def test_every_divergence_of_the_registry_trains(name, rows, teacher):
         model,
         KD(TOK, teacher, name, sft_weight=0.3),
         rows,
-        TrainConfig(steps=1, batch_size=4, lr=1e-3, device="cpu"),
+        TrainConfig(max_steps=1, batch_size=4, lr=1e-3, device="cpu"),
     )
     first = result.history[0]
     assert math.isfinite(first["loss"]) and first["grad_norm"] > 0
@@ -323,7 +323,7 @@ def test_temperature_scales_logits_and_t2_the_loss(rows, teacher, student):
 def test_the_teacher_is_frozen_in_eval_mode_and_never_moves(rows):
     noisy = mini_model("causal", "xs", V, seed=5, dropout=0.5).train()
     before = {k: v.clone() for k, v in noisy.state_dict().items()}
-    cfg = TrainConfig(steps=2, batch_size=4, lr=1e-3, log_every=1, device="cpu")
+    cfg = TrainConfig(max_steps=2, batch_size=4, lr=1e-3, log_every=1, device="cpu")
     first, again = (
         train(mini_model("causal", "xs", V, seed=2), KD(TOK, noisy), rows, cfg).history
         for _ in range(2)
@@ -345,7 +345,12 @@ def test_accumulation_gives_the_same_training(rows, teacher):
     for size, parts in ((4, 1), (2, 2)):
         model = mini_model("causal", "xs", V, seed=2)
         cfg = TrainConfig(
-            steps=3, batch_size=size, accumulate=parts, lr=1e-3, log_every=1, device="cpu"
+            max_steps=3,
+            batch_size=size,
+            gradient_accumulation_steps=parts,
+            lr=1e-3,
+            log_every=1,
+            device="cpu",
         )
         found.append(
             [
@@ -413,7 +418,7 @@ def test_kd_works_for_encoder_decoders():
         mini_model("t5", "xs", V, seed=0),
         method,
         rows,
-        TrainConfig(steps=2, batch_size=2, lr=1e-3, device="cpu"),
+        TrainConfig(max_steps=2, batch_size=2, lr=1e-3, device="cpu"),
     )
     assert math.isfinite(result.history[-1]["loss"])
 
@@ -526,7 +531,7 @@ def other(tmp_path_factory):
 def test_a_student_learns_across_tokenizers(how, other, teacher):
     method = KD(other, OtherTokenizer(teacher, TOK), how)
     rows = [method.encode(d) for d in dialogues(8)]
-    cfg = TrainConfig(steps=12, batch_size=8, lr=3e-3, log_every=1, device="cpu")
+    cfg = TrainConfig(max_steps=12, batch_size=8, lr=3e-3, log_every=1, device="cpu")
     result = train(mini_model("causal", "xs", len(other), seed=0), method, rows, cfg)
     assert result.history[-1]["loss"] < result.history[0]["loss"]
     assert result.tokens == 12 * sum(
@@ -641,7 +646,7 @@ def place(tmp_path_factory, teacher, other):
 
 
 QUICK = {
-    "steps": 3,
+    "max_steps": 3,
     "batch_size": 4,
     "validation": 4,
     "evaluations": 1,
@@ -881,7 +886,7 @@ def test_another_request_for_the_same_folder_is_refused(place, tmp_path):
 
 
 LONG = {
-    "steps": 40,
+    "max_steps": 40,
     "evaluations": 2,
     "batch_size": 4,
     "validation": 4,

@@ -15,7 +15,10 @@ from .rows import load_rows, read_row, TextRow
 
 # %% ../../nbs/4_probabilities/06_dialogues.ipynb #18a9b96d
 def start_ids(tokenizer) -> list[int]:
-    "The start token, if the tokenizer puts one in front of every text, as Llama's and Gemma's do."
+    """Return [start token] if the tokenizer puts one before every text, else [].
+
+    Llama's and Gemma's tokenizers do.
+    """
     start = tokenizer.bos_token_id
     if start is None or tokenizer.encode("a")[:1] != [start]:
         return []
@@ -23,7 +26,7 @@ def start_ids(tokenizer) -> list[int]:
 
 # %% ../../nbs/4_probabilities/06_dialogues.ipynb #834f851c
 def end_id(tokenizer) -> int:
-    "The end-of-sequence token."
+    "Return the id of the end-of-sequence token."
     if tokenizer.eos_token_id is None:
         raise UserError(
             "the tokenizer has no end-of-sequence token, so a completion could not end",
@@ -34,7 +37,10 @@ def end_id(tokenizer) -> int:
 
 
 def padding_id(tokenizer) -> int:
-    "The padding token, or the end token where there is none: padding is masked either way."
+    """Return the id of the padding token, or of the end token if there is none.
+
+    Padding is masked, so either id will do.
+    """
     padding = tokenizer.pad_token_id
     return end_id(tokenizer) if padding is None else padding
 
@@ -48,7 +54,10 @@ PLAIN_TEMPLATE = (
 
 # %% ../../nbs/4_probabilities/06_dialogues.ipynb #6efc34dd
 def chat_template_of(tokenizer) -> str:
-    "The tokenizer's (default) chat template, else PLAIN_TEMPLATE behind the start token it adds."
+    """Return the tokenizer's default chat template.
+
+    Without one, return PLAIN_TEMPLATE after the start token that the tokenizer adds.
+    """
     template = tokenizer.chat_template
     if isinstance(template, dict):
         if "default" not in template:
@@ -66,7 +75,10 @@ def chat_template_of(tokenizer) -> str:
 
 @lru_cache(maxsize=64)  # rendering a template for every row would double the time of encoding
 def _turn_end(tokenizer, template: str) -> int:
-    "The special token that the template writes after the assistant's words, else the end token."
+    """Return the special token that the template writes after an assistant message.
+
+    If it writes none, return the end token.
+    """
     from jinja2 import TemplateError
 
     words = "KDNOTES"
@@ -83,17 +95,20 @@ def _turn_end(tokenizer, template: str) -> int:
 
 
 def turn_end_id(tokenizer) -> int:
-    "The token that ends the assistant's turn in the chat template."
+    "Return the token that ends an assistant message in the chat template."
     return _turn_end(tokenizer, chat_template_of(tokenizer))
 
 # %% ../../nbs/4_probabilities/06_dialogues.ipynb #b303a691
 def prompt_ids(
     prompt: str | tuple[dict, ...],  # as in TextRow: text, or messages
     tokenizer,
-    system: str | None = None,  # a message to put in front of messages that have none
+    system: str | None = None,  # system message for chats that have none
     where: str = "",  # for error messages
 ) -> list[int]:
-    "Ids that the model reads before the completion: text as it is, messages in the chat template."
+    """Return the ids that precede the completion.
+
+    A text is encoded as it is; messages are laid out by the chat template.
+    """
     from jinja2 import TemplateError
 
     if isinstance(prompt, str):
@@ -118,7 +133,7 @@ def prompt_ids(
 
 # %% ../../nbs/4_probabilities/06_dialogues.ipynb #ea9e0f03
 def is_encoded(row: Any) -> bool:
-    "True for a row whose prompt and completion are lists of ids."
+    "Return True for a row whose prompt and completion are lists of ids."
     if not isinstance(row, dict):
         return False
     parts = (row.get("prompt"), row.get("completion"))
@@ -129,11 +144,14 @@ def encode_row(
     row: Any,  # of any shape that `read_row` takes, or {"prompt", "completion"} with lists of ids
     tokenizer,
     *,
-    family: str = "causal",  # "t5": an encoder reads the prompt, which then has an end too
+    family: str = "causal",  # "t5": the encoder's prompt gets an end token too
     max_length: int = 0,  # tokens of prompt and completion together; 0: no limit
     system: str | None = None,  # see `prompt_ids`
 ) -> dict:
-    "{'id', 'prompt', 'completion', 'whole'}: ids of both parts, and True if the end is there."
+    """Encode a row as {'id', 'prompt', 'completion', 'whole'}, with ids for both parts.
+
+    `whole` is True if the completion includes its end token.
+    """
     if is_encoded(row):
         return row
     row = read_row(row)
@@ -167,7 +185,7 @@ def _with_article(thing: str) -> str:
 
 
 def _fillers() -> dict[str, list[dict]]:
-    "The things that the wordings are about: kind -> [{'x': ..., 'k': ...}]."
+    "Return the fillers of the prompt templates, {kind: [{'x': ..., 'k': ...}]}."
     names = ("cqa", "anli", "svamp", "nli")
     facts = {name: read_json(data_dir() / "facts" / f"{name}.json") for name in names}
     purposes = facts["cqa"]["purposes"].values()
@@ -192,7 +210,7 @@ def _split_of(place: float) -> str:
 
 
 def prompt_texts(split: str) -> list[str]:
-    "All prompts of a split in a fixed random order."
+    "Return all prompts of a split in a fixed random order."
     if split not in PROMPT_SPLITS:
         raise UserError(
             f"{split!r} is not a split of the prompts",
@@ -211,7 +229,10 @@ def prompt_texts(split: str) -> list[str]:
 
 # %% ../../nbs/4_probabilities/06_dialogues.ipynb #fe2650ac
 def load_prompts(split: str) -> list[TextRow]:
-    "An embedded split of prompts, as chats, with the teacher's answers; checksum verified."
+    """Load an embedded split of prompts as chats with the teacher's answers.
+
+    The checksum is verified.
+    """
     name = f"{split}.jsonl"
     verify_checksums(data_dir() / "prompts", [name])
     return load_rows(data_dir() / "prompts" / name, chat=True)

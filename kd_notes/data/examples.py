@@ -29,18 +29,18 @@ from .answers import equation_value, EquationError
 # %% ../../nbs/2_playground/01_examples.ipynb #1b94830a
 @dataclass(frozen=True)
 class Example:
-    "One item of a task. Raises TypeError for a field that does not exist."
+    "One labelled or unlabelled item of a task."
 
-    id: str  # unique within a split: everything is joined by it, never by row
+    id: str  # unique within a split: results are joined by id, never by position
     task: str  # name of a task in TASKS
-    input: str  # all that a model may see
+    input: str  # the text that a model sees
     label: str = ""  # gold label as text; empty where unknown or withheld
     rationale: str = ""  # reasoning that leads to the label; empty if there is none
     choices: tuple[str, ...] = ()  # answers to choose from, for tasks with choices
-    meta: dict = field(default_factory=dict, hash=False)  # for analysis only; no model ever sees it
+    meta: dict = field(default_factory=dict, hash=False)  # for analysis only; hidden from models
 
     def to_dict(self) -> dict:
-        "The seven fields as plain JSON data."
+        "Return the seven fields as plain JSON data."
         return {
             "id": self.id,
             "task": self.task,
@@ -54,17 +54,16 @@ class Example:
 # %% ../../nbs/2_playground/01_examples.ipynb #3cb2e8e9
 @dataclass(frozen=True)
 class TaskInfo:
-    "What is common to all examples of a task."
+    "The properties that all examples of a task share."
 
     name: str
     title: str
-    mirrors: str = ""  # the published set that it mirrors
-    labels: tuple[str, ...] | None = (
-        None  # the closed set of labels, in a fixed order; None if labels are open
-    )
+    mirrors: str = ""  # the published data set that it imitates
+    # The closed set of labels, in a fixed order; None if any label is allowed.
+    labels: tuple[str, ...] | None = None
     metric: str = "exact"  # "exact": same text; "equation": same value
     choices: bool = False  # every example has its own choices and the label is one of them
-    mark: str = ""  # opens the last part of the input: "Hypothesis:", "Choices:"
+    mark: str = ""  # start of the last part of the input: "Hypothesis:", "Choices:"
     embedded: bool = False  # its splits come with the package
 
 # %% ../../nbs/2_playground/01_examples.ipynb #5792b9f1
@@ -73,7 +72,7 @@ TASKS: dict[str, TaskInfo] = {}
 
 
 def register_task(info: TaskInfo) -> TaskInfo:
-    "Make a task known by its name, so that loaders, metrics and prompts find it."
+    "Register a task by its name, for loaders, metrics and prompts."
     if info.metric not in ("exact", "equation"):
         raise UserError(
             f"metric {info.metric!r} is not known",
@@ -109,12 +108,12 @@ for _info in (
 
 # %% ../../nbs/2_playground/01_examples.ipynb #eede6809
 def embedded_tasks() -> list[str]:
-    "Names of the tasks whose splits come with the package."
+    "Return the names of the tasks whose splits come with the package."
     return [name for name, info in TASKS.items() if info.embedded]
 
 # %% ../../nbs/2_playground/01_examples.ipynb #f0d9bfb4
 def task_info(task: str | TaskInfo) -> TaskInfo:
-    "The TaskInfo of a name (a TaskInfo is passed through). Raises UserError naming the known tasks."
+    "Return the TaskInfo of a name; a TaskInfo is returned as it is."
     if isinstance(task, TaskInfo):
         return task
     if task not in TASKS:
@@ -131,22 +130,25 @@ def _squeeze(text: str) -> str:
 
 
 def nli_input(premise: str, hypothesis: str) -> str:
-    "Input of an inference example."
+    "Return the input text of an inference example."
     return f"Premise: {_squeeze(premise)} Hypothesis: {_squeeze(hypothesis)}"
 
 # %% ../../nbs/2_playground/01_examples.ipynb #4847b553
 def choice_input(question: str, choices: Sequence[str]) -> str:
-    "Input of a question with choices."
+    "Return the input text of a question with choices."
     return f"Question: {_squeeze(question)} Choices: {', '.join(_squeeze(c) for c in choices)}"
 
 
 def problem_input(question: str) -> str:
-    "Input of a word problem."
+    "Return the input text of a word problem."
     return f"Question: {_squeeze(question)}"
 
 # %% ../../nbs/2_playground/01_examples.ipynb #b372a367
 def split_input(task: str | TaskInfo, text: str) -> tuple[str, str]:
-    "What stands before the task's mark, and what after it. An input without the mark is all last part."
+    """Split an input at its task's mark into the text before it and the text after it.
+
+    Without the mark, the first part is empty.
+    """
     mark = task_info(task).mark
     first, found, last = text.rpartition(mark) if mark else ("", "", text)
     return (first.strip(), last.strip()) if found else ("", text)
@@ -168,13 +170,12 @@ _KINDS = {
     int: "a number",
     float: "a number",
     bool: "true or false",
-    type(None): "null",
 }
 
 
 def _check_form(row: dict, where: str) -> None:
     for name in ("id", "input"):
-        if row.get(name) is None or isinstance(row[name], str) and not row[name].strip():
+        if name not in row or isinstance(row[name], str) and not row[name].strip():
             raise UserError(
                 f"the field {name!r} is missing or empty",
                 where=where,
@@ -203,7 +204,11 @@ def _check_form(row: dict, where: str) -> None:
 
 # %% ../../nbs/2_playground/01_examples.ipynb #a00375ad
 def example_from_row(row: dict, task: str, where: str = "row") -> Example:
-    "An Example from one JSON object. Raises UserError for a field that is missing, unknown or of the wrong type."
+    """Build an Example from one JSON object.
+
+    Raises UserError if a field is missing, unknown or of the wrong type.
+    """
+    row = {name: value for name, value in row.items() if value is not None}
     _check_form(row, where)
     if row.get("task", task) != task:
         raise UserError(
@@ -230,7 +235,7 @@ def _has_value(text: str) -> bool:
 
 
 def check_label(info: TaskInfo, ex: Example, where: str = "row") -> None:
-    "Raises UserError if the label is not one that the task allows."
+    "Raise UserError if the task does not allow the example's label."
     if not ex.label.strip():
         raise UserError(
             "the label is empty",
@@ -260,7 +265,7 @@ def check_label(info: TaskInfo, ex: Example, where: str = "row") -> None:
 def _checked(
     info: TaskInfo, examples: Iterable[tuple[str, Example]], labelled: bool = True
 ) -> list[Example]:
-    "The examples, once each (place, example) has passed: an allowed label, and an id of its own."
+    "Check labels and unique ids of (place, example) pairs and return the examples."
     seen = {}
     out = []
     for where, ex in examples:
@@ -270,7 +275,7 @@ def _checked(
             raise UserError(
                 f"the id {ex.id!r} was already used at {seen[ex.id]}",
                 where=where,
-                fix="Give every example an id of its own.",
+                fix="Give every example a different id.",
             )
         seen[ex.id] = where
         out.append(ex)
@@ -278,7 +283,7 @@ def _checked(
 
 # %% ../../nbs/2_playground/01_examples.ipynb #cf0e67bb
 def numbered_rows(path: Path) -> list[tuple[str, dict]]:
-    "(file:line, row) of each row. Raises UserError for an empty file."
+    "Return (file:line, row) for each row of a JSONL file. An empty file is an error."
     rows = read_jsonl(path)
     lines = [n for n, line in enumerate(read_text(path).split("\n"), start=1) if line.strip()]
     if not rows:
@@ -293,9 +298,9 @@ def load_jsonl(
     task: str | TaskInfo,  # a registered task, or any name together with `labels`
     labels: Sequence[str] | None = None,  # the closed label set, if not the registered task's
     *,
-    labelled: bool = True,
-) -> list[Example]:  # False: a row may lack its label
-    "Examples of a JSONL file in canonical form. Raises UserError naming file:line for everything that is wrong with it."
+    labelled: bool = True,  # False: a row may lack its label
+) -> list[Example]:
+    "Load the examples of a JSONL file; an error names file and line."
     info = (
         TaskInfo(str(task), str(task), labels=tuple(labels))
         if labels is not None
@@ -315,9 +320,11 @@ SPLITS = ("teacher", "pool", "unlabelled", "validation", "test")
 
 
 def split_path(
-    task: str, split: str, root: Path | str | None = None
-) -> Path:  # root: folder of the tasks; None: data/tasks
-    "File of an embedded split. Raises UserError naming the known tasks or splits."
+    task: str,
+    split: str,
+    root: Path | str | None = None,  # folder of the tasks; None: data/tasks
+) -> Path:
+    "Return the file of an embedded split."
     task_info(task)
     if split not in SPLITS:
         raise UserError(
@@ -331,7 +338,10 @@ def split_path(
 def write_split(
     task: str, split: str, examples: Iterable[Example], root: Path | str | None = None
 ) -> Path:
-    "Check and write a split and record its checksum. Raises UserError for an empty split, a duplicate id or a label not allowed."
+    """Check and write a split, and record its checksum.
+
+    Raises UserError for an empty split, a duplicate id or a label that the task does not allow.
+    """
     path = split_path(task, split, root)
     places = [(f"{task}/{split}, example {i}", ex) for i, ex in enumerate(examples)]
     if not places:
@@ -352,7 +362,7 @@ def _verified(path: Path, size: int, changed: int) -> str:
 
 
 def split_checksum(task: str, split: str, root: Path | str | None = None) -> str:
-    "Verified SHA-256 of an embedded split. Raises UserError if the file or its checksum is missing or wrong."
+    "Verify an embedded split and return its SHA-256."
     path = split_path(task, split, root)
     if not path.is_file():
         raise UserError(
@@ -365,7 +375,7 @@ def split_checksum(task: str, split: str, root: Path | str | None = None) -> str
 
 # %% ../../nbs/2_playground/01_examples.ipynb #c0961082
 def withhold(ex: Example) -> Example:
-    "The example as it is before anyone has annotated it: no label, no rationale, no meta."
+    "Return the example without its annotation: no label, no rationale, no meta."
     return replace(ex, label="", rationale="", meta={})
 
 
@@ -374,9 +384,9 @@ def load_split(
     split: str,  # one of SPLITS
     *,
     gold: bool = False,  # keep the labels of the split `unlabelled`
-    root: Path | str | None = None,
-) -> list[Example]:  # folder of the tasks; None: the embedded ones
-    "Examples of an embedded split, checksum verified. Raises UserError for unknown names and for a missing or changed file."
+    root: Path | str | None = None,  # folder of the tasks; None: the embedded ones
+) -> list[Example]:
+    "Load the examples of an embedded split, after verifying its checksum."
     split_checksum(task, split, root)
     examples = load_jsonl(split_path(task, split, root), task, labelled=split != "unlabelled")
     return [withhold(ex) for ex in examples] if split == "unlabelled" and not gold else examples

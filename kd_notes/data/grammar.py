@@ -20,13 +20,13 @@ from ..core import data_dir, read_json, rng, UserError, verify_checksums
 
 # %% ../../nbs/2_playground/06_grammar.ipynb #156ff934
 def world_dir() -> Path:
-    "Folder of the embedded instruction world."
+    "Return the folder of the embedded instruction world."
     return data_dir() / "world"
 
 
 @lru_cache
 def lexicon() -> dict:
-    "The hand-written words, sentence patterns and weights, checksum verified."
+    "Load the hand-written words, sentence patterns and weights, checksum verified."
     verify_checksums(world_dir(), ["lexicon.json"])
     return read_json(world_dir() / "lexicon.json")
 
@@ -47,7 +47,10 @@ SINGLE = {
 
 
 def draw_villages(n: int = VILLAGES, seed: int = SEED) -> dict[str, dict]:
-    "{name: facts} of n villages; a ranked fact is a list of [probability, value], a single one a text."
+    """Draw the facts of n villages, {name: facts}.
+
+    A ranked fact is a list of [probability, value], any other fact a text.
+    """
     words = lexicon()
     r = rng("world", "villages", seed)
     names = sorted(r.sample([a + b for a in words["first"] for b in words["last"]], n))
@@ -65,33 +68,33 @@ def _village_facts(r: random.Random, words: dict) -> dict:
 
 @lru_cache
 def villages() -> dict[str, dict]:
-    "{name: facts} as committed in data/world/facts.json, checksum verified."
+    "Load {name: facts} from data/world/facts.json, checksum verified."
     verify_checksums(world_dir(), ["facts.json"])
     return read_json(world_dir() / "facts.json")
 
 # %% ../../nbs/2_playground/06_grammar.ipynb #261110d2
-END = "</s>"  # what every answer ends with
+END = "</s>"  # end symbol of every answer
 
 
 def words_of(text: str) -> list[str]:
-    "Words and punctuation marks of a text."
+    "Split a text into words and punctuation marks."
     return re.findall(r"[A-Za-z]+|[.,?!:]", text)
 
 
 def text_of(words: Sequence[str]) -> str:
-    "The text of such words; END is left out."
+    "Join words into a text; END is left out."
     return re.sub(r" ([.,?!:])", r"\1", " ".join(w for w in words if w != END))
 
 # %% ../../nbs/2_playground/06_grammar.ipynb #04e26841
 @dataclass(frozen=True)
 class Choice:
-    "Weighted alternatives; the weights add up to 1."
+    "Weighted alternatives of a grammar; the weights add up to 1."
 
     options: tuple[tuple[float, Any], ...]  # (probability, text or tuple or Choice)
 
 
 def choice(weighted: Iterable[tuple[float, Any]]) -> Any:
-    "A Choice with the weights scaled to 1, or the only alternative itself."
+    "Build a Choice with weights scaled to sum 1; a single alternative is returned itself."
     options = tuple((float(w), x) for w, x in weighted)
     total = math.fsum(w for w, _ in options)
     return options[0][1] if len(options) == 1 else Choice(tuple((w / total, x) for w, x in options))
@@ -101,12 +104,12 @@ _SLOT = re.compile(r"\{(\w+)\}")
 
 
 def weighted(entries: Iterable) -> list[tuple[float, Any]]:
-    "Entries of the lexicon as (weight, value): a bare entry has weight 1."
+    "Return lexicon entries as (weight, value) pairs; a bare entry has weight 1."
     return [(float(e[0]), e[1]) if isinstance(e, list) else (1.0, e) for e in entries]
 
 
 def fill(pattern: str, env: dict[str, list[tuple[float, str]]]) -> tuple:
-    "The grammar of a pattern: its words and, for each slot, what may stand there."
+    "Build the grammar of a pattern: its words, and the alternatives of each slot."
     parts = _SLOT.split(pattern)  # text, slot, text, slot, ..., text
     return tuple(
         part if i % 2 == 0 else fill_slot(part, env) for i, part in enumerate(parts) if part
@@ -114,7 +117,10 @@ def fill(pattern: str, env: dict[str, list[tuple[float, str]]]) -> tuple:
 
 # %% ../../nbs/2_playground/06_grammar.ipynb #aeca6581
 def options_of(slot: str, env: dict) -> list[tuple[float, str]] | None:
-    "(weight, value) of a slot, or None if a rule has to build it. Raises KeyError for a slot that depends on one not fixed yet."
+    """Return the (weight, value) pairs of a slot, or None if a rule has to build it.
+
+    Raises KeyError if the slot depends on one that is not fixed yet.
+    """
     if slot in env:
         return env[slot]
     table = lexicon()["tables"].get(slot)
@@ -125,7 +131,7 @@ def options_of(slot: str, env: dict) -> list[tuple[float, str]] | None:
 
 
 def fill_slot(slot: str, env: dict) -> Any:
-    "The grammar of a slot."
+    "Build the grammar of a slot."
     options = options_of(slot, env)
     if options is not None:
         return choice(options)
@@ -133,7 +139,7 @@ def fill_slot(slot: str, env: dict) -> Any:
 
 # %% ../../nbs/2_playground/06_grammar.ipynb #a271998e
 def with_fixed(pattern: str, fixed: Sequence[str], env: dict) -> Any:
-    "The grammar of a pattern in which each of the `fixed` slots has one value throughout."
+    "Build the grammar of a pattern whose `fixed` slots keep one value throughout."
     if not fixed:
         return fill(pattern, env)
     slot = fixed[0]
@@ -145,12 +151,12 @@ def with_fixed(pattern: str, fixed: Sequence[str], env: dict) -> Any:
 
 
 def _chosen(slot: str, value: str) -> dict:
-    "If the slot chooses a village, the facts of that village."
+    "Return the facts of the village if the slot chooses one, else {}."
     return village_env(value) if slot == "chosen" else {}
 
 # %% ../../nbs/2_playground/06_grammar.ipynb #96a9b68d
 def village_env(name: str) -> dict[str, list[tuple[float, str]]]:
-    "The facts of a village, as slots."
+    "Return the facts of a village as slots, {slot: [(probability, value)]}."
     facts = villages()[name]
     return {slot: [(1.0, facts[slot])] for slot in SINGLE} | {
         slot: [(p, x) for p, x in facts[slot]] for slot in RANKED
@@ -161,7 +167,7 @@ Closure = tuple[tuple[float, int], ...]  # (probability, state) pairs: where we 
 
 
 class Network:
-    "States that each read one symbol; `after[state]` says where that leads."
+    "An automaton whose states each read one symbol; `after[state]` lists the next states."
 
     def __init__(self):
         self.symbol: list[Any] = []
@@ -173,7 +179,10 @@ class Network:
         return ((1.0, len(self.symbol) - 1),)
 
     def build(self, node: Any, after: Closure, split: Callable[[str], list]) -> Closure:
-        "States for a part of a grammar that is followed by `after`."
+        """Add the states of a part of a grammar that is followed by `after`.
+
+        Returns its first states with their probabilities.
+        """
         if isinstance(node, Choice):
             return tuple(
                 (p * q, s) for p, x in node.options for q, s in self.build(x, after, split)
@@ -186,7 +195,7 @@ class Network:
 
 # %% ../../nbs/2_playground/06_grammar.ipynb #3aae1e10
 class Answers:
-    "The distribution over answers that a grammar defines: exact probabilities, entropies and samples."
+    "The distribution over the answers of a grammar, with exact probabilities."
 
     def __init__(self, grammar: Any, split: Callable[[str], list] = words_of, end: Any = END):
         self.network = Network()
@@ -196,7 +205,7 @@ class Answers:
         self._entropies = {}
 
     def step(self, state: Closure) -> dict[Any, tuple[float, Closure]]:
-        "{symbol: (probability, next state)} after a state; empty after the end."
+        "Return {symbol: (probability, next state)}; empty after the end."
         if state not in self._steps:
             reach: dict[Any, dict[int, float]] = {}
             total: Counter = Counter()
@@ -214,7 +223,7 @@ class Answers:
 
 # %% ../../nbs/2_playground/06_grammar.ipynb #58f90e71
 def _follow(a: Answers, symbols: Iterable) -> Iterator[tuple[float, Closure]]:
-    "(probability, state before it) of each symbol; stops after the first that is impossible."
+    "Yield (probability, state before it) of each symbol, up to the first impossible one."
     state = a.start
     for symbol in symbols:
         p, after = a.step(state).get(symbol, (0.0, ()))
@@ -225,7 +234,10 @@ def _follow(a: Answers, symbols: Iterable) -> Iterator[tuple[float, Closure]]:
 
 
 def log_prob(a: Answers, symbols: Sequence) -> float:
-    "Natural log of the probability of a whole answer; -inf if it is impossible. Raises UserError if its last symbol is not the end."
+    """Return the natural log of the probability of a whole answer, -inf if it is impossible.
+
+    Raises UserError if the last symbol is not the end symbol.
+    """
     if not symbols or symbols[-1] != a.end:
         raise UserError(
             "an answer ends with the end symbol", where="log_prob", fix=f"Append {a.end!r}."
@@ -234,7 +246,10 @@ def log_prob(a: Answers, symbols: Sequence) -> float:
 
 # %% ../../nbs/2_playground/06_grammar.ipynb #28c88f17
 def next_symbols(a: Answers, prefix: Sequence = ()) -> dict[Any, float]:
-    "{symbol: probability} after a prefix; empty if the prefix is impossible or complete."
+    """Return {symbol: probability} after a prefix.
+
+    It is empty if the prefix is impossible or complete.
+    """
     state = a.start
     for symbol in prefix:
         _, state = a.step(state).get(symbol, (0.0, ()))
@@ -242,7 +257,10 @@ def next_symbols(a: Answers, prefix: Sequence = ()) -> dict[Any, float]:
 
 # %% ../../nbs/2_playground/06_grammar.ipynb #1e74a8c6
 def enumerate_answers(a: Answers, limit: int = 100_000) -> Iterator[tuple[float, list]]:
-    "(probability, symbols) of every answer, the end included. Raises UserError if there are more than `limit`."
+    """Yield (probability, symbols) of every answer, with the end symbol.
+
+    Raises UserError if there are more than `limit` answers.
+    """
     stack = [(1.0, [], a.start)]
     found = 0
     while stack:
@@ -260,7 +278,7 @@ def enumerate_answers(a: Answers, limit: int = 100_000) -> Iterator[tuple[float,
 
 # %% ../../nbs/2_playground/06_grammar.ipynb #c6573298
 def _expected(a: Answers, value: Callable[[dict], float]) -> float:
-    "Expectation of the sum of value(step) over the states that an answer passes through."
+    "Return the expected sum of value(step) over the states that an answer passes."
     known: dict[Closure, float] = {}
 
     def of(state: Closure) -> float:
@@ -275,17 +293,17 @@ def _expected(a: Answers, value: Callable[[dict], float]) -> float:
 
 
 def answer_entropy(a: Answers) -> float:
-    "Entropy of a whole answer in nats."
+    "Return the entropy of a whole answer in nats."
     return _expected(a, lambda step: -math.fsum(p * math.log(p) for p, _ in step.values()))
 
 
 def mean_length(a: Answers) -> float:
-    "Expected number of symbols, the end included."
+    "Return the expected number of symbols, with the end symbol."
     return _expected(a, lambda step: 1.0)
 
 
 def count_answers(a: Answers) -> int:
-    "Number of different answers."
+    "Return the number of different answers."
     known: dict[Closure, int] = {(): 1}
 
     def of(state: Closure) -> int:
@@ -304,12 +322,12 @@ def _drawn(grammar: Any, r: random.Random) -> Iterator[str]:
 
 
 def draw(grammar: Any, r: random.Random) -> str:
-    "A text drawn from a grammar: choices are made from left to right, no automaton is needed."
+    "Draw a text from a grammar, making its choices from left to right."
     return text_of(list(_drawn(grammar, r)))
 
 
 def likeliest(a: Answers) -> tuple[float, list]:
-    "(probability, symbols) of the likeliest answer."
+    "Return (probability, symbols) of the most probable answer."
     known: dict[Closure, tuple[float, list]] = {(): (1.0, [])}
 
     def of(state: Closure) -> tuple[float, list]:

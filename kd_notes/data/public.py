@@ -40,33 +40,31 @@ Parts = dict[str, list[Example]]  # name of a part or split -> its examples
 
 @dataclass(frozen=True)
 class RealSet:
-    "Where a published set comes from and how it becomes canonical."
+    "The origin of a published data set and the conversion of its rows to Examples."
 
     name: str
-    task: str  # the TASKS entry whose labels and metric it has
+    task: str  # the entry of TASKS with its labels and metric
     licence: str
     files: dict[str, str]  # part -> file name under KD_NOTES_DATA
-    fields: str  # what a row of the file has, for messages
+    fields: str  # fields of a row of the file, for error messages
     adapt: Callable[[dict], dict]  # row of such a file -> fields of an Example; raises ValueError
     splits: Callable[[str, Parts], Parts]  # (name, parts) -> train, validation, test
-    tests_only: bool = False  # licence: feeds no published figure
+    tests_only: bool = False  # the licence allows no published figure
     hub: str = ""  # id on the hub; empty if it is not there
     hub_config: str | None = None
     hub_revision: str | None = None
-    hub_parts: dict[str, str] = field(default_factory=dict)  # part -> split on the hub
-    from_hub: Callable[[dict, str], dict | None] | None = (
-        None  # (hub row, an id) -> row of the file; None: leave it out
-    )
-    hub_splits: Callable[[str, Parts], Parts] | None = (
-        None  # like `splits`, where the hub has other parts
-    )
+    hub_parts: dict[str, str] = field(default_factory=dict)  # part -> name of its split on the hub
+    # (hub row, an id) -> row in the form of the file; None: leave the row out
+    from_hub: Callable[[dict, str], dict | None] | None = None
+    # like `splits`, for a hub with other parts
+    hub_splits: Callable[[str, Parts], Parts] | None = None
 
 
 REAL: dict[str, RealSet] = {}
 
 # %% ../../nbs/2_playground/05_public.ipynb #821c4691
 def _take(row: dict, name: str, kind: type = str):
-    "The field of a real row. Raises ValueError if it is missing or not of this kind."
+    "Return a field of a row; ValueError if it is missing or of another type."
     if name not in row:
         raise ValueError(f"the field {name!r} is missing")
     if not isinstance(row[name], kind):
@@ -75,9 +73,11 @@ def _take(row: dict, name: str, kind: type = str):
 
 # %% ../../nbs/2_playground/05_public.ipynb #1677aadc
 def grouped(
-    name: str, examples: list[Example], **shares: float
-) -> Parts:  # shares: split=share; they sum to 1
-    "Cut examples into splits of about these shares, never parting examples whose inputs have the same first part."
+    name: str,
+    examples: list[Example],
+    **shares: float,  # split=share; they sum to 1
+) -> Parts:
+    "Divide examples into splits; those with the same first part of the input stay together."
     groups = defaultdict(list)
     for ex in examples:
         groups[normalise(split_input(ex.task, ex.input)[0]) or ex.id].append(ex)
@@ -85,9 +85,8 @@ def grouped(
     rng("real split", name).shuffle(keys)
     first, *others = shares
     out: Parts = {split: [] for split in shares}
-    for split in reversed(
-        others
-    ):  # each takes premises until it is full; the first split gets the rest
+    # Each split takes groups until it is full; the first split gets the rest.
+    for split in reversed(others):
         while keys and len(out[split]) < round(shares[split] * len(examples)):
             out[split] += groups[keys.pop()]
     out[first] = [ex for key in keys for ex in groups[key]]
@@ -105,7 +104,7 @@ def _esnli(row: dict) -> dict:
 
 # %% ../../nbs/2_playground/05_public.ipynb #04ee11a9
 def _nli_label(row: dict) -> str:
-    "Label text of a hub row; empty for -1 (no agreement)."
+    "Return the label text of a hub row, '' for -1 (no agreement)."
     number = _take(row, "label", int)
     return NLI_LABELS[number] if 0 <= number < 3 else ""
 
@@ -197,7 +196,10 @@ for _name, _round in (("anli", 1), ("anli_r3", 3)):
 
 # %% ../../nbs/2_playground/05_public.ipynb #b2b599cf
 def carve(examples: Sequence, share: float = 0.1, seed: int = 0) -> tuple[list, list]:
-    "(rest, held out), in the order that `datasets.Dataset.train_test_split(test_size=share, seed=seed)` gives."
+    """Split examples into (rest, held out).
+
+    The order is that of `datasets.Dataset.train_test_split(test_size=share, seed=seed)`.
+    """
     order = np.random.default_rng(seed).permutation(len(examples))
     held = math.ceil(share * len(examples))
     return [examples[i] for i in order[held:]], [examples[i] for i in order[:held]]
@@ -229,7 +231,7 @@ def _cqa_hub(row: dict, id: str) -> dict:
 
 # %% ../../nbs/2_playground/05_public.ipynb #ce1a19a0
 def without_filler(examples: list[Example], times: int = 10) -> list[Example]:
-    "Examples whose rationale recurs `times` times or more get an empty one; the text moves to meta['filler']."
+    "Move rationales that occur at least `times` times to meta['filler']."
     count = Counter(normalise(ex.rationale) for ex in examples)
     filler = {text for text, n in count.items() if n >= times and text}
     return [
@@ -301,7 +303,7 @@ REAL["svamp"] = RealSet(
 
 # %% ../../nbs/2_playground/05_public.ipynb #673e38da
 def prefix_to_infix(text: str) -> str:
-    "A prefix equation with blanks between its tokens, in SVAMP's infix spelling. Raises ValueError if it is malformed."
+    "Convert a spaced prefix equation to SVAMP's infix form; ValueError if it is malformed."
     stack = []
     for t in reversed(text.split()):
         if t in ("+", "-", "*", "/"):
@@ -393,7 +395,7 @@ REAL["gsm8k"] = RealSet(
 
 # %% ../../nbs/2_playground/05_public.ipynb #3e14950d
 def real_set(name: str) -> RealSet:
-    "Description of a real set. Raises UserError naming the known ones."
+    "Return the description of a published data set."
     if name not in REAL:
         raise UserError(
             f"the real set {name!r} is not known; known are {', '.join(REAL)}",
@@ -404,7 +406,7 @@ def real_set(name: str) -> RealSet:
 
 
 def _folder_files(spec: RealSet, folder: Path | str | None = None) -> dict[str, Path]:
-    "part -> existing file. Raises UserError saying how to get what is absent."
+    "Return {part: existing file}. The error for a missing file says where to get it."
     folder = folder or os.environ.get("KD_NOTES_DATA")
     advice = (
         f"Put {' and '.join(spec.files.values())} there, one JSON object a line with {spec.fields}"
@@ -430,7 +432,7 @@ def _folder_files(spec: RealSet, folder: Path | str | None = None) -> dict[str, 
 
 # %% ../../nbs/2_playground/05_public.ipynb #3820d1b8
 def _hub_target(spec: RealSet) -> tuple[str, dict]:
-    "What to hand to datasets.load_dataset: the id on the hub, or a folder under KD_NOTES_HUB. Raises UserError."
+    "Return the arguments of datasets.load_dataset: a hub id, or a folder in KD_NOTES_HUB."
     if not spec.hub:
         raise UserError(
             f"the real set {spec.name!r} is not on the hub",
@@ -451,7 +453,7 @@ def _hub_target(spec: RealSet) -> tuple[str, dict]:
 
 # %% ../../nbs/2_playground/05_public.ipynb #04f26a74
 def why_absent(name: str, source: str = "folder") -> str:
-    "Why a real set cannot be loaded from here, as one paragraph; empty if its files are there. Asks no network."
+    "Return why a data set cannot be loaded, '' if its files are there. No network is used."
     try:
         _folder_files(real_set(name)) if source == "folder" else _hub_target(real_set(name))
         return ""
@@ -460,7 +462,7 @@ def why_absent(name: str, source: str = "folder") -> str:
 
 # %% ../../nbs/2_playground/05_public.ipynb #45133995
 def _hub_rows(spec: RealSet) -> dict[str, list[tuple[str, dict]]]:
-    "part -> (place, row in the form of the file). Raises UserError if datasets is not installed or the set does not load."
+    "Load {part: [(place, row in the form of the file)]} from the hub."
     target, how = _hub_target(spec)
     try:
         from datasets import load_dataset
@@ -488,7 +490,7 @@ def _hub_rows(spec: RealSet) -> dict[str, list[tuple[str, dict]]]:
 
 # %% ../../nbs/2_playground/05_public.ipynb #98840a8f
 def _adapted(spec: RealSet, places: list[tuple[str, dict]]) -> list[Example]:
-    "Rows as checked Examples. Raises UserError naming the place and the field."
+    "Convert rows to checked Examples; an error names the place and the field."
     found = []
     for where, row in places:
         try:
@@ -514,7 +516,7 @@ def load_real(
     folder: Path | str | None = None,
     gold: bool = False,
 ) -> list[Example]:
-    "Examples of a published set, in the paper's split where the files allow it. Raises UserError if the data is absent or malformed."
+    "Load examples of a published set, in the paper's split where the files allow it."
     spec = real_set(name)
     hub = source == "hub"
     if source not in ("folder", "hub"):
@@ -538,7 +540,7 @@ def load_real(
         raise UserError(
             f"n = {n}, but {name}/{split} has {len(splits[split])} examples",
             where="n",
-            fix="Ask for 1 to that many.",
+            fix="Choose from 1 to that many.",
         )
     if not (examples := splits[split][:n]):
         raise UserError(

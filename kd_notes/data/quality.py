@@ -28,14 +28,19 @@ from kd_notes.data.examples import (
 
 # %% ../../nbs/2_playground/04_quality.ipynb #e4e8dad8
 def normalise(text: str) -> str:
-    "Lower case, letters and digits only, single blanks."
+    "Return the text in lower case, with words separated by single spaces and no punctuation."
     return " ".join(re.findall(r"\w+", text.lower()))
 
 # %% ../../nbs/2_playground/04_quality.ipynb #a26c75f2
 def shingles(
-    text: str, unit: str = "char", size: int = 5
-) -> frozenset[str]:  # unit: "char" or "word"
-    "All runs of `size` characters (or words) of the normalised text; the whole text if it is shorter."
+    text: str,
+    unit: str = "char",  # "char" or "word"
+    size: int = 5,
+) -> frozenset[str]:
+    """Return all runs of `size` characters or words of the normalised text.
+
+    A shorter text is returned as one run.
+    """
     if unit not in ("char", "word") or size < 1:
         raise UserError(
             f"shingles of {size} {unit!r} cannot be made",
@@ -48,7 +53,7 @@ def shingles(
 
 # %% ../../nbs/2_playground/04_quality.ipynb #2a277fc8
 def _index(sets: Sequence[frozenset]) -> dict[str, np.ndarray]:
-    "shingle -> positions of the sets that have it."
+    "Return {shingle: positions of the sets that contain it}."
     owners = defaultdict(list)
     for j, s in enumerate(sets):
         for x in s:
@@ -57,7 +62,7 @@ def _index(sets: Sequence[frozenset]) -> dict[str, np.ndarray]:
 
 
 def _similarities(s: frozenset, index: dict[str, np.ndarray], sizes: np.ndarray) -> np.ndarray:
-    "Jaccard similarity of one set with every indexed set; shape (number of sets,)."
+    "Return the Jaccard similarity of one set with every indexed set, shape (sets,)."
     lists = [index[x] for x in s if x in index]
     common = (
         np.bincount(np.concatenate(lists), minlength=len(sizes)) if lists else np.zeros(len(sizes))
@@ -73,7 +78,10 @@ def near_duplicates(
     unit: str = "char",
     size: int = 5,
 ) -> list[tuple[int, int, float]]:
-    "All (i, j, similarity) with Jaccard similarity of a[i] and b[j] at or above the threshold, ordered by i and j. Exact."
+    """Return all (i, j, similarity) with a Jaccard similarity at or above the threshold.
+
+    The similarity of a[i] and b[j] is exact. Pairs are ordered by i and j.
+    """
     if not 0 < threshold <= 1:
         raise UserError(
             f"{threshold} is not between 0 and 1",
@@ -103,14 +111,17 @@ def near_duplicates(
 def near_duplicate_share(
     a: Sequence[Example | str], b: Sequence[Example | str], threshold: float = 0.9, **how
 ) -> float:
-    "Share of `a`, from 0 to 1, that has at least one near-duplicate in `b`. Keywords as in `near_duplicates`."
+    """Return the share of `a`, 0 to 1, that has a near-duplicate in `b`.
+
+    Keywords are those of `near_duplicates`.
+    """
     if not a:
         raise UserError("there is nothing to compare", where="a", fix="Give at least one example.")
     return len({i for i, _, _ in near_duplicates(a, b, threshold, **how)}) / len(a)
 
 # %% ../../nbs/2_playground/04_quality.ipynb #c6469321
 def _words():
-    "Vectoriser for single words and pairs of words."
+    "Return a vectoriser for single words and pairs of words."
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     return TfidfVectorizer(
@@ -123,7 +134,7 @@ def _words():
 
 
 def _chars(most: int | None = 20_000):
-    "Vectoriser for runs of two to five characters, the `most` frequent of them."
+    "Return a vectoriser for the `most` frequent runs of two to five characters."
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     return TfidfVectorizer(
@@ -132,23 +143,25 @@ def _chars(most: int | None = 20_000):
 
 
 def _given():
-    "Vectoriser for documents that are lists of features already."
+    "Return a vectoriser for documents that are lists of features."
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     return TfidfVectorizer(analyzer=list, sublinear_tf=True, min_df=2)
 
 # %% ../../nbs/2_playground/04_quality.ipynb #03a3e2ef
 def _fit(x, y: np.ndarray):
-    "Logistic regression on features x, shape (rows, features), and labels y; its strength C is 1 or 10."
+    """Fit a logistic regression on features x, shape (rows, features), and labels y.
+
+    C is 1 or 10, whichever is better on a fifth of the rows.
+    """
     from sklearn.linear_model import LogisticRegression
 
     order = np.random.RandomState(0).permutation(len(y))
     held = order[: len(y) // 5]
     rest = order[len(y) // 5 :]
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # 200 steps are enough for a probe, converged or not; many classes are expected
+        # 200 steps are enough for a probe, converged or not; many classes are expected.
+        warnings.simplefilter("ignore")
         models = {c: LogisticRegression(C=c, max_iter=200) for c in (1.0, 10.0)}
         if len(set(y)) > 10 or len(held) == 0 or len(set(y[rest])) < 2:
             return models[10.0].fit(x, y)
@@ -159,7 +172,10 @@ def _fit(x, y: np.ndarray):
 def _scores(
     train_docs: list, labels: list[str], test_docs: list, vectors, top: int = 500
 ) -> tuple[list[str], np.ndarray]:
-    "Classes (at most the `top` most frequent labels) and their log-probabilities, shape (test items, classes)."
+    """Return classes and their log-probabilities, shape (test items, classes).
+
+    The classes are at most the `top` most frequent labels.
+    """
     counts = Counter(labels).most_common(top)
     common = [x for x, n in counts if n > 1] or [x for x, _ in counts]
     if len(common) == 1:
@@ -178,7 +194,7 @@ def _likeliest(classes: list[str], scores: np.ndarray) -> list[str]:
 def _class_probes(
     info: TaskInfo, train: list[Example], test: list[Example]
 ) -> dict[str, list[str]]:
-    "Predictions of the probes for a closed set of labels."
+    "Predict with the probes for a closed set of labels."
     labels = [ex.label for ex in train]
     out = {"majority": [Counter(labels).most_common(1)[0][0]] * len(test)}
     views = {"": lambda ex: ex.input} | (
@@ -193,7 +209,7 @@ def _class_probes(
 
 # %% ../../nbs/2_playground/04_quality.ipynb #3d348360
 def _choice_features(ex: Example, i: int) -> list[str]:
-    "Features of choice i of an example, without its question."
+    "Return the features of choice i without its question."
     words = normalise(ex.choices[i]).split()
     rivals = {w for j, c in enumerate(ex.choices) if j != i for w in normalise(c).split()}
     longer = sum(len(c) > len(ex.choices[i]) for c in ex.choices)
@@ -210,7 +226,7 @@ def _choice_features(ex: Example, i: int) -> list[str]:
 
 # %% ../../nbs/2_playground/04_quality.ipynb #6d550057
 def _pair_features(info: TaskInfo, ex: Example, i: int) -> list[str]:
-    "Features of choice i together with the question."
+    "Return the features of choice i together with the question."
     question = sorted(set(normalise(split_input(info, ex.input)[0]).split()))
     words = normalise(ex.choices[i]).split()
     common = len(set(question) & set(words))
@@ -224,7 +240,7 @@ def _pair_features(info: TaskInfo, ex: Example, i: int) -> list[str]:
 def _best_choice(
     features: Callable[[Example, int], list[str]], train: list[Example], test: list[Example]
 ) -> list[str]:
-    "Train on every choice of every example; predict the choice that is most likely right."
+    "Train on every choice of every example and predict the most probable choice."
     docs, right = [], []
     for ex in train:
         docs += [features(ex, i) for i in range(len(ex.choices))]
@@ -240,7 +256,10 @@ def _best_choice(
 
 # %% ../../nbs/2_playground/04_quality.ipynb #56c32a07
 def _known_label(info: TaskInfo, train: list[Example], test: list[Example]) -> list[str]:
-    "Classify the question into label texts; of those, the best that is among the choices (the first choice if none is known)."
+    """Classify the question into label texts and pick the best one among the choices.
+
+    If none is known, the first choice is predicted.
+    """
     questions = [[split_input(info, ex.input)[0] for ex in xs] for xs in (train, test)]
     classes, scores = _scores(questions[0], [ex.label for ex in train], questions[1], _words())
     column = {c: k for k, c in enumerate(classes)}
@@ -253,7 +272,7 @@ def _known_label(info: TaskInfo, train: list[Example], test: list[Example]) -> l
 def _choice_probes(
     info: TaskInfo, train: list[Example], test: list[Example]
 ) -> dict[str, list[str]]:
-    "Predictions of the probes for a choice among answers; the majority is the most frequent position."
+    "Predict with the probes for choices; the majority is the most frequent position."
     place = Counter(ex.choices.index(ex.label) for ex in train).most_common(1)[0][0]
     return {
         "majority": [ex.choices[min(place, len(ex.choices) - 1)] for ex in test],
@@ -267,12 +286,15 @@ _NUMBER = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?")
 
 
 def numbers_in(text: str) -> list[str]:
-    "Numbers of a text in order of appearance, thousands commas removed."
+    "Return the numbers of a text in order, without thousands commas."
     return [x.replace(",", "") for x in _NUMBER.findall(text)]
 
 # %% ../../nbs/2_playground/04_quality.ipynb #501925bd
 def equation_template(equation: str, question: str) -> str:
-    "The equation with N0, N1, ... for the numbers of the question; other numbers stay. Raises EquationError if malformed."
+    """Replace the question's numbers in an equation by N0, N1, ...
+
+    Other numbers stay. Raises EquationError if the equation is malformed.
+    """
     values = [Fraction(x) for x in numbers_in(question)]
     used = set()
     out = []
@@ -289,7 +311,7 @@ def equation_template(equation: str, question: str) -> str:
 
 # %% ../../nbs/2_playground/04_quality.ipynb #62910a37
 def fill_template(template: str, question: str) -> str:
-    "The template with the question's numbers in its slots; empty if the question has too few."
+    "Put the question's numbers into a template; '' if the question has too few."
     numbers = numbers_in(question)
     tokens = [
         t if t[0] != "N" else numbers[int(t[1:])] if int(t[1:]) < len(numbers) else ""
@@ -299,7 +321,7 @@ def fill_template(template: str, question: str) -> str:
 
 # %% ../../nbs/2_playground/04_quality.ipynb #686dbbcf
 def _masked(text: str) -> str:
-    "The text with every number replaced by the word num, and which of its first four numbers is larger than which."
+    "Replace numbers by the word num, and append comparisons of the first four."
     values = [Fraction(x) for x in numbers_in(text)[:4]]
     larger = [
         f"larger{i}{j}"
@@ -313,7 +335,7 @@ def _masked(text: str) -> str:
 def _equation_probes(
     info: TaskInfo, train: list[Example], test: list[Example]
 ) -> dict[str, list[str]]:
-    "Predictions of the probes for equations: over label texts, and over templates that are then filled in."
+    "Predict with the probes for equations: over labels, and over filled templates."
     labels = [ex.label for ex in train]
     templates = [equation_template(ex.label, ex.input) for ex in train]
     read = [[ex.input for ex in xs] for xs in (train, test)]
@@ -335,7 +357,10 @@ def _equation_probes(
 def surface_probes(
     task: str | TaskInfo, train: Sequence[Example], test: Sequence[Example]
 ) -> dict[str, float]:
-    "Accuracy, 0 to 1, of probes that cannot reason, with 'majority' among them. Deterministic. Needs scikit-learn."
+    """Return the accuracy, 0 to 1, of probes that only see the surface of the text.
+
+    'majority' is among them. Deterministic; needs scikit-learn.
+    """
     info, train, test = task_info(task), list(train), list(test)
     if not train or not test or not all(ex.label for ex in [*train, *test]):
         raise UserError(
@@ -357,9 +382,10 @@ def surface_probes(
 
 # %% ../../nbs/2_playground/04_quality.ipynb #503b994a
 def floor_accuracy(
-    task: str | TaskInfo, examples: Sequence[Example] | None = None
-) -> float:  # None: the test split of the embedded task
-    "Accuracy of always giving the most frequent answer. Raises UserError for an unknown task."
+    task: str | TaskInfo,
+    examples: Sequence[Example] | None = None,  # None: the test split of the embedded task
+) -> float:
+    "Return the accuracy, 0 to 1, of always giving the most frequent answer."
     info = task_info(task)
     test = load_split(info.name, "test") if examples is None else examples
     if info.metric == "equation":

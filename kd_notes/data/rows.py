@@ -11,13 +11,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..core import UserError
+from ..checks import check_count
+from ..core import encoded, UserError
 from .examples import numbered_rows
 
 # %% ../../nbs/2_playground/17_rows.ipynb #82bd2d4f
 @dataclass(frozen=True)
 class TextRow:
-    "One example as every method reads it: a prompt, and the completion to learn."
+    "One row in the form that every method reads: a prompt and a completion to learn."
 
     id: str
     # Text, read as it is; or messages {"role", "content"}, laid out by the chat template.
@@ -28,7 +29,7 @@ class TextRow:
     whole: bool = True  # False: the completion was cut off, so it has no end to learn
 
     def as_chat(self) -> "TextRow":
-        "The same row with a text prompt as the user's message."
+        "Return the row with a text prompt turned into a user message."
         if not isinstance(self.prompt, str):
             return self
         message = {"role": "user", "content": self.prompt.strip()}
@@ -45,12 +46,19 @@ _FIELDS = (
 _ROLES = {"system", "user", "assistant"}
 
 
+def _absent(value: Any) -> bool:
+    "Whether a table wrote this where a row has nothing: null, NaN, or a list without elements."
+    if isinstance(value, float):
+        return value != value  # NaN
+    return value is None or isinstance(value, (list, tuple)) and not value
+
+
 def _fields(row: Any, where: str) -> dict:
-    "The known fields of a mapping or an object that are not None."
+    "The known fields of a mapping or an object that hold something."
     if isinstance(row, Mapping):
-        return {name: value for name, value in row.items() if value is not None}
+        return {name: value for name, value in row.items() if not _absent(value)}
     values = {name: getattr(row, name, None) for name in _FIELDS}
-    found = {name: value for name, value in values.items() if value is not None}
+    found = {name: value for name, value in values.items() if not _absent(value)}
     if isinstance(row, (str, bytes, list, tuple)) or not found:
         raise UserError(f"a row cannot be a {type(row).__name__}", where=where, fix=_SHAPES)
     return found
@@ -65,11 +73,12 @@ def _text(fields: dict, name: str, where: str) -> str:
         raise UserError(problem, where=where, fix=_SHAPES)
     if not value.strip():
         raise UserError(f"the field {name!r} is empty", where=where, fix=_SHAPES)
+    encoded(value, where)  # half a character would end the work much later
     return value
 
 # %% ../../nbs/2_playground/17_rows.ipynb #15d66f73
 def _content(message: dict, where: str) -> str:
-    "The text of a message; a list of text blocks is joined."
+    "Return the text of a message; text blocks are joined."
     content = message.get("content")
     if isinstance(content, list):
         blocks = [b for b in content if isinstance(b, dict) and isinstance(b.get("text"), str)]
@@ -80,7 +89,7 @@ def _content(message: dict, where: str) -> str:
 
 
 def _messages(value: Any, field: str, where: str) -> tuple[dict, ...]:
-    "Checked messages with role and content only."
+    "Check messages and keep role and content only."
     if not isinstance(value, (list, tuple)) or not all(isinstance(m, Mapping) for m in value):
         problem = f"{field!r} should be a list of at least two objects with role and content"
         raise UserError(problem, where=where, fix=_SHAPES)
@@ -96,7 +105,10 @@ def _messages(value: Any, field: str, where: str) -> tuple[dict, ...]:
 
 # %% ../../nbs/2_playground/17_rows.ipynb #0623289a
 def _chat(value: Any, field: str, needs_completion: bool, where: str) -> tuple[tuple, str]:
-    "Messages before the last answer, and the answer; '' if there is none and none is needed."
+    """Split a chat into the messages before the last answer, and the answer.
+
+    The answer is '' if there is none and none is needed.
+    """
     messages = _messages(value, field, where)
     roles = [message["role"] for message in messages]
     if not needs_completion and roles[-1:] == ["user"]:
@@ -124,7 +136,7 @@ def _prompt_and_completion(fields: dict, needs_completion: bool, where: str) -> 
         problem = f"the row has the fields {names}, and no prompt among them"
         raise UserError(problem, where=where, fix=_SHAPES)
     asked, answers = shape
-    # The field to complain about is the one that this shape usually has.
+    # An error names the field that this shape usually has.
     usual = "response" if asked == "prompt" else answers[0]
     answered = next((name for name in answers if name in fields), usual)
     if isinstance(fields[asked], (list, tuple)):
@@ -142,24 +154,28 @@ def _prompt_and_completion(fields: dict, needs_completion: bool, where: str) -> 
 # %% ../../nbs/2_playground/17_rows.ipynb #f9e5a7cb
 def read_row(
     row: Any,  # a mapping or an object (an Example) in one of the shapes; or a TextRow
-    id: str = "",  # used where the row has none
+    id: str = "",  # used if the row has no id
     where: str = "row",  # for error messages
     *,
-    chat: bool = False,  # a text prompt is the user's message
-    needs_completion: bool = True,  # False: a prompt alone will do
+    chat: bool = False,  # turn a text prompt into a user message
+    needs_completion: bool = True,  # False: accept a row with a prompt only
 ) -> TextRow:
-    "A row of any shape as a TextRow; an error names the place and the field."
+    "Read a row of any supported shape as a TextRow; an error names the place and the field."
     if not isinstance(row, TextRow):
         fields = _fields(row, where)
         prompt, completion = _prompt_and_completion(fields, needs_completion, where)
-        reason = fields.get("rationale") or ""
-        name = str(fields.get("id", id))
+        reason = fields.get("rationale", "")
+        reason = _text(fields, "rationale", where) if reason != "" else ""
+        name = str(fields.get("id", "")) or id
         row = TextRow(name, prompt, completion, reason, where)
     return row.as_chat() if chat else row
 
 # %% ../../nbs/2_playground/17_rows.ipynb #1ebeb145
 def read_rows(rows: Iterable, name: str = "row", **options: Any) -> list[TextRow]:
-    "Rows of any shape as TextRows with different ids; `options` are those of `read_row`."
+    """Read rows of any supported shape as TextRows with distinct ids.
+
+    `options` are those of `read_row`.
+    """
     numbered = enumerate(rows)
     made = [read_row(row, f"{name}-{i}", f"{name} {i}", **options) for i, row in numbered]
     _check_ids(made, name)
@@ -168,12 +184,12 @@ def read_rows(rows: Iterable, name: str = "row", **options: Any) -> list[TextRow
 
 def load_rows(
     path: Path | str,  # JSONL
-    n: int | None = None,  # only the first n rows
+    n: int | None = None,  # the first n rows; None: all
     **options: Any,  # of `read_row`
 ) -> list[TextRow]:
-    "Rows of a file as TextRows; an error names file and line."
-    if n is not None and n < 1:
-        raise UserError(f"n={n} is not a number of rows", where=path, fix="Use 1 or more.")
+    "Load the rows of a JSONL file as TextRows; an error names file and line."
+    if n is not None:
+        n = check_count(n, "n", 1, "Use 1 or more, or leave it out for all rows.")
     name = Path(path).stem
     numbered = enumerate(numbered_rows(Path(path))[:n])
     made = [read_row(row, f"{name}-{i}", where, **options) for i, (where, row) in numbered]

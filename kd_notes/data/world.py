@@ -54,7 +54,7 @@ from ..models.mini import load_mini_tokenizer, train_mini_tokenizer
 # %% ../../nbs/2_playground/07_world.ipynb #d921f111
 @dataclass(frozen=True)
 class Prompt:
-    "What a prompt asks: its kind and the values of its slots."
+    "A prompt of the instruction world: its kind and the values of its slots."
 
     kind: str
     slots: tuple[tuple[str, str], ...]
@@ -65,7 +65,7 @@ class Prompt:
 
 
 def slot_values(slot: str) -> list[str]:
-    "What a slot of a prompt can be."
+    "Return the possible values of a prompt's slot."
     words = lexicon()
     return {
         "v": list(villages()),
@@ -82,7 +82,7 @@ def slot_values(slot: str) -> list[str]:
 # %% ../../nbs/2_playground/07_world.ipynb #70052c5d
 @lru_cache
 def _patterns() -> list[tuple[str, re.Pattern]]:
-    "(kind, expression) of every wording of a prompt."
+    "Return (kind, regular expression) for every wording of a prompt."
     out = []
     for kind, entry in lexicon()["kinds"].items():
         groups = {slot: f"(?P<{slot}>{'|'.join(slot_values(slot))})" for slot in entry["slots"]}
@@ -101,7 +101,10 @@ def _patterns() -> list[tuple[str, re.Pattern]]:
 
 @lru_cache(maxsize=50_000)
 def read_prompt(text: str) -> Prompt:
-    "Kind and slots of a prompt. Raises UserError if it is none of this world."
+    """Parse a prompt into its kind and slots.
+
+    Raises UserError if the text is not a prompt of this world.
+    """
     for kind, pattern in _patterns():
         if found := pattern.fullmatch(text.strip()):
             return Prompt(
@@ -114,16 +117,18 @@ def read_prompt(text: str) -> Prompt:
     )
 
 # %% ../../nbs/2_playground/07_world.ipynb #85713e0d
-WEATHER = (0.6, 0.3, 0.1)  # weights of the three kinds of weather that a land has in a season
+WEATHER = (0.6, 0.3, 0.1)  # weights of a land's three kinds of weather in a season
 
 
 def sigmoid(x: float) -> float:
-    "1 / (1 + exp(-x))."
     return 1 / (1 + math.exp(-x))
 
 
 def rain_probability(village: str, season: str) -> float:
-    "Probability of the answer 'yes' to the question whether it rains; wet villages lie above their land's value, dry ones below."
+    """Return the probability of 'yes' to the question whether it rains.
+
+    Wet villages lie above their land's value, dry ones below it.
+    """
     facts = villages()[village]
     words = lexicon()
     base = words["rain"][facts["land"]][words["seasons"].index(season)]
@@ -131,20 +136,23 @@ def rain_probability(village: str, season: str) -> float:
 
 # %% ../../nbs/2_playground/07_world.ipynb #71727d4e
 def happy_probability(adjective: str, joint: str, last: str) -> float:
-    "Probability that a guest is happy; after 'but', the second remark counts more."
+    """Return the probability that a guest is happy.
+
+    After 'but', the second remark has more weight.
+    """
     score = lexicon()["adjectives"]
     first, second = (1.0, 1.0) if joint == "and" else (0.4, 1.6)
     return sigmoid(first * score[adjective] + second * score[last])
 
 
 def preference(visitor: str, v: str, u: str) -> float:
-    "Probability that a visitor chooses village v over village u."
+    "Return the probability that a visitor chooses village v over village u."
     likes = lexicon()["likes"][visitor]
     return sigmoid(likes.get(villages()[v]["land"], 0) - likes.get(villages()[u]["land"], 0))
 
 # %% ../../nbs/2_playground/07_world.ipynb #a437c58a
 def environment(prompt: Prompt) -> dict[str, list[tuple[float, str]]]:
-    "Everything that slots of an answer can be filled from."
+    "Return the values of all slots of an answer, {slot: [(probability, value)]}."
     slots = dict(prompt.slots)
     env = {slot: [(1.0, value)] for slot, value in slots.items()}
     if "v" in slots:
@@ -166,7 +174,7 @@ def environment(prompt: Prompt) -> dict[str, list[tuple[float, str]]]:
 
 # %% ../../nbs/2_playground/07_world.ipynb #a3694650
 def label_probabilities(prompt: str) -> dict[str, float]:
-    "{label: probability} of a prompt that is answered by a label; empty for other prompts."
+    "Return {label: probability} of a classification prompt, {} for another one."
     asked = read_prompt(prompt)
     if asked.kind == "rain":
         p = rain_probability(asked["v"], asked["season"])
@@ -178,13 +186,13 @@ def label_probabilities(prompt: str) -> dict[str, float]:
 
 
 def grammar_of(modes: Sequence[dict], env: dict) -> Any:
-    "The grammar of a list of modes."
+    "Build the grammar of a list of modes."
     return choice((mode["p"], with_fixed(mode["text"], mode.get("fix", ()), env)) for mode in modes)
 
 # %% ../../nbs/2_playground/07_world.ipynb #3d898a66
 @lru_cache(maxsize=8192)
 def prompt_grammar(prompt: str) -> Any:
-    "The grammar of the answers to a prompt."
+    "Build the grammar of the answers to a prompt."
     labels = label_probabilities(prompt)
     if labels:
         return choice((p, label) for label, p in labels.items())
@@ -194,17 +202,20 @@ def prompt_grammar(prompt: str) -> Any:
 
 @lru_cache(maxsize=8192)
 def answers(prompt: str) -> Answers:
-    "The distribution over the answers to a prompt, word by word."
+    "Return the distribution over the answers to a prompt, word by word."
     return Answers(prompt_grammar(prompt))
 
 # %% ../../nbs/2_playground/07_world.ipynb #4867e53d
 def sample_answer(prompt: str, r: random.Random) -> str:
-    "An answer drawn from the generator."
+    "Draw an answer from the generator."
     return draw(prompt_grammar(prompt), r)
 
 
 def log_likelihood(prompt: str, answer: str) -> float:
-    "Natural log of the generator's probability of this answer, word for word; -inf for a text that it never writes."
+    """Return the natural log of the generator's probability of an answer.
+
+    It is -inf for a text that the generator never writes.
+    """
     words = words_of(answer)
     return (
         log_prob(answers(prompt), [*words, END]) if text_of(words) == answer.strip() else -math.inf
@@ -212,34 +223,31 @@ def log_likelihood(prompt: str, answer: str) -> float:
 
 
 def entropy(prompt: str) -> float:
-    "Entropy of the answers to a prompt, in nats."
+    "Return the entropy of the answers to a prompt, in nats."
     return answer_entropy(answers(prompt))
 
 # %% ../../nbs/2_playground/07_world.ipynb #f1787b54
 SPLITS = {"train": 2400, "validation": 300, "test": 500}
-REFERENCES = {
-    "train": 1,
-    "validation": 4,
-    "test": 8,
-}  # different answers that are kept per prompt, where there are so many
+# Different answers per prompt, at most.
+REFERENCES = {"train": 1, "validation": 4, "test": 8}
 
 
 def split_of(prompt: Prompt) -> str:
-    "The split that a prompt belongs to: train (70 %), validation (10 %) or test (20 %)."
+    "Return the split of a prompt: train (70 %), validation (10 %) or test (20 %)."
     key = [prompt.kind, *sorted(prompt.slots)] if len(prompt.slots) > 1 else prompt.text
     bucket = int(stable_hash(key), 16) % 10
     return "train" if bucket < 7 else "validation" if bucket == 7 else "test"
 
 # %% ../../nbs/2_playground/07_world.ipynb #f494b33e
 def draw_prompt(kind: str, r: random.Random) -> Prompt:
-    "A prompt of a kind with random slots and a random wording; no two slots have the same value."
+    "Draw a prompt of a kind, with random wording and distinct random slots."
     entry = lexicon()["kinds"][kind]
     slots = draw_slots(entry["slots"], r)
     return Prompt(kind, tuple(slots.items()), r.choice(entry["asks"]).format(**slots))
 
 
 def draw_slots(names: Sequence[str], r: random.Random) -> dict[str, str]:
-    "Random values for these slots, all different."
+    "Draw distinct random values for these slots."
     slots: dict[str, str] = {}
     for slot in names:
         slots[slot] = r.choice([x for x in slot_values(slot) if x not in slots.values()])
@@ -247,7 +255,7 @@ def draw_slots(names: Sequence[str], r: random.Random) -> dict[str, str]:
 
 
 def draw_prompts(split: str, n: int, seed: int = SEED) -> list[Prompt]:
-    "n different prompts of a split, kinds in proportion to their shares."
+    "Draw n different prompts of a split, with kinds in proportion to their shares."
     kinds = lexicon()["kinds"]
     r = rng("world", "prompts", split, seed)
     names = list(kinds)
@@ -261,7 +269,10 @@ def draw_prompts(split: str, n: int, seed: int = SEED) -> list[Prompt]:
 
 # %% ../../nbs/2_playground/07_world.ipynb #ebace3a4
 def draw_row(prompt: Prompt, name: str, references: int, r: random.Random) -> dict:
-    "A row: id, kind, prompt, response, references (the response first); with labels, where the prompt has some."
+    """Draw a row: id, kind, prompt, response and references (the response first).
+
+    A classification prompt also has labels.
+    """
     response = sample_answer(prompt.text, r)
     others = (
         []
@@ -281,7 +292,7 @@ def draw_row(prompt: Prompt, name: str, references: int, r: random.Random) -> di
 
 
 def draw_split(split: str, n: int | None = None, seed: int = SEED) -> list[dict]:
-    "The rows of a split; n: how many, the committed number if it is None. Raises UserError for an unknown split."
+    "Draw n rows of a split; None: as many as are committed."
     if split not in SPLITS:
         raise UserError(
             f"the split {split!r} is not known",
@@ -299,14 +310,14 @@ CORPUS = 6000
 
 
 def passage_grammar(kind: str, slots: dict[str, str]) -> Any:
-    "The grammar of a passage of the corpus about these slots."
+    "Build the grammar of a corpus passage about these slots."
     return grammar_of(
         lexicon()["corpus"][kind]["modes"], environment(Prompt(kind, tuple(slots.items())))
     )
 
 
 def draw_corpus(n: int = CORPUS, seed: int = SEED) -> list[dict]:
-    "n different passages: id, kind, slots, text."
+    "Draw n different passages: id, kind, slots, text."
     kinds = lexicon()["corpus"]
     r = rng("world", "corpus", seed)
     drawn = {}
@@ -340,7 +351,10 @@ def _load(name: str) -> list[dict]:
 
 
 def load_world(split: str) -> list[dict]:
-    "Rows of a split: id, kind, prompt, response, references, and labels of classification prompts. Raises UserError."
+    """Load the rows of a split: id, kind, prompt, response, references.
+
+    Classification prompts also have labels.
+    """
     if split not in SPLITS:
         raise UserError(
             f"the split {split!r} is not known",
@@ -351,12 +365,12 @@ def load_world(split: str) -> list[dict]:
 
 
 def load_corpus() -> list[dict]:
-    "Passages of the pre-training corpus: id, kind, slots, text."
+    "Load the passages of the pre-training corpus: id, kind, slots, text."
     return _load("corpus.jsonl")
 
 # %% ../../nbs/2_playground/07_world.ipynb #6b05c183
 def profile(a: Answers) -> list[tuple[float, float]]:
-    "For each position: (probability that the answer reaches it, expected entropy of its symbol in nats if it does)."
+    "Return (probability that an answer reaches it, expected entropy in nats) per position."
     out = []
     states = {a.start: 1.0}
     while states:
@@ -378,7 +392,7 @@ VOCABULARY = 1408
 
 
 def build_world_tokenizer(folder: Path | str | None = None):  # None: data/tokenizer/world
-    "Train and save the world's tokenizer on training prompts, responses and the corpus."
+    "Train and save the world's tokenizer on training rows and the corpus."
     texts = [row[key] for row in load_world("train") for key in ("prompt", "response")] + [
         row["text"] for row in load_corpus()
     ]
@@ -387,13 +401,16 @@ def build_world_tokenizer(folder: Path | str | None = None):  # None: data/token
 
 @lru_cache
 def load_world_tokenizer():
-    "The world's tokenizer (PreTrainedTokenizerFast), checksum verified."
+    "Load the world's tokenizer (PreTrainedTokenizerFast), checksum verified."
     return load_mini_tokenizer(data_dir() / "tokenizer" / "world")
 
 # %% ../../nbs/2_playground/07_world.ipynb #c32bff90
 @lru_cache(maxsize=20_000)
 def word_tokens(tokenizer: Any, word: str) -> tuple[int, ...]:
-    "Token ids of a word inside a text: with the space that stands before it, if it is no punctuation mark."
+    """Return the token ids of a word inside a text.
+
+    They include the space before it, unless it is a punctuation mark.
+    """
     if word.isalpha():
         return tuple(tokenizer.encode(word, add_special_tokens=False))
     before = tokenizer.encode("a", add_special_tokens=False)
@@ -401,7 +418,10 @@ def word_tokens(tokenizer: Any, word: str) -> tuple[int, ...]:
 
 
 def answer_tokens(tokenizer: Any, answer: str) -> list[int]:
-    "Token ids of an answer, end of text included. Raises UserError if the tokenizer does not cut at words."
+    """Return the token ids of an answer, with the end-of-text token.
+
+    Raises UserError if the tokenizer does not split at words.
+    """
     ids = [t for word in words_of(answer) for t in word_tokens(tokenizer, word)]
     if ids != tokenizer.encode(answer, add_special_tokens=False):
         raise UserError(
@@ -414,7 +434,7 @@ def answer_tokens(tokenizer: Any, answer: str) -> list[int]:
 # %% ../../nbs/2_playground/07_world.ipynb #9270942c
 @lru_cache(maxsize=2048)
 def token_answers(prompt: str, tokenizer: Any) -> Answers:
-    "The distribution over the answers to a prompt, token by token."
+    "Return the distribution over the answers to a prompt, token by token."
 
     def split(text: str) -> list[int]:
         return [t for word in words_of(text) for t in word_tokens(tokenizer, word)]
@@ -425,7 +445,11 @@ def token_answers(prompt: str, tokenizer: Any) -> Answers:
 def generator_logprobs(
     prompt: str, response_ids: Sequence[int], tokenizer: Any, size: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    "(T, V) log-probabilities before each response token, float64, and (T,) bool: whether the prefix is one that the generator writes."
+    """Return the generator's log-probabilities (T, V) before each response token.
+
+    The second tensor, (T,) bool, is True where the generator can write the prefix. The first is
+    float64.
+    """
     size = size or len(tokenizer)
     a = token_answers(prompt, tokenizer)
     out = torch.full((len(response_ids), size), -math.inf, dtype=torch.float64)

@@ -19,20 +19,20 @@ from ..generation.sampling import check_lengths
 # %% ../../nbs/2_playground/12_calibration.ipynb #aad94eea
 @dataclass(frozen=True)
 class LabelScores:
-    "What a model thinks of the labels of one prompt."
+    "A model's probabilities of the labels of one prompt."
 
     labels: tuple[str, ...]
-    probabilities: np.ndarray  # (labels,), normalised over the labels
-    mass: float  # probability of all labels together, before that
+    probabilities: np.ndarray  # (labels,), with sum 1
+    mass: float  # sum of the probabilities before normalisation
 
     @property
     def label(self) -> str:
-        "The likeliest label."
+        "The most probable label."
         return self.labels[int(self.probabilities.argmax())]
 
     @property
     def confidence(self) -> float:
-        "Its probability."
+        "The probability of that label."
         return float(self.probabilities.max())
 
 # %% ../../nbs/2_playground/12_calibration.ipynb #2fbe4a31
@@ -40,11 +40,14 @@ def score_labels(
     model,
     tokenizer,
     prompts: Sequence[str],
-    labels: Sequence[Sequence[str]],
-    *,  # labels of each prompt
+    labels: Sequence[Sequence[str]],  # labels of each prompt
+    *,
     batch_size: int = 32,
 ) -> list[LabelScores]:
-    "The probability of each label as the answer to each prompt. Raises UserError for fewer than two different labels, or no numbers."
+    """Compute the probability of each label as the answer to each prompt.
+
+    Raises UserError for fewer than two different labels or scores that are not numbers.
+    """
     _same_number(prompts, labels)
     for i, known in enumerate(labels):
         if (
@@ -76,7 +79,7 @@ def score_labels(
 
 # %% ../../nbs/2_playground/12_calibration.ipynb #scores-fn
 def _refuse_scores(logs: Sequence[Sequence[float]]) -> None:
-    "Raises UserError naming the items whose labels' log-probabilities hold NaN, or rule out every label."
+    "Raise UserError if an item's log-probabilities are NaN or rule out every label."
     bad = [i for i, found in enumerate(logs) if not math.isfinite(np.max(found))]
     if bad:
         named = [f"item {i}" for i in bad[:8]] + ["..."] * (len(bad) > 8)
@@ -84,22 +87,26 @@ def _refuse_scores(logs: Sequence[Sequence[float]]) -> None:
         raise UserError(
             f"the labels' log-probabilities are {scores}",
             where=", ".join(named),
-            fix="The model computes no numbers, or "
+            fix="The model computes NaN, or "
             "rules out every label: check its weights and tokenizer, and load it in float32 or bfloat16.",
         )
 
 # %% ../../nbs/2_playground/12_calibration.ipynb #22aeca1e
 def label_scores(
-    labels: Sequence[str], logs: Sequence[float]
-) -> LabelScores:  # logs: log-probability of each label's text
-    "LabelScores from log-probabilities."
+    labels: Sequence[str],
+    logs: Sequence[float],  # log-probability of each label's text
+) -> LabelScores:
+    "Normalise the log-probabilities of labels to LabelScores."
     logs = np.asarray(logs, dtype=np.float64)
     weights = np.exp(logs - logs.max())
     return LabelScores(tuple(labels), weights / weights.sum(), float(np.exp(logs).sum()))
 
 # %% ../../nbs/2_playground/12_calibration.ipynb #c2ab8d39
 def reliability(confidence: Sequence[float], right: Sequence[bool], bins: int = 10) -> list[dict]:
-    "Per bin (low, high] that is not empty: low, high, n, confidence, accuracy. Raises UserError for values outside 0 to 1."
+    """Return low, high, n, confidence and accuracy of each bin (low, high] with answers.
+
+    All values are from 0 to 1.
+    """
     c, y = np.asarray(confidence, dtype=np.float64), np.asarray(right, dtype=np.float64)
     if (
         c.shape != y.shape
@@ -129,6 +136,9 @@ def reliability(confidence: Sequence[float], right: Sequence[bool], bins: int = 
 
 # %% ../../nbs/2_playground/12_calibration.ipynb #3d7d69ed
 def ece(confidence: Sequence[float], right: Sequence[bool], bins: int = 10) -> float:
-    "Expected calibration error, 0 to 1 (Guo et al. 2017, eq. 3): mean gap of the bins, weighted by their answers."
+    """Return the expected calibration error, 0 to 1 (Guo et al. 2017, eq. 3).
+
+    It is the mean gap between accuracy and confidence, weighted by the answers in each bin.
+    """
     rows = reliability(confidence, right, bins)
     return sum(r["n"] * abs(r["accuracy"] - r["confidence"]) for r in rows) / len(confidence)

@@ -16,7 +16,10 @@ from ..models.pretrained import count_parameters
 
 # %% ../../nbs/2_playground/16_cost.ipynb #6e6367b8
 def time_in_turns(runs: Mapping[str, Callable[[], Any]], rounds: int = 5) -> dict[str, list[float]]:
-    "Seconds of each run in each round; one round before them is not counted. All runs take their turn in every round. Raises UserError."
+    """Time all runs in turn, round by round, and return the seconds of each round.
+
+    A first round is a warm-up and is not counted.
+    """
     if rounds < 1 or not runs:
         raise UserError(
             f"{len(runs)} runs in {rounds} rounds",
@@ -34,23 +37,26 @@ def time_in_turns(runs: Mapping[str, Callable[[], Any]], rounds: int = 5) -> dic
 
 # %% ../../nbs/2_playground/16_cost.ipynb #22d428e4
 def ratio_in_turns(slow: Sequence[float], fast: Sequence[float]) -> float:
-    "How many times as long the first takes: the median over rounds of the ratio."
+    "Return the median over rounds of slow / fast."
     return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
 
 # %% ../../nbs/2_playground/16_cost.ipynb #bc0da8bd
 def weight_bytes(model) -> int:
-    "Bytes of the parameters; a tied weight counts once."
+    "Return the bytes of the parameters; a tied weight counts once."
     return sum(p.numel() * p.element_size() for p in model.parameters())
 
 # %% ../../nbs/2_playground/16_cost.ipynb #d304f73e
 def cost_table(
-    models: Mapping[str, Any],  # {name: model}; the first is what the others are compared with
+    models: Mapping[str, Any],  # {name: model}; the others are compared with the first
     prompts: Sequence[Sequence[int]],
     *,
     new_tokens: int = 32,
     rounds: int = 3,
 ) -> list[dict]:
-    "Size and speed of each model on these prompts as one batch: one row per model, ratios to the first."
+    """Measure size and speed of each model on these prompts as one batch.
+
+    Returns one row per model, with ratios to the first model.
+    """
 
     def write(model, n: int) -> Rollout:
         return sample(model, prompts, Sampling(max_new_tokens=n), batch_size=len(prompts))

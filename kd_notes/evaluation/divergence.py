@@ -20,7 +20,10 @@ from ..losses.divergences import token_divergence
 # %% ../../nbs/4_probabilities/13_divergence_from_teacher.ipynb #aca6560c
 @dataclass
 class PositionKL:
-    "Divergences along each response: forward KL(p || q) and reverse KL(q || p), one (T,) tensor per item, in nats."
+    """Divergences along each response in nats, one (T,) tensor per item.
+
+    `forward` is KL(p || q) and `reverse` is KL(q || p), for teacher p and student q.
+    """
 
     forward: list[Tensor]
     reverse: list[Tensor]
@@ -33,9 +36,12 @@ def kl_per_position(
     responses: Sequence[Sequence[int]],
     *,
     batch_size: int = 16,
-    size: int | None = None,
-) -> PositionKL:  # size: ids that the shared tokenizer has
-    "Both divergences before every response token. Raises UserError for models whose vocabularies differ by more than padding."
+    size: int | None = None,  # number of ids of the shared tokenizer
+) -> PositionKL:
+    """Compute both divergences before every response token.
+
+    Raises UserError if the vocabularies differ by more than padding.
+    """
     out = PositionKL([], [])
     pairs = zip(
         *(response_logits(model, prompts, responses, batch_size) for model in (student, teacher))
@@ -48,14 +54,17 @@ def kl_per_position(
 
 # %% ../../nbs/4_probabilities/13_divergence_from_teacher.ipynb #47b24f29
 def by_position(values: Sequence[Tensor | Sequence[float]]) -> tuple[np.ndarray, np.ndarray]:
-    "(mean, number of items) at each position, over the items that reach it. Raises UserError if there is none."
+    "Return (mean, number of items) at each position, over the items that reach it."
     table = _padded(values)
     alive = np.isfinite(table).sum(0)
     return np.nansum(table, 0) / alive, alive
 
 # %% ../../nbs/4_probabilities/13_divergence_from_teacher.ipynb #06b9bb13
 def _padded(values: Sequence[Tensor | Sequence[float]]) -> np.ndarray:
-    "(items, longest), NaN where an item has ended. Raises UserError for no items or a value that is not finite."
+    """Stack values as an array (items, longest), with NaN after the end of an item.
+
+    A value that is not finite is an error.
+    """
     rows = [
         np.asarray(v.detach().cpu() if isinstance(v, Tensor) else v, dtype=np.float64)
         for v in values
@@ -84,12 +93,12 @@ class ExposureBias:
     student: np.ndarray  # R(l), nats
     teacher: np.ndarray  # l * epsilon(l), nats
     percent: np.ndarray  # ExAccErr(l)
-    low: np.ndarray  # 95 % interval of it, from drawing prompts again
+    low: np.ndarray  # 95 % interval of `percent`, from resampled prompts
     high: np.ndarray
-    alive: np.ndarray  # answers that reach position l, the fewer of the two kinds
+    alive: np.ndarray  # answers that reach position l, the smaller number of the two kinds
 
     def rows(self) -> list[dict]:
-        "One row per l, for a table or a figure."
+        "Return one row per l, for a table or a figure."
         names = ("student", "teacher", "percent", "low", "high")
         return [
             {"l": i + 1, "alive": int(self.alive[i])}
@@ -99,30 +108,38 @@ class ExposureBias:
 
 # %% ../../nbs/4_probabilities/13_divergence_from_teacher.ipynb #c64d1609
 def _excess(r: np.ndarray, e: np.ndarray) -> np.ndarray:
-    "(r - e)/e in per cent; 0 where both are 0."
+    "Return (r - e)/e in per cent; 0 where both are 0."
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where((r < 1e-9) & (e < 1e-9), 0.0, 100 * (r - e) / e)
 
 # %% ../../nbs/4_probabilities/13_divergence_from_teacher.ipynb #bbe342e5
 def _accumulated(table: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    "Sum over positions of the weighted mean over items, (draws, L) for weights (draws, items)."
+    """Sum the weighted means over items along the positions.
+
+    `table` is (items, L) and `weight` (draws, items); the result is (draws, L).
+    """
     there = np.isfinite(table).astype(float)
-    with np.errstate(divide="ignore", invalid="ignore"):  # a draw may hold no item that is so long
+    with np.errstate(
+        divide="ignore", invalid="ignore"
+    ):  # a draw may contain no item of this length
         return np.cumsum((weight @ np.nan_to_num(table)) / (weight @ there), axis=1)
 
 # %% ../../nbs/4_probabilities/13_divergence_from_teacher.ipynb #4cf3595d
 def exposure_bias(
-    on_student: Sequence,
-    on_teacher: Sequence,  # KL(p || q) along each answer of the student, of the teacher
-    student_groups: Sequence[int]
-    | None = None,  # number of the prompt of each answer; None: one answer per prompt
+    on_student: Sequence,  # KL(p || q) along each answer of the student
+    on_teacher: Sequence,  # KL(p || q) along each answer of the teacher
+    # index of each answer's prompt; None: one answer per prompt
+    student_groups: Sequence[int] | None = None,
     teacher_groups: Sequence[int] | None = None,
     *,
     min_alive: int = 10,
     draws: int = 1000,
     seed: int = 0,
 ) -> ExposureBias:
-    "ExAccErr(l) by the paper's definition, with an interval over prompts. Raises UserError if no position is reached by enough answers."
+    """Compute ExAccErr(l) by the paper's definition, with an interval over prompts.
+
+    Raises UserError if no position is reached by `min_alive` answers of both kinds.
+    """
     tables = [_padded(v) for v in (on_student, on_teacher)]
     groups = [
         np.arange(len(t)) if g is None else np.asarray(g)
@@ -147,10 +164,10 @@ def _exposure(
     draws: int,
     g: np.random.Generator,
 ) -> ExposureBias:
-    length, names = len(alive), np.unique(np.concatenate(groups))
-    times = g.multinomial(
-        len(names), np.full(len(names), 1 / len(names)), size=draws
-    )  # how often each prompt is drawn
+    length = len(alive)
+    names = np.unique(np.concatenate(groups))
+    # How often each prompt is drawn.
+    times = g.multinomial(len(names), np.full(len(names), 1 / len(names)), size=draws)
     weights = [
         np.concatenate([np.ones((1, len(k))), times[:, np.searchsorted(names, k)]]) for k in groups
     ]

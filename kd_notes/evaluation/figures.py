@@ -47,7 +47,7 @@ STYLE = {
 
 # %% ../../nbs/2_playground/14_figures.ipynb #61539ce7
 def cell_text(value: Any) -> str:
-    "Return how a value is written in a table."
+    "Return the text of a value in a table."
     if value is None:
         return "–"
     if isinstance(value, Mapping) and {"value", "low", "high"} <= set(value):
@@ -59,7 +59,7 @@ def cell_text(value: Any) -> str:
 # %% ../../nbs/2_playground/14_figures.ipynb #dacc372d
 @dataclass(frozen=True)
 class Table:
-    "Rows of text that show themselves as a Markdown table in a notebook and as aligned columns in a terminal."
+    "Rows of text, shown as a Markdown table in a notebook and as columns in a terminal."
 
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
@@ -146,7 +146,7 @@ for _arm, (_names, *_look) in _ARMS.items():
 
 
 def _free_looks() -> Iterator[tuple]:
-    "Looks that no arm of the table has, without end."
+    "Yield, without end, the looks that no arm of the table has."
     taken = set(_LOOKS.values())
     for i in itertools.count():
         colour = OKABE_ITO[i % len(OKABE_ITO)]
@@ -159,14 +159,14 @@ def arm_styles(
     arms: Sequence[str],  # arms in this figure, by name or title
     order: Sequence[str] = (),  # all arms that are not in the table, in a fixed order
 ) -> dict[str, dict]:
-    "Return colour, marker and line style of each arm: the same in every figure."
+    "Return colour, marker and line style of each arm, the same in every figure."
     unknown = [arm for arm in dict.fromkeys([*order, *arms]) if arm not in _LOOKS]
     looks = _LOOKS | dict(zip(unknown, _free_looks()))
     return {arm: dict(zip(("color", "marker", "linestyle"), looks[arm])) for arm in arms}
 
 # %% ../../nbs/2_playground/14_figures.ipynb #7c745f48
 def _draw_arm(ax, rows: Sequence[Mapping], style: Mapping, shift: float) -> None:
-    "One arm: points with error bars in per cent, joined by a line."
+    "Draw one arm as points with error bars in per cent, joined by a line."
     rows = sorted(rows, key=lambda r: r["x"])
     y = np.array([100 * r["value"] for r in rows])
     low = np.array([100 * r.get("low", r["value"]) for r in rows])
@@ -178,7 +178,7 @@ def _draw_arm(ax, rows: Sequence[Mapping], style: Mapping, shift: float) -> None
 
 # %% ../../nbs/2_playground/14_figures.ipynb #8433bead
 def _reference(ax, value: float | None, label: str, linestyle: Any, color: str) -> None:
-    "A horizontal line with its name, such as the teacher's accuracy."
+    "Draw a horizontal line with its name, such as the teacher's accuracy."
     if value is not None:
         ax.axhline(
             100 * value, color=color, linestyle=linestyle, linewidth=1.6, label=label, zorder=1
@@ -186,7 +186,7 @@ def _reference(ax, value: float | None, label: str, linestyle: Any, color: str) 
 
 # %% ../../nbs/2_playground/14_figures.ipynb #c460d4d4
 def _draw_panel(ax, rows: Sequence[Mapping], styles: Mapping, xlabel: str, log: bool) -> None:
-    "All arms of one panel, on a common x axis with ticks where there are points."
+    "Draw all arms of one panel, with ticks on the x axis where there are points."
     arms = list(dict.fromkeys(r["arm"] for r in rows))
     ticks = sorted({r["x"] for r in rows})
     for k, arm in enumerate(arms):
@@ -194,7 +194,7 @@ def _draw_panel(ax, rows: Sequence[Mapping], styles: Mapping, xlabel: str, log: 
         _draw_arm(ax, [r for r in rows if r["arm"] == arm], styles[arm], apart)
     if log:
         ax.set_xscale("log", base=2)
-    if len(ticks) == 1:  # otherwise the small gap between the arms would fill the axis
+    if len(ticks) == 1:  # else the small gap between the arms would fill the axis
         ax.set_xlim(0.7 * ticks[0], 1.4 * ticks[0])
     ax.set_xticks(ticks, labels=[_short(t) for t in ticks])
     ax.minorticks_off()
@@ -202,7 +202,7 @@ def _draw_panel(ax, rows: Sequence[Mapping], styles: Mapping, xlabel: str, log: 
 
 # %% ../../nbs/2_playground/14_figures.ipynb #e64e009f
 def _short(x: float) -> str:
-    "A number for an axis: 500, 2k, 1.5M."
+    "Format a number for an axis: 500, 2k, 1.5M."
     for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if x >= size:
             return f"{x / size:.3g}{unit}"
@@ -210,21 +210,22 @@ def _short(x: float) -> str:
 
 # %% ../../nbs/2_playground/14_figures.ipynb #a357ebd9
 def accuracy_curve(
-    rows: Iterable[
-        Mapping[str, Any]
-    ],  # per point: arm, x, value, low, high (fractions), and panel where there are several
+    # per point: arm, x, value, low, high (fractions), and panel if there are several
+    rows: Iterable[Mapping[str, Any]],
     *,
     xlabel: str = "training examples",
-    teacher: float
-    | Mapping[str, float]
-    | None = None,  # accuracy of the teacher, 0 to 1; by panel where they differ
+    # accuracy of the teacher, 0 to 1; by panel if they differ
+    teacher: float | Mapping[str, float] | None = None,
     majority: float | Mapping[str, float] | None = None,  # accuracy of the most frequent answer
     teacher_label: str = "teacher",
     title: str = "",
     log: bool = True,
     order: Sequence[str] = (),
 ):
-    "Accuracy against data or size, one panel per task, error bars = 95 % intervals. Returns a matplotlib Figure of fixed size."
+    """Draw accuracy against data or size with 95 % intervals, one panel per task.
+
+    Returns a matplotlib Figure of fixed size.
+    """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -251,7 +252,7 @@ def accuracy_curve(
 
 # %% ../../nbs/2_playground/14_figures.ipynb #feb15de7
 def _finish(fig, axes: Sequence, used: int, title: str) -> None:
-    "One legend for the whole figure, below it; axes without a panel disappear."
+    "Draw one legend below the figure and hide axes without a panel."
     for ax in axes[used:]:
         ax.set_axis_off()
     named = {
@@ -259,9 +260,7 @@ def _finish(fig, axes: Sequence, used: int, title: str) -> None:
         for ax in axes[:used]
         for handle, label in zip(*ax.get_legend_handles_labels())
     }
-    wide = (
-        sum(sorted(map(len, named))[-2:]) > 52
-    )  # letters that two columns of a single panel have room for
+    wide = sum(sorted(map(len, named))[-2:]) > 52  # characters that two columns have room for
     fig.legend(
         named.values(),
         named.keys(),
@@ -275,7 +274,7 @@ def _finish(fig, axes: Sequence, used: int, title: str) -> None:
 # %% ../../nbs/2_playground/14_figures.ipynb #5859fb34
 @dataclass(frozen=True)
 class SavedFigure:
-    "Paths of a saved figure; shows the image and its description in a notebook."
+    "Paths of a saved figure; a notebook shows the image and its description."
 
     png: Path
     csv: Path
@@ -297,7 +296,10 @@ class SavedFigure:
 
 # %% ../../nbs/2_playground/14_figures.ipynb #08e2cf87
 def rows_to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    "Return rows as CSV text, one column per key in order of appearance; floats keep six digits."
+    """Return rows as CSV text, one column per key in order of appearance.
+
+    Floats have six significant digits.
+    """
     import pandas
 
     columns = list(dict.fromkeys(key for row in rows for key in row))
@@ -308,7 +310,10 @@ def rows_to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
 
 # %% ../../nbs/2_playground/14_figures.ipynb #8cc22893
 def png_bytes(fig: Any) -> bytes:
-    "A matplotlib figure as a PNG of 64 colours: a third of the bytes of a full one, and the same bytes every time."
+    """Return a matplotlib figure as a PNG of 64 colours.
+
+    It has a third of the bytes of a full PNG, and the same bytes every time.
+    """
     from matplotlib import rc_context
     from PIL import Image
 
@@ -325,9 +330,10 @@ def save_figure(
     run_dir: Path | str,  # folder of the run
     name: str,  # file name without ending: lower-case letters, digits, - and _
     rows: Iterable[Mapping[str, Any]],  # the numbers in the figure
-    alt: str = "",
-) -> SavedFigure:  # what the figure shows, in a sentence
-    "Write <name>.png and <name>.csv into `run_dir`, atomically. Raises UserError for a bad name, no rows, or a full disk."
+    alt: str = "",  # what the figure shows, in a sentence
+    title: str = "",  # what the figure finds, drawn above it
+) -> SavedFigure:
+    "Write <name>.png and <name>.csv into `run_dir`, atomically."
     rows, folder = list(rows), Path(run_dir)
     if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", name):
         raise UserError(
@@ -341,6 +347,8 @@ def save_figure(
             where=f"save_figure {name}",
             fix="Pass the plotted rows.",
         )
+    if title:
+        fig.suptitle(title)
     atomic_write(folder / f"{name}.csv", rows_to_csv(rows))
     atomic_write(folder / f"{name}.png", png_bytes(fig))
     return SavedFigure(
@@ -349,17 +357,17 @@ def save_figure(
 
 # %% ../../nbs/2_playground/14_figures.ipynb #09b45439
 def _draw_interval(ax, row: Mapping[str, Any], height: int, scale: float, style: Mapping) -> None:
-    "One arm as a point with its interval."
+    "Draw one arm as a point with its interval."
     value = scale * row["value"]
     ends = [[value - scale * row["low"]], [scale * row["high"] - value]]
     ax.errorbar(value, height, xerr=ends, fmt=style["marker"], color=style["color"], capsize=4)
 
 
 def interval_plot(
-    rows: Sequence[Mapping[str, Any]],  # arm, value, low, high, and panel where there are several
+    rows: Sequence[Mapping[str, Any]],  # arm, value, low, high, and panel if there are several
     xlabel: str,
     scale: float = 1.0,  # factor on the numbers: 100 for per cent
-    sharex: bool = False,  # one axis for all panels, where they show one quantity
+    sharex: bool = False,  # one axis for all panels, if they show the same quantity
 ):
     "Draw an interval for each arm, in the order of their first row. Returns a matplotlib Figure."
     from matplotlib import rc_context
@@ -385,7 +393,10 @@ def interval_plot(
 def reliability_diagram(
     arms: Mapping[str, Sequence[Mapping]],  # {name: rows of `reliability`}
 ):
-    "Draw accuracy against confidence; the area of a point is its share of the answers. Returns a matplotlib Figure."
+    """Draw accuracy against confidence, with points sized by their answers.
+
+    Returns a matplotlib Figure.
+    """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 

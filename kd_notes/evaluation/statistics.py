@@ -23,7 +23,10 @@ from ..data.answers import unpack_bits
 
 # %% ../../nbs/2_playground/13_statistics.ipynb #6cc2f81c
 def stack_outcomes(packed: Sequence[str]) -> np.ndarray:
-    "Packed outcomes of several seeds as a table of 0.0 and 1.0, shape [seeds, items]. Raises UserError if lengths differ."
+    """Unpack the outcomes of several seeds to 0.0 and 1.0, shape (seeds, items).
+
+    Raises UserError if their lengths differ.
+    """
     if not packed:
         raise UserError(
             "there are no runs to stack",
@@ -37,11 +40,12 @@ def stack_outcomes(packed: Sequence[str]) -> np.ndarray:
 # %% ../../nbs/2_playground/13_statistics.ipynb #e851ab1e
 def paired(
     a: Any,  # outcomes of one arm, [seeds, items]
-    b: Any,
-) -> (
-    np.ndarray
-):  # outcomes of the other arm, same shape; or one row: something without a seed, such as a teacher
-    "Difference a - b cell by cell, shape [seeds, items]. Raises UserError if the two do not belong to the same seeds and items."
+    b: Any,  # outcomes of the other arm, same shape; or one row, such as a teacher's
+) -> np.ndarray:
+    """Return the differences a - b, shape (seeds, items).
+
+    Raises UserError if the shapes show different seeds or items.
+    """
     a, b = (
         np.atleast_2d(np.asarray(a, dtype=np.float64)),
         np.atleast_2d(np.asarray(b, dtype=np.float64)),
@@ -56,13 +60,13 @@ def paired(
 
 # %% ../../nbs/2_playground/13_statistics.ipynb #987c384d
 def _shares(g: np.random.Generator, draws: int, n: int) -> np.ndarray:
-    "For each draw, how large a share of n drawn things is each of the n things: [draws, n], rows sum to 1."
+    "Draw n of n things with replacement and return their shares, (draws, n); rows sum to 1."
     picks = g.integers(0, n, size=(draws, n)) + n * np.arange(draws)[:, None]
     return np.bincount(picks.ravel(), minlength=draws * n).reshape(draws, n) / n
 
 # %% ../../nbs/2_playground/13_statistics.ipynb #0a8f4ffa
 def _draw_means(table: np.ndarray, draws: int, seed: int) -> np.ndarray:
-    "Means of `draws` sub-tables with rows and columns drawn with replacement, [draws]."
+    "Return the means of `draws` tables with resampled rows and columns, (draws,)."
     g = np.random.default_rng(seed)
     (rows, columns) = table.shape
     step = max(1, 2_000_000 // columns)  # keeps a block of counts below 16 MB
@@ -77,7 +81,7 @@ def small_sample_factor(seeds: int) -> float:
     "Return the factor that makes a 95 % interval from few seeds as wide as Student's; 1 for one seed."
     if seeds < 2:
         return 1.0
-    from scipy.stats import t  # half a second, which an importer of this module need not wait for
+    from scipy.stats import t  # imported here: it takes half a second
 
     freedom = seeds - 1
     return math.sqrt(seeds / freedom) * float(t.ppf(0.975, freedom)) / NormalDist().inv_cdf(0.975)
@@ -85,7 +89,7 @@ def small_sample_factor(seeds: int) -> float:
 # %% ../../nbs/2_playground/13_statistics.ipynb #60b45f68
 @dataclass(frozen=True)
 class Estimate:
-    "A mean with its 95 % interval; accuracies and their differences are fractions, not per cent."
+    "A mean with its 95 % interval; accuracies and differences are fractions, not per cent."
 
     value: float
     low: float
@@ -95,7 +99,7 @@ class Estimate:
     p: float = 1.0  # two-sided bootstrap p-value of the mean being zero
 
     def as_metric(self) -> dict[str, float]:
-        "For metrics.json."
+        "Return the fields for metrics.json."
         return {
             "value": round(self.value, 6),
             "low": round(self.low, 6),
@@ -104,12 +108,12 @@ class Estimate:
         }
 
     def as_run_metric(self) -> dict[str, float]:
-        "For metrics.json, of a number that a run has once (`seed_means`): one run has no interval."
+        "Return the fields for metrics.json; one run has a value without an interval."
         metric = self.as_metric()
         return metric if self.n > 1 else {"value": metric["value"], "n": 1}
 
     def plain(self, digits: int = 3) -> str:
-        "In its own unit instead of per cent; one run stands alone."
+        "Format the estimate in its own unit, without an interval for one run."
         short = [(x, f"{x:.{digits}g}") for x in (self.value, self.low, self.high)]
         value, *ends = (f"{x:,.0f}" if abs(float(text)) >= 1000 else text for x, text in short)
         return value if self.n == 1 else f"{value} [{', '.join(ends)}]"
@@ -122,7 +126,7 @@ def _as_table(outcomes: Any) -> np.ndarray:
     table = np.atleast_2d(np.asarray(outcomes, dtype=np.float64))
     if table.ndim != 2 or table.size == 0 or not np.isfinite(table).all():
         raise UserError(
-            f"expected a table [seeds, items] of finite numbers, got shape {table.shape} or a value that is none",
+            f"expected a table [seeds, items] of finite numbers, got shape {table.shape} or a value that is not finite",
             where="outcomes",
             fix="Stack the outcomes of the finished runs with stack_outcomes.",
         )
@@ -133,16 +137,18 @@ def hierarchical_bootstrap(
     outcomes: Any,  # [seeds, items]: outcomes, or paired differences of outcomes
     *,
     draws: int = 10_000,
-    seed: int = 0,  # of the drawing; the result is a function of its arguments
-    small_sample: bool = True,  # widen the deviations between seeds as Student would
+    seed: int = 0,  # of the resampling; equal arguments give equal results
+    small_sample: bool = True,  # widen the deviations between seeds by Student's t
 ) -> Estimate:
-    "Mean over seeds and items with a 95 % percentile interval from drawing both again. One seed: items only. Raises UserError."
+    """Return the mean with a 95 % percentile interval over seeds and items.
+
+    Both are resampled; with one seed, items only.
+    """
     table = _as_table(outcomes)
     mean = table.mean()
     factor = small_sample_factor(len(table)) if small_sample else 1.0
-    shares = np.isin(
-        table, (0.0, 1.0)
-    ).all()  # of right answers: an interval that leaves [0, 1] says nothing there
+    # Outcomes are shares of correct answers, so their interval is clipped to [0, 1].
+    shares = np.isin(table, (0.0, 1.0)).all()
     table = table + (factor - 1) * (table.mean(1, keepdims=True) - mean)
     drawn = _draw_means(table, draws, seed)
     low, high = np.quantile(drawn, [0.025, 0.975])
@@ -157,7 +163,10 @@ def seed_means(
     found: Mapping[Any, Sequence[Mapping[str, Any]]],  # {cell: metrics of each seed}
     names: Iterable[str],
 ) -> dict[tuple, Estimate]:
-    "{(cell, name): mean over a cell's runs of a number that each of them has once}; names that a run lacks are left out."
+    """Return {(cell, name): mean over the runs of a cell} of numbers that a run has once.
+
+    A name that one of the runs lacks is left out.
+    """
     return {
         (cell, name): hierarchical_bootstrap([[m[name]] for m in runs])
         for name in names
@@ -167,7 +176,10 @@ def seed_means(
 
 # %% ../../nbs/2_playground/13_statistics.ipynb #f4a32dbb
 def holm(p: Mapping[str, float]) -> dict[str, float]:
-    "Holm-adjusted p-values by name, in the order given: a claim at level 5 % is one with an adjusted value below 0.05."
+    """Return Holm-adjusted p-values by name, in the given order.
+
+    A claim holds at level 5 % if its adjusted value is below 0.05.
+    """
     adjusted = {}
     largest = 0.0
     for rank, name in enumerate(sorted(p, key=lambda k: p[k])):
@@ -185,8 +197,9 @@ def _why_not_testable(
     arms: Mapping[str, float],  # accuracy of each arm, 0 to 1
     floor: float | None,  # accuracy of the most frequent answer
     moved: Mapping[str, bool],  # arm -> does it differ from its start in any metric?
+    untrained: Mapping[str, str],  # arm -> why it does not count as trained, empty if it does
 ) -> str:
-    "Reason why an experiment cannot decide a claim; empty if it can."
+    "Return the reason why an experiment cannot decide a claim, '' if it can."
     shares = {**arms, "floor": floor or 0.0}
     wrong = {name: value for name, value in shares.items() if not 0 <= value <= 1}
     if wrong:
@@ -205,12 +218,31 @@ def _why_not_testable(
     unmoved = [name for name, differs in moved.items() if not differs]
     if unmoved:
         return f"{', '.join(unmoved)} not different from the start in any metric"
-    return ""
+    return "; ".join(f"{name} untrained: {why}" for name, why in untrained.items() if why)
 
 # %% ../../nbs/2_playground/13_statistics.ipynb #2f6d09d4
 def moved_from_start(differences: Mapping[str, Estimate]) -> bool:
-    "True if an arm differs from its start: `differences` maps a metric to the arm minus its start."
+    """Return True if an arm differs from its start in any metric.
+
+    `differences` maps a metric to the arm minus its start. Holm's correction applies.
+    """
     return any(p < 0.05 for p in holm({name: e.p for name, e in differences.items()}).values())
+
+# %% ../../nbs/2_playground/13_statistics.ipynb #0601348f
+MOVED_IN = ("rouge_l", "reverse_kl", "loss", "length", "dist4")
+
+
+def runs_moved(
+    runs: Sequence[Mapping[str, Any]],  # metrics of each seed's trained student
+    start: Sequence[Mapping[str, Any]],  # metrics of each seed's student before training
+    names: Iterable[str] = MOVED_IN,  # of metrics that a run has once
+) -> bool:
+    "`moved_from_start` of trained students, paired by seed, over the metrics that both have."
+    pairs = list(zip(runs, start, strict=True))
+    shared = [name for name in names if all(name in a and name in b for a, b in pairs)]
+    return moved_from_start(
+        {name: hierarchical_bootstrap([[a[name] - b[name]] for a, b in pairs]) for name in shared}
+    )
 
 # %% ../../nbs/2_playground/13_statistics.ipynb #731de487
 _KINDS = ("claim", "control", "question")
@@ -218,13 +250,13 @@ _OUTCOMES = ("supported", "contradicted", "undecided", "not testable")
 
 
 def _percent(unit: str) -> bool:
-    "True for units in which a fraction is shown times 100: points and per cent of something."
+    "Return True for units that show a fraction times 100: points and per cent."
     return unit == "points" or unit.startswith("%")
 
 
 @dataclass(frozen=True)
 class Verdict:
-    "A claim, its outcome, and the interval that decides."
+    "A claim, its outcome, and the interval that decides it."
 
     claim: str
     kind: str  # claim (of the paper), control (of the set-up), question (ours)
@@ -246,11 +278,11 @@ class Verdict:
                 )
         if not (self.claim.strip() and self.unit.strip()):
             raise UserError(
-                "a verdict needs a claim and a unit", where="Verdict", fix="Say both in words."
+                "a verdict needs a claim and a unit", where="Verdict", fix="Give both as text."
             )
 
     def as_dict(self) -> dict[str, Any]:
-        "Fields as they are saved; numbers to six decimals, in the unit that is named."
+        "Return the fields as they are saved, with numbers to six decimals."
         rounded = {name: round(getattr(self, name), 6) for name in ("value", "low", "high")}
         return asdict(self) | rounded
 
@@ -262,7 +294,7 @@ class Verdict:
 
 # %% ../../nbs/2_playground/13_statistics.ipynb #5c01ab48
 def _side(low: float, high: float, direction: str, margin: float) -> str:
-    "On which side of the margin does the interval lie: claimed, opposite or undecided?"
+    "Return the side of the margin on which the interval lies: claimed, opposite, undecided."
     if direction not in ("greater", "less"):
         raise UserError(
             f"{direction!r} is not a direction", where="verdict", fix="Use 'greater' or 'less'."
@@ -276,7 +308,7 @@ def _side(low: float, high: float, direction: str, margin: float) -> str:
 # %% ../../nbs/2_playground/13_statistics.ipynb #6e82f6d9
 def verdict(
     claim: str,  # in words
-    difference: Estimate,  # what the claim is about; fractions where the unit is points or %
+    difference: Estimate,  # the difference in question; fractions if the unit is points or %
     *,
     kind: str = "claim",  # or "control", "question"
     unit: str = "points",  # or "nats", "% of the KL", ...
@@ -285,6 +317,7 @@ def verdict(
     arms: Mapping[str, float] | None = None,  # accuracy of every arm that is compared
     floor: float | None = None,  # accuracy of the most frequent answer
     moved: Mapping[str, bool] | None = None,  # arm -> `moved_from_start`
+    untrained: Mapping[str, str] | None = None,  # arm -> why it is untrained, empty if it is not
     p: float | None = None,  # Holm-adjusted p-value, where several tasks share the claim
 ) -> Verdict:
     "Decide a claim by its interval: supported, contradicted, undecided or not testable."
@@ -296,7 +329,7 @@ def verdict(
         )
     scale = 100 if _percent(unit) else 1
     side = _side(low, high, direction, margin)
-    why = _why_not_testable(difference.n, arms or {}, floor, moved or {})
+    why = _why_not_testable(difference.n, arms or {}, floor, moved or {}, untrained or {})
     if why:
         outcome = "not testable"
     elif side == "undecided":
@@ -318,10 +351,16 @@ def verdicts(
     arms: Mapping[str, Mapping[str, float]] | None = None,  # task -> arm -> accuracy
     floor: Mapping[str, float] | None = None,  # task -> accuracy of the most frequent answer
     moved: Mapping[str, Mapping[str, bool]] | None = None,  # task -> arm -> `moved_from_start`
+    untrained: Mapping[str, Mapping[str, str]] | None = None,  # task -> arm -> why, or empty
     **rule: Any,  # kind, unit, direction and margin of `verdict`
 ) -> list[Verdict]:
-    "One verdict per task of a claim. Holm's correction applies to claims about zero (margin 0)."
-    by_task = {"arms": arms or {}, "floor": floor or {}, "moved": moved or {}}
+    "Decide a claim for each task. Holm's correction applies to claims about zero (margin 0)."
+    by_task = {
+        "arms": arms or {},
+        "floor": floor or {},
+        "moved": moved or {},
+        "untrained": untrained or {},
+    }
     adjusted = {}
     if not rule.get("margin"):
         adjusted = holm({task: e.p for task, e in estimates.items()})
@@ -336,7 +375,7 @@ def save_verdicts(
     made: Iterable[Verdict],
     run_dir: Path | str,  # folder of the run
 ) -> list[Verdict]:
-    "Write run_dir/verdicts.json, replacing an older one, and return the verdicts as a list."
+    "Write run_dir/verdicts.json, replacing an older one, and return the verdicts."
     made = list(made)
     claims = [v.claim for v in made]
     twice = sorted({claim for claim in claims if claims.count(claim) > 1})
@@ -353,7 +392,7 @@ def save_verdicts(
 def load_verdicts(
     path: Path | str,  # verdicts.json of a run
 ) -> list[Verdict]:
-    "Read what `save_verdicts` wrote."
+    "Load the verdicts written by `save_verdicts`."
     rows = read_json(path)
     try:
         return [Verdict(**row) for row in rows]
@@ -366,7 +405,7 @@ def load_verdicts(
 
 # %% ../../nbs/2_playground/13_statistics.ipynb #838b9023
 def count_outcomes(made: Iterable[Verdict], kind: str = "claim") -> dict[str, int]:
-    "{outcome: how many verdicts of this kind}, outcomes without a verdict left out."
+    "Return {outcome: number of verdicts of this kind} without empty outcomes."
     outcomes = [v.outcome for v in made if v.kind == kind]
     return {name: outcomes.count(name) for name in _OUTCOMES if name in outcomes}
 
@@ -375,7 +414,10 @@ def reported(
     paper: str,  # file name in data/reported without .csv, such as "dss"
     artefact: str | None = None,  # "Table 1", "Figs. 4-5", ...; None: all
 ) -> list[dict]:
-    "Rows that a paper reports: paper, artefact, row, dataset, value (number or None), unit, tag, note. Raises UserError for unknown names."
+    """Load the numbers that a paper reports.
+
+    A row has paper, artefact, row, dataset, value (a number or None), unit, tag and note.
+    """
     folder = data_dir() / "reported"
     known = sorted(p.stem for p in folder.glob("*.csv"))
     if paper not in known:

@@ -29,12 +29,12 @@ from kd_notes.training.batches import (
 
 # %% ../../nbs/4_probabilities/08_validation.ipynb #5f41ee9b
 def logit_chunks(
-    model,  # with `states`, the head alone will do
+    model,  # with `states`, the output head is enough
     batch: Batch,
     chunk: int = 256,
     states: Tensor | None = None,  # hidden states (n, D) at the target positions
 ) -> Iterator[Tensor]:
-    "Logits at the target positions, `chunk` positions at a time."
+    "Yield the logits at the target positions, at most (chunk, V) at a time."
     if states is None and linear_head(model) is None:
         yield from target_logits(model, batch).split(chunk)
         return
@@ -48,7 +48,7 @@ def logit_chunks(
 def _long_first(
     rows: Sequence[dict], pad_id: int, batch_size: int
 ) -> tuple[list[list[int]], list[Batch]]:
-    "Numbers of the rows of each batch, and the batches, long rows first."
+    "Return the row indices of each batch, and the batches, with long rows first."
     pairs = [(row["prompt"], row["completion"]) for row in rows]
     order = sorted(range(len(rows)), key=lambda i: -len(pairs[i][0] + pairs[i][1]))
     parts = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
@@ -57,7 +57,10 @@ def _long_first(
 
 @torch.no_grad()
 def _teacher_states(batches: list[Batch], teacher, file: Path | None) -> list[Tensor]:
-    "Hidden states of the teacher at the target positions of each batch, cached in the file."
+    """Return the teacher's hidden states at the target positions of each batch.
+
+    They are cached in the file.
+    """
     if file is not None and file.is_file():
         states = load_file(file)["states"].to(teacher.device)
         return list(states.split([len(target_positions(batch).ids) for batch in batches]))
@@ -70,7 +73,10 @@ def _teacher_states(batches: list[Batch], teacher, file: Path | None) -> list[Te
 def _token_terms(
     student: Tensor, teacher: Tensor | None, target_ids: Tensor, vocabulary: int | None
 ) -> Tensor:
-    "(1 or 3, n): negative log-likelihood, forward and reverse KL, in at least float32."
+    """Return negative log-likelihood, forward and reverse KL, shape (1 or 3, n).
+
+    They are at least float32. Without a teacher only the first is computed.
+    """
     student = at_least_float32(student)
     terms = [F.cross_entropy(student, target_ids, reduction="none")]
     if teacher is not None:
@@ -80,7 +86,7 @@ def _token_terms(
 
 # %% ../../nbs/4_probabilities/08_validation.ipynb #13279469
 class Validation:
-    "Perplexity of a model on held-out rows and its KL divergences from a teacher, which runs once."
+    "Perplexity of a model on held-out rows and KL to a teacher, which runs once."
 
     def __init__(
         self,
@@ -91,7 +97,7 @@ class Validation:
         score: str = "nll",  # metric to minimise: nll, forward_kl or reverse_kl
         # Cache file for the teacher's hidden states; the caller must make the name unique.
         states_file: Path | None = None,
-        vocabulary: int | None = None,  # ids that both share; None: the narrower head
+        vocabulary: int | None = None,  # number of shared ids; None: width of the narrower head
         batch_size: int = 8,
     ):
         self.parts, self.batches = _long_first(rows, pad_id, batch_size)
@@ -104,10 +110,12 @@ class Validation:
             teacher.eval()
             if linear_head(teacher) is not None:
                 self.states = _teacher_states(self.batches, teacher, states_file)
-                self.teacher = teacher.get_output_embeddings()  # the rest of the teacher may go
+                self.teacher = (
+                    teacher.get_output_embeddings()
+                )  # the rest of the teacher may be freed
 
     def terms(self, model, number: int, chunk: int = 256) -> Iterator[Tensor]:
-        "The terms of a batch, (names, positions) for each chunk of positions."
+        "Yield the terms of a batch, (names, positions) for each chunk of positions."
         batch = self.batches[number].to(model.device)
         targets = target_positions(batch).ids.split(chunk)
         students = logit_chunks(model, batch, chunk)
@@ -120,7 +128,7 @@ class Validation:
 
     @torch.no_grad()
     def items(self, model) -> dict[str, np.ndarray]:
-        "Sums over each row's completion, in the order of the rows, and its tokens."
+        "Return sums over each row's completion and its tokens, each (rows,)."
         names = ["nll"] if self.teacher is None else ["nll", "forward_kl", "reverse_kl"]
         sums = {name: np.zeros(len(self.lengths)) for name in names}
         for number, part in enumerate(self.parts):
@@ -133,7 +141,7 @@ class Validation:
         return sums | {"tokens": np.array(self.lengths)}
 
     def __call__(self, model) -> dict[str, float]:
-        "Token-means, perplexity, and the score for the loop (higher is better)."
+        "Return means per token, perplexity, and a score (higher is better)."
         training = model.training
         sums = self.items(model.eval())
         model.train(training)

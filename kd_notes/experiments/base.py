@@ -18,19 +18,22 @@ from ..runner.runs import run_folder
 
 # %% ../../nbs/7_engine_room/07_base.ipynb #base-set
 def optional(default: Any) -> Any:
-    "A field of a settings dataclass that is written into the parameters only where it differs from its default."
+    "Return a dataclass field that becomes a parameter only if it differs from its default."
     return field(default=default, metadata={"optional": True})
 
 
 def _default(setting: Any) -> Any:
-    "The default of a dataclass field, MISSING if it has none."
+    "Return the default of a dataclass field, MISSING if it has none."
     if setting.default_factory is not MISSING:
         return setting.default_factory()
     return setting.default
 
 
 def complete_parameters(kind: type, given: dict, where: str) -> dict:
-    "The settings that are given and the defaults of a dataclass, as parameters. Unknown and missing names are errors."
+    """Return the given settings and the defaults of a dataclass as parameters.
+
+    Unknown and missing names are errors.
+    """
     known = {setting.name: setting for setting in fields(kind)}
     unknown = sorted(set(given) - set(known))
     missing = [name for name in known if name not in given and _default(known[name]) is MISSING]
@@ -46,18 +49,18 @@ def complete_parameters(kind: type, given: dict, where: str) -> dict:
     return made
 
 # %% ../../nbs/7_engine_room/07_base.ipynb #base-unt
-# Arms that nothing trains, to compare with: the teacher, and the student that the other arms go on from.
+# Arms without training, for comparison: the teacher, and the student before distillation.
 UNTRAINED = {"teacher": "teacher", "start": "student before distillation"}
 
 # %% ../../nbs/7_engine_room/07_base.ipynb #base-work
 def work_done(method: Any, result: Any) -> dict[str, int]:
-    "Tokens that an on-policy method read in training and that each source wrote, as metrics."
+    "Return the tokens that an on-policy method read and that each source wrote, as metrics."
     work = dict(method.rollouts.drawn) | {"read": result.tokens}
     return {f"tokens_{name}": count for name, count in sorted(work.items())}
 
 # %% ../../nbs/7_engine_room/07_base.ipynb #base-use
 def _divergences(value: Any) -> set[str]:
-    "Names of divergences with a module of their own, anywhere in a setting."
+    "Return the names of divergences with their own module, anywhere in a setting."
     from kd_notes.losses.divergences import ELSEWHERE
 
     if isinstance(value, str):
@@ -72,7 +75,10 @@ def _divergences(value: Any) -> set[str]:
 
 
 def method_modules(name: str, settings: dict) -> list[str]:
-    "The kd_notes modules of a method of METHODS with these settings: those of its classes and of its divergences."
+    """Return the kd_notes modules of a method of METHODS with these settings.
+
+    They are the modules of its classes and of its divergences.
+    """
     from kd_notes.losses.divergences import ELSEWHERE
     from kd_notes.methods.registry import METHODS
 
@@ -86,16 +92,16 @@ def method_modules(name: str, settings: dict) -> list[str]:
 
 # %% ../../nbs/7_engine_room/07_base.ipynb #base-cls
 class _Contract:
-    "What a family of experiments says about itself; see `Experiment`."
+    "The methods that a family of experiments may override; see `Experiment`."
 
-    name = ""  # of the runs in the cache and in the record
-    module = ""  # where the subclass stands, such as "experiments.stepwise"
+    name = ""  # stage of the runs in the cache and in the record
+    module = ""  # module of the subclass, such as "experiments.stepwise"
     arms: dict[str, Any] = {}
     Settings: type  # a dataclass
     input_settings: tuple[str, ...] = ()  # the settings that `inputs` depends on
 
     def parameters(self, **settings: Any) -> dict:
-        "The parameters of a run, complete and checked."
+        "Return the complete and checked parameters of a run."
         if "arm" in settings and settings["arm"] not in self.arms:
             raise UserError(
                 f"there is no arm {settings['arm']!r}",
@@ -105,57 +111,60 @@ class _Contract:
         return self.complete(complete_parameters(self.Settings, settings, self.name))
 
     def complete(self, run: dict) -> dict:
-        "The run with what depends on other settings filled in."
+        "Fill in the parameters that depend on other ones."
         return run
 
     def inputs(self, run: dict) -> dict[str, str]:
-        "{name: checksum} of what decides the numbers of a run besides its parameters and the code."
+        "Return {name: checksum} of the inputs that decide the numbers of a run."
         return {}
 
     def modules(self, run: dict) -> list[str]:
-        "kd_notes modules that compute a run; of a table such as METHODS, the entries that it uses."
+        "Return the kd_notes modules that compute a run, with the used entries of TABLES."
         return [self.module]
 
     def facts(self, run: dict) -> dict:
-        "What the manifest of a run says besides its parameters, see `runner.runs.MANIFEST`."
+        "Return additional fields of a run's manifest, see `runner.runs.MANIFEST`."
         return {}
 
     def before(self, runs: list[dict]) -> "list[tuple[Experiment, list[dict]]]":
-        "Runs of other experiments that these runs need, in the order of training."
+        "Return runs of other experiments that these runs need, in training order."
         return []
 
     def check(self, runs: list[dict]) -> None:
-        "Raise an error for what would go wrong late in one of these runs."
+        "Raise an error for a problem that would appear late in one of these runs."
 
     def train(self, run: dict, folder: Path) -> dict:
-        "Train and score one run in its folder; its metrics."
+        "Train and score one run in its folder, and return its metrics."
         raise NotImplementedError
 
 # %% ../../nbs/7_engine_room/07_base.ipynb #base-run
 class Experiment(_Contract):
-    "A family of runs that differ in their arm, their settings and their seed. Subclasses have no state."
+    "A family of runs that differ in their arm, settings and seed. It has no state."
 
     @classmethod
     def run_one(cls, run: dict, folder: Path) -> dict:
-        "Train one run; a worker process finds it by name."
+        "Train one run; a worker process finds this function by name."
         return cls().train(run, folder)
 
     def key(self, run: dict, threads: int = 1) -> str:
-        "The key of a run in the cache."
+        "Return the cache key of a run."
         return run_key(self.name, run, self.modules(run), self.inputs(run), threads)
 
     def folder(self, run: dict, threads: int = 1) -> Path:
-        "Where the cache keeps a run."
+        "Return the cache folder of a run."
         return run_folder(self.name, self.key(run, threads))
 
     def results(
         self,
-        runs: Iterable[dict],  # of `parameters`
+        runs: Iterable[dict],  # from `parameters`
         *,
         desc: str = "",  # of the progress bar
         **grid: Any,  # jobs, threads, source, force, run_dir and record_folder of `run_grid`
     ) -> list[dict]:
-        "The result of every run, in their order: trained now, from the cache, or replayed. What must come first is trained first."
+        """Return the result of every run in their order: trained, cached or replayed.
+
+        Runs that these need are trained first.
+        """
         known: dict[str, dict] = {}
 
         def inputs(run: dict) -> dict[str, str]:
@@ -184,7 +193,10 @@ class Experiment(_Contract):
     def run(
         self, cells: dict[Hashable, dict], seeds: Sequence[int], **grid: Any
     ) -> dict[Hashable, list[dict]]:
-        "{cell: metrics of each seed} for cells {cell: settings, the arm among them}; `grid` as in `results`."
+        """Return {cell: metrics of each seed} for {cell: settings, with the arm}.
+
+        `grid` takes the keywords of `results`.
+        """
         runs = [
             (cell, self.parameters(**settings, seed=seed))
             for cell, settings in cells.items()

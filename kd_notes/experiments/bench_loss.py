@@ -25,7 +25,7 @@ from ..losses.fused import fused_linear_divergence
 
 # %% ../../nbs/7_engine_room/19b_bench_loss.ipynb #8a9e82b4
 def gemm_rate(size: int = 2048, device: str = "cpu") -> float:
-    "Operations per second of one float32 product of size x size matrices, now."
+    "Measure the operations per second of a float32 product of size x size matrices."
     a, b, out = torch.ones(3, size, size, device=device)
     _finish(device)
     start = time.perf_counter()
@@ -40,7 +40,7 @@ def _finish(device: str) -> None:
 
 # %% ../../nbs/7_engine_room/19b_bench_loss.ipynb #14b81884
 class Inputs(NamedTuple):
-    "Hidden states (tokens, width) and lm-heads (vocabulary, width) of student and teacher."
+    "Hidden states (tokens, width) and heads (vocabulary, width) of student and teacher."
 
     student_hidden: Tensor
     student_weight: Tensor
@@ -48,13 +48,13 @@ class Inputs(NamedTuple):
     teacher_weight: Tensor
 
     def first(self, n: int) -> "Inputs":
-        "The first n tokens, with gradients of their own."
+        "Return the first n tokens, with separate gradients."
         h, w, t, u = self
         return Inputs(h[:n].detach().requires_grad_(), w.detach().requires_grad_(), t[:n], u)
 
 # %% ../../nbs/7_engine_room/19b_bench_loss.ipynb #c449942d
 def make_inputs(tokens: int, vocab: int, width: int, seed: int = 0, device: str = "cpu") -> Inputs:
-    "Random inputs in float32 whose logits have a standard deviation of about 2.4."
+    "Return random float32 inputs whose logits have a standard deviation of about 2.4."
     g = torch.Generator().manual_seed(seed)
     h, t = (torch.randn(tokens, width, generator=g).to(device) for _ in range(2))
     w, u = (
@@ -65,19 +65,22 @@ def make_inputs(tokens: int, vocab: int, width: int, seed: int = 0, device: str 
 
 # %% ../../nbs/7_engine_room/19b_bench_loss.ipynb #334a5c30
 def ours(x: Inputs, name: str = "jsd") -> Tensor:
-    "The fused divergence from hidden states and heads, a scalar."
+    "Compute the fused divergence from hidden states and heads, a scalar."
     return fused_linear_divergence(*x, divergence=name)
 
 
 def plain(x: Inputs, name: str = "jsd") -> Tensor:
-    "Both logits in full, then a divergence of `kd_notes.divergences`."
+    "Compute both logits in full, then a divergence of `losses.divergences`, a scalar."
     return get_divergence(name)(
         x.student_hidden @ x.student_weight.t(), x.teacher_hidden @ x.teacher_weight.t()
     )
 
 # %% ../../nbs/7_engine_room/19b_bench_loss.ipynb #3cd083aa
 def liger(x: Inputs) -> Tensor:
-    "Liger's chunked JSD, not compiled, in chunks of 128 positions: its own default, 1024, would leave a batch of 512 in one piece."
+    """Compute Liger's chunked JSD, not compiled, in chunks of 128 positions.
+
+    Liger's default of 1024 would leave a batch of 512 in one piece.
+    """
     from liger_kernel.chunked_loss.jsd_loss import LigerFusedLinearJSDFunction
 
     labels = torch.zeros(len(x.student_hidden), dtype=torch.long, device=x.student_hidden.device)
@@ -87,7 +90,7 @@ def liger(x: Inputs) -> Tensor:
 
 # %% ../../nbs/7_engine_room/19b_bench_loss.ipynb #39ca0777
 def trl(x: Inputs) -> Tensor:
-    "The chunked loss of TRL's DistillationTrainer."
+    "Compute the chunked loss of TRL's DistillationTrainer, a scalar."
     from trl.trainer.distillation_trainer import _chunked_divergence_loss
 
     mask = torch.ones(1, len(x.student_hidden), device=x.student_hidden.device)
@@ -100,7 +103,7 @@ NEEDS = {"liger": "liger_kernel", "trl": "trl", "TRL": "trl"}
 
 # %% ../../nbs/7_engine_room/19b_bench_loss.ipynb #bf608af4
 def products(x: Inputs) -> Callable[[], None]:
-    "The four matrix products of the loss, in these shapes, and nothing else."
+    "Return a function that computes the four matrix products of the loss and nothing else."
     h, w, t, u = (a.detach() for a in x)
     z = h @ w.t()
     grad_h = torch.empty_like(h)
@@ -116,17 +119,17 @@ def products(x: Inputs) -> Callable[[], None]:
 
 # %% ../../nbs/7_engine_room/19b_bench_loss.ipynb #7630b600
 def flops(tokens: int, vocab: int, width: int) -> float:
-    "Operations of the four products."
+    "Return the number of operations of the four products."
     return 4 * 2 * tokens * vocab * width
 
 # %% ../../nbs/7_engine_room/19b_bench_loss.ipynb #d01cc3e9
 def missing(name: str) -> bool:
-    "Whether an arm needs a library that is not installed."
+    "Return True if an arm needs a library that is not installed."
     return name in NEEDS and importlib.util.find_spec(NEEDS[name]) is None
 
 
 def reason(e: Exception) -> str:
-    "An exception in one line."
+    "Describe an exception in one line."
     return (
         str(e)
         if isinstance(e, UserError)
@@ -135,7 +138,7 @@ def reason(e: Exception) -> str:
 
 # %% ../../nbs/7_engine_room/19b_bench_loss.ipynb #705eaaaf
 def present(names: Iterable[str]) -> tuple[list[str], dict[str, str]]:
-    "The arms that can run here, and why the others cannot. Raises UserError for a name that is no arm."
+    "Return the arms that can run here, and the reasons why the others cannot."
     can = []
     absent = {}
     for name in names:
@@ -149,20 +152,20 @@ def present(names: Iterable[str]) -> tuple[list[str], dict[str, str]]:
         try:
             LOSS_ARMS[name](make_inputs(4, 16, 8)).backward()
             can.append(name)
-        except Exception as e:  # whatever goes wrong in a library that is not ours
+        except Exception as e:  # another library may fail in any way
             absent[name] = reason(e)
     return can, absent
 
 # %% ../../nbs/7_engine_room/19b_bench_loss.ipynb #ead0548b
 class Sample(NamedTuple):
-    "One measurement."
+    "One measurement of an arm."
 
-    ratio: float  # time over that of the four products at the machine's rate
-    share: float  # processor time over wall time and threads: below 0.9 the machine was busy with something else
+    ratio: float  # time divided by that of the four products at the machine's rate
+    share: float  # processor time per thread / wall time; below 0.9 the machine was busy
 
 # %% ../../nbs/7_engine_room/19b_bench_loss.ipynb #17c0ade7
 def time_once(run: Callable, work: float, size: int = 2048, device: str = "cpu") -> Sample:
-    "One turn of `run`, whose products are `work` operations."
+    "Time one call of `run`, whose matrix products are `work` operations."
     start, used = time.perf_counter(), time.process_time()
     before = gemm_rate(size, device)
     begin = time.perf_counter()
@@ -184,7 +187,7 @@ class Spread(NamedTuple):
 
 # %% ../../nbs/7_engine_room/19b_bench_loss.ipynb #98abd9bd
 def spread(values: Sequence[float]) -> Spread:
-    "Median and quartiles. Raises UserError without values."
+    "Return median and quartiles. An empty list is an error."
     if not values:
         raise UserError(
             "there is nothing to summarise", where="spread", fix="Ask for at least one repeat."
@@ -211,7 +214,10 @@ print(json.dumps(peak() - before))
 
 # %% ../../nbs/7_engine_room/19b_bench_loss.ipynb #5e0ab81a
 def extra_memory(name: str, tokens: int, vocab: int, width: int) -> float:
-    "MB (10^6 bytes) that forward and backward need above inputs and gradients, in a process of its own. Raises UserError."
+    """Measure the MB (10^6 bytes) of forward and backward above inputs and gradients.
+
+    A separate process does the measurement.
+    """
     done = subprocess.run(
         [sys.executable, "-c", _PEAK, name, *map(str, (tokens, vocab, width))],
         capture_output=True,
@@ -227,7 +233,7 @@ def extra_memory(name: str, tokens: int, vocab: int, width: int) -> float:
 
 # %% ../../nbs/7_engine_room/19b_bench_loss.ipynb #cad3240c
 def quartiles(values: Sequence[float], shares: Sequence[float]) -> dict:
-    "The columns of a row: ratio, low, high, n, and the median share of the processors."
+    "Return the columns of a row: ratio, low, high, n, and the median processor share."
     found = spread(values)
     return {
         "ratio": found.value,
@@ -243,7 +249,7 @@ def _summary(found: Sequence[Sample]) -> dict:
 
 # %% ../../nbs/7_engine_room/19b_bench_loss.ipynb #34016b0b
 def _step(arm: Callable, x: Inputs) -> Callable[[], None]:
-    "Forward and backward; the gradients are new arrays each time, as after zero_grad."
+    "Return a function for forward and backward; the gradients are new arrays, as after zero_grad."
 
     def run() -> None:
         x.student_hidden.grad = x.student_weight.grad = None
@@ -257,12 +263,15 @@ def bench(
     vocab: int = 49_152,
     width: int = 576,
     arms: Sequence[str] = tuple(LOSS_ARMS),
-    repeats: int = 5,  # samples of each arm; a small one is made first and left out
-    memory: bool = True,  # measure memory too, in processes of their own
+    repeats: int = 5,  # samples of each arm, after a small one that does not count
+    memory: bool = True,  # measure memory too, in separate processes
     gemm: int = 2048,
     device: str = "cpu",
 ) -> list[dict]:
-    "A row for every arm and size: ratio and its quartiles, share of the processors, n, MB; or why it is absent. Raises UserError."
+    """Measure every arm and size, and return a row for each.
+
+    A row has ratio and quartiles, processor share, n and MB, or the reason why the arm is absent.
+    """
     can, absent = present(arms)
     rows = [{"arm": name, "absent": why} for name, why in absent.items()]
     for n in tokens:

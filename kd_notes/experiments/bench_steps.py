@@ -22,17 +22,20 @@ from ..losses.divergences import get_divergence
 
 # %% ../../nbs/7_engine_room/21_bench_steps.ipynb #f0bc3b06
 class Step(NamedTuple):
-    "One step of a training."
+    "One measured step of a training loop."
 
-    units: int  # tokens that are no padding, or completions
+    units: int  # tokens without padding, or completions
     seconds: float
     rate: float  # of the unit product around the step
-    share: float  # of the processors during that product: below 0.9 the machine was busy with something else
-    parts: dict[str, float]  # seconds of its parts, where they are known
+    share: float  # processor share during that product; below 0.9 the machine was busy
+    parts: dict[str, float]  # seconds of its parts, if they are known
 
 # %% ../../nbs/7_engine_room/21_bench_steps.ipynb #6f27e45e
 def unit(arrays: Tensor) -> tuple[float, float]:
-    "Rate of a product of the first two of three (size, size) arrays into the third, and the share of the processors that it had."
+    """Return the rate of a matrix product, and the processor share that it had.
+
+    `arrays` is (3, size, size); the first two are multiplied into the third.
+    """
     start, used = time.perf_counter(), time.process_time()
     torch.mm(arrays[0], arrays[1], out=arrays[2])
     seconds = time.perf_counter() - start
@@ -42,11 +45,14 @@ def unit(arrays: Tensor) -> tuple[float, float]:
 
 # %% ../../nbs/7_engine_room/21_bench_steps.ipynb #clk-cls
 class _Over(BaseException):
-    "Ends a training from inside."
+    "An exception that ends a training loop from inside."
 
 
 class Clock:
-    "What a training calls after each step: it measures the step. A turn has as many steps as `ask()` says; None ends the training."
+    """A callable that measures each step of a training loop.
+
+    `ask()` gives the number of steps of a turn; None ends the loop.
+    """
 
     def __init__(
         self, ask: Callable[[], int | None], answer: Callable[[list[Step]], Any], size: int = 2048
@@ -56,7 +62,7 @@ class Clock:
         self.arrays = torch.ones(3, size, size)
 
     def begin(self) -> None:
-        "Wait for a turn, and start the watch."
+        "Wait for a turn and start the clock."
         self.count = self.ask()
         self.found = []
         if self.count is None:
@@ -84,7 +90,10 @@ def serve(
     gemm: int = 2048,
     **call: Any,
 ) -> None:
-    "Run `training(clock, **call)` in turns until `ask` returns None. It does nothing before the first turn."
+    """Run `training(clock, **call)` in turns until `ask` returns None.
+
+    Nothing is done before the first turn.
+    """
     with suppress(_Over):
         clock = Clock(ask, answer, gemm)
         clock.begin()
@@ -94,7 +103,7 @@ def serve(
 def token_rows(
     low: int, high: int, n: int = 512, vocab: int = 2560, seed: int = 0
 ) -> list[list[int]]:
-    "n rows of random ids with the end token 1, low to high tokens long."
+    "Return n rows of random ids, low to high tokens long, that end with token 1."
     draw = random.Random(seed)
     rows = []
     for _ in range(n):
@@ -104,7 +113,7 @@ def token_rows(
 
 # %% ../../nbs/7_engine_room/21_bench_steps.ipynb #2b41ae2e
 def trained(step: Callable, model, method, rows: Sequence, batch: int, lr: float = 1e-3) -> None:
-    "Our loop; calls step(tokens)."
+    "Train with our loop and call step(tokens) after each step."
     from kd_notes.training.loop import train
     from kd_notes.training.state import Callback, TrainConfig
 
@@ -120,7 +129,7 @@ def trained(step: Callable, model, method, rows: Sequence, batch: int, lr: float
         model,
         method,
         rows,
-        TrainConfig(steps=10**9, batch_size=batch, lr=lr, schedule="constant", device="cpu"),
+        TrainConfig(max_steps=10**9, batch_size=batch, lr=lr, schedule="constant", device="cpu"),
         callbacks=[Watch()],
     )
 
@@ -128,7 +137,7 @@ def trained(step: Callable, model, method, rows: Sequence, batch: int, lr: float
 def our_loop(
     step: Callable, low: int, high: int, size: str = "m", batch: int = 32, vocab: int = 2560
 ) -> None:
-    "Cross-entropy of a mini model: every token but the first is a target."
+    "Train a mini model with our loop; every token but the first is a target."
     from kd_notes.models.mini import mini_model
     from kd_notes.training.method import SFT
 
@@ -143,7 +152,10 @@ def our_loop(
 def padded(
     rows: Sequence[list[int]], pad: int, prompts: Sequence[int] | None = None
 ) -> dict[str, Tensor]:
-    "input_ids, attention_mask and labels (-100 at the padding, and in the first `prompts` tokens) of rows, padded on the right."
+    """Pad rows on the right and return input_ids, attention_mask and labels.
+
+    Labels are -100 at the padding and in the first `prompts` tokens.
+    """
     from kd_notes.training.batches import pad_rows
 
     ids = pad_rows(list(rows), pad)
@@ -160,7 +172,7 @@ def padded(
 def padded_loop(
     step: Callable, low: int, high: int, size: str = "m", batch: int = 32, vocab: int = 2560
 ) -> None:
-    "The usual loop around a Hugging Face model."
+    "Train with the usual loop around a Hugging Face model."
     from kd_notes.models.mini import mini_model
 
     model = mini_model("causal", size, vocab, 0)
@@ -177,7 +189,7 @@ def padded_loop(
 
 # %% ../../nbs/7_engine_room/21_bench_steps.ipynb #2c429264
 def pair_models(teacher: str = "smollm2") -> tuple[Any, Any, Any]:
-    "(student, teacher, tokenizer): the student has six of the teacher's layers, or as many as there are."
+    "Return (student, teacher, tokenizer); the student has at most six teacher layers."
     from kd_notes.models.layer_drop import layer_drop
     from kd_notes.models.mini import load_mini_tokenizer, mini_model
     from kd_notes.models.pretrained import freeze, load_teacher
@@ -193,7 +205,7 @@ def pair_models(teacher: str = "smollm2") -> tuple[Any, Any, Any]:
 
 # %% ../../nbs/7_engine_room/21_bench_steps.ipynb #e46466c7
 def our_pair(step: Callable, teacher: str = "smollm2", batch: int = 8) -> None:
-    "KD on the embedded prompts."
+    "Train with KD on the embedded prompts."
     from kd_notes.data.dialogues import encode_row, load_prompts
     from kd_notes.methods.logit_kd import KD
 
@@ -203,7 +215,7 @@ def our_pair(step: Callable, teacher: str = "smollm2", batch: int = 8) -> None:
 
 # %% ../../nbs/7_engine_room/21_bench_steps.ipynb #1d3bffa0
 def whole_logits_kl(student, teacher, inputs: dict[str, Tensor]) -> Tensor:
-    "Forward KL per response token, from the logits at every position."
+    "Compute the forward KL per response token from the logits at all positions."
     feed = {k: inputs[k] for k in ("input_ids", "attention_mask")}
     with torch.no_grad():
         wanted = teacher(**feed).logits[:, :-1].log_softmax(-1)
@@ -224,7 +236,7 @@ _QUIET = dict(
 
 
 def trainer_pair(step: Callable, teacher: str = "smollm2", batch: int = 8) -> None:
-    "The same rows in a Hugging Face Trainer."
+    "Train on the same rows with a Hugging Face Trainer."
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     from kd_notes.data.dialogues import encode_row, load_prompts
@@ -267,10 +279,10 @@ PARTS = ("generate", "teacher", "student, loss, backward")
 def our_onpolicy(
     step: Callable, teacher: str = "smollm2", prompts: int = 8, new_tokens: int = 32
 ) -> None:
-    "Reverse KL; calls step(completions, seconds of each of PARTS)."
+    "Train with the reverse KL on rollouts; calls step(completions, {part: seconds})."
     from kd_notes.generation.sampling import sample as draw, Sampling
     from kd_notes.training.batches import target_logits
-    from kd_notes.training.memory import reused_memory
+    from kd_notes.kernels import reused_memory
     from kd_notes.data.dialogues import load_prompts, prompt_ids
 
     student, large, tokenizer = pair_models(teacher)
@@ -293,7 +305,7 @@ def our_onpolicy(
 
 # %% ../../nbs/7_engine_room/21_bench_steps.ipynb #a7276f8a
 def _clocked(clock: dict, name: str, call: Callable) -> Callable:
-    "The same call, whose seconds are added to the clock."
+    "Wrap a function so that its seconds are added to the clock."
 
     def run(*args, **kwargs):
         start = time.perf_counter()
@@ -308,7 +320,7 @@ def _clocked(clock: dict, name: str, call: Callable) -> Callable:
 def trl_onpolicy(
     step: Callable, teacher: str = "smollm2", prompts: int = 8, new_tokens: int = 32
 ) -> None:
-    "The same step of TRL's DistillationTrainer."
+    "Train the same step with TRL's DistillationTrainer."
     from datasets import Dataset
     from trl import DistillationConfig, DistillationTrainer
 

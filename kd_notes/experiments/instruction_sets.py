@@ -26,12 +26,12 @@ SET_NAMES = f"prompts, dolly, {', '.join(EVAL_FILES)}, hub:<id>, .jsonl files"
 
 
 def is_hub(name: str) -> bool:
-    "Whether a name means a set of the hub: hub:<id> or hub:<id>:<part>."
+    "Return True for the name of a hub set: hub:<id> or hub:<id>:<part>."
     return bool(re.fullmatch(r"hub:.+", name))
 
 
 def is_set(name: Any, training: bool = False) -> bool:
-    "Whether a set of instructions can be called so; `training`: whether it has rows to train on."
+    "Return True if `name` is a known instruction set; with `training`, one with training rows."
     if not isinstance(name, str):
         return False
     if name in TRAIN_SETS or is_hub(name):
@@ -40,7 +40,7 @@ def is_set(name: Any, training: bool = False) -> bool:
 
 
 def set_files(names: Iterable[str]) -> list[str]:
-    "Names of the files in KD_NOTES_DATA that these sets are read from."
+    "Return the names of the files in KD_NOTES_DATA that these sets need."
     files: set[str] = set()
     for name in names:
         file = EVAL_FILES.get(name, name)
@@ -52,7 +52,7 @@ def set_files(names: Iterable[str]) -> list[str]:
 
 # %% ../../nbs/4_probabilities/13b_instruction_sets.ipynb #iset-files
 def real_file(name: str) -> Path:
-    "A file in the folder KD_NOTES_DATA."
+    "Return a file in the folder KD_NOTES_DATA."
     folder = os.environ.get("KD_NOTES_DATA", "")
     path = Path(folder) / Path(name).name
     if not folder or not path.is_file():
@@ -66,13 +66,16 @@ def real_file(name: str) -> Path:
 
 
 def _contents(row: Any) -> tuple[str, ...]:
-    "The texts of a row's messages: two rows with equal ones are the same prompt."
+    "Return the texts of a row's messages; rows with equal texts have the same prompt."
     messages = row.prompt if isinstance(row, TextRow) else row.messages
     return tuple(message["content"] for message in messages)
 
 
 def dolly_dialogues(split: str) -> list[TextRow]:
-    "Dolly from KD_NOTES_DATA: train, or a half of dev without the prompts of train as validation or test."
+    """Load Dolly from KD_NOTES_DATA.
+
+    Validation and test are the halves of dev, without prompts of train.
+    """
     trained = load_rows(real_file("dolly_train.jsonl"), chat=True)
     held_out = real_file("dolly_dev.jsonl")
     if split == "train":
@@ -85,7 +88,7 @@ def dolly_dialogues(split: str) -> list[TextRow]:
 
 # %% ../../nbs/4_probabilities/13b_instruction_sets.ipynb #iset-hub
 def hub_rows(name: str, streaming: bool = False) -> Iterable[dict]:
-    "Rows of hub:<id> (its part `train`) or hub:<id>:<part>, with the library datasets."
+    "Load the rows of hub:<id> (its part `train`) or hub:<id>:<part> with datasets."
     known, _, part = name.removeprefix("hub:").partition(":")
     try:
         from datasets import load_dataset
@@ -103,10 +106,10 @@ def hub_rows(name: str, streaming: bool = False) -> Iterable[dict]:
 
 
 def split_rows(rows: Sequence[Any], split: str, name: str) -> list:
-    """A part of a set that comes in one piece; its rows are dialogues, or anything else with messages.
+    """Return one split of a set that has no splits; its rows have messages.
 
-    At most 500 rows are for test, then 1,000 for validation (each at most a tenth), the rest for training. Of rows
-    with the same prompt the last counts.
+    At most 500 rows are for test, then 1,000 for validation (each at most a tenth), the rest for
+    training. Of rows with the same prompt the last one is used.
     """
     rows = list({_contents(row): row for row in rows}.values())
     rng("hub split", name).shuffle(rows)
@@ -120,7 +123,7 @@ def split_rows(rows: Sequence[Any], split: str, name: str) -> list:
 
 
 def hub_dialogues(name: str, split: str) -> list[TextRow]:
-    "A part of hub:<id>, see `split_rows`. Dolly's own field names are known."
+    "Load a split of hub:<id>, see `split_rows`. Dolly's field names are known."
     dialogues = []
     for i, row in enumerate(hub_rows(name)):
         if "context" in row:
@@ -132,7 +135,7 @@ def hub_dialogues(name: str, split: str) -> list[TextRow]:
 # %% ../../nbs/4_probabilities/13b_instruction_sets.ipynb #iset-asked
 @dataclass(frozen=True)
 class Question:
-    "An instruction and the answers that are right."
+    "An instruction and its reference answers."
 
     id: str
     messages: tuple[dict, ...]
@@ -140,7 +143,7 @@ class Question:
 
 
 def question(row: dict, id: str, where: str) -> Question:
-    """A row as a Question: instruction (or prompt), input (or context), output (or response).
+    """Read a Question from instruction or prompt, input or context, output or response.
 
     The answer is a text or a list of texts; a row without one is an error.
     """
@@ -162,7 +165,10 @@ def question(row: dict, id: str, where: str) -> Question:
 
 # %% ../../nbs/4_probabilities/13b_instruction_sets.ipynb #iset-load
 def load_set(name: str, split: str = "test") -> list[Question]:
-    "A part (train, validation, test; of a set of the hub also all) of a set. A file is a test split."
+    """Load a split of a set: train, validation or test; of a hub set also all.
+
+    A file is a test split.
+    """
     if name in TRAIN_SETS:
         load = load_prompts if name == "prompts" else dolly_dialogues
         return [Question(row.id, row.prompt, (row.completion,)) for row in load(split)]
@@ -182,7 +188,7 @@ def load_set(name: str, split: str = "test") -> list[Question]:
 
 # %% ../../nbs/4_probabilities/13b_instruction_sets.ipynb #iset-corp
 def corpus_texts(run: dict) -> list[str]:
-    "Texts of the language-modelling term; none if the run has no corpus."
+    "Return the texts of the language-modelling term, [] if the run has no corpus."
     if run["corpus"] is None:
         return []
     if is_hub(run["corpus"]):

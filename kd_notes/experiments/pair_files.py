@@ -31,7 +31,8 @@ from ..training.memory import memory_estimate
 from ..training.state import TrainConfig
 
 # %% ../../nbs/5_own_words/10_pair_files.ipynb #4294956c
-UNKNOWN, ORIGINS = "not established", ("paper", "code", "ours", "not established")
+UNKNOWN = "not established"
+ORIGINS = ("paper", "code", "ours", "not established")
 STATUS = "never run at scale"
 PARTS = {
     "about": NAME,
@@ -45,24 +46,27 @@ PARTS = {
 
 @dataclass(frozen=True)
 class PairFile:
-    "A parameter file, validated."
+    "A validated parameter file."
 
     name: str
     about: str
-    status: str  # that nobody here has run it at this scale
-    shapes: dict  # {'teacher', 'student'}: what a config needs, for the memory estimate
-    memory: dict  # GB of each phase on one GPU and of the largest, as `pair_memory` estimates them
-    settings: dict  # of `pair_run`; UNKNOWN where the sources give nothing
-    sources: dict  # {setting: where its value comes from}
+    status: str  # a note that we have not run it at this scale
+    shapes: dict  # {'teacher', 'student'}: fields of a config, for the memory estimate
+    memory: dict  # GB of each phase on one GPU and of the largest, from `pair_memory`
+    settings: dict  # of `pair_run`; UNKNOWN if the sources give no value
+    sources: dict  # {setting: source of its value}
 
     @property
     def missing(self) -> list[str]:
-        "Settings that a run has to name."
+        "Settings without a value, which a run has to give."
         return [k for k, v in self.settings.items() if v == UNKNOWN]
 
 # %% ../../nbs/5_own_words/10_pair_files.ipynb #31fe69a9
 def config_of(shape: dict, where: str = "shape"):
-    "A transformers config from model_type and sizes. Raises UserError for an unknown type or a size that is not a positive number."
+    """Build a transformers config from model_type and sizes.
+
+    Raises UserError for an unknown type or a size that is not a positive number.
+    """
     from transformers import AutoConfig
 
     wrong = [
@@ -85,7 +89,7 @@ def config_of(shape: dict, where: str = "shape"):
 
 # %% ../../nbs/5_own_words/10_pair_files.ipynb #d9e0781f
 def _check_sources(f: dict, where: str) -> None:
-    "Raises UserError for a value without origin, an origin without value, or one that contradicts the value."
+    "Check that every setting has a source, and that it agrees with the value."
     flat = {k: v for k, v in f["settings"].items() if k != "minillm"}
     flat |= {f"minillm.{k}": v for k, v in f["settings"].get("minillm", {}).items()}
     for name in [*flat, *f["sources"]]:
@@ -105,9 +109,10 @@ def _check_sources(f: dict, where: str) -> None:
 
 # %% ../../nbs/5_own_words/10_pair_files.ipynb #9e726ebd
 def load_pair_file(path: Path | str) -> PairFile:
-    "A parameter file with every field checked. Raises UserError naming file and field."
+    "Load a parameter file and check every field; an error names file and field."
     path = Path(path)
-    f, where = read_json(path), path.name
+    f = read_json(path)
+    where = path.name
     fix = f"A parameter file holds {', '.join(PARTS)}."
     for name, (fine, wanted) in PARTS.items():
         if not isinstance(f, dict) or not fine(f.get(name)):
@@ -128,7 +133,7 @@ def load_pair_file(path: Path | str) -> PairFile:
 
 # %% ../../nbs/5_own_words/10_pair_files.ipynb #706bd859
 def pair_file(name: str) -> Path:
-    "The file of a pair of this checkout, such as gpt2-120m. Raises UserError that lists them."
+    "Return the file of a pair of this checkout, such as gpt2-120m."
     folder = (repo_root() or Path()) / "configs" / "minillm"
     if not (folder / f"{name}.json").is_file():
         known = ", ".join(sorted(p.stem for p in folder.glob("*.json")))
@@ -143,9 +148,15 @@ def pair_file(name: str) -> Path:
 
 
 def pair_settings(
-    pair: PairFile, arm: str, seed: int, **given: Any
-) -> dict:  # given: settings that replace those of the file
-    "Parameters of a run of a pair. Raises UserError naming what is not established and was not given."
+    pair: PairFile,
+    arm: str,
+    seed: int,
+    **given: Any,  # settings that replace those of the file
+) -> dict:
+    """Return the parameters of a run of a pair.
+
+    Raises UserError for a setting that is not established and not given.
+    """
     missing = [name for name in pair.missing if name not in given]
     if missing:
         raise UserError(
@@ -157,7 +168,7 @@ def pair_settings(
 
 # %% ../../nbs/5_own_words/10_pair_files.ipynb #rates-to-try
 def rates_to_try(lrs: Sequence[float], run: dict) -> list[float]:
-    "Learning rates of phase 3: the named ones or, if there are none, that of the run. Raises UserError for one that is not positive."
+    "Return the learning rates of phase 3: the given ones, or that of the run."
     for lr in lrs:
         if not RATE[0](lr):
             raise UserError(
@@ -167,15 +178,17 @@ def rates_to_try(lrs: Sequence[float], run: dict) -> list[float]:
 
 # %% ../../nbs/5_own_words/10_pair_files.ipynb #cache-bytes
 def cache_bytes(config, rows: int, columns: int, dtype: torch.dtype = torch.float32) -> int:
-    "Bytes of the keys and values of so many rows of so many tokens."
+    "Return the bytes of the keys and values of `rows` rows of `columns` tokens."
     kept = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return 2 * config.num_hidden_layers * rows * columns * kept * width * dtype.itemsize
 
 # %% ../../nbs/5_own_words/10_pair_files.ipynb #e1c2c90b
 def _sft_memory(config, p: dict, length: int) -> dict[str, int]:
-    "Bytes of finetuning a model, by part."
-    cfg = TrainConfig(steps=1, batch_size=p["micro_batch"] or p["sft_batch"], lr=1.0, **p["train"])
+    "Return the bytes of finetuning a model, by part."
+    cfg = TrainConfig(
+        max_steps=1, batch_size=p["micro_batch"] or p["sft_batch"], lr=1.0, **p["train"]
+    )
     parts = memory_estimate(config, cfg, length=length, targets=p["max_new_tokens"])
     logits = (
         2
@@ -183,7 +196,7 @@ def _sft_memory(config, p: dict, length: int) -> dict[str, int]:
         * config.vocab_size
         * min(validation_batch(cfg), p["valid_rows"] or 64)
         * p["max_new_tokens"]
-    )  # and their logarithms
+    )  # twice: logits and their log-softmax
     del parts["total"]
     return parts | {
         "validation": max(0, logits - sum(parts[k] for k in ("gradients", "activations", "logits")))
@@ -191,19 +204,26 @@ def _sft_memory(config, p: dict, length: int) -> dict[str, int]:
 
 
 def pair_memory(
-    pair: PairFile, **given: Any
-) -> dict[str, dict[str, int]]:  # given: settings that replace those of the file
-    "{phase: {part: bytes, 'total'}} on one GPU, 'peak' the largest, from the shapes of the file: see `memory_estimate`. Loads nothing."
+    pair: PairFile,
+    **given: Any,  # settings that replace those of the file
+) -> dict[str, dict[str, int]]:
+    """Estimate {phase: {part: bytes, 'total'}} on one GPU from the shapes of the file.
+
+    'peak' is the largest phase. Nothing is loaded; see `memory_estimate`.
+    """
     said = PAIR_RUN | pair.settings | given
     p = said | {k: PAIR_RUN[k] for k, v in said.items() if v == UNKNOWN}
-    length, new = p["max_prompt"] + p["max_new_tokens"], p["max_new_tokens"]
+    length = p["max_prompt"] + p["max_new_tokens"]
+    new = p["max_new_tokens"]
     student, teacher = (
         config_of(pair.shapes[who], f"{pair.name}.json, shapes.{who}")
         for who in ("student", "teacher")
     )
     found = {} if said["teacher_steps"] == 0 else {"phase 1": _sft_memory(teacher, p, length)}
     found["phase 2"] = _sft_memory(student, p, length)
-    cfg = TrainConfig(steps=1, batch_size=p["micro_batch"] or p["minibatch"], lr=1.0, **p["train"])
+    cfg = TrainConfig(
+        max_steps=1, batch_size=p["micro_batch"] or p["minibatch"], lr=1.0, **p["train"]
+    )
     teacher.dtype = getattr(torch, p["teacher_dtype"])
     last = memory_estimate(student, cfg, length=length, targets=new, teacher=teacher)
     del last["total"]

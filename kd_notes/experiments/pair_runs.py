@@ -24,24 +24,24 @@ from ..training.state import TrainConfig
 # %% ../../nbs/5_own_words/08b_pair_runs.ipynb #prun-dc
 @dataclass
 class PairSettings:
-    "Everything that a run on a pretrained pair is asked to do."
+    "The settings of a run on a pretrained pair."
 
     arm: str  # of METHODS or UNTRAINED
     seed: int
     teacher: str = "smollm2"  # smollm2, hub:<id>, a folder, mini:<size>
-    student: str = "layers:6"  # likewise, or layers:<n> of the teacher
+    student: str = "layers:6"  # as for the teacher, or layers:<n> of the teacher
     teacher_dtype: str = "float32"
     # Data
     data: str = "prompts"  # prompts, dolly, hub:<id>
     train_rows: int = 192  # 0: all
     valid_rows: int = 24  # 0: all
-    template: str = "chat"  # the tokenizer's, or a plain one; or alpaca
+    template: str = "chat"  # chat (the tokenizer's, or a plain one) or alpaca
     system: str | None = ""  # message; None: none
-    max_prompt: int = 80  # tokens; rows with longer prompts are left out
+    max_prompt: int = 80  # in tokens; rows with longer prompts are left out
     max_new_tokens: int = 48
     corpus: str | None = None  # of the language-modelling term: hub:<id> or a file; None: no term
     corpus_rows: int = 2000
-    # Phase 1. Steps may be "3 epochs"; 0: the teacher follows instructions already
+    # Phase 1. Steps may be "3 epochs"; 0: the teacher already follows instructions
     teacher_steps: int | str = 0
     teacher_lr: float = 5e-5
     # Phase 2
@@ -135,9 +135,9 @@ RULES: dict[str, Rule] = {
 
 # %% ../../nbs/5_own_words/08b_pair_runs.ipynb #prun-arm
 def arm_settings(run: dict) -> dict:
-    """Settings of a run's method.
+    """Return the settings of a run's method.
 
-    MiniLLM goes 4 times through 4 minibatches, as in the paper; SeqKD's text is kept for longer.
+    MiniLLM does 4 epochs over 4 minibatches, as in the paper; SeqKD uses its text for longer.
     """
     minibatches = 1
     if run["arm"].startswith("minillm"):
@@ -156,14 +156,14 @@ def arm_settings(run: dict) -> dict:
 
 
 def forbidden_ngrams(config: Any) -> int:
-    "The length of the n-grams that an arm's evaluation forbids to repeat; 0: none."
+    "Return the length of n-grams that may not recur in an arm's evaluation; 0: any may."
     return Sampling(1, no_repeat_ngram=getattr(config, "eval_no_repeat_ngram", 0)).no_repeat_ngram
 
 # %% ../../nbs/5_own_words/08b_pair_runs.ipynb #prun-check
 def _build(name: str, run: dict) -> None:
-    "Build what the table `train` or `minillm` of a run describes."
+    "Build the config from the table `train` or `minillm` of a run, to check it."
     if name == "train":
-        TrainConfig(steps=1, batch_size=1, lr=1.0, **run["train"])
+        TrainConfig(max_steps=1, batch_size=1, lr=1.0, **run["train"])
     elif run["arm"] not in UNTRAINED:
         config = METHODS[run["arm"]][1](**arm_settings(run))
         forbidden_ngrams(config)
@@ -171,7 +171,10 @@ def _build(name: str, run: dict) -> None:
 
 
 def check_run(row: dict, where: str = "pair_arm") -> dict:
-    "The row, which may hold some of the settings only. The first field that makes no sense is an error."
+    """Check a row of settings, which may be incomplete, and return it.
+
+    Raises UserError for the first invalid field.
+    """
     for name, value in row.items():
         if name not in RULES:
             raise UserError(
@@ -209,7 +212,10 @@ def check_run(row: dict, where: str = "pair_arm") -> dict:
 
 
 def pair_run(arm: str, seed: int, **settings: Any) -> dict:
-    "Parameters of a run, complete and checked; only MiniLLM's arms keep the table `minillm`."
+    """Return the complete and checked parameters of a run.
+
+    Only MiniLLM's arms keep the table `minillm`.
+    """
     run = complete_parameters(PairSettings, settings | {"arm": arm, "seed": seed}, "pair_arm")
     if not str(arm).startswith("minillm"):
         run["minillm"] = {}
@@ -238,12 +244,12 @@ PHASES = {
 
 
 def phase_run(phase: str, run: dict) -> dict:
-    "The parameters that decide a phase (teacher, student) of a run."
+    "Return the parameters that decide a phase ('teacher' or 'student') of a run."
     return {name: run[name] for name in PHASES[phase]}
 
 
 def total_steps(length: int | str, rows: int, batch: int) -> int:
-    "Optimiser steps of a phase, whose length is a number of steps or a text such as '3 epochs'."
+    "Return the optimiser steps of a phase from a number or a text such as '3 epochs'."
     if isinstance(length, int):
         return length
     return max(1, math.ceil(float(length.split()[0]) * rows / batch))

@@ -25,7 +25,7 @@ def mean_nll(
     pad_id: int,
     batch_size: int = 64,
 ) -> float:
-    "Cross-entropy per target token, in nats."
+    "Return the cross-entropy per target token, in nats."
     if not any(completion for _, completion in rows):
         raise UserError(
             f"{len(rows)} rows have no target token",
@@ -44,14 +44,14 @@ def mean_nll(
 
 # %% ../../nbs/5_own_words/07_phases.ipynb #c61a221a
 class EncodedSFT(SFT):
-    "SFT on rows that `encode_prompts` has made."
+    "SFT on rows from `encode_prompts`."
 
     def encode(self, row: dict) -> dict[str, list[int]]:
         return {"prompt": row["prompt"], "completion": row["completion"]}
 
 # %% ../../nbs/5_own_words/07_phases.ipynb #5679d956
 def validation_batch(cfg: TrainConfig) -> int:
-    "Rows that a validation reads side by side."
+    "Return the number of rows in a validation batch."
     return min(64, 4 * cfg.batch_size)
 
 
@@ -64,7 +64,10 @@ def finetune(
     run_dir: Path | str | None = None,
     callbacks: Iterable[Callback] = (),
 ) -> TrainResult:
-    "Phases 1 and 2: SFT; with `cfg.keep_best` it ends with the weights of the lowest validation loss."
+    """Finetune a model on rows (phases 1 and 2).
+
+    With `cfg.keep_best` it ends with the weights of the lowest validation loss.
+    """
     examples = encode_prompts(tokenizer, rows)
     held_out = encode_prompts(tokenizer, valid)
     check_completions([*examples, *held_out])

@@ -66,14 +66,14 @@ ALPACA = (
 def fitting_rows(
     run: dict, split: str, tokenizer, name: str | None = None
 ) -> tuple[list[dict], int]:
-    """Rows of the set `name` (None: the run's data), and the number of rows that are too long.
+    """Return rows of the set `name` (None: the run's data), and how many rows are too long.
 
     A row has id, prompt and response (token ids) and references (texts).
     """
     name = name or run["data"]
     sizes = {"train": "train_rows", "validation": "valid_rows", "test": "score_rows"}
     wanted = run.get(sizes[split], 0)
-    # Of a set of the hub that no run trains on every row is for test: it needs no split.
+    # A hub set without training rows needs no split: all of it is for test.
     whole = split == "test" and name != run["data"] and is_hub(name)
     rows = []
     too_long = 0
@@ -99,12 +99,12 @@ def fitting_rows(
 
 
 def run_rows(run: dict, split: str, tokenizer, name: str | None = None) -> list[dict]:
-    "The rows of `fitting_rows`."
+    "Return the rows of `fitting_rows`."
     return fitting_rows(run, split, tokenizer, name)[0]
 
 # %% ../../nbs/5_own_words/09_pretrained_pairs.ipynb #caab4499
 def _mini(spec: str, seed: int, device: str | None) -> tuple[Any, Any] | None:
-    "(model, tokenizer) of mini:<size>; None for another spec."
+    "Return (model, tokenizer) of mini:<size>, None for another spec."
     kind, _, size = spec.partition(":")
     if kind != "mini":
         return None
@@ -120,14 +120,17 @@ def _mini(spec: str, seed: int, device: str | None) -> tuple[Any, Any] | None:
 
 
 def _with_template(tokenizer, run: dict):
-    "The tokenizer, with Alpaca's template if the run asks for it."
+    "Return the tokenizer, with Alpaca's template if the run asks for it."
     if run["template"] == "alpaca":
         tokenizer.chat_template = ALPACA
     return tokenizer
 
 # %% ../../nbs/5_own_words/09_pretrained_pairs.ipynb #770997b4
 def open_teacher(run: dict, trainable: bool = False) -> tuple[Any, Any]:
-    "(model, tokenizer) of the teacher before phase 1; `trainable`: for phase 1, in float32."
+    """Return (model, tokenizer) of the teacher before phase 1.
+
+    With `trainable`, the model is in float32 for phase 1.
+    """
     device = run["train"].get("device")
     spec = run["teacher"]
     opened = _mini(spec, 0, device)
@@ -140,7 +143,10 @@ def open_teacher(run: dict, trainable: bool = False) -> tuple[Any, Any]:
 
 
 def open_student(run: dict, teacher, teacher_tokenizer) -> tuple[Any, Any]:
-    "(model, tokenizer) of the student before phase 2, in float32. Its tokenizer must be the teacher's."
+    """Return (model, tokenizer) of the student before phase 2, in float32.
+
+    Its tokenizer must be the teacher's.
+    """
     device = run["train"].get("device")
     opened = _mini(run["student"], run["seed"], device)
     if opened is None:
@@ -151,7 +157,7 @@ def open_student(run: dict, teacher, teacher_tokenizer) -> tuple[Any, Any]:
 
 # %% ../../nbs/5_own_words/09_pretrained_pairs.ipynb #early-tokenizers
 def _tokenizer(spec: str):
-    "The tokenizer of a spec, without its model."
+    "Return the tokenizer of a spec, without its model."
     from transformers import AutoTokenizer
 
     if spec.startswith("mini:"):
@@ -168,7 +174,10 @@ def _tokenizer(spec: str):
 
 
 def run_tokenizer(run: dict):
-    "The tokenizer of a run, without a model. Student and teacher must have the same one."
+    """Return the tokenizer of a run without a model.
+
+    Student and teacher must have the same one.
+    """
     tokenizer = _tokenizer(run["teacher"])
     if run["arm"] != "teacher" and not run["student"].startswith("layers:"):
         check_tokenizers(_tokenizer(run["student"]), tokenizer)
@@ -190,16 +199,19 @@ def check_room(run: dict, *models) -> None:
 def sft_phase(
     model, tokenizer, run: dict, length: int | str, lr: float, seed: int, folder: Path
 ) -> dict:
-    "Finetune on the run's instructions and save the best checkpoint in folder/model. Continues a killed run. Metrics."
+    """Finetune on the run's instructions and save the best checkpoint in folder/model.
+
+    A killed run is resumed. Returns the metrics.
+    """
     check_room(run, model)
     rows = run_rows(run, "train", tokenizer)
     held_out = run_rows(run, "validation", tokenizer)
     steps = total_steps(length, len(rows), run["sft_batch"])
     micro_batch = run["micro_batch"] or run["sft_batch"]
     settings = {
-        "steps": steps,
+        "max_steps": steps,
         "batch_size": micro_batch,
-        "accumulate": run["sft_batch"] // micro_batch,
+        "gradient_accumulation_steps": run["sft_batch"] // micro_batch,
         "lr": lr,
         "warmup": 0.05,
         "schedule": "cosine",
@@ -222,7 +234,7 @@ def sft_phase(
 
 # %% ../../nbs/5_own_words/09_pretrained_pairs.ipynb #aa932e53
 def spec_checksums(spec: str) -> dict[str, str]:
-    "SHA-256 of the weights, the config and the tokenizer behind a spec that is on this machine."
+    "Return the SHA-256 of the files of a local model: weights, config, tokenizer."
     files: list[Path] = []
     if spec == "smollm2":
         files = [find_smollm2()]
@@ -232,13 +244,13 @@ def spec_checksums(spec: str) -> dict[str, str]:
 
 
 class _Phase(Experiment):
-    "What the three phases have in common."
+    "The common part of the three phases."
 
     module = "experiments.pretrained_pairs"
     input_settings = ("data", "evaluate", "corpus", "teacher", "student")
 
     def inputs(self, run: dict) -> dict[str, str]:
-        "SHA-256 of the sets on this machine and of the models."
+        "Return the SHA-256 of the sets on this machine and of the models."
         sets = {run["data"], *run.get("evaluate", ())}
         files = set_files([*sets, run.get("corpus") or ""])
         sums = {name: sha256_file(real_file(name)) for name in files}
@@ -249,14 +261,14 @@ class _Phase(Experiment):
         return sums | spec_checksums(run["teacher"]) | spec_checksums(run.get("student", ""))
 
     def model(self, run: dict) -> Path:
-        "Folder with the model that this phase of a run left; the phase is run now if it has not been."
+        "Return the folder with the model of this phase; run the phase if it is missing."
         threads = torch.get_num_threads()
         self.results([run], threads=threads)
         return self.folder(run, threads) / "model"
 
 # %% ../../nbs/5_own_words/09_pretrained_pairs.ipynb #06dedc7b
 class PairTeachers(_Phase):
-    "Phase 1: the teacher learns to follow instructions. Its model is in the run's folder."
+    "Phase 1: the teacher is finetuned. Its model is in the run's folder."
 
     name = "pair_teacher"
 
@@ -266,7 +278,7 @@ class PairTeachers(_Phase):
 
 
 def pair_teacher(run: dict) -> tuple[Any, Any]:
-    "(model, tokenizer) of the teacher after phase 1."
+    "Return (model, tokenizer) of the teacher after phase 1."
     if run["teacher_steps"] == 0:
         return open_teacher(run)
     folder = PairTeachers().model(phase_run("teacher", run))
@@ -285,7 +297,7 @@ class PairStudents(_Phase):
 
 
 def pair_start(run: dict) -> tuple[Any, Any]:
-    "(model, tokenizer) of the student after phase 2."
+    "Return (model, tokenizer) of the student after phase 2."
     folder = PairStudents().model(phase_run("student", run))
     return load_pretrained(folder, device=run["train"].get("device"))
 
@@ -299,10 +311,10 @@ def set_metrics(
     max_new_tokens: int,
     no_repeat_ngram: int = 0,  # of `sample_answers`
 ) -> dict:
-    """What a student writes for the rows of a set, measured.
+    """Sample a student's answers to the rows of a set and measure them.
 
-    Rouge-L (also per row, packed), exact match, lengths, repetition, loss on the reference answers, and divergences
-    from the teacher, in nats per token.
+    Rouge-L (also per row, packed), exact match, lengths, repetition, loss on the reference
+    answers, and divergences from the teacher in nats per token.
     """
     written = sample_answers(
         model,
@@ -315,7 +327,7 @@ def set_metrics(
     text = text_metrics(written, rows)
     own = written.response_ids[0]
     heads = {each.get_output_embeddings().weight.shape[0] for each in (model, teacher)}
-    # Heads of a family may differ by padding: then the tokenizer's length counts.
+    # Heads of a model family may differ by padding: then use the tokenizer's length.
     size = len(tokenizer) if len(heads) > 1 else None
     kl = kl_per_position(model, teacher, written.prompt_ids, own, batch_size=8, size=size)
     reference = [(row["prompt"], row["completion"]) for row in encode_prompts(tokenizer, rows)]
@@ -334,7 +346,7 @@ def set_metrics(
 
 # %% ../../nbs/5_own_words/09_pretrained_pairs.ipynb #7f7d6084
 def pair_method(run: dict, teacher, teacher_tokenizer, tokenizer) -> OnPolicy:
-    "The method of a run's arm."
+    "Return the method of a run's arm."
     return onpolicy_method(
         run["arm"],
         tokenizer,
@@ -346,7 +358,7 @@ def pair_method(run: dict, teacher, teacher_tokenizer, tokenizer) -> OnPolicy:
 
 
 def _autocast(run: dict):
-    "The precision of a run, for evaluation."
+    "Return the autocast context of a run, for evaluation."
     device = run["train"].get("device")
     device = default_device() if device is None else device
     enabled = run["train"].get("precision") == "bf16"
@@ -356,7 +368,7 @@ def _autocast(run: dict):
 def train_third_phase(
     run: dict, student, tokenizer, teacher, teacher_tokenizer, folder: Path
 ) -> tuple[TrainResult, OnPolicy]:
-    "Go on from the finetuned student as the arm does. Continues a killed run."
+    "Train the finetuned student with the method of its arm; a killed run is resumed."
     check_room(run, student, teacher)
     rows = run_rows(run, "train", tokenizer)
     held_out = run_rows(run, "validation", tokenizer)
@@ -385,7 +397,7 @@ def train_third_phase(
     return train(student, method, rows, cfg, run_dir=folder, validate=validate), method
 
 # %% ../../nbs/5_own_words/09_pretrained_pairs.ipynb #check-inputs
-# Settings that decide what a run reads
+# Settings that decide the inputs of a run
 _READ = (
     "teacher",
     "student",
@@ -404,7 +416,10 @@ _READ = (
 
 
 def check_inputs(runs: Sequence[dict]) -> None:
-    "Read tokenizers, rows and evaluation sets of all runs, and the corpus (of a hub: one text). Loads no model."
+    """Read tokenizers, rows, evaluation sets and corpus of all runs; load no model.
+
+    Of a hub corpus one text is read.
+    """
     different = {
         stable_hash([run["arm"] == "teacher", *(run[name] for name in _READ)]): run for run in runs
     }
@@ -428,7 +443,7 @@ class PretrainedPairs(_Phase):
 
     def complete(self, run: dict) -> dict:
         if not run["arm"].startswith("minillm"):
-            run["minillm"] = {}  # the other arms have no such settings
+            run["minillm"] = {}  # the other arms do not have these settings
         return check_run(run)
 
     def modules(self, run: dict) -> list[str]:
@@ -445,13 +460,13 @@ class PretrainedPairs(_Phase):
         return [(PairTeachers(), teachers), (PairStudents(), students)]
 
     def train(self, run: dict, folder: Path) -> dict:
-        "Metrics: {'sets': {name: `set_metrics` and 'left_out'}}, validation, cost."
+        "Return {'sets': {name: `set_metrics` and 'left_out'}}, validation and cost."
         teacher, teacher_tokenizer = pair_teacher(run)
         model, tokenizer = teacher, teacher_tokenizer
         if run["arm"] != "teacher":
             model, tokenizer = pair_start(run)
         check_tokenizers(tokenizer, teacher_tokenizer)
-        # Read before hours of training, not after.
+        # Read now, so that an error does not appear after hours of training.
         tests = {name: fitting_rows(run, "test", tokenizer, name) for name in run["evaluate"]}
         spent: dict[str, Any] = {}
         ngram = 0

@@ -31,7 +31,7 @@ from ..training.batches import causal_batch, target_logits, target_positions, un
 # %% ../../nbs/5_own_words/12_beam.ipynb #89ecc400
 @contextmanager
 def _plain_generation(model) -> Iterator[None]:
-    "Hide the model's generation config: what it sets (a repetition penalty) would leak in."
+    "Replace the model's generation config, whose repetition penalty would apply."
     from transformers import GenerationConfig
 
     stored = model.generation_config
@@ -50,7 +50,7 @@ def _beam_search(
     sampling: Sampling,
     options: dict,
 ) -> list[list[int]]:
-    "Return the hypotheses of these prompts; `numbers` are their numbers in an error."
+    "Return the hypotheses of these prompts; `numbers` are the prompts' numbers in errors."
     longest = max(map(len, prompts))
     padded = [[0] * (longest - len(prompt)) + prompt for prompt in prompts]
     mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
@@ -123,7 +123,7 @@ def beam(
 
 
 def _beam_row(prompt: list[int], ids: list[int], sampling: Sampling) -> SampledRow:
-    "Return a hypothesis as a row, without the padding behind its stop token."
+    "Return a hypothesis as a row, without the padding after its stop token."
     row = SampledRow("", 0, prompt)
     while not row.finish:
         row.append(ids[len(row.tokens)], (), sampling)
@@ -131,7 +131,7 @@ def _beam_row(prompt: list[int], ids: list[int], sampling: Sampling) -> SampledR
 
 
 def _score(model, rows: list[SampledRow], size: int) -> None:
-    "Set the log-probabilities of rows that are finished."
+    "Set the log-probabilities of finished rows."
     batch = causal_batch([(row.prompt, row.tokens) for row in rows], 0).to(model.device)
     logs = log_softmax(target_logits(model, batch), size)
     logs = logs.gather(-1, target_positions(batch).ids[:, None])[:, 0]

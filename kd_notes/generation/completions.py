@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..checks import check_fields
 from kd_notes.core import (
     append_jsonl,
     cache_dir,
@@ -30,7 +31,7 @@ from ..environment import environment
 
 # %% ../../nbs/7_engine_room/09_completions.ipynb #comp-06
 def require(ok: bool, name: str, value: Any, rule: str) -> None:
-    "Refuse a decoding parameter unless `ok`; `rule` completes the sentence 'Set <name> to ...'."
+    "Raise UserError unless `ok`; `rule` completes the sentence 'Set <name> to ...'."
     if not ok:
         raise UserError(
             f"{value!r} is not {rule}",
@@ -40,21 +41,22 @@ def require(ok: bool, name: str, value: Any, rule: str) -> None:
 
 
 def is_count(value: Any, least: int) -> bool:
-    "Whether `value` is a whole number from `least`; True and False are not numbers here."
+    "Return True if `value` is an int of at least `least`; bools are not."
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 # %% ../../nbs/7_engine_room/09_completions.ipynb #comp-07
 @dataclass(frozen=True)
 class SamplingParams:
-    "How tokens are chosen, whoever chooses them."
+    "The settings of sampling that local models and servers share."
 
     max_new_tokens: int = 64
-    temperature: float = 1.0  # 0 is greedy
-    top_p: float = 1.0  # smallest set of tokens with this much probability
-    top_k: int = 0  # only the k most probable tokens; 0 is all
+    temperature: float = 1.0  # 0: greedy
+    top_p: float = 1.0  # smallest set of tokens with this total probability
+    top_k: int = 0  # only the k most probable tokens; 0: all
     seed: int = 0  # of the random streams
 
     def __post_init__(self):
+        check_fields(self)
         count = "a whole number from 1"
         require(is_count(self.max_new_tokens, 1), "max_new_tokens", self.max_new_tokens, count)
         warm = "0 (greedy) or a positive number"
@@ -66,16 +68,17 @@ class SamplingParams:
 # %% ../../nbs/7_engine_room/09_completions.ipynb #comp-09
 @dataclass(frozen=True)
 class Decoding(SamplingParams):
-    "How a back end continues a prompt; greedy unless told otherwise."
+    "The settings for continuing a prompt with a back end; greedy by default."
 
     temperature: float = 0.0
     n: int = 1  # completions per request
     stop: tuple[str, ...] = ()  # the text ends before the first of these
 
     def __post_init__(self):
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
         super().__post_init__()
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        object.__setattr__(self, "stop", stop)
+        stop = self.stop
         several = is_count(self.n, 2) and self.temperature > 0
         rule = "1, or more with a temperature above 0"
         require(several or self.n == 1, "n", self.n, rule)
@@ -89,16 +92,19 @@ class Completion:
     id: str  # of the request
     text: str  # without the stop text, special tokens and thoughts
     prompt_tokens: int
-    completion_tokens: int  # tokens that the teacher had to produce, its end token included
-    finish: str  # "stop": it ended by itself; "length": cut at max_new_tokens; "refused"
-    seconds: float  # its share of the machine's time (local), or the time until the server answered
+    completion_tokens: int  # tokens that the teacher generated, with the end token
+    finish: str  # "stop": ended; "length": cut at max_new_tokens; "refused"
+    seconds: float  # share of the computing time (local), or time until the server answered
     logprob: float | None = None  # natural log of the probability of all tokens, if asked for
     sample: int = 0  # 0 ... n-1
     error: str | None = None  # why it was refused
 
 # %% ../../nbs/7_engine_room/09_completions.ipynb #comp-13
 def check_requests(requests: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-    "List the requests; an id that occurs twice, an empty or an unencodable prompt is an error."
+    """Return the requests as a list, after checks of ids and prompts.
+
+    An id that occurs twice and an empty or unencodable prompt are errors.
+    """
     requests = list(requests)
     for name, count in Counter(name for name, _ in requests).items():
         if count > 1:
@@ -139,6 +145,10 @@ _THOUGHT_MARKS = [
     (r"<thinking>", r"</thinking>"),
     (r"<thoughts?>", r"</thoughts?>"),
     (r"<reasoning>", r"</reasoning>"),
+    (r"<seed:think>", r"</seed:think>"),
+    (r"<\|START_THINKING\|>", r"<\|END_THINKING\|>"),  # Command A
+    (r"<\|begin_of_thought\|>", r"<\|end_of_thought\|>"),
+    (r"<unused94>thought", r"<unused95>"),  # MedGemma
     (r"\[THINK\]", r"\[/THINK\]"),  # Mistral
     (r"◁think▷", r"◁/think▷"),  # Kimi
     (r"<\|channel\|>analysis<\|message\|>", r"<\|channel\|>final<\|message\|>"),  # gpt-oss
@@ -149,10 +159,10 @@ _CLOSING = re.compile("|".join(f"{b}" for _, b in _THOUGHT_MARKS), re.IGNORECASE
 
 
 def without_thoughts(text: str) -> str:
-    "Return the text without what a reasoning model thought before its answer."
+    "Return the text without the thoughts of a reasoning model."
     answer = _CLOSED.sub("", text)
     for closing in reversed(list(_CLOSING.finditer(answer))):
-        answer = answer[closing.end() :]  # the prompt had opened these thoughts
+        answer = answer[closing.end() :]  # the prompt opened these thoughts
         break
     opening = _OPENING.search(answer)
     answer = answer[: opening.start()] if opening else answer
@@ -160,12 +170,12 @@ def without_thoughts(text: str) -> str:
 
 # %% ../../nbs/7_engine_room/09_completions.ipynb #comp-19
 def prompt_hash(prompt: str) -> str:
-    "Return 16 hex digits of a prompt."
+    "Return 16 hex digits of the SHA-256 of a prompt."
     return sha256_text(prompt)[:16]
 
 
 def completion_row(completion: Completion, prompt: str) -> dict:
-    "Return what is stored of a completion: one line of a JSONL file that `ReplayBackend` reads."
+    "Return a completion as a row of a JSONL file that `ReplayBackend` reads."
     row = asdict(completion) | {"prompt_hash": prompt_hash(prompt)}
     if row["sample"] == 0:
         del row["sample"]
@@ -173,14 +183,16 @@ def completion_row(completion: Completion, prompt: str) -> dict:
 
 
 def manifest_path(path: Path | str) -> Path:
-    "Return where the manifest of a file lies: answers.jsonl -> answers.manifest.json."
+    "Return the path of a file's manifest: answers.jsonl -> answers.manifest.json."
     path = Path(path)
-    # Only this ending goes: after any other dot, names may differ (qwen2.5-a, qwen2.5-b).
-    return path.with_name(path.name.removesuffix(".jsonl") + ".manifest.json")
+    # Remove only this ending: names may differ after another dot (qwen2.5-a, qwen2.5-b).
+    if path.name.endswith(".jsonl"):
+        return path.with_name(path.name.removesuffix(".jsonl") + ".manifest.json")
+    return path.with_name(path.name + ".manifest")  # answers and answers.jsonl are two files
 
 # %% ../../nbs/7_engine_room/09_completions.ipynb #comp-22
 def differences(stored: Any, wanted: Any, name: str = "") -> list[str]:
-    "List what differs between two nested dictionaries, as 'backend.revision: a -> b'."
+    "List the differences of two nested dictionaries, as 'backend.revision: a -> b'."
     if not (isinstance(stored, dict) and isinstance(wanted, dict)):
         return [] if stored == wanted else [f"{name}: {stored!r} -> {wanted!r}"]
     changes = []
@@ -191,7 +203,7 @@ def differences(stored: Any, wanted: Any, name: str = "") -> list[str]:
 
 
 class JobManifest:
-    "What a file of answers is, next to it: who was asked what, and when."
+    "The manifest next to a file of answers: the job that writes it, and when."
 
     def __init__(self, path: Path, identity: dict):
         self.path = path  # of the file of answers
@@ -199,7 +211,7 @@ class JobManifest:
         self.content: dict = {}
 
     def read(self) -> None:
-        "Read the manifest, or start one; refuse that of another job."
+        "Read the manifest or start one. That of another job is an error."
         file = manifest_path(self.path)
         if not file.is_file():
             if self.path.exists():
@@ -231,7 +243,7 @@ class AnswerFile:
     def __init__(
         self,
         path: Path | str,
-        identity: dict,  # what decides the answers: teacher, settings, prompts
+        identity: dict,  # everything that decides the answers: teacher, settings, prompts
         totals: Callable[[list[dict]], dict] = lambda rows: {"rows": len(rows)},
     ):
         self.path = Path(path)
@@ -241,7 +253,7 @@ class AnswerFile:
 
     @contextmanager
     def open(self) -> Iterator["AnswerFile"]:
-        "Lock the file, read what is there, and refuse a file that belongs to another job."
+        "Lock the file and read its rows. A file of another job is an error."
         with _only_writer(self.path):
             self.manifest.read()
             if self.path.exists():
@@ -250,18 +262,18 @@ class AnswerFile:
             yield self
 
     def append(self, rows: Sequence[dict]) -> None:
-        "Store rows, all of them or, when the disk is full, none."
+        "Append rows: all of them or, when the disk is full, none."
         append_jsonl(self.path, rows)
         self.rows += rows
 
     def finish(self) -> None:
-        "Mark a complete file as done where a kill came between its last row and the manifest."
+        "Mark a complete file as done if a kill came before the manifest's last update."
         if self.rows and self.manifest.content["status"] != "done":
             self.manifest.update(status="done", totals=self.totals(self.rows))
 
     @contextmanager
     def session(self) -> Iterator[None]:
-        "Note in the manifest when rows were appended, on which machine, and whether to the end."
+        "Record a session in the manifest: time, environment, rows, status."
         start = time.time()
         before = len(self.rows)
         started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(start))
@@ -279,7 +291,7 @@ class AnswerFile:
 
 @contextmanager
 def _only_writer(path: Path) -> Iterator[None]:
-    "Hold the lock of a file; it lies in the cache, because the file's folder may be committed."
+    "Hold the lock of a file. It is in the cache, since the file may be committed."
     held = folder_lock(cache_dir() / "locks" / sha256_text(str(path.resolve()))[:16], wait=False)
     with ExitStack() as stack:
         try:

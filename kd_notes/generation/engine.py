@@ -21,29 +21,29 @@ from .completions import Decoding
 from ..losses.divergences import at_least_float32
 
 # %% ../../nbs/7_engine_room/18_engine.ipynb #f32e8bf4
-SPARE = 64  # free columns of the cache that are allocated ahead
+SPARE = 64  # free columns of the cache that are allocated in advance
 
 
 def roomy(part: torch.Tensor, width: int, free: int = SPARE) -> torch.Tensor:
     """Copy keys or values (rows, heads, columns, dim) into (rows, heads, width + free, dim).
 
-    The columns of `part` end at `width`; what is left of them is zero, the free columns are unset.
+    The columns of `part` end at `width`; the columns before them are zero, the free ones unset.
     """
     out = part.new_empty(*part.shape[:2], width + free, part.shape[3])
     start = width - part.shape[2]
-    out[:, :, :start] = 0  # they will be masked, but 0 * nan would still be nan
+    out[:, :, :start] = 0  # they are masked, but 0 * nan would still be nan
     out[:, :, start:width] = part
     return out
 
 # %% ../../nbs/7_engine_room/18_engine.ipynb #50b5add4
 @functools.cache
 def _growing_layer() -> type:
-    "Make the class of our cache layers: in a function, so that transformers is imported late."
+    "Make the class of our cache layers, inside a function to import transformers late."
     from transformers.cache_utils import DynamicLayer
 
     class GrowingLayer(DynamicLayer):
         def load(self, keys: torch.Tensor, values: torch.Tensor, width: int):
-            "Take over keys and values, of which the first `width` columns are in use."
+            "Use these keys and values; their first `width` columns are filled."
             self.dtype = keys.dtype
             self.device = keys.device
             self.is_initialized = True
@@ -72,7 +72,7 @@ def _growing_layer() -> type:
 
 # %% ../../nbs/7_engine_room/18_engine.ipynb #36afc060
 def _new_cache(layers: Iterable = ()) -> Any:
-    "Return a cache of these growing layers, or of new ones as the model asks for them."
+    "Return a cache of these growing layers, or one that adds layers on demand."
     from transformers.cache_utils import Cache
 
     layers = list(layers)
@@ -81,20 +81,20 @@ def _new_cache(layers: Iterable = ()) -> Any:
 # %% ../../nbs/7_engine_room/18_engine.ipynb #33d3132d
 @dataclass
 class DecodeRow:
-    "One completion in the making."
+    "One unfinished completion."
 
     id: str
     sample: int
     prompt: list[int]  # token ids
-    tokens: list[int] = field(default_factory=list)  # made so far
-    draws: torch.Tensor | None = None  # its random numbers, one per token
+    tokens: list[int] = field(default_factory=list)  # generated so far
+    draws: torch.Tensor | None = None  # random numbers, one per token
     seconds: float = 0.0
     logprob: float = 0.0
-    finish: str = ""  # "": still open; "stop" or "length"
+    finish: str = ""  # "": unfinished; else "stop" or "length"
 
 # %% ../../nbs/7_engine_room/18_engine.ipynb #26873fc2
 class Scores(NamedTuple):
-    "What a forward pass says about the next token."
+    "The logits for the next token, and the hidden states that gave them."
 
     logits: torch.Tensor  # (rows, vocabulary)
     hidden: torch.Tensor  # (rows, width): input of the head
@@ -103,7 +103,7 @@ class Scores(NamedTuple):
 @torch.inference_mode()
 def forward(model, ids: torch.Tensor, **inputs) -> Scores:
     "Return the scores after the last column of `ids` (rows, columns)."
-    # As an index: a slice would be strided, and the head 20 times slower.
+    # An index tensor: a slice would be strided, which makes the head 20 times slower.
     last = torch.tensor([ids.shape[1] - 1], device=ids.device)
     seen: list[torch.Tensor] = []
     hook = model.get_output_embeddings().register_forward_pre_hook(
@@ -117,7 +117,7 @@ def forward(model, ids: torch.Tensor, **inputs) -> Scores:
 
 # %% ../../nbs/7_engine_room/18_engine.ipynb #a56b12e7
 def _padded(tails: list[list[int]], device) -> tuple[torch.Tensor, torch.Tensor]:
-    "Return ids and mask (rows, longest), padded on the left."
+    "Pad on the left and return ids and mask, (rows, longest)."
     width = max(map(len, tails))
     ids = torch.zeros(len(tails), width, dtype=torch.long)
     mask = torch.zeros(len(tails), width, dtype=torch.long)
@@ -128,7 +128,7 @@ def _padded(tails: list[list[int]], device) -> tuple[torch.Tensor, torch.Tensor]
 
 # %% ../../nbs/7_engine_room/18_engine.ipynb #d4240ede
 def _stack(parts: list[torch.Tensor], width: int) -> torch.Tensor:
-    "Put the rows of all parts into one tensor with spare columns; each part ends at `width`."
+    "Stack the rows of all parts in one tensor with spare columns; each part ends at `width`."
     _, heads, _, dim = parts[0].shape
     out = parts[0].new_empty(sum(map(len, parts)), heads, width + SPARE, dim)
     for block, part in zip(out.split([len(part) for part in parts]), parts):
@@ -140,7 +140,7 @@ def _stack(parts: list[torch.Tensor], width: int) -> torch.Tensor:
 # %% ../../nbs/7_engine_room/18_engine.ipynb #618956e9
 @dataclass
 class DecodeBatch:
-    "Rows that step together."
+    "Rows that are decoded together."
 
     rows: list[DecodeRow]
     cache: Any  # Cache of growing layers
@@ -150,7 +150,7 @@ class DecodeBatch:
 
     @torch.inference_mode()
     def feed(self, model) -> Scores:
-        "Feed each row's last token; return the scores of the next ones."
+        "Feed each row's last token and return the scores of the next ones."
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.rows), 1)], dim=1)
         self.position = self.position + 1
         return forward(
@@ -163,9 +163,9 @@ class DecodeBatch:
 
     @torch.inference_mode()
     def keep(self, index: list[int]) -> "DecodeBatch":
-        "Return a batch of the rows with these numbers, as narrow as they allow; uses up the old one."
+        "Return a batch of these rows, without unused columns. The old batch is consumed."
         pick = torch.tensor(index, device=self.mask.device)
-        start = int(self.mask[pick].amax(0).argmax())  # the first column that a row needs
+        start = int(self.mask[pick].amax(0).argmax())  # the first column that one of the rows needs
         width = self.mask.shape[1] - start
         for layer in self.cache.layers:
             keys = roomy(layer.keys[:, :, start:][pick], width)
@@ -177,14 +177,14 @@ class DecodeBatch:
     @staticmethod
     @torch.inference_mode()
     def join(batches: Sequence["DecodeBatch"]) -> "DecodeBatch":
-        "Return one batch of all rows, narrower ones padded on the left; uses up the old ones."
+        "Return one batch of all rows, padded on the left. The old batches are consumed."
         if len(batches) == 1:
             return batches[0]
         width = max(batch.mask.shape[1] for batch in batches)
         for layers in zip(*(batch.cache.layers for batch in batches)):
             keys = _stack([layer.keys for layer in layers], width)
             values = _stack([layer.values for layer in layers], width)
-            # All of them, so that the old tensors go before the next layer's are made.
+            # All of them, so that the old tensors are freed before the next layer's are made.
             for layer in layers:
                 layer.load(keys, values, width)
         pad = torch.nn.functional.pad
@@ -231,13 +231,16 @@ def truncate(
     top_k: int = 0,
     top_p: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    "Return weights (rows, k) of the tokens that stay, in falling order, and their ids (None: all)."
+    """Return the weights of the tokens within top-k and top-p, (rows, k), and their ids.
+
+    The weights are in descending order; ids are None if all tokens remain.
+    """
     if not top_k and top_p >= 1:
         return probabilities, None
     top, ids = probabilities.topk(min(top_k or 1024, probabilities.shape[-1]), dim=-1)
     if top_k:
         top = top / top.sum(-1, keepdim=True)
-    elif bool((top.sum(-1) < top_p).any()):  # rare: the first 1024 do not hold top_p
+    elif bool((top.sum(-1) < top_p).any()):  # rare: the first 1024 tokens have less than top_p
         top, ids = probabilities.sort(dim=-1, descending=True)
     before = top.cumsum(-1) - top
     return top.masked_fill(before >= top_p, 0.0), ids
@@ -245,7 +248,10 @@ def truncate(
 # %% ../../nbs/7_engine_room/18_engine.ipynb #e199b45c
 @torch.inference_mode()
 def greedy_tokens(scores: Scores, head: Any = None) -> torch.Tensor:
-    "Return the most probable token of each row (rows,); in half precision with a second look."
+    """Return the most probable token of each row (rows,).
+
+    With the head of a half-precision model, the four best tokens are compared again in float32.
+    """
     if head is None or scores.logits.dtype.itemsize > 2:
         # Twice as fast as argmax on a CPU, and no copy of the logits.
         return scores.logits.max(-1).indices
@@ -258,10 +264,10 @@ def greedy_tokens(scores: Scores, head: Any = None) -> torch.Tensor:
 # %% ../../nbs/7_engine_room/18_engine.ipynb #028d31a0
 def pick(
     weights: torch.Tensor,  # (rows, k)
-    ids: torch.Tensor | None,  # (rows, k); None: the place is the id
+    ids: torch.Tensor | None,  # (rows, k); None: the position is the id
     draw: torch.Tensor,  # (rows,) in [0, 1)
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    "Return the token (rows,) at the place `draw` of the cumulative weights, and its share of them."
+    "Return the token (rows,) at the position `draw` of the cumulative weights, and its share."
     total = weights.double().cumsum(-1)
     place = torch.searchsorted(total, (draw * total[:, -1])[:, None], right=True)
     place = place.clamp(max=total.shape[-1] - 1)
@@ -270,7 +276,7 @@ def pick(
 
 # %% ../../nbs/7_engine_room/18_engine.ipynb #9e386878
 def next_draws(rows: list[DecodeRow], device) -> torch.Tensor:
-    "Return the random number (rows,) that each row's next token is drawn with."
+    "Return the random number for each row's next token (rows,)."
     numbers = [row.draws[min(len(row.tokens), len(row.draws) - 1)] for row in rows]
     return torch.stack(numbers).to(device)
 
@@ -289,7 +295,7 @@ def next_tokens(
 
 # %% ../../nbs/7_engine_room/18_engine.ipynb #ends-01
 def end_tokens(model, tokenizer=None) -> tuple[int, ...]:
-    "Return all ids that end a text: of generation config, tokenizer and chat template."
+    "Return all ids that end a text: from generation config, tokenizer and chat template."
     ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     if ids is None:
         ids = getattr(model.config, "eos_token_id", None)
@@ -301,9 +307,9 @@ def end_tokens(model, tokenizer=None) -> tuple[int, ...]:
 
 # %% ../../nbs/7_engine_room/18_engine.ipynb #7d5d2e45
 def stop_lookup(tokenizer, size: int, stop: tuple[str, ...]) -> torch.Tensor:
-    "Return a mask (size,) of the tokens whose arrival may complete a stop text."
+    "Return a mask (size,) of the tokens that may complete a stop text."
     last = {text[-1] for text in stop}
-    # Such a character may be spread over tokens, or stripped from one: look at all.
+    # Such a character may be spread over tokens, or stripped from one: check every token.
     if any(not c.isascii() or c == " " for c in last):
         return torch.ones(size, dtype=torch.bool)
     texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
@@ -311,11 +317,14 @@ def stop_lookup(tokenizer, size: int, stop: tuple[str, ...]) -> torch.Tensor:
     return torch.tensor(hits + [False] * (size - len(hits)))
 
 # %% ../../nbs/7_engine_room/18_engine.ipynb #9e1ef02d
-MIN_PREFIX = 16  # tokens; shorter ones are not worth it
+MIN_PREFIX = 16  # tokens; a shorter shared prefix saves no time
 
 
 def shared_length(rows: Sequence[DecodeRow]) -> int:
-    "Count the leading tokens that all prompts share, leaving one of each; 0 if not worth it."
+    """Count the leading tokens that all prompts share, leaving at least one of each.
+
+    0 if there are fewer than MIN_PREFIX.
+    """
     first = rows[0].prompt
     length = min(len(row.prompt) for row in rows) - 1
     for row in rows:
@@ -334,30 +343,30 @@ def prefix_cache(model, tokens: list[int]) -> list[tuple[torch.Tensor, torch.Ten
     return [(layer.keys, layer.values) for layer in cache.layers]
 
 # %% ../../nbs/7_engine_room/18_engine.ipynb #loop-02
-PREFILL_TOKENS = 1024  # prompt tokens per pass: larger ones fall out of the processor's caches
+PREFILL_TOKENS = 1024  # prompt tokens per pass; larger passes exceed the processor's caches
 
 
 class DecodeLoop:
-    "Let rows wait, step together in every model, and leave."
+    "The decoding loop: rows wait, are decoded together in every model, and leave."
 
     def __init__(
         self,
         models: Sequence,
         rows: list[DecodeRow],  # longest prompt first
-        size: int,  # rows that step together
-        settle: Callable,  # (batches, scores, start) -> what is finished; sets the rows' tokens
+        size: int,  # rows that are decoded together
+        settle: Callable,  # (batches, scores, start) -> finished results; sets the rows' tokens
     ):
         self.models = models
         self.waiting = deque(rows)
         self.size = size
         self.settle = settle
-        # A sliding window counts columns, also those between prefix and prompt.
+        # A sliding window also counts the columns between prefix and prompt.
         sliding = any(map(has_sliding_window, models))
         self.shared = 0 if sliding else shared_length(rows)
         self.prefixes = [prefix_cache(model, rows[0].prompt[: self.shared]) for model in models]
 
     def run(self) -> Iterator:
-        "Yield what `settle` returns until no row is left."
+        "Yield the results of `settle` until no row is left."
         batches: Sequence[DecodeBatch] = []  # one per model, of the same rows
         while batches or self.waiting:
             rows = batches[0].rows if batches else []
@@ -395,6 +404,6 @@ class DecodeLoop:
 
 
 def has_sliding_window(model) -> bool:
-    "Whether a layer of the model sees the last columns only."
+    "Return True if a layer attends to the last columns only."
     kinds = getattr(model.config, "layer_types", None) or ()
     return "sliding_attention" in kinds or bool(getattr(model.config, "sliding_window", None))

@@ -31,7 +31,7 @@ from kd_notes.generation.engine import (
     Scores,
     truncate,
 )
-from .packing import PACK_STEPS, packed
+from ..kernels import PACK_STEPS, packed
 from ..losses.divergences import at_least_float32
 from ..models.pretrained import context_of
 from ..training.batches import Batch, causal_batch, unwrapped
@@ -39,11 +39,11 @@ from ..training.batches import Batch, causal_batch, unwrapped
 # %% ../../nbs/5_own_words/01_sampling.ipynb #de0b1cfe
 @dataclass(frozen=True)
 class Sampling(SamplingParams):
-    "How the token ids of a response are drawn from models in this process."
+    "The settings for drawing responses from models in this process."
 
-    # temperature: of each model's distribution, before they are mixed
+    # temperature: applied to each model's distribution before they are mixed
     # seed: change it from step to step
-    stop_ids: tuple[int, ...] = ()  # a response ends with the first of these, which is part of it
+    stop_ids: tuple[int, ...] = ()  # a response ends with the first of these and includes it
     no_repeat_ngram: int = 0  # as no_repeat_ngram_size of transformers; 0 is off
 
     def __post_init__(self):
@@ -56,13 +56,16 @@ class Sampling(SamplingParams):
 # %% ../../nbs/5_own_words/01_sampling.ipynb #f2acb0d6
 @dataclass
 class Rollout:
-    "Responses in the order of their prompts, with a log-probability for each token (1-d tensors)."
+    """Responses in the order of their prompts, with a log-probability for each token.
+
+    Each list has one 1-d tensor per response.
+    """
 
     prompt_ids: list[list[int]]
-    response_ids: list[list[int]]  # without the prompt; with the stop token, if one was drawn
-    finished: list[bool]  # ended with a stop token, not by length
-    log_drawn: list[Tensor]  # under what the token was drawn from; 0 if nothing was left to chance
-    # log q and log p of the models themselves, and of alpha*p + (1 - alpha)*q: temperature 1, no cut
+    response_ids: list[list[int]]  # without the prompt; with the stop token if one was drawn
+    finished: list[bool]  # ended with a stop token, not at max_new_tokens
+    log_drawn: list[Tensor]  # under the distribution of the draw; 0 for greedy decoding
+    # log q, log p and log(alpha*p + (1 - alpha)*q), at temperature 1 without top-k or top-p
     log_student: list[Tensor] | None = None
     log_teacher: list[Tensor] | None = None
     log_mix: list[Tensor] | None = None
@@ -73,7 +76,7 @@ class Rollout:
         return len(self.prompt_ids)
 
     def batch(self, pad_id: int) -> Batch:
-        "Return a `causal_batch` of the prompts, with the responses as its targets."
+        "Return a `causal_batch` of the prompts with the responses as completions."
         return causal_batch(list(zip(self.prompt_ids, self.response_ids)), pad_id)
 
     def flat(self, name: str) -> Tensor:
@@ -87,12 +90,15 @@ class Rollout:
         return torch.cat(getattr(self, name))
 
     def importance(self) -> Tensor:
-        "Return the weight q / (probability of the draw) of each token (n,)."
+        "Return the importance weight q / (probability of the draw) per token (n,)."
         return (self.flat("log_student") - self.flat("log_drawn")).exp()
 
 # %% ../../nbs/5_own_words/01_sampling.ipynb #c2a85f0b
 def shared_vocabulary(models: Sequence, asked: int | None) -> int:
-    "Return how many tokens may be drawn; models that disagree need a number."
+    """Return how many token ids may be drawn.
+
+    Models with different sizes need a number.
+    """
     sizes = [model.get_output_embeddings().weight.shape[0] for model in models]
     if asked is None and len(set(sizes)) > 1:
         raise UserError(
@@ -112,10 +118,10 @@ def shared_vocabulary(models: Sequence, asked: int | None) -> int:
 # %% ../../nbs/5_own_words/01_sampling.ipynb #fits-fn
 def check_lengths(
     models: Sequence,
-    lengths: Mapping[str, int],  # {what an error calls the text: its tokens}
-    new: int = 0,  # tokens that are still to come
+    lengths: Mapping[str, int],  # {name of the text in an error: number of tokens}
+    new: int = 0,  # tokens that will be added
 ) -> None:
-    "Refuse the first text that does not fit the context of every model."
+    "Raise UserError for the first text that does not fit the context of every model."
     context = context_of(*models)
     if not context:
         return
@@ -131,7 +137,7 @@ def check_lengths(
 
 # %% ../../nbs/5_own_words/01_sampling.ipynb #961a413e
 def check_prompts(models: Sequence, prompts: Sequence[Sequence[int]], new: int) -> list[list[int]]:
-    "Return the prompts as lists; refuse an empty or too long one, and models of other kinds."
+    "Return the prompts as lists of ids, after checks of models and lengths."
     for model in models:
         check_model(model)
     prompts = [list(map(int, prompt)) for prompt in prompts]
@@ -149,7 +155,7 @@ def check_prompts(models: Sequence, prompts: Sequence[Sequence[int]], new: int) 
 def stream_names(
     prompts: list[list[int]], streams: Sequence[Hashable] | None
 ) -> list[tuple[str, int]]:
-    "Return name and number of the random stream of each prompt."
+    "Return (name, number) of the random stream of each prompt."
     if streams is None:
         seen: Counter = Counter()
         names = []
@@ -169,7 +175,7 @@ def stream_names(
 
 # %% ../../nbs/5_own_words/01_sampling.ipynb #b83c19e7
 class NGrams:
-    "What has followed each (n-1)-gram of a sequence."
+    "The tokens that have followed each (n-1)-gram of a sequence."
 
     def __init__(self, n: int, ids: Sequence[int]):
         self.n = n
@@ -184,21 +190,21 @@ class NGrams:
             self.after[tuple(self.ids[len(self.ids) - self.n : -1])].add(token)
 
     def closed(self) -> set[int]:
-        "Return the tokens that would complete an n-gram again."
+        "Return the tokens that would repeat an n-gram."
         return self.after.get(tuple(self.ids[len(self.ids) - self.n + 1 :]), set())
 
 # %% ../../nbs/5_own_words/01_sampling.ipynb #a52ec2f8
 @dataclass
 class SampledRow(DecodeRow):
-    "A row that also keeps log-probabilities: one tuple per token."
+    "An unfinished completion with log-probabilities, one tuple per token."
 
     logs: list[tuple] = field(default_factory=list)
-    second: Tensor | None = None  # more random numbers, for tokens that are drawn again
+    second: Tensor | None = None  # more random numbers, for tokens drawn a second time
     accepted: list[bool] = field(default_factory=list)
-    ngrams: NGrams | None = None  # of prompt and tokens, if none may occur again
+    ngrams: NGrams | None = None  # of prompt and tokens, if n-grams may not recur
 
     def append(self, token: int, logs: tuple, sampling: Sampling) -> None:
-        "Take a token, which may be the last."
+        "Append a token, which may end the row."
         self.tokens.append(token)
         self.logs.append(logs)
         if self.ngrams:
@@ -212,7 +218,7 @@ class SampledRow(DecodeRow):
 def sampled_rows(
     prompts: list[list[int]], streams: Sequence[Hashable] | None, sampling: Sampling
 ) -> list[SampledRow]:
-    "Return an open row for each prompt."
+    "Return an unfinished row for each prompt."
     rows = []
     for (name, number), prompt in zip(stream_names(prompts, streams), prompts):
         row = SampledRow(name, number, prompt)
@@ -224,7 +230,7 @@ def sampled_rows(
 
 # %% ../../nbs/5_own_words/01_sampling.ipynb #5e3f3e65
 def log_softmax(logits: Tensor, size: int, temperature: float = 1.0) -> Tensor:
-    "Return log-probabilities (..., size) in at least float32; tokens from `size` on do not exist."
+    "Return log-probabilities (..., size) in at least float32, over the first `size` ids."
     return torch.log_softmax(at_least_float32(logits[..., :size]) / temperature, dim=-1)
 
 
@@ -238,7 +244,7 @@ def log_mixture(log_q: Tensor, log_p: Tensor, alpha: float) -> Tensor:
 
 # %% ../../nbs/5_own_words/01_sampling.ipynb #e6419d5c
 def closed_tokens(rows: Sequence[SampledRow], size: int, device) -> Tensor | None:
-    "Mark the tokens (rows, size) that would complete an n-gram again; None if none would."
+    "Mark the tokens (rows, size) that would repeat an n-gram; None if there are none."
     closed = None
     for number, row in enumerate(rows):
         ids = [token for token in row.ngrams.closed() if token < size] if row.ngrams else []
@@ -250,7 +256,7 @@ def closed_tokens(rows: Sequence[SampledRow], size: int, device) -> Tensor | Non
 
 
 def without_closed(logs: Tensor, closed: Tensor | None) -> Tensor:
-    "Return log-probabilities (rows, size) without the closed tokens."
+    "Renormalise log-probabilities (rows, size) without the closed tokens."
     if closed is None:
         return logs
     rest = torch.log_softmax(logs.masked_fill(closed, -math.inf), dim=-1)
@@ -258,17 +264,17 @@ def without_closed(logs: Tensor, closed: Tensor | None) -> Tensor:
 
 # %% ../../nbs/5_own_words/01_sampling.ipynb #d90e3319
 class TokenDraw:
-    "Gives the rows of a loop their tokens and keeps the log-probabilities."
+    "A sampler that draws the rows' tokens and stores their log-probabilities."
 
     def __init__(self, sampling: Sampling, alpha: float, size: int, head: Any):
         self.sampling = sampling
         self.alpha = alpha  # the second model's share
-        self.size = size  # tokens that may be drawn
+        self.size = size  # number of ids that may be drawn
         self.head = head  # of the first model
         self.seconds: Counter = Counter()
 
     def mixed(self, scores: Sequence[Scores], temperature: float = 1.0) -> list[Tensor]:
-        "Return the log-probabilities of each model, and the mixture's."
+        "Return the log-probabilities (rows, size) of each model, and of the mixture."
         device = scores[0].logits.device
         logs = [log_softmax(x.logits.to(device), self.size, temperature) for x in scores]
         return [*logs, log_mixture(*logs, self.alpha) if len(logs) > 1 else logs[0]]
@@ -285,9 +291,9 @@ class TokenDraw:
     def token(
         self, scores: Sequence[Scores], rows: list[SampledRow]
     ) -> tuple[Tensor, list[Tensor]]:
-        """Return the next token of each row (rows,) and its log-probabilities.
+        """Return the next token of each row (rows,) and its log-probabilities, each (rows,).
 
-        These are: each model's, the mixture's, and that of the draw.
+        These are each model's, the mixture's, and that of the draw.
         """
         logs = self.mixed(scores)
         closed = closed_tokens(rows, self.size, logs[0].device)
@@ -308,7 +314,7 @@ class TokenDraw:
     def settle(
         self, batches: Sequence[DecodeBatch], scores: Sequence[Scores], start: float
     ) -> list[SampledRow]:
-        "Give the open rows a token after a pass; return the rows that end with it."
+        "Append a token to each unfinished row; return the rows that end with it."
         rows = batches[0].rows
         token, logs = self.token(scores, rows)
         for batch in batches:
@@ -325,7 +331,10 @@ class TokenDraw:
 # %% ../../nbs/5_own_words/01_sampling.ipynb #ef997e96
 @contextmanager
 def ready(models: Sequence, rows: int, steps: int) -> Iterator[None]:
-    "Prepare models for `steps` decoding steps: evaluation mode, no gradients, packed if it pays."
+    """Prepare models for `steps` decoding steps: evaluation mode, no gradients, packed weights.
+
+    The weights are packed only if that saves time.
+    """
     training = [model.training for model in models]
     pays = rows > 1 and steps > PACK_STEPS
     try:
@@ -347,13 +356,16 @@ def nan_error(places: list[str], name: str, token: int) -> UserError:
     return UserError(
         f"{name} of new token {token} is NaN",
         where=", ".join(places[:8]) + (", ..." if len(places) > 8 else ""),
-        fix="The model computes no numbers: check its weights, load it in float32 or bfloat16, or "
+        fix="The model computes NaN: check its weights, load it in float32 or bfloat16, or "
         "take another checkpoint.",
     )
 
 
 def refuse_nan(rows: list[SampledRow], names: Sequence[str]) -> None:
-    "Name all prompts with a log-probability that is NaN, and of the first one the token."
+    """Raise UserError with all prompts that have a NaN log-probability.
+
+    For the first one, the token is named too.
+    """
     places = []
     first = None  # (name of the log-probability, number of the token)
     for number, row in enumerate(rows):
@@ -372,8 +384,8 @@ def refuse_nan(rows: list[SampledRow], names: Sequence[str]) -> None:
 
 def rollout_of(
     rows: list[SampledRow],
-    names: Sequence[str],  # of the log-probabilities, in order; "": not kept
-    like: Tensor,  # a weight: decides device and least precision
+    names: Sequence[str],  # of the log-probabilities, in order; "": not stored
+    like: Tensor,  # a weight, for the device and the minimum precision
     seconds: dict[str, float],
 ) -> Rollout:
     "Return the rows as a Rollout."
@@ -401,9 +413,9 @@ def _generate(
     names: Sequence[str],  # see rollout_of
     streams: Sequence[Hashable] | None,
     vocabulary: int | None,
-    size: int,  # rows that step together
+    size: int,  # rows that are decoded together
 ) -> Rollout:
-    "Draw responses; what `sample` and `sample_mixed` have in common."
+    "Draw responses: the common part of `sample` and `sample_mixed`."
     start = time.perf_counter()
     models = [unwrapped(model) for model in models]
     head = models[0].get_output_embeddings()
@@ -423,10 +435,10 @@ def sample(
     prompts: Sequence[Sequence[int]],  # token ids
     sampling: Sampling,
     *,
-    role: str = "student",  # or "teacher": whose log-probabilities these are
+    role: str = "student",  # or "teacher": name of the log-probabilities
     streams: Sequence[Hashable] | None = None,  # names of the random streams; None: the prompts
     vocabulary: int | None = None,  # tokens from this one on are never drawn
-    batch_size: int = 64,  # rows that step together
+    batch_size: int = 64,  # rows that are decoded together
 ) -> Rollout:
     "Draw responses from one causal model."
     names = (f"log_{role}", "", "log_drawn")
@@ -463,6 +475,6 @@ def greedy(
     stop_ids: Sequence[int] = (),
     **options,  # those of `sample`
 ) -> Rollout:
-    "Take the most probable token, again and again."
+    "Decode greedily: append the most probable token at each step."
     sampling = Sampling(max_new_tokens, temperature=0.0, stop_ids=tuple(stop_ids))
     return sample(model, prompts, sampling, **options)

@@ -14,10 +14,12 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
+from email.utils import parsedate_to_datetime
 from queue import SimpleQueue
 from typing import Any
 from urllib.parse import urlsplit
 
+from ..checks import check_count
 from ..core import rng, UserError
 from kd_notes.generation.completions import (
     check_requests,
@@ -34,7 +36,7 @@ def _is_status(code: Any) -> bool:
 
 
 def hidden_status(content: bytes) -> int | None:
-    "Return the status that a response with status 200 should have had; None if it is an answer."
+    "Return the status that a response with status 200 should have; None for an answer."
     try:
         body = json.loads(content)
     except ValueError:
@@ -54,26 +56,40 @@ def hidden_status(content: bytes) -> int | None:
 
 
 def _text_of(choice: dict) -> str | None:
-    "The text of a choice; None if it has none. Content may be a list of blocks."
+    "The text of a choice; None if it has none. Content may be a block or a list of blocks."
     message = choice.get("message")
     content = message.get("content") if isinstance(message, dict) else choice.get("text")
-    if isinstance(content, list):
-        blocks = [{"text": block} if isinstance(block, str) else block for block in content]
-        spoken = [b for b in blocks if b.get("type", "text") in ("text", "output_text")]
-        return "".join(b.get("text") or "" for b in spoken)
-    return content if isinstance(content, str) else None
+    if isinstance(content, str) or content is None:
+        return content
+    return "".join(map(_block_text, content if isinstance(content, list) else [content]))
+
+
+def _block_text(block: Any) -> str:
+    "The text of one block of content; nothing for thoughts, images and what is no block."
+    if isinstance(block, dict):
+        if block.get("type", "text") not in ("text", "output_text"):
+            return ""
+        block = block.get("text")
+        block = block.get("value") if isinstance(block, dict) else block
+    return block if isinstance(block, str) else ""
 
 # %% ../../nbs/7_engine_room/10_server.ipynb #serv-09
-_CUT = ("length", "max", "limit", "budget", "incomplete", "truncat", "context")
+_CUT = (
+    "length max limit budget incomplete truncat context "  # no more tokens
+    "abort cancel timeout time_out interrupt preempt pause error resource malformed repetition"
+).split()
 _FILTERED = (
-    "filter safety block refus prohibit recitation moderat sensitive spii".split()  # Google's names
+    "filter safety block refus prohibit recitation moderat sensitive spii".split()  # Google's words
 )
 _ENDED = ("stop", "end", "eos", "complete", "finish", "tool", "function")
 
 
-def finish_of(reason: str | None, tokens: int, limit: int, size: int) -> str:
-    "Return 'stop', 'length' or 'refused' for a server's finish reason; `size`: bytes of the text."
-    name = (reason or "").casefold()
+def finish_of(reason: Any, tokens: int, limit: int, size: int) -> str:
+    """Return 'stop', 'length' or 'refused' for a server's finish reason.
+
+    `size` is the number of bytes of the text.
+    """
+    name = str(reason or "").casefold()
     if any(word in name for word in _CUT):
         return "length"
     if any(word in name for word in _FILTERED):
@@ -85,23 +101,26 @@ def finish_of(reason: str | None, tokens: int, limit: int, size: int) -> str:
     return "length" if used >= limit else "stop"
 
 # %% ../../nbs/7_engine_room/10_server.ipynb #serv-15
+_LONGEST_WAIT = 120  # seconds; the client does not wait longer
 _CONCERNS_THE_SERVER = (401, 402, 404, 405, 429)
+_CRASHED = (500, 502)  # of a server that responds: an error of its own, or of the model behind it
 _CONCERNS_THE_REQUEST = ("content_filter", "content_policy", "moderation", "context_length")
 _QUOTA_IS_SPENT = ("insufficient_quota", "billing", "quota_exceeded", "credit")
 
 
 class NoAnswer(Exception):
-    "A request without an answer: the reason in one line, its status, and whom it concerns."
+    "A request without an answer: reason, status, and whether server or request caused it."
 
-    def __init__(self, reason: str, status: int = 0, concerns: str = "either"):
+    def __init__(self, reason: str, status: int = 0, concerns: str = "either", attempts: int = 1):
         super().__init__(reason)
         self.reason = reason
-        self.status = status  # 0: there was no response
+        self.status = status  # 0: no response
         self.concerns = concerns  # "server", "request" or "either"
+        self.attempts = attempts
 
 
 def _words(response: Any) -> str:
-    "What the server says about a failure, or what it sent instead."
+    "Return the server's message about a failure, or its raw response."
     try:
         error = response.json()["error"]
         message = error.get("message") or response.text if isinstance(error, dict) else error
@@ -114,32 +133,53 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 3600:.1f} hours" if seconds >= 3600 else f"{seconds / 60:.0f} minutes"
 
 
+def wait_of(headers: Mapping[str, str]) -> float:
+    "Return the seconds after which a server wants to be asked again; 0 if it does not say."
+    for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
+        with suppress(KeyError, ValueError):
+            seconds = float(headers[name]) * unit
+            return seconds if 0 < seconds < 1e9 else 0.0
+    with suppress(KeyError, ValueError, TypeError):
+        date = parsedate_to_datetime(headers["retry-after"])
+        return max(0.0, date.timestamp() - time.time())
+    return 0.0
+
+
+def _attempts(error: Exception) -> int:
+    "How often the client asked before it gave up."
+    headers = getattr(getattr(error, "request", None), "headers", {})
+    return int(headers.get("x-stainless-retry-count", 0)) + 1
+
+
 def no_answer(error: Exception) -> NoAnswer:
-    "Say what an error of the `openai` client means for the request and for the work."
+    "Convert an error of the `openai` client to NoAnswer."
     import openai
 
+    tried = _attempts(error)
     if isinstance(error, (openai.APITimeoutError, TimeoutError)):
-        return NoAnswer("no answer in time")
+        return NoAnswer("no answer in time", attempts=tried)
     if not isinstance(error, openai.APIStatusError):
         concerns = "server" if isinstance(error, openai.APIConnectionError) else "either"
-        return NoAnswer(" ".join(str(error).split()) or type(error).__name__, concerns=concerns)
+        words = " ".join(str(error).split()) or type(error).__name__
+        return NoAnswer(words, concerns=concerns, attempts=tried)
     response = error.response
     status = response.status_code
     hidden = response.extensions.get("hidden_status")
     title = "HTTP 200 without an answer" if hidden else f"HTTP {status}"
     reason = f"{title}: {_words(response)}"[:300]
-    wait = response.headers.get("retry-after", "")
-    if wait.isdigit() and int(wait) > 120:
-        reason += f"; it wants to be asked again in {_duration(int(wait))}"
-    if status in _CONCERNS_THE_SERVER:
-        return NoAnswer(reason, status, "server")
-    if status < 500 and any(word in response.text for word in _CONCERNS_THE_REQUEST):
-        return NoAnswer(reason, status, "request")
-    return NoAnswer(reason, status)
+    concerns = "either"
+    if (wait := wait_of(response.headers)) > _LONGEST_WAIT:
+        reason += f"; it wants to be asked again in {_duration(wait)}"
+        concerns = "server"
+    elif status in _CONCERNS_THE_SERVER:
+        concerns = "server"
+    elif status < 500 and any(word in response.text for word in _CONCERNS_THE_REQUEST):
+        concerns = "request"
+    return NoAnswer(reason, status, concerns, tried)
 
 # %% ../../nbs/7_engine_room/10_server.ipynb #serv-17
 class _Hooks:
-    "Space the attempts evenly, and show the client what a response hides."
+    "HTTP hooks that space the attempts evenly and correct a response's status."
 
     def __init__(self, gap: float):
         self.gap = gap  # seconds between two attempts
@@ -158,20 +198,26 @@ class _Hooks:
                 response.extensions["hidden_status"] = True
                 response.status_code = status
         if response.status_code == 429 and any(word in response.text for word in _QUOTA_IS_SPENT):
-            response.headers["x-should-retry"] = "false"  # the client obeys this header
-        wait = response.headers.get("retry-after", "")
-        if wait.isdigit() and 10 < int(wait) <= 120:
-            print(f"the server asks for {wait} seconds of patience", file=sys.stderr, flush=True)
+            response.headers["x-should-retry"] = "false"  # the client reads this header
+        if 10 < (wait := wait_of(response.headers)) <= _LONGEST_WAIT:
+            print(
+                f"the server asks for {wait:.0f} seconds of patience", file=sys.stderr, flush=True
+            )
 
 # %% ../../nbs/7_engine_room/10_server.ipynb #serv-36
+def _count(usage: Any, key: str) -> int:
+    "A number of tokens; 0 where the server does not tell it."
+    with suppress(TypeError, ValueError, KeyError):
+        return int(usage[key])
+    return 0
+
+
 def completion_of(answer: dict, job: tuple, decoding: Decoding, seconds: float) -> Completion:
-    "Return the completion that a response's body holds."
+    "Return the completion in a response's body."
     name, sample, _ = job
     choice = answer["choices"][0]
-    usage = answer.get("usage") or {}
-    prompt_tokens, tokens = (
-        int(usage.get(key) or 0) for key in ("prompt_tokens", "completion_tokens")
-    )
+    usage = answer.get("usage")
+    prompt_tokens, tokens = (_count(usage, key) for key in ("prompt_tokens", "completion_tokens"))
     raw = _text_of(choice) or ""
     finish = finish_of(
         choice.get("finish_reason"),
@@ -192,10 +238,10 @@ def completion_of(answer: dict, job: tuple, decoding: Decoding, seconds: float) 
 
 # %% ../../nbs/7_engine_room/10_server.ipynb #serv-34
 class _Connection:
-    "How `OpenAIBackend` talks to its server."
+    "The communication of `OpenAIBackend` with its server."
 
     def client(self) -> Any:
-        "Return the client of one call of `generate`; it reads the key and nothing else keeps it."
+        "Return the client for one call of `generate`; nothing else stores the key."
         import openai
 
         hooks = _Hooks(self.gap)
@@ -205,7 +251,7 @@ class _Connection:
         )
         return openai.AsyncOpenAI(
             base_url=self.base_url,
-            # Local servers ask for no key, but the client insists on one.
+            # Local servers need no key, but the client requires one.
             api_key=os.environ.get(self.key_env) or "none",
             max_retries=self.retries,
             timeout=self.timeout,
@@ -221,7 +267,7 @@ class _Connection:
         body = self.body(prompt, decoding, seed)
         endpoint = client.chat.completions if self.chat else client.completions
         known = {key: body.pop(key) for key in ("model", "messages", "prompt") if key in body}
-        # A server that sends a byte now and then would never run into the client's time-out.
+        # A server that sends a byte now and then would never reach the client's time-out.
         patience = (self.retries + 1) * (self.timeout + 120)
         start = time.perf_counter()
         try:
@@ -230,12 +276,15 @@ class _Connection:
         except (openai.OpenAIError, TimeoutError, ValueError) as e:
             raise no_answer(e) from e
         seconds = round(time.perf_counter() - start, 4)
-        answer = json.loads(response.http_response.content)
-        return completion_of(answer, job, decoding, seconds)
+        try:
+            answer = json.loads(response.http_response.content)
+            return completion_of(answer, job, decoding, seconds)
+        except (ValueError, LookupError, TypeError, AttributeError) as e:
+            raise NoAnswer(f"a response of another form ({e})") from e
 
 # %% ../../nbs/7_engine_room/10_server.ipynb #serv-38
 class _Reports:
-    "What `OpenAIBackend` tells about itself and about failures, without the key."
+    "Descriptions and errors of `OpenAIBackend`, without the key."
 
     def __repr__(self) -> str:
         return (
@@ -244,7 +293,7 @@ class _Reports:
         )
 
     def describe(self) -> dict:
-        "Return what a manifest records. The port is left out: a server may come back on another."
+        "Return the fields of a manifest, without the port, which may change."
         described = {
             "kind": "openai-chat" if self.chat else "openai",
             "model": self.name,
@@ -275,14 +324,15 @@ class _Reports:
             fix += "that it does not know is renamed by limit_name or removed by parameters."
             fix = advice.get(trouble.status, fix)
         else:
-            what = f"the server gave no usable answer in {self.retries + 1} attempts"
+            times = "attempt" if trouble.attempts == 1 else "attempts"
+            what = f"the server gave no usable answer in {trouble.attempts} {times}"
             what += f" ({trouble.reason})"
             fix = f"Check that the server runs and serves this model. {again}"
         return UserError(self.hide_key(what), where=f"{self.base_url}{where}", fix=fix)
 
 
 def host_of(base_url: str, key_env: str) -> str:
-    "Return the host of a base URL; refuse what is none, and one with a secret in it."
+    "Return the host of a base URL. An invalid URL or one with a password is an error."
     parts = urlsplit(base_url)
     secret = parts.username or parts.password
     if parts.scheme not in ("http", "https") or not parts.hostname or secret:
@@ -297,7 +347,7 @@ def host_of(base_url: str, key_env: str) -> str:
 class OpenAIBackend(_Connection, _Reports):
     "A model behind an OpenAI-compatible server."
 
-    revision = ""  # a server does not tell
+    revision = ""  # a server does not report it
 
     def __init__(
         self,
@@ -317,9 +367,15 @@ class OpenAIBackend(_Connection, _Reports):
         self.host = host_of(base_url, key_env)
         self.name = model
         self.chat = chat
-        self.concurrency = max(1, concurrency)
+        self.concurrency = check_count(concurrency, "concurrency", 1)
+        if requests_per_minute < 0 or timeout <= 0:
+            raise UserError(
+                f"{requests_per_minute} requests a minute and {timeout} seconds are not possible",
+                where="requests_per_minute, timeout",
+                fix="Use 0 requests a minute for no limit, and a timeout above 0.",
+            )
         self.gap = 60 / requests_per_minute if requests_per_minute else 0.0  # seconds
-        self.retries = max(0, retries)
+        self.retries = check_count(retries, "retries", 0)
         self.timeout = timeout
         self.limit_name = limit_name
         self.parameters = dict(parameters or {})
@@ -335,7 +391,7 @@ class OpenAIBackend(_Connection, _Reports):
         if decoding.temperature > 0:
             body |= {"top_p": decoding.top_p, "seed": seed}
         if decoding.top_k:
-            body["top_k"] = decoding.top_k  # not in the protocol, but vLLM and others know it
+            body["top_k"] = decoding.top_k  # not in the protocol, but vLLM and others support it
         if self.chat:
             body["messages"] = [{"role": "user", "content": prompt}]
         else:
@@ -349,7 +405,10 @@ class OpenAIBackend(_Connection, _Reports):
     def generate(
         self, requests: Iterable[tuple[str, str]], decoding: Decoding
     ) -> Iterator[Completion]:
-        "Yield completions as the server answers. Those answered before an error are yielded first."
+        """Yield completions as the server answers.
+
+        Answers that arrive before an error are yielded first.
+        """
         jobs = [
             (name, sample, prompt)
             for name, prompt in check_requests(requests)
@@ -359,9 +418,9 @@ class OpenAIBackend(_Connection, _Reports):
 
 # %% ../../nbs/7_engine_room/10_server.ipynb #serv-19
 class _Ledger:
-    "What has become of the requests of one call of `generate`."
+    "The state of the requests of one call of `generate`."
 
-    PATIENCE = 3  # so many failures without an answer between them end the work
+    PATIENCE = 3  # this many failures in a row end the work
 
     def __init__(self, backend: OpenAIBackend):
         self.backend = backend
@@ -371,7 +430,7 @@ class _Ledger:
         self.failure: UserError | None = None
 
     def answer(self, completion: Completion) -> None:
-        "Hand over an answer. The server is well, so what failed before failed by itself."
+        "Store an answer. The server works, so earlier failures were the requests' own."
         self.answered += 1
         for job, trouble in self.set_aside:
             self.refuse(job, trouble)
@@ -395,13 +454,17 @@ class _Ledger:
 
     def end(self) -> None:
         "Turn the last failure without a later answer into the error of the whole work."
+        if self.answered and all(t.status in _CRASHED for _, t in self.set_aside):
+            # It answered others and answers still: these requests are more than it can take.
+            while self.set_aside and len(self.set_aside) < self.PATIENCE:
+                self.refuse(*self.set_aside.pop())
         if self.set_aside and not self.failure:
             (name, *_), trouble = self.set_aside[-1]
             self.failure = self.backend.error(trouble, f", request {name}")
 
 # %% ../../nbs/7_engine_room/10_server.ipynb #serv-21
 class _Session:
-    "Ask for all jobs, `concurrency` at a time, in a thread with an event loop."
+    "A thread with an event loop that asks for all jobs, `concurrency` at a time."
 
     def __init__(self, backend: OpenAIBackend, jobs: list[tuple], decoding: Decoding):
         self.backend = backend
@@ -413,14 +476,14 @@ class _Session:
 
     def run(self) -> Iterator[Completion]:
         "Yield completions; raise the error that ended the work."
-        # A daemon: a server that hangs must not keep the program from ending.
+        # A daemon thread: a server that hangs must not keep the program from ending.
         thread = threading.Thread(target=self._work, name="kd_notes server", daemon=True)
         thread.start()
         try:
             while (completion := self.ledger.results.get()) is not None:
                 yield completion
         finally:
-            with suppress(RuntimeError):  # the loop is closed already
+            with suppress(RuntimeError):  # the loop may be closed already
                 self.loop.call_soon_threadsafe(self.task.cancel)
             thread.join(timeout=5)
         if self.ledger.failure:
@@ -459,11 +522,11 @@ class _Session:
 
 # %% ../../nbs/7_engine_room/10_server.ipynb #serv-39
 async def until_done(workers: list[asyncio.Task], ledger: _Ledger) -> None:
-    "Wait for all workers; after a failure give those in flight a moment to finish."
+    "Wait for all workers; after a failure give unfinished requests ten seconds."
     while waiting := [worker for worker in workers if not worker.done()]:
         patience = 10 if ledger.failure else None
         done, _ = await asyncio.wait(waiting, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
         if not done:
             return
         for worker in done:
-            worker.result()  # raises what went wrong in it
+            worker.result()  # raises the worker's error

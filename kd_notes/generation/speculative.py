@@ -29,7 +29,7 @@ from ..training.batches import unwrapped
 
 # %% ../../nbs/5_own_words/11_speculative.ipynb #147471e2
 def feed_block(model, batch: DecodeBatch, ids: Tensor) -> Tensor:
-    "Feed `ids` (rows, n); return all their logits (rows, n, vocabulary)."
+    "Feed `ids` (rows, n) and return their logits (rows, n, vocabulary)."
     batch.mask = torch.cat([batch.mask, batch.mask.new_ones(ids.shape)], dim=1)
     position = batch.position[:, None] + torch.arange(1, ids.shape[1] + 1, device=ids.device)
     batch.position = position[:, -1]
@@ -43,7 +43,7 @@ def feed_block(model, batch: DecodeBatch, ids: Tensor) -> Tensor:
 
 
 def forget(batch: DecodeBatch, keep: Tensor) -> None:
-    "Forget those of the last columns that `keep` (rows, n) leaves out; rows stay aligned right."
+    "Remove the last columns that `keep` (rows, n) leaves out; rows stay right-aligned."
     batch.mask = torch.cat([batch.mask[:, : -keep.shape[1]], keep.to(batch.mask.dtype)], dim=1)
     width = int(batch.mask.sum(1).max())
     order = batch.mask.argsort(dim=1, stable=True)[:, -width:]
@@ -58,7 +58,7 @@ def forget(batch: DecodeBatch, keep: Tensor) -> None:
 
 # %% ../../nbs/5_own_words/11_speculative.ipynb #3236d071
 def limited(logits: Tensor, size: int, sampling: Sampling) -> Tensor:
-    "Return the probabilities (..., size) of the draw: with temperature and limits."
+    "Return the probabilities (..., size) of the draw, with temperature, top-k and top-p."
     if sampling.temperature == 0:
         best = torch.nn.functional.one_hot(logits[..., :size].argmax(-1), size)
         return best.to(torch.promote_types(logits.dtype, torch.float32))
@@ -72,7 +72,7 @@ def limited(logits: Tensor, size: int, sampling: Sampling) -> Tensor:
 
 
 def acceptable(logits: Tensor, k: int) -> Tensor:
-    "Mark the tokens (..., size) that are among the k most probable; ties all are."
+    "Mark the tokens (..., size) that are among the k most probable, ties included."
     if k <= 0 or k >= logits.shape[-1]:
         return torch.full_like(logits, k > 0, dtype=torch.bool)
     return logits >= logits.topk(k, dim=-1).values[..., -1:]
@@ -95,14 +95,17 @@ class _Interleaving:
         self.sampling = sampling
 
     def propose(self, rows: list[SampledRow], logits: Tensor, ahead: int) -> Tensor:
-        "Draw the student's token (rows,), so many places ahead of the last one that stands."
+        "Draw the student's token (rows,), `ahead` positions after the accepted text."
         last = self.sampling.max_new_tokens - 1
         numbers = [row.draws[min(len(row.tokens) + ahead, last)] for row in rows]
         weights = limited(logits, self.size, self.sampling)
         return pick(weights, None, torch.stack(numbers).to(logits.device))[0]
 
     def judge(self, rows: list[SampledRow], q: Tensor, p: Tensor, proposed: Tensor) -> Tensor:
-        "Append what stands of the proposals (rows, n); return how many of each row were accepted."
+        """Append the accepted proposals (rows, n) and, after a rejection, a teacher token.
+
+        Returns the number of accepted proposals of each row.
+        """
         draw_q = limited(q, self.size, self.sampling)
         draw_p = limited(p, self.size, self.sampling)
         accepted = acceptable(p[..., : self.size], self.top_k)
@@ -136,7 +139,7 @@ class _Speculation(_Interleaving):
     "The loop over blocks."
 
     def write(self, rows: list[SampledRow]) -> None:
-        "Finish these rows, all together."
+        "Decode these rows together until all are finished."
         mine, q = prefill(self.student, rows)
         other, p = prefill(self.teacher, rows)
         first = self.propose(rows, q.logits, 0)[:, None]
@@ -170,14 +173,14 @@ def speculative(
     teacher,
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
-    top_k: int = 25,  # a proposal stands if it is among the teacher's k most probable tokens
+    top_k: int = 25,  # a proposal is accepted if it is among the teacher's k most probable tokens
     block: int = 5,  # proposals per pass of the teacher; changes the speed, not the tokens
     *,
     streams: Sequence[Hashable] | None = None,
     vocabulary: int | None = None,
     batch_size: int = 64,
 ) -> Rollout:
-    "Draw interleaved responses of student and teacher (SKD, arXiv 2410.11325, algorithm 1)."
+    "Draw interleaved responses of student and teacher (SKD, arXiv 2410.11325, alg. 1)."
     rule = "0 (the teacher alone) or a positive whole number"
     require(is_count(top_k, 0), "top_k", top_k, rule)
     require(is_count(block, 1), "block", block, "a whole number from 1")

@@ -19,12 +19,15 @@ from kd_notes.losses.divergences import (
     _register,
     _Side,
     _sides,
-    _weighted_kl,
 )
+from .families import _weighted_kl
 
 # %% ../../nbs/4_probabilities/02_adaptive.ipynb #2c00ca2e
 def _head_edge(p: Tensor, mu: float, boundary: str, width: int = 64) -> tuple[Tensor, Tensor]:
-    "For rows p (N, V): the probability of the head's last token and the number of its tokens, both (N, 1)."
+    """Return, for rows p (N, V), the probability of the head's last token and the head's size.
+
+    Both are (N, 1).
+    """
     width = min(width, p.shape[-1])
     values = p.topk(width).values
     after = values.cumsum(-1)
@@ -41,10 +44,14 @@ def _head_edge(p: Tensor, mu: float, boundary: str, width: int = 64) -> tuple[Te
 
 # %% ../../nbs/4_probabilities/02_adaptive.ipynb #45ebecef
 def _head_sum(gap: Tensor, p: Tensor, mu: float, boundary: str) -> Tensor:
-    "Sum of `gap` over the head of rows p, both (N, V), as (N,). Tied tokens share the places that are left."
+    """Return the sum of `gap` over the head of rows p, both (N, V), as (N,).
+
+    Tied tokens share the remaining places.
+    """
     edge, size = _head_edge(p, mu, boundary)
     inside = p >= edge
-    total, surplus = (gap * inside).sum(-1), (inside.sum(-1, keepdim=True) - size).squeeze(-1)
+    total = (gap * inside).sum(-1)
+    surplus = (inside.sum(-1, keepdim=True) - size).squeeze(-1)
     if bool(surplus.any()):
         tied = p == edge
         total = total - (gap * tied).sum(-1) * surplus / tied.sum(-1)
@@ -53,7 +60,7 @@ def _head_sum(gap: Tensor, p: Tensor, mu: float, boundary: str) -> Tensor:
 # %% ../../nbs/4_probabilities/02_adaptive.ipynb #9d8a2c77
 @torch.no_grad()
 def _head_weight(student: _Side, teacher: _Side, mu: float, boundary: str) -> Tensor:
-    "AKL's weight of the forward KL, (...); 0.5 where student and teacher agree. Raises UserError."
+    "Return AKL's weight of the forward KL, (...); 0.5 where p and q are equal."
     if boundary not in ("official", "crossing-in-head"):
         raise UserError(
             f"{boundary!r} is not known",
@@ -92,13 +99,18 @@ def adaptive_kl(
     temperature: float = 1.0,
     *,
     mu: float = 0.5,  # teacher mass of the head; 1: forward KL
-    boundary: str = "official",  # the token that crosses mu is in the tail; "crossing-in-head": in the head
+    # "official": the token that crosses mu is in the tail; "crossing-in-head": in the head
+    boundary: str = "official",
     floor: float | None = None,
     labels: Tensor | None = None,
     scale_t2: bool = False,
     denominator: Any = None,
 ) -> Tensor:
-    "AKL (arXiv 2404.02657): forward and reverse KL weighted by the gaps in head and tail: token-mean, a scalar."
+    """Return the token-mean of AKL (arXiv 2404.02657), a scalar.
+
+    The weights of forward and reverse KL are the gaps in head and tail. Parameters as in
+    forward_kl.
+    """
     return _loss(
         "adaptive_kl",
         student_logits,
@@ -122,6 +134,6 @@ def head_weight(
     mu: float = 0.5,
     boundary: str = "official",
 ) -> Tensor:
-    "The weight that adaptive_kl gives to the forward KL at every position, (...), between 0 and 1: worth logging."
+    "Return adaptive_kl's weight of the forward KL at every position, (...), from 0 to 1."
     _check_pair(student_logits, teacher_logits)
     return _head_weight(*_sides(student_logits, teacher_logits, temperature), mu, boundary)

@@ -17,7 +17,10 @@ from .divergences import _between, _kl, _loss, _LOW, _register, _Side, _sides
 
 # %% ../../nbs/4_probabilities/03_decoupled.ipynb #46fb5e40
 class _Split(NamedTuple):
-    "Gold token against the others: log p_g and log(1 - p_g), both (...), and the others among themselves, (..., V)."
+    """The target token against the others, and the others among themselves.
+
+    `gold` is log p_g and `other` log(1 - p_g), both (...); `rest` is (..., V).
+    """
 
     gold: Tensor
     other: Tensor
@@ -25,7 +28,10 @@ class _Split(NamedTuple):
 
 # %% ../../nbs/4_probabilities/03_decoupled.ipynb #0e4f9f92
 def _split_gold(side: _Side, target_ids: Tensor) -> _Split:
-    "Split the distributions of a side; where nothing but the gold token is possible the rest is banned altogether."
+    """Split the distributions of a side at the target token.
+
+    Where only the target token is possible, all of `rest` is banned.
+    """
     ids = target_ids.unsqueeze(-1)
     others = side.log.scatter(-1, ids, _LOW)
     log_other, rest = others.logsumexp(-1), others.log_softmax(-1)
@@ -35,7 +41,7 @@ def _split_gold(side: _Side, target_ids: Tensor) -> _Split:
 
 # %% ../../nbs/4_probabilities/03_decoupled.ipynb #82e26d12
 def _check_targets(target_ids: Tensor, side: _Side) -> Tensor:
-    "The ids as they are. Raises UserError if their shape or one of them does not fit."
+    "Return the ids after a check of their shape and range."
     if target_ids.shape != side.log.shape[:-1]:
         raise UserError(
             f"target_ids has shape {tuple(target_ids.shape)}, the positions {tuple(side.log.shape[:-1])}",
@@ -52,15 +58,27 @@ def _check_targets(target_ids: Tensor, side: _Side) -> Tensor:
     return target_ids
 
 # %% ../../nbs/4_probabilities/03_decoupled.ipynb #7f8a0503
+def _log_uncertainty(side: _Split) -> Tensor:
+    """Return log(1 - p_g), (...).
+
+    For small p_g, the sum over the other tokens rounds to 1 and no longer distinguishes positions;
+    log1p does.
+    """
+    return torch.where(side.gold < -1, torch.log1p(-side.gold.exp()), side.other)
+
+
 def _tkd_dkd(student: _Side, teacher: _Side, target_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    "Target part, non-target part (0 where the teacher allows only gold) and log(1 - p_g), all (...)."
+    """Return target part, non-target part and log(1 - p_g), all (...).
+
+    The non-target part is 0 where the teacher allows only the target token.
+    """
     p, q = (_split_gold(side, _check_targets(target_ids, side)) for side in (teacher, student))
     binary = [_Side(torch.stack([part.gold, part.other], -1), True) for part in (p, q)]
-    return _kl(*binary), _kl(p.rest, q.rest), p.other
+    return _kl(*binary), _kl(p.rest, q.rest), _log_uncertainty(p)
 
 # %% ../../nbs/4_probabilities/03_decoupled.ipynb #5ca15807
 def _times(weight: float, values: Tensor) -> Tensor:
-    "weight*values; a weight of 0 silences even +inf."
+    "Return weight*values; a weight of 0 gives 0 even for +inf."
     return weight * values if weight else torch.zeros_like(values)
 
 # %% ../../nbs/4_probabilities/03_decoupled.ipynb #457f9333
@@ -79,13 +97,16 @@ def dkd(
     temperature: float = 1.0,
     *,
     target_ids: Tensor | None = None,  # (...), the gold token; None: the labels
-    alpha: float = 1.0,
-    beta: float = 8.0,  # weights of the target and of the non-target part
+    alpha: float = 1.0,  # weight of the target part
+    beta: float = 8.0,  # weight of the non-target part
     labels: Tensor | None = None,
     scale_t2: bool = False,
     denominator: Any = None,
 ) -> Tensor:
-    "Decoupled KD (CVPR 2022): alpha TKD + beta DKD: token-mean, a scalar. Parameters as in forward_kl."
+    """Return the token-mean of decoupled KD (CVPR 2022): alpha TKD + beta DKD, a scalar.
+
+    Parameters as in forward_kl.
+    """
     return _loss(
         "dkd",
         student_logits,
@@ -102,7 +123,7 @@ def dkd(
 
 # %% ../../nbs/4_probabilities/03_decoupled.ipynb #f5c431b3
 class EasyHard(NamedTuple):
-    "Where ATKD cuts, and how many positions of its scope are on either side."
+    "ATKD's cut, and the number of positions on either side of it."
 
     threshold: float  # of log(1 - p_g); a position below it is easy
     easy: int
@@ -111,9 +132,9 @@ class EasyHard(NamedTuple):
 # %% ../../nbs/4_probabilities/03_decoupled.ipynb #2c6b643f
 def easy_hard(
     log_uncertainty: Tensor,  # log(1 - p_g) of the unmasked positions of the scope, any shape
-    hard_fraction: float = 0.5,
-) -> EasyHard:  # the paper's k; 0.5 cuts at the median
-    "The cut between easy and hard positions; ties are hard. Raises UserError if there are no positions."
+    hard_fraction: float = 0.5,  # the paper's k; 0.5 cuts at the median
+) -> EasyHard:
+    "Return the cut between easy and hard positions; ties are hard."
     flat = log_uncertainty.detach().flatten()
     if not flat.numel():
         raise UserError(
@@ -122,15 +143,22 @@ def easy_hard(
             fix="Pass the unmasked positions of a batch.",
         )
     place = math.floor((1 - _between("hard_fraction", hard_fraction)) * (flat.numel() - 1))
-    threshold = flat.kthvalue(place + 1).values.item() if hard_fraction else math.inf
-    easy = int((flat < threshold).sum())
-    return EasyHard(threshold, easy, flat.numel() - easy)
+    if not hard_fraction:
+        return EasyHard(math.inf, flat.numel(), 0)
+    first_hard = flat.kthvalue(place + 1).values
+    below = flat[flat < first_hard]
+    if not below.numel():
+        return EasyHard(-math.inf, 0, flat.numel())
+    # Half way to the last easy position, so that rounding cannot move a position across the cut.
+    middle = below.max() + (first_hard - below.max()) / 2
+    threshold = middle if middle > below.max() else first_hard
+    return EasyHard(threshold.item(), below.numel(), flat.numel() - below.numel())
 
 # %% ../../nbs/4_probabilities/03_decoupled.ipynb #8c4e09a1
 def log_uncertainty(teacher_logits: Tensor, target_ids: Tensor, temperature: float = 1.0) -> Tensor:
-    "log(1 - p_g) of every position, (...), without rounding 1 - p_g to 0."
+    "Return log(1 - p_g) at every position, (...), accurate near 0 and 1."
     side = _sides(teacher_logits, teacher_logits, temperature)[1]
-    return _split_gold(side, _check_targets(target_ids, side)).other
+    return _log_uncertainty(_split_gold(side, _check_targets(target_ids, side)))
 
 # %% ../../nbs/4_probabilities/03_decoupled.ipynb #44a9c0ef
 @_register
@@ -162,13 +190,16 @@ def atkd(
     target_ids: Tensor | None = None,  # (...), the gold token; None: the labels
     easy_weight: float = 0.2,  # the paper's lambda
     hard_fraction: float = 0.5,  # the paper's k
-    split: EasyHard
-    | None = None,  # the cut of a larger scope; None: of the unmasked positions of this call
+    # the cut of a larger scope; None: of the unmasked positions of this call
+    split: EasyHard | None = None,
     labels: Tensor | None = None,
     scale_t2: bool = False,
     denominator: Any = None,
 ) -> Tensor:
-    "ATKD (arXiv 2402.11890): easy_weight mean(DKD of easy) + (1 - easy_weight) mean(TKD + DKD of hard), a scalar."
+    """Return ATKD (arXiv 2402.11890), a scalar.
+
+    easy_weight mean(DKD of easy) + (1 - easy_weight) mean(TKD + DKD of hard).
+    """
     return _loss(
         "atkd",
         student_logits,

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ELSEWHERE', 'DIVERGENCES', 'IGNORED', 'Registry', 'token_divergence', 'next_token_labels', 'forward_kl',
-           'effective_denominator', 'reverse_kl', 'cross_entropy', 'symmetric_kl', 'jsd', 'get_divergence']
+           'effective_denominator', 'reverse_kl', 'cross_entropy', 'jsd', 'get_divergence']
 
 # %% ../../nbs/4_probabilities/01_divergences.ipynb #ea35d015
 import importlib
@@ -22,22 +22,22 @@ from ..core import UserError
 
 # %% ../../nbs/4_probabilities/01_divergences.ipynb #4e611b61
 def at_least_float32(x: Tensor) -> Tensor:
-    "`x`, in float32 if it was in half precision."
+    "Return `x`, converted to float32 if it is in half precision."
     return x.float() if x.dtype.itemsize < 4 else x
 
 # %% ../../nbs/4_probabilities/01_divergences.ipynb #2c1da031
-_LOW = -1e30  # a banned token's log-probability inside this module
+_LOW = -1e30  # log-probability of a banned token in this module
 
 
 class _Side(NamedTuple):
-    "Log-probabilities of one model, (..., V), float32 or float64, and whether a token is banned (-1e30) somewhere."
+    "One model's log-probabilities (..., V), and whether a token is banned (-1e30) anywhere."
 
     log: Tensor
     low: bool
 
 # %% ../../nbs/4_probabilities/01_divergences.ipynb #34a95d25
 def _log_probs(logits: Tensor, temperature: float, dtype: torch.dtype) -> _Side:
-    "One log-softmax over the last dimension. Raises UserError if a position allows no token at all."
+    "Return the log-softmax. A position without any allowed token is an error."
     x = logits.to(dtype)
     if temperature != 1:
         x = x / temperature
@@ -47,7 +47,7 @@ def _log_probs(logits: Tensor, temperature: float, dtype: torch.dtype) -> _Side:
             raise UserError(
                 "every logit of a position is -inf",
                 where="logits",
-                fix="Mask such positions out: they are no distribution.",
+                fix="Mask such positions out: they have no distribution.",
             )
         x = x.clamp(min=_LOW)
     return _Side(x.log_softmax(-1), low)
@@ -56,42 +56,41 @@ def _log_probs(logits: Tensor, temperature: float, dtype: torch.dtype) -> _Side:
 def _sides(
     student_logits: Tensor, teacher_logits: Tensor, temperature: float
 ) -> tuple[_Side, _Side]:
-    "Student and teacher as log-probabilities in float32, or float64 if one of them has it; the teacher outside the graph."
+    "Return both sides in float32, or float64 if one has it, with the teacher detached."
     if not (isinstance(temperature, (int, float)) and 0 < temperature < math.inf):
         raise UserError(
             f"{temperature!r} is not a temperature",
             where="temperature",
             fix="Use a number above 0; 1 changes nothing.",
         )
-    dtype = torch.promote_types(
-        torch.promote_types(student_logits.dtype, teacher_logits.dtype), torch.float32
-    )
-    return _log_probs(student_logits, temperature, dtype), _log_probs(
-        teacher_logits.detach(), temperature, dtype
-    )
+    dtype = torch.promote_types(student_logits.dtype, teacher_logits.dtype)
+    dtype = torch.promote_types(dtype, torch.float32)
+    student = _log_probs(student_logits, temperature, dtype)
+    return student, _log_probs(teacher_logits.detach(), temperature, dtype)
 
 # %% ../../nbs/4_probabilities/01_divergences.ipynb #178184f0
 def _gap(a: _Side, b: _Side, floor: float | None) -> Tensor:
-    "log a - log b, (..., V), always finite; log b not below the floor."
+    "Return log a - log b, (..., V), always finite, with log b at least `floor`."
     return a.log - (b.log if floor is None else b.log.clamp(min=floor))
 
 
 def _infinite(
     values: Tensor, mass: Tensor, b: _Side, floor: float | None, when: Any = True
 ) -> Tensor:
-    "`values` (...), with +inf where `mass` (..., V) lies on tokens that b bans: a constant, so with zero gradient."
+    "Set `values` (...) to +inf, without gradient, where `mass` is on tokens that b bans."
     if not b.low or floor is not None:
         return values
     return values.masked_fill(((b.log <= _LOW / 2) & (mass > 0)).any(-1) & when, math.inf)
 
 # %% ../../nbs/4_probabilities/01_divergences.ipynb #a21fa056
 def _kl(a: _Side, b: _Side, floor: float | None = None) -> Tensor:
-    "KL(a || b) of every position, (...)."
+    "Return KL(a || b) at every position, (...)."
     mass = a.log.exp()
     return _infinite((mass * _gap(a, b, floor)).sum(-1), mass, b, floor)
 
 # %% ../../nbs/4_probabilities/01_divergences.ipynb #2b6712f9
 ELSEWHERE = {
+    "symmetric_kl": "families",
     "skew_kl": "families",
     "skew_reverse_kl": "families",
     "total_variation": "families",
@@ -105,7 +104,7 @@ ELSEWHERE = {
 
 
 class Registry(MutableMapping):
-    "Divergences by name. One with a module of its own is imported when somebody asks for it."
+    "Divergences by name. One with a separate module is imported on demand."
 
     def __init__(self):
         self.loaded: dict[str, Callable] = {}
@@ -122,13 +121,8 @@ class Registry(MutableMapping):
         del self.loaded[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(
-            {
-                **dict.fromkeys(name for name in self.loaded if name not in ELSEWHERE),
-                **dict.fromkeys(ELSEWHERE),
-                **dict.fromkeys(self.loaded),
-            }
-        )
+        own = {name: None for name in self.loaded if name not in ELSEWHERE}
+        return iter(own | ELSEWHERE | self.loaded)
 
     def __len__(self) -> int:
         return len(self.loaded.keys() | ELSEWHERE.keys())
@@ -157,7 +151,7 @@ def _check_pair(
 
 # %% ../../nbs/4_probabilities/01_divergences.ipynb #c72da810
 def _register(function: Callable, same_vocabulary: bool = True) -> Callable:
-    "Put a function of two sides into the registry, as a function of logits; returns it as it is."
+    "Register a function of two sides as a function of logits; return it unchanged."
 
     def per_position(
         student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0, **options
@@ -173,13 +167,13 @@ def _register(function: Callable, same_vocabulary: bool = True) -> Callable:
 
 # %% ../../nbs/4_probabilities/01_divergences.ipynb #1d896589
 def _options(function: Callable) -> dict[str, bool]:
-    "{option: must it be given?} of a function in the registry."
+    "Return {option: is it required?} of a function in the registry."
     found = inspect.signature(getattr(function, "of_sides", function)).parameters.values()
     return {p.name: p.default is p.empty for p in found if p.kind == p.KEYWORD_ONLY}
 
 # %% ../../nbs/4_probabilities/01_divergences.ipynb #04593224
 def _look_up(name: str, options: dict, complete: bool = False) -> Callable:
-    "The function of that name. Raises UserError for an unknown name, an unknown option and (if `complete`) a missing one."
+    "Return the function of that name, after a check of its options."
     if name not in DIVERGENCES:
         raise UserError(
             f"{name!r} is not a divergence",
@@ -211,7 +205,7 @@ def token_divergence(
     temperature: float = 1.0,
     **options,
 ) -> Tensor:
-    "The divergence of every position, shape (...), float32 or float64. Raises UserError for an unknown name or option."
+    "Return the divergence at every position, shape (...), at least float32."
     return _look_up(name, options, complete=True)(
         student_logits, teacher_logits, temperature, **options
     )
@@ -228,7 +222,7 @@ def _reverse_kl(student: _Side, teacher: _Side, *, floor: float | None = None) -
 
 # %% ../../nbs/4_probabilities/01_divergences.ipynb #603e31e4
 def _select(mask: Tensor | None, shape: torch.Size, *tensors: Tensor | None) -> list[Tensor | None]:
-    "Every tensor without its masked positions: what is masked cannot leak, not even as NaN times 0. Raises UserError."
+    "Remove the masked positions of every tensor, so that they cannot leak, even as NaN."
     if mask is None:
         return list(tensors)
     if mask.shape != shape:
@@ -242,14 +236,14 @@ def _select(mask: Tensor | None, shape: torch.Size, *tensors: Tensor | None) -> 
             raise UserError(
                 "the mask holds other numbers than 0 and 1",
                 where="mask",
-                fix="A mask chooses positions, it does not weigh.",
+                fix="Use 1 for positions that count and 0 for the others.",
             )
         mask = mask.bool()
     return list(tensors) if bool(mask.all()) else [None if t is None else t[mask] for t in tensors]
 
 # %% ../../nbs/4_probabilities/01_divergences.ipynb #ded7c90a
 def _token_mean(values: Tensor, denominator: Any) -> Tensor:
-    "Sum of the values over the denominator; None: over their number. Raises UserError if that is 0."
+    "Return the sum of the values over the denominator, by default over their number."
     if denominator is None:
         denominator = values.numel()
         if not denominator:
@@ -267,16 +261,16 @@ def _token_mean(values: Tensor, denominator: Any) -> Tensor:
     return values.sum() / denominator
 
 # %% ../../nbs/4_probabilities/01_divergences.ipynb #e70c91b8
-IGNORED = -100  # the label of a position that does not count, as everywhere in the field
+IGNORED = -100  # the label of an ignored position
 
 
 def next_token_labels(labels: Tensor) -> Tensor:
-    "Labels (B, L) of a Hugging Face batch, moved to the positions whose logits predict them: for `labels=`."
+    "Shift labels (B, L) to the positions whose logits predict them, for `labels=`."
     return torch.cat([labels[:, 1:], labels.new_full((len(labels), 1), IGNORED)], dim=1)
 
 
 def _counted(mask: Tensor | None, labels: Tensor | None, shape: torch.Size) -> Tensor | None:
-    "The mask, without the positions whose label is -100."
+    "Return the mask, without the positions whose label is -100."
     if labels is None:
         return mask
     if labels.shape != shape:
@@ -302,12 +296,12 @@ def _loss(
     target_ids: Tensor | None = None,
     **options,
 ) -> Tensor:
-    "Token-mean of a divergence, a scalar: what the functions of this module have in common. Raises UserError."
+    "Return the token-mean of a divergence, a scalar: the common part of the losses here."
     _check_pair(student_logits, teacher_logits, same_vocabulary=False)
     shape = student_logits.shape[:-1]
     mask = _counted(mask, labels, shape)
     if labels is not None and target_ids is None and "target_ids" in _options(DIVERGENCES[name]):
-        target_ids = labels.clamp(min=0)  # what stands where a label is -100 is masked
+        target_ids = labels.clamp(min=0)  # positions with label -100 are masked
     if target_ids is not None:
         if target_ids.shape != shape:
             raise UserError(
@@ -331,15 +325,14 @@ def forward_kl(
     student_logits: Tensor,  # (..., V), any floating dtype
     teacher_logits: Tensor,  # (..., V), gets no gradient
     mask: Tensor | None = None,  # (...), True or 1 where the loss counts
-    temperature: float = 1.0,
-    *,  # both sides' logits are divided by it
-    floor: float
-    | None = None,  # smallest log-probability of the student; None: +inf where it bans what p has
+    temperature: float = 1.0,  # both sides' logits are divided by it
+    *,
+    floor: float | None = None,  # minimum log q; None: +inf where the student bans a token of p
     labels: Tensor | None = None,  # (...), -100 where the loss does not count
     scale_t2: bool = False,  # multiply the loss by the square of the temperature
-    denominator: Any = None,
-) -> Tensor:  # tokens of the effective batch; None: the unmasked positions of this call
-    "KL(p || q) = sum p log(p/q), teacher p, student q: token-mean, a scalar. Raises UserError."
+    denominator: Any = None,  # tokens of the effective batch; None: unmasked positions
+) -> Tensor:
+    "Return the token-mean of KL(p || q) = sum p log(p/q), teacher p, student q, a scalar."
     return _loss(
         "forward_kl",
         student_logits,
@@ -354,22 +347,24 @@ def forward_kl(
 
 # %% ../../nbs/4_probabilities/01_divergences.ipynb #a61ef06c
 def effective_denominator(
-    *masks: Tensor,
-) -> float:  # the masks of all micro-batches of one optimizer step, on this process
-    "What to divide by so that accumulated, DDP-averaged gradients are those of the whole batch. Raises UserError if nothing is unmasked."
+    *masks: Tensor,  # the masks of all micro-batches of one optimizer step, on this process
+) -> float:
+    "Return the denominator that makes accumulated DDP gradients exact."
     if not masks:
         raise UserError(
             "there is no mask",
             where="effective_denominator",
             fix="Pass the masks of all micro-batches of the step.",
         )
-    count, processes = sum(int(mask.sum()) for mask in masks), 1
+    count = sum(int(mask.sum()) for mask in masks)
+    processes = 1
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         total = torch.tensor(
             count, device="cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
         )
         torch.distributed.all_reduce(total)
-        count, processes = int(total), torch.distributed.get_world_size()
+        count = int(total)
+        processes = torch.distributed.get_world_size()
     if not count:
         raise UserError(
             "no position of the step is unmasked",
@@ -385,13 +380,12 @@ def reverse_kl(
     mask: Tensor | None = None,
     temperature: float = 1.0,
     *,
-    floor: float
-    | None = None,  # smallest log-probability of the teacher; None: +inf where it bans what q has
+    floor: float | None = None,  # minimum log p; None: +inf where the teacher bans a token of q
     labels: Tensor | None = None,
     scale_t2: bool = False,
     denominator: Any = None,
 ) -> Tensor:
-    "KL(q || p) = sum q log(q/p), teacher p, student q: token-mean, a scalar. Parameters as in forward_kl."
+    "Return the token-mean of KL(q || p) = sum q log(q/p), a scalar; arguments as in forward_kl."
     return _loss(
         "reverse_kl",
         student_logits,
@@ -423,7 +417,7 @@ def cross_entropy(
     scale_t2: bool = False,
     denominator: Any = None,
 ) -> Tensor:
-    "-sum p log q = forward KL plus the entropy of the teacher: token-mean, a scalar. Parameters as in forward_kl."
+    "Return -sum p log q, the forward KL plus the teacher's entropy: a scalar token-mean."
     return _loss(
         "cross_entropy",
         student_logits,
@@ -436,25 +430,12 @@ def cross_entropy(
         floor=floor,
     )
 
-# %% ../../nbs/4_probabilities/01_divergences.ipynb #9dc99ec8
-def _weighted_kl(student: _Side, teacher: _Side, weight: Any, floor: float | None) -> Tensor:
-    "weight KL(p || q) + (1 - weight) KL(q || p), weight a number or (...); a weight of 0 silences even +inf."
-    p, q = teacher.log.exp(), student.log.exp()
-    forward, reverse = (
-        (p * _gap(teacher, student, floor)).sum(-1),
-        (q * _gap(student, teacher, floor)).sum(-1),
-    )
-    values = _infinite(weight * forward + (1 - weight) * reverse, p, student, floor, weight > 0)
-    return _infinite(values, q, teacher, floor, weight < 1)
+# %% ../../nbs/4_probabilities/01_divergences.ipynb #9f634b0d
+def _log_mixture(a: Tensor, b: Tensor, weight: float) -> Tensor:
+    "Return log(weight a + (1 - weight) b), finite even where both are 0."
+    return torch.lerp(b, a, weight).clamp(min=torch.finfo(a.dtype).tiny).log()
 
-# %% ../../nbs/4_probabilities/01_divergences.ipynb #f964ff3e
-@_register
-def _symmetric_kl(
-    student: _Side, teacher: _Side, *, weight: float = 0.5, floor: float | None = None
-) -> Tensor:
-    return _weighted_kl(student, teacher, _between("weight", weight), floor)
-
-
+# %% ../../nbs/4_probabilities/01_divergences.ipynb #fc477649
 def _between(name: str, value: float) -> float:
     if not 0 <= value <= 1:
         raise UserError(
@@ -462,39 +443,7 @@ def _between(name: str, value: float) -> float:
         )
     return value
 
-# %% ../../nbs/4_probabilities/01_divergences.ipynb #ba25b272
-def symmetric_kl(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    mask: Tensor | None = None,
-    temperature: float = 1.0,
-    *,
-    weight: float = 0.5,  # of the forward KL; the reverse KL has the rest
-    floor: float | None = None,
-    labels: Tensor | None = None,
-    scale_t2: bool = False,
-    denominator: Any = None,
-) -> Tensor:
-    "weight KL(p || q) + (1 - weight) KL(q || p): token-mean, a scalar. Parameters as in forward_kl."
-    return _loss(
-        "symmetric_kl",
-        student_logits,
-        teacher_logits,
-        mask,
-        temperature,
-        labels=labels,
-        scale_t2=scale_t2,
-        denominator=denominator,
-        weight=weight,
-        floor=floor,
-    )
 
-# %% ../../nbs/4_probabilities/01_divergences.ipynb #9f634b0d
-def _log_mixture(a: Tensor, b: Tensor, weight: float) -> Tensor:
-    "log(weight a + (1 - weight) b) of two probabilities; where both are 0, a finite number that nothing will be multiplied with."
-    return torch.lerp(b, a, weight).clamp(min=torch.finfo(a.dtype).tiny).log()
-
-# %% ../../nbs/4_probabilities/01_divergences.ipynb #fc477649
 @_register
 def _jsd(student: _Side, teacher: _Side, *, beta: float = 0.5, scaled: bool = False) -> Tensor:
     if _between("beta", beta) in (0, 1) and scaled:
@@ -519,12 +468,13 @@ def jsd(
     temperature: float = 1.0,
     *,
     beta: float = 0.5,  # weight of the teacher in the mixture, and of its term
-    scaled: bool = False,  # divided by beta (1 - beta): tends to the KLs at 0 and 1; float32: beta from 0.001 to 0.999
+    # divide by beta (1 - beta): tends to the KLs at 0 and 1; in float32 for beta from 0.001 to 0.999
+    scaled: bool = False,
     labels: Tensor | None = None,
     scale_t2: bool = False,
     denominator: Any = None,
 ) -> Tensor:
-    "beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q: token-mean, a scalar. Parameters as in forward_kl."
+    "Return beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q: a token-mean."
     return _loss(
         "jsd",
         student_logits,
@@ -543,6 +493,6 @@ def get_divergence(
     name: str,  # a key of DIVERGENCES
     **options,
 ) -> Callable:
-    "The loss of that name with these options, to be called like `forward_kl`: (student_logits, teacher_logits, mask, temperature, ...)."
+    "Return the loss of that name with these options, to be called like `forward_kl`."
     _look_up(name, options)
     return partial(_loss, name, **options)

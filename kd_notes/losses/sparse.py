@@ -15,11 +15,14 @@ from ..core import UserError
 from .divergences import at_least_float32, token_divergence
 
 # %% ../../nbs/4_probabilities/10_sparse.ipynb #bd9da632
-ROWS = 128  # positions that are worked on at a time, where a temporary array of positions times vocabulary is needed
+ROWS = 128  # positions at a time, where a temporary array (positions, vocabulary) is needed
 
 
 class _Coarse(torch.autograd.Function):
-    "(n, V) logits and (n, k) ids -> (n, k + 1) logits; one array of the logits' size going backward, none going forward."
+    """The autograd function of `coarse_logits`: logits (n, V) and ids (n, k) to (n, k + 1).
+
+    The backward pass allocates one array of the logits' size, the forward pass none.
+    """
 
     @staticmethod
     def forward(ctx, logits: Tensor, ids: Tensor) -> Tensor:
@@ -33,9 +36,8 @@ class _Coarse(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         logits, ids, rest = ctx.saved_tensors
-        share = (
-            logits - rest.masked_fill(rest == -math.inf, 0)
-        ).exp_()  # overflows only at `ids`, where it is overwritten
+        # Overflows only at `ids`, where it is overwritten.
+        share = (logits - rest.masked_fill(rest == -math.inf, 0)).exp_()
         return share.mul_(grad[:, -1:]).scatter_(-1, ids, grad[:, :-1]), None
 
 # %% ../../nbs/4_probabilities/10_sparse.ipynb #7f3ff8fd
@@ -45,9 +47,12 @@ def _scaled(logits: Tensor, temperature: float) -> Tensor:
 # %% ../../nbs/4_probabilities/10_sparse.ipynb #9129a47d
 def coarse_logits(
     logits: Tensor,  # (..., V)
-    ids: Tensor,
-) -> Tensor:  # (..., k) int64, no id twice in a position
-    "(..., k + 1), at least float32: the logits at `ids` and, last, the logit of the bucket that holds all other tokens."
+    ids: Tensor,  # (..., k) int64, no id twice in a position
+) -> Tensor:
+    """Return the logits at `ids` and, last, that of all other tokens, (..., k + 1).
+
+    They are at least float32.
+    """
     logits = at_least_float32(logits)
     flat = _Coarse.apply(logits.reshape(-1, logits.shape[-1]), ids.reshape(-1, ids.shape[-1]))
     return flat.reshape(*ids.shape[:-1], ids.shape[-1] + 1)
@@ -58,7 +63,10 @@ def keep_top_k(
     k: int,
     temperature: float = 1.0,
 ) -> dict[str, Tensor]:
-    "The k best tokens of each position: ids (n, k) and log_probs (n, k), best first, and tail (n,), the log of the mass of all others."
+    """Return the k best tokens of each position: ids, log_probs and tail.
+
+    ids and log_probs are (n, k), best first; tail (n,) is the log of the mass of all others.
+    """
     z = _scaled(logits, temperature)
     ids = z.topk(k, -1).indices
     log = coarse_logits(z, ids).log_softmax(-1)
@@ -91,7 +99,7 @@ _INSTEAD = {"topk": "or let the teacher run live", "sampled": "or write the cach
 
 
 def check_divergence(mode: str, divergence: str) -> None:
-    "Raises UserError, with the reason, if a cache of this mode cannot give this divergence."
+    "Raise UserError, with the reason, for a divergence that a mode does not support."
     if divergence not in SUPPORTED[mode]:
         raise UserError(
             f"{divergence!r} cannot be had from a cache of mode {mode!r}: it {_WHY[mode]}",
@@ -107,13 +115,16 @@ def topk_divergence(
     tail: Tensor,  # (...), log of the teacher's mass of all others
     divergence: str = "forward_kl",
     temperature: float = 1.0,  # the temperature that the cache was written with
-    **options,
-) -> Tensor:  # of the divergence, such as alpha=0.1
-    "The coarsened divergence of every position, shape (...): between 0 and the full one. Raises UserError for one that is not defined."
+    **options,  # of the divergence, such as alpha=0.1
+) -> Tensor:
+    """Return the coarsened divergence at every position, shape (...).
+
+    It is between 0 and the full divergence.
+    """
     check_divergence("topk", divergence)
     student = coarse_logits(_scaled(student_logits, temperature), ids)
     teacher = torch.cat([log_probs, tail.unsqueeze(-1)], -1).to(student.dtype)
-    if ids.shape[-1] == student_logits.shape[-1]:  # every token is kept: there is no bucket
+    if ids.shape[-1] == student_logits.shape[-1]:  # all tokens are kept, so there is no bucket
         student, teacher = student[..., :-1], teacher[..., :-1]
     return token_divergence(divergence, student, teacher, **options)
 
@@ -124,7 +135,10 @@ DRAWS = ("systematic", "iid")
 def draw_uniforms(
     positions: int, samples: int, draw: str = "systematic", generator: torch.Generator | None = None
 ) -> Tensor:
-    "Where to look on the cumulative distribution: (positions, samples) float64 in [0, 1), rising in every row."
+    """Return (positions, samples) increasing numbers in [0, 1) in float64.
+
+    They are the positions of the draws on the cumulative distribution.
+    """
     if draw == "iid":
         return (
             torch.rand(positions, samples, dtype=torch.float64, generator=generator).sort(-1).values
@@ -139,8 +153,13 @@ def draw_samples(
     power: float = 1.0,  # proposal: the teacher's probabilities to this power
     temperature: float = 1.0,
 ) -> dict[str, Tensor]:
-    "Of n positions, one after the other: ids, counts, weights (m,); unique (n,), entries per position; entropy (n,) of the teacher."
-    log_p, size = (logits.double() / temperature).log_softmax(-1), logits.shape[-1]
+    """Draw tokens at n positions and return the m distinct ones, position by position.
+
+    ids, counts and weights are (m,); unique (n,) is the number of entries per position; entropy
+    (n,) is the teacher's.
+    """
+    log_p = (logits.double() / temperature).log_softmax(-1)
+    size = logits.shape[-1]
     log_proposal = log_p if power == 1 else (power * log_p).log_softmax(-1)
     steps = log_proposal.exp().cumsum(-1)
     picks = torch.searchsorted(steps / steps[:, -1:], uniforms.to(logits.device), right=True).clamp(
@@ -160,7 +179,10 @@ def draw_samples(
 
 # %% ../../nbs/4_probabilities/10_sparse.ipynb #5a7ce16c
 def rectangle(values: Tensor, unique: Tensor) -> Tensor:
-    "(n, longest): `values` (m,) of n positions that lie one after the other, `unique` (n,) of each, filled up with zeros on the right."
+    """Return `values` (m,) of n positions as (n, longest), padded with zeros on the right.
+
+    `unique` (n,) is the number of values per position.
+    """
     mask = torch.arange(int(unique.max()), device=unique.device) < unique[:, None]
     out = torch.zeros(mask.shape, dtype=values.dtype, device=values.device)
     out[mask] = values
@@ -170,12 +192,12 @@ def rectangle(values: Tensor, unique: Tensor) -> Tensor:
 def sampled_divergence(
     student_logits: Tensor,  # (..., V)
     ids: Tensor,
-    weights: Tensor,  # (..., m): drawn tokens and their weights; entries of weight 0 count for nothing
+    weights: Tensor,  # (..., m), of the drawn tokens; entries of weight 0 are ignored
     entropy: Tensor,  # (...), of the teacher
     divergence: str = "forward_kl",
     temperature: float = 1.0,
 ) -> Tensor:
-    "Unbiased estimate of forward_kl or cross_entropy at every position, shape (...). Raises UserError for anything else."
+    "Return an unbiased estimate of forward_kl or cross_entropy, shape (...)."
     check_divergence("sampled", divergence)
     z = _scaled(student_logits, temperature)
     weights = weights.to(z.dtype)

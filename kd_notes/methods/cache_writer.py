@@ -44,7 +44,7 @@ _FLOAT_BYTES = {"float16": 2, "float32": 4}  # of a log-probability
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    "The part of each distribution that a cache keeps."
+    "The part of each distribution that a cache stores."
 
     # "topk": the best tokens and a tail bucket; "sampled": random tokens, unbiased for forward KL
     mode: str = "topk"
@@ -71,12 +71,12 @@ class Recipe:
 
 # %% ../../nbs/4_probabilities/11_logit_cache.ipynb #66a1c157
 def _id_dtype(vocab: int) -> torch.dtype:
-    "The smallest type that holds the ids of a vocabulary."
+    "Return the smallest dtype for the ids of a vocabulary."
     return torch.uint16 if vocab <= 2**16 else torch.int32
 
 
 def _count_dtype(largest: int) -> torch.dtype:
-    "The smallest type that holds a count."
+    "Return the smallest dtype for a count."
     if largest < 2**8:
         return torch.uint8
     return torch.uint16 if largest < 2**16 else torch.int32
@@ -87,7 +87,10 @@ def bytes_per_position(
     vocab: int,
     unique: float | None = None,  # sampled: different tokens per position; None: at least one
 ) -> float:
-    "Bytes on disk for one target token, its id included; prompts and headers come on top."
+    """Return the bytes on disk per target token, its id included.
+
+    Prompts and headers are not included.
+    """
     one_id = _id_dtype(vocab).itemsize
     if recipe.mode == "topk":
         return recipe.k * (one_id + _FLOAT_BYTES[recipe.dtype]) + 4 + one_id
@@ -97,7 +100,7 @@ def bytes_per_position(
 
 # %% ../../nbs/4_probabilities/11_logit_cache.ipynb #2759692f
 def tokenizer_hash(tokenizer) -> str:
-    "16 hex digits of the tokenizer's map from token to id."
+    "Return 16 hex digits of the tokenizer's map from token to id."
     if not hasattr(tokenizer, "get_vocab"):
         raise UserError(
             "a tokenizer with get_vocab() is needed",
@@ -109,7 +112,7 @@ def tokenizer_hash(tokenizer) -> str:
 
 # %% ../../nbs/4_probabilities/11_logit_cache.ipynb #4b3b3d28
 def id_of(row: Any, where: str) -> str:
-    "The row's id as text."
+    "Return the row's id as text."
     name = row.get("id") if isinstance(row, dict) else getattr(row, "id", None)
     if name is None or name == "":
         raise UserError(
@@ -121,7 +124,7 @@ def id_of(row: Any, where: str) -> str:
 
 
 def _encoded(rows: Iterable, teacher, tokenizer) -> list[dict]:
-    "{'id', 'prompt', 'completion'} for each row, the last two as lists of ids."
+    "Return {'id', 'prompt', 'completion'} for each row, the last two as lists of ids."
     family = "t5" if teacher.config.is_encoder_decoder else "causal"
     made = []
     for number, row in enumerate(rows):
@@ -152,7 +155,7 @@ def _check_row(row: dict, vocab: int, limit: int) -> None:
 
 
 def _check_rows(rows: list[dict], vocab: int, limit: int) -> None:
-    "Refuse the first row that cannot be read, and an id that occurs twice."
+    "Raise UserError for the first invalid row or an id that occurs twice."
     if not rows:
         fix = "Check the split's name and the filter."
         raise UserError("there are no rows", where="rows", fix=fix)
@@ -166,7 +169,7 @@ def _check_rows(rows: list[dict], vocab: int, limit: int) -> None:
 
 # %% ../../nbs/4_probabilities/11_logit_cache.ipynb #95f6d6a9
 def shard_plan(rows: list[dict], shard_tokens: int) -> list[range]:
-    "Numbers of the rows of each shard: consecutive ones, until they hold `shard_tokens` targets."
+    "Return the row numbers of each shard: consecutive rows with `shard_tokens` targets."
     plan = []
     start = 0
     tokens = 0
@@ -181,9 +184,9 @@ def shard_plan(rows: list[dict], shard_tokens: int) -> list[range]:
 
 def length_batches(
     lengths: list[int],  # of each row, in tokens
-    batch_tokens: int,  # padding included; a longer row is a batch alone
+    batch_tokens: int,  # padding included; a longer row is a batch by itself
 ) -> list[list[int]]:
-    "Row numbers of each batch, longest rows first."
+    "Return the row numbers of each batch, longest rows first."
     batches: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= batch_tokens:
@@ -195,7 +198,7 @@ def length_batches(
 # %% ../../nbs/4_probabilities/11_logit_cache.ipynb #f3a1f747
 @torch.no_grad()
 def teacher_logits(teacher, rows: list[dict], pad_id: int) -> list[Tensor]:
-    "Logits (target tokens, V) for each row, from one padded batch."
+    "Return the logits (target tokens, V) of each row, from one padded batch."
     pairs = [(row["prompt"], row["completion"]) for row in rows]
     if teacher.config.is_encoder_decoder:
         batch = seq2seq_batch(pairs, pad_id)
@@ -207,7 +210,7 @@ def teacher_logits(teacher, rows: list[dict], pad_id: int) -> list[Tensor]:
 # %% ../../nbs/4_probabilities/11_logit_cache.ipynb #f37735f4
 @dataclass(frozen=True)
 class _ShardMaker:
-    "Everything that goes into the file of a shard."
+    "A builder of the tensors in the file of a shard."
 
     teacher: Any
     recipe: Recipe
@@ -216,7 +219,7 @@ class _ShardMaker:
     batch_tokens: int
 
     def compress(self, logits: Tensor, name: str) -> dict[str, Tensor]:
-        "The stored part of one row's logits (target tokens, V), on the CPU."
+        "Return the stored part of one row's logits (target tokens, V), on the CPU."
         recipe = self.recipe
         if recipe.mode == "topk":
             parts = [keep_top_k(z, recipe.k, recipe.temperature) for z in logits.split(ROWS)]
@@ -236,7 +239,7 @@ class _ShardMaker:
         return kept
 
     def storage(self) -> dict[str, torch.dtype]:
-        "The tensors of a shard that hold distributions, and their types on disk."
+        "Return {tensor of a shard with distributions: its dtype on disk}."
         ids = _id_dtype(self.vocab)
         if self.recipe.mode == "topk":
             floats = getattr(torch, self.recipe.dtype)
@@ -246,7 +249,7 @@ class _ShardMaker:
         return {"ids": ids, **value, "unique": count, "entropy": torch.float32}
 
     def tensors(self, rows: list[dict]) -> dict[str, Tensor]:
-        "Distributions of the rows in order, and their ids: a cache trains without the data."
+        "Return the distributions and ids of the rows, so that KD needs no other data."
         kept: dict[int, dict] = {}
         lengths = [len(row["prompt"]) + len(row["completion"]) for row in rows]
         for batch in length_batches(lengths, self.batch_tokens):
@@ -257,7 +260,7 @@ class _ShardMaker:
             key: torch.cat([kept[i][key] for i in range(len(rows))]).to(dtype)
             for key, dtype in self.storage().items()
         }
-        # Format 1 calls the two parts of a row source and target.
+        # Format 1 names the two parts of a row source and target.
         for name, part in (("source", "prompt"), ("target", "completion")):
             tokens = [token for row in rows for token in row[part]]
             tensors[name] = torch.tensor(tokens).to(_id_dtype(self.vocab))
@@ -270,19 +273,19 @@ FORMAT = "kd_notes logit cache 1"
 
 
 def row_hash(prompt: list[int], completion: list[int]) -> str:
-    "8 hex digits of a row's ids."
+    "Return 8 hex digits of a row's ids."
     return hashlib.sha256(repr((list(prompt), list(completion))).encode()).hexdigest()[:8]
 
 
 def read_index(folder: Path) -> dict[int, dict]:
-    "{shard number: its line of index.jsonl}; a half-written last line is ignored."
+    "Return {shard number: its line of index.jsonl}; an incomplete last line is ignored."
     path = folder / "index.jsonl"
     lines = read_jsonl(path, repair_tail=True) if path.is_file() else []
     return {line["shard"]: line for line in sorted(lines, key=lambda line: line["shard"])}
 
 
 def is_whole(folder: Path, entry: dict) -> bool:
-    "True if the shard of an index line is there with its size and checksum."
+    "Return True if the shard of an index line has its size and checksum."
     path = folder / entry["file"]
     if not path.is_file() or path.stat().st_size != entry["bytes"]:
         return False
@@ -290,7 +293,7 @@ def is_whole(folder: Path, entry: dict) -> bool:
 
 # %% ../../nbs/4_probabilities/11_logit_cache.ipynb #e869a27d
 def _header(teacher, tokenizer, rows: list[dict], recipe: Recipe, layout: dict) -> dict:
-    "The content of cache.json."
+    "Return the content of cache.json."
     config = teacher.config
     last_id = max(tokenizer.get_vocab().values())
     name = config.name_or_path or type(teacher).__name__
@@ -313,7 +316,7 @@ def _header(teacher, tokenizer, rows: list[dict], recipe: Recipe, layout: dict) 
 
 
 def _check_space(folder: Path, recipe: Recipe, vocab: int, positions: int) -> None:
-    "Refuse a disk that is too small before the teacher has worked for an hour."
+    "Raise UserError if the disk is too small, before the teacher starts."
     needed = bytes_per_position(recipe, vocab) * positions
     free = shutil.disk_usage(folder).free
     if needed > free:
@@ -326,7 +329,7 @@ def _check_space(folder: Path, recipe: Recipe, vocab: int, positions: int) -> No
 # %% ../../nbs/4_probabilities/11_logit_cache.ipynb #32bdda06
 @dataclass(frozen=True)
 class _FolderWriter:
-    "Writes the shards of a cache that are not there or damaged."
+    "A writer of the shards of a cache that are missing or damaged."
 
     folder: Path
     head: dict  # of cache.json
@@ -334,14 +337,14 @@ class _FolderWriter:
     maker: _ShardMaker
 
     def claim(self) -> None:
-        "Write cache.json, or compare with the one that is there."
+        "Write cache.json, or compare it with the existing one."
         path = self.folder / "cache.json"
         if not path.is_file():
             write_json(path, self.head)
             return
         there = read_json(path)
         for key, value in self.head.items():
-            # The same weights under another name are the same teacher.
+            # Equal weights under another name are the same teacher.
             if key != "name" and there.get(key) != value:
                 before = canonical_json(there.get(key))
                 raise UserError(
@@ -352,7 +355,7 @@ class _FolderWriter:
                 )
 
     def write_shard(self, number: int, rows: list[dict]) -> None:
-        "The file, then its line in the index; a full disk leaves nothing half-written."
+        "Write the file, then its line in the index, both atomically."
         path = self.folder / f"shard-{number:05d}.safetensors"
         data = save(self.maker.tensors(rows))
         atomic_write(path, data)
@@ -369,7 +372,7 @@ class _FolderWriter:
         append_jsonl(self.folder / "index.jsonl", [entry])
 
     def write_missing(self) -> None:
-        for stray in self.folder.glob(".*.tmp"):  # of a process that was killed while it wrote
+        for stray in self.folder.glob(".*.tmp"):  # left by a process that was killed while writing
             stray.unlink()
         index = read_index(self.folder).items()
         there = {number for number, entry in index if is_whole(self.folder, entry)}
@@ -387,7 +390,7 @@ class _FolderWriter:
 # %% ../../nbs/4_probabilities/11_logit_cache.ipynb #582d2568
 @contextmanager
 def _evaluating(model) -> Iterator[None]:
-    "Evaluation mode inside, without dropout; afterwards as it was."
+    "Set evaluation mode inside the block, and restore the mode after it."
     was_training = model.training
     model.eval()
     try:
@@ -402,11 +405,11 @@ def write_shards(
     tokenizer,
     rows: Iterable,  # of any shape that `read_row` takes, or {"prompt", "completion"} of ids
     *,
-    shard_tokens: int = 32_768,  # target tokens in a file: the most that a kill can cost
-    batch_tokens: int = 2048,  # of a teacher's batch, padding included; times V logits in memory
+    shard_tokens: int = 32_768,  # target tokens in a file, which a kill can lose
+    batch_tokens: int = 2048,  # of a teacher's batch, padding included; there are V logits per token
     **recipe: Any,  # fields of Recipe: mode, k, samples, temperature, ...
 ) -> None:
-    "Write a cache; the same call continues a killed one."
+    "Write a cache; a second call resumes."
     kept = Recipe(**recipe)
     rows = _encoded(rows, teacher, tokenizer)
     layout = {"shard_tokens": shard_tokens, "batch_tokens": batch_tokens}

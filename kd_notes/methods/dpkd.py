@@ -18,18 +18,18 @@ from .on_policy import OnPolicy, OnPolicyConfig, Term
 # %% ../../nbs/5_own_words/05_dpkd.ipynb #382789ff
 @dataclass(kw_only=True)
 class DPKDConfig(OnPolicyConfig):
-    "Settings of DPKD (arXiv 2406.19774)."
+    "The settings of DPKD (arXiv 2406.19774)."
 
     rollouts: int = 64
     beta: float = 1.0  # of the DPO loss; our choice, the paper's is not established
     per_token: bool = False  # the released code's variant
-    # Weight of cross-entropy on the preferred responses, beside 1 - it of DPO; code: 0.5.
+    # Weight of cross-entropy on the preferred responses; DPO has 1 - lm_weight. Code: 0.5.
     lm_weight: float = 0.0
     average: str = "responses"
 
     @classmethod
     def official(cls, **changes: Any) -> "DPKDConfig":
-        "The released code's choices, with changes."
+        "Return the settings of the released code, with changes."
         released = {
             "per_token": True,
             "lm_weight": 0.5,
@@ -41,14 +41,17 @@ class DPKDConfig(OnPolicyConfig):
 
 # %% ../../nbs/5_own_words/05_dpkd.ipynb #39c23ee1
 def pair_margin(log_q: Tensor, log_p: Tensor, columns: dict[str, Tensor]) -> Tensor:
-    "Mean log q - log p per token, teacher's response minus student's, (pairs,); rows alternate so."
+    """Return mean log q - log p per token, teacher's response minus student's, (pairs,).
+
+    Rows alternate: teacher's, student's.
+    """
     mean = log_q.new_zeros(len(columns["source"]))
     mean = mean.index_add(0, columns["row"], (log_q - log_p) * columns["share"])
     return mean[0::2] - mean[1::2]
 
 # %% ../../nbs/5_own_words/05_dpkd.ipynb #eccb3b3c
 class DPKD(OnPolicy):
-    "Direct preference KD: the teacher's response is preferred; the teacher is the DPO reference."
+    "Direct preference KD: prefers the teacher's response, with the teacher as DPO reference."
 
     Config = DPKDConfig
 
@@ -89,7 +92,7 @@ class DPKD(OnPolicy):
         return {name: losses[name] for name in self.terms()}
 
     def token_margin(self, log_q: Tensor, log_p: Tensor) -> Tensor:
-        "Margin between the first choices of teacher and student at each position, (n,)."
+        "Return the margin between the first choices of teacher and student, (n,)."
         best = log_p.argmax(-1, keepdim=True)
         worst = log_q.argmax(-1, keepdim=True)
         student = log_q.gather(-1, best) - log_q.gather(-1, worst)

@@ -29,7 +29,7 @@ class Part:
     source: str = "any"  # one of SOURCES, or any
     weight: float = 1.0
     options: dict = field(default_factory=dict)  # of the divergence
-    top_k: int = 0  # compare only the teacher's k most likely tokens; 0: the whole vocabulary
+    top_k: int = 0  # compare only the teacher's k most probable tokens; 0: the whole vocabulary
     # The tokens outside the top k: one "bucket", or left out and both sides "renormalised".
     tail: str = "bucket"
 
@@ -40,7 +40,7 @@ class Part:
 
 # %% ../../nbs/5_own_words/04_gkd.ipynb #parts-read
 def read_part(part: Any) -> Part:
-    "A Part, or a table such as {'divergence': 'jsd', 'options': {'beta': 0.1}}."
+    "Return a Part from a table such as {'divergence': 'jsd', 'options': {'beta': 0.1}}."
     fields = Part.__dataclass_fields__
     if isinstance(part, dict) and set(part) <= set(fields):
         part = Part(**part)
@@ -72,10 +72,10 @@ def read_part(part: Any) -> Part:
 
 
 def read_parts(parts: Iterable) -> tuple[Part, ...]:
-    "The parts of an objective, of which no two may have one name."
+    "Return the parts of an objective. Their names must differ."
     if not isinstance(parts, (list, tuple)):
         raise UserError(
-            f"{parts!r} is no list of parts",
+            f"{parts!r} is not a list of parts",
             where="parts",
             fix='Give a list such as [{"divergence": "jsd", "options": {"beta": 0.1}}].',
         )
@@ -93,19 +93,19 @@ def read_parts(parts: Iterable) -> tuple[Part, ...]:
 # %% ../../nbs/5_own_words/04_gkd.ipynb #d3cd3f3c
 @dataclass(kw_only=True)
 class GKDConfig(OnPolicyConfig):
-    "Settings of GKD and its relatives; `GKDConfig.recipe(name)` has the published ones."
+    "The settings of GKD and related methods; `GKDConfig.recipe(name)` has published ones."
 
     rollouts: int = 64
     parts: tuple[Part, ...] = (Part(),)
     # Who writes: student, teacher, both, gold, speculative, or adaptive (DistiLLM).
     source: str = "student"
     share: float = 1.0  # GKD's lambda: how often `source` writes; otherwise completions of the data
-    # That is decided per rollout (a batch, if a rollout is a minibatch), or per "example".
+    # The coin is tossed per rollout ("batch") or per "example".
     coin: str = "batch"
     accept_top_k: int = 25  # speculative KD: a proposal among the teacher's top k is accepted
     block: int = 5  # speculative KD: tokens that the student proposes at a time
     capacity: int = 1000  # DistiLLM: responses in the replay buffer
-    # DistiLLM: a validation loss that rises by more makes the student write more often.
+    # DistiLLM: if the validation loss rises by more, the student writes more often.
     tolerance: float = 0.1
     # DistiLLM-2: the weight of the student's part rises from 1 to 1.5 in the first half.
     ramp: bool = False
@@ -128,7 +128,7 @@ class GKDConfig(OnPolicyConfig):
 
     @classmethod
     def recipe(cls, name: str, **changes: Any) -> "GKDConfig":
-        "Settings of RECIPES, with changes."
+        "Return the settings of a recipe in RECIPES, with changes."
         if name not in RECIPES:
             raise UserError(
                 f"there is no recipe {name!r}",
@@ -139,7 +139,7 @@ class GKDConfig(OnPolicyConfig):
 
 # %% ../../nbs/5_own_words/04_gkd.ipynb #f2a7f908
 def _contrast(divergence: str, reverse: str, weight: float = 1.0, **options: Any) -> tuple:
-    "Parts with one divergence where the teacher wrote and another where the student did."
+    "Return a part for the teacher's responses and one for the student's."
     return Part(divergence, "teacher", weight, options), Part(reverse, "student", weight, options)
 
 
@@ -187,7 +187,10 @@ RECIPES: dict[str, dict] = {
 
 # %% ../../nbs/5_own_words/04_gkd.ipynb #4821b188
 def skew_values(student: Tensor, teacher: Tensor, alpha: Tensor | float, reverse: bool) -> Tensor:
-    "DistiLLM-2's skew KL (n,): KL(p||a p+(1-a) q), or KL(q||(1-a) p+a q) with the inner q detached."
+    """Return DistiLLM-2's skew KL (n,) from logits (n, V).
+
+    KL(p||a p+(1-a) q), or KL(q||(1-a) p+a q) with the inner q detached.
+    """
     log_p = torch.log_softmax(at_least_float32(teacher), dim=-1).clamp(min=-1e30)
     log_q = torch.log_softmax(at_least_float32(student), dim=-1).clamp(min=-1e30)
     a = torch.as_tensor(alpha, dtype=log_q.dtype, device=log_q.device).reshape(-1, 1)
@@ -198,7 +201,10 @@ def skew_values(student: Tensor, teacher: Tensor, alpha: Tensor | float, reverse
 
 # %% ../../nbs/5_own_words/04_gkd.ipynb #top-k
 def top_k_logits(student: Tensor, teacher: Tensor, part: Part) -> tuple[Tensor, Tensor]:
-    "Logits of both sides at the teacher's top k tokens; with the tail as a last token, if asked."
+    """Return the logits of both sides at the teacher's top k tokens, (n, k) or (n, k + 1).
+
+    The last column is the tail, unless both sides are renormalised.
+    """
     k = min(part.top_k, teacher.shape[-1])
     ids = teacher.topk(k, dim=-1).indices
     if part.tail == "renormalised" or k == teacher.shape[-1]:
@@ -207,7 +213,7 @@ def top_k_logits(student: Tensor, teacher: Tensor, part: Part) -> tuple[Tensor, 
 
 # %% ../../nbs/5_own_words/04_gkd.ipynb #07147a57
 class DivergenceOnPolicy(OnPolicy):
-    "A weighted sum of divergences at each token, each on the responses of one source."
+    "A weighted sum of divergences per token, each on the responses of one source."
 
     Config = GKDConfig
 
@@ -231,7 +237,7 @@ class DivergenceOnPolicy(OnPolicy):
     def part_values(
         self, part: Part, student: Tensor, teacher: Tensor | None, columns: dict[str, Tensor]
     ) -> Tensor:
-        "The part at each token (n,); 0 at tokens it is not about."
+        "Return the part at each token (n,), 0 at tokens of other sources."
         about = slice(None)
         if part.source != "any":
             about = self.about(part.source, columns)[columns["row"]]
@@ -255,7 +261,7 @@ class DivergenceOnPolicy(OnPolicy):
     def divergence_values(
         self, part: Part, student: Tensor, teacher: Tensor, ids: Tensor, about, columns: dict
     ) -> Tensor:
-        "The divergence of a part at the tokens it is about."
+        "Return the divergence of a part at the tokens of its source."
         own_way = self.config.own_skew or self.config.cut_mixture
         if own_way and part.divergence.startswith("skew"):
             alpha = columns["skew"][about] if self.config.own_skew else part.options["alpha"]
@@ -267,16 +273,16 @@ class DivergenceOnPolicy(OnPolicy):
 
 # %% ../../nbs/5_own_words/04_gkd.ipynb #5204b4b4
 def _mean_probabilities(model, responses: list[Response], method: OnPolicy) -> list[float]:
-    "Geometric mean of the token probabilities of each response."
+    "Return the geometric mean of the token probabilities of each response."
     pad_id = method.tokenizer.pad_token_id
     logprobs = token_logprobs(model, responses, pad_id, method.vocabulary)
     return [math.exp(sum(values) / len(values)) for values in logprobs]
 
 
 def set_skew(responses: list[Response], student, method: DivergenceOnPolicy) -> None:
-    "Fill in `skew` of fresh responses (DistiLLM-2, section 3.3)."
+    "Set `skew` of fresh responses (DistiLLM-2, section 3.3)."
     training = student.training
-    student.eval()  # as when they were drawn: dropout would make a difference where there is none
+    student.eval()  # as in sampling: dropout would change the probabilities
     sides = (("teacher", method.teacher, student), ("student", student, method.teacher))
     for source, own, other in sides:
         written = [response for response in responses if response.source == source]
@@ -292,7 +298,7 @@ def set_skew(responses: list[Response], student, method: DivergenceOnPolicy) -> 
 
 # %% ../../nbs/5_own_words/04_gkd.ipynb #gkd-class
 class GKD(DivergenceOnPolicy):
-    "GKD, DistiLLM (2), speculative KD, f-distill; and SFT, KD and SeqKD. Settings: `GKDConfig`."
+    "GKD, DistiLLM, DistiLLM-2, speculative KD, f-distill, SFT, KD and SeqKD; see `GKDConfig`."
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -309,7 +315,7 @@ class GKD(DivergenceOnPolicy):
         toss = coin.random()
         if cfg.source != "adaptive":
             return (cfg.source,) if toss < cfg.share else ("gold",)
-        # DistiLLM: ever more rarely the student itself, and its older responses instead.
+        # DistiLLM: older responses replace fresh ones more and more often.
         left = 1 - self.step / max(self.total_steps, 1)
         not_full = len(self.replay) < cfg.capacity
         if toss < self.phi * left or (toss < self.phi and not_full):

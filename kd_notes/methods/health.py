@@ -16,7 +16,7 @@ from .rollouts import Response, SOURCES, STUDENT_PREFIXES
 
 # %% ../../nbs/5_own_words/01c_health.ipynb #e8cc0efc
 def repeated_ngrams(tokens: Sequence[int], n: int = 4) -> float:
-    "Share of the n-grams of a response that occurred in it before: 0 for none, near 1 for a loop."
+    "Return the share of n-grams in a response that are repeats, 0 to 1."
     grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
@@ -27,7 +27,7 @@ LEAST_LOGPROB = -100.0  # a term of weight 0 must be finite: 0 * inf is NaN
 
 
 def response_health(responses: list[Response]) -> dict[str, Tensor]:
-    "Length, repetition and a natural end of each response, (B,)."
+    "Return length, repetition and finished of each response, (B,)."
     return {
         "length": torch.tensor([len(response.tokens) for response in responses]),
         "repetition": torch.tensor([repeated_ngrams(response.tokens) for response in responses]),
@@ -37,7 +37,10 @@ def response_health(responses: list[Response]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def prefix_health(student: Tensor, teacher: Tensor, ids: Tensor, k: int = 10) -> dict[str, Tensor]:
-    "Overlap of the top k, and the teacher's view of each token, (n,), from logits (n, V)."
+    """Return the overlap of the top k, and the teacher's view of each token, each (n,).
+
+    From logits (n, V) of student and teacher.
+    """
     k = max(1, min(k, student.shape[-1] // 2))
     best = teacher.topk(k, dim=-1).indices
     shared = student.topk(k, dim=-1).indices[:, :, None] == best[:, None, :]
@@ -51,13 +54,19 @@ def prefix_health(student: Tensor, teacher: Tensor, ids: Tensor, k: int = 10) ->
 
 
 def own_prefixes(columns: dict[str, Tensor]) -> Tensor:
-    "Which tokens (n,) follow a prefix that the student wrote, alone or with the teacher."
+    """Return a mask (n,) of the tokens after a prefix that the student wrote.
+
+    It may have written it together with the teacher.
+    """
     own = torch.tensor([source in STUDENT_PREFIXES for source in SOURCES])
     return own.to(columns["source"].device)[columns["source"]][columns["row"]]
 
 
 def health_sums(student: Tensor, teacher: Tensor | None, columns: dict[str, Tensor]) -> dict:
-    "{name: sum} of all health terms of a batch, from logits (n, V); None: without the teacher's."
+    """Return {name: sum} of all health terms of a batch, from logits (n, V).
+
+    Without the teacher's logits, the terms of prefixes are left out.
+    """
     sums = {name: columns[name].sum() for name in HEALTH_OF_RESPONSES}
     with torch.no_grad():
         log_q = torch.log_softmax(at_least_float32(student), dim=-1)

@@ -47,7 +47,7 @@ _REPAIR = (
 
 
 class _Shard:
-    "An open file of a cache, and where each of its rows begins."
+    "An open file of a cache, with the offset of each of its rows."
 
     def __init__(self, path: Path):
         self.file = safe_open(path, "pt")
@@ -58,7 +58,7 @@ class _Shard:
             self.starts[part] = [0, *accumulate(lengths)]
         along = {"source": "source"}
         if "unique" in names:
-            # Positions have different numbers of drawn tokens, which lie one after the other.
+            # Positions have different numbers of drawn tokens, stored one after another.
             entries = [0, *accumulate(self.file.get_tensor("unique").tolist())]
             self.starts["entries"] = [entries[i] for i in self.starts["target"]]
             along |= dict.fromkeys(("ids", "counts", "weights"), "entries")
@@ -66,7 +66,7 @@ class _Shard:
         self.along = {name: along.get(name, "target") for name in stored}
 
     def row(self, i: int) -> dict[str, Tensor]:
-        "The tensors of row i, as they are stored."
+        "Return the stored tensors of row i."
         made = {}
         for name, by in self.along.items():
             starts = self.starts[by]
@@ -75,18 +75,18 @@ class _Shard:
 
 # %% ../../nbs/4_probabilities/12_cached_kd.ipynb #eb6e44fd
 class _CacheFolder:
-    "The index of a cache, and the check of its origin."
+    "The index of a cache, with the check of its origin."
 
     def __init__(self, folder: Path | str, keep_open: int):
         self.folder = Path(folder)
-        self.keep_open = keep_open  # files that are mapped at the same time
+        self.keep_open = keep_open  # files that are open at the same time
         if not (self.folder / "cache.json").is_file():
             fix = "Write one with write_cache."
             raise UserError("there is no logit cache in this folder", where=folder, fix=fix)
         self.head = read_json(self.folder / "cache.json")
         if self.head.get("format") != FORMAT:
-            where, fix = self.folder / "cache.json", "Write the cache again, into a new folder."
-            raise UserError(f"this is not a {FORMAT!r}", where=where, fix=fix)
+            fix = "Write the cache again, into a new folder."
+            raise UserError(f"this is not a {FORMAT!r}", where=self.folder, fix=fix)
         self.recipe = Recipe(**self.head["recipe"])
         self.vocab = self.head["vocab"]
         self.index = read_index(self.folder)
@@ -103,11 +103,11 @@ class _CacheFolder:
 
     @property
     def complete(self) -> bool:
-        "True if all rows that the writer was given are there."
+        "Whether the cache has all rows that the writer was given."
         return len(self.places) == self.head["rows"]["examples"]
 
     def check_origin(self, tokenizer=None, teacher: Any = None) -> None:
-        "Refuse a cache that another tokenizer or teacher made."
+        "Raise UserError for a cache of another tokenizer or teacher."
         made_with = self.head["tokenizer"]["hash"]
         if tokenizer is not None and tokenizer_hash(tokenizer) != made_with:
             raise UserError(
@@ -128,7 +128,7 @@ class _CacheFolder:
             )
 
     def place_of(self, name: str) -> tuple[int, int]:
-        "(shard, row in it) of an id."
+        "Return (shard, row in it) of an id."
         if name in self.places:
             return self.places[name]
         state = ""
@@ -141,7 +141,10 @@ class _CacheFolder:
 
 # %% ../../nbs/4_probabilities/12_cached_kd.ipynb #43544634
 def _joined(rows: list[dict[str, Tensor]], recipe: Recipe) -> dict[str, Tensor]:
-    "cache_ids (n, k) int32, and cache_log_probs, cache_tail or cache_weights, cache_entropy."
+    """Concatenate rows to cache_ids (n, k) int32 and the tensors of the recipe's mode.
+
+    cache_log_probs and cache_tail for top-k, else cache_weights and cache_entropy.
+    """
     names = [name for name in rows[0] if name not in ("source", "target")]
     part = {name: torch.cat([row[name] for row in rows]) for name in names}
     ids = part["ids"].int()
@@ -157,15 +160,15 @@ def _joined(rows: list[dict[str, Tensor]], recipe: Recipe) -> dict[str, Tensor]:
 
 # %% ../../nbs/4_probabilities/12_cached_kd.ipynb #e5a37a33
 class LogitCache(_CacheFolder):
-    "A cache on disk, complete or a prefix: a data set of encoded rows, and a signal for KD."
+    "A cache on disk, possibly incomplete: a data set of encoded rows, and a signal for KD."
 
     def __init__(
         self,
         folder: Path | str,
         *,
-        tokenizer=None,  # refuse a cache of another tokenizer than this
-        teacher: Any = None,  # refuse one of another teacher: its hash, its folder, or itself
-        keep_open: int = 16,  # files that are mapped at the same time
+        tokenizer=None,  # if given, a cache of another tokenizer is an error
+        teacher: Any = None,  # if given (hash, folder or model), a cache of another teacher is an error
+        keep_open: int = 16,  # files that are open at the same time
     ):
         super().__init__(folder, keep_open)
         self.check_origin(tokenizer, teacher)
@@ -180,7 +183,7 @@ class LogitCache(_CacheFolder):
         return name in self.places
 
     def __getitem__(self, key: int | str) -> dict:
-        "A row by its number or its id: {'id', 'prompt', 'completion', 'targets'}."
+        "Return a row by number or id: {'id', 'prompt', 'completion', 'targets'}."
         if isinstance(key, slice):
             raise UserError("a cache has no slices", where="LogitCache", fix="Use cache[i].")
         name = key if isinstance(key, str) else self._names[key]
@@ -195,7 +198,7 @@ class LogitCache(_CacheFolder):
     def __iter__(self) -> Iterator[dict]:
         return (self[name] for name in self._names)
 
-    def __getstate__(self) -> dict:  # another process opens the files itself
+    def __getstate__(self) -> dict:  # another process has to open the files again
         return {**self.__dict__, "_shards": OrderedDict()}
 
     def _shard(self, number: int) -> _Shard:
@@ -212,12 +215,12 @@ class LogitCache(_CacheFolder):
         return self._shards[number]
 
     def row(self, name: str) -> dict[str, Tensor]:
-        "The stored tensors of one row."
+        "Return the stored tensors of one row."
         number, i = self.place_of(name)
         return self._shard(number).row(i)
 
     def targets(self, names: list[str]) -> dict[str, Tensor]:
-        "The distributions of these rows, one position after the other."
+        "Return the distributions of these rows, one position after another."
         return _joined([self.row(name) for name in names], self.recipe)
 
 # %% ../../nbs/4_probabilities/12_cached_kd.ipynb #fe421768
@@ -228,7 +231,7 @@ def cached_divergence(
     divergence: str = "forward_kl",
     **options: Any,
 ) -> Tensor:
-    "The divergence from the cached teacher at every position, shape (n,)."
+    "Return the divergence from the cached teacher at every position, shape (n,)."
     width = student_logits.shape[-1]
     if width < cache.vocab:
         raise UserError(
@@ -247,7 +250,7 @@ def cached_divergence(
 
 # %% ../../nbs/4_probabilities/12_cached_kd.ipynb #1edbbc55
 class CachedTeacher(TeacherSignal):
-    "A logit cache as the teacher's signal; KD makes one of a LogitCache."
+    "A logit cache as the teacher's signal; KD converts a LogitCache to one."
 
     def __init__(self, cache: LogitCache):
         self.cache = cache
@@ -311,6 +314,6 @@ def write_cache(
     rows: Iterable,  # of any shape that `read_row` takes, each with an id
     **settings: Any,  # fields of Recipe: mode, k, samples, ...; shard_tokens, batch_tokens
 ) -> LogitCache:
-    "Write the teacher's distributions of the completions; the same call continues a killed one."
+    "Write the teacher's distributions of the completions; a second call resumes."
     write_shards(folder, teacher, tokenizer, rows, **settings)
     return LogitCache(folder)

@@ -54,34 +54,40 @@ class TeacherSignal:
     fused_by_default = False
 
     def check(self, method: "KD") -> None:
-        "Refuse a tokenizer, a divergence or options that do not fit."
+        "Raise UserError for a tokenizer, a divergence or options that do not fit."
 
     def to(self, device: torch.device) -> None:
-        "Move what the signal owns to the device."
+        "Move the signal's model or tensors to the device."
 
     def encode(self, item: dict, row: Any, method: "KD") -> dict:
-        "An encoded row with what this signal needs in addition."
+        "Add to an encoded row what this signal needs."
         return item
 
     def columns(self, items: list[dict]) -> dict[str, Any]:
-        "Columns of a batch in addition to the student's: tensors, or a second Batch."
+        "Return additional columns of a batch: tensors, or a second Batch."
         return {}
 
     def count(self, method: "KD", batch: Batch | dict) -> int:
-        "Number of compared positions of a batch."
+        "Return the number of compared positions of a batch."
         return len(method.targets(batch))
 
     def divergence(self, method: "KD", logits: Tensor, batch: Batch | dict) -> Tensor:
-        "Sum over the compared positions, from the student's logits (n, V) at the targets."
+        "Return the sum over positions, from the student's logits (n, V)."
         raise NotImplementedError
 
     def fused_arguments(self, method: "KD", batch: Batch | dict) -> dict | None:
-        "The teacher's arguments of `fused_linear_divergence`; None if there is no fused way."
+        """Return the teacher's arguments of `fused_linear_divergence`.
+
+        None if there is no fused loss.
+        """
         return None
 
 # %% ../../nbs/4_probabilities/07_logit_kd.ipynb #010947a9
 def comparable(student: Tensor, teacher: Tensor, vocabulary: int | None) -> tuple[Tensor, Tensor]:
-    "Logits without padded ids on either side; `vocabulary` None: the narrower width."
+    """Return the logits of both sides without padded ids.
+
+    With `vocabulary` None, the narrower width is used.
+    """
     width = student.shape[-1]
     if width == teacher.shape[-1] == (vocabulary or width):
         return student, teacher
@@ -89,20 +95,25 @@ def comparable(student: Tensor, teacher: Tensor, vocabulary: int | None) -> tupl
 
 
 def linear_head(model) -> torch.nn.Linear | None:
-    "The output layer if it makes the logits from the hidden states alone, else None."
+    """Return the output layer if it is the only step from hidden states to logits.
+
+    Else return None.
+    """
     head = unwrapped(model).get_output_embeddings()
     adapted_or_spread = type(head) is not torch.nn.Linear or hasattr(head.weight, "full_tensor")
     return None if adapted_or_spread or not plain_logits(model) else head
 
 # %% ../../nbs/4_probabilities/07_logit_kd.ipynb #e0e5394c
 class LiveTeacher(TeacherSignal):
-    "A teacher in memory that shares the student's tokenizer; it is frozen."
+    "A frozen teacher in memory that shares the student's tokenizer."
 
     fused_by_default = True
 
     def __init__(self, model, vocabulary: int | None = None):
         self.model = freeze(model)
-        self.vocabulary = vocabulary  # ids that both share (check_tokenizers); None: narrower head
+        self.vocabulary = (
+            vocabulary  # number of shared ids (check_tokenizers); None: width of the narrower head
+        )
 
     def check(self, method: "KD") -> None:
         get_divergence(method.divergence, **method.options)
@@ -116,7 +127,7 @@ class LiveTeacher(TeacherSignal):
         return self.against(method, logits, teacher, method.targets(batch))
 
     def against(self, method: "KD", student: Tensor, teacher: Tensor, ids: Tensor) -> Tensor:
-        "Sum of the divergence between logits (n, V) of both sides."
+        "Return the sum of the divergence between logits (n, V) of both sides."
         student, teacher = comparable(student, teacher, self.vocabulary)
         options = method.options_at(ids)
         temperature = method.temperature
@@ -136,7 +147,7 @@ class LiveTeacher(TeacherSignal):
 
 # %% ../../nbs/4_probabilities/07_logit_kd.ipynb #e5706d8e
 class _KDSettings(SFT):
-    "The settings of KD, its rows and batches."
+    "The settings, rows and batches of KD."
 
     def __init__(
         self,
@@ -145,10 +156,10 @@ class _KDSettings(SFT):
         divergence: str = "forward_kl",  # of DIVERGENCES; of CROSS_DIVERGENCES for OtherTokenizer
         *,
         sft_weight: float = 0.0,  # weight of the completion's cross-entropy
-        temperature: float | None = None,  # of both sides; None: 1, or what the cache was made at
+        temperature: float | None = None,  # of both sides; None: 1, or the cache's temperature
         scale_t2: bool = False,  # multiply the divergence by temperature squared (Hinton et al.)
-        vocabulary: int | None = None,  # of a model: the ids that both share (check_tokenizers)
-        fused: bool | None = None,  # without the logits; None: where that costs nothing
+        vocabulary: int | None = None,  # for a model: number of shared ids (check_tokenizers)
+        fused: bool | None = None,  # without storing logits; None: if that costs no time
         family: str = "causal",  # or "t5"
         max_length: int = 0,  # of rows that are not encoded yet; 0: no limit
         system: str | None = None,  # system message for chats that have none
@@ -180,7 +191,7 @@ class _KDSettings(SFT):
         return self.signal.encode(item, row, self)
 
     def num_tokens(self, item: dict) -> int:
-        "Tokens that the student reads."
+        "Return the number of tokens that the student reads."
         return len(item["prompt"]) + len(item["completion"])
 
     def to(self, device: torch.device) -> None:
@@ -195,17 +206,17 @@ class _KDSettings(SFT):
 class KD(_KDSettings):
     """Word-level KD: (1 - sft_weight) divergence from the teacher + sft_weight cross-entropy.
 
-    With the forward KL and temperature squared it is the soft-target loss of Hinton et al. (2015).
+    With the forward KL and `scale_t2` it is the soft-target loss of Hinton et al. (2015).
     """
 
     def options_at(self, target_ids: Tensor) -> dict:
-        "The divergence's options, with the target tokens where it needs them."
+        "Return the divergence's options, with the target tokens if it needs them."
         if "target_ids" in _options(DIVERGENCES[self.divergence]):
             return self.options | {"target_ids": target_ids}
         return self.options
 
     def targets(self, batch: Batch | dict) -> Tensor:
-        "The n target tokens of a batch."
+        "Return the n target tokens of a batch."
         return target_positions(batch, causal=self.family == "causal").ids
 
     def token_counts(self, batch: Batch | dict) -> dict[str, int]:
@@ -223,7 +234,7 @@ class KD(_KDSettings):
         return sums
 
     def _fused_sums(self, model, batch: Batch | dict) -> dict[str, Tensor] | None:
-        "The same sums from hidden states and heads, without the logits; None: not the fused way."
+        "Return the same sums from hidden states and heads, or None if logits are needed."
         by_default = self.signal.fused_by_default and "sft" not in self.loss_weights
         if not (by_default if self.fused is None else self.fused):
             return None
@@ -257,7 +268,7 @@ class KD(_KDSettings):
 
 # %% ../../nbs/4_probabilities/07_logit_kd.ipynb #36c1f836
 def as_signal(signal: Any, vocabulary: int | None = None) -> TeacherSignal:
-    "A TeacherSignal as it is; a model as a LiveTeacher; a cache by its `as_signal`."
+    "Convert a model, a cache or a signal to a TeacherSignal."
     if isinstance(signal, torch.nn.Module):
         return LiveTeacher(signal, vocabulary)
     if hasattr(signal, "as_signal"):
@@ -282,7 +293,7 @@ def hidden_states(
     batch: Batch | dict,
     layers: Sequence[int] = (-1,),  # 0: embeddings; i: output of block i; -1: the last
 ) -> list[Tensor]:
-    "Hidden states (n, D) of these layers at the n target positions of a batch."
+    "Return the hidden states (n, D) of these layers at the n target positions."
     base = unwrapped(model).base_model
     output = base(**_inputs(model, batch), use_cache=False, output_hidden_states=True)
     states = output.get("hidden_states") or output.decoder_hidden_states
@@ -299,7 +310,7 @@ CROSS_DIVERGENCES = {
 
 
 def _spans(items: list[dict], divergence: str) -> Tensor:
-    "(spans, 4): rows [start, stop) of the student's and of the teacher's target logits."
+    "Return (spans, 4): rows [start, stop) of the student's and the teacher's target logits."
     spans = []
     student = 0
     teacher = 0
@@ -317,14 +328,14 @@ def _spans(items: list[dict], divergence: str) -> Tensor:
 
 
 def _completion_ends(tokenizer, row: TextRow, item: dict) -> list[int]:
-    "Where each token of the completion ends in the text."
+    "Return the position in the text where each token of the completion ends."
     ids, ends = token_ends(tokenizer, row.completion, eos=row.whole)
     size = len(item["completion"])
-    # The last token may be the end of a chat's turn instead of the end of a text.
+    # The last token may end a chat message instead of a text.
     text = size - 1 if row.whole and size == len(ids) else size
     if item["completion"][:text] != ids[:text]:
         raise UserError(
-            "the tokenizer cuts the completion in two ways",
+            "the tokenizer encodes the completion in two different ways",
             where=row.where,
             fix="Load its fast version.",
         )
@@ -332,7 +343,7 @@ def _completion_ends(tokenizer, row: TextRow, item: dict) -> list[int]:
 
 # %% ../../nbs/4_probabilities/07_logit_kd.ipynb #62a41bf5
 class OtherTokenizer(TeacherSignal):
-    "A live teacher with another tokenizer; a mean over spans of text that both tokenizers cut."
+    "A live teacher with another tokenizer, compared at spans that both tokenizers cut."
 
     def __init__(self, model, tokenizer):
         self.model = freeze(model)

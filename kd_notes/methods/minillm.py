@@ -21,7 +21,7 @@ from ..training.batches import causal_batch, target_nll
 
 # %% ../../nbs/5_own_words/03_minillm.ipynb #41397156
 def all_responses(vocabulary: int, steps: int, stop: int | None = 0) -> list[list[int]]:
-    "Every response there is: it ends with `stop`, or after `steps` tokens."
+    "Return every possible response: it ends with `stop`, or after `steps` tokens."
     growing = [[]]
     done = []
     for _ in range(steps):
@@ -32,7 +32,10 @@ def all_responses(vocabulary: int, steps: int, stop: int | None = 0) -> list[lis
 
 # %% ../../nbs/5_own_words/03_minillm.ipynb #2eef37e5
 def response_logprobs(model, prompt: list[int], responses: list[list[int]]) -> Tensor:
-    "Log-probability (n,) of each whole response to one prompt, in nats; with gradients."
+    """Return the log-probability (n,) of each response to one prompt, in nats.
+
+    It is differentiable.
+    """
     rows = [(prompt, tokens) for tokens in responses]
     nll = target_nll(model, causal_batch(rows, pad_id=0))
     owner = torch.repeat_interleave(torch.tensor([len(tokens) for tokens in responses]))
@@ -46,7 +49,10 @@ def exact_kl(
     responses: list[list[int]],  # all of them: `all_responses`
     reverse: bool = True,  # KL(q||p), the objective of MiniLLM (eq. 1); otherwise KL(p||q)
 ) -> Tensor:
-    "Sequence-level KL divergence between student q and teacher p, in nats, differentiable."
+    """Return the sequence-level KL divergence of student q and teacher p, in nats.
+
+    It is differentiable.
+    """
     log_q = response_logprobs(student, prompt, responses)
     with torch.no_grad():
         log_p = response_logprobs(teacher, prompt, responses)
@@ -61,14 +67,17 @@ WHITENING = ("none", "responses", "padded")
 
 @dataclass(kw_only=True)
 class MiniLLMConfig(OnPolicyConfig):
-    "MiniLLM's settings. The defaults are the paper's; `preset('official')` has the released code's."
+    """The settings of MiniLLM; the defaults are the paper's.
+
+    `preset('official')` has those of the released code.
+    """
 
     inner_epochs: int = 4
     pt_weight: float = 1.0
     alpha: float = 0.2  # teacher's share in the sampling mixture (section 2.2); 0: student alone
     # Weight q/p~ of a token: its own (eq. 5), the product up to it (eq. 4), or exact per reward.
     importance: str = "token"
-    single_step: bool = True  # the part that is summed over the vocabulary (eq. 3)
+    single_step: bool = True  # the single-step part, summed over the vocabulary (eq. 3)
     weight_single: bool = True  # importance weight on that part (eq. 7); code: False
     # Whether the return of a token includes its own reward. Code: True, which counts it twice.
     present_reward: bool = False
@@ -106,7 +115,7 @@ class MiniLLMConfig(OnPolicyConfig):
 
     @classmethod
     def preset(cls, name: str = "paper", **changes: Any) -> "MiniLLMConfig":
-        "Settings of PRESETS, with changes."
+        "Return the settings of a preset in PRESETS, with changes."
         if name not in PRESETS:
             raise UserError(
                 f"there is no preset {name!r}",
@@ -116,11 +125,11 @@ class MiniLLMConfig(OnPolicyConfig):
         return cls(**(PRESETS[name] | changes))
 
 # %% ../../nbs/5_own_words/03_minillm.ipynb #a6341d5f
-# Without mixing, corpus and reuse: what the shorter methods below have in common.
+# Without mixing, corpus and reuse of rollouts: shared by the methods below.
 _PURE = {"alpha": 0.0, "pt_weight": 0.0, "inner_epochs": 1}
 PRESETS = {
     "paper": {},
-    # The released code; its scripts use minibatches of 256 too, where the paper has 64.
+    # The released code. Its scripts also use minibatches of 256, where the paper has 64.
     "official": {
         "weight_single": False,
         "present_reward": True,
@@ -131,9 +140,9 @@ PRESETS = {
         "pt_kd_ratio": 0.5,
         "eval_no_repeat_ngram": 6,
     },
-    # The policy gradient itself.
+    # The plain policy gradient.
     "exact": _PURE | {"length_norm": False, "clip": 0.0, "average": "sum"},
-    # On-policy distillation (Thinking Machines, 2025): the present reward alone.
+    # On-policy distillation (Thinking Machines, 2025): the present reward only.
     "on_policy": _PURE
     | {
         "single_step": False,
@@ -155,12 +164,12 @@ def returns_to_go(
     rewards: Tensor,  # (B, T), 0 where the mask is 0
     mask: Tensor,  # (B, T), 1 at tokens
     *,
-    present: bool = False,  # with the token's own reward (code), or from the next one on (eq. 3)
+    present: bool = False,  # with the token's own reward (code), or only later rewards (eq. 3)
     gamma: float = 1.0,  # discount
-    length_norm: bool = False,  # mean, not sum (eq. 6); 0 for a token that no reward follows
+    length_norm: bool = False,  # mean, not sum (eq. 6); 0 for a token without later rewards
     weights: Tensor | None = None,  # (B, T) ratio q/p~ of each token: exact importance weighting
 ) -> Tensor:
-    "Return of each token, (B, T): the discounted sum of the rewards that follow it."
+    "Return the return of each token, (B, T): the discounted sum of the rewards after it."
     after = torch.zeros_like(rewards[:, 0])  # return from the next token on
     left = torch.zeros_like(rewards[:, 0])  # number of its rewards
     returns = []
@@ -175,26 +184,32 @@ def returns_to_go(
 
 # %% ../../nbs/5_own_words/03_minillm.ipynb #8d4f1f9e
 def whitened(values: Tensor, mask: Tensor | None = None) -> Tensor:
-    "Standardised values (B, T), over the ones of a mask; without one over everything, as the code does."
+    """Standardise values (B, T) over the ones of a mask.
+
+    Without a mask, over everything, padding included, as the released code does.
+    """
     kept = values.flatten() if mask is None else values[mask > 0]
     standard = (values - kept.mean()) * torch.rsqrt(kept.var(correction=0) + 1e-8)
     return standard if mask is None else standard * mask
 
 # %% ../../nbs/5_own_words/03_minillm.ipynb #90cf0507
 def padded(responses: list[Response], name: str) -> Tensor:
-    "A field of all responses as (B, T) in float64, 0 after the end."
+    "Return a field of all responses as (B, T) in float64, 0 after the end."
     rows = [torch.tensor(getattr(r, name), dtype=torch.float64) for r in responses]
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 
 def padded_mask(responses: list[Response]) -> Tensor:
-    "1 at the tokens of each response, (B, T) in float64."
+    "Return 1 at the tokens of each response, (B, T) in float64."
     rows = [torch.ones(len(r.tokens), dtype=torch.float64) for r in responses]
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 
 def token_rewards(responses: list[Response], cfg: MiniLLMConfig) -> Tensor:
-    "r_t = log p - log q when drawn (eq. 2), scaled and clipped, (B, T); refuses one that is not finite."
+    """Return r_t = log p - log q at the draw (eq. 2), scaled and clipped, (B, T).
+
+    A reward that is not finite is an error.
+    """
     difference = padded(responses, "log_teacher") - padded(responses, "log_student")
     rewards = difference * cfg.reward_scale
     if cfg.reward_clip:
@@ -212,7 +227,7 @@ def token_rewards(responses: list[Response], cfg: MiniLLMConfig) -> Tensor:
 
 # %% ../../nbs/5_own_words/03_minillm.ipynb #0ba48347
 def set_advantages(responses: list[Response], cfg: MiniLLMConfig) -> None:
-    "Fill in `advantage` and `prefix` of fresh responses; whitening is over all of them."
+    "Set `advantage` and `prefix` of fresh responses; whitening is over all of them."
     mask = padded_mask(responses)
     ratio = (padded(responses, "log_student") - padded(responses, "log_mix")).exp()
     product = ratio.cumprod(1)
@@ -235,7 +250,10 @@ def set_advantages(responses: list[Response], cfg: MiniLLMConfig) -> None:
 
 # %% ../../nbs/5_own_words/03_minillm.ipynb #b94c6dda
 def surrogate(ratio: Tensor, advantage: Tensor, clip: float) -> tuple[Tensor, Tensor]:
-    "PPO's loss -min(rho*A, clip(rho)*A) of each token, and 1 where clipping removes its gradient."
+    """Return PPO's loss -min(rho*A, clip(rho)*A) per token (n,), and a mask (n,).
+
+    The mask is 1 where clipping removes the gradient.
+    """
     plain = -ratio * advantage
     if not clip:
         return plain, torch.zeros_like(ratio)
@@ -249,7 +267,10 @@ def minillm_terms(
     columns: dict[str, Tensor],  # of a `response_batch` after `set_advantages`
     cfg: MiniLLMConfig,
 ) -> dict[str, Tensor]:
-    "Per token (n,): single and long, the loss of eq. 7; for the log kl, clipped and ratio."
+    """Return values per token (n,): single and long, the loss of eq. 7, and three to log.
+
+    The logged values are kl, clipped and ratio.
+    """
     log_q = torch.log_softmax(at_least_float32(student), dim=-1)
     kl = token_divergence("reverse_kl", student, teacher)
     chosen = log_q.gather(-1, columns["target_ids"][:, None])[:, 0]
@@ -299,13 +320,13 @@ class MiniLLM(OnPolicy):
         return {name: values[name] for name in self.terms()}
 
     def check_ratio(self, ratio: Tensor, columns: dict[str, Tensor]) -> None:
-        "Refuse a ratio q/p~ that is not finite, naming the examples."
+        "Raise UserError with the examples whose ratio q/p~ is not finite."
         bad = columns["example"][columns["row"][~ratio.isfinite()]].unique().tolist()
         if bad:
             names = list(self.numbers)
             raise UserError(
                 "the ratio q/p~ is not finite",
                 where=f"step {self.step + 1}, {named([{'id': names[i]} for i in bad])}",
-                fix="The student has left the text of this rollout behind: lower lr or "
-                "inner_epochs, or set clip of TrainConfig.",
+                fix="The student has moved too far from this rollout: lower lr or "
+                "inner_epochs, or set max_grad_norm of TrainConfig.",
             )

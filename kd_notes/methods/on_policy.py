@@ -61,21 +61,21 @@ AVERAGES = ("tokens", "responses", "sum")
 
 @dataclass(kw_only=True)
 class OnPolicyConfig:
-    "Settings that all on-policy methods share."
+    "The settings that all on-policy methods share."
 
     rollouts: int = 256  # prompts per rollout, a response to each or two
-    inner_epochs: int = 1  # times that a rollout is gone through before the next is drawn
-    max_new_tokens: int = 64  # longest response
+    inner_epochs: int = 1  # passes over a rollout before the next is drawn
+    max_new_tokens: int = 64  # maximum tokens of a response
     temperature: float = 1.0  # of the sampling; the losses always use 1
     top_p: float = 1.0  # of the sampling
     top_k: int = 0  # of the sampling; 0: off
     average: str = "tokens"  # of the loss: over tokens; over tokens, then responses; or their sum
     pt_weight: float = 0.0  # of the language-modelling term; needs a corpus
-    pt_kd_ratio: float = 0.0  # share of that term that is cross-entropy to the teacher instead
+    pt_kd_ratio: float = 0.0  # share of that term that is cross-entropy to the teacher
     pt_length: int = 128  # tokens of a corpus text that are used
     # Whether the student's dropout is on in the loss. Gradient checkpointing needs True.
     dropout: bool = False
-    sample_batch: int = 64  # responses that are drawn side by side
+    sample_batch: int = 64  # responses that are drawn together
 
     def __post_init__(self):
         for name, possible in self.rules().items():
@@ -85,14 +85,14 @@ class OnPolicyConfig:
                     where=f"{type(self).__name__}.{name}",
                     fix="See the comment of this setting.",
                 )
-        self.sampling()  # checks the settings of the sampling
+        self.sampling()  # checks the sampling settings
 
     def sampler_options(self) -> dict[str, Any]:
-        "Further settings of `Sampler`."
+        "Return further settings of `Sampler`."
         return {}
 
     def rules(self) -> dict[str, bool]:
-        "{setting: whether its value is possible}."
+        "Return {setting: True if its value is valid}."
         return {
             "rollouts": self.rollouts >= 1,
             "inner_epochs": self.inner_epochs >= 1,
@@ -103,7 +103,7 @@ class OnPolicyConfig:
         }
 
     def sampling(self, stop_ids: Iterable[int] = (), seed: int = 0) -> Sampling:
-        "How responses are drawn."
+        "Return the settings for drawing responses."
         return Sampling(
             max_new_tokens=self.max_new_tokens,
             temperature=self.temperature,
@@ -116,12 +116,15 @@ class OnPolicyConfig:
 # %% ../../nbs/5_own_words/02_on_policy.ipynb #50bb8748
 def minibatch_config(
     minibatch: int,  # prompts per optimizer step, over all processes
-    steps: int,
+    max_steps: int,
     lr: float = 5e-6,
     batch_size: int | None = None,  # rows of a process at a time; None: its whole share
     **changes: Any,
 ) -> TrainConfig:
-    "TrainConfig with the optimizer of MiniLLM's released code: betas (0.9, 0.95), decay 1e-6, constant lr."
+    """Return a TrainConfig with the optimizer of MiniLLM's released code.
+
+    Betas are (0.9, 0.95), the weight decay is 1e-6, and the learning rate is constant after warmup.
+    """
     # accelerate launch, torchrun and notebook_launcher set LOCAL_RANK. WORLD_SIZE alone may be
     # a cluster's.
     launched = "LOCAL_RANK" in os.environ
@@ -139,24 +142,27 @@ def minibatch_config(
         "betas": (0.9, 0.95),
         "weight_decay": 1e-6,
         "schedule": "constant",
-        "warmup": min(100, steps // 10),
+        "warmup": min(100, max_steps // 10),
     }
     return TrainConfig(
-        steps=steps,
+        max_steps=max_steps,
         lr=lr,
         batch_size=batch_size,
-        accumulate=accumulate,
+        gradient_accumulation_steps=accumulate,
         **(settings | changes),
     )
 
 # %% ../../nbs/5_own_words/02_on_policy.ipynb #aab4456d
 def pt_sum(
     student: Tensor,  # logits (m, V) at the targets of the texts
-    teacher: Tensor | None,  # likewise, where `share` is not 0
+    teacher: Tensor | None,  # logits (m, V) of the teacher, unless `share` is 0
     target_ids: Tensor,
     share: float,  # of the cross-entropy to the teacher
 ) -> Tensor:
-    "Language-modelling term (MiniLLM, section 2.2), summed over m tokens; the released code has share 0.5."
+    """Return the language-modelling term (MiniLLM, section 2.2), summed over m tokens.
+
+    The released code has share 0.5.
+    """
     nll = torch.nn.functional.cross_entropy(at_least_float32(student), target_ids, reduction="sum")
     if not share:
         return nll
@@ -168,46 +174,49 @@ class Term:
     "A term of an on-policy objective."
 
     weight: float = 0.0  # 0: logged only, as a mean over all tokens
-    source: str = "any"  # which responses it is about: one of SOURCES, or any
+    source: str = "any"  # source of the responses it applies to: one of SOURCES, or any
 
 
 class OnPolicyTerms(Method, ABC):
-    "What a new on-policy method overrides."
+    "The interface that a new on-policy method overrides."
 
     needs_teacher = True  # whether `token_losses` takes the teacher's logits
     reads_completions = False  # whether completions of the data may be trained on
 
     @abstractmethod
     def terms(self) -> dict[str, Term]:
-        "{name: Term} of the objective."
+        "Return {name: Term} of the objective."
 
     @abstractmethod
     def token_losses(
         self, student: Tensor, teacher: Tensor | None, columns: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        "{term: (n,), 0 at tokens it is not about}, from logits (n, V), target_ids and other columns."
+        """Return {term: (n,)} from logits (n, V), target_ids and other columns.
+
+        A term is 0 at tokens of other sources.
+        """
 
     def sources(self, place: int, cycle: int) -> tuple[str, ...]:
-        "Who writes responses to the prompt at this place of a rollout: some of SOURCES."
+        "Return the sources of the responses to the prompt at this place of a rollout."
         return ("student",)
 
     def on_rollout(self, responses: list[Response], student) -> None:
-        "Called once for a fresh rollout, before the steps that use it."
+        "Prepare a fresh rollout, once, before the steps that use it."
         return None
 
 # %% ../../nbs/5_own_words/02_on_policy.ipynb #check-start
 def check_rollouts(config: OnPolicyConfig, minibatch: int) -> None:
-    "Refuse a minibatch that does not divide the rollout."
+    "Raise UserError unless the minibatch divides the rollout."
     if config.rollouts % minibatch:
         raise UserError(
             f"a rollout of {config.rollouts} is no whole number of minibatches of {minibatch}",
             where="rollouts",
-            fix="Change rollouts, or batch_size * accumulate * processes of TrainConfig.",
+            fix="Change rollouts, or batch_size * gradient_accumulation_steps * processes of TrainConfig.",
         )
 
 
 def check_dropout(config: OnPolicyConfig, cfg: TrainConfig) -> None:
-    "Refuse gradient checkpointing without dropout."
+    "Raise UserError for gradient checkpointing without dropout."
     if cfg.gradient_checkpointing and not config.dropout:
         raise UserError(
             "gradient checkpointing works in training mode, where dropout is on",
@@ -217,7 +226,10 @@ def check_dropout(config: OnPolicyConfig, cfg: TrainConfig) -> None:
 
 
 def check_inputs(method: OnPolicyTerms, prompts: list[dict], models: list) -> int | None:
-    "Refuse what cannot be trained on; the number of ids that count if the models' widths differ."
+    """Check prompts, completions and corpus before training.
+
+    Returns the number of shared ids if the models' widths differ, else None.
+    """
     longest = method.config.max_new_tokens
     check_context(prompts, models, longest)
     read = []
@@ -245,10 +257,10 @@ def check_inputs(method: OnPolicyTerms, prompts: list[dict], models: list) -> in
 
 # %% ../../nbs/5_own_words/02_on_policy.ipynb #rollout-phase
 class RolloutPhase(OnPolicyTerms):
-    "Draws a rollout before the steps that use it, and makes its rows the examples of the loop."
+    "The rollout phase: draws a rollout before the steps that train on its rows."
 
     def begin(self, state: TrainState) -> None:
-        minibatch = state.cfg.batch_size * state.cfg.accumulate * state.accelerator.num_processes
+        minibatch = state.effective_batch
         check_rollouts(self.config, minibatch)
         check_dropout(self.config, state.cfg)
         prompts = [item | {"id": name} for name, item in zip(state.ids, state.items)]
@@ -264,7 +276,7 @@ class RolloutPhase(OnPolicyTerms):
             **self.config.sampler_options(),
         )
         self.rollouts = Rollouts(prompts, self.config.rollouts, self.seed)
-        self.epoch = None  # of the rows that the loop has
+        self.epoch = None  # of the rows in the loop
         self.epoch_steps = self.config.rollouts // minibatch
         # The loop orders the places of a rollout. All count as one token there, so that the
         # order does not depend on the lengths of responses that are not written yet.
@@ -273,7 +285,7 @@ class RolloutPhase(OnPolicyTerms):
 
     def begin_step(self, state: TrainState) -> None:
         self.step = state.step
-        self.total_steps = state.cfg.steps
+        self.total_steps = state.cfg.max_steps
         cycle = state.step // (self.epoch_steps * self.config.inner_epochs)
         if cycle != self.rollouts.cycle:
             with errors_at_step(state.step + 1):
@@ -287,7 +299,7 @@ class RolloutPhase(OnPolicyTerms):
             state.ids = [row.responses[0].id for row in state.items]
 
     def roll_out(self, state: TrainState, cycle: int) -> None:
-        "The rollout phase: draw the responses of a cycle, in the precision of the loop."
+        "Draw the responses of a cycle, in the precision of the loop."
         write = partial(self.write, state.model)
         with torch.no_grad(), state.accelerator.autocast():
             written = self.rollouts.draw(cycle, self.sources, write, state.accelerator)
@@ -297,7 +309,7 @@ class RolloutPhase(OnPolicyTerms):
         self.rollouts.keep(cycle, written)
 
     def write(self, student, source: str, rows: list[dict], streams: list[str]) -> list[Response]:
-        "Responses from one source; override it to add a source."
+        "Draw responses from one source; override it to add a source."
         return self.sampler.write(source, student, rows, streams)
 
     def _text(self, place: int) -> list[int] | None:
@@ -315,7 +327,7 @@ class RolloutPhase(OnPolicyTerms):
 # %% ../../nbs/5_own_words/02_on_policy.ipynb #e5567a9e
 @contextmanager
 def _dropout(model, on: bool):
-    "Inside, dropout is as asked."
+    "Switch dropout on or off inside the block."
     before = model.training
     model.train(before and on)
     try:
@@ -325,7 +337,7 @@ def _dropout(model, on: bool):
 
 # %% ../../nbs/5_own_words/02_on_policy.ipynb #rollout-loss
 class RolloutLoss(OnPolicyTerms):
-    "Batches of rollout rows, and the sums and counts of all terms."
+    "The loss of rollouts: batches of rollout rows, and sums and counts of all terms."
 
     def collate(self, items: list[RolloutRow]) -> Batch:
         responses = [response for row in items for response in row.responses]
@@ -339,7 +351,7 @@ class RolloutLoss(OnPolicyTerms):
         return add_texts(batch, texts, self.tokenizer.pad_token_id)
 
     def about(self, source: str, columns: dict[str, Tensor]) -> Tensor:
-        "Which responses of a batch (B,) are of a source."
+        "Return a mask (B,) of the responses from a source."
         if source == "any":
             return torch.ones_like(columns["source"], dtype=torch.bool)
         return columns["source"] == SOURCES.index(source)
@@ -377,7 +389,10 @@ class RolloutLoss(OnPolicyTerms):
         return sums
 
     def both_logits(self, model, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        "Logits of student and teacher at all targets; None if no term asks for the teacher's."
+        """Return the logits of student and teacher at all targets, each (n, V).
+
+        The second is None if no term needs the teacher's.
+        """
         with _dropout(model, self.config.dropout):
             student = target_logits(model, batch)[:, : self.vocabulary]
         if not self._reads_teacher:
@@ -388,7 +403,7 @@ class RolloutLoss(OnPolicyTerms):
 
 # %% ../../nbs/5_own_words/02_on_policy.ipynb #f855fef6
 class OnPolicy(RolloutPhase, RolloutLoss):
-    "Base of the on-policy methods: `train(student, MiniLLM(tokenizer, teacher), rows, config)`."
+    "The base of on-policy methods: `train(student, MiniLLM(tokenizer, teacher), rows, cfg)`."
 
     Config = OnPolicyConfig
 
@@ -415,7 +430,7 @@ class OnPolicy(RolloutPhase, RolloutLoss):
         if teacher_tokenizer is not None:
             self.shared = check_tokenizers(tokenizer, teacher_tokenizer)
             check_templates(tokenizer, teacher_tokenizer)
-        self.vocabulary = None  # number of ids that count, if the models' widths differ
+        self.vocabulary = None  # number of shared ids, if the models' widths differ
         self.seed = 0  # the loop's, from `begin` on
         self.step = self.total_steps = 0
         self.numbers: dict[str, int] = {}  # of prompts, for errors about a batch
@@ -434,7 +449,7 @@ class OnPolicy(RolloutPhase, RolloutLoss):
         return weights | ({"pt": self.config.pt_weight} if self.config.pt_weight else {})
 
     def identity(self) -> list:
-        "Settings, corpus and teacher; what a schedule changes during the run is left out."
+        "Return settings, corpus and teacher, without what a schedule changes."
         teacher = None if self.teacher is None else weights_hash(self.teacher)
         return [type(self).__name__, asdict(self.config), self.corpus, teacher]
 

@@ -18,19 +18,22 @@ from ..training.batches import unwrapped
 
 # %% ../../nbs/5_own_words/01a_prompts.ipynb #rollouts-rows
 def _first(row: Any, *names: str) -> Any:
-    "The first of these fields that a mapping has."
+    "Return the first of these fields that a mapping has, or None."
     return next((row[name] for name in names if row.get(name) is not None), None)
 
 
 def _is_encoded(row: Any) -> bool:
-    "True for a mapping whose prompt is a list of ids, or empty."
+    "Return True for a mapping whose prompt is a list of ids, possibly empty."
     if not isinstance(row, Mapping) or not isinstance(row.get("prompt"), list):
         return False
     return all(type(token) is int for token in row["prompt"])
 
 
 def encode_prompt(tokenizer, row: Any, number: int | str = "") -> dict:
-    "A row as {'id', 'prompt', 'completion'}, lists of ids; None without a completion."
+    """Encode a row as {'id', 'prompt', 'completion'} with lists of ids.
+
+    The completion is None if the row has none.
+    """
     if _is_encoded(row):
         name = str(row.get("id", number))
         prompt = row["prompt"]
@@ -56,7 +59,7 @@ def encode_prompt(tokenizer, row: Any, number: int | str = "") -> dict:
 
 
 def encode_prompts(tokenizer, rows: Iterable) -> list[dict]:
-    "All rows as in `encode_prompt`, named by their id or their number."
+    "Encode all rows as `encode_prompt` does, with their id or number as name."
     encoded = [encode_prompt(tokenizer, row, number) for number, row in enumerate(rows)]
     if not encoded:
         raise UserError(
@@ -66,14 +69,14 @@ def encode_prompts(tokenizer, rows: Iterable) -> list[dict]:
 
 # %% ../../nbs/5_own_words/01a_prompts.ipynb #prompts-named
 def named(rows: Iterable[dict], most: int = 8) -> str:
-    "The names of some examples, for an error."
+    "Return the names of at most `most` examples, for an error."
     names = list(dict.fromkeys(row["id"] for row in rows))
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return f"example {', '.join(names[:most])}{more}"
 
 
 def check_completions(rows: Sequence[dict]) -> None:
-    "Refuse examples that have no completion to learn from."
+    "Raise UserError if an example has no completion to learn from."
     empty = [row for row in rows if not row["completion"]]
     if empty:
         raise UserError(
@@ -84,12 +87,15 @@ def check_completions(rows: Sequence[dict]) -> None:
 
 # %% ../../nbs/5_own_words/01a_prompts.ipynb #rollouts-check
 def width(model) -> int:
-    "Number of logits of a model."
+    "Return the number of logits of a model."
     return unwrapped(model).get_output_embeddings().weight.shape[0]
 
 
 def check_context(rows: Sequence[dict], models: Sequence, new_tokens: int = 0) -> None:
-    "Refuse a prompt that, with its completion or with `new_tokens`, exceeds a model's context."
+    """Raise UserError for a prompt that exceeds a model's context.
+
+    Its completion or `new_tokens` more tokens count too.
+    """
     lengths = {}
     for row in rows:
         completion = 0 if new_tokens else len(row["completion"] or [])
@@ -98,7 +104,7 @@ def check_context(rows: Sequence[dict], models: Sequence, new_tokens: int = 0) -
 
 
 def check_ids(rows: Sequence[dict], models: Sequence, shared: int | None = None) -> None:
-    "Refuse examples with token ids that a model, or one of two tokenizers, does not have."
+    "Raise UserError for token ids that a model, or one of two tokenizers, does not have."
     limit = min(width(model) for model in models)
     if shared is not None:
         limit = min(limit, shared)
@@ -113,7 +119,7 @@ def check_ids(rows: Sequence[dict], models: Sequence, shared: int | None = None)
 
 # %% ../../nbs/5_own_words/01a_prompts.ipynb #rollouts-ends
 def stop_ids(tokenizer, student, teacher) -> tuple[int, ...]:
-    "All tokens that end a response; student and teacher must share one."
+    "Return all tokens that end a response. Student and teacher must share one."
     ends = set(end_tokens(unwrapped(student), tokenizer))
     others = set() if teacher is None else set(end_tokens(unwrapped(teacher)))
     if others and not ends & others:
@@ -127,7 +133,10 @@ def stop_ids(tokenizer, student, teacher) -> tuple[int, ...]:
 
 
 def check_templates(tokenizer, teacher_tokenizer) -> None:
-    "Refuse a teacher whose chat template differs from the student's, which lays out the prompts."
+    """Raise UserError if the chat templates of student and teacher differ.
+
+    Prompts are laid out by the student's.
+    """
     templates = [getattr(each, "chat_template", None) for each in (tokenizer, teacher_tokenizer)]
     if all(templates) and templates[0] != templates[1]:
         raise UserError(

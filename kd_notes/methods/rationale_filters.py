@@ -17,7 +17,10 @@ from .rationales import one_line, OUTCOMES
 
 # %% ../../nbs/3_reasons/06_filters.ipynb #4e24214d
 def kind_of(example: Example) -> str:
-    "Return what is counted to see a shift: label, place of the right choice, or operators."
+    """Return the kind of an example: label, position of the right choice, or operators.
+
+    A filter may shift the shares of kinds.
+    """
     info = task_info(example.task)
     if example.choices:
         right = example.label in example.choices
@@ -28,7 +31,7 @@ def kind_of(example: Example) -> str:
 
 # %% ../../nbs/3_reasons/06_filters.ipynb #be50cf52
 def _profile(pairs: Sequence[tuple[Example, dict]]) -> dict:
-    "Return shares of kinds and mean lengths in words."
+    "Return the shares of kinds and mean lengths in words."
     n = max(1, len(pairs))
     kinds = Counter(kind_of(example) for example, _ in pairs)
     input_words = sum(len(example.input.split()) for example, _ in pairs)
@@ -63,7 +66,7 @@ def select(
     check: Callable[[Example, str], bool] | None = None,  # the rationale must pass
     min_agreement: float = 0.0,  # of a vote
 ) -> tuple[list[dict], dict]:
-    """Return the rows that pass, and a report.
+    """Return the rows that pass the filters, and a report.
 
     It has the yield, the reasons for dropping, the profile before and after, and the shift of the
     kinds (total variation).
@@ -101,7 +104,7 @@ def select(
 
 # %% ../../nbs/3_reasons/06_filters.ipynb #ab30443e
 _WORD = re.compile(r"\w+(?:\.\d+)?")
-# words that hold any sentence together
+# common words of any sentence
 _GLUE = frozenset(
     "a an and are as at be by can for from has have how in is it its many not of on one or so "
     "that the them there they this to was what where which who will with would".split()
@@ -109,7 +112,7 @@ _GLUE = frozenset(
 
 
 def template_of(example: Example, rationale: str) -> str:
-    "Return the rationale in lower case, '_' for words of the input or the label and for numbers."
+    "Return the rationale in lower case, with '_' for words of input or label and numbers."
     words = _WORD.findall(f"{example.input} {example.label}")
     taken = {word.casefold() for word in words} - _GLUE
 
@@ -144,7 +147,7 @@ def rationale_report(
     oracle: Callable[[Example, str], bool] | None = None,  # is a rationale valid for an example?
     shown: Iterable[Example] = (),  # solved examples that the teacher has learned from
 ) -> dict:
-    """Return numbers about a set of rationales; None where what they need was not given.
+    """Return statistics of a set of rationales; None if their inputs were not given.
 
     Shares are of all rows, or of the `ok` ones (see the key).
     """

@@ -14,13 +14,15 @@ from .dpkd import DPKD, DPKDConfig
 from .gkd import GKD, GKDConfig, RECIPES
 from .minillm import MiniLLM, MiniLLMConfig
 from .on_policy import OnPolicy, OnPolicyConfig
+from .taid import TAID, TAIDConfig
 
 # %% ../../nbs/5_own_words/06_registry.ipynb #bfe32556
-# {name: (class, what makes its settings)}
+# {name: (class, function that makes its settings)}
 METHODS: dict[str, tuple[type[OnPolicy], Callable[..., OnPolicyConfig]]] = {
     "minillm": (MiniLLM, MiniLLMConfig),
     "minillm_official": (MiniLLM, partial(MiniLLMConfig.preset, "official")),
     "on_policy": (MiniLLM, partial(MiniLLMConfig.preset, "on_policy")),
+    "taid": (TAID, TAIDConfig),
     "dpkd": (DPKD, DPKDConfig),
     "dpkd_official": (DPKD, DPKDConfig.official),
     **{name: (GKD, partial(GKDConfig.recipe, name)) for name in RECIPES},
@@ -36,7 +38,7 @@ def onpolicy_method(
     teacher_tokenizer=None,
     **changes: Any,
 ) -> OnPolicy:
-    "A method of METHODS with its published settings, changed."
+    "Build a method of METHODS with its published settings and these changes."
     if name not in METHODS:
         raise UserError(
             f"there is no method {name!r}",

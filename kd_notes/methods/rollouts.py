@@ -24,12 +24,11 @@ from kd_notes.generation.sampling import (
     Sampling,
 )
 from ..generation.speculative import speculative
-from ..losses.divergences import at_least_float32
+from ..losses.divergences import at_least_float32, IGNORED
 from .prompts import check_completions, named
 from kd_notes.training.batches import (
     Batch,
     causal_batch,
-    IGNORE,
     target_logits,
     target_positions,
 )
@@ -48,12 +47,12 @@ class Response:
     prompt: list[int]
     tokens: list[int]  # includes the end token if one was drawn
     source: str  # one of SOURCES
-    finished: bool = True  # ended by itself, not by length
+    finished: bool = True  # ended with an end token, not at the length limit
     log_student: list[float] | None = None  # log q when the token was drawn
     log_teacher: list[float] | None = None  # log p
     log_mix: list[float] | None = None  # log-probability under the sampling mixture
     advantage: list[float] | None = None  # MiniLLM: factor of grad q/p~
-    prefix: list[float] | None = None  # MiniLLM: importance weight of the tokens before
+    prefix: list[float] | None = None  # MiniLLM: importance weight of the preceding tokens
     skew: float | None = None  # DistiLLM-2: the response's own alpha
 
     def __post_init__(self):
@@ -66,7 +65,7 @@ class Response:
 
 # %% ../../nbs/5_own_words/01b_rollouts.ipynb #rollouts-from
 def responses_of(rows: list[dict], rollout: Rollout, source: str) -> list[Response]:
-    "The responses of a sampler's `Rollout` to these prompts."
+    "Return the responses in a sampler's `Rollout` to these prompts."
     logprobs = {name: getattr(rollout, name) for name in LOGPROBS}
     kept = {name: values for name, values in logprobs.items() if values is not None}
     responses = []
@@ -79,7 +78,7 @@ def responses_of(rows: list[dict], rollout: Rollout, source: str) -> list[Respon
 
 # %% ../../nbs/5_own_words/01b_rollouts.ipynb #rollouts-gold
 def gold_responses(rows: list[dict], max_new_tokens: int) -> list[Response]:
-    "The responses of the data set, cut at `max_new_tokens`."
+    "Return the completions of the data as responses, cut at `max_new_tokens`."
     check_completions(rows)
     return [
         Response(row["id"], row["prompt"], row["completion"][:max_new_tokens], "gold")
@@ -95,7 +94,10 @@ def token_logprobs(
     vocabulary: int | None = None,
     batch_size: int = 64,
 ) -> list[list[float]]:
-    "Log-probabilities of the tokens of each response under a model, in one forward pass."
+    """Compute the log-probabilities of each response's tokens under a model, in nats.
+
+    Returns one list of T numbers per response, from one forward pass per batch.
+    """
     logprobs = []
     for start in range(0, len(responses), batch_size):
         part = responses[start : start + batch_size]
@@ -116,30 +118,33 @@ def _shuffled(name: str, seed: int, lap: int, size: int) -> list[int]:
 
 
 def shuffled_pick(name: str, seed: int, index: int, size: int) -> int:
-    "Element `index` of an endless sequence of laps through 0 ... size-1, each in another order."
+    "Return element `index` of an endless sequence of permutations of 0 ... size-1."
     return _shuffled(name, seed, index // size, size)[index % size]
 
 # %% ../../nbs/5_own_words/01b_rollouts.ipynb #rollouts-class
 class Rollouts:
-    "The responses that are in use: drawn together, trained on for some steps, kept in checkpoints."
+    "The responses in use: drawn together, trained on for some steps, saved in checkpoints."
 
     def __init__(self, prompts: list[dict], size: int, seed: int):
         self.prompts = prompts  # of `encode_prompts`
         self.size = size  # prompts per rollout
         self.seed = seed
         self.cycle = -1  # of the responses in use
-        self.responses: list[list[Response]] = []  # of each place
-        self.drawn = Counter()  # tokens so far, by source
+        self.responses: list[list[Response]] = []  # of each place in the rollout
+        self.drawn = Counter()  # number of tokens so far, by source
 
     def prompts_of(self, cycle: int) -> list[dict]:
-        "The prompt of each place."
+        "Return the prompt of each place."
         first = cycle * self.size
         count = len(self.prompts)
         picks = (shuffled_pick("prompts", self.seed, first + i, count) for i in range(self.size))
         return [self.prompts[i] for i in picks]
 
     def draw(self, cycle: int, sources: Callable, write: Callable, accelerator) -> dict:
-        "{(place, source): Response}: sources(place, cycle), by write(source, rows, streams)."
+        """Draw the responses of a cycle and return {(place, source): Response}.
+
+        `sources(place, cycle)` gives the sources of a place; `write(source, rows, streams)` draws.
+        """
         rows = self.prompts_of(cycle)
         wanted = [(place, source) for place in range(self.size) for source in sources(place, cycle)]
 
@@ -157,7 +162,7 @@ class Rollouts:
         return {key: written[key] for key in wanted}
 
     def keep(self, cycle: int, written: dict) -> None:
-        "Put the responses of a cycle, as `draw` returned them, into use."
+        "Use the responses of a cycle, as returned by `draw`."
         self.cycle = cycle
         self.responses = [[] for _ in range(self.size)]
         for (place, _), response in written.items():
@@ -165,7 +170,10 @@ class Rollouts:
             self.drawn[response.source] += len(response.tokens)
 
     def state_dict(self) -> dict:
-        "What a checkpoint keeps: the weights that wrote these responses are gone."
+        """Return the responses for a checkpoint.
+
+        They cannot be drawn again: the weights that wrote them are gone.
+        """
         rows = [[asdict(response) for response in row] for row in self.responses]
         return {"cycle": self.cycle, "responses": rows, "drawn": dict(self.drawn)}
 
@@ -177,18 +185,18 @@ class Rollouts:
 # %% ../../nbs/5_own_words/01b_rollouts.ipynb #rollouts-sampler
 @dataclass
 class Sampler:
-    "Draws responses from the student, the teacher or both."
+    "A sampler of responses from the student, the teacher or both."
 
     teacher: Any
     sampling: Sampling
     vocabulary: int | None = None  # ids from this one on are never drawn
-    batch_size: int = 64  # responses side by side
+    batch_size: int = 64  # responses that are drawn together
     alpha: float = 0.0  # mixed: the teacher's share
     accept_top_k: int = 25  # speculative: a proposal among the teacher's top k is accepted
     block: int = 5  # speculative: proposals per pass of the teacher
 
     def write(self, source: str, student, rows: list[dict], streams: list[str]) -> list[Response]:
-        "A response to each row."
+        "Draw a response to each row."
         if source == "gold":
             return gold_responses(rows, self.sampling.max_new_tokens)
         prompts = [row["prompt"] for row in rows]
@@ -211,7 +219,7 @@ class Sampler:
 # %% ../../nbs/5_own_words/01b_rollouts.ipynb #rollouts-helpers
 @contextmanager
 def _prompts_by_name(rows: list[dict]) -> Iterator[None]:
-    "Inside, an error about 'prompt 3' of a sampler names the example."
+    "Name the example in errors about 'prompt 3' inside the block."
     try:
         yield
     except UserError as error:
@@ -224,7 +232,7 @@ def _prompts_by_name(rows: list[dict]) -> Iterator[None]:
 
 @contextmanager
 def errors_at_step(step: int) -> Iterator[None]:
-    "Inside, an error names the step."
+    "Name the step in errors inside the block."
     try:
         yield
     except UserError as error:
@@ -233,7 +241,7 @@ def errors_at_step(step: int) -> Iterator[None]:
 
 
 def across_processes(accelerator, wanted: list, write: Callable[[list], dict]) -> dict:
-    "write(wanted), of which each process does a part and gets all."
+    "Share write(wanted) among the processes; each returns the results of all."
     if accelerator.num_processes == 1:
         return write(wanted)
     from accelerate.utils import gather_object
@@ -242,7 +250,7 @@ def across_processes(accelerator, wanted: list, write: Callable[[list], dict]) -
     failed = []
     try:
         written = write(wanted[accelerator.process_index :: accelerator.num_processes])
-    except UserError as error:  # the other processes wait below and must hear of it
+    except UserError as error:  # the other processes wait below and must receive the error
         failed = [(error.what, error.where, error.fix)]
     written = gather_object(list(written.items()))
     failed = gather_object(failed)
@@ -252,7 +260,7 @@ def across_processes(accelerator, wanted: list, write: Callable[[list], dict]) -
 
 # %% ../../nbs/5_own_words/01b_rollouts.ipynb #rollouts-collapse
 def check_drawn(responses: list[Response]) -> None:
-    "Refuse a response without tokens, and a rollout of empty texts."
+    "Raise UserError for a response without tokens, or a rollout of empty texts."
     ids = [{"id": response.id} for response in responses]
     empty = [{"id": response.id} for response in responses if not response.tokens]
     if empty:
@@ -266,21 +274,21 @@ def check_drawn(responses: list[Response]) -> None:
         raise UserError(
             f"all {len(responses)} responses are empty: the student has collapsed to silence",
             where=named(ids),
-            fix="Go back to the checkpoint before; lower lr, keep length_norm and teacher mixing "
+            fix="Go back to the previous checkpoint; lower lr, keep length_norm and teacher mixing "
             "on, or start from a student that was finetuned first.",
         )
 
 # %% ../../nbs/5_own_words/01b_rollouts.ipynb #rollout-row
 @dataclass
 class RolloutRow:
-    "One example of a step: the responses to one prompt, and a text of the corpus if one is read."
+    "One example of a step: the responses to one prompt, and a corpus text if one is used."
 
     responses: list[Response]
     text: list[int] | None = None
 
     @property
     def num_tokens(self) -> int:
-        "Tokens that a model reads for it; the last one of the text is only a target."
+        "Number of tokens that a model reads; a text's last token is only a target."
         read = sum(len(r.prompt) + len(r.tokens) for r in self.responses)
         return read + (len(self.text) - 1 if self.text else 0)
 
@@ -288,10 +296,10 @@ class RolloutRow:
 def response_batch(
     responses: list[Response], pad_id: int, dtype: torch.dtype = torch.float32
 ) -> Batch:
-    """`causal_batch` of B responses with n tokens.
+    """Return a `causal_batch` of B responses with n tokens in total.
 
-    Columns: source (B,); for each token its row, share (1/length), log-probabilities and, once they
-    are computed, advantage, prefix and skew (n,).
+    Columns: source (B,); for each token its row, share (1/length), log-probabilities and, once
+    they are computed, advantage, prefix and skew, each (n,).
     """
     lengths = torch.tensor([len(response.tokens) for response in responses])
     batch = causal_batch([(response.prompt, response.tokens) for response in responses], pad_id)
@@ -311,13 +319,13 @@ def response_batch(
 
 # %% ../../nbs/5_own_words/01b_rollouts.ipynb #90dc8df5
 def add_texts(batch: Batch, texts: list[list[int]], pad_id: int) -> Batch:
-    "The batch with rows of text below the responses; their targets come after the responses'."
+    "Append rows of text to the batch; their targets come after those of the responses."
     if not texts:
         return batch
     more = causal_batch([(text[:1], text[1:]) for text in texts], pad_id)
     wide = max(part["input_ids"].shape[1] for part in (batch, more))
     inputs = {}
-    for name, fill in (("input_ids", pad_id), ("attention_mask", 0), ("labels", IGNORE)):
+    for name, fill in (("input_ids", pad_id), ("attention_mask", 0), ("labels", IGNORED)):
         parts = []
         for part in (batch, more):
             missing = wide - part[name].shape[1]
@@ -329,7 +337,7 @@ def add_texts(batch: Batch, texts: list[list[int]], pad_id: int) -> Batch:
 
 
 def without_texts(batch: Batch) -> Batch:
-    "The batch without the rows of text below the responses."
+    "Remove the rows of text from the batch."
     rows = len(batch.columns["source"])
     n = len(batch.columns["row"])
     index, ids = target_positions(batch)
@@ -339,7 +347,10 @@ def without_texts(batch: Batch) -> Batch:
 
 # %% ../../nbs/5_own_words/01b_rollouts.ipynb #90ddcdd4
 def encode_corpus(tokenizer, texts: Iterable, length: int) -> list[list[int]]:
-    "Texts (or lists of ids) cut at `length` tokens; a text of one token has nothing to predict."
+    """Encode texts (or lists of ids) and cut them at `length` tokens.
+
+    Texts of one token are left out: they have no target.
+    """
     rows = []
     for text in texts:
         if not isinstance(text, list):

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from ..checks import check_count, check_fields
 from kd_notes.core import (
     atomic_write,
     canonical_json,
@@ -19,6 +20,7 @@ from kd_notes.core import (
     write_json,
 )
 from kd_notes.data.dialogues import (
+    chat_template_of,
     end_id,
     prompt_ids,
     PROMPT_SPLITS,
@@ -36,7 +38,7 @@ from ..progress import progress
 # %% ../../nbs/4_probabilities/09_seqkd.ipynb #e8d6afd5
 @dataclass(frozen=True)
 class Writing:
-    "How a teacher answers."
+    "The settings for a teacher's answers."
 
     how: str = "sample"  # "sample", "greedy" or "beam"
     max_new_tokens: int = 128
@@ -47,17 +49,24 @@ class Writing:
     system: str | None = None  # system message for chats that have none
 
     def __post_init__(self):
+        check_fields(self)
+        check_count(self.max_new_tokens, "max_new_tokens", 1)
+        check_count(self.width, "width", 1)
         if self.how not in ("sample", "greedy", "beam"):
             fix = "Use 'sample', 'greedy' or 'beam'."
             raise UserError(f"{self.how!r} is not known", where="how", fix=fix)
 
 # %% ../../nbs/4_probabilities/09_seqkd.ipynb #6df24ba9
-def _answers(teacher, tokenizer, rows: Sequence[TextRow], writing: Writing) -> list[dict]:
-    "{'id', 'response', 'whole'} for each row; whole: it ended by itself."
-    prompts = [prompt_ids(row.prompt, tokenizer, writing.system, row.where) for row in rows]
-    # The tokenizer's end, the generation config's, and the one that ends a turn in the template.
+def _ends(teacher, tokenizer) -> tuple[int, ...]:
+    "The tokenizer's end, the generation config's, and the one that ends a turn in the template."
     ends = {end_id(tokenizer), turn_end_id(tokenizer), *end_tokens(teacher, tokenizer)}
-    stop_ids = tuple(sorted(ends))
+    return tuple(sorted(ends))
+
+
+def _answers(teacher, tokenizer, rows: Sequence[TextRow], writing: Writing) -> list[dict]:
+    "Return {'id', 'response', 'whole'} for each row; whole: it ended with an end token."
+    prompts = [prompt_ids(row.prompt, tokenizer, writing.system, row.where) for row in rows]
+    stop_ids = _ends(teacher, tokenizer)
     vocabulary = vocabulary_size(tokenizer)
     if writing.how == "beam":
         made = beam(
@@ -88,19 +97,24 @@ def _answers(teacher, tokenizer, rows: Sequence[TextRow], writing: Writing) -> l
 
 # %% ../../nbs/4_probabilities/09_seqkd.ipynb #cb38a0bf
 def write_responses(
-    path: Path | str,  # JSONL file; an interrupted one is continued
+    path: Path | str,  # JSONL file; an incomplete one is resumed
     teacher,
     tokenizer,
     rows: Sequence[TextRow],
     writing: Writing = Writing(),
     *,
     name: str = "",  # of the teacher, for the manifest
-    chunk: int = 32,  # answers that are written together
+    chunk: int = 32,  # answers that are generated together
 ) -> list[TextRow]:
-    "The rows with the teacher's answers as completions, without rows that got an empty answer."
+    """Return the rows with the teacher's answers as completions.
+
+    Rows with an empty answer are left out. A second call resumes.
+    """
     job = {
         "teacher": name,
         "weights": weights_hash(teacher),
+        "template": stable_hash(chat_template_of(tokenizer)),
+        "ends": list(_ends(teacher, tokenizer)),
         "writing": asdict(writing),
         "prompts": stable_hash([[row.id, row.prompt] for row in rows]),
     }
@@ -129,7 +143,7 @@ PROMPT_WRITING = Writing("sample", max_new_tokens=48, temperature=0.7, top_p=0.9
 
 def write_prompts(
     folder: Path | str,
-    work: Path | str,  # keeps unfinished answers
+    work: Path | str,  # for incomplete files of answers
     teacher_spec: str = "smollm2",
     sizes: dict[str, int] = PROMPT_SPLITS,
 ) -> dict:
@@ -137,7 +151,7 @@ def write_prompts(
     folder = Path(folder)
     teacher, tokenizer = load_teacher(teacher_spec)
     for split, n in sizes.items():
-        # Some answers will not end in time, so more are asked for than needed.
+        # Some answers reach the length limit, so more are requested than needed.
         texts = prompt_texts(split)[: round(1.75 * n)]
         rows = [TextRow(f"{split}-{i:03d}", text, "-").as_chat() for i, text in enumerate(texts)]
         path = Path(work) / f"{split}.jsonl"
@@ -147,7 +161,7 @@ def write_prompts(
         ended = [row for row in answered if row.whole][:n]
         if len(ended) < n:
             raise UserError(
-                f"only {len(ended)} answers of {split} came to an end",
+                f"only {len(ended)} answers of {split} ended before the length limit",
                 where="write_prompts",
                 fix="Ask for fewer.",
             )

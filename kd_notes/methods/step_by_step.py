@@ -33,14 +33,17 @@ PREDICT, EXPLAIN = "predict: ", "explain: "
 # %% ../../nbs/3_reasons/02_step_by_step.ipynb #81466f9c
 @dataclass(frozen=True)
 class Row:
-    "What a student is trained on: text pairs per term; a term may be absent."
+    "The text pairs of one example, at most one per term."
 
     id: str
     pairs: tuple[tuple[str, str, str], ...]  # (term, prompt, completion)
 
 # %% ../../nbs/3_reasons/02_step_by_step.ipynb #bd5f58b0
 def step_rows(examples: Iterable) -> list[Row]:  # of any shape that `read_row` takes
-    "Label and rationale rows of each example; without a rationale only the label row."
+    """Return label and rationale rows of each example.
+
+    An example without a rationale has a label row only.
+    """
     rows = []
     for number, example in enumerate(examples):
         row = read_row(example, f"row-{number}", f"row {number}", needs_completion=False)
@@ -59,11 +62,13 @@ def step_rows(examples: Iterable) -> list[Row]:  # of any shape that `read_row` 
 
 # %% ../../nbs/3_reasons/02_step_by_step.ipynb #111fc682
 class StepByStep(Method):
-    "Cross-entropy per term, weighted: alpha for the label, 1 - alpha for the rationale. For causal and encoder-decoder students."
+    """The weighted cross-entropy of two tasks: alpha for label, 1 - alpha for rationale.
 
-    optional_terms = frozenset(
-        {"rationale"}
-    )  # a teacher's completion may be unusable; its example teaches the label alone
+    For causal and encoder-decoder students.
+    """
+
+    # A teacher's completion may be unusable; then the example has only a label row.
+    optional_terms = frozenset({"rationale"})
 
     def __init__(self, tokenizer, family: str = "causal", alpha: float = 0.5):
         if not 0 <= alpha <= 1:
@@ -98,9 +103,8 @@ class StepByStep(Method):
         return max(len(s) + len(t) for _, s, t in item)
 
     def collate(self, items: list) -> Batch:
-        pairs = sorted(
-            (p for item in items for p in item), key=lambda p: p[0]
-        )  # all label rows, then all rationale rows
+        # All label rows, then all rationale rows.
+        pairs = sorted((p for item in items for p in item), key=lambda p: p[0])
         rows = [(s, t) for _, s, t in pairs]
         pad = padding_id(self.tokenizer)
         make = causal_batch if self.family == "causal" else seq2seq_batch
@@ -130,9 +134,9 @@ def predict(
     max_new_tokens: int = 16,
     batch_size: int = 128,
 ) -> dict[str, str]:
-    "{id: text} of the student for each example; only the input is read."
+    "Return {id: text} of the student for each example; only the input is read."
     model.eval()
-    # As in training: the encoder of T5 reads an end token, a causal model the start token it knows.
+    # As in training: T5's encoder reads an end token, a causal model its start token.
     first = [] if family == "t5" else start_ids(tokenizer)
     last = [tokenizer.eos_token_id] if family == "t5" else []
     ids = {
@@ -148,7 +152,9 @@ def predict(
         width = max(len(ids[i]) for i in names)
         fill = [[pad] * (width - len(ids[i])) for i in names]
         rows = [ids[i] + f if family == "t5" else f + ids[i] for i, f in zip(names, fill)]
-        ones = [[1] * len(ids[i]) for i in names]  # by length: a text may hold the padding token
+        ones = [
+            [1] * len(ids[i]) for i in names
+        ]  # by length, since a text may contain the padding token
         mask = [
             o + [0] * len(f) if family == "t5" else [0] * len(f) + o for o, f in zip(ones, fill)
         ]

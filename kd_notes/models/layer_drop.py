@@ -18,7 +18,10 @@ from .pretrained import load_pretrained
 
 # %% ../../nbs/2_playground/10_layer_drop.ipynb #1dc7f578
 def make_student(spec: str, teacher, teacher_tokenizer, **load):  # load: for `load_pretrained`
-    "(model, tokenizer) in float32, ready to be trained: a model spec, or 'layers:6' or 'layers:0,9,29' of the teacher. Raises UserError."
+    """Return (model, tokenizer) in float32, ready for training.
+
+    `spec` is a model spec, or 'layers:6' or 'layers:0,9,29' of the teacher.
+    """
     kind, _, wanted = str(spec).partition(":")
     if kind != "layers":
         return load_pretrained(spec, **load)
@@ -31,12 +34,15 @@ def make_student(spec: str, teacher, teacher_tokenizer, **load):  # load: for `l
         )
     keep = [int(n) for n in numbers] if len(numbers) > 1 else int(numbers[0])
     student = layer_drop(teacher, keep).float()
-    student.generation_config = teacher.generation_config  # it knows what ends an answer
+    student.generation_config = teacher.generation_config  # it has the end tokens
     return student, teacher_tokenizer
 
 # %% ../../nbs/2_playground/10_layer_drop.ipynb #1d6cdb74
 def evenly_spaced(total: int, keep: int) -> list[int]:
-    "`keep` layer numbers out of 0 ... total-1, evenly spread; the first and, for keep > 1, the last are among them."
+    """Return `keep` evenly spread layer numbers out of 0 ... total-1.
+
+    The first and, for keep > 1, the last are among them.
+    """
     if not 1 <= keep <= total:
         raise UserError(
             f"{keep} of {total} layers cannot be kept",
@@ -50,7 +56,7 @@ _LAYER = re.compile(r"^(?P<stack>.*?\b(?:layers|block|h))\.(?P<number>\d+)\.(?P<
 
 
 def _renumber(state: dict, keep: dict[str, list[int]]) -> dict:
-    "The state dict with only the layers of `keep` ({stack: old numbers}), renumbered from 0."
+    "Return the state dict with only the layers of `keep` ({stack: old numbers}), renumbered."
     out = {}
     for name, tensor in state.items():
         found = _LAYER.match(name)
@@ -63,7 +69,7 @@ def _renumber(state: dict, keep: dict[str, list[int]]) -> dict:
 
 # %% ../../nbs/2_playground/10_layer_drop.ipynb #325f7621
 def _stacks(state: dict) -> dict[str, int]:
-    "{name of a stack of layers: number of layers} as found in the keys of a state dict."
+    "Return {name of a stack of layers: number of layers} from the keys of a state dict."
     found = [m for m in map(_LAYER.match, state) if m]
     return {
         m["stack"]: 1 + max(int(n["number"]) for n in found if n["stack"] == m["stack"])
@@ -78,7 +84,10 @@ def _move_shared_bias(old: dict, new: dict, stack: str) -> None:
 
 # %% ../../nbs/2_playground/10_layer_drop.ipynb #eb3642dd
 def _layer_choice(keep_layers: Any, stacks: dict[str, int]) -> dict[str, list[int]]:
-    "What to keep of each stack, for a number, a list, or {'encoder': ..., 'decoder': ...}. Raises UserError."
+    """Return the layers to keep of each stack.
+
+    `keep_layers` is a number, a list, or {'encoder': ..., 'decoder': ...}.
+    """
     keep = {}
     for stack, total in stacks.items():
         part = (
@@ -89,7 +98,7 @@ def _layer_choice(keep_layers: Any, stacks: dict[str, int]) -> dict[str, list[in
         part = evenly_spaced(total, part) if isinstance(part, int) else list(part)
         if not part or sorted(set(part)) != part or part[0] < 0 or part[-1] >= total:
             raise UserError(
-                f"{part} is not a rising list of layers of {stack!r}",
+                f"{part} is not an increasing list of layers of {stack!r}",
                 where="keep_layers",
                 fix=f"Use numbers from 0 to {total - 1}.",
             )
@@ -98,22 +107,24 @@ def _layer_choice(keep_layers: Any, stacks: dict[str, int]) -> dict[str, list[in
 
 # %% ../../nbs/2_playground/10_layer_drop.ipynb #1a54e6ed
 def _cut_lists(config, keep: list[int], total: int) -> None:
-    "Cut every list of the config that has one entry per layer: layer_types, no_rope_layers and their like."
+    "Shorten the config's lists with one entry per layer, such as layer_types."
     for name, value in vars(config).items():
         if isinstance(value, (list, tuple)) and len(value) == total:
             setattr(config, name, [value[i] for i in keep])
 
 
 def _shorter_config(config, keep: dict[str, list[int]], stacks: dict[str, int]):
-    "A copy of the config that describes the model after the cut."
+    "Return a copy of the config that describes the shorter model."
     config = type(config).from_dict(config.to_dict())
-    parts = list(keep.values())  # one stack, or the encoder's and the decoder's
+    parts = list(keep.values())  # one stack, or those of encoder and decoder
     if config.is_encoder_decoder:
         config.num_decoder_layers = len(parts[-1])
     else:
         (total,) = stacks.values()
         _cut_lists(config, parts[0], total)
-        if hasattr(config, "attention_types"):  # GPT-Neo: [[kinds, repeats], ...], one kind a layer
+        if hasattr(
+            config, "attention_types"
+        ):  # GPT-Neo: [[kinds, repeats], ...], one kind per layer
             config.attention_types = [[list(config.attention_layers), 1]]
     config.num_hidden_layers = len(parts[0])
     return config
@@ -121,11 +132,11 @@ def _shorter_config(config, keep: dict[str, list[int]], stacks: dict[str, int]):
 # %% ../../nbs/2_playground/10_layer_drop.ipynb #48494bce
 @contextmanager
 def _skipped(layers: torch.nn.ModuleList, keep: list[int]) -> Iterator[None]:
-    "Inside, the layers that are not kept hand on what they are given."
+    "Make dropped layers return their input inside the block."
 
     def bypass(layer):
         def forward(hidden, *args, **kwargs):
-            out = type(layer).forward(layer, hidden, *args, **kwargs)  # for the shape of the result
+            out = type(layer).forward(layer, hidden, *args, **kwargs)  # for the type of the result
             return (hidden, *out[1:]) if isinstance(out, tuple) else hidden
 
         return forward
@@ -141,7 +152,7 @@ def _skipped(layers: torch.nn.ModuleList, keep: list[int]) -> Iterator[None]:
 
 
 def _check_cut(model, student, stack: str, keep: list[int]) -> None:
-    "A causal student must compute what its teacher computes with the other layers skipped. Raises UserError."
+    "Check that a causal student computes the same as its teacher with layers skipped."
     ids = torch.arange(3, 15, device=model.device)[None] % model.config.get_text_config().vocab_size
     was_training = model.training
     model.eval(), student.eval()
@@ -155,17 +166,17 @@ def _check_cut(model, student, stack: str, keep: list[int]) -> None:
         (found - wanted).abs() <= (1e-3 if found.dtype == torch.float32 else 0.1) * scale
     ).all():
         raise UserError(
-            f"layers {keep} of {type(model).__name__} do not compute what they did in the teacher",
+            f"layers {keep} of {type(model).__name__} compute other values than in the teacher",
             where="keep_layers",
-            fix="Its config says something per layer that layer_drop does not know; take another model.",
+            fix="Its config has settings per layer that layer_drop does not support; use another model.",
         )
 
 
 def layer_drop(
-    model,  # a causal or T5-like model; it is left as it is
-    keep_layers,  # how many (evenly spaced), or which, or {"encoder": ..., "decoder": ...}
+    model,  # a causal or T5-like model; it is not changed
+    keep_layers,  # a number (evenly spaced), a list, or {"encoder": ..., "decoder": ...}
 ):
-    "A new, trainable model with only these layers of `model`, same dtype and device. Raises UserError for an impossible choice."
+    "Return a new, trainable model with only these layers, same dtype and device."
     state = model.state_dict()
     stacks = _stacks(state)
     keep = _layer_choice(keep_layers, stacks)

@@ -33,7 +33,10 @@ _PIECES = "|".join(
 
 # %% ../../nbs/2_playground/08_mini.ipynb #e016e570
 def _blank_tokenizer() -> Any:
-    "A byte-level BPE tokenizer without merges: a space in front of the first word, the cuts of `_PIECES`, and the way back."
+    """Return a byte-level BPE tokenizer without merges.
+
+    It puts a space before the first word, cuts by `_PIECES`, and decodes.
+    """
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     tokenizer = Tokenizer(models.BPE(unk_token=SPECIAL_TOKENS["unk_token"]))
@@ -54,11 +57,14 @@ def _with_numbers(texts: Iterable[str]) -> Iterable[str]:
 
 
 def train_mini_tokenizer(
-    texts: Iterable[str],  # what the students will read and write
-    vocab_size: int,  # entries including 256 bytes, 4 special tokens and 202 numbers
-    folder: Path | str,
-):  # where it is saved, with checksums
-    "Train a byte-level BPE tokenizer, save it in `folder` and return it (PreTrainedTokenizerFast). Deterministic."
+    texts: Iterable[str],  # texts such as the students will read and write
+    vocab_size: int,  # entries, with 256 bytes, 4 special tokens and 202 numbers
+    folder: Path | str,  # where it is saved, with checksums
+):
+    """Train a byte-level BPE tokenizer, save it in `folder` and return it.
+
+    It is a PreTrainedTokenizerFast; the training is deterministic.
+    """
     from tokenizers import pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -92,9 +98,9 @@ def train_mini_tokenizer(
 
 # %% ../../nbs/2_playground/08_mini.ipynb #e8eefb5f
 def load_mini_tokenizer(
-    folder: Path | str | None = None,
-):  # None: the committed one, data/tokenizer/mini
-    "The mini tokenizer (PreTrainedTokenizerFast). Raises UserError if a file is missing or changed."
+    folder: Path | str | None = None,  # None: the committed one, data/tokenizer/mini
+):
+    "Load the mini tokenizer (PreTrainedTokenizerFast), checksum verified."
     from transformers import PreTrainedTokenizerFast
 
     folder = Path(folder) if folder else data_dir() / "tokenizer" / "mini"
@@ -117,7 +123,7 @@ SIZES = {
         "l": dict(width=192, layers=2, decoder_layers=2, heads=6, inner=512),
     },
 }
-CONTEXT = 512  # longest row, in tokens, that a mini model is built for
+CONTEXT = 512  # maximum tokens of a row in a mini model
 
 # %% ../../nbs/2_playground/08_mini.ipynb #649a1cce
 def _choose(value: Any, known: Iterable, where: str) -> Any:
@@ -177,10 +183,10 @@ def mini_model(
     family: str,  # "causal" or "t5"
     size: str,  # a key of SIZES[family]
     vocab_size: int,
-    seed: int,  # decides the initial weights; the global random state is left alone
+    seed: int,  # of the initial weights; the global random state does not change
     dropout: float = 0.0,
 ):
-    "A small transformer with random weights, in float32 on the CPU and in training mode; a Hugging Face model like any other."
+    "Return a small transformer with random weights, in float32 on the CPU, in training mode."
     from transformers import LlamaForCausalLM, T5ForConditionalGeneration
 
     shape = SIZES[_choose(family, SIZES, "family")][_choose(size, SIZES[family], "size")]

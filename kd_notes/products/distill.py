@@ -32,9 +32,9 @@ from kd_notes.models.pretrained import (
     check_vocabulary,
     context_of,
     count_parameters,
-    default_device,
     load_teacher,
     merge_adapters,
+    place_of,
 )
 from .card import curves_figure, model_card, with_bits_per_byte
 from kd_notes.products.request import (
@@ -59,7 +59,7 @@ from ..training.state import Progress
 
 # %% ../../nbs/4_probabilities/15_distill.ipynb #9ee80f21
 def _shared_vocabulary(pair: "_Pair", request: Request) -> int | None:
-    "The number of ids that both tokenizers share, None if they differ; models that fit."
+    "Check the models and return the number of shared ids, None if tokenizers differ."
     sides = (
         (pair.teacher, pair.teacher_tokenizer, request.teacher),
         (pair.student, pair.tokenizer, request.student),
@@ -88,7 +88,7 @@ def _shared_vocabulary(pair: "_Pair", request: Request) -> int | None:
 
 
 def _check_rows(pair: "_Pair", rows: list[TextRow], objective: str) -> None:
-    "Encode all rows for both sides; find tokens that the teacher does not have."
+    "Encode all rows for both sides, and look for tokens that the teacher does not have."
     pair.encode(rows, pair.teacher_tokenizer)
     if pair.vocabulary is None or pair.tokenizer is pair.teacher_tokenizer:
         pair.encode(rows)
@@ -118,12 +118,12 @@ class _Pair:
     tokenizer: Any
     system: str | None
     max_length: int = 0
-    vocabulary: int | None = None  # ids that both share; None: ids are not compared
+    vocabulary: int | None = None  # number of shared ids; None: ids are not compared
 
     @classmethod
     def load(cls, request: Request) -> "_Pair":
         settings = request.settings
-        place = settings.device or default_device()
+        place = place_of(settings.device)
         teacher = request.teacher
         if isinstance(teacher, str):
             teacher = load_teacher(teacher, dtype=settings.dtype, device=place)
@@ -141,7 +141,7 @@ class _Pair:
         return pair
 
     def encode(self, rows: list[TextRow], tokenizer: Any = None) -> list[dict]:
-        "Rows as ids of the student's tokenizer, or of another one."
+        "Encode rows with the student's tokenizer, or with another one."
         tokenizer = tokenizer or self.tokenizer
         length = self.max_length
         return [encode_row(row, tokenizer, max_length=length, system=self.system) for row in rows]
@@ -149,7 +149,7 @@ class _Pair:
 # %% ../../nbs/4_probabilities/15_distill.ipynb #6d81a850
 @dataclass
 class _Distillation:
-    "A request on its way from checked input to the finished folder."
+    "A checked request with its loaded models and encoded rows."
 
     request: Request
     pair: _Pair
@@ -158,7 +158,7 @@ class _Distillation:
     rows: list  # encoded, to train on
 
     def method(self) -> Method:
-        "The objective as a method of the loop; SeqKD replaces the rows by the teacher's answers."
+        "Return the method of the objective. SeqKD replaces the rows by answers."
         s = self.request.settings
         pair = self.pair
         objective = self.request.objective
@@ -195,7 +195,10 @@ class _Distillation:
         )
 
     def validation(self) -> Validation:
-        "Held-out rows for the student and, with one tokenizer, the teacher."
+        """Return the validation on held-out rows.
+
+        It includes the teacher if both models have one tokenizer.
+        """
         pair = self.pair
         teacher = None if pair.vocabulary is None else pair.teacher
         plain = teacher is None or self.request.objective == "sft"
@@ -214,7 +217,7 @@ def _measured(job: _Distillation, numbers: dict, tokenizer) -> dict:
 
 
 def _references(job: _Distillation, check: Validation) -> dict:
-    "Teacher and untrained student on the held-out rows; measured once."
+    "Measure teacher and untrained student on the held-out rows, once."
     file = job.request.work / "references.json"
     if not file.is_file():
         pair = job.pair
@@ -231,7 +234,7 @@ def _references(job: _Distillation, check: Validation) -> dict:
 
 
 def _leave(job: _Distillation, model, report: dict, history: list[dict]) -> None:
-    "Write the folder; the report last."
+    "Write the files of the finished folder, the report last."
     request = job.request
     made = save_model(merge_adapters(model), request.work / "model", job.pair.tokenizer)
     for path in made.iterdir():
@@ -250,7 +253,7 @@ def _leave(job: _Distillation, model, report: dict, history: list[dict]) -> None
 
 # %% ../../nbs/4_probabilities/15_distill.ipynb #849c0609
 def _run(job: _Distillation) -> dict:
-    "Prepare, train, measure and write; the report."
+    "Prepare, train, measure and write; return the report."
     from accelerate import PartialState
 
     request = job.request
@@ -262,10 +265,10 @@ def _run(job: _Distillation) -> dict:
         method = job.method()
     cfg = train_config(request.settings, len(job.rows))
     parameters = count_parameters(pair.student)
-    pair.teacher = None  # where the method does not hold it, its memory is free
-    batch = cfg.batch_size * cfg.accumulate
+    pair.teacher = None  # frees its memory, unless the method needs it
+    batch = cfg.batch_size * cfg.gradient_accumulation_steps
     request.say(
-        f"{request.objective}, {cfg.steps} steps of {batch} rows, {parameters:,} parameters"
+        f"{request.objective}, {cfg.max_steps} steps of {batch} rows, {parameters:,} parameters"
     )
     folder = request.work / "train"
     bar = [Progress(request.objective)]
@@ -296,7 +299,7 @@ def _run(job: _Distillation) -> dict:
 
 # %% ../../nbs/4_probabilities/15_distill.ipynb #74feb532
 def _source(model: Any, tokenizer: Any, name: str) -> str | tuple:
-    "A spec as text, or (model, tokenizer)."
+    "Return a spec as text, or (model, tokenizer)."
     if isinstance(model, torch.nn.Module):
         if tokenizer is None:
             raise UserError(
@@ -343,16 +346,19 @@ def distill(
     teacher: Any,  # smollm2, hub:<id>, a folder, or (model, tokenizer)
     student: Any,  # likewise, or layers:6 or layers:0,9,29 of the teacher
     objective: str = "forward_kl",  # a key of OBJECTIVES
-    out: Path | str = "student",  # a new folder; or one that this call was filling before a kill
+    out: Path | str = "student",  # a new folder, or the folder of a killed call to resume
     *,
     tokenizer: Any = None,  # of model objects that come without one
     profile: str = "cpu",  # a key of PROFILES
     **settings: Any,  # fields of DistillSettings
 ) -> dict:
-    "Distil, evaluate and save; the report. The same call continues a killed run."
+    """Distil, evaluate and save a student, and return the report.
+
+    The same call resumes after a kill.
+    """
     chosen = distill_settings(profile, **settings)
     check_objective(objective, chosen.options)
-    check_libraries(chosen)
+    check_libraries(chosen.lora)
     in_file = isinstance(data, (str, os.PathLike))
     rows = Path(data) if in_file else read_rows(data, chat=True)
     sources = (_source(teacher, tokenizer, "teacher"), _source(student, tokenizer, "student"))

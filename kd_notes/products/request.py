@@ -7,7 +7,9 @@ __all__ = []
 
 # %% ../../nbs/4_probabilities/19_distill_request.ipynb #9fa397b4
 import copy
+import json
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from typing import Any
 import torch
 
 from ..core import read_json, sha256_file, stable_hash, to_jsonable, UserError
+from ..data.dialogues import chat_template_of
 from ..data.rows import load_rows, TextRow
 from ..models.pretrained import resolve_model, weights_hash
 from .settings import DistillSettings, TEXT_OBJECTIVES
@@ -23,12 +26,12 @@ from ..training.state import TrainConfig
 
 # %% ../../nbs/4_probabilities/19_distill_request.ipynb #0edca397
 def main_process() -> bool:
-    "True in the process that writes, among those that `accelerate launch` started."
+    "Return True in the process that writes, among those of `accelerate launch`."
     return int(os.environ.get("RANK", "0")) == 0
 
 
 def shown_name(source: Any) -> str:
-    "A model or data source without the folders of this machine."
+    "Return the name of a model or data source without folders of this machine."
     if isinstance(source, tuple):
         source = source[0]
     if isinstance(source, torch.nn.Module):
@@ -38,11 +41,11 @@ def shown_name(source: Any) -> str:
 
 
 def weights_identity(source: Any) -> str | None:
-    "A hash of the weights; for a hub model its commit, if it is in the local cache."
+    "Return a hash of the weights; for a hub model its commit in the local cache."
     if isinstance(source, tuple):
         return weights_hash(source[0])
     if source.startswith("layers:"):
-        return None  # the teacher's
+        return None  # the weights are the teacher's
     place = resolve_model(source)
     if Path(place).is_dir():
         return weights_hash(place)
@@ -51,10 +54,76 @@ def weights_identity(source: Any) -> str | None:
     cached = try_to_load_from_cache(place, "config.json")
     return Path(cached).parent.name if isinstance(cached, str) else None
 
+
+_LAYOUT_FILES = (
+    "config.json generation_config.json tokenizer.json tokenizer_config.json tokenizer.model "
+    "special_tokens_map.json added_tokens.json chat_template.jinja chat_template.json vocab.json merges.txt"
+).split()
+
+
+def layout_identity(source: Any) -> str | None:
+    "A hash of what is not weights: configs, tokenizer, chat template. None where the weights' says it all."
+    if isinstance(source, tuple):
+        return stable_hash([_configs(source[0]), _layout_of(source[1])])
+    if source.startswith("layers:") or not Path(place := resolve_model(source)).is_dir():
+        return None
+    files = [Path(place) / name for name in _LAYOUT_FILES]
+    return stable_hash({file.name: sha256_file(file) for file in files if file.is_file()})
+
+
+def _configs(model: torch.nn.Module) -> list[dict]:
+    "The configs of a model, without where it came from."
+    configs = [model.config, getattr(model, "generation_config", None)]
+    plain = [json.loads(config.to_json_string()) for config in configs if config is not None]
+    origin = ("transformers_version", "_name_or_path", "name_or_path")
+    return [{k: v for k, v in config.items() if k not in origin} for config in plain]
+
+
+def _layout_of(tokenizer: Any) -> list:
+    "How a tokenizer cuts and lays out a text; padding is left out, because loading may set it."
+    cut = tokenizer.get_vocab()
+    if tokenizer.is_fast:
+        cut = json.loads(tokenizer.backend_tokenizer.to_str())
+        cut = {k: v for k, v in cut.items() if k not in ("padding", "truncation")}
+    ends = [tokenizer.bos_token, tokenizer.eos_token]
+    return [cut, ends, chat_template_of(tokenizer)]
+
+# %% ../../nbs/4_probabilities/19_distill_request.ipynb #e740dc4d
+def finished_report(out: Path, request: Callable[[], dict], what: str) -> dict | None:
+    """The report of a folder that holds this request's work, None if there is none yet.
+
+    Raises UserError for a folder that holds another request's work, or something else.
+    """
+    file = out / "request.json"
+    if file.is_file():
+        before = read_json(file)
+        now = request()
+        if changed := [key for key in now if before.get(key) != now[key]]:
+            raise UserError(
+                f"the folder holds {what} with another {' and '.join(changed)}",
+                where=out,
+                fix="Choose another folder, or delete this one.",
+            )
+    elif any(path.name != ".lock" for path in out.iterdir()):
+        raise UserError(
+            f"the folder is not empty, and what is in it is not {what}",
+            where=out,
+            fix="Choose a new folder.",
+        )
+    report = out / "report.json"
+    return read_json(report) if report.is_file() else None
+
 # %% ../../nbs/4_probabilities/19_distill_request.ipynb #e09beb8e
+def changed_names(before: dict, now: dict) -> list[str]:
+    "What differs between two requests; of the settings, which."
+    names = [name for name in now if name != "settings" and before.get(name) != now[name]]
+    settings = before.get("settings", {})
+    return names + [name for name, value in now["settings"].items() if settings.get(name) != value]
+
+
 @dataclass(frozen=True)
 class Request:
-    "What was asked for, and the folder that it fills."
+    "The arguments of a distillation and the folder that it fills."
 
     data: Path | list[TextRow]
     teacher: str | tuple  # a spec, or (model, tokenizer)
@@ -78,7 +147,7 @@ class Request:
         return self.data[:n]
 
     def as_dict(self) -> dict:
-        "All that decides the result, as JSON data without a path of this machine."
+        "Return all that decides the result as JSON data, without paths of this machine."
         in_file = isinstance(self.data, Path)
         content = None if in_file else [asdict(row) for row in self.data]
         request = {
@@ -86,8 +155,10 @@ class Request:
             "data_sha256": sha256_file(self.data) if in_file else stable_hash(content),
             "teacher": shown_name(self.teacher),
             "teacher_weights": weights_identity(self.teacher),
+            "teacher_layout": layout_identity(self.teacher),
             "student": shown_name(self.student),
             "student_weights": weights_identity(self.student),
+            "student_layout": layout_identity(self.student),
             "objective": self.objective,
             "settings": asdict(self.settings),
         }
@@ -95,24 +166,7 @@ class Request:
 
     def finished(self) -> dict | None:
         "The report, if the folder holds this request's; an error if it holds something else."
-        file = self.out / "request.json"
-        if file.is_file():
-            before = read_json(file)
-            request = self.as_dict()
-            if changed := [key for key in request if before.get(key) != request[key]]:
-                raise UserError(
-                    f"the folder holds a distillation with another {' and '.join(changed)}",
-                    where=self.out,
-                    fix="Choose another folder, or delete this one.",
-                )
-        elif any(path.name != ".lock" for path in self.out.iterdir()):
-            raise UserError(
-                "the folder is not empty, and what is in it is not a distillation",
-                where=self.out,
-                fix="Choose a new folder.",
-            )
-        report = self.out / "report.json"
-        return read_json(report) if report.is_file() else None
+        return finished_report(self.out, self.as_dict, "a distillation")
 
 # %% ../../nbs/4_probabilities/19_distill_request.ipynb #2aef66de
 def _config_of(source: str | tuple):
@@ -124,7 +178,10 @@ def _config_of(source: str | tuple):
 
 
 def expected_memory(request: Request) -> dict[str, int] | None:
-    "Bytes of training by part, from the configs alone; None if one cannot be had."
+    """Estimate the bytes of training by part from the configs alone.
+
+    None if a config is not available.
+    """
     settings = request.settings
     student = request.student
     kind, layers = "", ""
@@ -134,14 +191,14 @@ def expected_memory(request: Request) -> dict[str, int] | None:
         teacher_config = _config_of(request.teacher)
         config = _config_of(request.teacher if kind == "layers" else student)
     except (OSError, ValueError, UserError):
-        return None  # loading will say what is wrong
+        return None  # loading the models will raise the error
     if kind == "layers" and layers.replace(",", "").isdigit():
         config = copy.deepcopy(config)
         config.num_hidden_layers = layers.count(",") + 1 if "," in layers else int(layers)
         if getattr(config, "layer_types", None):
             config.layer_types = config.layer_types[: config.num_hidden_layers]
     cfg = TrainConfig(
-        steps=1,
+        max_steps=1,
         batch_size=settings.batch_size,
         lr=settings.lr,
         precision=settings.precision,

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from ..checks import check_arguments, check_count, check_fields
 from ..core import rng, UserError
 from ..losses.divergences import DIVERGENCES, get_divergence
 from ..training.state import TrainConfig
@@ -20,26 +21,26 @@ from ..training.state import TrainConfig
 # %% ../../nbs/4_probabilities/17_distill_settings.ipynb #72443aba
 @dataclass(frozen=True)
 class DistillSettings:
-    "Settings of `distill`."
+    "The settings of `distill`."
 
-    n: int = 0  # rows that are used; 0: all
+    n: int = 0  # number of rows to use; 0: all
     validation: float = 0.1  # share (below 1) or number of rows that are held out, at most 200
     epochs: float = 3.0  # passes over the training rows
-    steps: int = 0  # optimiser steps; 0: as `epochs` says
+    max_steps: int = 0  # optimiser steps; 0: as `epochs` says
     batch_size: int = 8
-    accumulate: int = 1  # micro-batches per step
+    gradient_accumulation_steps: int = 1
     lr: float = 5e-4
     warmup: float = 0.05  # share of the steps
     weight_decay: float = 0.01
     sft_weight: float = 0.5  # weight of the completions' cross-entropy next to a divergence
-    temperature: float = 1.0  # of the divergence; of the answers, where the teacher writes
+    temperature: float = 1.0  # of the divergence, or of sampling if the teacher writes answers
     options: dict = field(default_factory=dict)  # of the divergence, such as {"beta": 0.1}
-    max_length: int = 512  # tokens of prompt and completion; 0: as the models' contexts allow
+    max_length: int = 512  # tokens of prompt and completion; 0: the models' context
     system: str | None = None  # system message for rows that have none; None: the template's
     evaluations: int = 5  # during training
     top_k: int = 64  # of the logit cache
     max_new_tokens: int = 128  # of the teacher's answers (seqkd)
-    top_p: float = 1.0  # likewise
+    top_p: float = 1.0  # of the teacher's answers
     width: int = 5  # of the beam (seqkd_beam)
     seed: int = 0
     dtype: str = "float32"  # of the teacher
@@ -48,12 +49,22 @@ class DistillSettings:
     lora: dict | None = None  # train adapters only; they are merged before saving
     gradient_checkpointing: bool = False
 
+    def __post_init__(self):
+        check_fields(self)
+        for name in ("n", "steps", "max_length", "evaluations"):
+            check_count(getattr(self, name), name, 0)
+        for name in ("batch_size", "accumulate", "top_k", "max_new_tokens", "width"):
+            check_count(getattr(self, name), name, 1)
+        if self.epochs <= 0:
+            fix = "Use a number above 0."
+            raise UserError(f"{self.epochs} is not possible", where="setting epochs", fix=fix)
+
 # %% ../../nbs/4_probabilities/17_distill_settings.ipynb #02dd1fee
 PROFILES = {
     "smoke": {
         "n": 12,
         "validation": 4,
-        "steps": 2,
+        "max_steps": 2,
         "batch_size": 2,
         "max_length": 128,
         "evaluations": 1,
@@ -76,7 +87,7 @@ def distill_settings(
     profile: str = "cpu",
     **settings: Any,  # fields of DistillSettings
 ) -> DistillSettings:
-    "The settings of a profile with some of them changed."
+    "Return the settings of a profile, with some of them changed."
     if profile not in PROFILES:
         raise UserError(
             f"{profile!r} is not a profile",
@@ -90,11 +101,7 @@ def distill_settings(
             where="settings",
             fix=f"Settings are {', '.join(known)}.",
         )
-    made = DistillSettings(**PROFILES[profile] | settings)
-    if made.n < 0:
-        fix = "Use 0 for all rows, or a number above 0."
-        raise UserError(f"n={made.n} is not a number of rows", where="n", fix=fix)
-    return made
+    return DistillSettings(**PROFILES[profile] | settings)
 
 # %% ../../nbs/4_probabilities/17_distill_settings.ipynb #cfd0d37d
 TEXT_OBJECTIVES = {
@@ -124,10 +131,10 @@ OBJECTIVES = (
 
 
 def check_objective(name: str, options: dict | None = None) -> str:  # options: of the divergence
-    "The name, if there is such an objective and it has these options."
+    "Return the name if it is an objective with these options, else raise UserError."
     if name in _ON_POLICY:
         raise UserError(
-            f"{name} trains on text that the student writes, which distill does not do",
+            f"{name} trains on text that the student writes, which distill does not support",
             where="objective",
             fix="Use train(student, onpolicy_method(...), rows, config): see the lessons on "
             "MiniLLM and GKD.",
@@ -141,6 +148,12 @@ def check_objective(name: str, options: dict | None = None) -> str:  # options: 
     divergence = "forward_kl" if name == "cached_forward_kl" else name
     if divergence in DIVERGENCES and name not in CROSS_OBJECTIVES:
         get_divergence(divergence, **(options or {}))
+        function = DIVERGENCES[divergence]
+        read = check_arguments(getattr(function, "of_sides", function), options or {})
+        for option, value in read.items():
+            if isinstance(options[option], str) and not isinstance(value, str):
+                fix = "Give a number without quotation marks."
+                raise UserError(f"{options[option]!r} is text", where=f"setting {option}", fix=fix)
     elif options:
         raise UserError(
             f"{name} has no options, and {', '.join(sorted(options))} was given",
@@ -150,22 +163,29 @@ def check_objective(name: str, options: dict | None = None) -> str:  # options: 
     return name
 
 # %% ../../nbs/4_probabilities/17_distill_settings.ipynb #557eba58
-def check_libraries(settings: DistillSettings) -> None:
+def check_libraries(
+    lora: dict | None = None,  # of the settings
+    where: str = "distill",  # the product that asks
+    **more: str,  # further libraries, with the extra that holds each
+) -> None:
     "Refuse to start without a library that will be needed."
-    needed = {"accelerate": "train", "transformers": "train", "matplotlib": "notebooks"}
-    if settings.lora:
+    needed = {"accelerate": "train", "transformers": "train", "matplotlib": "notebooks"} | more
+    if lora:
         needed["peft"] = "train"
     for library, extra in needed.items():
         if importlib.util.find_spec(library) is None:
             raise UserError(
                 f"the library {library} is not installed",
-                where="distill",
+                where=where,
                 fix=f"Run `pip install 'kd_notes[{extra}]'`, or `pip install {library}`.",
             )
 
 
 def hold_out(rows: Sequence, validation: float, seed: int = 0) -> tuple[list, list]:
-    "(training, validation): a share below 1 or a number of rows, drawn by seed, at most 200."
+    """Split rows into (training, validation), drawn by seed; at most 200 are held out.
+
+    `validation` is a share below 1 or a number of rows.
+    """
     number = round(validation * len(rows)) if validation < 1 else int(validation)
     number = min(200, max(1, number))
     if validation <= 0 or number >= len(rows):
@@ -180,15 +200,15 @@ def hold_out(rows: Sequence, validation: float, seed: int = 0) -> tuple[list, li
 
 
 def train_config(settings: DistillSettings, rows: int) -> TrainConfig:
-    "The loop's settings for so many training rows."
+    "Return the settings of the training loop for this number of rows."
     s = settings
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    per_step = s.batch_size * s.accumulate * processes
-    steps = s.steps or max(1, math.ceil(s.epochs * rows / per_step))
+    per_step = s.batch_size * s.gradient_accumulation_steps * processes
+    steps = s.max_steps or max(1, math.ceil(s.epochs * rows / per_step))
     return TrainConfig(
-        steps=steps,
+        max_steps=steps,
         batch_size=s.batch_size,
-        accumulate=s.accumulate,
+        gradient_accumulation_steps=s.gradient_accumulation_steps,
         lr=s.lr,
         warmup=min(s.warmup, steps),
         seed=s.seed,

@@ -17,7 +17,7 @@ from ..environment import versions
 
 # %% ../../nbs/7_engine_room/04_code.ipynb #92a595b5
 def _without_docstrings(tree: ast.AST) -> ast.AST:
-    "The tree, with the docstrings of modules, classes and functions removed (in place)."
+    "Remove the docstrings of modules, classes and functions, in place."
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             first = node.body[0] if node.body else None
@@ -35,7 +35,10 @@ def _tree_hash(source: str) -> str:
 
 # %% ../../nbs/7_engine_room/04_code.ipynb #9f6d6506
 def imported_names(tree: ast.AST, module: str = "") -> set[str]:
-    "Dotted names below kd_notes that `module` imports anywhere: modules, and perhaps what stands in them."
+    """Return the dotted names below kd_notes that `module` imports anywhere.
+
+    They are modules and, possibly, names within modules.
+    """
     names: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -49,7 +52,10 @@ def imported_names(tree: ast.AST, module: str = "") -> set[str]:
 
 # %% ../../nbs/7_engine_room/04_code.ipynb #22716d9d
 def module_file(name: str) -> Path | None:
-    "File of a module such as 'core' or 'losses.fused'; None for a package and for what is no module."
+    """Return the file of a module such as 'core' or 'losses.fused'.
+
+    None for a package or an unknown module.
+    """
     path = Path(kd_notes.__file__).parent.joinpath(*name.removeprefix("kd_notes.").split("."))
     path = path.with_name(path.name + ".py")
     return path if path.is_file() else None
@@ -57,30 +63,33 @@ def module_file(name: str) -> Path | None:
 
 @functools.lru_cache(maxsize=None)
 def _module_facts(name: str, path: Path, changed: int) -> tuple[str, frozenset[str]]:
-    "Hash of a module's code and the modules it imports; `changed` (mtime) makes the cache forget after an edit."
+    """Return the hash of a module's code and the modules it imports.
+
+    `changed` is the file's mtime, so that an edited file is read again.
+    """
     source = path.read_text(encoding="utf-8")
     names = imported_names(ast.parse(source), name)
     return _tree_hash(source), frozenset(other for other in names if module_file(other))
 
 
 def module_facts(name: str) -> tuple[str, frozenset[str]]:
-    "Hash of the code of a module of this package, and the modules that it imports."
+    "Return the hash of a module's code and the modules of this package that it imports."
     path = module_file(name)
     return _module_facts(name, path, path.stat().st_mtime_ns)
 
 # %% ../../nbs/7_engine_room/04_code.ipynb #e6671547
-# They decide no number of a run: they find it, place it, start it and draw its progress.
-# (The threads and the libraries, which `environment` reads, are in the key as values.)
+# These modules decide no number of a run: they only find it, start it and show its progress.
+# (The threads and the library versions, which `environment` reads, are in the key as values.)
 NO_NUMBERS = ("runner.", "progress", "environment", "experiments.base")
-# Tables that choose by name. A run names the modules that it uses of them, see `Experiment.modules`.
+# Tables that choose by name. A run names the modules that it uses, see `Experiment.modules`.
 TABLES = ("methods.registry",)
 
 
 def code_modules(*names: str, tables: bool = True) -> list[str]:
-    """These kd_notes modules and the ones that decide numbers among all that they import, sorted.
+    """Return, sorted, these modules and all that they import and that decide numbers.
 
-    A module that is named counts even if it is one of NO_NUMBERS. With `tables=False` the imports of TABLES are
-    not followed: the caller names what it uses of them.
+    A module in `names` counts even if it is one of NO_NUMBERS. With `tables=False` the imports of
+    TABLES are not followed: the caller names the modules that it uses of them.
     """
     todo = [name.removeprefix("kd_notes.") for name in names]
     for name in todo:
@@ -102,19 +111,22 @@ def code_modules(*names: str, tables: bool = True) -> list[str]:
 
 # %% ../../nbs/7_engine_room/04_code.ipynb #a5360e77
 def code_hash(*names: str, tables: bool = True) -> str:
-    "16 hex digits of the code (no comments, no docstrings) of `code_modules(*names, tables=tables)`."
+    """Return 16 hex digits of the code of `code_modules(*names, tables=tables)`.
+
+    Comments and docstrings do not count.
+    """
     modules = code_modules(*names, tables=tables)
     return stable_hash({name: module_facts(name)[0] for name in modules})
 
 # %% ../../nbs/7_engine_room/04_code.ipynb #e911c538
 def run_key(
-    stage: str,  # what kind of run, such as "stepwise"
-    params: dict,  # everything that the run's function is given
-    modules: Iterable[str],  # kd_notes modules that compute it; of TABLES, what it uses
+    stage: str,  # kind of run, such as "stepwise"
+    params: dict,  # all arguments of the run's function
+    modules: Iterable[str],  # kd_notes modules that compute it, including those it uses of TABLES
     checksums: dict[str, str] | None = None,  # {data or teacher: sha256}
-    threads: int = 1,  # of the computation: they decide the order of sums
+    threads: int = 1,  # of the computation; they decide the order of sums
 ) -> str:
-    "What decides the numbers of a run, as 16 hex digits."
+    "Return 16 hex digits of everything that decides the numbers of a run."
     libraries = {name: versions()[name] for name in ("torch", "transformers", "tokenizers")}
     return stable_hash(
         {

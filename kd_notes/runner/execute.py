@@ -26,7 +26,10 @@ from .notebooks import Book
 
 # %% ../../nbs/7_engine_room/23_execute.ipynb #23d63e2d
 def jupyter_settings(folder: Path) -> dict[str, str]:
-    "Return environment variables for a process whose kernel python3 is this interpreter; files go below `folder`."
+    """Return environment variables for a process whose kernel is this interpreter.
+
+    Jupyter's files go below `folder`.
+    """
     command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
     write_json(
         folder / "kernels" / "python3" / "kernel.json",
@@ -43,7 +46,7 @@ def jupyter_settings(folder: Path) -> dict[str, str]:
 
 # %% ../../nbs/7_engine_room/23_execute.ipynb #facc9815
 def _end_with_pipe() -> None:
-    "Wait until standard input closes, then end this process and all processes below it."
+    "Wait until standard input closes, then end this process and all below it."
     with suppress(OSError):
         while os.read(0, 1024):
             pass
@@ -64,12 +67,15 @@ def child_main(job_file: str) -> None:
 
 # %% ../../nbs/7_engine_room/23_execute.ipynb #35ae7c3a
 def _plain(text: str) -> str:
-    "Return the text without terminal colours."
+    "Remove terminal colours from a text."
     return re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", text)
 
 # %% ../../nbs/7_engine_room/23_execute.ipynb #778c77b7
 def _peak_of_children() -> float | None:
-    "Return the highest memory use of an ended process below this one, in MiB; None on Windows."
+    """Return the highest memory use of an ended child process in MiB.
+
+    None on Windows.
+    """
     with suppress(ImportError):
         import resource
 
@@ -79,17 +85,17 @@ def _peak_of_children() -> float | None:
 
 # %% ../../nbs/7_engine_room/23_execute.ipynb #47e85ef7
 def _without_web_grammar() -> None:
-    "Spare papermill's import the two seconds that rfc3987_syntax takes."
+    "Save two seconds of papermill's import: rfc3987_syntax is not loaded."
     sys.modules.setdefault("rfc3987_syntax", None)
 
 
 def _literal_path(path: Path | str) -> str:
-    "A path that papermill takes as it is: it formats paths with the parameters."
+    "Escape a path for papermill, which formats paths with the parameters."
     return str(path).replace("{", "{{").replace("}", "}}")
 
 
 def _papermill_agrees(path: Path | str, names: Iterable[str]) -> None:
-    "Raise UserError if papermill reads other names from the parameters cell than we do."
+    "Raise UserError if papermill reads other names from the parameters cell."
     _without_web_grammar()
     from papermill import inspect_notebook
 
@@ -103,13 +109,13 @@ def _papermill_agrees(path: Path | str, names: Iterable[str]) -> None:
 
 # %% ../../nbs/7_engine_room/23_execute.ipynb #c04b2c5a
 _DEAD_KERNEL = (
-    "the kernel died without a word, which is often a lack of memory: "
+    "the kernel died without a message, often for lack of memory: "
     "try fewer --jobs, or a smaller profile"
 )
 
 
 def _cell_error(e: Any) -> str:
-    "Describe a PapermillExecutionError: a UserError by its sentence, others by their traceback."
+    "Describe a PapermillExecutionError: a UserError by its text, others by their traceback."
     where = f"code cell {e.exec_count}: " if e.exec_count else ""
     if e.ename == "UserError":
         return f"{where}{e.ename}: {e.evalue}"
@@ -155,7 +161,7 @@ _PAPERMILL_LINES = (
 
 
 def _follow(line: str, bar: Any) -> None:
-    "Move the bar by a line of the process's output."
+    "Update the bar from a line of the process's output."
     line = _plain(line).strip()
     started = re.match(r"Executing Cell (\d+)-", line)
     if started:
@@ -166,7 +172,7 @@ def _follow(line: str, bar: Any) -> None:
 
 # %% ../../nbs/7_engine_room/23_execute.ipynb #b37919ab
 def _copy_lines(stream, log: Path, lines: queue.Queue) -> None:
-    "Copy the output of the process to the log and to a queue, in a thread."
+    "Copy the output of the process to the log and to a queue."
     with open(log, "w", encoding="utf-8") as file:
         for line in stream:
             file.write(_plain(line))
@@ -175,7 +181,7 @@ def _copy_lines(stream, log: Path, lines: queue.Queue) -> None:
 
 # %% ../../nbs/7_engine_room/23_execute.ipynb #555066c0
 def _stop(process: subprocess.Popen) -> None:
-    "End the process and what it started; it has ten seconds to do so itself."
+    "End the process and its children; it is killed if it has not ended after ten seconds."
     with suppress(OSError):
         process.stdin.close()
     try:
@@ -186,7 +192,7 @@ def _stop(process: subprocess.Popen) -> None:
 
 # %% ../../nbs/7_engine_room/23_execute.ipynb #816a96fa
 def _wait(process: subprocess.Popen, folder: Path, bar: Any) -> int:
-    "Follow the process until it ends and return its exit code. An interruption ends it."
+    "Follow the process until it ends and return its exit code. An interruption stops it."
     lines: queue.Queue = queue.Queue()
     log = folder / "log.txt"
     reader = threading.Thread(target=_copy_lines, args=(process.stdout, log, lines), daemon=True)
@@ -195,7 +201,7 @@ def _wait(process: subprocess.Popen, folder: Path, bar: Any) -> int:
         while process.poll() is None:
             with suppress(queue.Empty):
                 _follow(lines.get(timeout=0.2), bar)
-            bar.update(0)  # lets a bar that prints lines print one
+            bar.update(0)  # lets a bar in mode 'lines' print
         return process.returncode
     finally:
         _stop(process)
@@ -203,22 +209,22 @@ def _wait(process: subprocess.Popen, folder: Path, bar: Any) -> int:
 
 # %% ../../nbs/7_engine_room/23_execute.ipynb #ad7b1b15
 class _NotebookFailed(Exception):
-    "A notebook did not come to its end; the message is the tail of its traceback."
+    "An error for a notebook that did not finish; its message is the traceback's end."
 
 # %% ../../nbs/7_engine_room/23_execute.ipynb #585ef33f
 @dataclass(frozen=True)
 class Plan:
-    "A notebook that is to be run, and what is known about the run before it starts."
+    "A notebook to run, and what is known about the run before it starts."
 
     name: str
     folder: Path
     params: dict  # without those that the runner sets
-    sent: dict  # params, run_dir, and jobs, source and force where the notebook has them
+    sent: dict  # params, run_dir, and jobs, source and force if the notebook has them
     names: tuple  # of the notebook's parameters
     key: str
     cells: int
     seconds: float | None  # predicted
-    fresh: bool  # a finished run with this key is there, from the source that is asked for
+    fresh: bool  # True if a finished run with this key and source exists
 
     @property
     def title(self) -> str:
@@ -268,7 +274,7 @@ def _tail(text: str, lines: int = 25) -> str:
 
 # %% ../../nbs/7_engine_room/23_execute.ipynb #fba6bb97
 def need_papermill() -> None:
-    "Raise UserError where the extra `notebooks` is not installed."
+    "Raise UserError if the extra `notebooks` is not installed."
     from importlib.util import find_spec
 
     missing = [name for name in ("papermill", "nbclient", "ipykernel") if find_spec(name) is None]

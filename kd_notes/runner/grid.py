@@ -34,12 +34,15 @@ ROW_LIMIT = 2048  # bytes of the metrics of a recorded run
 
 
 def record_file(stage: str, folder: Path | None = None) -> Path:
-    "Where the record of a stage is kept: data/expected/runs/<stage>.jsonl unless a folder is given."
+    "Return the file with the record of a stage, data/expected/runs/<stage>.jsonl by default."
     return Path(folder or data_dir() / "expected" / "runs") / f"{stage}.jsonl"
 
 # %% ../../nbs/7_engine_room/06_grid.ipynb #94b1f47f
 def load_record(stage: str, folder: Path | None = None) -> dict[str, dict]:
-    "{hash of the parameters: recorded row}; empty if nothing is recorded. A damaged row is an error that names the line."
+    """Return {hash of the parameters: recorded row}; {} if nothing is recorded.
+
+    A damaged row is an error that names file and line.
+    """
     path = record_file(stage, folder)
     rows = read_jsonl(path) if path.exists() else []
     for number, row in enumerate(rows, start=1):
@@ -59,7 +62,8 @@ ROW_FIELDS = ("params", "metrics", "key", "seconds", "device", "date")
 def record_runs(stage: str, results: Iterable[dict], folder: Path | None = None) -> int:
     """Merge results of `run_grid` into the record, and return its number of rows.
 
-    A newer result replaces an older one; a replayed result is no new measurement. Atomic, safe to repeat.
+    A newer result replaces an older one; a replayed result is ignored. The file is written
+    atomically.
     """
     path = record_file(stage, folder)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -85,7 +89,10 @@ def record_runs(stage: str, results: Iterable[dict], folder: Path | None = None)
 
 # %% ../../nbs/7_engine_room/06_grid.ipynb #c4d27a11
 def cached_runs(stage: str) -> list[dict]:
-    "The finished runs of a stage in the cache, as `record_runs` takes them: one for each parameter set, the newest."
+    """Return the finished runs of a stage in the cache, as `record_runs` takes them.
+
+    Of several runs with the same parameters, the newest is returned.
+    """
     manifests = (cache_dir() / "runs" / stage).glob("*/manifest.json")
     done = [path.parent for path in manifests if run_status(path.parent) == "done"]
     done.sort(key=lambda folder: read_manifest(folder)["end"])
@@ -97,11 +104,11 @@ def cached_runs(stage: str) -> list[dict]:
     ]
 
 # %% ../../nbs/7_engine_room/06_grid.ipynb #grd-src-1
-SOURCES = ("train", "cache", "record")  # what a grid may take its results from
+SOURCES = ("train", "cache", "record")  # where a grid may take its results from
 
 
 class Ledger:
-    "Where the results of one notebook come from, written to run_dir/sources.json as the notebook goes on."
+    "The sources of a notebook's results, written to run_dir/sources.json as they come."
 
     opened: dict[Path, "Ledger"] = {}  # one for each run folder and process
 
@@ -111,23 +118,26 @@ class Ledger:
 
     @classmethod
     def of(cls, run_dir: Path | str) -> "Ledger":
-        "The ledger of a run folder; the first one of a process starts empty."
+        "Return the ledger of a run folder; it starts empty in each process."
         place = Path(run_dir).resolve()
         return cls.opened.setdefault(place, cls(place))
 
     def trained(self, task: Task) -> bool:
-        "Whether this notebook has trained it: `force` trains a run once, however often a notebook asks for it."
+        """Return True if this notebook has trained the run already.
+
+        `force` trains a run once, however often a notebook asks for it.
+        """
         result = self.results.get((task.stage, stable_hash(task.params)))
         return bool(result) and result["source"] == "trained"
 
     def add(self, tasks: dict[str, Task], results: dict[str, dict]) -> None:
-        "Enter results by the hash of their parameters. The first source of a run counts: once trained, it is in the cache."
+        "Enter results by the hash of their parameters. The first source of a run counts."
         for params_hash, result in results.items():
             self.results.setdefault((tasks[params_hash].stage, params_hash), result)
         write_json(self.path, self.counts())
 
     def counts(self) -> dict:
-        "{'trained', 'cached', 'replayed', 'record_date', 'code_differs'}."
+        "Return {'trained', 'cached', 'replayed', 'record_date', 'code_differs'}."
         results = list(self.results.values())
         replayed = [result for result in results if result["source"] == "replayed"]
         counts = {
@@ -141,7 +151,10 @@ class Ledger:
 
 
 def sources_line(run_dir: Path | str) -> str:
-    "Where the results of a notebook came from, such as '75 replayed from the record of 2026-11-26, code differs'."
+    """Describe the sources of a notebook's results.
+
+    For example '75 replayed from the record of 2026-11-26, code differs'.
+    """
     counts = Ledger.of(run_dir).counts()
     parts = [
         f"{counts['trained']} trained" if counts["trained"] else "",
@@ -156,13 +169,16 @@ def sources_line(run_dir: Path | str) -> str:
 
 # %% ../../nbs/7_engine_room/06_grid.ipynb #882407ba
 def _per_run(value: Any) -> Callable[[dict], Any]:
-    "A function of a run's parameters; a plain value is the same for all runs."
+    "Return `value` if it is a function of a run's parameters, else a constant function."
     return value if callable(value) else lambda params: value
 
 
 @dataclass
 class Planner:
-    "Turns parameter sets into tasks. `modules`, `checksums` and `facts` are functions of the parameters."
+    """A converter from parameter sets to tasks.
+
+    `modules`, `checksums` and `facts` are functions of the parameters.
+    """
 
     stage: str
     target: str
@@ -172,7 +188,7 @@ class Planner:
     threads: int
 
     def task(self, params: dict) -> Task:
-        "The task of one parameter set, with its key."
+        "Return the task of one parameter set, with its key."
         modules = list(self.modules(params))
         checksums = self.checksums(params) or {}
         key = run_key(self.stage, params, modules, checksums, self.threads)
@@ -180,7 +196,7 @@ class Planner:
         return Task(self.stage, self.target, params, key, manifest | self.facts(params))
 
     def plan(self, params_list: list[dict], record: dict[str, dict]) -> dict[str, Task]:
-        "{hash of the parameters: task}, in order, without duplicates."
+        "Return {hash of the parameters: task}, in order, without duplicates."
         tasks: dict[str, Task] = {}
         for params in params_list:
             params = to_jsonable(params, "params")
@@ -192,31 +208,34 @@ class Planner:
             except UserError:
                 if params_hash not in record:
                     raise
-                # What is recorded needs no files here; only its key cannot be compared.
+                # A recorded run needs no files here; its key cannot be compared without them.
                 tasks[params_hash] = Task(self.stage, self.target, params, "", {})
         return tasks
 
 # %% ../../nbs/7_engine_room/06_grid.ipynb #54e08153
 def _recorded(task: Task, row: dict) -> dict:
-    "The result that a row of the record stands for."
+    "Return the result of a recorded row."
     kept = {name: row[name] for name in ("metrics", "key", "seconds", "device", "date")}
     return kept | {"source": "replayed", "same_key": row["key"] == task.key}
 
 
 def _cached(task: Task) -> dict | None:
-    "The result of a run that has finished on this machine, or None."
+    "Return the result of a run that has finished on this machine, or None."
     done = _finished(run_folder(task.stage, task.key)) if task.key else None
     return done and done | {"source": "cached"}
 
 # %% ../../nbs/7_engine_room/06_grid.ipynb #eb1c8a40
 class GridError(UserError):
-    "Some runs of a grid failed. `failures` is a list of (task, outcome); an outcome has 'error' and 'traceback'."
+    """An error for failed runs of a grid.
+
+    `failures` is a list of (task, outcome); an outcome has 'error' and 'traceback'.
+    """
 
     failures: list = []
 
 # %% ../../nbs/7_engine_room/06_grid.ipynb #d40b29ee
 def _fail(stage: str, failures: list[tuple[Task, dict]], total: int) -> None:
-    "Raise a GridError that names each failed run and how it ended."
+    "Raise a GridError that names the first failed runs and their errors."
     shown = [f"({task.short()}) {outcome['error']}" for task, outcome in failures[:5]]
     if len(failures) > 5:
         shown.append(f"and {len(failures) - 5} more")
@@ -224,7 +243,7 @@ def _fail(stage: str, failures: list[tuple[Task, dict]], total: int) -> None:
     error = GridError(
         f"{len(failures)} of {total} runs failed: {'; '.join(shown)}",
         where=stage,
-        fix="The others are kept; remove the cause and run the same command again. "
+        fix="The other results are kept; remove the cause and run the same command again. "
         f"The tracebacks are in the manifests: {first} in the cache folder is the first.",
     )
     error.failures = failures
@@ -232,7 +251,7 @@ def _fail(stage: str, failures: list[tuple[Task, dict]], total: int) -> None:
 
 
 def _not_cached(stage: str, todo: list[Task], total: int) -> UserError:
-    "The error of source='cache' where runs are missing."
+    "Return the error of source='cache' for runs that are missing."
     return UserError(
         f"{len(todo)} of {total} runs are not in the cache, the first is ({todo[0].short()})",
         where=f"{stage}, source='cache'",
@@ -241,7 +260,7 @@ def _not_cached(stage: str, todo: list[Task], total: int) -> UserError:
 
 # %% ../../nbs/7_engine_room/06_grid.ipynb #d2e80c2c
 def _check_options(jobs: int, threads: int, source: str, force: bool) -> None:
-    "Raise UserError for options of `run_grid` that are impossible or contradict each other."
+    "Raise UserError for options of `run_grid` that contradict each other."
     if jobs < 1 or threads < 1:
         raise UserError(
             "at least one is needed",
@@ -257,7 +276,7 @@ def _check_options(jobs: int, threads: int, source: str, force: bool) -> None:
 
 
 def _run_all(tasks: list[Task], jobs: int, threads: int, force: bool, desc: str) -> Iterator:
-    "Yield (task, outcome) of every task, as they come, below a progress bar."
+    "Yield (task, outcome) of every task as it ends, and show a progress bar."
     if jobs == 1:
         events = _run_here(tasks, threads, force)
     else:
@@ -281,12 +300,13 @@ def run_grid(
     *,
     modules: Callable[[dict], list[str]] | Iterable[str],  # kd_notes modules that compute a run
     checksums: Callable[[dict], dict] | dict[str, str] | None = None,  # {data or teacher: sha256}
-    facts: Callable[[dict], dict] | None = None,  # more lines of a run's manifest, see MANIFEST
-    prepare: Callable[[list[dict]], Any] | None = None,  # called with the parameters of what is run
-    jobs: int = 1,  # runs at the same time, each in a process
+    facts: Callable[[dict], dict] | None = None,  # more fields of a run's manifest, see MANIFEST
+    prepare: Callable[[list[dict]], Any]
+    | None = None,  # called with the parameters of the runs to do
+    jobs: int = 1,  # number of processes
     threads: int = 1,  # of each run
     source: str = "train",  # train, cache or record
-    force: bool = False,  # run again what the cache holds
+    force: bool = False,  # run again even if the cache has the run
     run_dir: Path | str | None = None,  # of the notebook: the counts go to its sources.json
     record_folder: Path | None = None,  # None: data/expected/runs
     desc: str = "",
@@ -329,6 +349,6 @@ def run_grid(
 
 # %% ../../nbs/7_engine_room/06_grid.ipynb #1c0afd91
 def _result(tasks: dict[str, Task], results: dict[str, dict], params: dict) -> dict:
-    "The result for one of the parameter sets that were asked for."
+    "Return the result of one requested parameter set."
     task = tasks[stable_hash(to_jsonable(params, "params"))]
     return {"params": task.params, "key": task.key} | results[stable_hash(task.params)]

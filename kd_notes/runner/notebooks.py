@@ -33,7 +33,7 @@ from .code import code_hash, imported_names, module_file
 # %% ../../nbs/7_engine_room/22_notebooks.ipynb #232242a4
 @dataclass(frozen=True)
 class Book:
-    "Where the notebooks, the recorded numbers and the runs are."
+    "The folders of the notebooks, the data with the recorded numbers, and the runs."
 
     nbs: Path
     data: Path
@@ -55,13 +55,16 @@ class Book:
 def open_book(
     root: Path | str | None = None,  # a folder with nbs/ and data/; None: this project
 ) -> Book:
-    "Return the book at `root`. Runs go to `root/runs`, for an installed wheel to ./runs."
+    """Return the book at `root`.
+
+    Runs go to `root/runs`; those of an installed wheel go to ./runs.
+    """
     if root is None:
         return Book(nbs_dir(), data_dir(), (repo_root() or Path.cwd()) / "runs")
     root = Path(root).resolve()
     if not (root / "nbs").is_dir():
         raise UserError(
-            "there is no folder nbs in it",
+            "the folder has no subfolder nbs",
             where=root,
             fix="Give a folder that holds nbs/results and nbs/profiles.",
         )
@@ -81,23 +84,21 @@ def read_notebook(path: Path | str) -> dict:
 
 # %% ../../nbs/7_engine_room/22_notebooks.ipynb #67a1947f
 def cell_source(cell: Mapping) -> str:
-    "Return the text of a cell."
     return "".join(cell.get("source", ""))
 
 # %% ../../nbs/7_engine_room/22_notebooks.ipynb #31c45202
 def code_cells(nb: Mapping) -> list[dict]:
-    "Return the code cells of a notebook, in order."
     return [c for c in nb["cells"] if c["cell_type"] == "code"]
 
 # %% ../../nbs/7_engine_room/22_notebooks.ipynb #059907a0
 def result_names(book: Book) -> list[str]:
-    "Return the sorted names of the results notebooks, without drafts (which start with _)."
+    "Return the sorted names of the results notebooks, without drafts (a leading _)."
     paths = book.results.glob("*.ipynb")
     return sorted(path.stem for path in paths if not path.name.startswith(("_", ".")))
 
 # %% ../../nbs/7_engine_room/22_notebooks.ipynb #0b08de75
 def known_names(book: Book, names: Iterable[str]) -> list[str]:
-    "Return the names without repeats, after a check that each is a results notebook."
+    "Return the names without repeats; each must be a results notebook."
     names = list(dict.fromkeys(name.removesuffix(".ipynb") for name in names))
     known = result_names(book)
     for name in names:
@@ -113,7 +114,7 @@ def known_names(book: Book, names: Iterable[str]) -> list[str]:
 
 # %% ../../nbs/7_engine_room/22_notebooks.ipynb #3c0d5093
 def notebook_title(nb: Mapping) -> str:
-    "Return the first heading of a notebook, or an empty text."
+    "Return the first heading of a notebook, or ''."
     for cell in nb["cells"]:
         if cell["cell_type"] == "markdown":
             for line in cell_source(cell).splitlines():
@@ -122,8 +123,8 @@ def notebook_title(nb: Mapping) -> str:
     return ""
 
 # %% ../../nbs/7_engine_room/22_notebooks.ipynb #56fa818d
-# Set by the runner. They decide how the numbers are computed, not which: jobs side by side, whether trainings
-# may come from the cache or the record, and whether cached ones are trained again.
+# Set by the runner. They decide how the numbers are computed, not which numbers: the number of jobs, whether
+# results may come from the cache or the record, and whether cached runs are trained again.
 RESERVED = ("run_dir", "jobs", "source", "force")
 
 
@@ -150,7 +151,7 @@ def _parameter(statement: ast.stmt, lines: Sequence[str], where: str) -> Paramet
     except ValueError as e:
         line = lines[statement.lineno - 1].strip()
         raise UserError(
-            f"the parameters cell holds something else than a plain value: {line}",
+            f"the parameters cell has a line that is not a plain value: {line}",
             where=where,
             fix="Write 'name = literal  # help' there and compute in the next cell.",
         ) from e
@@ -160,7 +161,10 @@ def _parameter(statement: ast.stmt, lines: Sequence[str], where: str) -> Paramet
 
 # %% ../../nbs/7_engine_room/22_notebooks.ipynb #2894494f
 def notebook_parameters(nb: Mapping, where: str = "notebook") -> dict[str, Parameter]:
-    "Return the parameters by name: one cell tagged `parameters` with plain values, `run_dir` among them."
+    """Return the parameters of a notebook by name.
+
+    They are plain values in one cell tagged `parameters`, and `run_dir` is one of them.
+    """
     tagged = [c for c in code_cells(nb) if "parameters" in c.get("metadata", {}).get("tags", [])]
     if len(tagged) != 1:
         raise UserError(
@@ -188,7 +192,7 @@ def notebook_parameters(nb: Mapping, where: str = "notebook") -> dict[str, Param
 
 # %% ../../nbs/7_engine_room/22_notebooks.ipynb #1e4cf6a7
 def fits(value: Any, default: Any) -> bool:
-    "True if `value` may stand where `default` stands."
+    "Return True if `value` may replace `default`."
     if default is None:
         return True
     if isinstance(default, bool) or isinstance(value, bool):
@@ -213,7 +217,7 @@ def _kind(default: Any) -> str:
 def resolve_parameters(
     known: Mapping[str, Parameter], given: Mapping[str, Any], where: str
 ) -> dict[str, Any]:
-    "Return the defaults with the given values put in, without reserved ones."
+    "Return the defaults, replaced by the given values, without reserved names."
     names = [name for name in known if name not in RESERVED]
     for name, value in given.items():
         if name not in names:
@@ -238,9 +242,9 @@ def resolve_parameters(
 # %% ../../nbs/7_engine_room/22_notebooks.ipynb #c9ddd13d
 def echo(
     params: Mapping[str, Any],  # the parameters of the notebook, without run_dir
-    run_dir: str,  # folder of the run; made if need be
+    run_dir: str,  # folder of the run; created if it is missing
 ) -> dict[str, Any]:
-    "Write run_dir/echo.json and return the parameters; the cell after the parameters calls it."
+    "Write run_dir/echo.json and return the parameters; called in the cell after them."
     if not isinstance(run_dir, str) or not run_dir:
         raise UserError(
             "the run folder has no name",
@@ -256,7 +260,7 @@ def echo(
 
 # %% ../../nbs/7_engine_room/22_notebooks.ipynb #81121d0a
 def check_echo(folder: Path, sent: Mapping[str, Any]) -> dict:
-    "Check that the notebook holds what was sent, and return its kernel's environment."
+    "Check that the notebook received what was sent; return its kernel's environment."
     if not (folder / "echo.json").is_file():
         raise UserError(
             "the notebook did not echo its parameters",
@@ -276,20 +280,23 @@ def check_echo(folder: Path, sent: Mapping[str, Any]) -> dict:
 
 # %% ../../nbs/7_engine_room/22_notebooks.ipynb #159e206e
 class SkipNotebook(Exception):
-    "Raised by `skip`; shows itself as its message alone."
+    "An exception that ends a notebook and shows only its message."
 
     def _render_traceback_(self) -> list[str]:
         return [f"Skipped: {self}"]
 
 # %% ../../nbs/7_engine_room/22_notebooks.ipynb #794063de
 def skip(reason: str, run_dir: str) -> None:
-    "End this notebook because something that it needs is absent; the reason goes to run_dir/skipped.json."
+    """End this notebook because something that it needs is absent.
+
+    The reason is written to run_dir/skipped.json.
+    """
     write_json(Path(run_dir) / "skipped.json", {"reason": reason})
     raise SkipNotebook(reason)
 
 # %% ../../nbs/7_engine_room/22_notebooks.ipynb #9ab1637e
 def cells_hash(nb: Mapping) -> str:
-    "Return a hash of the code cells; prose and outputs do not count."
+    "Return a hash of the code cells, without prose and outputs."
     return stable_hash([cell_source(c).strip() for c in code_cells(nb)])
 
 # %% ../../nbs/7_engine_room/22_notebooks.ipynb #d9d30514
@@ -297,7 +304,7 @@ def imported_modules(nb: Mapping, where: str = "notebook") -> list[str]:
     "Return the sorted kd_notes modules that the code cells import."
     names: set[str] = set()
     for number, cell in enumerate(code_cells(nb), start=1):
-        # magics are not Python
+        # magic commands are not Python
         text = re.sub(r"(?m)^([ \t]*)[%!].*$", r"\1pass", cell_source(cell))
         try:
             names |= imported_names(ast.parse(text))
@@ -328,7 +335,10 @@ def data_hashes(book: Book) -> dict[str, str]:
 
 # %% ../../nbs/7_engine_room/22_notebooks.ipynb #15f33d4c
 def outside_data(nb: Mapping) -> dict | None:
-    "Return names, sizes and times in $KD_NOTES_DATA if a notebook reads real data, else None."
+    """Return {file: [size, mtime]} of $KD_NOTES_DATA if a notebook reads real data.
+
+    Else return None.
+    """
     text = "\n".join(cell_source(cell) for cell in code_cells(nb))
     folder = os.environ.get("KD_NOTES_DATA", "")
     reads = "load_real" in text or "KD_NOTES_DATA" in text
@@ -339,7 +349,7 @@ def outside_data(nb: Mapping) -> dict | None:
 
 # %% ../../nbs/7_engine_room/22_notebooks.ipynb #5019427f
 def notebook_key(book: Book, nb: Mapping, params: Mapping[str, Any]) -> str:
-    "Return a hash of what decides the numbers of a notebook's run, 16 hex digits."
+    "Return 16 hex digits of everything that decides the numbers of a notebook."
     modules = [m for m in imported_modules(nb) if not m.startswith("runner.")]
     libraries = {
         name: versions()[name] for name in ("torch", "transformers", "tokenizers", "numpy")
@@ -356,7 +366,7 @@ def notebook_key(book: Book, nb: Mapping, params: Mapping[str, Any]) -> str:
     )
 
 # %% ../../nbs/7_engine_room/22_notebooks.ipynb #c19dc544
-# "abs" is a tolerance of the number, "kind" may say that it is a cost: see `runner.tolerance`
+# "abs" is a tolerance of the number; "kind" may be "cost", see `runner.tolerance`
 NUMBER_FIELDS = {"value", "low", "high", "n", "abs", "kind"}
 
 
@@ -368,11 +378,11 @@ def _is_number(field: str, value: Any) -> bool:
 
 
 def read_numbers(path: Path) -> dict[str, dict]:
-    "Read metrics.json as {name: {'value', perhaps 'low', 'high', 'n', 'abs', 'kind'}}."
+    """Read metrics.json as {name: {"value", optionally "low", "high", "n", "abs", "kind"}}."""
     numbers = read_json(path)
     if not isinstance(numbers, dict):
         raise UserError(
-            "metrics.json holds no numbers by name",
+            "metrics.json does not hold numbers by name",
             where=path,
             fix="Write one JSON object: {name: number}.",
         )
@@ -381,7 +391,7 @@ def read_numbers(path: Path) -> dict[str, dict]:
         good = "value" in number and set(number) <= NUMBER_FIELDS
         if not good or not all(_is_number(field, value) for field, value in number.items()):
             raise UserError(
-                f"{name} = {numbers[name]!r} is not a finite number, nor one with value, low, high and n",
+                f"{name} = {numbers[name]!r} is neither a finite number nor an object with value, low, high and n",
                 where=path,
                 fix="Write a number, or Estimate.as_metric() of kd_notes.evaluation.statistics.",
             )
@@ -389,7 +399,10 @@ def read_numbers(path: Path) -> dict[str, dict]:
 
 # %% ../../nbs/7_engine_room/22_notebooks.ipynb #ba33b11f
 def check_artefacts(folder: Path) -> dict[str, str]:
-    "Return {file: SHA-256} of a run's numbers, verdicts, figures and CSV files; a missing one is an error."
+    """Return {file: SHA-256} of a run's numbers, verdicts, figures and CSV files.
+
+    A missing file is an error.
+    """
     if not (folder / "metrics.json").is_file():
         raise UserError(
             "the notebook wrote no metrics.json",

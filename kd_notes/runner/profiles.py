@@ -37,7 +37,6 @@ class Profile:
 
 # %% ../../nbs/7_engine_room/22_profiles.ipynb #fab3bc38
 def profile_names(book: Book) -> list[str]:
-    "Return the names of the profiles, sorted."
     return sorted(p.stem for p in book.profiles.glob("*.json"))
 
 # %% ../../nbs/7_engine_room/22_profiles.ipynb #0225a237
@@ -64,7 +63,7 @@ def _profile_fields(path: Path) -> dict:
 
 # %% ../../nbs/7_engine_room/22_profiles.ipynb #f945a376
 def load_profile(book: Book, name: str) -> Profile:
-    "Read the profile `name` and check it against every notebook that it mentions."
+    "Read a profile and check it against every notebook that it mentions."
     path = book.profiles / f"{name}.json"
     if name not in profile_names(book):
         raise UserError(
@@ -98,7 +97,7 @@ def _no_constant(text: str) -> None:
 
 
 def setting_value(text: str) -> Any:
-    "Return a value of the command line: a switch in words, JSON, a Python literal, or else the text."
+    "Convert a value of the command line: a word such as yes, JSON, a literal, or text."
     text = text.strip()
     if text.lower() in _WORDS:
         return _WORDS[text.lower()]
@@ -113,7 +112,7 @@ def parse_sets(
     sets: Iterable[str],  # "k=v" or "notebook.k=v"
     known: Mapping[str, Mapping[str, Parameter]],  # chosen notebook -> its parameters
 ) -> dict[str, dict]:
-    "Return {notebook: {parameter: value}}; a setting that reaches no notebook is an error."
+    "Return {notebook: {parameter: value}}. A setting without a notebook is an error."
     chosen: dict[str, dict] = {name: {} for name in known}
     for text in sets:
         left, equals, value = text.partition("=")

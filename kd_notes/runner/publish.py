@@ -33,14 +33,14 @@ MACHINE_PATH = re.compile(
 
 
 def _scrub(text: str, places: Mapping[str, str]) -> str:
-    "Return the text without paths of this machine and without memory addresses."
+    "Remove paths of this machine and memory addresses from a text."
     for path in sorted(places, key=len, reverse=True):
         text = text.replace(path, places[path])
     return re.sub(r"(<[^>\n]*?) at 0x[0-9a-fA-F]+(>)", r"\1\2", text)
 
 # %% ../../nbs/7_engine_room/26_publish.ipynb #47b5a0df
 def machine_places(book: Book, folder: Path) -> dict[str, str]:
-    "Return {path of this machine: what a reader sees instead}."
+    "Return {path of this machine: text shown to readers}."
     job = read_json(folder / "job.json")
     name = f"runs/{folder.parent.name}/{folder.name}"
     places = {
@@ -49,7 +49,7 @@ def machine_places(book: Book, folder: Path) -> dict[str, str]:
         Path(sys.prefix): "<environment>",
         cache_dir(): ".cache",
         Path(job["cwd"]).parents[1]: ".",
-        Path(job["parameters"]["run_dir"]): name,  # where it was when it ran
+        Path(job["parameters"]["run_dir"]): name,  # its place during the run
         book.nbs.parent: ".",
         book.runs: "runs",
         folder: name,
@@ -60,10 +60,15 @@ def machine_places(book: Book, folder: Path) -> dict[str, str]:
 
 # %% ../../nbs/7_engine_room/26_publish.ipynb #72255bfa
 def _clean_data(data: Mapping[str, Any], places: Mapping[str, str]) -> dict[str, Any]:
-    "A mime bundle without widgets and without paths of this machine; images stay as they are."
+    """Return a mime bundle without widgets and without paths of this machine.
+
+    Images stay as they are.
+    """
     cleaned = {}
+    needs_kernel = any("widget" in kind for kind in data)
     for kind, content in data.items():
-        if "widget" in kind:
+        # The plain text that stands in for a widget, such as a progress bar, tells a reader nothing.
+        if "widget" in kind or (needs_kernel and kind == "text/plain"):
             continue
         if kind.startswith("text/"):
             content = _scrub("".join(content), places).splitlines(True)
@@ -74,7 +79,7 @@ def _clean_data(data: Mapping[str, Any], places: Mapping[str, str]) -> dict[str,
 
 
 def _clean_output(output: Mapping, places: Mapping[str, str]) -> dict | None:
-    "An output as it is published; None for standard error and interactive widgets."
+    "Return an output as it is published, None for standard error and widgets."
     kind = output["output_type"]
     if kind == "error":
         raise UserError("the run holds an error", where="publish", fix="Run the notebook again.")
@@ -93,7 +98,7 @@ def _clean_output(output: Mapping, places: Mapping[str, str]) -> dict | None:
 
 # %% ../../nbs/7_engine_room/26_publish.ipynb #be26b244
 def output_text(cells: Iterable[Mapping]) -> Iterator[tuple[int, str]]:
-    "Yield (number of the code cell, text) for every text in the outputs; images are not texts."
+    "Yield (number of the code cell, text) for every text in the outputs."
     for number, cell in enumerate(cells, start=1):
         for output in cell.get("outputs", []):
             data = output.get("data", {"text/plain": output.get("text", "")})
@@ -116,7 +121,10 @@ def _no_machine_paths(cells: Sequence[Mapping], where: str) -> None:
 def _executed_outputs(
     nb: Mapping, executed: Mapping, places: Mapping[str, str], where: str
 ) -> list[list[dict]]:
-    "Cleaned outputs of a run, one list per code cell of `nb`, whose code must be the same."
+    """Return the cleaned outputs of a run, one list per code cell of `nb`.
+
+    Raises UserError if the code of the run differs.
+    """
     ran = [
         cell
         for cell in code_cells(executed)
@@ -137,7 +145,7 @@ def _executed_outputs(
 
 # %% ../../nbs/7_engine_room/26_publish.ipynb #1f48667d
 def stamp_line(stamp: Mapping) -> str:
-    "Return the line that a reader sees below the last code cell."
+    "Return the line shown below the last code cell."
     run = f"profile {stamp['profile']}, key {stamp['key']}, {stamp['date']}"
     return f"published from a run with {run}\n"
 
@@ -168,7 +176,10 @@ def _outputs_hash(nb: Mapping) -> str:
 
 # %% ../../nbs/7_engine_room/26_publish.ipynb #5c5456ba
 def _recorded(book: Book, profile: str, name: str, folder: Path) -> str:
-    "Digest of the record, which must be that of the run."
+    """Return the digest of the record.
+
+    Raises UserError if the run has another digest.
+    """
     path = expected_file(book, profile, name)
     if not path.is_file() or read_json(path)["digest"] != _run_record(folder)["digest"]:
         raise UserError(
@@ -206,7 +217,10 @@ def _publish_one(book: Book, profile: str, name: str) -> dict:
 
 # %% ../../nbs/7_engine_room/26_publish.ipynb #f5eefacb
 def publish(names: Sequence[str], profile: str, book: Book | None = None) -> list[str]:
-    "Publish finished runs and return a line for each. It stops at the first that cannot be published."
+    """Publish finished runs and return a line for each.
+
+    The first one that cannot be published raises UserError.
+    """
     book = book or open_book()
     lines = []
     for name in known_names(book, names):
@@ -217,7 +231,7 @@ def publish(names: Sequence[str], profile: str, book: Book | None = None) -> lis
 
 # %% ../../nbs/7_engine_room/26_publish.ipynb #9b756cbb
 def _published_problems(book: Book, name: str) -> Iterator[str]:
-    "Yield what is wrong with one published notebook."
+    "Yield the problems of one published notebook."
     path = book.results / f"{name}.ipynb"
     nb = read_notebook(path)
     stamp = nb["metadata"].get("kd_notes")
@@ -242,7 +256,7 @@ def _published_problems(book: Book, name: str) -> Iterator[str]:
 
 # %% ../../nbs/7_engine_room/26_publish.ipynb #aa1053d3
 def check_published(book: Book | None = None) -> list[str]:
-    "Return the problems of the published notebooks as sentences; none if readers see what the record says."
+    "Return the problems of the published notebooks as sentences."
     book = book or open_book()
     problems = []
     for name in result_names(book):

@@ -25,7 +25,10 @@ def expected_file(book: Book, profile: str, name: str) -> Path:
 
 # %% ../../nbs/7_engine_room/25_record.ipynb #643966c2
 def finished_run(book: Book, profile: str, name: str) -> tuple[Path, dict]:
-    "Return folder and manifest of a finished run whose files are as it left them."
+    """Return folder and manifest of a finished run.
+
+    Raises UserError if there is none or its files have changed.
+    """
     folder = book.runs / profile / name
     again = f"kd-notes reproduce {name} --profile {profile}"
     if run_status(folder) != "done" or read_manifest(folder).get("skipped"):
@@ -45,7 +48,10 @@ def finished_run(book: Book, profile: str, name: str) -> tuple[Path, dict]:
 
 # %% ../../nbs/7_engine_room/25_record.ipynb #47839563
 def _provenance(folder: Path, manifest: Mapping) -> dict:
-    "Origin of recorded numbers. `source` counts what was trained, cached and replayed."
+    """Return the origin of recorded numbers.
+
+    `source` counts the results that were trained, cached and replayed.
+    """
     kernel = manifest["kernel"]
     copied = ("cpu", "platform", "versions", "git_commit", "git_dirty")
     return {
@@ -59,28 +65,30 @@ def _provenance(folder: Path, manifest: Mapping) -> dict:
 
 
 def _run_verdicts(folder: Path) -> list[dict]:
-    "Verdicts of a run as rows, checked; a run without verdicts has none."
-    from kd_notes.evaluation.statistics import (
-        load_verdicts,
-    )  # numpy, which `list` need not wait for
+    "Return the checked verdicts of a run as rows, [] if it has none."
+    # Imported here: it loads numpy, which `kd-notes list` does not need.
+    from kd_notes.evaluation.statistics import load_verdicts
 
     path = folder / "verdicts.json"
     return [v.as_dict() for v in load_verdicts(path)] if path.is_file() else []
 
 
 def _digest(stored: Mapping[str, Any]) -> str:
-    "Hash of what a record claims, so that editing it by hand is noticed."
+    "Return a hash of the numbers and verdicts, which shows an edit by hand."
     return stable_hash({"numbers": stored["numbers"], "verdicts": stored["verdicts"]})
 
 
 def _run_record(folder: Path) -> dict:
-    "Return numbers, verdicts and their digest of a run, as they stand in its record."
+    "Return numbers, verdicts and digest of a run in the form of its record."
     made = {"numbers": read_numbers(folder / "metrics.json"), "verdicts": _run_verdicts(folder)}
     return made | {"digest": _digest(made)}
 
 # %% ../../nbs/7_engine_room/25_record.ipynb #00458885
 def record(names: Sequence[str], profile: str, book: Book | None = None) -> list[str]:
-    "Store numbers and verdicts of finished runs in data/expected; return lines that say what changed."
+    """Store numbers and verdicts of finished runs in data/expected.
+
+    Returns lines that describe the changes.
+    """
     book = book or open_book()
     runs = {name: finished_run(book, profile, name) for name in known_names(book, names)}
     lines = []
@@ -102,7 +110,7 @@ def record(names: Sequence[str], profile: str, book: Book | None = None) -> list
 
 # %% ../../nbs/7_engine_room/25_record.ipynb #2609bc82
 def _changes(old: Mapping[str, Mapping], new: Mapping[str, Mapping]) -> list[str]:
-    "Describe how two sets of recorded numbers differ."
+    "Describe the differences between two sets of recorded numbers."
     gone = [f"{name} is gone (was {old[name]['value']:.6g})" for name in old if name not in new]
     fresh = [f"{name} = {new[name]['value']:.6g} is new" for name in new if name not in old]
     moved = [
@@ -114,7 +122,7 @@ def _changes(old: Mapping[str, Mapping], new: Mapping[str, Mapping]) -> list[str
 
 
 def _changed_verdicts(old: Sequence[Mapping], new: Sequence[Mapping]) -> list[str]:
-    "Describe how the outcomes of two sets of verdicts differ."
+    "Describe the differences between the outcomes of two sets of verdicts."
     before = {row["claim"]: row["outcome"] for row in old}
     now = {row["claim"]: row["outcome"] for row in new}
     gone = [f"verdict {claim!r} is gone" for claim in before if claim not in now]
@@ -126,7 +134,7 @@ def _changed_verdicts(old: Sequence[Mapping], new: Sequence[Mapping]) -> list[st
 
 # %% ../../nbs/7_engine_room/25_record.ipynb #7d1f0a32
 def record_stage(stage: str, book: Book | None = None) -> str:
-    "Add the cache's finished runs of a stage to its record; return a line that counts them."
+    "Add the cache's finished runs of a stage to its record and return a line about it."
     folder = (book or open_book()).expected / "runs"
     found = cached_runs(stage)
     if not found:
@@ -158,7 +166,7 @@ class Checked:
 
 # %% ../../nbs/7_engine_room/25_record.ipynb #7f66da11
 def _why_not_run(folder: Path, device: str) -> str:
-    "Reason why a run says nothing about the record; empty if it does."
+    "Return the reason why a run cannot be compared with the record, '' if it can."
     status = run_status(folder)
     if status != "done":
         return {"absent": "not run yet"}.get(status, f"the last run is {status}")
@@ -170,7 +178,10 @@ def _why_not_run(folder: Path, device: str) -> str:
 
 # %% ../../nbs/7_engine_room/25_record.ipynb #40a8ed56
 def _check_notebook(book: Book, profile: str, name: str) -> list[Checked]:
-    "One row per recorded number and verdict of a notebook, or one row that says why there is none."
+    """Return one row per recorded number and verdict of a notebook.
+
+    If nothing can be compared, return one row with the reason.
+    """
 
     def whole(status: str, note: str) -> list[Checked]:
         return [Checked(name, "(all)", status, note=note)]
@@ -218,7 +229,7 @@ def _check_numbers(
 def _check_verdicts(
     notebook: str, recorded: Sequence[Mapping], measured: Sequence[Mapping]
 ) -> list[Checked]:
-    "A verdict that turns into its opposite fails; any other change is a drift."
+    "Compare verdicts: an opposite or missing one fails, another change is a drift."
     now = {row["claim"]: row["outcome"] for row in measured}
     rows = []
     for row in recorded:
@@ -232,7 +243,7 @@ def _check_verdicts(
 
 
 def _as_replay(row: Checked, replayed: int) -> Checked:
-    "The row as a statement about a run that took trainings from the record."
+    "Mark a passed row of a run with replayed results."
     if row.status != "PASS":
         return row
     note = f"{replayed} trainings were replayed, not trained"
@@ -243,7 +254,10 @@ def _as_replay(row: Checked, replayed: int) -> Checked:
 def check(
     names: Sequence[str] = (), profile: str = "cpu", book: Book | None = None
 ) -> list[Checked]:
-    "Compare runs with the record: the named notebooks, or the recorded ones and the headline."
+    """Compare runs with the record.
+
+    Without names, the recorded notebooks and the headline are compared.
+    """
     book = book or open_book()
     headline = load_profile(book, profile).headline
     recorded = {path.stem for path in (book.expected / profile).glob("*.json")}
@@ -258,7 +272,7 @@ def check(
 
 # %% ../../nbs/7_engine_room/25_record.ipynb #b6168e4c
 def check_table(rows: Sequence[Checked]) -> str:
-    "Return the rows as text, and a line that counts them."
+    "Format the rows as text, with a line that counts them."
     body = [("status", "notebook", "number", "expected", "measured", "tolerance", "note")]
     for row in rows:
         numbers = (row.expected, row.measured, row.tolerance)

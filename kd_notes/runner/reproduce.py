@@ -36,9 +36,9 @@ from .runs import read_manifest, Run, run_status
 def run_fresh(
     folder: Path,
     key: str,
-    source: str = "record",  # that is asked for; a run with replayed trainings is fresh for "record" only
+    source: str = "record",  # requested source; a run with replayed results is fresh for "record" only
 ) -> bool:
-    "True if there is a finished run with this key whose files are unchanged."
+    "Return True if there is a finished run with this key and unchanged files."
     manifest = read_manifest(folder)
     if manifest is None or manifest["status"] != "done" or manifest["key"] != key:
         return False
@@ -60,7 +60,7 @@ def make_plan(
     source: str = "train",
     force: bool = False,
 ) -> Plan:
-    "Plan the run of a notebook. `sets` makes it an experiment of the reader's, in another folder."
+    "Plan the run of a notebook. With `sets`, the run goes to a folder below runs/custom."
     path = book.results / f"{name}.ipynb"
     nb = read_notebook(path)
     known = notebook_parameters(nb, str(path))
@@ -86,7 +86,7 @@ def make_plan(
 # %% ../../nbs/7_engine_room/23_reproduce.ipynb #f461a286
 @contextmanager
 def _set_aside(folder: Path) -> Iterator[None]:
-    "Keep a finished run until the block has ended well; on an error it is kept in .previous."
+    "Keep the previous finished run in .previous until the block ends without an error."
     kept = folder.parent / ".previous" / folder.name
     if run_status(folder) == "done":
         shutil.rmtree(kept, ignore_errors=True)
@@ -97,7 +97,7 @@ def _set_aside(folder: Path) -> Iterator[None]:
 
 # %% ../../nbs/7_engine_room/23_reproduce.ipynb #adf92b72
 def _collect(plan: Plan, run: Run, result: dict) -> None:
-    "Judge a notebook that came to its end, and finish its run."
+    "Check the results of a notebook that has run, and finish its run."
     skipped = plan.folder / "skipped.json"
     if skipped.is_file():
         run.manifest |= {"skipped": read_json(skipped)["reason"], "outputs": {}}
@@ -119,7 +119,7 @@ def _collect(plan: Plan, run: Run, result: dict) -> None:
 # %% ../../nbs/7_engine_room/23_reproduce.ipynb #23fdaf46
 @dataclass(frozen=True)
 class Outcome:
-    "How a notebook ended: done, unchanged, skipped or failed."
+    "The result of running a notebook: done, unchanged, skipped or failed."
 
     name: str
     status: str
@@ -129,7 +129,7 @@ class Outcome:
 
 
 def _describe_source(folder: Path) -> str:
-    "Say where the trainings of a run come from; empty for a notebook that trains nothing."
+    "Describe the sources of a run's results; '' for a notebook that trains nothing."
     counts = (read_manifest(folder) or {}).get("source") or {}
     parts = [f"{counts['trained']} trained"] if counts.get("trained") else []
     if counts.get("cached"):
@@ -140,7 +140,10 @@ def _describe_source(folder: Path) -> str:
 
 # %% ../../nbs/7_engine_room/23_reproduce.ipynb #c861be34
 def run_plan(book: Book, plan: Plan) -> Outcome:
-    "Run one notebook. A failure is an outcome; an interruption passes through and leaves the run 'killed'."
+    """Run one notebook and return its outcome, a failure included.
+
+    An interruption is raised and leaves the run 'killed'.
+    """
     start = time.monotonic()
     try:
         with (
@@ -157,14 +160,14 @@ def run_plan(book: Book, plan: Plan) -> Outcome:
 
 # %% ../../nbs/7_engine_room/23_reproduce.ipynb #92c7f170
 def shown_path(path: Path) -> str:
-    "Return a path as people read it: relative where it lies below the current folder."
+    "Return a path for display, relative to the current folder if it lies below it."
     path = path.resolve()
     here = Path.cwd().resolve()
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
 # %% ../../nbs/7_engine_room/23_reproduce.ipynb #81ed1d70
 def columns(rows: Sequence[Sequence[Any]]) -> str:
-    "Return rows as aligned columns."
+    "Format rows as aligned columns."
     text = [[str(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*text)]
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in text]
@@ -172,7 +175,7 @@ def columns(rows: Sequence[Sequence[Any]]) -> str:
 
 # %% ../../nbs/7_engine_room/23_reproduce.ipynb #05b1e6e2
 def _announce(plans: Sequence[Plan], profile: Profile, force: bool) -> None:
-    "Print what will be run and how long that should take."
+    "Print the notebooks to run and the predicted time."
     todo = [plan for plan in plans if force or not plan.fresh]
     unknown = [plan.name for plan in todo if plan.seconds is None]
     plural = "s" * (len(plans) != 1)
@@ -193,7 +196,7 @@ def plan_all(
     sets: Sequence[str],
     **options: Any,  # jobs, source and force of `make_plan`
 ) -> list[Plan]:
-    "Plan the named notebooks, or the headline, or all, before anything runs."
+    "Plan the named notebooks, the headline or all of them, before anything runs."
     names = known_names(book, names)
     if not names:
         names = result_names(book) if everything else list(profile.headline)
@@ -211,7 +214,7 @@ def plan_all(
 
 # %% ../../nbs/7_engine_room/23_reproduce.ipynb #9f8c5a68
 def _report(outcome: Outcome) -> None:
-    "Print how a notebook ended, where its trainings come from, and why it failed if it did."
+    "Print the outcome of a notebook, the sources of its results, and an error if there is one."
     shown = shown_path(outcome.folder)
     source = _describe_source(outcome.folder) if outcome.status == "done" else ""
     line = f"{outcome.name}: {outcome.status} in {human_seconds(outcome.seconds)}, {shown}"
@@ -225,14 +228,17 @@ def reproduce(
     names: Sequence[str] = (),  # results notebooks; none: the profile's headline
     profile: str = "cpu",
     *,
-    jobs: int = 1,  # trainings side by side, for notebooks with a parameter `jobs`
-    source: str = "train",  # train what is not cached; cache: train nothing; record: replay
-    force: bool = False,  # run what is unchanged, and train what is cached
+    jobs: int = 1,  # training runs in parallel, for notebooks with a parameter `jobs`
+    source: str = "train",  # train: train runs that are not cached; cache: train nothing; record: replay
+    force: bool = False,  # run unchanged notebooks and train cached runs again
     everything: bool = False,  # all results notebooks
     sets: Sequence[str] = (),  # "k=v" or "notebook.k=v"
     book: Book | None = None,
 ) -> list[Outcome]:
-    "Run results notebooks and print how each ended. Bad arguments are errors before anything runs."
+    """Run results notebooks and print the outcome of each.
+
+    Wrong arguments raise UserError before anything runs.
+    """
     book = book or open_book()
     if jobs < 1:
         raise UserError(f"{jobs} is too few", where="--jobs", fix="Give 1 or more.")

@@ -34,13 +34,13 @@ from .code import code_hash, run_key
 
 # %% ../../nbs/7_engine_room/05_runs.ipynb #75ee0ed5
 def read_manifest(folder: Path | str) -> dict | None:
-    "The manifest of a run folder, or None where there is none."
+    "Return the manifest of a run folder, or None if there is none."
     path = Path(folder) / "manifest.json"
     return read_json(path) if path.is_file() else None
 
 # %% ../../nbs/7_engine_room/05_runs.ipynb #d4f54332
 def run_status(folder: Path | str) -> str:
-    "'absent', 'running', 'done', 'failed' or 'killed'."
+    "Return 'absent', 'running', 'done', 'failed' or 'killed'."
     manifest = read_manifest(folder)
     if manifest is None:
         return "absent"
@@ -54,7 +54,7 @@ def run_status(folder: Path | str) -> str:
 
 # %% ../../nbs/7_engine_room/05_runs.ipynb #b67e19d4
 def read_run(folder: Path | str) -> dict | None:
-    "Metrics of a finished run; None if it is absent or not finished. Never half a result."
+    "Return the metrics of a finished run, or None."
     manifest = read_manifest(folder)
     return (
         read_json(Path(folder) / "metrics.json")
@@ -63,6 +63,7 @@ def read_run(folder: Path | str) -> dict | None:
     )
 
 # %% ../../nbs/7_engine_room/05_runs.ipynb #4df3e8f8
+# Fields of a manifest that are null unless given.
 MANIFEST = (
     "stage",
     "key",
@@ -73,12 +74,12 @@ MANIFEST = (
     "dtype",
     "effective_batch",
     "seed",
-)  # null unless given
+)
 
 # %% ../../nbs/7_engine_room/05_runs.ipynb #e732bac5
 @dataclass
 class Run:
-    "A run folder that is being filled. Use `with Run.open(folder, params, ...) as run:`."
+    "A run folder being filled. Use `with Run.open(folder, params, ...) as run:`."
 
     folder: Path
     params: dict
@@ -92,7 +93,11 @@ class Run:
     def open(
         cls, folder: Path | str, params: dict, *, force: bool = False, **manifest: Any
     ) -> "Run":
-        "Prepare a run. An unfinished run of the same parameters is resumed (its files stay); `force` empties the folder."
+        """Prepare a run.
+
+        An unfinished run with the same parameters is resumed and its files stay; `force` empties
+        the folder.
+        """
         facts = dict.fromkeys(MANIFEST) | {"seed": params.get("seed")} | manifest
         return cls(
             Path(folder), to_jsonable(params, "params"), to_jsonable(facts, "manifest"), force
@@ -103,11 +108,11 @@ class Run:
         append_jsonl(self.folder / "metrics.jsonl", [row])
 
     def rewind(self, step: int) -> None:
-        "Forget logged rows after `step`: a run that goes on from a checkpoint logs them again."
+        "Delete logged rows after `step`, which a resumed run logs again."
         _rewind(self.folder / "metrics.jsonl", step)
 
     def finish(self, metrics: dict) -> None:
-        "Store the result; the run counts as done when the `with` block ends without an error."
+        "Write the metrics. The run is done when the `with` block ends without an error."
         if not isinstance(metrics, dict):
             raise UserError(
                 f"metrics must be a dictionary, not {type(metrics).__name__}",
@@ -137,7 +142,10 @@ def _empty(folder: Path) -> None:
 
 # %% ../../nbs/7_engine_room/05_runs.ipynb #958921ae
 def _check_folder(run: Run) -> int:
-    "How often this run was tried before. Raises UserError if the folder holds something else."
+    """Return the number of earlier attempts at this run.
+
+    Raises UserError if the folder holds another run or a finished one.
+    """
     before = read_manifest(run.folder)
     if before is None:
         return 0
@@ -145,13 +153,13 @@ def _check_folder(run: Run) -> int:
         raise UserError(
             "the folder holds a run with other parameters",
             where=run.folder,
-            fix="Choose another folder, or force.",
+            fix="Choose another folder, or use force=True.",
         )
     if before["status"] == "done":
         raise UserError(
             "the folder holds a finished run",
             where=run.folder,
-            fix="Read it, choose another folder, or force.",
+            fix="Read it, choose another folder, or use force=True.",
         )
     return before.get("attempts", 1)
 
@@ -167,10 +175,11 @@ def _enter(run: Run) -> Run:
         if run.force:
             _empty(run.folder)
         tried = _check_folder(run)
-        for half in run.folder.glob(".*.tmp"):  # what a killed atomic_write leaves
+        for half in run.folder.glob(".*.tmp"):  # left by a killed atomic_write
             half.unlink(missing_ok=True)
         write_json(run.folder / "params.json", run.params)
-        run.started, run.manifest["start"] = time.monotonic(), _now()
+        run.started = time.monotonic()
+        run.manifest["start"] = _now()
         _write_manifest(run, "running", attempts=tried + 1)
     except BaseException:
         run.lock.__exit__(None, None, None)
@@ -194,7 +203,10 @@ def _write_manifest(run: Run, status: str, **more: Any) -> None:
 
 # %% ../../nbs/7_engine_room/05_runs.ipynb #e36ec1b0
 def _leave(run: Run, error: BaseException | None) -> None:
-    "Write how the run ended, then let the folder go. An error while writing never hides the error that ended the run."
+    """Write how the run ended and release the folder.
+
+    An error while writing never hides the error that ended the run.
+    """
     status = (
         "failed"
         if isinstance(error, Exception)
@@ -217,10 +229,10 @@ def _leave(run: Run, error: BaseException | None) -> None:
 
 # %% ../../nbs/7_engine_room/05_runs.ipynb #de8439c0
 def estimate_pi(
-    params: dict,  # {"draws": n, "seed": s}, and "pause": seconds to sleep, to imitate a training
+    params: dict,  # {"draws": n, "seed": s}; "pause": seconds to sleep, in place of training
     folder: Path,  # the run folder, for logs and checkpoints
 ) -> dict:
-    "Estimate pi by random darts: the smallest run there is."
+    "Estimate pi by random darts: the smallest possible run."
     if params["draws"] < 1:
         raise UserError(
             "at least one draw is needed", where="draws", fix="Choose a positive number."
@@ -234,12 +246,12 @@ def estimate_pi(
 
 # %% ../../nbs/7_engine_room/05_runs.ipynb #eef4fc48
 def run_folder(stage: str, key: str) -> Path:
-    "Where the run of this stage and key lives in the cache."
+    "Return the cache folder of the run with this stage and key."
     return cache_dir() / "runs" / stage / key
 
 
 def _finished(folder: Path) -> dict | None:
-    "A finished run as {'metrics', 'seconds', 'device', 'date'}, or None."
+    "Return a finished run as {'metrics', 'seconds', 'device', 'date'}, or None."
     metrics = read_run(folder)
     if metrics is None:
         return None
@@ -260,7 +272,10 @@ def _execute(
     force: bool = False,
     **manifest: Any,
 ) -> dict:
-    "Run a function, or read its finished run: {'metrics', 'seconds', 'device', 'date', 'source'}."
+    """Run a function, or read its finished run.
+
+    Returns {'metrics', 'seconds', 'device', 'date', 'source'}.
+    """
     folder = run_folder(stage, key)
     with folder_lock(folder):
         if not force and (done := _finished(folder)):
@@ -277,9 +292,9 @@ def cached(
     *,
     modules: Iterable[str],  # kd_notes modules that compute it
     checksums: dict[str, str] | None = None,  # {data or teacher: sha256}
-    force: bool = False,  # run again even if it is there
+    force: bool = False,  # run again even if the cache has it
 ) -> dict:
-    "Metrics of `function(params, folder)`: from the cache if it has finished there, else computed now."
+    "Return the metrics of `function(params, folder)` from the cache, or compute them now."
     params = to_jsonable(params, "params")
     modules = list(modules)
     key = run_key(stage, params, modules, checksums)

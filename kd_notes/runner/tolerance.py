@@ -18,15 +18,15 @@ from ..core import read_jsonl, stable_hash
 
 # %% ../../nbs/7_engine_room/24_tolerance.ipynb #a5082d49
 class Spread(NamedTuple):
-    "Standard deviation between trainings that differ in their seed alone."
+    "The standard deviation between runs that differ in their seed only."
 
     absolute: float
-    relative: float  # to the mean of the group
-    groups: int  # groups of at least three seeds that it was estimated from
+    relative: float  # relative to the mean of the group
+    groups: int  # number of groups of at least three seeds
 
 
 def _numbers(runs: list[Mapping], name: str) -> list[float]:
-    "Values of one metric in a group, empty unless every run has a number."
+    "Return the values of one metric in a group, [] unless every run has a number."
     values = [run.get(name) for run in runs]
     good = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values)
     return values if good else []
@@ -37,9 +37,9 @@ def _upper_quartile(values: list[float]) -> float:
 
 
 def seed_spreads(
-    folder: Path,  # data/expected/runs: one JSONL file a stage
+    folder: Path,  # data/expected/runs, with one JSONL file per stage
 ) -> dict[str, Spread]:
-    "Return {metric: spread}. Three quarters of the groups scatter less than this."
+    "Return {metric: spread}, the upper quartile over groups of runs."
     groups = defaultdict(list)
     for path in sorted(folder.glob("*.jsonl")):
         for row in read_jsonl(path):
@@ -62,12 +62,12 @@ def seed_spreads(
 
 # %% ../../nbs/7_engine_room/24_tolerance.ipynb #b2bdd779
 COST_WORDS = {"time", "seconds", "MB", "memory", "hours"}
-SINGLE_RUN = 0.05  # share of its value by which a number without replicates may differ
-DEVIATIONS = 3 * math.sqrt(2)  # three standard deviations of a difference of two trainings
+SINGLE_RUN = 0.05  # allowed relative difference of a number without replicates
+DEVIATIONS = 3 * math.sqrt(2)  # three standard deviations of a difference of two runs
 
 
 def number_kind(name: str, number: Mapping[str, Any]) -> str:
-    "Return cost, interval (over at least two seeds), count or single."
+    "Return the kind of a number: cost, interval (at least two seeds), count or single."
     if number.get("kind") == "cost" or COST_WORDS & set(re.split(r"[/ :]", name)):
         return "cost"
     if "low" in number and number.get("n") != 1:
@@ -78,7 +78,7 @@ def number_kind(name: str, number: Mapping[str, Any]) -> str:
 
 # %% ../../nbs/7_engine_room/24_tolerance.ipynb #96097e43
 def matching_spread(name: str, spreads: Mapping[str, Spread]) -> Spread | None:
-    "Spread of the metric that a number's name begins with or contains as a part; None if unknown."
+    "Return the spread of the metric in a number's name, or None."
     for part in name.split("/"):
         known = [metric for metric in spreads if part == metric or part.startswith(f"{metric}_")]
         if known:
@@ -92,19 +92,19 @@ class Judgement(NamedTuple):
 
 
 def _decides(low: float, high: float) -> int:
-    "Side of zero on which an interval lies: 1, -1, or 0 if it holds zero."
+    "Return the side of zero of an interval: 1, -1, or 0 if it contains zero."
     return (low > 0) - (high < 0)
 
 # %% ../../nbs/7_engine_room/24_tolerance.ipynb #77474edd
 @dataclass(frozen=True)
 class Widths:
-    "Recorded numbers of one notebook, and how far a measured one may lie from each."
+    "The recorded numbers of one notebook and the allowed differences from them."
 
     numbers: Mapping[str, Mapping[str, Any]]
     spreads: Mapping[str, Spread]
 
     def _usual_half_width(self, name: str) -> float:
-        "Median half width of the intervals of the same metric over as many seeds."
+        "Return the median half width of the metric's intervals over as many seeds."
         metric = re.split(r"[/:]", name)[0]
         widths = [
             (other["high"] - other["low"]) / 2
@@ -116,7 +116,7 @@ class Widths:
         return median(widths)
 
     def tolerance(self, name: str) -> float:
-        "Largest difference of the value that passes; infinite for a cost."
+        "Return the largest difference of the value that passes; inf for a cost."
         number = self.numbers[name]
         kind = number_kind(name, number)
         if kind == "cost":
@@ -137,7 +137,7 @@ class Widths:
 
 # %% ../../nbs/7_engine_room/24_tolerance.ipynb #61bf58e9
 class Tolerances(Widths):
-    "Judges measured numbers by the recorded ones."
+    "A judge of measured numbers against the recorded ones."
 
     def judge(self, name: str, measured: Mapping[str, Any]) -> Judgement:
         "Compare a measured number with the recorded one of this name."
@@ -161,7 +161,7 @@ class Tolerances(Widths):
         return Judgement("DRIFT" if near else "FAIL")
 
     def _judge_interval(self, name: str, measured: Mapping[str, Any]) -> Judgement:
-        "By overlap, and by the side of zero that the intervals lie on."
+        "Compare intervals by overlap and by the side of zero."
         recorded = self.numbers[name]
         half_width = self.tolerance(name)
         before = _decides(recorded["low"], recorded["high"])

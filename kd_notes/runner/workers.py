@@ -34,7 +34,10 @@ THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 @contextmanager
 def limit_threads(threads: int = 1) -> Iterator[None]:
-    "Let this process compute with this many threads inside the block: torch, if loaded, and libraries loaded in the block."
+    """Limit torch, BLAS and OpenMP to `threads` threads inside the block.
+
+    torch is limited if it is loaded, other libraries also if they are loaded in the block.
+    """
     torch = sys.modules.get("torch")
     torch_before = torch.get_num_threads() if torch else None
     before = {name: os.environ.get(name) for name in THREADS}
@@ -66,13 +69,13 @@ class Task:
     manifest: dict
 
     def short(self) -> str:
-        "A few words that identify it in a message."
+        "Describe the task in a few words, for messages."
         text = ", ".join(f"{name}={value}" for name, value in self.params.items())
         return text if len(text) <= 120 else text[:117] + "..."
 
 
 def find_target(name: str) -> Callable[[dict, Path], dict]:
-    "The function that 'package.module:function' or 'package.module:Class.function' names."
+    "Return the function named 'package.module:function' or 'package.module:Class.function'."
     module, _, path = name.partition(":")
     try:
         return functools.reduce(getattr, path.split("."), importlib.import_module(module))
@@ -85,7 +88,7 @@ def find_target(name: str) -> Callable[[dict, Path], dict]:
 
 # %% ../../nbs/7_engine_room/05b_workers.ipynb #edd4c3fb
 def _outcome(task: Task, force: bool) -> dict:
-    "Run a task: its result, or {'error', 'traceback'}."
+    "Run a task and return its result, or {'error', 'traceback'}."
     try:
         target = find_target(task.target)
         return _execute(task.stage, task.params, target, task.key, force, **task.manifest)
@@ -102,10 +105,10 @@ def _outcome(task: Task, force: bool) -> dict:
 def _run_here(tasks: list[Task], threads: int, force: bool) -> Iterator[tuple[Task, dict]]:
     "Run the tasks one after the other in this process."
     before = os.environ.get("KD_NOTES_PROGRESS", "")
-    quiet = "off" if len(tasks) > 1 else before  # one bar, not a bar in a bar
+    quiet = "off" if len(tasks) > 1 else before  # the bar of the grid is enough
     for task in tasks:
         with suppress(UserError):
-            # Loads torch if the run needs it: only then can its threads be limited.
+            # Loads torch if the run needs it, so that its threads can be limited.
             find_target(task.target)
         os.environ["KD_NOTES_PROGRESS"] = quiet
         try:
@@ -117,12 +120,14 @@ def _run_here(tasks: list[Task], threads: int, force: bool) -> Iterator[tuple[Ta
 
 # %% ../../nbs/7_engine_room/05b_workers.ipynb #7c5742ce
 def worker_main() -> None:
-    "Loop of a worker process: a task per line on standard input, an outcome per line on standard output."
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends a run as 'killed', in good order
+    "Read a task per line of standard input and write an outcome per line of output."
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(143)
+    )  # a terminated run is recorded as 'killed'
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever a library prints is not an answer
-    # Standard output was a pipe. Line by line it stays in order with standard error and survives a kill.
+    os.dup2(2, 1)  # output of libraries must not mix with the answers
+    # Line buffering keeps the order with standard error, and nothing is lost in a kill.
     sys.stdout.reconfigure(line_buffering=True)
     for line in sys.stdin:
         order = json.loads(line)
@@ -134,7 +139,7 @@ def worker_main() -> None:
 
 # %% ../../nbs/7_engine_room/05b_workers.ipynb #cdaf9496
 def _end_with_parent(parent: int) -> None:
-    "End this process soon after its parent has died: no one is left to read the answer."
+    "End this process soon after its parent has died."
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)
@@ -142,7 +147,7 @@ def _end_with_parent(parent: int) -> None:
 # %% ../../nbs/7_engine_room/05b_workers.ipynb #24b2fa49
 @contextmanager
 def _output_to(path: Path) -> Iterator[None]:
-    "Send everything that this process prints, C libraries included, to the end of a file."
+    "Append everything that this process prints to a file, C libraries included."
     path.parent.mkdir(parents=True, exist_ok=True)
     saved = {descriptor: os.dup(descriptor) for descriptor in (1, 2)}
     with open(path, "ab") as log:
@@ -186,7 +191,7 @@ class Worker:
         return self.process.poll() is None
 
     def run(self, task: Task, force: bool) -> dict:
-        "The outcome of a task; a worker that dies is an outcome too."
+        "Return the outcome of a task. A worker that dies gives an outcome with an error."
         order = {"task": asdict(task), "force": force}
         answer = ""
         with suppress(BrokenPipeError, ValueError):
@@ -196,7 +201,7 @@ class Worker:
         return json.loads(answer) if answer.endswith("\n") else self._death(task)
 
     def _death(self, task: Task) -> dict:
-        "The outcome of a task whose worker ended in the middle."
+        "Return the outcome of a task whose worker died."
         code = self.process.wait()
         cause = f"ended with exit code {code}"
         if code < 0:
@@ -210,7 +215,7 @@ class Worker:
 
 # %% ../../nbs/7_engine_room/05b_workers.ipynb #c1341e73
 class Pool:
-    "Workers that share the tasks of a grid. Ends them all when it is closed."
+    "Workers that share the tasks of a grid; they end when the pool is closed."
 
     def __init__(self, tasks: list[Task], jobs: int, threads: int, force: bool):
         self.threads = threads
@@ -228,7 +233,7 @@ class Pool:
         ]
 
     def _serve(self, slot: int) -> None:
-        "Thread of one slot: start a worker when there is a task, replace it when it has died."
+        "Run tasks in the worker of one slot, and replace a worker that has died."
         while not self.stop.is_set():
             try:
                 task = self.waiting.get_nowait()
@@ -244,7 +249,7 @@ class Pool:
             self.outcomes.put((task, outcome))
 
     def events(self) -> Iterator[tuple[Task, dict] | None]:
-        "Outcomes as they come, and None about once a second in between."
+        "Yield outcomes as they arrive, and None about once a second in between."
         try:
             for thread in self.serving:
                 thread.start()
@@ -261,7 +266,7 @@ class Pool:
                 thread.join(timeout=5)
 
     def _end_workers(self) -> None:
-        "Ask the workers to end, wait a little, then insist."
+        "Terminate the workers, and kill those that have not ended after five seconds."
         processes = [worker.process for worker in self.workers if worker and worker.alive]
         for process in processes:
             process.terminate()

@@ -23,13 +23,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..core import atomic_write, read_json, read_jsonl, stable_hash, UserError, write_json
-from .method import weights_hash
+from .method import describe_weights
 from .state import trainable, TrainState
 
 # %% ../../nbs/7_engine_room/16_checkpoint.ipynb #1da3fdf4
 @contextmanager
 def gathered(state: TrainState):
-    "Inside, the model can be called directly although its parameters are split over processes."
+    "Gather sharded parameters inside the block, so that the model can be called directly."
     sharded = hasattr(state.module, "unshard")
     if sharded:
         state.module.unshard()
@@ -41,7 +41,7 @@ def gathered(state: TrainState):
 
 # %% ../../nbs/7_engine_room/16_checkpoint.ipynb #d691d350
 def whole_tensor(t: Tensor) -> Tensor:
-    "A copy on the CPU; a tensor that is sharded over processes is put together."
+    "Return a copy on the CPU; the parts of a sharded tensor are joined."
     t = t.detach()
     return (t.full_tensor() if hasattr(t, "full_tensor") else t).to("cpu", copy=True).contiguous()
 
@@ -57,7 +57,7 @@ def write_into(p: Tensor, value: Tensor) -> None:
 
 # %% ../../nbs/7_engine_room/16_checkpoint.ipynb #373349d5
 def rng_state() -> dict[str, Tensor]:
-    "State of the random number generators of python, numpy and torch, as tensors."
+    "Return the state of the random generators of python, numpy and torch, as tensors."
     _, words, spare = random.getstate()
     kind, keys, position, has_gauss, gauss = np.random.get_state()
     state = {
@@ -74,7 +74,7 @@ def rng_state() -> dict[str, Tensor]:
 
 # %% ../../nbs/7_engine_room/16_checkpoint.ipynb #dd4e206a
 def set_rng_state(state: dict[str, Tensor]) -> None:
-    "Restore what `rng_state` returned."
+    "Restore the state of `rng_state`."
     spare = state["python_gauss"].item()
     random.setstate((3, tuple(state["python"].tolist()), None if math.isnan(spare) else spare))
     position, has_gauss = state["numpy_position"].tolist()
@@ -100,7 +100,7 @@ def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
             f"the checkpoint could not be written ({e})",
             where=path.parent.parent,
             fix="Free some space and run the same "
-            "command again: it continues from the checkpoint before this one.",
+            "command again: it resumes from the previous checkpoint.",
         ) from e
 
 # %% ../../nbs/7_engine_room/16_checkpoint.ipynb #27c9bb8c
@@ -114,7 +114,7 @@ def _optimizer_tensors(state: TrainState) -> dict[str, Tensor]:
 
 # %% ../../nbs/7_engine_room/16_checkpoint.ipynb #f95806f0
 def _checkpoint_tensors(state: TrainState) -> dict[str, dict[str, Tensor]]:
-    "{file: tensors}, on the CPU and whole."
+    "Return {file: tensors}, on the CPU and complete."
     tensors = {
         "model": {name: whole_tensor(p) for name, p in trainable(state.objective).items()},
         "optimizer": _optimizer_tensors(state),
@@ -127,7 +127,7 @@ def _checkpoint_tensors(state: TrainState) -> dict[str, dict[str, Tensor]]:
 
 
 def _write_checkpoint(state: TrainState, folder: Path) -> None:
-    "The main process's files of a checkpoint."
+    "Write the main process's files of a checkpoint."
     for name, tensors in _checkpoint_tensors(state).items():
         _save_tensors(folder / f"{name}.safetensors", tensors)
     write_json(
@@ -147,7 +147,7 @@ def _write_checkpoint(state: TrainState, folder: Path) -> None:
 
 # %% ../../nbs/7_engine_room/16_checkpoint.ipynb #ae165290
 def save_checkpoint(state: TrainState) -> None:
-    "Write run_dir/checkpoints/step-N, atomically, and delete the one before. Raises UserError if the disk is full."
+    "Write run_dir/checkpoints/step-N, atomically, and delete the previous one."
     final = state.run_dir / "checkpoints" / f"step-{state.step:07d}"
     part = final.with_name(f".{final.name}.part")
     main = state.accelerator.is_main_process
@@ -174,16 +174,16 @@ def _write_all(state: TrainState, folder: Path) -> None:
     if state.accelerator.is_main_process:
         _write_checkpoint(state, folder)
     elif any(hasattr(p, "full_tensor") for p in state.objective.parameters()):
-        _checkpoint_tensors(state)  # putting shards together takes every process
+        _checkpoint_tensors(state)  # joining shards needs every process
 
 # %% ../../nbs/7_engine_room/16_checkpoint.ipynb #84d057c8
-# settings that change no number; batch_size and accumulate decide by their product
+# Settings that change no number. Of batch_size and gradient_accumulation_steps only the product does.
 _FREE = ("save_every", "log_every", "device", "compile", "fsdp", "keep_memory")
-_PRODUCT = ("batch_size", "accumulate")
+_PRODUCT = ("batch_size", "gradient_accumulation_steps")
 
 
 def run_identity(state: TrainState) -> dict[str, str]:
-    "Hashes of what decides a run: the encoded examples, the method, and the student's first weights."
+    "Return hashes of what decides a run: examples, method, and initial weights."
     items = json.dumps(list(state.items), default=str, sort_keys=True)
     config = getattr(state.model, "config", None)
     options = {} if config is None else vars(config)
@@ -195,12 +195,12 @@ def run_identity(state: TrainState) -> dict[str, str]:
     return {
         "examples": stable_hash([state.ids, state.sizes, items]),
         "method": stable_hash([state.method.identity(), dict(state.method.loss_weights)]),
-        "student": stable_hash([weights_hash(state.model), dropout]),
+        "student": stable_hash([describe_weights(state.model), dropout]),
     }
 
 
 def fingerprint(state: TrainState) -> dict[str, str]:
-    "What a checkpoint compares before it is continued: `run_identity` and the settings."
+    "Return `run_identity` and a hash of the settings, which must match for a resume."
     settings = {
         name: value
         for name, value in asdict(state.cfg).items()
@@ -211,12 +211,15 @@ def fingerprint(state: TrainState) -> dict[str, str]:
 
 # %% ../../nbs/7_engine_room/16_checkpoint.ipynb #cafdd951
 def last_checkpoint(run_dir: Path | str) -> Path | None:
-    "The newest complete checkpoint folder below run_dir, or None."
+    "Return the newest complete checkpoint folder below run_dir, or None."
     return max(Path(run_dir).glob("checkpoints/step-*"), default=None)
 
 # %% ../../nbs/7_engine_room/16_checkpoint.ipynb #70a50a17
 def _rewind(run_dir: Path, step: int, write: bool) -> list[dict]:
-    "Rows of metrics.jsonl up to `step`; later ones, logged by a session that was killed, are removed from the file if `write`."
+    """Return the rows of metrics.jsonl up to `step`.
+
+    Later rows, from a killed session, are removed from the file if `write`.
+    """
     path = run_dir / "metrics.jsonl"
     rows = read_jsonl(path, repair_tail=True) if path.is_file() else []
     kept = [r for r in rows if r.get("step", 0) <= step]
@@ -226,8 +229,9 @@ def _rewind(run_dir: Path, step: int, write: bool) -> list[dict]:
 
 # %% ../../nbs/7_engine_room/16_checkpoint.ipynb #be30be53
 def _load_tensors(state: TrainState, folder: Path) -> None:
-    "Weights, optimizer, best weights and random states of a checkpoint."
-    params, optimizer = trainable(state.objective), state.optimizer.optimizer
+    "Load weights, optimizer, best weights and random states of a checkpoint."
+    params = trainable(state.objective)
+    optimizer = state.optimizer.optimizer
     for name, value in load_file(folder / "model.safetensors").items():
         write_into(params[name], value)
     for key, value in load_file(folder / "optimizer.safetensors").items():
@@ -264,7 +268,7 @@ def _check_same_run(state: TrainState, found: Any) -> None:
 
 
 def resume(state: TrainState) -> None:
-    "Continue from the newest checkpoint of run_dir if there is one. Raises UserError if it belongs to another training."
+    "Load the newest checkpoint of run_dir, if there is one. That of another run is an error."
     folder = last_checkpoint(state.run_dir)
     if folder is not None:
         kept = read_json(folder / "state.json")
@@ -280,12 +284,11 @@ def resume(state: TrainState) -> None:
 
 # %% ../../nbs/7_engine_room/16_checkpoint.ipynb #e58b3b75
 def save_model(model, folder: Path | str, tokenizer=None) -> Path:
-    "save_pretrained (a PEFT model: the adapter only), atomically: `folder` is complete or as it was before."
+    "Save a model with save_pretrained, atomically; of a PEFT model, the adapter only."
     folder = Path(folder)
     options = {"save_embedding_layers": False} if hasattr(model, "peft_config") else {}
-    if any(
-        hasattr(p, "full_tensor") for p in model.parameters()
-    ):  # split over processes: all put together, the first one writes
+    # Sharded: all processes join the shards, the first one writes.
+    if any(hasattr(p, "full_tensor") for p in model.parameters()):
         options["state_dict"] = {name: whole_tensor(p) for name, p in model.named_parameters()}
         if torch.distributed.get_rank():
             return folder

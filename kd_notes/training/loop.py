@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..core import UserError
+from ..kernels import reused_memory
 from .batches import as_batch, Batch, batch_order, micro_batches
 from kd_notes.training.checkpoint import (
     gathered,
@@ -29,7 +30,6 @@ from kd_notes.training.checkpoint import (
     whole_tensor,
     write_into,
 )
-from .memory import reused_memory
 from .method import Method
 from .setup import set_up
 from .state import Callback, lr_factor, trainable, TrainConfig, TrainState
@@ -39,7 +39,10 @@ class Gradients(TrainState):
     "A run that computes the gradients of an effective batch, exactly under accumulation."
 
     def total_counts(self, batches: list[Batch], rows: list[int]) -> dict[str, int]:
-        "Target tokens per term in the whole effective batch; a weighted term without any is refused."
+        """Count the target tokens per term in the effective batch.
+
+        A weighted term without any is an error.
+        """
         counts = [self.method.token_counts(batch) for batch in batches]
         total = {term: sum(count[term] for count in counts) for term in counts[0]}
         if self.accelerator.num_processes > 1:
@@ -53,12 +56,15 @@ class Gradients(TrainState):
                 raise UserError(
                     f"the batch of step {self.step + 1} has no target tokens for the term {term!r}",
                     where=self.names(rows),
-                    fix="Give every example a target, or do not train on these.",
+                    fix="Give every example a target, or leave these examples out.",
                 )
         return total
 
     def forward_backward(self, batches: list[Batch], counts: dict[str, int]) -> dict[str, Tensor]:
-        "Gradients of the total loss. Returns this process's part of each term's mean, detached."
+        """Compute the gradients of the total loss.
+
+        Returns this process's part of each term's mean, detached.
+        """
         accelerator = self.accelerator
         weights = self.method.loss_weights
         means = {}
@@ -79,21 +85,21 @@ class Gradients(TrainState):
 # %% ../../nbs/7_engine_room/17_loop.ipynb #2af04927
 @dataclass
 class FiniteCheck:
-    "Looks at the losses and gradient norms of steps, at the latest after `log_every` of them."
+    "A check of losses and gradient norms, at least every `log_every` steps."
 
     state: TrainState
     waiting: list = field(default_factory=list)  # (step, rows, loss + gradient norm)
-    skipped: int = 0  # steps in a row that fp16's scaler has left out
+    skipped: int = 0  # steps in a row that fp16's scaler has skipped
 
     def add(self, rows: list[int], value: Tensor) -> None:
-        "Note the loss plus gradient norm of the step that is about to be taken."
+        "Record the loss plus gradient norm of the next step."
         self.waiting.append((self.state.step + 1, rows, value))
         on_cpu = self.state.accelerator.device.type == "cpu"
         if on_cpu or len(self.waiting) >= self.state.cfg.log_every:
             self.check()
 
     def check(self) -> None:
-        "Name the first step that waits whose loss or gradient norm is not finite."
+        "Raise UserError for the first recorded step that is not finite."
         if not self.waiting:
             return
         waiting = self.waiting
@@ -104,16 +110,16 @@ class FiniteCheck:
                 raise UserError(
                     f"loss or gradient is not finite at step {step}",
                     where=self.state.names(self.culprits(rows)),
-                    fix="Look at these examples; lower lr, set clip, or use precision 'bf16' or "
+                    fix="Look at these examples; lower lr, set max_grad_norm, or use precision 'bf16' or "
                     "'no' instead of 'fp16'.",
                 )
 
     @torch.no_grad()
     def culprits(self, rows: list[int]) -> list[int]:
-        "Rows whose own loss is not finite, or all rows if none can be singled out."
+        "Return the rows whose own loss is not finite, or all rows if there are none."
         state = self.state
         if any(hasattr(p, "full_tensor") for p in state.objective.parameters()):
-            return rows  # sharded: every process would have to take part
+            return rows  # sharded: every process would have to participate
         bad = []
         for row in rows:
             batch = as_batch(state.method.collate([state.items[row]]))
@@ -124,7 +130,10 @@ class FiniteCheck:
         return bad or rows
 
     def count_skips(self, most: int = 50) -> None:
-        "fp16's scaler leaves a step out when a gradient overflows, and tries a smaller scale."
+        """Raise UserError after `most` steps in a row that fp16's scaler skipped.
+
+        The scaler skips a step if a gradient overflows, and lowers its scale.
+        """
         if not self.state.accelerator.scaler:
             return
         self.skipped = self.skipped + 1 if self.state.optimizer.step_was_skipped else 0
@@ -140,11 +149,12 @@ class TrainSteps(Gradients):
     "A run that takes optimizer steps."
 
     def train_step(self, rows: list[int]) -> None:
-        "One optimizer step on these examples (numbers of an effective batch)."
+        "Take one optimizer step on these examples of an effective batch."
         start = time.perf_counter()
         self.method.begin_step(self)
-        world = self.accelerator.num_processes
-        parts = micro_batches(rows, self.cfg.accumulate, world, self.accelerator.process_index)
+        accelerator = self.accelerator
+        count = self.cfg.gradient_accumulation_steps
+        parts = micro_batches(rows, count, accelerator.num_processes, accelerator.process_index)
         batches = [as_batch(self.method.collate([self.items[i] for i in part])) for part in parts]
         means = self.forward_backward(batches, self.total_counts(batches, rows))
         norm = self.update(rows, means)
@@ -153,7 +163,7 @@ class TrainSteps(Gradients):
             self.average.update(self.step)
         self.tokens += sum(self.sizes[i] for i in rows)
         self.seconds += time.perf_counter() - start
-        if self.step % self.cfg.log_every == 0 or self.step in (1, self.cfg.steps):
+        if self.step % self.cfg.log_every == 0 or self.step in (1, self.cfg.max_steps):
             self.log_step(means, norm)
 
     @cached_property
@@ -161,18 +171,19 @@ class TrainSteps(Gradients):
         return FiniteCheck(self)
 
     def update(self, rows: list[int], means: dict[str, Tensor]) -> Tensor:
-        "Set the learning rate, clip, check and step; returns the gradient norm."
+        "Set the learning rate, clip, check and step; return the gradient norm."
         accelerator = self.accelerator
         for group in self.optimizer.param_groups:
             group["lr"] = self.cfg.lr * lr_factor(self.step, self.cfg)
-        norm = accelerator.clip_grad_norm_(self.module.parameters(), self.cfg.clip or math.inf)
+        limit = self.cfg.max_grad_norm or math.inf
+        norm = accelerator.clip_grad_norm_(self.module.parameters(), limit)
         if hasattr(norm, "full_tensor"):
             norm = norm.full_tensor()
         norm = torch.as_tensor(0.0 if norm is None else norm)
         loss = sum(means.values())
-        # an overflow of the gradients in fp16 is the scaler's business
+        # the scaler handles an overflow of the gradients in fp16
         self.finite.add(rows, loss if accelerator.scaler else loss + norm)
-        # without scaler or DeepSpeed, Accelerate's wrapper of the optimizer only costs time
+        # without scaler or DeepSpeed, Accelerate's optimizer wrapper only costs time
         wrapped = accelerator.scaler or accelerator.distributed_type.value == "DEEPSPEED"
         optimizer = self.optimizer if wrapped else self.optimizer.optimizer
         optimizer.step()
@@ -181,7 +192,6 @@ class TrainSteps(Gradients):
         return norm
 
     def log_step(self, means: dict[str, Tensor], norm: Tensor) -> None:
-        "Add the row of a step to the history."
         values = torch.stack([*means.values()])
         if self.accelerator.num_processes > 1:
             values = self.accelerator.reduce(values, "sum")
@@ -200,10 +210,10 @@ class TrainSteps(Gradients):
 
 # %% ../../nbs/7_engine_room/17_loop.ipynb #90b67c1c
 class ValidatedSteps(TrainSteps):
-    "A run that validates, keeps the best weights and may stop early."
+    "A run that validates, stores the best weights and may stop early."
 
     def validate(self, validate: Callable[[Any], dict]) -> None:
-        "Validate now."
+        "Validate the model and call `on_validate` of method and callbacks."
         self.finite.check()
         self.model.eval()
         averaged = nullcontext() if self.average is None else self.average.applied()
@@ -223,8 +233,8 @@ class ValidatedSteps(TrainSteps):
             callback.on_validate(self, metrics)
 
     def compare(self, metrics: dict) -> None:
-        "Keep the best weights, and decide about stopping early."
-        patience = self.cfg.early_stop
+        "Store the best weights, and decide whether to stop early."
+        patience = self.cfg.early_stopping_patience
         if self.best is None or metrics["score"] > self.best["score"]:
             self.stale = 0
             self.best = {"step": self.step, **metrics}
@@ -237,7 +247,7 @@ class ValidatedSteps(TrainSteps):
             self.stop = f"no better score in {self.stale} validations"
 
     def restore_best(self) -> None:
-        "End with the best weights, or with their average."
+        "Load the best weights, or the average, into the model."
         if self.best_weights:
             for name, p in trainable(self.objective).items():
                 write_into(p, self.best_weights[name])
@@ -247,7 +257,7 @@ class ValidatedSteps(TrainSteps):
 # %% ../../nbs/7_engine_room/17_loop.ipynb #bb8c8930
 @dataclass
 class TrainResult:
-    "What `train` returns."
+    "The result of `train`."
 
     history: list[dict]  # logged rows; those with "score" come from validations
     best: dict | None  # best validation: {"step", "score", ...}
@@ -255,20 +265,20 @@ class TrainResult:
     seconds: float  # spent in steps; validation and checkpoints are not counted
     tokens: int  # of the examples seen, padding not counted
     model: Any  # the trained model, in evaluation mode; with LoRA, the PEFT model
-    stop: str = ""  # why it ended early, if it did
+    stop: str = ""  # reason for an early end, or ""
 
 # %% ../../nbs/7_engine_room/17_loop.ipynb #ada63598
 class TrainLoop(ValidatedSteps):
     "The whole run: steps, validations, checkpoints and callbacks."
 
     def run(self, validate: Callable | None) -> TrainResult:
-        "All steps that are left."
+        "Take all remaining steps."
         order = batch_order(self.sizes, self.effective_batch, self.cfg.seed, self.cfg.bucket)
         on_cpu = self.accelerator.device.type == "cpu"
-        random_state = rng_state() if self.saves else None  # after the last whole step
+        random_state = rng_state() if self.saves else None  # after the last complete step
         try:
             with reused_memory(self.cfg.keep_memory and on_cpu):
-                for rows in islice(order, self.step, self.cfg.steps):
+                for rows in islice(order, self.step, self.cfg.max_steps):
                     if self.stop:
                         break
                     self.train_step(rows)
@@ -279,7 +289,7 @@ class TrainLoop(ValidatedSteps):
             if self.saves and on_cpu and self.saved < self.step:
                 if self.accelerator.num_processes == 1:
                     set_rng_state(random_state)
-                    with suppress(UserError):  # a full disk does not hide the error
+                    with suppress(UserError):  # a full disk must not hide the error
                         self.checkpoint()
             raise
         finally:
@@ -290,7 +300,7 @@ class TrainLoop(ValidatedSteps):
         return bool(self.run_dir and self.cfg.save_every)
 
     def checkpoint(self) -> None:
-        "Save a checkpoint whose losses were finite and whose history is on the disk."
+        "Save a checkpoint, after a check of the losses."
         self.finite.check()
         self.flush()
         save_checkpoint(self)
@@ -305,7 +315,7 @@ class TrainLoop(ValidatedSteps):
             self.checkpoint()
 
     def finish(self, validate: Callable | None) -> TrainResult:
-        "After the last step: validation, last checkpoint, best weights, callbacks."
+        "Finish the run: validation, last checkpoint, best weights, callbacks."
         self.finite.check()
         validated = any("score" in row and row["step"] == self.step for row in self.history)
         if validate and not validated:
@@ -322,7 +332,7 @@ class TrainLoop(ValidatedSteps):
 # %% ../../nbs/7_engine_room/17_loop.ipynb #149600e6
 def train(
     model,  # a Hugging Face model; it is trained in place
-    method: Method,  # what a batch is and what the loss is
+    method: Method,  # the batch and the loss
     examples: Iterable,  # rows that `method.encode` takes
     cfg: TrainConfig,
     *,
@@ -330,7 +340,7 @@ def train(
     validate: Callable[[Any], dict] | None = None,  # -> {"score": higher is better, ...}
     callbacks: Iterable[Callback] = (),
 ) -> TrainResult:
-    "Train a model. The same call with the same run_dir continues a run that was killed."
+    "Train a model. A second call with the same run_dir resumes a killed run."
     loop = set_up(model, method, examples, cfg, run_dir, callbacks, kind=TrainLoop)
     loop.model.train()
     if loop.run_dir:

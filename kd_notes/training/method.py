@@ -6,7 +6,6 @@
 __all__ = ['SFT']
 
 # %% ../../nbs/7_engine_room/12_method.ipynb #f5ce1787
-import hashlib
 from abc import ABC, abstractmethod
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -14,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core import stable_hash
 from ..data.dialogues import encode_row, padding_id
 from ..losses.fused import fused_cross_entropy
+from ..models.pretrained import tensor_hash, weights_hash
 from kd_notes.training.batches import (
     Batch,
     causal_batch,
@@ -29,25 +28,21 @@ from kd_notes.training.batches import (
 )
 
 # %% ../../nbs/7_engine_room/12_method.ipynb #described
-def weights_hash(model: torch.nn.Module) -> str:
-    "16 hex digits of a model's weights: names, types, shapes and all bits; tied weights once."
-    digests = {}
-    for name, tensor in model.named_parameters():
-        digest = "" if tensor.is_meta else _hash_of(tensor)
-        digests[name] = [str(tensor.dtype), list(tensor.shape), digest]
-    return stable_hash(digests)
+def describe_weights(model: torch.nn.Module) -> list:
+    "Return the hash of a model's weights and their dtypes, which decide a run's numbers."
+    return [weights_hash(model), [str(p.dtype) for p in model.parameters()]]
 
 
 def _described(value: Any) -> Any:
-    "A value as JSON data that says the same in another process."
+    "Return a value as JSON data that is equal in another process."
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, Method):
         return value.identity()
     if isinstance(value, torch.nn.Module):
-        return weights_hash(value)
+        return describe_weights(value)
     if isinstance(value, Tensor):
-        return [list(value.shape), value.tolist() if value.numel() < 64 else _hash_of(value)]
+        return [list(value.shape), value.tolist() if value.numel() < 64 else tensor_hash(value)]
     if isinstance(value, dict):
         return {str(name): _described(part) for name, part in value.items()}
     if isinstance(value, (list, tuple)):
@@ -63,74 +58,69 @@ def _described(value: Any) -> Any:
         or not hasattr(value, "__dict__")
     ):
         return kind.__qualname__
-    # an object of this package, such as a teacher's signal or a cache of logits
+    # an object of this package, such as a teacher signal or a logit cache
     public = {name: part for name, part in vars(value).items() if not name.startswith("_")}
     return [kind.__qualname__, _described(public)]
 
-
-def _hash_of(tensor: Tensor) -> str:
-    bits = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-    return hashlib.sha256(bits).hexdigest()
-
 # %% ../../nbs/7_engine_room/12_method.ipynb #11d15468
 class Method(ABC):
-    "What a batch is and what the loss is. Subclass it; the loop knows nothing else about a method."
+    "The definition of a batch and its loss. Subclass it; the loop needs nothing else."
 
     # the total loss is the sum over terms of weight * sum / count
     loss_weights: dict[str, float] = {"loss": 1.0}
-    # terms that a batch may lack; a batch that lacks another one is an error
+    # terms that a batch may lack; a batch without one of the others is an error
     optional_terms: frozenset[str] = frozenset()
 
     def encode(self, example: Any) -> Any:
-        "Turn an example into ids. The loop calls this once, before the first step."
+        "Encode an example as ids. The loop calls this once, before the first step."
         return example
 
     def num_tokens(self, item: Any) -> int:
         """Count the tokens of an encoded item, all its lists of ids together.
 
-        The loop forms batches of similar length by it, and counts the tokens that were seen.
+        The loop makes batches of similar length by it, and counts the tokens that were read.
         """
         parts = item.values() if isinstance(item, dict) else item
         return sum(len(part) for part in parts if isinstance(part, (list, tuple)))
 
     def longest_row(self, item: Any) -> int:
-        "Tokens of the longest row that the model reads for this item; `max_length` limits it."
+        "Return the tokens of the item's longest row, which `max_length` limits."
         return self.num_tokens(item)
 
     def identity(self) -> Any:
-        """Describe what decides the numbers of this method, as JSON data: options, a teacher's weights.
+        """Describe everything that decides the numbers of this method, as JSON data.
 
-        A checkpoint keeps it, so that another objective, temperature or teacher is not taken for
-        the same run. Override it if an attribute changes while the method is in use.
+        A checkpoint stores it, so that a run with another objective, temperature or teacher is not
+        resumed. Override it if an attribute changes while the method is in use.
         """
         return _described(vars(self)) | {"class": type(self).__qualname__}
 
     def name_of(self, id: str, item: Any) -> str:
-        "Name an example in messages: its id, or the id of what was drawn for it."
+        "Return the name of an example for messages."
         return id
 
     def to(self, device: torch.device) -> None:
-        "Move what the method owns, such as a teacher, to the device of the student."
+        "Move the method's models, such as a teacher, to the device of the student."
         return None
 
     def begin(self, state) -> None:
-        "Called once, with the encoded examples in `state`, before a checkpoint is loaded."
+        "Prepare a run: called once with the encoded examples, before a checkpoint is loaded."
         return None
 
     def begin_step(self, state) -> None:
-        "Called before every step. On-policy methods draw here, into `state.items`."
+        "Prepare a step. On-policy methods draw rollouts here, into `state.items`."
         return None
 
     def on_validate(self, state, metrics: dict) -> None:
-        "Called after every validation."
+        "Use the metrics of a validation."
         return None
 
     def state_dict(self) -> dict:
-        "JSON data that a checkpoint keeps."
+        "Return JSON data for a checkpoint."
         return {}
 
     def load_state_dict(self, kept: dict) -> None:
-        "Take back what `state_dict` returned."
+        "Restore the data of `state_dict`."
         return None
 
     @abstractmethod
@@ -139,11 +129,11 @@ class Method(ABC):
 
     @abstractmethod
     def token_counts(self, batch: Batch) -> dict[str, int]:
-        "{term: number of its target tokens} in a batch, as Python integers."
+        "Return {term: number of its target tokens} in a batch, as Python integers."
 
     @abstractmethod
     def loss_sums(self, model, batch: Batch) -> dict[str, Tensor]:
-        "{term: its sum over the target tokens of the batch}, scalars in float32."
+        "Return {term: sum over its target tokens in the batch}, scalars in float32."
 
 # %% ../../nbs/7_engine_room/12_method.ipynb #cbda86b7
 class SFT(Method):
@@ -155,14 +145,14 @@ class SFT(Method):
         self,
         tokenizer,
         family: str = "causal",  # "causal" or "t5"
-        fused: bool = False,  # without the logits of the batch: memory flat in V
+        fused: bool = False,  # without storing the logits: memory independent of V
     ):
         self.tokenizer = tokenizer
         self.family = family
         self.fused = fused
 
     def encode(self, example: Any) -> dict[str, Any]:
-        "A row of any shape that `read_row` takes, or of ids, as ids."
+        "Encode a row of any shape that `read_row` takes, or a row of ids."
         return encode_row(example, self.tokenizer, family=self.family)
 
     def collate(self, items: list[dict]) -> Batch:
@@ -175,7 +165,7 @@ class SFT(Method):
 
     def loss_sums(self, model, batch: Batch) -> dict[str, Tensor]:
         head = unwrapped(model).get_output_embeddings()
-        # an adapter on the head makes it another class than Linear
+        # with an adapter, the head is not a Linear
         if self.fused and plain_logits(model) and type(head) is torch.nn.Linear:
             states = target_states(model, batch)
             ids = target_positions(batch).ids

@@ -8,6 +8,7 @@ __all__ = []
 # %% ../../nbs/7_engine_room/15_setup.ipynb #0df0d28a
 import atexit
 import gc
+import os
 from pathlib import Path
 from typing import Iterable
 
@@ -33,36 +34,47 @@ class Objective(torch.nn.Module):
 
 # %% ../../nbs/7_engine_room/15_setup.ipynb #c2ce2bee
 def _end_group() -> None:
-    "At exit: end the process group while Python runs; a gloo thread that frees its last work after that aborts a finished training."
-    gc.collect()  # DistributedDataParallel lies in a cycle and holds the group
+    """End the process group at exit, while Python still runs.
+
+    A gloo thread that frees its last work later would abort a finished run.
+    """
+    gc.collect()  # DistributedDataParallel is in a reference cycle and holds the group
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
 def make_accelerator(cfg: TrainConfig):
-    "An Accelerator for this training. Raises UserError if the precision is impossible on the device."
+    """Make the Accelerator of a run.
+
+    Raises UserError if the device does not support the precision, or if Accelerate's FSDP is on.
+    """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
-    # Accelerate keeps one global state per process, and the last training may have had another device or precision
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise UserError(
+            "it is switched on, but this loop shards the model itself",
+            where="FSDP of Accelerate",
+            fix="Launch with configs/ddp.yaml and train with TrainConfig(fsdp=True).",
+        )
+    # Accelerate has one global state per process; an earlier run may have had another device or precision.
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     accelerator = Accelerator(mixed_precision=cfg.precision, cpu=cfg.device == "cpu")
-    if (
-        cfg.precision == "fp16" and accelerator.scaler is None
-    ):  # Accelerate would train in float32 without a word
+    # Without a scaler, Accelerate would train in float32 without a warning.
+    if cfg.precision == "fp16" and accelerator.scaler is None:
         raise UserError(
             "fp16 needs a GPU",
             where="TrainConfig.precision",
             fix="Use 'bf16' or 'no' on this machine.",
         )
     if accelerator.num_processes > 1:
-        atexit.unregister(_end_group)  # once, however many trainings
+        atexit.unregister(_end_group)  # registered once, however many runs
         atexit.register(_end_group)
     return accelerator
 
 # %% ../../nbs/7_engine_room/15_setup.ipynb #9685280c
 def make_optimizer(module: torch.nn.Module, cfg: TrainConfig) -> torch.optim.AdamW:
-    "AdamW over the parameters that ask for gradients. Raises UserError if there are none."
+    "Return AdamW over the trainable parameters. A model without any is an error."
     wanted = [p for p in module.parameters() if p.requires_grad]
     if not wanted:
         raise UserError(
@@ -81,7 +93,10 @@ def make_optimizer(module: torch.nn.Module, cfg: TrainConfig) -> torch.optim.Ada
 
 # %% ../../nbs/7_engine_room/15_setup.ipynb #60f46867
 def add_lora(model, lora: dict, seed: int):
-    "The model with trainable low-rank adapters (PEFT); everything else is frozen. Initial weights come from `seed`."
+    """Add trainable low-rank adapters (PEFT) to the model and freeze everything else.
+
+    The initial weights are drawn by `seed`.
+    """
     from peft import LoraConfig, get_peft_model
 
     kind = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
@@ -92,20 +107,26 @@ def add_lora(model, lora: dict, seed: int):
         target_modules=lora.get("targets", "all-linear"),
         task_type=kind,
     )
+    fix = "Name layers of this model as targets, or use 'all-linear'."
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            return get_peft_model(model, config)
+            adapted = get_peft_model(model, config)
         except ValueError as e:
-            raise UserError(
-                f"LoRA does not fit this model: {str(e).splitlines()[0]}",
-                where="TrainConfig.lora",
-                fix="Name layers of this model as targets, or use 'all-linear'.",
-            ) from e
+            what = f"LoRA does not fit this model: {str(e).splitlines()[0]}"
+            raise UserError(what, where="TrainConfig.lora", fix=fix) from e
+    if model.config.is_encoder_decoder and hasattr(model.get_input_embeddings(), "base_layer"):
+        # Encoder and decoder read these weights through modules of their own.
+        what = "an adapter on the shared embeddings of an encoder-decoder would never be read"
+        raise UserError(what, where="TrainConfig.lora", fix=fix)
+    return adapted
 
 # %% ../../nbs/7_engine_room/15_setup.ipynb #2ecccd34
 def shard(objective: torch.nn.Module, device: torch.device) -> torch.nn.Module:
-    "Split the parameters over all processes in place (FSDP2: torch's `fully_shard`), one group per layer and one for the rest."
+    """Shard the parameters over all processes in place, with torch's FSDP2.
+
+    There is one group per layer and one for the rest.
+    """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -122,13 +143,16 @@ def shard(objective: torch.nn.Module, device: torch.device) -> torch.nn.Module:
 
 # %% ../../nbs/7_engine_room/15_setup.ipynb #115d37c5
 def _check_deepspeed(accelerator, cfg: TrainConfig) -> None:
-    "Under DeepSpeed: tell it the batch size; UserError for settings that need the optimizer's state or gradients."
+    """Configure DeepSpeed's batch size.
+
+    Raises UserError for settings that need the optimizer's state or gradients.
+    """
     if accelerator.distributed_type.value != "DEEPSPEED":
         return
     asked = [name for name in ("save_every", "keep_best", "ema", "fsdp") if getattr(cfg, name)]
-    if asked or cfg.accumulate > 1:
+    if asked or cfg.gradient_accumulation_steps > 1:
         raise UserError(
-            f"{', '.join(asked) or 'accumulate'} does not work with DeepSpeed in this loop",
+            f"{', '.join(asked) or 'gradient_accumulation_steps'} does not work with DeepSpeed in this loop",
             where="TrainConfig",
             fix="Use fsdp=True instead of DeepSpeed, or a larger batch_size and no checkpoints.",
         )
@@ -138,7 +162,7 @@ def _check_deepspeed(accelerator, cfg: TrainConfig) -> None:
 
 # %% ../../nbs/7_engine_room/15_setup.ipynb #bd13a57e
 def _encoded(state: TrainState, examples: Iterable) -> None:
-    "Encode all examples once. Raises UserError for no examples or one that is too long."
+    "Encode all examples once. No examples, or one that is too long, is an error."
     for number, example in enumerate(examples):
         name = example.get("id") if isinstance(example, dict) else getattr(example, "id", None)
         item = state.method.encode(example)
@@ -169,7 +193,7 @@ def set_up(
     callbacks: Iterable[Callback] = (),
     kind: type[TrainState] = TrainState,
 ) -> TrainState:
-    "Everything before the first step, except what a checkpoint restores."
+    "Prepare a run up to the first step, except for what a checkpoint restores."
     accelerator = make_accelerator(cfg)
     _check_deepspeed(accelerator, cfg)
     seed_everything(cfg.seed + accelerator.process_index)
@@ -185,10 +209,10 @@ def set_up(
     )
     _encoded(state, examples)
     if state.run_dir:
-        state.identity = run_identity(state)  # before anything is sharded or trained
-    config = getattr(model, "config", None)  # a plain module, for images say, has none
+        state.identity = run_identity(state)  # before the model is sharded or trained
+    config = getattr(model, "config", None)  # a plain module, such as one for images, has none
     if config is not None and not config.is_encoder_decoder:
-        plain_logits(model)  # found out here, once, and not inside a compiled or sharded model
+        plain_logits(model)  # tested here, since it cannot be tested in a compiled or sharded model
     if cfg.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if cfg.lora is not None:

@@ -15,6 +15,7 @@ from typing import Any, Iterator
 
 import torch
 
+from ..checks import check_fields, typed
 from ..core import append_jsonl, UserError
 from ..progress import progress
 from .batches import PackedItems
@@ -23,65 +24,91 @@ from .method import Method
 # %% ../../nbs/7_engine_room/13_state.ipynb #c3c4b88c
 @dataclass(kw_only=True)
 class TrainConfig:
-    "Settings of a training; all but the first three have defaults. Raises UserError for impossible values."
+    "The settings of a training run; all but the first three have defaults."
 
-    steps: int  # optimizer steps
-    batch_size: int  # examples in a micro-batch of one process
+    max_steps: int  # optimizer steps
+    batch_size: int  # examples in a minibatch of one process
     lr: float  # peak learning rate of AdamW
-    accumulate: int = (
-        1  # micro-batches per step; effective batch = batch_size * accumulate * processes
-    )
+    # minibatches per step; effective batch = batch_size * this * processes
+    gradient_accumulation_steps: int = 1
     warmup: float = 0.0  # below 1: share of the steps; otherwise a number of steps
     schedule: str = "linear"  # after warmup: linear or cosine to 0, or constant
     weight_decay: float = 0.0  # on matrices, not on norms and biases
     betas: tuple = (0.9, 0.999)
-    clip: float = 1.0  # largest gradient norm; 0: no clipping
+    max_grad_norm: float = 1.0  # maximum gradient norm; 0: no clipping
     seed: int = 0  # order of examples, dropout, LoRA's initial weights
     log_every: int = 10  # steps between two rows of history
     eval_every: int = 0  # steps between validations; 0: only at the end
     save_every: int = 0  # steps between checkpoints (needs run_dir); 0: none
-    keep_best: bool = False  # end with the weights of the best validation
-    early_stop: int = 0  # stop after so many validations without a better score; 0: never
+    keep_best: bool = False  # return the weights of the best validation
+    early_stopping_patience: int = 0  # validations without a better score; 0: never stop early
     precision: str = "no"  # autocast: no, bf16, fp16 (GPU only)
     bucket: bool = True  # batches of similar length
-    max_length: int = 0  # longest row in tokens, longer ones are an error; 0: no limit
-    lora: dict | None = (
-        None  # {"r": 8, "alpha": 16, "dropout": 0.0, "targets": "all-linear" or names}
-    )
-    device: str | None = None  # "cpu", or None: what Accelerate finds
-    compile: bool | str = (
-        False  # torch.compile (True needs a C++ compiler), or the name of its backend
-    )
+    max_length: int = 0  # maximum tokens of a row, longer ones are an error; 0: no limit
+    # {"r": 8, "alpha": 16, "dropout": 0.0, "targets": "all-linear" or names}
+    lora: dict | None = None
+    device: str | None = None  # "cpu", or None: Accelerate's choice
+    # torch.compile (True needs a C++ compiler), or the name of its backend
+    compile: bool | str = False
     gradient_checkpointing: bool = False
-    ema: float = (
-        0.0  # decay of an average of the weights, which is validated and kept; 0: no average
-    )
-    fsdp: bool = False  # split weights, gradients and optimizer over the processes (torch's FSDP2)
-    keep_memory: bool = (
-        True  # CPU: reuse freed memory within the training instead of returning it to the system
-    )
+    # decay of an average of the weights, which is validated and returned; 0: no average
+    ema: float = 0.0
+    fsdp: bool = False  # shard weights, gradients and optimizer over the processes (torch's FSDP2)
+    # CPU: reuse freed memory during the run instead of returning it to the system
+    keep_memory: bool = True
 
     def __post_init__(self):
+        check_fields(self)
         check_config(self)
+        if self.lora is not None:
+            self.lora = check_lora(**self.lora)
 
 # %% ../../nbs/7_engine_room/13_state.ipynb #919bea64
 SCHEDULES, PRECISIONS = ("linear", "cosine", "constant"), ("no", "bf16", "fp16")
 
 
-def check_config(cfg: TrainConfig) -> None:
-    "Raises UserError naming the first setting that makes no sense."
+def check_lora(**options: Any) -> dict:
+    "Return the options of an adapter. Raises UserError naming the first that makes no sense."
+    targets = options.get("targets", "all-linear")
+    known = {"r": 8, "alpha": 16.0, "dropout": 0.0}
+    numbers = {
+        name: typed(value, type(known[name]), f"lora.{name}")
+        for name, value in options.items()
+        if name in known
+    }
+    full = known | numbers
+    names = [targets] if isinstance(targets, str) else targets
     rules = {
-        "steps": cfg.steps >= 0,
+        "r": full["r"] >= 1,
+        "alpha": full["alpha"] > 0,
+        "dropout": 0 <= full["dropout"] < 1,
+        "targets": isinstance(names, (list, tuple))
+        and all(isinstance(name, str) for name in names),
+    }
+    for name, fine in rules.items():
+        if not fine:
+            raise UserError(
+                f"{options[name]!r} is not possible",
+                where=f"TrainConfig.lora.{name}",
+                fix="r is a whole number from 1, alpha is above 0, dropout below 1, targets are names.",
+            )
+    return options | numbers
+
+
+def check_config(cfg: TrainConfig) -> None:
+    "Raise UserError for the first setting with an impossible value."
+    rules = {
+        "max_steps": cfg.max_steps >= 0,
         "batch_size": cfg.batch_size >= 1,
         "lr": cfg.lr > 0,
-        "accumulate": cfg.accumulate >= 1,
-        "warmup": 0 <= cfg.warmup <= max(cfg.steps, 1),
+        "gradient_accumulation_steps": cfg.gradient_accumulation_steps >= 1,
+        "warmup": 0 <= cfg.warmup <= max(cfg.max_steps, 1),
         "weight_decay": cfg.weight_decay >= 0,
-        "clip": cfg.clip >= 0,
+        "max_grad_norm": cfg.max_grad_norm >= 0,
         "log_every": cfg.log_every >= 1,
         "eval_every": cfg.eval_every >= 0,
         "save_every": cfg.save_every >= 0,
-        "early_stop": cfg.early_stop >= 0,
+        "early_stopping_patience": cfg.early_stopping_patience >= 0,
         "ema": 0 <= cfg.ema < 1,
         "schedule": cfg.schedule in SCHEDULES,
         "precision": cfg.precision in PRECISIONS,
@@ -100,25 +127,25 @@ def check_config(cfg: TrainConfig) -> None:
 
 # %% ../../nbs/7_engine_room/13_state.ipynb #858047d4
 def lr_factor(step: int, cfg: TrainConfig) -> float:
-    "Learning rate at a step (counted from 0) as a share of `cfg.lr`."
-    warm = cfg.warmup if cfg.warmup >= 1 else cfg.warmup * cfg.steps
+    "Return the learning rate at a step (counted from 0) as a share of `cfg.lr`."
+    warm = cfg.warmup if cfg.warmup >= 1 else cfg.warmup * cfg.max_steps
     if step < warm:
         return (step + 1) / (warm + 1)
-    done = (step - warm) / max(cfg.steps - warm, 1)
+    done = (step - warm) / max(cfg.max_steps - warm, 1)
     return {"linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done)), "constant": 1.0}[
         cfg.schedule
     ]
 
 # %% ../../nbs/7_engine_room/13_state.ipynb #average
 def trainable(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    "{name: parameter} of what is trained; a tied parameter appears once."
+    "Return {name: parameter} of the trained parameters; a tied one appears once."
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
 class WeightAverage:
     """An exponential moving average of the trained weights.
 
-    torch's AveragedModel would copy the frozen weights and a teacher as well.
+    torch's AveragedModel would also copy the frozen weights and a teacher.
     """
 
     def __init__(self, module: torch.nn.Module, decay: float):
@@ -128,9 +155,10 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """average <- d * average + (1 - d) * weights, with d = min(decay, (1 + step) / (10 + step)).
+        """Set average = d * average + (1 - d) * weights.
 
-        The smaller decay of the first steps makes the random initial weights soon forgotten.
+        d = min(decay, (1 + step) / (10 + step)) is smaller in the first steps, so that the random
+        initial weights lose their influence soon.
         """
         decay = min(self.decay, (1 + step) / (10 + step))
         for name, p in self.parameters.items():
@@ -138,13 +166,13 @@ class WeightAverage:
 
     @torch.no_grad()
     def copy_to_model(self) -> None:
-        "Give the model the averaged weights."
+        "Copy the averaged weights to the model."
         for name, p in self.parameters.items():
             p.copy_(self.weights[name])
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        "Inside, the model has the averaged weights."
+        "Use the averaged weights inside the block."
         own = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.copy_to_model()
         try:
@@ -157,11 +185,11 @@ class WeightAverage:
 # %% ../../nbs/7_engine_room/13_state.ipynb #04722279
 @dataclass
 class TrainState:
-    "A run in progress: what callbacks and methods see, and what a checkpoint restores."
+    "The state of a run, for callbacks, methods and checkpoints."
 
     cfg: TrainConfig
     method: Method
-    model: Any  # as the method sees it; with LoRA, the PEFT model
+    model: Any  # the method's model; with LoRA, the PEFT model
     objective: Any = None  # model and method as one module
     module: Any = None  # the same, wrapped by Accelerate
     optimizer: Any = None
@@ -171,8 +199,10 @@ class TrainState:
     ids: list = field(default_factory=list)  # name of each, for messages
     callbacks: list = field(default_factory=list)
     run_dir: Path | None = None
-    identity: dict = field(default_factory=dict)  # what decides this run, for its checkpoints
-    step: int = 0  # steps done
+    identity: dict = field(
+        default_factory=dict
+    )  # hashes of what decides this run, for its checkpoints
+    step: int = 0  # number of steps done
     tokens: int = 0  # of the examples seen so far, padding not counted
     seconds: float = 0.0  # spent in steps, over all sessions
     history: list = field(default_factory=list)
@@ -180,31 +210,35 @@ class TrainState:
     best_weights: dict | None = None
     average: WeightAverage | None = None  # with cfg.ema
     stale: int = 0  # validations since the best one
-    stop: str = ""  # a reason to end before `steps`
+    stop: str = ""  # a reason to end before `max_steps`
     saved: int = -1  # step of the last checkpoint
-    unwritten: list = field(default_factory=list)  # (time, row of history) not yet on the disk
+    unwritten: list = field(default_factory=list)  # (time, row of history) that are not on the disk
 
     @property
     def effective_batch(self) -> int:
         "Examples in an optimizer step, over all processes."
-        return self.cfg.batch_size * self.cfg.accumulate * self.accelerator.num_processes
+        return (
+            self.cfg.batch_size
+            * self.cfg.gradient_accumulation_steps
+            * self.accelerator.num_processes
+        )
 
     def names(self, rows: list[int]) -> str:
-        "Name examples in a message: the first eight of them."
+        "Name the first eight of these examples, for a message."
         named = [self.method.name_of(self.ids[i], self.items[i]) for i in rows]
         named = list(dict.fromkeys(named))
         more = f" and {len(named) - 8} more" if len(named) > 8 else ""
         return f"examples {', '.join(named[:8])}{more}"
 
     def log(self, row: dict, every: float = 5.0) -> None:
-        "Add a row to the history; write what has waited for more than `every` seconds."
+        "Append a row to the history; write rows that are older than `every` seconds."
         self.history.append(row)
         self.unwritten.append((time.monotonic(), row))
         if time.monotonic() - self.unwritten[0][0] > every:
             self.flush()
 
     def flush(self) -> None:
-        "Write the rows of history that have waited."
+        "Write the rows of history that are not on the disk."
         rows = [row for _, row in self.unwritten]
         self.unwritten = []
         if rows and self.run_dir and self.accelerator.is_main_process:
@@ -212,37 +246,37 @@ class TrainState:
 
 # %% ../../nbs/7_engine_room/13_state.ipynb #e32709ab
 class Callback:
-    "Hooks into the state. Subclass it and override what you need."
+    "Hooks into a run. Subclass it and override what you need."
 
     def on_start(self, state: TrainState) -> None:
-        "Before the first step, after a checkpoint was loaded."
+        "Called before the first step, after a checkpoint was loaded."
 
     def on_step(self, state: TrainState) -> None:
-        "After every optimizer step."
+        "Called after every optimizer step."
 
     def on_validate(self, state: TrainState, metrics: dict) -> None:
-        "After every validation."
+        "Called after every validation."
 
     def on_end(self, state: TrainState) -> None:
-        "When the run is over; not after an error."
+        "Called at the end of the run; not after an error."
 
     def state(self) -> dict:
-        "JSON data that a checkpoint keeps."
+        "Return JSON data for a checkpoint."
         return {}
 
     def load(self, state: dict) -> None:
-        "Take back what `state` returned."
+        "Restore the data of `state`."
 
 # %% ../../nbs/7_engine_room/13_state.ipynb #79945c1f
 class Progress(Callback):
-    "Steps, rate, time left and the last logged loss, as suits a terminal, a notebook or a log."
+    "A progress bar with steps, rate, time left and the last logged loss."
 
     def __init__(self, desc: str = "training"):
         self.desc, self.bar = desc, None
 
     def on_start(self, state: TrainState) -> None:
         if state.accelerator.is_main_process:
-            self.bar = progress(total=state.cfg.steps, desc=self.desc, unit="step")
+            self.bar = progress(total=state.cfg.max_steps, desc=self.desc, unit="step")
             self.bar.update(state.step)
 
     def on_step(self, state: TrainState) -> None:
@@ -257,7 +291,10 @@ class Progress(Callback):
 
 # %% ../../nbs/7_engine_room/13_state.ipynb #73ef8ed7
 class Tracker(Callback):
-    "Send every row of the history to trackers through Accelerate. A resumed run may repeat the rows after its checkpoint."
+    """A callback that sends every row of the history to trackers through Accelerate.
+
+    A resumed run may repeat the rows after its checkpoint.
+    """
 
     def __init__(
         self, log_with: Any, project: str = "kd_notes", config: dict | None = None, **options: Any

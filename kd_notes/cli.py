@@ -234,7 +234,7 @@ def course_command(
 # %% ../nbs/7_engine_room/28_cli.ipynb #4102ce90
 @app.command("extract")
 def extract_command(
-    task: Annotated[str, typer.Option(help="Task, such as nli.")],
+    task: Annotated[str, typer.Option(help="nli, esnli@hub, or a task file such as task.toml.")],
     out: Annotated[
         Path | None, typer.Option(help="JSONL file to fill; not needed for esnli@hub and the like.")
     ] = None,
@@ -326,6 +326,95 @@ def distill_command(
         settings = plain_settings(sets or [], signature(distill).parameters)
         report = distill(data, teacher, student, objective, out, profile=profile, **settings)
         print(json.dumps(report, indent=1, default=str))
+
+# %% ../nbs/7_engine_room/28_cli.ipynb #db3bdd4d
+@app.command("stepwise")
+def stepwise_command(
+    task: Annotated[str, typer.Option(help="A task file such as task.toml, or nli.")],
+    data: Annotated[Path, typer.Option("--input", help="JSONL: the rows, with labels.")],
+    out: Annotated[Path, typer.Option(help="New folder for the student.")],
+    rationales: Annotated[
+        Path | None, typer.Option(help="JSONL of kd-notes extract; default: the rows' own.")
+    ] = None,
+    student: Annotated[
+        str, typer.Option(help="mini, smollm2, hub:<id> or a folder; causal or T5-like.")
+    ] = "smollm2",
+    arms: Annotated[
+        str, typer.Option(help="Of step_by_step, finetuning, finetuning_same_tokens, distillation.")
+    ] = "step_by_step,finetuning",
+    test_data: Annotated[
+        Path | None, typer.Option("--test-input", help="JSONL to test on; default: held-out rows.")
+    ] = None,
+    alpha: Annotated[float | None, typer.Option(help="Weight of the label's loss.")] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="One rate for all arms, instead of a search.")
+    ] = None,
+    profile: Annotated[str, typer.Option(help="smoke, cpu, cpu-full or gpu.")] = "cpu",
+    dry_run: Annotated[bool, typer.Option(help="Only say what would run and cost.")] = False,
+    sets: Annotated[
+        list[str] | None, typer.Option("--set", help="A setting: k=v, such as epochs=10.")
+    ] = None,
+) -> None:
+    "Distil step-by-step on a task of your own; an interrupted run goes on with the same command."
+    with guard():
+        from kd_notes.products.stepwise import stepwise
+
+        taken = {*signature(stepwise).parameters, "arms", "alpha", "learning_rates"}
+        settings = plain_settings(sets or [], taken) | {"arms": arms.replace(" ", "").split(",")}
+        settings |= {} if alpha is None else {"alpha": alpha}
+        settings |= {} if learning_rate is None else {"learning_rates": [learning_rate]}
+        named = {"test_data": test_data, "profile": profile, "dry_run": dry_run}
+        report = stepwise(task, data, rationales, student, out, **named, **settings)
+        shown = ("rows", "arms", "differences", "references")
+        print(json.dumps(report if dry_run else {k: report[k] for k in shown}, indent=1))
+
+# %% ../nbs/7_engine_room/28_cli.ipynb #cec70d1a
+ModelOption = Annotated[str, typer.Option(help="Folder of a student, hub:<id> or smollm2.")]
+RowsOption = Annotated[Path, typer.Option("--input", help="JSONL: the rows.")]
+TaskOption = Annotated[
+    str | None, typer.Option(help="Task file; default: what the student was trained for.")
+]
+BatchOption = Annotated[int, typer.Option(help="Rows that are answered together.")]
+LimitOption = Annotated[int | None, typer.Option(help="Only the first so many rows.")]
+TokensOption = Annotated[
+    int | None, typer.Option(help="Longest answer; default: as the student was trained.")
+]
+
+
+@app.command("predict")
+def predict_command(
+    model: ModelOption,
+    data: RowsOption,
+    out: Annotated[Path, typer.Option(help="JSONL file to fill or to continue.")],
+    task: TaskOption = None,
+    batch_size: BatchOption = 32,
+    max_new_tokens: TokensOption = None,
+    limit: LimitOption = None,
+) -> None:
+    "Let a student answer rows; an interrupted run goes on with the same command."
+    with guard():
+        from kd_notes.products.predict import predict_rows
+
+        options = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "limit": limit}
+        print(json.dumps(predict_rows(model, data, out, task, **options), indent=1))
+
+
+@app.command("evaluate")
+def evaluate_command(
+    model: ModelOption,
+    data: RowsOption,
+    out: Annotated[Path | None, typer.Option(help="JSON file for the scores.")] = None,
+    task: TaskOption = None,
+    batch_size: BatchOption = 32,
+    max_new_tokens: TokensOption = None,
+    limit: LimitOption = None,
+) -> None:
+    "Score a student on labelled rows: the task's metric with its interval, as JSON."
+    with guard():
+        from kd_notes.products.predict import evaluate_rows
+
+        options = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "limit": limit}
+        print(json.dumps(evaluate_rows(model, data, out, task, **options), indent=1))
 
 # %% ../nbs/7_engine_room/28_cli.ipynb #cli-bench-2
 @app.command("bench")

@@ -195,17 +195,31 @@ def _sync_folder(folder: Path) -> None:
             os.close(fd)
 
 # %% ../nbs/7_engine_room/01_core.ipynb #d4a7dbe7
+def encoded(text: str, where: Path | str) -> bytes:
+    "Encode a text as UTF-8. Raises UserError for half a character, which no file can hold."
+    try:
+        return text.encode()
+    except UnicodeEncodeError as e:
+        around = text[max(0, e.start - 20) : e.end + 20]
+        raise UserError(
+            f"the text holds half a character (a lone surrogate) in {around!a}",
+            where=where,
+            fix="Correct it: a text was cut inside an emoji or another rare character.",
+        ) from e
+
+
 def atomic_write(path: Path | str, data: str | bytes) -> Path:
     """Write `data` (text as UTF-8) so that `path` never holds a part of it.
 
     If writing fails, UserError is raised and `path` still holds its old content.
     """
     path = Path(path)
+    data = encoded(data, path) if isinstance(data, str) else data
     tmp = path.parent / f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(tmp, "xb") as f:
-            f.write(data.encode() if isinstance(data, str) else data)
+            f.write(data)
             f.flush()
             os.fsync(f.fileno())
         os.replace(tmp, path)
@@ -269,9 +283,9 @@ def write_json(path: Path | str, obj: Any) -> Path:
 def _read_bytes(path: Path | str) -> bytes:
     try:
         return Path(path).read_bytes()
-    except OSError as e:
+    except (OSError, ValueError) as e:  # ValueError: no file can have such a name
         raise UserError(
-            f"the file cannot be read ({e.strerror})",
+            f"the file cannot be read ({getattr(e, 'strerror', None) or e})",
             where=path,
             fix="Check the name and the folder.",
         ) from e
@@ -290,17 +304,45 @@ def read_text(path: Path | str) -> str:
             fix="Save it as UTF-8.",
         ) from e
 
+# %% ../nbs/7_engine_room/01_core.ipynb #6a08303a
+_HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")  # where a surrogate may be escaped
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict:
+    "A JSON object; a name that occurs twice is an error."
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        ((name, count),) = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"the name {name!r} occurs {count} times in one object")
+    return made
+
+
+def parse_json(text: str) -> Any:
+    "Parse JSON. Raises ValueError also for a name that occurs twice, half a character, or endless nesting."
+    try:
+        value = json.loads(text, object_pairs_hook=_object)
+    except RecursionError as e:
+        raise ValueError("it is nested too deeply") from e
+    if _HALF_CHARACTER.search(text):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as e:
+            half = e.object[e.start : e.end]
+            raise ValueError(f"it holds half a character, the lone surrogate {half!a}") from e
+    return value
+
 # %% ../nbs/7_engine_room/01_core.ipynb #778ee9e6
 def read_json(path: Path | str) -> Any:
     "Read a JSON file. A syntax error raises UserError with file and line."
+    text = read_text(path)
+    fix = "Correct that line, or delete the file if kd-notes wrote it: it will be made again."
     try:
-        return json.loads(read_text(path))
+        return parse_json(text)
     except json.JSONDecodeError as e:
-        raise UserError(
-            f"the file is not valid JSON ({e.msg}, column {e.colno})",
-            where=f"{path}:{e.lineno}",
-            fix="Correct that line, or delete the file if kd-notes wrote it: it will be made again.",
-        ) from e
+        what = f"the file is not valid JSON ({e.msg}, column {e.colno})"
+        raise UserError(what, where=f"{path}:{e.lineno}", fix=fix) from e
+    except ValueError as e:
+        raise UserError(f"the file is not valid JSON ({e})", where=path, fix=fix) from e
 
 # %% ../nbs/7_engine_room/01_core.ipynb #5b8dd4fa
 def _is_json(line: bytes) -> bool:
@@ -341,8 +383,8 @@ def append_jsonl(path: Path | str, rows: Iterable[dict]) -> None:
         json.dumps(to_jsonable(r, f"row {i}"), sort_keys=True, ensure_ascii=False)
         for i, r in enumerate(rows)
     ]
-    data = "".join(line + "\n" for line in lines).encode()
     path = Path(path)
+    data = encoded("".join(line + "\n" for line in lines), path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "r+b" if path.exists() else "x+b", buffering=0) as f:
@@ -379,8 +421,8 @@ def read_jsonl(
         if not line.strip():
             continue
         try:
-            # Decoded line by line: a kill may cut a multi-byte character in two.
-            row = json.loads(line.decode())
+            # decoded line by line: a kill may cut a multi-byte character in two
+            row = parse_json(line.decode())
             if not isinstance(row, dict):
                 raise ValueError(f"a {type(row).__name__} where an object {{...}} was expected")
         except ValueError as e:

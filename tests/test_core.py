@@ -248,6 +248,49 @@ def test_broken_json_names_file_and_line(tmp_path):
     assert read_json(tmp_path / "bom.json") == {"a": 1}
 
 
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ('{"lr": 1, "lr": 2}', "'lr' occurs 2 times"),
+        ('{"a": {"b": 1, "b": 1}}', "'b' occurs 2 times"),
+        ('{"text": "hi \\ud83d"}', "half a character"),
+        ('{"\\uDE00": 1}', "half a character"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"n": ' + "9" * 5000 + "}", "4300 digits"),
+        ("", "not valid JSON"),
+    ],
+)
+def test_json_that_would_lose_data_later_is_refused_where_it_is_read(tmp_path, text, said):
+    (tmp_path / "p.json").write_text(text)
+    with pytest.raises(UserError, match=said):
+        read_json(tmp_path / "p.json")
+    if text.startswith("{"):
+        (tmp_path / "p.jsonl").write_text('{"id": 1}\n' + text + "\n")
+        with pytest.raises(UserError, match=said) as caught:
+            read_jsonl(tmp_path / "p.jsonl")
+        assert "p.jsonl:2" in str(caught.value)
+
+
+def test_whole_characters_and_escaped_backslashes_pass(tmp_path):
+    (tmp_path / "p.json").write_text(r'["\ud83d\ude00", "\\ud83d"]')
+    assert read_json(tmp_path / "p.json") == ["\U0001f600", "\\ud83d"]
+
+
+def test_half_a_character_is_not_written(tmp_path):
+    for write in (write_json, lambda path, value: append_jsonl(path, [value])):
+        with pytest.raises(UserError, match="half a character"):
+            write(tmp_path / "p", {"a": "cut \ud83d"})
+        assert not (tmp_path / "p").exists()
+
+
+@pytest.mark.parametrize("name", ["missing.json", ".", "below/a.json", "a\0b.json"])
+@pytest.mark.parametrize("read", [read_json, read_jsonl])
+def test_what_is_no_file_is_one_clear_error(tmp_path, name, read):
+    (tmp_path / "below").write_text("a file, not a folder")
+    with pytest.raises(UserError, match="cannot be read"):
+        read(tmp_path / name)
+
+
 @given(first=rows, second=rows, data=st.data())
 @settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=80

@@ -127,7 +127,7 @@ GOOD = {"id": "1", "input": "x", "label": "neutral"}
         (
             {"id": "2", "input": "x", "label": None},
             "nli",
-            r":2: the field 'label' should be text, not null",
+            r":2: the label is empty",
         ),
         (
             {"id": "2", "input": "x", "label": "neutral", "rational": "y"},

@@ -224,8 +224,10 @@ def test_no_text_breaks_the_parser(text, finish, equation):
         ("3 / 0", None),
         ("three", None),
         ("9**9**9", None),
-        ("x = 3 + 4", None),
-        ("= 7", None),
+        ("x = 3 + 4", "3 + 4"),
+        ("= 7", "7"),
+        ("$5 + $2 = $7", "7"),
+        ("x = y", None),
         ("(" * 5000, None),
     ],
 )

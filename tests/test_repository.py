@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import style
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from pins import PYTHONS, canonical, read_pins, read_record
@@ -26,6 +27,7 @@ MODULES = sorted(
 # Who may import whom: a layer imports only from layers below it (further left), and from itself.
 LAYERS = [
     "core",
+    "checks",
     "progress",
     "environment",
     "kernels",
@@ -221,6 +223,12 @@ def test_no_cell_is_long(path):
     lengths = {source(c)[:60]: code_lines(c) for c in code_cells(load(path))}
     long = {text: n for text, n in lengths.items() if n > 60}
     assert not long, f"Split these cells (60 lines at most): {long}"
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=name)
+def test_lesson_is_short(path):
+    cells = len(load(path)["cells"])
+    assert cells <= 120, f"{cells} cells: a lesson with more than 120 is two lessons"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
@@ -443,6 +451,27 @@ def test_modules_do_not_import_each_other_in_a_circle():
         for module in ready:
             del waiting[module]
     assert not waiting, f"these import each other: {sorted(waiting)}"
+
+
+def test_public_names_are_few_and_each_stands_in_one_module():
+    rooms: dict[str, list[str]] = {}
+    for path in MODULES:
+        for public in style.public_names(path):
+            rooms.setdefault(public, []).append(dotted(path))
+    twice = {public: places for public, places in rooms.items() if len(places) > 1}
+    assert not twice, f"Rename one, or export it with #| exporti: {twice}"
+    assert len(rooms) < 300, (
+        f"{len(rooms)} public names: what only the package uses gets #| exporti"
+    )
+
+
+def test_code_is_not_dense():
+    "As dense as the books and libraries that this one is measured by."
+    measured = style.summary(style.modules())
+    assert measured["tokens a line"] <= 9, (
+        "One thought a line; python tests/style.py names the rooms."
+    )
+    assert measured["over 100 columns"] <= 0.02
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name)

@@ -170,13 +170,12 @@ _KINDS = {
     int: "a number",
     float: "a number",
     bool: "true or false",
-    type(None): "null",
 }
 
 
 def _check_form(row: dict, where: str) -> None:
     for name in ("id", "input"):
-        if row.get(name) is None or isinstance(row[name], str) and not row[name].strip():
+        if name not in row or isinstance(row[name], str) and not row[name].strip():
             raise UserError(
                 f"the field {name!r} is missing or empty",
                 where=where,
@@ -209,6 +208,7 @@ def example_from_row(row: dict, task: str, where: str = "row") -> Example:
 
     Raises UserError if a field is missing, unknown or of the wrong type.
     """
+    row = {name: value for name, value in row.items() if value is not None}
     _check_form(row, where)
     if row.get("task", task) != task:
         raise UserError(

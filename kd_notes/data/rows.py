@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..core import UserError
+from ..checks import check_count
+from ..core import encoded, UserError
 from .examples import numbered_rows
 
 # %% ../../nbs/2_playground/17_rows.ipynb #82bd2d4f
@@ -45,12 +46,19 @@ _FIELDS = (
 _ROLES = {"system", "user", "assistant"}
 
 
+def _absent(value: Any) -> bool:
+    "Whether a table wrote this where a row has nothing: null, NaN, or a list without elements."
+    if isinstance(value, float):
+        return value != value  # NaN
+    return value is None or isinstance(value, (list, tuple)) and not value
+
+
 def _fields(row: Any, where: str) -> dict:
-    "Return the known fields of a mapping or an object that are not None."
+    "The known fields of a mapping or an object that hold something."
     if isinstance(row, Mapping):
-        return {name: value for name, value in row.items() if value is not None}
+        return {name: value for name, value in row.items() if not _absent(value)}
     values = {name: getattr(row, name, None) for name in _FIELDS}
-    found = {name: value for name, value in values.items() if value is not None}
+    found = {name: value for name, value in values.items() if not _absent(value)}
     if isinstance(row, (str, bytes, list, tuple)) or not found:
         raise UserError(f"a row cannot be a {type(row).__name__}", where=where, fix=_SHAPES)
     return found
@@ -65,6 +73,7 @@ def _text(fields: dict, name: str, where: str) -> str:
         raise UserError(problem, where=where, fix=_SHAPES)
     if not value.strip():
         raise UserError(f"the field {name!r} is empty", where=where, fix=_SHAPES)
+    encoded(value, where)  # half a character would end the work much later
     return value
 
 # %% ../../nbs/2_playground/17_rows.ipynb #15d66f73
@@ -155,8 +164,9 @@ def read_row(
     if not isinstance(row, TextRow):
         fields = _fields(row, where)
         prompt, completion = _prompt_and_completion(fields, needs_completion, where)
-        reason = fields.get("rationale") or ""
-        name = str(fields.get("id", id))
+        reason = fields.get("rationale", "")
+        reason = _text(fields, "rationale", where) if reason != "" else ""
+        name = str(fields.get("id", "")) or id
         row = TextRow(name, prompt, completion, reason, where)
     return row.as_chat() if chat else row
 
@@ -178,8 +188,8 @@ def load_rows(
     **options: Any,  # of `read_row`
 ) -> list[TextRow]:
     "Load the rows of a JSONL file as TextRows; an error names file and line."
-    if n is not None and n < 1:
-        raise UserError(f"n={n} is not a number of rows", where=path, fix="Use 1 or more.")
+    if n is not None:
+        n = check_count(n, "n", 1, "Use 1 or more, or leave it out for all rows.")
     name = Path(path).stem
     numbered = enumerate(numbered_rows(Path(path))[:n])
     made = [read_row(row, f"{name}-{i}", where, **options) for i, (where, row) in numbered]

@@ -11,9 +11,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..checks import check_count
 from ..core import read_json, UserError, write_json
 from ..data.answers import accuracy, is_correct
-from ..data.examples import Example, load_jsonl, task_info
+from ..data.examples import Example, load_jsonl, task_info, TaskInfo, TASKS
+from ..data.task_file import own_task, OwnTask, task_examples
+from ..evaluation.task_scores import task_score
 from .stepwise import info_of, task_split, teacher_file
 from ..generation.backends import open_backend
 from kd_notes.methods.rationales import (
@@ -47,17 +50,52 @@ def teacher_prompt(task: str, split: str, teacher: str, shots: int | None, seed:
     """
     if shots is None:
         shots = 0 if "+" in teacher or teacher.startswith("replay:") else SHOTS
-    if not shots:
+    if not check_count(shots, "shots"):
         return ZERO_SHOT
     return few_shot(info_of(task), solved_examples(task, split), shots, seed=seed)
 
-# %% ../../nbs/3_reasons/05_extraction.ipynb #extr-place
-def _student_place(task: str, split: str, source: Path | str | None) -> Path:
-    """Return the file where students look for a teacher's text of a published set.
+# %% ../../nbs/3_reasons/05_extraction.ipynb #36cc33c7
+MOST_NAMED = 30  # labels that are listed in a prompt
 
-    For other tasks the file has to be named, else UserError is raised.
-    """
-    if "@" not in task or source:
+
+def is_own(task: str | Path | TaskInfo) -> bool:
+    "True for a task file or an object; False for a name such as nli or esnli@hub."
+    if isinstance(task, TaskInfo):
+        return True
+    known = str(task) in TASKS and not isinstance(TASKS[str(task)], OwnTask)
+    return not known and not ("@" in str(task) and not Path(task).exists())
+
+
+def own_header(task: OwnTask) -> str:
+    "The instruction of a task of your own, and what an answer looks like."
+    form = "a number" if task.metric == "equation" else "the answer"
+    if task.choices:
+        form = "one of the choices"
+    elif task.labels and len(task.labels) <= MOST_NAMED:
+        form = f"one of: {', '.join(task.labels)}"
+    return f"{task.instruction} Reason in one or two sentences, then answer with {form}.".strip()
+
+
+def own_question(
+    task: OwnTask, source: Path | str | None, teacher: str, shots: int | None, seed: int
+) -> tuple[OwnTask, list[Example], Prompt]:
+    "Task, rows and prompt of a task of your own; an adapted teacher knows the form and gets no shots."
+    if source is None:
+        fix = "Give its rows, such as --input rows.jsonl."
+        raise UserError("a task of your own has no splits", where="--input", fix=fix)
+    examples = task_examples(task, source)
+    adapted = "+" in teacher
+    if shots is None:
+        shots = 0 if adapted else min(SHOTS, len(task.solved))
+    header = own_header(task)
+    if not shots:
+        return task, examples, ZERO_SHOT if adapted else Prompt(header)
+    return task, examples, few_shot(task, task.solved, shots, seed=seed, header=header)
+
+# %% ../../nbs/3_reasons/05_extraction.ipynb #extr-place
+def _student_place(task: str | OwnTask, split: str, source: Path | str | None) -> Path:
+    "Where the students look for a teacher's text of a published set; elsewhere the file has to be named."
+    if isinstance(task, OwnTask) or "@" not in task or source:
         raise UserError(
             "no file is named for the completions",
             where="--out",
@@ -66,18 +104,22 @@ def _student_place(task: str, split: str, source: Path | str | None) -> Path:
     return teacher_file(task, split)
 
 
-def _score(task: str, examples: Sequence[Example], rows: Sequence[Mapping]) -> dict:
-    """Count the outcomes of the completions and return the share of correct labels.
-
-    The share is None without gold labels.
-    """
+def _score(info: TaskInfo, examples: Sequence[Example], rows: Sequence[Mapping]) -> dict:
+    "Outcomes of the completions by name, and the share of right labels where the gold labels are known."
     gold = {example.id: example.label for example in examples if example.label}
-    metric = task_info(task).metric
-    right = [is_correct(metric, row["label"], gold[row["id"]]) for row in rows if row["id"] in gold]
-    return {
+    known = [row for row in rows if row["id"] in gold]
+    right = [is_correct(info.metric, row["label"], gold[row["id"]]) for row in known]
+    found = {
         "outcomes": dict(Counter(row["outcome"] for row in rows)),
         "accuracy": accuracy(right) if right else None,
     }
+    if known and isinstance(info, OwnTask):
+        read = {"ok", "no_rationale"}  # outcomes whose label is one that the task allows
+        answers = {row["id"]: row["label"] if row["outcome"] in read else None for row in known}
+        answers = {id: label or None for id, label in answers.items()}
+        asked = [example for example in examples if example.id in answers]
+        found["score"] = task_score(info, answers, asked)
+    return found
 
 
 def _report(task: str, split: str, share: float, count: int) -> None:
@@ -88,8 +130,8 @@ def _report(task: str, split: str, share: float, count: int) -> None:
 
 # %% ../../nbs/3_reasons/05_extraction.ipynb #extr-fn
 def extract_rationales(
-    task: str,
-    out: Path | str | None = None,  # JSONL file to write or resume; None: where students look
+    task: str | Path | TaskInfo,  # nli, esnli@hub, a task file such as task.toml, or an object
+    out: Path | str | None = None,  # JSONL file to fill or to continue; None: where students look
     *,
     split: str = "pool",
     source: Path | str | None = None,  # a JSONL file instead of a split
@@ -106,19 +148,26 @@ def extract_rationales(
     """Let a teacher write rationales and labels; a second call resumes.
 
     Returns {'file', 'rows', 'outcomes', 'accuracy'}; the accuracy is None without gold labels.
+    For a task of your own also 'score', the teacher's by the task's metric.
     """
-    info = info_of(task)
-    if source:
-        examples = load_jsonl(source, info.name, labelled=False)
+    if limit is not None and limit < 1:
+        fix = "Use 1 or more, or leave it out for all rows."
+        raise UserError(f"{limit} is not a number of rows", where="--limit", fix=fix)
+    if is_own(task):
+        task = own_task(task)
+        info, examples, prompt = own_question(task, source, teacher, shots, seed)
     else:
+        info = info_of(task)
         examples = task_split(task, split)
+        if source:
+            examples = load_jsonl(source, info.name, labelled=False)
+        prompt = teacher_prompt(task, split, teacher, shots, seed)
     decoding = rationale_decoding(max_new_tokens, temperature=temperature, n=samples, seed=seed)
-    prompt = teacher_prompt(task, split, teacher, shots, seed)
     place = out or _student_place(task, split, source)
     backend = open_backend(teacher, dtype=dtype, **options)
     rows = extract(examples[:limit], backend, decoding, place, prompt=prompt)
     voted = vote(rows, info) if samples > 1 else rows
-    score = _score(info.name, examples, voted)
+    score = _score(info, examples, voted)
     if out is None and score["accuracy"] is not None:
         _report(task, split, score["accuracy"], len(voted))
     return {"file": str(place), "rows": len(rows), **score}

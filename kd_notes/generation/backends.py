@@ -15,7 +15,9 @@ from typing import Protocol
 
 import torch
 
-from ..core import read_json, read_jsonl, sha256_file, to_jsonable, UserError
+from ..checks import check_arguments, check_count
+from ..core import read_json, read_jsonl, sha256_file, stable_hash, to_jsonable, UserError
+from ..data.dialogues import chat_template_of
 from kd_notes.generation.completions import (
     check_requests,
     Completion,
@@ -122,6 +124,7 @@ class LocalBackend:
         logprobs: bool = False,  # also sum the log-probabilities of the tokens
     ):
         check_model(model)
+        check_count(batch_size, "batch_size", 1)
         self.model = (model.to(getattr(torch, dtype)) if dtype else model).eval()
         self.tokenizer = tokenizer
         self.batch_size = batch_size
@@ -138,7 +141,8 @@ class LocalBackend:
 
     def describe(self) -> dict:
         "Return the fields of a manifest that may change the text."
-        return {
+        template = {"template": stable_hash(chat_template_of(self.tokenizer))} if self.chat else {}
+        return template | {
             "kind": "local",
             "model": self.name,
             "revision": self.revision,
@@ -344,17 +348,16 @@ def open_backend(
                 where="back end",
                 fix="Write openai:http://127.0.0.1:8000/v1#<model>.",
             )
-        check_options(OpenAIBackend, options)
+        options = checked_options(OpenAIBackend, options)
         return OpenAIBackend(url, model, chat=kind == "openai-chat", **options)
     if spec.startswith("replay:"):
-        check_options(ReplayBackend, options)
+        options = checked_options(ReplayBackend, options)
         return ReplayBackend(spec.removeprefix("replay:"), **options)
-    check_options(LocalBackend, options)
-    return _open_local(spec, dtype, device, options)
+    return _open_local(spec, dtype, device, checked_options(LocalBackend, options))
 
 # %% ../../nbs/7_engine_room/19_backends.ipynb #7d54a42e
-def check_options(kind: type, options: dict) -> None:
-    "Raise UserError for an option that this kind of back end does not have."
+def checked_options(kind: type, options: dict) -> dict:
+    "Return the options in their types; refuse one that this kind of back end does not have."
     known = [
         name for name, p in inspect.signature(kind).parameters.items() if p.default is not p.empty
     ]
@@ -364,6 +367,7 @@ def check_options(kind: type, options: dict) -> None:
             where="back end",
             fix=f"It has {', '.join(known)}.",
         )
+    return check_arguments(kind, options)
 
 
 def _open_local(spec: str, dtype: str, device: str | None, options: dict) -> LocalBackend:

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..checks import check_fields
 from kd_notes.core import (
     append_jsonl,
     cache_dir,
@@ -55,6 +56,7 @@ class SamplingParams:
     seed: int = 0  # of the random streams
 
     def __post_init__(self):
+        check_fields(self)
         count = "a whole number from 1"
         require(is_count(self.max_new_tokens, 1), "max_new_tokens", self.max_new_tokens, count)
         warm = "0 (greedy) or a positive number"
@@ -73,9 +75,10 @@ class Decoding(SamplingParams):
     stop: tuple[str, ...] = ()  # the text ends before the first of these
 
     def __post_init__(self):
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
         super().__post_init__()
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        object.__setattr__(self, "stop", stop)
+        stop = self.stop
         several = is_count(self.n, 2) and self.temperature > 0
         rule = "1, or more with a temperature above 0"
         require(several or self.n == 1, "n", self.n, rule)
@@ -142,6 +145,10 @@ _THOUGHT_MARKS = [
     (r"<thinking>", r"</thinking>"),
     (r"<thoughts?>", r"</thoughts?>"),
     (r"<reasoning>", r"</reasoning>"),
+    (r"<seed:think>", r"</seed:think>"),
+    (r"<\|START_THINKING\|>", r"<\|END_THINKING\|>"),  # Command A
+    (r"<\|begin_of_thought\|>", r"<\|end_of_thought\|>"),
+    (r"<unused94>thought", r"<unused95>"),  # MedGemma
     (r"\[THINK\]", r"\[/THINK\]"),  # Mistral
     (r"◁think▷", r"◁/think▷"),  # Kimi
     (r"<\|channel\|>analysis<\|message\|>", r"<\|channel\|>final<\|message\|>"),  # gpt-oss
@@ -179,7 +186,9 @@ def manifest_path(path: Path | str) -> Path:
     "Return the path of a file's manifest: answers.jsonl -> answers.manifest.json."
     path = Path(path)
     # Remove only this ending: names may differ after another dot (qwen2.5-a, qwen2.5-b).
-    return path.with_name(path.name.removesuffix(".jsonl") + ".manifest.json")
+    if path.name.endswith(".jsonl"):
+        return path.with_name(path.name.removesuffix(".jsonl") + ".manifest.json")
+    return path.with_name(path.name + ".manifest")  # answers and answers.jsonl are two files
 
 # %% ../../nbs/7_engine_room/09_completions.ipynb #comp-22
 def differences(stored: Any, wanted: Any, name: str = "") -> list[str]:

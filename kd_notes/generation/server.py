@@ -14,10 +14,12 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
+from email.utils import parsedate_to_datetime
 from queue import SimpleQueue
 from typing import Any
 from urllib.parse import urlsplit
 
+from ..checks import check_count
 from ..core import rng, UserError
 from kd_notes.generation.completions import (
     check_requests,
@@ -54,29 +56,40 @@ def hidden_status(content: bytes) -> int | None:
 
 
 def _text_of(choice: dict) -> str | None:
-    "Return the text of a choice, or None. Its content may be a list of blocks."
+    "The text of a choice; None if it has none. Content may be a block or a list of blocks."
     message = choice.get("message")
     content = message.get("content") if isinstance(message, dict) else choice.get("text")
-    if isinstance(content, list):
-        blocks = [{"text": block} if isinstance(block, str) else block for block in content]
-        spoken = [b for b in blocks if b.get("type", "text") in ("text", "output_text")]
-        return "".join(b.get("text") or "" for b in spoken)
-    return content if isinstance(content, str) else None
+    if isinstance(content, str) or content is None:
+        return content
+    return "".join(map(_block_text, content if isinstance(content, list) else [content]))
+
+
+def _block_text(block: Any) -> str:
+    "The text of one block of content; nothing for thoughts, images and what is no block."
+    if isinstance(block, dict):
+        if block.get("type", "text") not in ("text", "output_text"):
+            return ""
+        block = block.get("text")
+        block = block.get("value") if isinstance(block, dict) else block
+    return block if isinstance(block, str) else ""
 
 # %% ../../nbs/7_engine_room/10_server.ipynb #serv-09
-_CUT = ("length", "max", "limit", "budget", "incomplete", "truncat", "context")
+_CUT = (
+    "length max limit budget incomplete truncat context "  # no more tokens
+    "abort cancel timeout time_out interrupt preempt pause error resource malformed repetition"
+).split()
 _FILTERED = (
     "filter safety block refus prohibit recitation moderat sensitive spii".split()  # Google's words
 )
 _ENDED = ("stop", "end", "eos", "complete", "finish", "tool", "function")
 
 
-def finish_of(reason: str | None, tokens: int, limit: int, size: int) -> str:
+def finish_of(reason: Any, tokens: int, limit: int, size: int) -> str:
     """Return 'stop', 'length' or 'refused' for a server's finish reason.
 
     `size` is the number of bytes of the text.
     """
-    name = (reason or "").casefold()
+    name = str(reason or "").casefold()
     if any(word in name for word in _CUT):
         return "length"
     if any(word in name for word in _FILTERED):
@@ -88,7 +101,9 @@ def finish_of(reason: str | None, tokens: int, limit: int, size: int) -> str:
     return "length" if used >= limit else "stop"
 
 # %% ../../nbs/7_engine_room/10_server.ipynb #serv-15
+_LONGEST_WAIT = 120  # seconds; the client does not wait longer
 _CONCERNS_THE_SERVER = (401, 402, 404, 405, 429)
+_CRASHED = (500, 502)  # of a server that responds: an error of its own, or of the model behind it
 _CONCERNS_THE_REQUEST = ("content_filter", "content_policy", "moderation", "context_length")
 _QUOTA_IS_SPENT = ("insufficient_quota", "billing", "quota_exceeded", "credit")
 
@@ -96,11 +111,12 @@ _QUOTA_IS_SPENT = ("insufficient_quota", "billing", "quota_exceeded", "credit")
 class NoAnswer(Exception):
     "A request without an answer: reason, status, and whether server or request caused it."
 
-    def __init__(self, reason: str, status: int = 0, concerns: str = "either"):
+    def __init__(self, reason: str, status: int = 0, concerns: str = "either", attempts: int = 1):
         super().__init__(reason)
         self.reason = reason
         self.status = status  # 0: no response
         self.concerns = concerns  # "server", "request" or "either"
+        self.attempts = attempts
 
 
 def _words(response: Any) -> str:
@@ -117,28 +133,49 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 3600:.1f} hours" if seconds >= 3600 else f"{seconds / 60:.0f} minutes"
 
 
+def wait_of(headers: Mapping[str, str]) -> float:
+    "Return the seconds after which a server wants to be asked again; 0 if it does not say."
+    for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
+        with suppress(KeyError, ValueError):
+            seconds = float(headers[name]) * unit
+            return seconds if 0 < seconds < 1e9 else 0.0
+    with suppress(KeyError, ValueError, TypeError):
+        date = parsedate_to_datetime(headers["retry-after"])
+        return max(0.0, date.timestamp() - time.time())
+    return 0.0
+
+
+def _attempts(error: Exception) -> int:
+    "How often the client asked before it gave up."
+    headers = getattr(getattr(error, "request", None), "headers", {})
+    return int(headers.get("x-stainless-retry-count", 0)) + 1
+
+
 def no_answer(error: Exception) -> NoAnswer:
     "Convert an error of the `openai` client to NoAnswer."
     import openai
 
+    tried = _attempts(error)
     if isinstance(error, (openai.APITimeoutError, TimeoutError)):
-        return NoAnswer("no answer in time")
+        return NoAnswer("no answer in time", attempts=tried)
     if not isinstance(error, openai.APIStatusError):
         concerns = "server" if isinstance(error, openai.APIConnectionError) else "either"
-        return NoAnswer(" ".join(str(error).split()) or type(error).__name__, concerns=concerns)
+        words = " ".join(str(error).split()) or type(error).__name__
+        return NoAnswer(words, concerns=concerns, attempts=tried)
     response = error.response
     status = response.status_code
     hidden = response.extensions.get("hidden_status")
     title = "HTTP 200 without an answer" if hidden else f"HTTP {status}"
     reason = f"{title}: {_words(response)}"[:300]
-    wait = response.headers.get("retry-after", "")
-    if wait.isdigit() and int(wait) > 120:
-        reason += f"; it wants to be asked again in {_duration(int(wait))}"
-    if status in _CONCERNS_THE_SERVER:
-        return NoAnswer(reason, status, "server")
-    if status < 500 and any(word in response.text for word in _CONCERNS_THE_REQUEST):
-        return NoAnswer(reason, status, "request")
-    return NoAnswer(reason, status)
+    concerns = "either"
+    if (wait := wait_of(response.headers)) > _LONGEST_WAIT:
+        reason += f"; it wants to be asked again in {_duration(wait)}"
+        concerns = "server"
+    elif status in _CONCERNS_THE_SERVER:
+        concerns = "server"
+    elif status < 500 and any(word in response.text for word in _CONCERNS_THE_REQUEST):
+        concerns = "request"
+    return NoAnswer(reason, status, concerns, tried)
 
 # %% ../../nbs/7_engine_room/10_server.ipynb #serv-17
 class _Hooks:
@@ -162,19 +199,25 @@ class _Hooks:
                 response.status_code = status
         if response.status_code == 429 and any(word in response.text for word in _QUOTA_IS_SPENT):
             response.headers["x-should-retry"] = "false"  # the client reads this header
-        wait = response.headers.get("retry-after", "")
-        if wait.isdigit() and 10 < int(wait) <= 120:
-            print(f"the server asks for {wait} seconds of patience", file=sys.stderr, flush=True)
+        if 10 < (wait := wait_of(response.headers)) <= _LONGEST_WAIT:
+            print(
+                f"the server asks for {wait:.0f} seconds of patience", file=sys.stderr, flush=True
+            )
 
 # %% ../../nbs/7_engine_room/10_server.ipynb #serv-36
+def _count(usage: Any, key: str) -> int:
+    "A number of tokens; 0 where the server does not tell it."
+    with suppress(TypeError, ValueError, KeyError):
+        return int(usage[key])
+    return 0
+
+
 def completion_of(answer: dict, job: tuple, decoding: Decoding, seconds: float) -> Completion:
     "Return the completion in a response's body."
     name, sample, _ = job
     choice = answer["choices"][0]
-    usage = answer.get("usage") or {}
-    prompt_tokens, tokens = (
-        int(usage.get(key) or 0) for key in ("prompt_tokens", "completion_tokens")
-    )
+    usage = answer.get("usage")
+    prompt_tokens, tokens = (_count(usage, key) for key in ("prompt_tokens", "completion_tokens"))
     raw = _text_of(choice) or ""
     finish = finish_of(
         choice.get("finish_reason"),
@@ -233,8 +276,11 @@ class _Connection:
         except (openai.OpenAIError, TimeoutError, ValueError) as e:
             raise no_answer(e) from e
         seconds = round(time.perf_counter() - start, 4)
-        answer = json.loads(response.http_response.content)
-        return completion_of(answer, job, decoding, seconds)
+        try:
+            answer = json.loads(response.http_response.content)
+            return completion_of(answer, job, decoding, seconds)
+        except (ValueError, LookupError, TypeError, AttributeError) as e:
+            raise NoAnswer(f"a response of another form ({e})") from e
 
 # %% ../../nbs/7_engine_room/10_server.ipynb #serv-38
 class _Reports:
@@ -278,7 +324,8 @@ class _Reports:
             fix += "that it does not know is renamed by limit_name or removed by parameters."
             fix = advice.get(trouble.status, fix)
         else:
-            what = f"the server gave no usable answer in {self.retries + 1} attempts"
+            times = "attempt" if trouble.attempts == 1 else "attempts"
+            what = f"the server gave no usable answer in {trouble.attempts} {times}"
             what += f" ({trouble.reason})"
             fix = f"Check that the server runs and serves this model. {again}"
         return UserError(self.hide_key(what), where=f"{self.base_url}{where}", fix=fix)
@@ -320,9 +367,15 @@ class OpenAIBackend(_Connection, _Reports):
         self.host = host_of(base_url, key_env)
         self.name = model
         self.chat = chat
-        self.concurrency = max(1, concurrency)
+        self.concurrency = check_count(concurrency, "concurrency", 1)
+        if requests_per_minute < 0 or timeout <= 0:
+            raise UserError(
+                f"{requests_per_minute} requests a minute and {timeout} seconds are not possible",
+                where="requests_per_minute, timeout",
+                fix="Use 0 requests a minute for no limit, and a timeout above 0.",
+            )
         self.gap = 60 / requests_per_minute if requests_per_minute else 0.0  # seconds
-        self.retries = max(0, retries)
+        self.retries = check_count(retries, "retries", 0)
         self.timeout = timeout
         self.limit_name = limit_name
         self.parameters = dict(parameters or {})
@@ -401,6 +454,10 @@ class _Ledger:
 
     def end(self) -> None:
         "Turn the last failure without a later answer into the error of the whole work."
+        if self.answered and all(t.status in _CRASHED for _, t in self.set_aside):
+            # It answered others and answers still: these requests are more than it can take.
+            while self.set_aside and len(self.set_aside) < self.PATIENCE:
+                self.refuse(*self.set_aside.pop())
         if self.set_aside and not self.failure:
             (name, *_), trouble = self.set_aside[-1]
             self.failure = self.backend.error(trouble, f", request {name}")

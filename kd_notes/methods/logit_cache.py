@@ -85,9 +85,8 @@ class _CacheFolder:
             raise UserError("there is no logit cache in this folder", where=folder, fix=fix)
         self.head = read_json(self.folder / "cache.json")
         if self.head.get("format") != FORMAT:
-            where = self.folder / "cache.json"
             fix = "Write the cache again, into a new folder."
-            raise UserError(f"this is not a {FORMAT!r}", where=where, fix=fix)
+            raise UserError(f"this is not a {FORMAT!r}", where=self.folder, fix=fix)
         self.recipe = Recipe(**self.head["recipe"])
         self.vocab = self.head["vocab"]
         self.index = read_index(self.folder)

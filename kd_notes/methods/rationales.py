@@ -9,14 +9,17 @@ __all__ = ['ZERO_SHOT', 'OUTCOMES', 'Prompt', 'rationale_decoding', 'Parsed', 'p
 # %% ../../nbs/3_reasons/01_rationales.ipynb #bf0eec9d
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..checks import check_count
 from ..core import rng, UserError
-from ..data.answers import equation_value, EquationError, written_number
+from ..data.answers import equation_value, EquationError
 from ..data.examples import Example, task_info, TaskInfo
+from ..data.numbers import without_markup, written_number
 from ..generation.backends import Backend
 from kd_notes.generation.completions import (
     AnswerFile,
@@ -114,6 +117,7 @@ def few_shot(
 ) -> Prompt:
     "Return a prompt with `k` shots, labels of a closed set in turn."
     info = task_info(task)
+    k = check_count(k, "shots")
     solved = [ex for ex in examples if ex.rationale.strip() and ex.label.strip()]
     if len(solved) < k:
         raise UserError(
@@ -148,26 +152,57 @@ class Parsed:
     label: str  # in the task's spelling where allowed, else as written; "" if there is none
 
 # %% ../../nbs/3_reasons/01_rationales.ipynb #0f2bd82f
-_MARKUP = r"(?:[ \t]*[#>*_`\-]+[ \t]*)*"  # of a heading, a quotation, a list, or emphasis
-_COLON = r"[ \t]*[*_`]*[ \t]*[:：][ \t]*[*_`]*"
-_MARKER = rf"(?:(?:the |my )?final )?answer(?: is)?{_COLON}"
-_AT_LINE_START = re.compile(rf"^{_MARKUP}{_MARKER}", re.IGNORECASE | re.MULTILINE)
-_INSIDE_A_LINE = re.compile(rf"[*_`]*(?:[Ff]inal )?Answer{_COLON}")
+_MARKUP = (
+    r"(?:[ \t]*(?:[#>*_`\-]+|\d{1,2}[.)](?=[ \t]))[ \t]*)*"  # of a heading, a list, or emphasis
+)
+_COLON = r"[ \t]*[*_`]*[ \t]*[:：=][ \t]*[*_`]*"
+_HEADING = r"[*_ \t]*(?=\n)"  # behind an "Answer" that is a line of its own
+_MARKER = rf"(?:(?:the |my )?(?:final |correct )?answer(?: is)?{_COLON}|<answer>)"
+_AT_LINE_START = re.compile(
+    rf"^{_MARKUP}{_MARKER}|^[ \t]*[#*_]+[ \t]*(?:final )?answer{_HEADING}",
+    re.IGNORECASE | re.MULTILINE,
+)
+_INSIDE_A_LINE = re.compile(rf"[*_`]*(?:[Ff]inal )?Answer{_COLON}|<answer>")
+_IN_A_SENTENCE = re.compile(
+    r"(?:^|(?<=[.!?\n]))[ \t*]*(?:(?:so|thus|hence|therefore|then),?\s+)?"
+    r"(?:the|my)\s+(?:final |correct )?answer\s+is:?\s+",
+    re.IGNORECASE,
+)
+_BARE = re.compile(r"(?:^|\s)(?=\$*\\boxed\{)|^####[ \t]+(?=\S+[^\n]*\Z)", re.MULTILINE)
 _BLANK_BEFORE_MARKER = re.compile(rf"\n\s*\n(?={_MARKUP}{_MARKER})", re.IGNORECASE)
+_BLANK_BEHIND_HEADING = re.compile(
+    r"(^[ \t]*[#*_]+[ \t]*(?:final )?answer[*_ \t:：]*)\n\s*\n", re.IGNORECASE | re.MULTILINE
+)
 _TITLE = re.compile(rf"^{_MARKUP}(?:reasoning|rationale|explanation)[*_`]*:[*_`]*", re.IGNORECASE)
-_RULE_AT_END = re.compile(r"\n[ \t]*[#>*_\-]+[ \t]*$")
+_RULE_AT_END = re.compile(r"\n[ \t]*[#>*_`\-]+[ \t]*$")
 
 
-def split_answer(text: str) -> tuple[str, str | None, bool]:
+def _marker(text: str) -> re.Match | None:
+    "Where the answer is announced: at the start of a line, or else the last time inside one."
+    if first := _AT_LINE_START.search(text):
+        return first
+    for pattern in (_INSIDE_A_LINE, _IN_A_SENTENCE, _BARE):
+        if found := list(pattern.finditer(text)):
+            return found[-1]  # the others are talk
+    return None
+
+
+def split_answer(
+    text: str,
+    reads: Callable[[str], Any]
+    | None = None,  # whether a line below an empty announcement is an answer
+) -> tuple[str, str | None, bool]:
     "Return rationale, answer (None without a marker), and whether the answer's line ended."
-    marker = _AT_LINE_START.search(text)
-    for inside in _INSIDE_A_LINE.finditer(text) if marker is None else ():
-        marker = inside  # the last one; earlier ones are part of the rationale
+    marker = _marker(text)
     if marker is None:
         return clean_rationale(text), None, False
-    rest = text[marker.end() :].lstrip(" ")
-    if marker[0][0] in "#*_":
-        rest = rest.lstrip()  # a heading: the answer may be on the next line
+    rest = text[marker.end() :].lstrip(" \t")
+    if (
+        marker[0].lstrip()[:1] in ("#", "*", "_")
+        or reads
+        and reads(rest.strip().partition("\n")[0])
+    ):
+        rest = rest.lstrip()
     answer, newline, _ = rest.partition("\n")
     return clean_rationale(text[: marker.start()]), answer.strip(), bool(newline)
 
@@ -177,27 +212,45 @@ def clean_rationale(text: str) -> str:
     return one_line(_RULE_AT_END.sub("", _TITLE.sub("", text.strip()).rstrip()))
 
 # %% ../../nbs/3_reasons/01_rationales.ipynb #bef88cc3
+_CONTROL = re.compile(r"</s>|<\|[^|<>]*\|>|<(?:eos|end_of_turn)>|</?answer>", re.IGNORECASE)
+
+
 def clean_label(
     text: str,
     labels: Sequence[str] | None = None,  # allowed ones; None: any
     metric: str = "exact",  # "equation": it must have a value
 ) -> str | None:
     "Return the allowed label that the text means, or None."
-    text = one_line(text).strip("\"'`*_ ")
-    if boxed := re.fullmatch(r"\$?\\boxed\{(?:\\text\{)?(.*?)\}?\}\$?\.?", text):
-        text = boxed[1].strip()
+    text = without_markup(_CONTROL.sub("", one_line(text)))
     if metric == "equation":
-        text = text.split("=")[0].strip().rstrip(".").strip()
-        try:
-            equation_value(text)
-        except EquationError:
-            return written_number(text)
-        return text
+        return _expression(text)
     if labels is None:
-        return text or None
-    bare = re.sub(r"^\(?[a-z][).:]\s*", "", text.rstrip(". ").casefold()).strip("\"'`*_ ")
+        return text.strip("$ ") or None
+    text = re.sub(r"^(?:the )?answer is:?\s+", "", text.strip("$ "), flags=re.IGNORECASE)
+    bare = without_markup(re.sub(r"^\(?[a-z][).:]\s*", "", text.rstrip(". ").casefold()))
     meant = {label for label in labels if label.casefold() in (bare, text.casefold())}
+    if not meant:
+        # A label, and behind a comma or a bracket the reason for it; not one label or another.
+        first = re.split(r"\s*[,;:(—–.]\s*|\s+(?:because|since|as)\s", bare, maxsplit=1)[0]
+        meant = {label for label in labels if label.casefold() == first}
+        others = {
+            label for label in labels if re.search(rf"\b{re.escape(label.casefold())}\b", bare)
+        }
+        meant = meant if others <= meant else set()
     return meant.pop() if len(meant) == 1 else None
+
+
+def _expression(text: str) -> str | None:
+    "The expression that an answer means: what stands left of =, or else the number."
+    left, equals, right = text.partition("=")
+    left = left.strip().rstrip(".").strip()
+    try:
+        equation_value(left)
+        return left
+    except EquationError:
+        return written_number(left) or (
+            written_number(right.rpartition("=")[2]) if equals else None
+        )
 
 # %% ../../nbs/3_reasons/01_rationales.ipynb #17baa4c6
 def parse_completion(
@@ -212,8 +265,11 @@ def parse_completion(
         return Parsed("refused", "", "")
     answer_text = without_thoughts(text).lstrip()
     text = _BLANK_BEFORE_MARKER.sub("\n", answer_text, count=1)
+    text = _BLANK_BEHIND_HEADING.sub(r"\1\n", text, count=1)
     block, ended, _ = text.partition(END)
-    rationale, answer, line_ended = split_answer(block)
+    closed = labels is not None or metric == "equation"
+    reads = partial(clean_label, labels=labels, metric=metric) if closed else None
+    rationale, answer, line_ended = split_answer(block, reads)
     if finish == "length" and not ended and not line_ended:
         return Parsed("truncated", rationale, answer or "")
     if not answer:

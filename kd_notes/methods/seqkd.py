@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from ..checks import check_count, check_fields
 from kd_notes.core import (
     atomic_write,
     canonical_json,
@@ -19,6 +20,7 @@ from kd_notes.core import (
     write_json,
 )
 from kd_notes.data.dialogues import (
+    chat_template_of,
     end_id,
     prompt_ids,
     PROMPT_SPLITS,
@@ -47,17 +49,24 @@ class Writing:
     system: str | None = None  # system message for chats that have none
 
     def __post_init__(self):
+        check_fields(self)
+        check_count(self.max_new_tokens, "max_new_tokens", 1)
+        check_count(self.width, "width", 1)
         if self.how not in ("sample", "greedy", "beam"):
             fix = "Use 'sample', 'greedy' or 'beam'."
             raise UserError(f"{self.how!r} is not known", where="how", fix=fix)
 
 # %% ../../nbs/4_probabilities/09_seqkd.ipynb #6df24ba9
+def _ends(teacher, tokenizer) -> tuple[int, ...]:
+    "The tokenizer's end, the generation config's, and the one that ends a turn in the template."
+    ends = {end_id(tokenizer), turn_end_id(tokenizer), *end_tokens(teacher, tokenizer)}
+    return tuple(sorted(ends))
+
+
 def _answers(teacher, tokenizer, rows: Sequence[TextRow], writing: Writing) -> list[dict]:
     "Return {'id', 'response', 'whole'} for each row; whole: it ended with an end token."
     prompts = [prompt_ids(row.prompt, tokenizer, writing.system, row.where) for row in rows]
-    # End tokens of the tokenizer, the generation config and the chat template.
-    ends = {end_id(tokenizer), turn_end_id(tokenizer), *end_tokens(teacher, tokenizer)}
-    stop_ids = tuple(sorted(ends))
+    stop_ids = _ends(teacher, tokenizer)
     vocabulary = vocabulary_size(tokenizer)
     if writing.how == "beam":
         made = beam(
@@ -104,6 +113,8 @@ def write_responses(
     job = {
         "teacher": name,
         "weights": weights_hash(teacher),
+        "template": stable_hash(chat_template_of(tokenizer)),
+        "ends": list(_ends(teacher, tokenizer)),
         "writing": asdict(writing),
         "prompts": stable_hash([[row.id, row.prompt] for row in rows]),
     }

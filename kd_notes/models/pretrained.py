@@ -223,6 +223,20 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def place_of(device: str | None) -> torch.device:
+    "The device that a name means, `default_device` for None. Raises UserError where there is none."
+    try:
+        place = torch.device(device or default_device())
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as e:
+        raise UserError(
+            f"the device {device!r} cannot be used ({str(e).splitlines()[0]})",
+            where="device",
+            fix="Use 'cpu', or 'cuda' on a machine with a GPU and a build of torch for it.",
+        ) from e
+    return place
+
+
 def _local_snapshot(source: str, revision: str | None, local_files_only: bool | None) -> str:
     """Return the cache folder of a hub model if the network may not be used.
 
@@ -299,7 +313,7 @@ def load_pretrained(
     )
     # Adapters store this name, so it must not be a path of this machine.
     model.name_or_path = model.config.name_or_path = name
-    return model.to(device or default_device()), tokenizer
+    return model.to(place_of(device)), tokenizer
 
 # %% ../../nbs/2_playground/09_pretrained.ipynb #4a238291
 def freeze(model):
@@ -322,8 +336,12 @@ def merge_adapters(model):
     if adapted:
         plain_head = getattr(head, "base_layer", head)
         plain_embeddings = getattr(embeddings, "base_layer", embeddings)
-        if plain_head.weight is plain_embeddings.weight:
-            plain_head.weight = torch.nn.Parameter(plain_head.weight.detach().clone())
+        if (shared := plain_embeddings.weight) is plain_head.weight:
+            # BART's encoder and decoder share them as well, and would not find them when loaded.
+            for module in base.modules():
+                mine = module._parameters.get("weight")
+                if mine is shared and module is not plain_embeddings:
+                    module.weight = torch.nn.Parameter(shared.detach().clone())
             for config in {id(c): c for c in (base.config, base.config.get_text_config())}.values():
                 config.tie_word_embeddings = False
     return model.merge_and_unload()

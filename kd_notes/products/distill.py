@@ -32,9 +32,9 @@ from kd_notes.models.pretrained import (
     check_vocabulary,
     context_of,
     count_parameters,
-    default_device,
     load_teacher,
     merge_adapters,
+    place_of,
 )
 from .card import curves_figure, model_card, with_bits_per_byte
 from kd_notes.products.request import (
@@ -123,7 +123,7 @@ class _Pair:
     @classmethod
     def load(cls, request: Request) -> "_Pair":
         settings = request.settings
-        place = settings.device or default_device()
+        place = place_of(settings.device)
         teacher = request.teacher
         if isinstance(teacher, str):
             teacher = load_teacher(teacher, dtype=settings.dtype, device=place)
@@ -358,7 +358,7 @@ def distill(
     """
     chosen = distill_settings(profile, **settings)
     check_objective(objective, chosen.options)
-    check_libraries(chosen)
+    check_libraries(chosen.lora)
     in_file = isinstance(data, (str, os.PathLike))
     rows = Path(data) if in_file else read_rows(data, chat=True)
     sources = (_source(teacher, tokenizer, "teacher"), _source(student, tokenizer, "student"))

@@ -7,7 +7,9 @@ __all__ = []
 
 # %% ../../nbs/4_probabilities/19_distill_request.ipynb #9fa397b4
 import copy
+import json
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from typing import Any
 import torch
 
 from ..core import read_json, sha256_file, stable_hash, to_jsonable, UserError
+from ..data.dialogues import chat_template_of
 from ..data.rows import load_rows, TextRow
 from ..models.pretrained import resolve_model, weights_hash
 from .settings import DistillSettings, TEXT_OBJECTIVES
@@ -51,7 +54,73 @@ def weights_identity(source: Any) -> str | None:
     cached = try_to_load_from_cache(place, "config.json")
     return Path(cached).parent.name if isinstance(cached, str) else None
 
+
+_LAYOUT_FILES = (
+    "config.json generation_config.json tokenizer.json tokenizer_config.json tokenizer.model "
+    "special_tokens_map.json added_tokens.json chat_template.jinja chat_template.json vocab.json merges.txt"
+).split()
+
+
+def layout_identity(source: Any) -> str | None:
+    "A hash of what is not weights: configs, tokenizer, chat template. None where the weights' says it all."
+    if isinstance(source, tuple):
+        return stable_hash([_configs(source[0]), _layout_of(source[1])])
+    if source.startswith("layers:") or not Path(place := resolve_model(source)).is_dir():
+        return None
+    files = [Path(place) / name for name in _LAYOUT_FILES]
+    return stable_hash({file.name: sha256_file(file) for file in files if file.is_file()})
+
+
+def _configs(model: torch.nn.Module) -> list[dict]:
+    "The configs of a model, without where it came from."
+    configs = [model.config, getattr(model, "generation_config", None)]
+    plain = [json.loads(config.to_json_string()) for config in configs if config is not None]
+    origin = ("transformers_version", "_name_or_path", "name_or_path")
+    return [{k: v for k, v in config.items() if k not in origin} for config in plain]
+
+
+def _layout_of(tokenizer: Any) -> list:
+    "How a tokenizer cuts and lays out a text; padding is left out, because loading may set it."
+    cut = tokenizer.get_vocab()
+    if tokenizer.is_fast:
+        cut = json.loads(tokenizer.backend_tokenizer.to_str())
+        cut = {k: v for k, v in cut.items() if k not in ("padding", "truncation")}
+    ends = [tokenizer.bos_token, tokenizer.eos_token]
+    return [cut, ends, chat_template_of(tokenizer)]
+
+# %% ../../nbs/4_probabilities/19_distill_request.ipynb #e740dc4d
+def finished_report(out: Path, request: Callable[[], dict], what: str) -> dict | None:
+    """The report of a folder that holds this request's work, None if there is none yet.
+
+    Raises UserError for a folder that holds another request's work, or something else.
+    """
+    file = out / "request.json"
+    if file.is_file():
+        before = read_json(file)
+        now = request()
+        if changed := [key for key in now if before.get(key) != now[key]]:
+            raise UserError(
+                f"the folder holds {what} with another {' and '.join(changed)}",
+                where=out,
+                fix="Choose another folder, or delete this one.",
+            )
+    elif any(path.name != ".lock" for path in out.iterdir()):
+        raise UserError(
+            f"the folder is not empty, and what is in it is not {what}",
+            where=out,
+            fix="Choose a new folder.",
+        )
+    report = out / "report.json"
+    return read_json(report) if report.is_file() else None
+
 # %% ../../nbs/4_probabilities/19_distill_request.ipynb #e09beb8e
+def changed_names(before: dict, now: dict) -> list[str]:
+    "What differs between two requests; of the settings, which."
+    names = [name for name in now if name != "settings" and before.get(name) != now[name]]
+    settings = before.get("settings", {})
+    return names + [name for name, value in now["settings"].items() if settings.get(name) != value]
+
+
 @dataclass(frozen=True)
 class Request:
     "The arguments of a distillation and the folder that it fills."
@@ -86,36 +155,18 @@ class Request:
             "data_sha256": sha256_file(self.data) if in_file else stable_hash(content),
             "teacher": shown_name(self.teacher),
             "teacher_weights": weights_identity(self.teacher),
+            "teacher_layout": layout_identity(self.teacher),
             "student": shown_name(self.student),
             "student_weights": weights_identity(self.student),
+            "student_layout": layout_identity(self.student),
             "objective": self.objective,
             "settings": asdict(self.settings),
         }
         return to_jsonable(request)
 
     def finished(self) -> dict | None:
-        """Return the report of a finished distillation, or None.
-
-        Raises UserError if the folder holds something else.
-        """
-        file = self.out / "request.json"
-        if file.is_file():
-            before = read_json(file)
-            request = self.as_dict()
-            if changed := [key for key in request if before.get(key) != request[key]]:
-                raise UserError(
-                    f"the folder holds a distillation with another {' and '.join(changed)}",
-                    where=self.out,
-                    fix="Choose another folder, or delete this one.",
-                )
-        elif any(path.name != ".lock" for path in self.out.iterdir()):
-            raise UserError(
-                "the folder is not empty, and what is in it is not a distillation",
-                where=self.out,
-                fix="Choose a new folder.",
-            )
-        report = self.out / "report.json"
-        return read_json(report) if report.is_file() else None
+        "The report, if the folder holds this request's; an error if it holds something else."
+        return finished_report(self.out, self.as_dict, "a distillation")
 
 # %% ../../nbs/4_probabilities/19_distill_request.ipynb #2aef66de
 def _config_of(source: str | tuple):

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from ..checks import check_arguments, check_count, check_fields
 from ..core import rng, UserError
 from ..losses.divergences import DIVERGENCES, get_divergence
 from ..training.state import TrainConfig
@@ -47,6 +48,16 @@ class DistillSettings:
     device: str | None = None
     lora: dict | None = None  # train adapters only; they are merged before saving
     gradient_checkpointing: bool = False
+
+    def __post_init__(self):
+        check_fields(self)
+        for name in ("n", "steps", "max_length", "evaluations"):
+            check_count(getattr(self, name), name, 0)
+        for name in ("batch_size", "accumulate", "top_k", "max_new_tokens", "width"):
+            check_count(getattr(self, name), name, 1)
+        if self.epochs <= 0:
+            fix = "Use a number above 0."
+            raise UserError(f"{self.epochs} is not possible", where="setting epochs", fix=fix)
 
 # %% ../../nbs/4_probabilities/17_distill_settings.ipynb #02dd1fee
 PROFILES = {
@@ -90,11 +101,7 @@ def distill_settings(
             where="settings",
             fix=f"Settings are {', '.join(known)}.",
         )
-    made = DistillSettings(**PROFILES[profile] | settings)
-    if made.n < 0:
-        fix = "Use 0 for all rows, or a number above 0."
-        raise UserError(f"n={made.n} is not a number of rows", where="n", fix=fix)
-    return made
+    return DistillSettings(**PROFILES[profile] | settings)
 
 # %% ../../nbs/4_probabilities/17_distill_settings.ipynb #cfd0d37d
 TEXT_OBJECTIVES = {
@@ -141,6 +148,12 @@ def check_objective(name: str, options: dict | None = None) -> str:  # options: 
     divergence = "forward_kl" if name == "cached_forward_kl" else name
     if divergence in DIVERGENCES and name not in CROSS_OBJECTIVES:
         get_divergence(divergence, **(options or {}))
+        function = DIVERGENCES[divergence]
+        read = check_arguments(getattr(function, "of_sides", function), options or {})
+        for option, value in read.items():
+            if isinstance(options[option], str) and not isinstance(value, str):
+                fix = "Give a number without quotation marks."
+                raise UserError(f"{options[option]!r} is text", where=f"setting {option}", fix=fix)
     elif options:
         raise UserError(
             f"{name} has no options, and {', '.join(sorted(options))} was given",
@@ -150,16 +163,20 @@ def check_objective(name: str, options: dict | None = None) -> str:  # options: 
     return name
 
 # %% ../../nbs/4_probabilities/17_distill_settings.ipynb #557eba58
-def check_libraries(settings: DistillSettings) -> None:
-    "Raise UserError if a library is missing that training will need."
-    needed = {"accelerate": "train", "transformers": "train", "matplotlib": "notebooks"}
-    if settings.lora:
+def check_libraries(
+    lora: dict | None = None,  # of the settings
+    where: str = "distill",  # the product that asks
+    **more: str,  # further libraries, with the extra that holds each
+) -> None:
+    "Refuse to start without a library that will be needed."
+    needed = {"accelerate": "train", "transformers": "train", "matplotlib": "notebooks"} | more
+    if lora:
         needed["peft"] = "train"
     for library, extra in needed.items():
         if importlib.util.find_spec(library) is None:
             raise UserError(
                 f"the library {library} is not installed",
-                where="distill",
+                where=where,
                 fix=f"Run `pip install 'kd_notes[{extra}]'`, or `pip install {library}`.",
             )
 

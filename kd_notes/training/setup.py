@@ -107,16 +107,19 @@ def add_lora(model, lora: dict, seed: int):
         target_modules=lora.get("targets", "all-linear"),
         task_type=kind,
     )
+    fix = "Name layers of this model as targets, or use 'all-linear'."
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            return get_peft_model(model, config)
+            adapted = get_peft_model(model, config)
         except ValueError as e:
-            raise UserError(
-                f"LoRA does not fit this model: {str(e).splitlines()[0]}",
-                where="TrainConfig.lora",
-                fix="Name layers of this model as targets, or use 'all-linear'.",
-            ) from e
+            what = f"LoRA does not fit this model: {str(e).splitlines()[0]}"
+            raise UserError(what, where="TrainConfig.lora", fix=fix) from e
+    if model.config.is_encoder_decoder and hasattr(model.get_input_embeddings(), "base_layer"):
+        # Encoder and decoder read these weights through modules of their own.
+        what = "an adapter on the shared embeddings of an encoder-decoder would never be read"
+        raise UserError(what, where="TrainConfig.lora", fix=fix)
+    return adapted
 
 # %% ../../nbs/7_engine_room/15_setup.ipynb #2ecccd34
 def shard(objective: torch.nn.Module, device: torch.device) -> torch.nn.Module:

@@ -15,6 +15,7 @@ from typing import Any, Iterator
 
 import torch
 
+from ..checks import check_fields, typed
 from ..core import append_jsonl, UserError
 from ..progress import progress
 from .batches import PackedItems
@@ -57,10 +58,41 @@ class TrainConfig:
     keep_memory: bool = True
 
     def __post_init__(self):
+        check_fields(self)
         check_config(self)
+        if self.lora is not None:
+            self.lora = check_lora(**self.lora)
 
 # %% ../../nbs/7_engine_room/13_state.ipynb #919bea64
 SCHEDULES, PRECISIONS = ("linear", "cosine", "constant"), ("no", "bf16", "fp16")
+
+
+def check_lora(**options: Any) -> dict:
+    "Return the options of an adapter. Raises UserError naming the first that makes no sense."
+    targets = options.get("targets", "all-linear")
+    known = {"r": 8, "alpha": 16.0, "dropout": 0.0}
+    numbers = {
+        name: typed(value, type(known[name]), f"lora.{name}")
+        for name, value in options.items()
+        if name in known
+    }
+    full = known | numbers
+    names = [targets] if isinstance(targets, str) else targets
+    rules = {
+        "r": full["r"] >= 1,
+        "alpha": full["alpha"] > 0,
+        "dropout": 0 <= full["dropout"] < 1,
+        "targets": isinstance(names, (list, tuple))
+        and all(isinstance(name, str) for name in names),
+    }
+    for name, fine in rules.items():
+        if not fine:
+            raise UserError(
+                f"{options[name]!r} is not possible",
+                where=f"TrainConfig.lora.{name}",
+                fix="r is a whole number from 1, alpha is above 0, dropout below 1, targets are names.",
+            )
+    return options | numbers
 
 
 def check_config(cfg: TrainConfig) -> None:

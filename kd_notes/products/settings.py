@@ -168,7 +168,7 @@ def check_libraries(
     where: str = "distill",  # the product that asks
     **more: str,  # further libraries, with the extra that holds each
 ) -> None:
-    "Refuse to start without a library that will be needed."
+    "Raise UserError if a library is missing that training will need."
     needed = {"accelerate": "train", "transformers": "train", "matplotlib": "notebooks"} | more
     if lora:
         needed["peft"] = "train"

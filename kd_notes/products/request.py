@@ -169,7 +169,10 @@ class Request:
         return to_jsonable(request)
 
     def finished(self) -> dict | None:
-        "The report, if the folder holds this request's; an error if it holds something else."
+        """Return the report of a finished distillation, or None.
+
+        Raises UserError if the folder holds something else.
+        """
         return finished_report(self.out, self.as_dict, "a distillation")
 
 # %% ../../nbs/4_probabilities/19_distill_request.ipynb #2aef66de

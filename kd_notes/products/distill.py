@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ..core import atomic_write, folder_lock, read_json, UserError, write_json
+from ..core import atomic_write, disk_error, folder_lock, read_json, UserError, write_json
 from ..data.dialogues import chat_template_of, encode_row, end_id, padding_id
 from ..data.rows import read_rows, TextRow
 from ..environment import device_class, versions
@@ -357,7 +357,10 @@ def distill(
     rows = Path(data) if in_file else read_rows(data, chat=True)
     sources = (_source(teacher, tokenizer, "teacher"), _source(student, tokenizer, "student"))
     request = Request(rows, *sources, objective, Path(out), chosen)
-    request.out.mkdir(parents=True, exist_ok=True)
+    try:
+        request.out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise disk_error(e, request.out) from e
     with folder_lock(request.out, wait=False) if main_process() else nullcontext():
         if report := request.finished():
             request.say("finished already")

@@ -51,9 +51,10 @@ class DistillSettings:
 
     def __post_init__(self):
         check_fields(self)
-        for name in ("n", "steps", "max_length", "evaluations"):
+        for name in ("n", "max_steps", "max_length", "evaluations"):
             check_count(getattr(self, name), name, 0)
-        for name in ("batch_size", "accumulate", "top_k", "max_new_tokens", "width"):
+        counts = ("batch_size", "gradient_accumulation_steps", "top_k", "max_new_tokens", "width")
+        for name in counts:
             check_count(getattr(self, name), name, 1)
         if self.epochs <= 0:
             fix = "Use a number above 0."

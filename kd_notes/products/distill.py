@@ -17,7 +17,15 @@ from typing import Any
 
 import torch
 
-from ..core import atomic_write, folder_lock, read_json, read_text, UserError, write_json
+from kd_notes.core import (
+    atomic_write,
+    disk_error,
+    folder_lock,
+    read_json,
+    read_text,
+    UserError,
+    write_json,
+)
 from ..data.dialogues import chat_template_of, encode_row, end_id, padding_id
 from ..data.examples import numbered_rows
 from ..data.rows import read_rows, TextRow
@@ -419,7 +427,10 @@ def distill(
     rows = Path(data) if in_file else read_rows(data, chat=True)
     sources = (_source(teacher, tokenizer, "teacher"), _source(student, tokenizer, "student"))
     request = Request(rows, *sources, objective, Path(out), chosen, texts)
-    request.out.mkdir(parents=True, exist_ok=True)
+    try:
+        request.out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise disk_error(e, request.out) from e
     with folder_lock(request.out, wait=False) if main_process() else nullcontext():
         if report := request.finished():
             request.say("finished already")

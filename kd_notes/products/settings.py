@@ -50,6 +50,17 @@ class DistillSettings:
     lora: dict | None = None  # train adapters only; they are merged before saving
     gradient_checkpointing: bool = False
 
+    def __post_init__(self):
+        check_fields(self)
+        for name in ("n", "max_steps", "max_length", "evaluations"):
+            check_count(getattr(self, name), name, 0)
+        counts = ("batch_size", "gradient_accumulation_steps", "top_k", "max_new_tokens", "width")
+        for name in counts:
+            check_count(getattr(self, name), name, 1)
+        if self.epochs <= 0:
+            fix = "Use a number above 0."
+            raise UserError(f"{self.epochs} is not possible", where="setting epochs", fix=fix)
+
 # %% ../../nbs/4_probabilities/17_distill_settings.ipynb #02dd1fee
 PROFILES = {
     "smoke": {

@@ -167,6 +167,30 @@ def _with_system(row: TextRow, system: str | None) -> TextRow:
     return replace(row, prompt=({"role": "system", "content": system}, *row.prompt))
 
 
+def _answers(request: Request, pair: _Pair, rows: list[TextRow]) -> list[TextRow]:
+    "The rows with the teacher's answers; the file of them survives a kill."
+    s = request.settings
+    how = "beam" if request.objective == "seqkd_beam" else "sample"
+    limits = (s.max_new_tokens, s.temperature, s.top_p, s.width, s.seed, s.system)
+    return write_responses(
+        request.work / "answers.jsonl",
+        pair.teacher,
+        pair.teacher_tokenizer,
+        rows,
+        Writing(how, *limits),
+        name=shown_name(request.teacher),
+    )
+
+
+def _on_policy_method(request: Request, pair: _Pair, rows: int) -> Method:
+    "A method that reads the student's own text."
+    has_corpus = bool(request.corpus)
+    config = on_policy_config(request.objective, request.settings, rows, has_corpus)
+    kind = METHODS[request.objective][0]
+    other = {"corpus": request.corpus, "teacher_tokenizer": pair.teacher_tokenizer}
+    return kind(pair.tokenizer, pair.teacher, config, **other)
+
+
 def read_corpus(source: Path | str | Iterable[str] | None) -> tuple[str, ...]:
     "Texts of a list, of the field `text` of a JSONL file, or of a text file between blank lines."
     if source is None:
@@ -208,9 +232,10 @@ class _Distillation:
             signal = OtherTokenizer(pair.teacher, pair.teacher_tokenizer)
             return KD(pair.tokenizer, signal, objective, **live, **layout)
         if objective in ON_POLICY:
-            return self.on_policy()
+            self.rows = [_with_system(row, s.system) for row in self.texts]
+            return _on_policy_method(self.request, pair, len(self.texts))
         if objective.startswith("seqkd"):
-            self.rows = pair.encode(self.answers())
+            self.rows = pair.encode(_answers(self.request, pair, self.texts))
         if objective in TEXT_OBJECTIVES:
             return SFT(pair.tokenizer)
         if objective == "cached_forward_kl":
@@ -221,36 +246,6 @@ class _Distillation:
         shared = {"vocabulary": pair.vocabulary}
         return KD(pair.tokenizer, pair.teacher, objective, **live, **shared, **s.options)
 
-    def on_policy(self) -> Method:
-        "A method that reads the student's own text; its rows are the prompts."
-        request = self.request
-        s = request.settings
-        pair = self.pair
-        config = on_policy_config(request.objective, s, len(self.texts), bool(request.corpus))
-        self.rows = [_with_system(row, s.system) for row in self.texts]
-        kind = METHODS[request.objective][0]
-        other = {"corpus": request.corpus, "teacher_tokenizer": pair.teacher_tokenizer}
-        return kind(pair.tokenizer, pair.teacher, config, **other)
-
-    def answers(self) -> list[TextRow]:
-        s = self.request.settings
-        how = "beam" if self.request.objective == "seqkd_beam" else "sample"
-        limits = (s.max_new_tokens, s.temperature, s.top_p, s.width, s.seed, s.system)
-        return write_responses(
-            self.request.work / "answers.jsonl",
-            self.pair.teacher,
-            self.pair.teacher_tokenizer,
-            self.texts,
-            Writing(how, *limits),
-            name=shown_name(self.request.teacher),
-        )
-
-    def score(self, plain: bool) -> str:
-        "What chooses the best weights: of an on-policy method the KL that it lowers."
-        if plain:
-            return "nll"
-        return "reverse_kl" if self.request.objective in ON_POLICY else "forward_kl"
-
     def validation(self) -> Validation:
         """Return the validation on held-out rows.
 
@@ -259,11 +254,13 @@ class _Distillation:
         pair = self.pair
         teacher = None if pair.vocabulary is None else pair.teacher
         plain = teacher is None or self.request.objective == "sft"
+        # what chooses the best weights: of an on-policy method the KL that it lowers
+        score = "reverse_kl" if self.request.objective in ON_POLICY else "forward_kl"
         return Validation(
             pair.encode(self.held_out),
             padding_id(pair.tokenizer),
             teacher,
-            score=self.score(plain),
+            score="nll" if plain else score,
             vocabulary=pair.vocabulary,
             batch_size=self.request.settings.batch_size,
         )

@@ -929,9 +929,10 @@ def wait_for(process, ready):
     raise AssertionError("it never came so far")
 
 
-def test_a_killed_distillation_ends_as_if_nothing_had_happened(place, tmp_path):
+@pytest.mark.parametrize("objective", ["cached_forward_kl", "gkd"])
+def test_a_killed_distillation_ends_as_if_nothing_had_happened(place, tmp_path, objective):
     "kill -9 in the middle of the training; the same call then gives the same student, to the bit, as an uninterrupted one."
-    process = start(place, tmp_path / "killed", "cached_forward_kl")
+    process = start(place, tmp_path / "killed", objective)
     assert wait_for(
         process,
         lambda: any((tmp_path / "killed" / "work" / "train" / "checkpoints").glob("step-*")),
@@ -940,7 +941,7 @@ def test_a_killed_distillation_ends_as_if_nothing_had_happened(place, tmp_path):
     process.wait()
     assert not (tmp_path / "killed" / "report.json").exists()
     torch.set_num_threads(1)
-    job = (place / "chats.jsonl", str(place / "teacher"), "layers:2", "cached_forward_kl")
+    job = (place / "chats.jsonl", str(place / "teacher"), "layers:2", objective)
     reports = [distill(*job, tmp_path / name, **LONG) for name in ("killed", "whole")]
     assert (tmp_path / "killed" / "model.safetensors").read_bytes() == (
         tmp_path / "whole" / "model.safetensors"

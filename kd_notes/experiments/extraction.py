@@ -94,7 +94,10 @@ def own_question(
 
 # %% ../../nbs/3_reasons/05_extraction.ipynb #extr-place
 def _student_place(task: str | OwnTask, split: str, source: Path | str | None) -> Path:
-    "Where the students look for a teacher's text of a published set; elsewhere the file has to be named."
+    """Return the file where students look for a teacher's text of a published set.
+
+    For other tasks the file has to be named, else UserError is raised.
+    """
     if isinstance(task, OwnTask) or "@" not in task or source:
         raise UserError(
             "no file is named for the completions",
@@ -105,7 +108,10 @@ def _student_place(task: str | OwnTask, split: str, source: Path | str | None) -
 
 
 def _score(info: TaskInfo, examples: Sequence[Example], rows: Sequence[Mapping]) -> dict:
-    "Outcomes of the completions by name, and the share of right labels where the gold labels are known."
+    """Count the outcomes of the completions and return the share of correct labels.
+
+    The share is None without gold labels.
+    """
     gold = {example.id: example.label for example in examples if example.label}
     known = [row for row in rows if row["id"] in gold]
     right = [is_correct(info.metric, row["label"], gold[row["id"]]) for row in known]
@@ -131,7 +137,7 @@ def _report(task: str, split: str, share: float, count: int) -> None:
 # %% ../../nbs/3_reasons/05_extraction.ipynb #extr-fn
 def extract_rationales(
     task: str | Path | TaskInfo,  # nli, esnli@hub, a task file such as task.toml, or an object
-    out: Path | str | None = None,  # JSONL file to fill or to continue; None: where students look
+    out: Path | str | None = None,  # JSONL file to write or resume; None: where students look
     *,
     split: str = "pool",
     source: Path | str | None = None,  # a JSONL file instead of a split

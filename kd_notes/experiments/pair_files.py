@@ -162,7 +162,7 @@ def pair_settings(
         raise UserError(
             f"{', '.join(missing)}: {UNKNOWN} in our sources of the paper",
             where=f"{pair.name}.json",
-            fix="Give values of yours.",
+            fix="Give your own values.",
         )
     return pair_run(arm, seed, **(pair.settings | given))
 
@@ -172,7 +172,7 @@ def rates_to_try(lrs: Sequence[float], run: dict) -> list[float]:
     for lr in lrs:
         if not RATE[0](lr):
             raise UserError(
-                f"{lr!r} is no learning rate", where="lrs", fix=f"It should be {RATE[1]}."
+                f"{lr!r} is not a learning rate", where="lrs", fix=f"It should be {RATE[1]}."
             )
     return list(lrs) or [run["lr"]]
 

@@ -789,8 +789,8 @@ def fused_linear_divergence(
     denominator: Any = None,  # tokens of the effective batch; None: unmasked positions
     chunk: int | None = None,  # positions at a time; None: as many as fit into the budget
     recompute: bool = False,  # compute the gradient in backward instead of in forward
-    **options,
-) -> Tensor:  # of the divergence: beta=, alpha=, target_ids=, ...
+    **options,  # of the divergence: beta=, alpha=, target_ids=, ...
+) -> Tensor:
     """Return the token-mean divergence of two lm-heads' outputs, a scalar.
 
     The logits of the batch are never stored.

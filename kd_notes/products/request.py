@@ -98,7 +98,8 @@ def finished_report(out: Path, request: Callable[[], dict], what: str) -> dict |
     if file.is_file():
         before = read_json(file)
         now = request()
-        if changed := [key for key in now if before.get(key) != now[key]]:
+        keys = dict.fromkeys((*now, *before))
+        if changed := [key for key in keys if before.get(key) != now.get(key)]:
             raise UserError(
                 f"the folder holds {what} with another {' and '.join(changed)}",
                 where=out,
@@ -131,6 +132,7 @@ class Request:
     objective: str
     out: Path
     settings: DistillSettings
+    corpus: tuple[str, ...] = ()  # texts of the language-modelling term
 
     @property
     def work(self) -> Path:
@@ -162,10 +164,15 @@ class Request:
             "objective": self.objective,
             "settings": asdict(self.settings),
         }
+        if self.corpus:
+            request["corpus_sha256"] = stable_hash(list(self.corpus))
         return to_jsonable(request)
 
     def finished(self) -> dict | None:
-        "The report, if the folder holds this request's; an error if it holds something else."
+        """Return the report of a finished distillation, or None.
+
+        Raises UserError if the folder holds something else.
+        """
         return finished_report(self.out, self.as_dict, "a distillation")
 
 # %% ../../nbs/4_probabilities/19_distill_request.ipynb #2aef66de

@@ -39,10 +39,10 @@ from ..methods.registry import METHODS
 from ..methods.seqkd import write_responses, Writing
 from ..models.layer_drop import make_student
 from kd_notes.models.pretrained import (
+    place_of,
     check_vocabulary,
     context_of,
     count_parameters,
-    default_device,
     load_teacher,
     merge_adapters,
 )
@@ -136,7 +136,7 @@ class _Pair:
     @classmethod
     def load(cls, request: Request) -> "_Pair":
         settings = request.settings
-        place = settings.device or default_device()
+        place = place_of(settings.device)
         teacher = request.teacher
         if isinstance(teacher, str):
             teacher = load_teacher(teacher, dtype=settings.dtype, device=place)

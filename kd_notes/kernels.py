@@ -31,8 +31,8 @@ def big_zeros(
 ) -> Tensor:
     """torch.zeros; above 8 MB in main memory on huge pages, where Linux has them.
 
-    The first use of 64 MB takes a third of the processor time. Of a whole fused loss (V = 49,152,
-    D = 576) that is 6 % at 128 positions, and lost in the noise at 512.
+    The first use of 64 MB takes a third of the processor time. A whole fused loss (V = 49,152,
+    D = 576) took 6 % less at 128 positions and, on a busy machine, 3 to 10 % more at 512.
     """
     size, device = math.prod(shape) * dtype.itemsize, torch.device(device)
     possible = enabled() and hasattr(mmap, "MADV_HUGEPAGE")
@@ -112,8 +112,8 @@ def reused_memory(wanted: bool = True) -> Iterator[bool]:
     """Inside, glibc keeps freed memory for the next allocation (up to 2 GB at its end).
 
     Elsewhere than on glibc nothing happens. Yields whether it is on. A training step of
-    0.9 million parameters on 32 rows of 80 tokens had 15 page faults instead of 3,500, and took 4 %
-    less processor time.
+    0.9 million parameters on 32 rows of 80 tokens had 15 page faults instead of 3,500, and took 2
+    to 6 % less processor time.
     """
     libc = ctypes.CDLL(None) if wanted and enabled() and os.name == "posix" else None
     known = hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim")

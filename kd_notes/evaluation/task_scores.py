@@ -46,7 +46,7 @@ def item_scores(
         return rouge_l([text or "" for text in given], [[example.label] for example in examples])
     return np.array(
         [
-            float(label is not None and is_correct(task.metric, label, example.label))
+            float(label is not None and is_correct(task.metric, label, one_line(example.label)))
             for label, example in zip(given, examples)
         ]
     )

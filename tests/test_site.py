@@ -227,6 +227,9 @@ LOOKED_AT = [
     "nbs/4_probabilities/01_divergences.html",
     "nbs/5_own_words/03_minillm.html",
     "nbs/results/minillm_main.html",
+    "nbs/results/minillm_scaling.html",
+    "nbs/results/stepwise_data_efficiency.html",
+    "CONTRIBUTING.html",
     "api/losses.html",
 ]
 

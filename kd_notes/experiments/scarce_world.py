@@ -279,7 +279,7 @@ class ScarceTexts(Experiment):
         written = write_answers(
             model,
             load_world_tokenizer(),
-            test_rows(True)[: run["prompts"]],
+            test_rows(True, run["prompts"]),
             seeds=(1,),
             temperature=0.0,
             max_new_tokens=run["student"]["max_new_tokens"],

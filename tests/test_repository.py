@@ -490,6 +490,24 @@ def test_every_lesson_has_its_place_and_its_links():
     assert not stale, f"Run: .venv/bin/kd-notes readme; the links of these are old: {stale}"
 
 
+def test_the_next_lesson_is_the_next_one():
+    "Prose that links to the next or the last lesson means the one that nbs/book.json puts there."
+    from kd_notes.runner.notebooks import open_book
+    from kd_notes.runner.order import read_order
+
+    order = [lesson.name for part in read_order(open_book(ROOT)) for lesson in part.lessons]
+    wrong = []
+    for place, lesson in enumerate(order):
+        cells = load(ROOT / "nbs" / f"{lesson}.ipynb")["cells"]
+        text = "\n".join(source(c) for c in cells if c["cell_type"] == "markdown")
+        for word, target in re.findall(r"\[(next|last)\s+lesson\]\(([^)]+)\)", text):
+            neighbour = order[place + (1 if word == "next" else -1)]
+            meant = (ROOT / "nbs" / lesson).parent / target
+            if meant.resolve() != (ROOT / "nbs" / f"{neighbour}.ipynb"):
+                wrong.append(f"{lesson}: {word} lesson is {neighbour}, not {target}")
+    assert not wrong, wrong
+
+
 def test_every_link_between_lessons_leads_somewhere():
     "Relative links in the prose of lessons, solutions and results, and in the pages beside them."
     broken = []

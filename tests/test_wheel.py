@@ -115,7 +115,9 @@ def test_wheel_holds_code_notebooks_and_data_and_is_small(wheel):
     assert not [
         n
         for n in names
-        if ".ipynb_checkpoints" in n or "__pycache__" in n or n.startswith(("tests/", "build/"))
+        if ".ipynb_checkpoints" in n
+        or "__pycache__" in n
+        or n.startswith(("tests/", "build/", "site/"))
     ]
     assert wheel.stat().st_size < 60e6
 

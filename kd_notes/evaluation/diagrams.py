@@ -51,14 +51,13 @@ class Diagram:
         self.parts.append(f"<rect {shape} fill='{fill}' stroke='{INK}' {dashes}/>")
         self.words(x + width / 2, y + height / 2, text)
 
-    def arrow(self, start: _Pair, end: _Pair, text: str = "") -> None:
-        "Draw an arrow, with text above its middle."
-        (x1, y1), (x2, y2) = start, end
-        line = f"x1='{x1:g}' y1='{y1:g}' x2='{x2:g}' y2='{y2:g}'"
-        self.parts.append(
-            f"<line {line} stroke='{INK}' stroke-width='1.5' marker-end='url(#tip)'/>"
-        )
+    def arrow(self, *points: _Pair, text: str = "") -> None:
+        "Draw an arrow along the points, with text above the middle of its first piece."
+        way = " ".join(f"{x:g},{y:g}" for x, y in points)
+        style = f"fill='none' stroke='{INK}' stroke-width='1.5' marker-end='url(#tip)'"
+        self.parts.append(f"<polyline points='{way}' {style}/>")
         if text:
+            (x1, y1), (x2, y2) = points[:2]
             self.words((x1 + x2) / 2, (y1 + y2) / 2 - 9, text, size=11)
 
     def svg(self) -> str:

@@ -88,20 +88,23 @@ def lesson_lines(parts: list[Part], titles: dict[str, str]) -> dict[str, tuple[s
     order = [(part, lesson) for part in parts for lesson in part.lessons]
     lines = {}
     for place, (part, lesson) in enumerate(order):
-        here = lesson.name
-        links = {name: _link(title, f"{name}.ipynb", here) for name, title in titles.items()}
+        pages = [
+            _link(page, target, lesson.name)
+            for page, target in (
+                ("contents", "index.ipynb"),
+                ("notation", "notation.md"),
+                ("glossary", "glossary.md"),
+            )
+        ]
+        # of what it builds on, and of its neighbours
+        others = [*lesson.after, *(near.name for _, near in order[max(place - 1, 0) : place + 2])]
+        links = {name: _link(titles[name], f"{name}.ipynb", lesson.name) for name in others}
         facts = [f"**{part.title}**", f"about {lesson.minutes} minutes"]
         if lesson.after:
             facts.append("read first: " + ", ".join(links[name] for name in lesson.after))
-        pages = [
-            _link("contents", "index.ipynb", lesson.name),
-            _link("notation", "notation.md", lesson.name),
-            _link("glossary", "glossary.md", lesson.name),
-        ]
         way = [*pages]
         if place:
-            before = order[place - 1][1].name
-            way.insert(0, "Previous: " + links[before])
+            way.insert(0, "Previous: " + links[order[place - 1][1].name])
         if place + 1 < len(order):
             way.append("Next: " + links[order[place + 1][1].name])
         lines[lesson.name] = (" · ".join(facts + pages), " · ".join(way))

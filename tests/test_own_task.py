@@ -240,6 +240,13 @@ def test_numbers_and_texts_are_scored_by_value_and_by_words():
     assert task_score(texts, {example.id: "one two five six"}, [example])["value"] == 0.5
 
 
+def test_a_label_of_two_lines_can_be_met():
+    task = OwnTask("free", "Free")
+    (example,) = task_examples(task, [{"input": "x", "label": "one\n two"}])
+    label, _ = read_answer(task, example, "one two\n")
+    assert task_score(task, {example.id: label}, [example])["value"] == 1
+
+
 # --- extraction -------------------------------------------------------------------------------------------------------------------
 
 

@@ -25,6 +25,7 @@ from kd_notes import (
     MiniLLMConfig,
     next_token_labels,
     onpolicy_method,
+    read_rows,
     sample,
     SFT,
     step_rows,
@@ -340,6 +341,38 @@ def test_blocks_of_text_and_nulls_of_other_columns_are_read():
     row["messages"][0]["content"] = picture
     with pytest.raises(UserError, match="a block that is not text"):
         SFT(TOK).encode(row)
+
+
+@pytest.mark.parametrize("nothing", [None, float("nan"), [], ()])
+def test_a_column_that_only_other_rows_use_is_absent(nothing):
+    row = {"messages": nothing, "id": nothing, "rationale": nothing, "instruction": nothing}
+    (made,) = read_rows([row | {"prompt": "a", "response": nothing, "completion": "b"}])
+    assert (made.id, made.prompt, made.completion, made.rationale) == ("row-0", "a", "b", "")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "hi \ud83d", "response": "b"},
+        {"prompt": "a", "response": "\ude00"},
+        {"input": "a", "label": "b", "rationale": "\ud83d"},
+        {
+            "messages": [
+                {"role": "user", "content": "\ud83d"},
+                {"role": "assistant", "content": "b"},
+            ]
+        },
+    ],
+)
+def test_half_a_character_in_a_row_is_one_clear_error(row):
+    with pytest.raises(UserError, match="row 0.*half a character"):
+        read_rows([row])
+
+
+@pytest.mark.parametrize("rationale", [5, ["because"], {"a": 1}])
+def test_a_rationale_that_is_no_text_is_one_clear_error(rationale):
+    with pytest.raises(UserError, match="'rationale' is not text"):
+        read_rows([{"input": "a", "label": "b", "rationale": rationale}])
 
 
 # --- on-policy ------------------------------------------------------------------------------------------------------------------------

@@ -156,9 +156,9 @@ def extract_rationales(
     Returns {'file', 'rows', 'outcomes', 'accuracy'}; the accuracy is None without gold labels.
     For a task of your own also 'score', the teacher's by the task's metric.
     """
-    if limit is not None and limit < 1:
-        fix = "Use 1 or more, or leave it out for all rows."
-        raise UserError(f"{limit} is not a number of rows", where="--limit", fix=fix)
+    if limit is not None:
+        fix = "Use 1 or more, or leave it out for all examples."
+        limit = check_count(limit, "limit", 1, fix)
     if is_own(task):
         task = own_task(task)
         info, examples, prompt = own_question(task, source, teacher, shots, seed)

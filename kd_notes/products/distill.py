@@ -17,7 +17,15 @@ from typing import Any
 
 import torch
 
-from ..core import atomic_write, folder_lock, read_json, read_text, UserError, write_json
+from kd_notes.core import (
+    atomic_write,
+    disk_error,
+    folder_lock,
+    read_json,
+    read_text,
+    UserError,
+    write_json,
+)
 from ..data.dialogues import chat_template_of, encode_row, end_id, padding_id
 from ..data.examples import numbered_rows
 from ..data.rows import read_rows, TextRow
@@ -31,10 +39,10 @@ from ..methods.registry import METHODS
 from ..methods.seqkd import write_responses, Writing
 from ..models.layer_drop import make_student
 from kd_notes.models.pretrained import (
+    place_of,
     check_vocabulary,
     context_of,
     count_parameters,
-    default_device,
     load_teacher,
     merge_adapters,
 )
@@ -128,7 +136,7 @@ class _Pair:
     @classmethod
     def load(cls, request: Request) -> "_Pair":
         settings = request.settings
-        place = settings.device or default_device()
+        place = place_of(settings.device)
         teacher = request.teacher
         if isinstance(teacher, str):
             teacher = load_teacher(teacher, dtype=settings.dtype, device=place)
@@ -157,6 +165,30 @@ def _with_system(row: TextRow, system: str | None) -> TextRow:
     if system is None or isinstance(row.prompt, str) or row.prompt[0]["role"] == "system":
         return row
     return replace(row, prompt=({"role": "system", "content": system}, *row.prompt))
+
+
+def _answers(request: Request, pair: _Pair, rows: list[TextRow]) -> list[TextRow]:
+    "The rows with the teacher's answers; the file of them survives a kill."
+    s = request.settings
+    how = "beam" if request.objective == "seqkd_beam" else "sample"
+    limits = (s.max_new_tokens, s.temperature, s.top_p, s.width, s.seed, s.system)
+    return write_responses(
+        request.work / "answers.jsonl",
+        pair.teacher,
+        pair.teacher_tokenizer,
+        rows,
+        Writing(how, *limits),
+        name=shown_name(request.teacher),
+    )
+
+
+def _on_policy_method(request: Request, pair: _Pair, rows: int) -> Method:
+    "A method that reads the student's own text."
+    has_corpus = bool(request.corpus)
+    config = on_policy_config(request.objective, request.settings, rows, has_corpus)
+    kind = METHODS[request.objective][0]
+    other = {"corpus": request.corpus, "teacher_tokenizer": pair.teacher_tokenizer}
+    return kind(pair.tokenizer, pair.teacher, config, **other)
 
 
 def read_corpus(source: Path | str | Iterable[str] | None) -> tuple[str, ...]:
@@ -200,9 +232,10 @@ class _Distillation:
             signal = OtherTokenizer(pair.teacher, pair.teacher_tokenizer)
             return KD(pair.tokenizer, signal, objective, **live, **layout)
         if objective in ON_POLICY:
-            return self.on_policy()
+            self.rows = [_with_system(row, s.system) for row in self.texts]
+            return _on_policy_method(self.request, pair, len(self.texts))
         if objective.startswith("seqkd"):
-            self.rows = pair.encode(self.answers())
+            self.rows = pair.encode(_answers(self.request, pair, self.texts))
         if objective in TEXT_OBJECTIVES:
             return SFT(pair.tokenizer)
         if objective == "cached_forward_kl":
@@ -213,36 +246,6 @@ class _Distillation:
         shared = {"vocabulary": pair.vocabulary}
         return KD(pair.tokenizer, pair.teacher, objective, **live, **shared, **s.options)
 
-    def on_policy(self) -> Method:
-        "A method that reads the student's own text; its rows are the prompts."
-        request = self.request
-        s = request.settings
-        pair = self.pair
-        config = on_policy_config(request.objective, s, len(self.texts), bool(request.corpus))
-        self.rows = [_with_system(row, s.system) for row in self.texts]
-        kind = METHODS[request.objective][0]
-        other = {"corpus": request.corpus, "teacher_tokenizer": pair.teacher_tokenizer}
-        return kind(pair.tokenizer, pair.teacher, config, **other)
-
-    def answers(self) -> list[TextRow]:
-        s = self.request.settings
-        how = "beam" if self.request.objective == "seqkd_beam" else "sample"
-        limits = (s.max_new_tokens, s.temperature, s.top_p, s.width, s.seed, s.system)
-        return write_responses(
-            self.request.work / "answers.jsonl",
-            self.pair.teacher,
-            self.pair.teacher_tokenizer,
-            self.texts,
-            Writing(how, *limits),
-            name=shown_name(self.request.teacher),
-        )
-
-    def score(self, plain: bool) -> str:
-        "What chooses the best weights: of an on-policy method the KL that it lowers."
-        if plain:
-            return "nll"
-        return "reverse_kl" if self.request.objective in ON_POLICY else "forward_kl"
-
     def validation(self) -> Validation:
         """Return the validation on held-out rows.
 
@@ -251,11 +254,13 @@ class _Distillation:
         pair = self.pair
         teacher = None if pair.vocabulary is None else pair.teacher
         plain = teacher is None or self.request.objective == "sft"
+        # what chooses the best weights: of an on-policy method the KL that it lowers
+        score = "reverse_kl" if self.request.objective in ON_POLICY else "forward_kl"
         return Validation(
             pair.encode(self.held_out),
             padding_id(pair.tokenizer),
             teacher,
-            score=self.score(plain),
+            score="nll" if plain else score,
             vocabulary=pair.vocabulary,
             batch_size=self.request.settings.batch_size,
         )
@@ -419,7 +424,10 @@ def distill(
     rows = Path(data) if in_file else read_rows(data, chat=True)
     sources = (_source(teacher, tokenizer, "teacher"), _source(student, tokenizer, "student"))
     request = Request(rows, *sources, objective, Path(out), chosen, texts)
-    request.out.mkdir(parents=True, exist_ok=True)
+    try:
+        request.out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise disk_error(e, request.out) from e
     with folder_lock(request.out, wait=False) if main_process() else nullcontext():
         if report := request.finished():
             request.say("finished already")

@@ -89,6 +89,19 @@ def _layout_of(tokenizer: Any) -> list:
     return [cut, ends, chat_template_of(tokenizer)]
 
 # %% ../../nbs/4_probabilities/19_distill_request.ipynb #e740dc4d
+def changed_names(before: dict, now: dict) -> list[str]:
+    "Return what differs between two requests; of the settings, which."
+    keys = dict.fromkeys((*now, *before))
+    changed = [key for key in keys if key != "settings" and before.get(key) != now.get(key)]
+    old = before.get("settings", {})
+    new = now.get("settings", {})
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        return changed + ["settings"] * (old != new)
+    return changed + [
+        name for name in dict.fromkeys((*new, *old)) if old.get(name) != new.get(name)
+    ]
+
+
 def finished_report(out: Path, request: Callable[[], dict], what: str) -> dict | None:
     """The report of a folder that holds this request's work, None if there is none yet.
 
@@ -98,8 +111,7 @@ def finished_report(out: Path, request: Callable[[], dict], what: str) -> dict |
     if file.is_file():
         before = read_json(file)
         now = request()
-        keys = dict.fromkeys((*now, *before))
-        if changed := [key for key in keys if before.get(key) != now.get(key)]:
+        if changed := changed_names(before, now):
             raise UserError(
                 f"the folder holds {what} with another {' and '.join(changed)}",
                 where=out,
@@ -115,13 +127,6 @@ def finished_report(out: Path, request: Callable[[], dict], what: str) -> dict |
     return read_json(report) if report.is_file() else None
 
 # %% ../../nbs/4_probabilities/19_distill_request.ipynb #e09beb8e
-def changed_names(before: dict, now: dict) -> list[str]:
-    "What differs between two requests; of the settings, which."
-    names = [name for name in now if name != "settings" and before.get(name) != now[name]]
-    settings = before.get("settings", {})
-    return names + [name for name, value in now["settings"].items() if settings.get(name) != value]
-
-
 @dataclass(frozen=True)
 class Request:
     "The arguments of a distillation and the folder that it fills."

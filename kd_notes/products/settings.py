@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from ..checks import check_arguments, check_count, check_fields
 from ..core import rng, UserError
 from ..losses.divergences import DIVERGENCES, get_divergence
 from ..methods.on_policy import OnPolicyConfig
@@ -49,6 +50,17 @@ class DistillSettings:
     device: str | None = None
     lora: dict | None = None  # train adapters only; they are merged before saving
     gradient_checkpointing: bool = False
+
+    def __post_init__(self):
+        check_fields(self)
+        for name in ("n", "max_steps", "max_length", "evaluations"):
+            check_count(getattr(self, name), name, 0)
+        counts = ("batch_size", "gradient_accumulation_steps", "top_k", "max_new_tokens", "width")
+        for name in counts:
+            check_count(getattr(self, name), name, 1)
+        if self.epochs <= 0:
+            fix = "Use a number above 0."
+            raise UserError(f"{self.epochs} is not possible", where="setting epochs", fix=fix)
 
 # %% ../../nbs/4_probabilities/17_distill_settings.ipynb #02dd1fee
 PROFILES = {
@@ -92,11 +104,7 @@ def distill_settings(
             where="settings",
             fix=f"Settings are {', '.join(known)}.",
         )
-    made = DistillSettings(**PROFILES[profile] | settings)
-    if made.n < 0:
-        fix = "Use 0 for all rows, or a number above 0."
-        raise UserError(f"n={made.n} is not a number of rows", where="n", fix=fix)
-    return made
+    return DistillSettings(**PROFILES[profile] | settings)
 
 # %% ../../nbs/4_probabilities/17_distill_settings.ipynb #cfd0d37d
 TEXT_OBJECTIVES = {
@@ -166,7 +174,7 @@ OBJECTIVES = (
 
 
 def check_objective(name: str, options: dict | None = None) -> str:  # options: of the divergence
-    "The name (adaptive_kl for akl), if there is such an objective and it has these options."
+    "Return the name (adaptive_kl for akl); refuse an unknown objective and options it lacks."
     name = ALIASES.get(name, name)
     if name not in OBJECTIVES:
         raise UserError(
@@ -180,6 +188,12 @@ def check_objective(name: str, options: dict | None = None) -> str:  # options: 
     divergence = "forward_kl" if name == "cached_forward_kl" else name
     if divergence in DIVERGENCES and name not in CROSS_OBJECTIVES:
         get_divergence(divergence, **(options or {}))
+        function = DIVERGENCES[divergence]
+        read = check_arguments(getattr(function, "of_sides", function), options or {})
+        for option, value in read.items():
+            if isinstance(options[option], str) and not isinstance(value, str):
+                fix = "Give a number without quotation marks."
+                raise UserError(f"{options[option]!r} is text", where=f"setting {option}", fix=fix)
     elif options:
         raise UserError(
             f"{name} has no options, and {', '.join(sorted(options))} was given",

@@ -38,6 +38,11 @@ html_theme_options = {
     "use_fullscreen_button": False,
     "show_toc_level": 2,
     "show_navbar_depth": 1,
+    # one search field, the one beside the contents
+    "navbar_start": [],
+    "navbar_center": [],
+    "navbar_end": [],
+    "navbar_persistent": [],
 }
 # a repository that others can reach: then there are links to it, and to Colab
 if "localhost" not in settings["git_url"]:

@@ -1,7 +1,7 @@
 // A button on every block of code that copies it.
 document.addEventListener("DOMContentLoaded", () => {
   document.querySelectorAll("div.cell_input div.highlight, div[class*=highlight-] div.highlight").forEach((block) => {
-    if (block.querySelector(".kd-copy")) return;
+    if (block.closest(".cell_output") || block.querySelector(".kd-copy")) return;
     const button = document.createElement("button");
     button.className = "kd-copy";
     button.type = "button";

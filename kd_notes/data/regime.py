@@ -20,12 +20,12 @@ HELD_SEED = 2306
 
 @lru_cache
 def held_villages(n: int = HELD_VILLAGES, seed: int = HELD_SEED) -> frozenset[str]:
-    "Villages that no prompt of a student is about."
+    "Return the villages that no student's prompt is about."
     return frozenset(rng("world", "held villages", seed).sample(sorted(villages()), n))
 
 
 def is_held(row: dict) -> bool:
-    "Whether a row's prompt is about a held-out village, alone or beside another one."
+    "Return True if a row's prompt is about a held-out village, alone or with another."
     asked = dict(read_prompt(row["prompt"]).slots)
     return any(asked.get(slot) in held_villages() for slot in ("v", "u"))
 
@@ -36,7 +36,7 @@ POOL_SEED = 999
 
 @lru_cache
 def pool() -> tuple[dict, ...]:
-    "The training rows of this division, all villages; no prompt of validation or test is among them."
+    "Return the training rows, all villages; no validation or test prompt is among them."
     taken = {row["prompt"] for split in ("validation", "test") for row in load_world(split)}
     rows = draw_split("train", POOL_ROWS, seed=POOL_SEED)
     rows = [row for row in rows if row["prompt"] not in taken]
@@ -45,12 +45,12 @@ def pool() -> tuple[dict, ...]:
 
 @lru_cache
 def known_pool() -> tuple[dict, ...]:
-    "The rows of the pool that are about no held-out village."
+    "Return the rows of the pool that are not about a held-out village."
     return tuple(row for row in pool() if not is_held(row))
 
 
 def first_rows(rows: Sequence[dict], n: int) -> list[dict]:
-    "The first n rows. Raises UserError if there are not so many."
+    "Return the first n rows. Raises UserError if there are fewer."
     if not 1 <= n <= len(rows):
         raise UserError(
             f"there are {len(rows)} rows of this kind, not {n}", where="rows", fix="Ask for fewer."
@@ -59,12 +59,18 @@ def first_rows(rows: Sequence[dict], n: int) -> list[dict]:
 
 # %% ../../nbs/2_playground/07b_regime.ipynb #6b50626e
 def training_rows(n: int, known: bool = True) -> list[dict]:
-    "The first n training rows: of a student (`known`: no held-out village), or of a teacher."
+    """Return the first n training rows: for a teacher, or without held-out villages.
+
+    With `known`, the default, they are for a student.
+    """
     return first_rows(known_pool() if known else pool(), n)
 
 
 def validation_rows(known: bool = True) -> list[dict]:
-    "The committed validation rows; a choice about a student uses those about known villages."
+    """Return the committed validation rows; with `known`, only known villages.
+
+    A choice about a student is made on known villages.
+    """
     return [row for row in load_world("validation") if not (known and is_held(row))]
 
 # %% ../../nbs/2_playground/07b_regime.ipynb #b1087dda
@@ -76,7 +82,10 @@ HELD_TEST_ROWS = 240  # out of domain, at most
 
 @lru_cache
 def test_rows(held: bool) -> tuple[dict, ...]:
-    "The test in domain, or out of domain (`held`); up to eight references a row."
+    """Return the test rows in domain, or out of domain (`held`).
+
+    A row has up to eight references.
+    """
     drawn = draw_split("test", TEST_DRAWN, seed=TEST_SEED)
     rows = [row for row in drawn if is_held(row) == held]
     rows = by_share(rows, HELD_TEST_ROWS) if held else first_rows(rows, TEST_ROWS)
@@ -85,7 +94,10 @@ def test_rows(held: bool) -> tuple[dict, ...]:
 
 
 def by_share(rows: Sequence[dict], n: int) -> list[dict]:
-    "At most n rows, and of each kind at most its share among the kinds that are about a village."
+    """Return at most n rows, and of each kind at most its share.
+
+    Only the kinds that are about a village count.
+    """
     kinds = lexicon()["kinds"]
     shares = {kind: entry["share"] for kind, entry in kinds.items() if "v" in entry["slots"]}
     total = sum(shares.values())
@@ -99,7 +111,10 @@ def by_share(rows: Sequence[dict], n: int) -> list[dict]:
 
 # %% ../../nbs/2_playground/07b_regime.ipynb #3c427a59
 def check_regime() -> dict[str, int]:
-    "Numbers of rows. Raises UserError if a student could have read what a test asks."
+    """Count the rows of each part.
+
+    Raises UserError if a student could have read what a test asks.
+    """
     tests = {row["prompt"] for held in (False, True) for row in test_rows(held)}
     leaks = {
         "pool, a prompt of a test": [row for row in pool() if row["prompt"] in tests],

@@ -56,7 +56,7 @@ def hidden_status(content: bytes) -> int | None:
 
 
 def _text_of(choice: dict) -> str | None:
-    "The text of a choice; None if it has none. Content may be a block or a list of blocks."
+    "Return the text of a choice, or None. Its content may be one block or a list of blocks."
     message = choice.get("message")
     content = message.get("content") if isinstance(message, dict) else choice.get("text")
     if isinstance(content, str) or content is None:
@@ -65,7 +65,7 @@ def _text_of(choice: dict) -> str | None:
 
 
 def _block_text(block: Any) -> str:
-    "The text of one block of content; nothing for thoughts, images and what is no block."
+    "Return the text of a content block; it is empty for thoughts and images."
     if isinstance(block, dict):
         if block.get("type", "text") not in ("text", "output_text"):
             return ""
@@ -134,7 +134,7 @@ def _duration(seconds: float) -> str:
 
 
 def wait_of(headers: Mapping[str, str]) -> float:
-    "Return the seconds after which a server wants to be asked again; 0 if it does not say."
+    "Return the seconds to wait before the next request, or 0 if the server does not say."
     for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
         with suppress(KeyError, ValueError):
             seconds = float(headers[name]) * unit
@@ -146,7 +146,7 @@ def wait_of(headers: Mapping[str, str]) -> float:
 
 
 def _attempts(error: Exception) -> int:
-    "How often the client asked before it gave up."
+    "Return how often the client asked before it gave up."
     headers = getattr(getattr(error, "request", None), "headers", {})
     return int(headers.get("x-stainless-retry-count", 0)) + 1
 
@@ -206,7 +206,7 @@ class _Hooks:
 
 # %% ../../nbs/7_engine_room/10_server.ipynb #serv-36
 def _count(usage: Any, key: str) -> int:
-    "A number of tokens; 0 where the server does not tell it."
+    "Return a number of tokens, or 0 if the server does not report it."
     with suppress(TypeError, ValueError, KeyError):
         return int(usage[key])
     return 0

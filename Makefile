@@ -2,6 +2,7 @@
 # make reproduce the headline figures of the paper, profile cpu (about 40 minutes on two cores; a second call takes seconds)
 # make test      every check that CI runs (less than 30 minutes on two cores)
 # make lab       JupyterLab in nbs/
+# make site      the book as web pages in build/site/html, from the committed outputs (less than a minute)
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
@@ -14,13 +15,13 @@ PYTHON ?= $(shell for name in python3.14 python3.13 python3.12 python3.11; do \
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
-EXTRAS := train,teacher,hub,notebooks,serve,peers,dev
+EXTRAS := train,teacher,hub,notebooks,serve,peers,site,dev
 JOBS ?= 2
 
-.PHONY: help setup reproduce reproduce-all readme pins test lint sync pytest notebooks smoke lab clean distclean
+.PHONY: help setup reproduce reproduce-all readme site pins test lint sync pytest notebooks smoke lab clean distclean
 
 help:
-	@sed -n '1,4s/^# //p' Makefile
+	@sed -n '1,5s/^# //p' Makefile
 
 setup: $(STAMP)
 
@@ -49,6 +50,10 @@ lab: setup
 readme: setup
 	$(BIN)/kd-notes readme
 
+# web pages in build/site/html; nothing is executed, and a link that leads nowhere ends the build
+site: setup
+	$(BIN)/python site/build.py
+
 # what the package index says of every pin, for the tests; after every change of constraints.txt
 pins: setup
 	$(BIN)/python tests/pins.py
@@ -64,8 +69,8 @@ test: setup
 
 lint: setup
 	@echo "== lint: ruff over the exported library, the tests and setup.py; one format for notebooks and tests"
-	@$(BIN)/ruff check kd_notes tests setup.py
-	@$(BIN)/ruff format --check --quiet nbs tests setup.py
+	@$(BIN)/ruff check kd_notes tests site setup.py
+	@$(BIN)/ruff format --check --quiet nbs tests site setup.py
 
 sync: setup
 	@echo "== sync: exported code, clean notebooks, tags, stamps, sizes"

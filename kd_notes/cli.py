@@ -210,10 +210,12 @@ def readme_command(
         typer.Option(help="Run nbs/index.ipynb first; otherwise use its stored outputs."),
     ] = True,
 ) -> None:
-    "Write README.md from nbs/index.ipynb and the record."
+    "Write README.md from nbs/index.ipynb and the record, and the links between the lessons."
     with guard():
+        from kd_notes.runner.order import write_links
         from kd_notes.runner.readme import write_readme
 
+        print(f"links: {len(write_links(open_book()))} lessons changed")
         print(write_readme(open_book(), execute=execute))
 
 # %% ../nbs/7_engine_room/28_cli.ipynb #cf8832db
@@ -312,8 +314,11 @@ def distill_command(
         str, typer.Option(help="Likewise, or layers:6 of the teacher.")
     ] = "layers:6",
     objective: Annotated[
-        str, typer.Option(help="sft, forward_kl, reverse_kl, seqkd, ...")
+        str, typer.Option(help="sft, forward_kl, akl, seqkd, minillm, gkd, distillm2, ...")
     ] = "forward_kl",
+    corpus: Annotated[
+        Path | None, typer.Option(help="Texts for the language-modelling term of minillm and such.")
+    ] = None,
     profile: Annotated[str, typer.Option(help="smoke, cpu, cpu-full or gpu.")] = "cpu",
     sets: Annotated[
         list[str] | None, typer.Option("--set", help="A setting: k=v, such as max_steps=200.")
@@ -324,7 +329,8 @@ def distill_command(
         from kd_notes.products.distill import distill
 
         settings = plain_settings(sets or [], signature(distill).parameters)
-        report = distill(data, teacher, student, objective, out, profile=profile, **settings)
+        options = {"corpus": corpus, "profile": profile}
+        report = distill(data, teacher, student, objective, out, **options, **settings)
         print(json.dumps(report, indent=1, default=str))
 
 # %% ../nbs/7_engine_room/28_cli.ipynb #db3bdd4d

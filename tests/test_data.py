@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kd_notes.data.examples as examples_module
+import kd_notes.data.adapters as adapters_module
 import kd_notes.data.public as public_module
 import kd_notes.data.quality as quality_module
 from kd_notes.core import append_jsonl, rng, UserError
@@ -193,6 +194,14 @@ def test_bad_row_is_named(tmp_path, row, task, message):
     with pytest.raises(UserError, match=message) as e:
         load_jsonl(path, task)
     assert str(path) in str(e.value) and "\n" not in str(e.value)
+
+
+def test_null_in_a_column_of_other_tasks_is_absent(tmp_path):
+    row = {"id": "1", "input": "x", "label": "neutral"}
+    nulls = {"rationale": None, "choices": None, "meta": None, "task": None, "premise": None}
+    (tmp_path / "own.jsonl").write_text(json.dumps(row | nulls) + "\n")
+    (made,) = load_jsonl(tmp_path / "own.jsonl", "nli")
+    assert made == Example(**row, task="nli")
 
 
 def test_blank_lines_count_in_the_line_number(tmp_path):
@@ -562,14 +571,14 @@ def test_adapters_on_fixtures(name):
     everything = [ex for part in splits.values() for ex in part]
     files = {
         line["id"]
-        for f in public_module.REAL[name].files.values()
+        for f in adapters_module.REAL[name].files.values()
         for line in map(json.loads, (FIXTURES / f).read_text().splitlines())
     }
     assert {ex.id for ex in everything} == {f"{name}/{i}" for i in files} and len(
         everything
     ) == len(files)
     assert all(
-        ex.task == public_module.REAL[name].task and ex.meta["set"] == name for ex in everything
+        ex.task == adapters_module.REAL[name].task and ex.meta["set"] == name for ex in everything
     )
     assert all(splits[s] for s in SPLITS)
     if SIZES[name] is None:  # no premise on both sides, so sizes are only near the shares
@@ -676,7 +685,7 @@ def test_carve_is_train_test_split(n, share, seed):
     both = datasets.Dataset.from_dict({"i": list(range(n))}).train_test_split(
         test_size=share, seed=seed
     )
-    assert public_module.carve(range(n), share, seed) == (
+    assert adapters_module.carve(range(n), share, seed) == (
         both["train"]["i"][:],
         both["test"]["i"][:],
     )
@@ -759,7 +768,7 @@ def test_load_real_refuses(args, how, message):
 @pytest.mark.parametrize("bad", ["+ 4", "3 4", "", "* + 3 4", "+ a 4"])
 def test_prefix_to_infix_refuses(bad):
     with pytest.raises(ValueError):
-        public_module.prefix_to_infix(bad)
+        adapters_module.prefix_to_infix(bad)
 
 
 # --- real sets: a local folder in the hub's layout -----------------------------------------------------------------------------
@@ -965,7 +974,7 @@ class TestRealFiles:
         ids = [ex.id for part in splits for ex in part]
         assert len(ids) == len(set(ids))
         assert sizes is None or tuple(map(len, splits)) == sizes
-        if examples_module.task_info(public_module.REAL[name].task).labels:
+        if examples_module.task_info(adapters_module.REAL[name].task).labels:
             assert {ex.label for part in splits for ex in part} == set(examples_module.NLI_LABELS)
             premises = [
                 {

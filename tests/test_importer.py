@@ -25,6 +25,7 @@ from kd_notes import (
     MiniLLMConfig,
     next_token_labels,
     onpolicy_method,
+    read_rows,
     sample,
     SFT,
     step_rows,
@@ -342,6 +343,38 @@ def test_blocks_of_text_and_nulls_of_other_columns_are_read():
         SFT(TOK).encode(row)
 
 
+@pytest.mark.parametrize("nothing", [None, float("nan"), [], ()])
+def test_a_column_that_only_other_rows_use_is_absent(nothing):
+    row = {"messages": nothing, "id": nothing, "rationale": nothing, "instruction": nothing}
+    (made,) = read_rows([row | {"prompt": "a", "response": nothing, "completion": "b"}])
+    assert (made.id, made.prompt, made.completion, made.rationale) == ("row-0", "a", "b", "")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "hi \ud83d", "response": "b"},
+        {"prompt": "a", "response": "\ude00"},
+        {"input": "a", "label": "b", "rationale": "\ud83d"},
+        {
+            "messages": [
+                {"role": "user", "content": "\ud83d"},
+                {"role": "assistant", "content": "b"},
+            ]
+        },
+    ],
+)
+def test_half_a_character_in_a_row_is_one_clear_error(row):
+    with pytest.raises(UserError, match="row 0.*half a character"):
+        read_rows([row])
+
+
+@pytest.mark.parametrize("rationale", [5, ["because"], {"a": 1}])
+def test_a_rationale_that_is_no_text_is_one_clear_error(rationale):
+    with pytest.raises(UserError, match="'rationale' is not text"):
+        read_rows([{"input": "a", "label": "b", "rationale": rationale}])
+
+
 # --- on-policy ------------------------------------------------------------------------------------------------------------------------
 
 
@@ -387,10 +420,44 @@ def test_17_distill_takes_rows_and_models(tmp_path, teacher):
         distill(PAIRS[1:], (teacher, TOK), (model, TOK), out=tmp_path / "a", **QUICK)
 
 
-@pytest.mark.parametrize("objective", ["gkd", "minillm", "distillm"])
-def test_18_an_on_policy_objective_names_the_way(objective, tmp_path, teacher):
-    with pytest.raises(UserError, match="train.*onpolicy_method"):
-        distill(PAIRS, (teacher, TOK), "layers:1", objective, tmp_path / "a", **QUICK)
+@pytest.mark.parametrize(
+    "objective", ["gkd", "minillm", "minillm_official", "distillm", "distillm2", "dpkd", "akl"]
+)
+def test_18_any_method_by_its_name(objective, tmp_path, teacher):
+    "One product for all methods: the same rows, curve and card."
+    quick = QUICK | {"max_new_tokens": 4}
+    report = distill(PAIRS, (teacher, TOK), "layers:1", objective, tmp_path / "a", **quick)
+    assert report["objective"] == {"akl": "adaptive_kl"}.get(objective, objective)
+    assert (
+        report["results"]["student"]["reverse_kl"] != report["results"]["untrained"]["reverse_kl"]
+    )
+    files = {path.name for path in (tmp_path / "a").iterdir()}
+    assert {"model.safetensors", "README.md", "curves.png", "report.json"} <= files
+    assert distill(PAIRS, (teacher, TOK), "layers:1", objective, tmp_path / "a", **quick) == report
+
+
+def test_a_corpus_is_read_by_the_methods_that_have_a_term_for_it(tmp_path, teacher):
+    quick = QUICK | {"max_new_tokens": 4}
+    pair = ((teacher, TOK), "layers:1")
+    (tmp_path / "texts.txt").write_text("one text of two\nlines\n\nanother text\n")
+    with_corpus = {"corpus": tmp_path / "texts.txt"}
+    report = distill(PAIRS, *pair, "minillm", tmp_path / "a", **with_corpus, **quick)
+    plain = distill(PAIRS, *pair, "minillm", tmp_path / "b", **quick)
+    assert report["corpus_sha256"] and report["results"]["student"] != plain["results"]["student"]
+    with pytest.raises(UserError, match="another corpus_sha256"):
+        distill(PAIRS, *pair, "minillm", tmp_path / "a", **quick)
+    with pytest.raises(UserError, match="reads no corpus"):
+        distill(PAIRS, *pair, "forward_kl", tmp_path / "c", **with_corpus, **quick)
+    (tmp_path / "rows.jsonl").write_text('{"txt": "a"}\n')
+    with pytest.raises(UserError, match="text 1 is no text"):
+        distill(PAIRS, *pair, "minillm", tmp_path / "c", corpus=tmp_path / "rows.jsonl", **quick)
+
+
+def test_an_option_that_a_method_has_not_is_named_before_anything_is_loaded(tmp_path, teacher):
+    for objective, options in (("gkd", {"beta": 0.5}), ("minillm", {"lambda": 1})):
+        with pytest.raises(UserError, match="a setting does not exist"):
+            distill(PAIRS, "none", "layers:1", objective, tmp_path / "a", options=options)
+    assert not (tmp_path / "a").exists()
 
 
 # --- step by step, caches, hidden states ----------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import kd_notes.kernels as kernels
 from kd_notes.kernels import big_zeros, enabled, packed, reused_memory, SWITCH
 from kd_notes.losses.fused import fused_linear_divergence
 from kd_notes.models.mini import mini_model
+from kd_notes.runner.code import run_key
 from kd_notes.training.batches import causal_batch
 from kd_notes.training.loop import train
 from kd_notes.training.method import Method
@@ -110,3 +111,12 @@ def test_packed_weights_give_the_same_numbers_and_leave_nothing_behind(monkeypat
             assert (model(ids).logits - plain).abs().max() > 0.01
     assert not any("forward" in vars(m) for m in model.modules())
     assert kernels._packable(model.double()) == []
+
+
+def test_a_run_with_the_switch_off_has_another_key(monkeypatch):
+    def key():
+        return run_key("s", {"seed": 0}, ["core"])
+
+    off, on = both_ways(monkeypatch, key)
+    monkeypatch.delenv(SWITCH)
+    assert off != on == key()

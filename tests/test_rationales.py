@@ -792,7 +792,16 @@ def test_the_manifest_and_rows_of_an_unfinished_write_are_repaired_on_disk(teach
 
 @pytest.mark.parametrize(
     "written, value",
-    [("1,234", "1234"), ("$42", "42"), ("42 dollars", "42"), ("72, in total", "72")],
+    [("1,234", "1234"), ("$42", "42"), ("42 dollars", "42"), ("72, in total", "72")]
+    + [
+        ("$1,234.50", "1234.50"),
+        ("1.234,5", "1234.5"),
+        ("1 234", "1234"),
+        ("1/2", "1/2"),
+        ("50%", "50"),
+    ]
+    + [("1e3", "1000"), ("−5", "-5"), ("１２３", "123"), ("5 million", "5000000"), ("x = 72", "72")]
+    + [("8 × 9 = 72", "8 * 9"), ("$\\boxed{72}$", "72"), ("42.", "42"), ("#### 42", "42")],
 )
 def test_numbers_in_a_teachers_form_are_its_label(written, value):
     parsed = parse_completion(f"They add up.\nAnswer: {written}", metric="equation")
@@ -860,7 +869,29 @@ def test_forty_kills_leave_the_very_same_file(tmp_path):
         "__Answer__: pond",
         "**Answer**: (b) pond",
         "Answer: $\\boxed{\\text{pond}}$",
-    ],
+    ]
+    + [
+        "## Answer\npond",
+        "### Final Answer\n**pond**",
+        "**Final Answer:**\n\npond",
+        "Answer:\npond",
+    ]
+    + [
+        "1. Answer: pond",
+        "Answer = pond",
+        "Answer： pond",
+        "<answer>pond</answer>",
+        "\\boxed{pond}",
+    ]
+    + ["Answer: <answer>pond</answer>", "```\nAnswer: pond\n```", "Answer: pond</s>", "#### pond"]
+    + [
+        "Answer: pond<|im_end|>",
+        "Answer: “pond”",
+        "Answer: « pond »",
+        "Answer: pond (there is water)",
+    ]
+    + ["Answer: pond, because of the fish.", "The answer is pond.", "So the answer is: pond"]
+    + ["Therefore, the answer is **pond**.", "Answer: The answer is pond"],
 )
 def test_markdown_around_the_answer_is_no_part_of_rationale_or_label(line):
     for rationale in (
@@ -870,6 +901,14 @@ def test_markdown_around_the_answer_is_no_part_of_rationale_or_label(line):
     ):
         parsed = parse_completion(f" {rationale}\n{line}", labels=PLACES)
         assert parsed == Parsed("ok", "Herons eat fish.", "pond")
+
+
+@pytest.mark.parametrize(
+    "answer", ["pond or attic", "not pond", "pond, or perhaps the attic", "either pond", "ponds"]
+)
+def test_an_answer_that_names_more_than_a_label_is_not_guessed(answer):
+    parsed = parse_completion(f"Herons eat fish.\nAnswer: {answer}", labels=PLACES)
+    assert parsed.outcome == "label_not_allowed"
 
 
 def test_an_answer_with_no_word_behind_it_is_not_taken_from_the_next_example():

@@ -43,11 +43,10 @@ LAYERS = [
     "products",
     "cli",
 ]
-# Modules that may have more than 500 lines. public is to come down.
+# Modules that may have more than 500 lines.
 LONG = {
     "losses.fused": 900,
     "generation.backends": 900,
-    "data.public": 560,
 }
 CLEAN = "Run: .venv/bin/nbdev_clean --fname nbs/{0} and commit the notebook."
 
@@ -88,6 +87,8 @@ RESULTS = [
     p for p in tracked() if p.parent == ROOT / "nbs" / "results" and p.suffix == ".ipynb"
 ]  # not those still being written
 NOTEBOOKS = [ROOT / "nbs" / "index.ipynb", *LIBRARY, *RESULTS]
+# One for each lesson, under the name of the lesson; they export nothing.
+SOLUTIONS = sorted((ROOT / "nbs" / "solutions").glob("*/*.ipynb"))
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +127,7 @@ def test_export_is_in_sync(tmp_path):
     )
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
+@pytest.mark.parametrize("path", [*NOTEBOOKS, *SOLUTIONS], ids=name)
 def test_notebook_is_clean(path, settings):
     from nbdev.clean import clean_nb
     from nbdev.config import get_config
@@ -149,7 +150,7 @@ def test_notebook_is_clean(path, settings):
     assert set(counts) <= {None}, CLEAN.format(path.relative_to(ROOT / "nbs"))
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
+@pytest.mark.parametrize("path", [*NOTEBOOKS, *SOLUTIONS], ids=name)
 def test_kernelspec_says_python(path):
     "papermill refuses a notebook whose metadata name no language; nbdev_clean drops language_info, so kernelspec must have it."
     kernel = load(path)["metadata"].get("kernelspec", {})
@@ -158,7 +159,7 @@ def test_kernelspec_says_python(path):
     )
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
+@pytest.mark.parametrize("path", [*NOTEBOOKS, *SOLUTIONS], ids=name)
 def test_cells_have_unique_ids_and_no_error_output(path):
     nb = load(path)
     ids = [c.get("id") for c in nb["cells"]]
@@ -212,12 +213,13 @@ def test_notebook_says_what_it_costs_and_ends_with_exercises(path):
     cells = [c for c in load(path)["cells"] if source(c).strip()]
     opening = "".join(source(c) for c in cells[:3])
     assert re.search(r"\bcost", opening, re.I), "Say in the opening what the notebook costs to run."
-    assert cells[-1]["cell_type"] == "markdown" and "Exercise" in source(cells[-1]), (
+    last = [c for c in cells if c["id"] != "book-bottom"][-1]  # the links stand below
+    assert last["cell_type"] == "markdown" and "Exercise" in source(last), (
         "The last cell holds the exercises."
     )
 
 
-@pytest.mark.parametrize("path", [*LIBRARY, *RESULTS], ids=name)
+@pytest.mark.parametrize("path", [*LIBRARY, *RESULTS, *SOLUTIONS], ids=name)
 def test_no_cell_is_long(path):
     "A class stands whole in its cell; what needs more than 60 lines does more than one thing."
     lengths = {source(c)[:60]: code_lines(c) for c in code_cells(load(path))}
@@ -231,7 +233,7 @@ def test_lesson_is_short(path):
     assert cells <= 120, f"{cells} cells: a lesson with more than 120 is two lessons"
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
+@pytest.mark.parametrize("path", [*NOTEBOOKS, *SOLUTIONS], ids=name)
 def test_notebook_is_small(path):
     assert path.stat().st_size <= 250_000, (
         f"{path.stat().st_size} bytes with outputs; 250 KB is the limit: smaller figures, shorter outputs."
@@ -304,6 +306,76 @@ def test_profiles_keep_the_budgets_that_were_promised():
         n for n in seconds["cpu-full"] if n.startswith(("stepwise_", "minillm_", "divergence_"))
     ]
     assert sum(seconds["cpu-full"][n] for n in both) <= 8 * 3600
+
+
+# --- exercises and their solutions ------------------------------------------------------------------------------------------------
+
+
+def prose(nb: dict) -> str:
+    return "\n\n".join(source(c) for c in nb["cells"] if c["cell_type"] == "markdown")
+
+
+def exercises(text: str) -> dict[int, str]:
+    "{number: text} of the exercises of a lesson, from its prose."
+    below = text.partition("## Exercises\n")[2].partition("\nSolutions: ")[0]
+    parts = re.split(r"(?m)^(\d+)\. ", below)
+    return {int(number): part for number, part in zip(parts[1::2], parts[2::2])}
+
+
+def unsolved(lesson: str, solutions: str) -> list[str]:
+    "What is missing between the exercises of a lesson and the headings of its solutions."
+    asked = exercises(lesson)
+    solved = [int(number) for number in re.findall(r"(?m)^## (\d+)\. \S", solutions)]
+    wrong = [f"exercise {n} has no stars" for n, text in asked.items() if text[:1] != "★"]
+    wrong += [
+        f"exercise {n} has neither a solution nor a hint"
+        for n, text in asked.items()
+        if n not in solved and "<details>" not in text
+    ]
+    if solved != sorted(set(solved) & set(asked)):
+        wrong.append(f"the solutions are numbered {solved}, the exercises {list(asked)}")
+    return wrong
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=name)
+def test_every_exercise_has_a_solution_and_stars(path):
+    "A hint behind <details> may take the place of a solution that takes longer than ten minutes."
+    lesson = prose(load(path))
+    solutions = ROOT / "nbs" / "solutions" / path.parent.name / path.name
+    assert solutions.is_file(), f"write {name(solutions)}"
+    solved = prose(load(solutions))
+    assert exercises(lesson), "Exercises are a numbered list below `## Exercises`."
+    assert not (wrong := unsolved(lesson, solved)), wrong
+    there = f"](../solutions/{path.parent.name}/{path.name})"
+    back = f"](../../{path.parent.name}/{path.name})"
+    assert there in lesson.partition("## Exercises")[2], f"link the solutions: {there}"
+    assert back in solved.partition("\n## ")[0], f"link back to the lesson: {back}"
+    assert re.search(r"\bcost", solved.partition("\n## ")[0], re.I), "Say what they cost to run."
+
+
+@pytest.mark.parametrize(
+    "lesson, solutions, number",
+    [
+        ("1. ★ Why?\n2. ★★ How?", "## 1. Why\n\n## 2. How", 0),
+        ("1. ★ Why?\n2. ★★ How?", "## 1. Why", 1),
+        ("1. ★ Why?\n2. How?", "## 1. Why\n\n## 2. How", 1),
+        ("1. ★ Why?\n2. ★★★ How?\n\n   <details>So.</details>", "## 1. Why", 0),
+        ("1. ★ Why?", "## 1. Why\n\n## 2. More", 1),
+        ("1. ★ Why?", "## 1. Why\n\n## 1. Again", 1),
+    ],
+)
+def test_a_missing_solution_is_seen(lesson, solutions, number):
+    assert len(unsolved(f"# A lesson\n\n## Exercises\n\n{lesson}\n", solutions)) == number
+
+
+def test_solutions_belong_to_a_lesson_and_export_nothing():
+    lessons = {(p.parent.name, p.name) for p in LIBRARY}
+    stray = [name(p) for p in SOLUTIONS if (p.parent.name, p.name) not in lessons]
+    assert not stray, f"no lesson has this name: {stray}"
+    for path in SOLUTIONS:
+        for cell in code_cells(load(path)):
+            assert not cell["outputs"], CLEAN.format(path.relative_to(ROOT / "nbs"))
+            assert not re.search(r"#\| *(default_exp|export)", source(cell)), name(path)
 
 
 # --- no machine, no host ----------------------------------------------------------------------------------------------------------
@@ -394,6 +466,45 @@ def test_every_module_has_one_notebook():
         f"one module, one notebook: {twice}"
     )
     assert set(found) == {dotted(p) for p in MODULES}
+
+
+def test_every_lesson_has_its_place_and_its_links():
+    "nbs/book.json lists every lesson once, after what it needs; its lines in the lessons are those it gives now."
+    from kd_notes.runner.notebooks import notebook_title, open_book, result_names
+    from kd_notes.runner.order import lesson_lines, read_order
+
+    book = open_book(ROOT)
+    parts = read_order(book)
+    listed = [name for part in parts for name in part.results]
+    assert sorted(listed) == result_names(book)
+    notebooks = {name(p)[4:-6]: load(p) for p in LIBRARY}
+    titles = {lesson: notebook_title(nb) for lesson, nb in notebooks.items()}
+    expected = lesson_lines(parts, titles)
+    stale = []
+    for lesson, nb in notebooks.items():
+        found = {c["id"]: source(c) for c in nb["cells"] if c["id"].startswith("book-")}
+        top, bottom = expected[lesson]
+        places = [nb["cells"][1]["id"], nb["cells"][-1]["id"]]
+        if found != {"book-top": top, "book-bottom": bottom} or places != list(found):
+            stale.append(lesson)
+    assert not stale, f"Run: .venv/bin/kd-notes readme; the links of these are old: {stale}"
+
+
+def test_every_link_between_lessons_leads_somewhere():
+    "Relative links in the prose of lessons, solutions and results, and in the pages beside them."
+    broken = []
+    pages = sorted((ROOT / "nbs").rglob("*.ipynb")) + sorted((ROOT / "nbs").glob("*.md"))
+    for path in [p for p in pages if not p.name.startswith(("_", "."))]:
+        if path.suffix == ".md":
+            text = path.read_text()
+        else:
+            text = "\n".join(source(c) for c in load(path)["cells"] if c["cell_type"] == "markdown")
+        text = re.sub(r"(?s)```.*?```|`[^`\n]*`", "", text)
+        for target in re.findall(r"\]\(([^)\s]+)\)", text):
+            file = target.split("#")[0]
+            if file and not re.match(r"[a-z]+:", file) and not (path.parent / file).exists():
+                broken.append(f"{name(path)}: {target}")
+    assert not broken, broken
 
 
 def upward(module: str, text: str) -> list[str]:

@@ -185,6 +185,7 @@ def test_code_modules_follow_imports():
         "core",
         "losses.adaptive",
         "losses.divergences",
+        "losses.families",
     ]
     with pytest.raises(UserError, match="kd_notes.nowhere"):
         code_modules("nowhere")

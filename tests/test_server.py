@@ -6,6 +6,8 @@ import subprocess
 import sys
 import threading
 import time
+from datetime import datetime, timedelta, timezone
+from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -135,7 +137,19 @@ def test_an_answer_that_used_up_its_limit_is_cut_whatever_the_server_calls_it(
     assert row["finish"] == "length" and row["outcome"] == "truncated"
 
 
-@pytest.mark.parametrize("reason", ["stop", "end_turn", "eos_token", "STOP", "COMPLETE", None])
+@pytest.mark.parametrize(
+    "reason",
+    ["abort", "cancelled", "timeout", "interrupted", "network_error", "pause_turn", "repetition"]
+    + ["insufficient_system_resource", "malformed_function_call", "FinishReason.MAX_TOKENS"],
+)
+def test_an_answer_that_something_ended_is_cut_though_tokens_were_left(serve, reason):
+    server = serve(lambda body, n: (200, {}, chat("Sixty.\nAnswer: 12", reason, (5, 8))))
+    assert one(server).finish == "length"
+
+
+@pytest.mark.parametrize(
+    "reason", ["stop", "end_turn", "eos_token", "stop_sequence", "STOP", "COMPLETE", "", None]
+)
 def test_an_answer_that_ended_by_itself_is_whole(serve, reason):
     server = serve(lambda body, n: (200, {}, chat(GOOD, reason, (5, 9))))
     assert one(server).finish == "stop"
@@ -160,6 +174,10 @@ def test_without_reason_and_count_the_length_of_the_text_decides(serve, used, fi
         "◁think▷A number.\n\n◁/think▷",
         "<|channel|>analysis<|message|>A number.\n\n<|end|><|channel|>final<|message|>",
         "<think></think>\n\n<think>Again.\n\n</think>",
+        "<seed:think>A number.\n\n</seed:think>",
+        "<|START_THINKING|>A number.\n\n<|END_THINKING|>",
+        "<|begin_of_thought|>A number.\n\n<|end_of_thought|>",
+        "<unused94>thought\nA number.\n\n<unused95>",
     ],
 )
 def test_thoughts_are_neither_rationale_nor_a_place_to_stop(serve, tmp_path, thoughts):
@@ -201,11 +219,56 @@ def test_thoughts_in_a_field_of_their_own_are_left_out(serve, field):
         [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": GOOD}],
         [{"type": "reasoning", "text": "hm"}, {"type": "output_text", "text": GOOD}],
         [GOOD[:5], GOOD[5:]],
+        [None, 3, {"type": "text", "text": GOOD}],
+        {"type": "text", "text": GOOD},
+        [{"type": "text", "text": {"value": GOOD}}],
     ],
 )
 def test_content_may_be_a_list_of_blocks(serve, content):
     server = serve(lambda body, n: (200, {}, chat(content)))
     assert one(server).text == GOOD
+
+
+@pytest.mark.parametrize("content", [3, [], [3], [{"type": "text", "text": None}], {}, ""])
+def test_content_without_a_text_is_an_empty_answer(serve, content):
+    assert one(serve(lambda body, n: (200, {}, chat(content)))).text == ""
+
+
+@pytest.mark.parametrize(
+    "usage",
+    [
+        None,
+        [],
+        "5",
+        5,
+        {},
+        {"completion_tokens": "many"},
+        {"completion_tokens": {}},
+        {"prompt_tokens": None},
+    ],
+)
+def test_tokens_that_a_server_cannot_count_end_no_work(serve, usage):
+    server = serve(lambda body, n: (200, {}, chat(GOOD) | {"usage": usage}))
+    made = one(server)
+    assert (made.text, made.finish, made.completion_tokens) == (GOOD, "stop", 0)
+
+
+def test_a_finish_reason_that_is_no_text_is_an_unknown_one(serve):
+    assert one(serve(lambda body, n: (200, {}, chat(GOOD, 3)))).finish == "stop"
+
+
+@pytest.mark.parametrize("status", [500, None])
+def test_the_last_row_may_be_the_one_that_the_server_cannot_answer(serve, tmp_path, status):
+    "No later answer shows that the server is well; the error of its own does."
+
+    def answer(body, n):
+        if not asks_for(body, 5):
+            return 200, {}, chat(GOOD)
+        return (status, {}, error("crash")) if status else (200, {}, error("upstream"))
+
+    path = tmp_path / "a.jsonl"
+    extract(examples(), backend(serve(answer), retries=0), rationale_decoding(32), path)
+    assert outcomes(path) == {f"e{i}": "ok" for i in range(5)} | {"e5": "refused"}
 
 
 def test_a_row_whose_thoughts_used_up_the_limit_is_an_outcome_and_the_others_go_on(serve, tmp_path):
@@ -332,6 +395,36 @@ def test_a_quota_that_is_spent_is_told_and_not_waited_for(serve, wait):
     assert time.monotonic() - start < 5 and len(server.calls) == 1
 
 
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {
+            "Retry-After": format_datetime(
+                datetime.now(timezone.utc) + timedelta(days=2), usegmt=True
+            )
+        },
+        {"retry-after-ms": "172800000"},
+        {"Retry-After": "172800.5"},
+    ],
+    ids=["date", "milliseconds", "fraction"],
+)
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_wait_of_days_is_told_in_hours_however_it_is_written(serve, headers, status):
+    server = serve(lambda body, n: (status, headers, error("maintenance")))
+    with pytest.raises(UserError, match=r"in 1 attempt .*asked again in 4[78]\.\d hours"):
+        one(server, retries=6)
+    assert len(server.calls) == 1
+
+
+@pytest.mark.parametrize("wait", ["-5", "soon", "nan", "0", "", "99999999999999999999", "inf"])
+def test_a_wait_that_makes_no_sense_is_no_hang(serve, wait):
+    server = serve(lambda body, n: (429, {"Retry-After": wait}, error("slow down")))
+    start = time.monotonic()
+    with pytest.raises(UserError, match="slow down"):
+        one(server)
+    assert time.monotonic() - start < 10
+
+
 @pytest.mark.parametrize("code", ["insufficient_quota", "billing_hard_limit_reached"])
 def test_no_retry_where_it_cannot_help(serve, code):
     server = serve(lambda body, n: (429, {}, error("You exceeded your quota", code=code)))
@@ -420,3 +513,27 @@ def test_outputs_whose_names_differ_after_a_dot_have_manifests_of_their_own(serv
         extract(examples(2), backend(server), rationale_decoding(tokens), tmp_path / name)
     stored = [read_json(manifest_path(tmp_path / name)) for name in ("qwen2.5-a", "qwen2.5-b")]
     assert [m["decoding"]["max_new_tokens"] for m in stored] == [32, 33]
+
+
+def test_names_of_outputs_never_share_a_manifest():
+    names = [
+        "a",
+        "a.jsonl",
+        "a.b",
+        "a.b.jsonl",
+        "a.json",
+        "a.manifest",
+        "a.manifest.json",
+        ".jsonl",
+    ]
+    names += ["a.jsonl.jsonl", "qwen2.5-a", "qwen2.5-b", "{a} %s b.jsonl"]
+    manifests = {str(manifest_path(name)) for name in names}
+    assert len(manifests) == len(names)
+    assert manifest_path("sub/a.jsonl").as_posix() == "sub/a.manifest.json"
+
+
+def test_a_file_with_and_one_without_an_ending_stay_apart(serve, tmp_path):
+    server = serve(lambda body, n: (200, {}, chat(GOOD)))
+    for name, tokens in (("a", 32), ("a.jsonl", 33), ("a", 32)):
+        extract(examples(2), backend(server), rationale_decoding(tokens), tmp_path / name)
+    assert len(server.calls) == 4

@@ -48,8 +48,8 @@ def test_a_value_of_another_type_names_setting_and_value(value, annotation):
 
 
 SETTINGS = {
-    "n": (-1, "five", 2.5, True), "validation": ("some", True, None), "epochs": ("x", 0, -1), "steps": ("ten", -1, True),
-    "batch_size": (0, -1, 2.5, "many"), "accumulate": (0, "x"), "lr": ("high", True, float("nan"), None),
+    "n": (-1, "five", 2.5, True), "validation": ("some", True, None), "epochs": ("x", 0, -1), "max_steps": ("ten", -1, True),
+    "batch_size": (0, -1, 2.5, "many"), "gradient_accumulation_steps": (0, "x"), "lr": ("high", True, float("nan"), None),
     "warmup": ("x",), "sft_weight": ("half",), "temperature": ("hot",), "options": ([1], "beta"), "max_length": ("short", -1),
     "system": (5, True), "evaluations": (-1, "x"), "top_k": (0, -1), "max_new_tokens": (0, "x"), "top_p": ("x",),
     "width": (0, "x"), "seed": ("x", 0.5), "dtype": (32,), "precision": (True,), "device": (0,),
@@ -77,18 +77,18 @@ def test_an_option_of_a_divergence_names_itself(beta):
 @pytest.mark.parametrize(
     "change",
     [
-        {"lr": "high"}, {"steps": True}, {"batch_size": 2.5}, {"betas": 0.9}, {"lora": [1]}, {"lora": {"r": "x"}},
+        {"lr": "high"}, {"max_steps": True}, {"batch_size": 2.5}, {"betas": 0.9}, {"lora": [1]}, {"lora": {"r": "x"}},
         {"lora": {"r": 0}}, {"lora": {"alpha": "x"}}, {"lora": {"dropout": 2}}, {"lora": {"targets": 5}},
     ],
 )  # fmt: skip
 def test_a_setting_of_a_training_names_itself(change):
     (name,) = change
     with pytest.raises(UserError, match=name):
-        TrainConfig(**{"steps": 1, "batch_size": 1, "lr": 1e-3} | change)
+        TrainConfig(**{"max_steps": 1, "batch_size": 1, "lr": 1e-3} | change)
 
 
 def test_adapters_take_numbers_as_text():
-    cfg = TrainConfig(steps=1, batch_size=1, lr="1e-3", lora={"r": "4"})
+    cfg = TrainConfig(max_steps=1, batch_size=1, lr="1e-3", lora={"r": "4"})
     assert cfg.lr == 1e-3 and cfg.lora == {"r": 4}
 
 

@@ -39,6 +39,7 @@ from kd_notes.methods.logit_kd import KD
 from kd_notes.models.pretrained import _merge_adapter, merge_adapters
 from kd_notes.training.checkpoint import last_checkpoint, rng_state, save_model, set_rng_state
 from kd_notes.training.loop import train
+from kd_notes.training.setup import add_lora
 from kd_notes.training.method import SFT
 from kd_notes.training.state import Callback, lr_factor, TrainConfig
 
@@ -724,6 +725,43 @@ def test_a_merged_student_is_the_one_that_was_trained(tmp_path, targets, tied):
         torch.testing.assert_close(again(ids).logits, measured, atol=1e-4, rtol=1e-4)
         onto_base = _merge_adapter(base(), adapter).eval()
         torch.testing.assert_close(onto_base(ids).logits, measured, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["bart", "t5"])
+@pytest.mark.parametrize("targets", [["lm_head"], ["q_proj", "q", "lm_head"]])
+def test_a_merged_encoder_decoder_is_the_one_that_was_trained(tmp_path, kind, targets):
+    "BART's encoder and decoder share the head's weights too, and got random ones when loaded."
+    from transformers import AutoConfig, AutoModelForSeq2SeqLM
+
+    shape = {"vocab_size": VOCAB, "d_model": 32, "pad_token_id": 0, "decoder_start_token_id": 2}
+    if kind == "bart":
+        shape |= {
+            f"{side}_{name}": 2
+            for side in ("encoder", "decoder")
+            for name in ("layers", "attention_heads")
+        }
+        shape |= {"encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "max_position_embeddings": 128}
+    else:
+        shape |= {"d_kv": 16, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+    torch.manual_seed(0)
+    model = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model(kind, **shape))
+    student = add_lora(model, {"r": 4, "alpha": 8, "targets": targets}, seed=0).eval()
+    with torch.no_grad():
+        for name, p in student.named_parameters():
+            if "lora_B" in name:
+                p.normal_()
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        measured = student(input_ids=ids, decoder_input_ids=ids).logits
+        saved = save_model(merge_adapters(student), tmp_path / "whole")
+        again = AutoModelForSeq2SeqLM.from_pretrained(saved).eval()
+        got = again(input_ids=ids, decoder_input_ids=ids).logits
+    torch.testing.assert_close(got, measured, atol=1e-4, rtol=1e-4)
+
+
+def test_an_adapter_that_would_never_be_read_is_refused():
+    with pytest.raises(UserError, match="never be read"):
+        add_lora(mini_model("t5", "xs", VOCAB, seed=0), {"targets": ["shared"]}, seed=0)
 
 
 def test_settings_that_cannot_change_numbers_may_change(tmp_path):

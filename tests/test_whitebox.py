@@ -1,5 +1,6 @@
 """White-box distillation: rows, word-level KD, SeqKD, other tokenizers, `distill` with real kills. Small random models, real processes."""
 
+import copy
 import json
 import math
 import os
@@ -59,7 +60,7 @@ from kd_notes.experiments.instruction_sets import (
 from kd_notes.methods.logit_kd import KD, OtherTokenizer
 from kd_notes.methods.seqkd import write_responses, Writing
 from kd_notes.models.layer_drop import make_student
-from kd_notes.models.pretrained import context_of
+from kd_notes.models.pretrained import context_of, load_teacher
 
 TOK = load_mini_tokenizer()
 V = len(TOK)
@@ -885,6 +886,75 @@ def test_another_request_for_the_same_folder_is_refused(place, tmp_path):
             go(place, tmp_path / "out", **more)
 
 
+def changed_in_place(folder, name, old, new):
+    text = (folder / name).read_text()
+    assert old in text
+    (folder / name).write_text(text.replace(old, new, 1))
+
+
+def test_an_output_that_is_a_file_is_one_clear_error(place, tmp_path):
+    (tmp_path / "taken").write_text("a file")
+    for out in (tmp_path / "taken", tmp_path / "taken" / "below"):
+        with pytest.raises(UserError, match="taken.*could not be written"):
+            go(place, out)
+
+
+@pytest.mark.parametrize("weights", [b"", b"xx", b"\x08\0\0\0\0\0\0\0{}      "])
+def test_damaged_weights_are_one_clear_error(place, tmp_path, weights):
+    twin = tmp_path / "twin"
+    shutil.copytree(place / "teacher", twin)
+    (twin / "model.safetensors").write_bytes(weights)
+    with pytest.raises(UserError, match="twin"):
+        distill(place / "chats.jsonl", str(twin), "layers:1", "sft", tmp_path / "out", **QUICK)
+    with pytest.raises(UserError, match="twin"):
+        load_teacher(twin)
+
+
+@pytest.mark.parametrize("name", ["{a}", "100% [x] ü", "new\nline", "two words"])
+def test_an_output_with_an_odd_name(place, tmp_path, name):
+    assert go(place, tmp_path / name, "sft")["rows"] == 26
+    assert (tmp_path / name / "report.json").is_file()
+
+
+LAYOUTS = {
+    "the teacher's config": ("config.json", '"rms_norm_eps": 1e-06', '"rms_norm_eps": 0.01'),
+    "its generation config": ("generation_config.json", "{", '{"eos_token_id": [1, 3],'),
+    "its tokenizer": ("tokenizer.json", '"fuse_unk": false', '"fuse_unk": true'),
+    "its chat template": ("tokenizer_config.json", "{", '{"chat_template": "{{ messages[0].content }}",'),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", LAYOUTS)
+def test_a_model_changed_in_place_is_another_request(place, tmp_path, what):
+    twin = tmp_path / "twin"
+    shutil.copytree(place / "teacher", twin)
+    data, out = place / "chats.jsonl", tmp_path / "out"
+    distill(data, str(twin), "layers:1", "sft", out, **QUICK)
+    assert distill(data, str(twin), "layers:1", "sft", out, **QUICK)["objective"] == "sft"
+    changed_in_place(twin, *LAYOUTS[what])
+    with pytest.raises(UserError, match="another teacher_layout"):
+        distill(data, str(twin), "layers:1", "sft", out, **QUICK)
+
+
+def test_another_template_of_a_tokenizer_object_is_another_request(teacher, tmp_path):
+    rows = [{"prompt": f"say {i}", "response": f"it is {i}"} for i in range(12)]
+    fresh = [load_mini_tokenizer() for _ in range(3)]
+    fresh[2].chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    for tokenizer in fresh[:2]:  # a second process reads the tokenizer anew
+        distill(rows, (teacher, tokenizer), "layers:1", "sft", tmp_path / "out", **QUICK)
+    with pytest.raises(UserError, match="another teacher_layout"):
+        distill(rows, (teacher, fresh[2]), "layers:1", "sft", tmp_path / "out", **QUICK)
+
+
+def test_answers_of_a_teacher_with_other_ends_are_not_continued(tmp_path, teacher):
+    path, asked = tmp_path / "a.jsonl", dialogues(2)
+    write_responses(path, teacher, TOK, asked, Writing("greedy", 4))
+    other_end = copy.deepcopy(teacher)
+    other_end.generation_config.eos_token_id = [5]
+    with pytest.raises(UserError, match="ends"):
+        write_responses(path, other_end, TOK, asked, Writing("greedy", 4))
+
+
 LONG = {
     "max_steps": 40,
     "evaluations": 2,
@@ -929,9 +999,10 @@ def wait_for(process, ready):
     raise AssertionError("it never came so far")
 
 
-def test_a_killed_distillation_ends_as_if_nothing_had_happened(place, tmp_path):
+@pytest.mark.parametrize("objective", ["cached_forward_kl", "gkd"])
+def test_a_killed_distillation_ends_as_if_nothing_had_happened(place, tmp_path, objective):
     "kill -9 in the middle of the training; the same call then gives the same student, to the bit, as an uninterrupted one."
-    process = start(place, tmp_path / "killed", "cached_forward_kl")
+    process = start(place, tmp_path / "killed", objective)
     assert wait_for(
         process,
         lambda: any((tmp_path / "killed" / "work" / "train" / "checkpoints").glob("step-*")),
@@ -940,7 +1011,7 @@ def test_a_killed_distillation_ends_as_if_nothing_had_happened(place, tmp_path):
     process.wait()
     assert not (tmp_path / "killed" / "report.json").exists()
     torch.set_num_threads(1)
-    job = (place / "chats.jsonl", str(place / "teacher"), "layers:2", "cached_forward_kl")
+    job = (place / "chats.jsonl", str(place / "teacher"), "layers:2", objective)
     reports = [distill(*job, tmp_path / name, **LONG) for name in ("killed", "whole")]
     assert (tmp_path / "killed" / "model.safetensors").read_bytes() == (
         tmp_path / "whole" / "model.safetensors"

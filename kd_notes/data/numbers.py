@@ -135,7 +135,7 @@ def _scaled(digits: str, match: re.Match) -> str | None:
             return None  # 5 million, or 5 metres?
         scale = {"m": "million", "b": "billion"}[scale.lower()]
     number = Decimal(digits).scaleb(int(exponent or 0)) * _SCALES.get(scale.lower(), 1)
-    return format(number, "f")
+    return format(number.normalize(), "f")
 
 
 def written_number(text: str) -> str | None:

@@ -16,7 +16,7 @@ from string import Formatter
 from typing import Any
 
 from ..core import read_text, UserError
-from .answers import written_number
+from .numbers import written_number
 from kd_notes.data.examples import (
     check_label,
     Example,

@@ -18,7 +18,7 @@ from ..data.examples import Example
 from ..data.task_file import OwnTask
 from .statistics import hierarchical_bootstrap, paired
 from .text import rouge_l
-from ..methods.rationales import clean_label
+from ..methods.rationales import clean_label, one_line
 
 # %% ../../nbs/3_reasons/08_task_scores.ipynb #b27fca71
 ANSWER_OUTCOMES = ("ok", "empty", "not_allowed", "too_long")
@@ -49,7 +49,7 @@ def item_scores(
         return rouge_l([text or "" for text in given], [[example.label] for example in examples])
     return np.array(
         [
-            float(label is not None and is_correct(task.metric, label, example.label))
+            float(label is not None and is_correct(task.metric, label, one_line(example.label)))
             for label, example in zip(given, examples)
         ]
     )

@@ -14,7 +14,7 @@ from typing import Any
 from ..checks import check_count
 from ..core import read_json, UserError, write_json
 from ..data.answers import accuracy, is_correct
-from ..data.examples import Example, load_jsonl, task_info, TaskInfo, TASKS
+from ..data.examples import Example, load_jsonl, TaskInfo, TASKS
 from ..data.task_file import own_task, OwnTask, task_examples
 from ..evaluation.task_scores import task_score
 from .stepwise import info_of, task_split, teacher_file
@@ -159,9 +159,9 @@ def extract_rationales(
     Returns {'file', 'rows', 'outcomes', 'accuracy'}; the accuracy is None without gold labels.
     For a task of your own, 'score' is the teacher's by the task's metric.
     """
-    if limit is not None and limit < 1:
-        fix = "Use 1 or more, or leave it out for all rows."
-        raise UserError(f"{limit} is not a number of rows", where="--limit", fix=fix)
+    if limit is not None:
+        fix = "Use 1 or more, or leave it out for all examples."
+        limit = check_count(limit, "limit", 1, fix)
     if is_own(task):
         task = own_task(task)
         info, examples, prompt = own_question(task, source, teacher, shots, seed)

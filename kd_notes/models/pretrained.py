@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import safe_open, SafetensorError
 
 from ..core import cache_dir, sha256_file, stable_hash, UserError, write_json
 from .mini import _choose
@@ -55,9 +55,16 @@ def _named_weights(source: Any) -> Iterator[tuple[str, torch.Tensor]]:
             fix="Pass the folder of a saved model, or the model.",
         )
     for path in files:
-        with safe_open(path, "pt") as file:
-            for name in file.keys():
-                yield name, file.get_tensor(name)
+        try:
+            with safe_open(path, "pt") as file:
+                for name in file.keys():
+                    yield name, file.get_tensor(name)
+        except (OSError, SafetensorError) as e:
+            raise UserError(
+                f"the weights cannot be read ({e})",
+                where=path,
+                fix="The file is damaged or was not downloaded to its end: fetch or save it again.",
+            ) from e
 
 
 def tensor_hash(tensor: torch.Tensor) -> str:
@@ -263,9 +270,10 @@ def _from_pretrained(
         place = _local_snapshot(source, revision, local_files_only)
         config = AutoConfig.from_pretrained(place, revision=revision)
         auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        model = auto.from_pretrained(place, dtype=dtype, use_safetensors=True, revision=revision)
-        return model, AutoTokenizer.from_pretrained(place, revision=revision)
-    except (OSError, ValueError) as e:
+        options = {"dtype": dtype, "use_safetensors": True, "revision": revision}
+        model, found = auto.from_pretrained(place, **options, output_loading_info=True)
+        tokenizer = AutoTokenizer.from_pretrained(place, revision=revision)
+    except (OSError, ValueError, SafetensorError) as e:
         reason = (str(e).strip() or type(e).__name__).splitlines()[0]
         raise UserError(
             f"the model could not be loaded: {reason}",
@@ -273,6 +281,13 @@ def _from_pretrained(
             fix="Check the name; a model of the hub needs a network "
             "or a filled cache, a folder needs config.json, safetensors weights and a tokenizer.",
         ) from e
+    if missing := sorted(found["missing_keys"]):
+        raise UserError(
+            f"{len(missing)} weights are missing, among them {missing[0]}",
+            where=source,
+            fix="They would be random. Save or download the model again, or choose a complete one.",
+        )
+    return model, tokenizer
 
 # %% ../../nbs/2_playground/09_pretrained.ipynb #456379f8
 def vocabulary_size(tokenizer) -> int:

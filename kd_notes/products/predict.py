@@ -6,7 +6,6 @@
 __all__ = ['predict_rows', 'evaluate_rows']
 
 # %% ../../nbs/3_reasons/09_predict.ipynb #571049d4
-import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator

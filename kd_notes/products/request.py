@@ -95,6 +95,19 @@ def _layout_of(tokenizer: Any) -> list:
     return [cut, ends, chat_template_of(tokenizer)]
 
 # %% ../../nbs/4_probabilities/19_distill_request.ipynb #e740dc4d
+def changed_names(before: dict, now: dict) -> list[str]:
+    "Return what differs between two requests; of the settings, which."
+    keys = dict.fromkeys((*now, *before))
+    changed = [key for key in keys if key != "settings" and before.get(key) != now.get(key)]
+    old = before.get("settings", {})
+    new = now.get("settings", {})
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        return changed + ["settings"] * (old != new)
+    return changed + [
+        name for name in dict.fromkeys((*new, *old)) if old.get(name) != new.get(name)
+    ]
+
+
 def finished_report(out: Path, request: Callable[[], dict], what: str) -> dict | None:
     """Return the report of a folder that holds this request's result, or None.
 
@@ -104,7 +117,7 @@ def finished_report(out: Path, request: Callable[[], dict], what: str) -> dict |
     if file.is_file():
         before = read_json(file)
         now = request()
-        if changed := [key for key in now if before.get(key) != now[key]]:
+        if changed := changed_names(before, now):
             raise UserError(
                 f"the folder holds {what} with another {' and '.join(changed)}",
                 where=out,
@@ -120,13 +133,6 @@ def finished_report(out: Path, request: Callable[[], dict], what: str) -> dict |
     return read_json(report) if report.is_file() else None
 
 # %% ../../nbs/4_probabilities/19_distill_request.ipynb #e09beb8e
-def changed_names(before: dict, now: dict) -> list[str]:
-    "Return what differs between two requests; settings are named one by one."
-    names = [name for name in now if name != "settings" and before.get(name) != now[name]]
-    settings = before.get("settings", {})
-    return names + [name for name, value in now["settings"].items() if settings.get(name) != value]
-
-
 @dataclass(frozen=True)
 class Request:
     "The arguments of a distillation and the folder that it fills."
@@ -137,6 +143,7 @@ class Request:
     objective: str
     out: Path
     settings: DistillSettings
+    corpus: tuple[str, ...] = ()  # texts of the language-modelling term
 
     @property
     def work(self) -> Path:
@@ -168,6 +175,8 @@ class Request:
             "objective": self.objective,
             "settings": asdict(self.settings),
         }
+        if self.corpus:
+            request["corpus_sha256"] = stable_hash(list(self.corpus))
         return to_jsonable(request)
 
     def finished(self) -> dict | None:

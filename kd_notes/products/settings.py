@@ -16,6 +16,8 @@ from typing import Any
 from ..checks import check_arguments, check_count, check_fields
 from ..core import rng, UserError
 from ..losses.divergences import DIVERGENCES, get_divergence
+from ..methods.on_policy import OnPolicyConfig
+from ..methods.registry import METHODS
 from ..training.state import TrainConfig
 
 # %% ../../nbs/4_probabilities/17_distill_settings.ipynb #72443aba
@@ -51,9 +53,10 @@ class DistillSettings:
 
     def __post_init__(self):
         check_fields(self)
-        for name in ("n", "steps", "max_length", "evaluations"):
+        for name in ("n", "max_steps", "max_length", "evaluations"):
             check_count(getattr(self, name), name, 0)
-        for name in ("batch_size", "accumulate", "top_k", "max_new_tokens", "width"):
+        counts = ("batch_size", "gradient_accumulation_steps", "top_k", "max_new_tokens", "width")
+        for name in counts:
             check_count(getattr(self, name), name, 1)
         if self.epochs <= 0:
             fix = "Use a number above 0."
@@ -116,9 +119,48 @@ CROSS_OBJECTIVES = {
     "spans_uld": "sorted probabilities at such pieces",
     "spans_matched": "forward KL over common tokens at such pieces",
 }
-_ON_POLICY = (
-    "minillm minillm_official on_policy gkd on_policy_kd skd distillm distillm2 dpkd dpkd_official"
-).split()
+
+# %% ../../nbs/4_probabilities/17_distill_settings.ipynb #f797335f
+ON_POLICY = {
+    "minillm": "reverse KL by policy gradient on the student's text (MiniLLM)",
+    "minillm_official": "MiniLLM with the settings of its released code",
+    "on_policy": "policy gradient of reverse KL on text of the student alone",
+    "dpkd": "preference of the data's completion over the student's (DPKD)",
+    "dpkd_official": "DPKD with the settings of its released code",
+    "gkd": "JSD, half on the student's text and half on the data's (GKD)",
+    "on_policy_kd": "reverse KL at every token of the student's text",
+    "skd": "forward KL on text that the teacher corrects while it is written (SKD)",
+    "distillm": "skewed forward KL on more and more of the student's text (DistiLLM)",
+    "distillm2": "skewed KL on the teacher's text, its reverse on the student's (DistiLLM-2)",
+    "fdistill_kl": "forward KL on the teacher's text (f-distill)",
+    "fdistill_rkl": "reverse KL on the student's text (f-distill)",
+    "fdistill_js": "both skewed to the half, on both texts (f-distill)",
+    "fdistill_tvd": "total variation on both texts (f-distill)",
+}
+ON_POLICY_DEFAULTS = {"lr": 5e-5}  # instead of the default, where no rate is given
+ALIASES = {"akl": "adaptive_kl"}
+
+
+def on_policy_config(name: str, s: "DistillSettings", rows: int, corpus: bool) -> OnPolicyConfig:
+    "Settings of an on-policy objective: its published ones, the options, and what the run decides."
+    minibatch = train_config(s, rows).batch_size * s.gradient_accumulation_steps
+    minibatch *= int(os.environ.get("WORLD_SIZE", "1"))
+    changes = {
+        "max_new_tokens": s.max_new_tokens,
+        # as many prompts as there are, in whole minibatches, at most the papers' 256
+        "rollouts": minibatch * max(1, min(256, rows) // minibatch),
+    }
+    if not corpus:
+        changes["pt_weight"] = 0.0  # the language-modelling term has nothing to read
+    make = METHODS[name][1]
+    try:
+        return make(**(changes | s.options))
+    except TypeError as error:
+        raise UserError(
+            f"a setting does not exist: {str(error).split('__init__() ')[-1]}",
+            where="options",
+            fix=f"They are the fields of {type(make(**changes)).__name__}.",
+        ) from error
 
 # %% ../../nbs/4_probabilities/17_distill_settings.ipynb #d1c5b6f8
 _LIVE = [name for name in DIVERGENCES if name != "uld"]
@@ -127,24 +169,22 @@ OBJECTIVES = (
     | CROSS_OBJECTIVES
     | {"cached_forward_kl": "forward KL from logits that the teacher gave once"}
     | {n: f"{n.replace('_', ' ').replace('kl', 'KL')} between teacher and student" for n in _LIVE}
+    | ON_POLICY
 )
 
 
 def check_objective(name: str, options: dict | None = None) -> str:  # options: of the divergence
-    "Return the name if it is an objective with these options, else raise UserError."
-    if name in _ON_POLICY:
-        raise UserError(
-            f"{name} trains on text that the student writes, which distill does not support",
-            where="objective",
-            fix="Use train(student, onpolicy_method(...), rows, config): see the lessons on "
-            "MiniLLM and GKD.",
-        )
+    "Return the name (adaptive_kl for akl); refuse an unknown objective and options it lacks."
+    name = ALIASES.get(name, name)
     if name not in OBJECTIVES:
         raise UserError(
             f"{name!r} is not an objective",
             where="objective",
             fix=f"Choose one of {', '.join(OBJECTIVES)}.",
         )
+    if name in ON_POLICY:
+        on_policy_config(name, DistillSettings(options=options or {}), 8, corpus=True)
+        return name
     divergence = "forward_kl" if name == "cached_forward_kl" else name
     if divergence in DIVERGENCES and name not in CROSS_OBJECTIVES:
         get_divergence(divergence, **(options or {}))

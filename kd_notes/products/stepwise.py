@@ -10,12 +10,12 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from ..core import atomic_write, folder_lock, UserError, write_json
-from ..data.examples import Example, TaskInfo
+from ..data.examples import TaskInfo
 from ..data.task_file import own_task
 from ..environment import device_class, versions
 from ..evaluation.figures import save_figure

@@ -9,7 +9,7 @@ __all__ = []
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..evaluation.figures import arm_styles, OKABE_ITO, STYLE
+from ..evaluation.figures import arm_styles, STYLE
 
 # %% ../../nbs/3_reasons/13_stepwise_card.ipynb #0f004a46
 _STEPWISE_CARD = """---

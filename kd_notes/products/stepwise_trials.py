@@ -7,7 +7,6 @@ __all__ = []
 
 # %% ../../nbs/3_reasons/12_stepwise_trials.ipynb #7cc00c6b
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,27 +107,6 @@ class Search:
     def folder(self, arm: str, rate: float) -> Path:
         return self.request.work / arm / f"{rate:.3g}"
 
-    def config(self, job: ArmJob, rate: float, model: Any) -> TrainConfig:
-        s = self.request.settings
-        return TrainConfig(
-            max_steps=job.steps,
-            batch_size=s.batch_size,
-            gradient_accumulation_steps=s.gradient_accumulation_steps,
-            lr=rate,
-            warmup=min(s.warmup, job.steps),
-            weight_decay=s.weight_decay,
-            seed=s.seed,
-            log_every=max(1, job.steps // 50),
-            eval_every=max(1, job.steps // s.evaluations),
-            save_every=max(SAVE_EVERY, job.steps // 10),
-            keep_best=True,
-            max_length=context_of(model, limit=s.max_length),
-            precision=s.precision,
-            device=s.device,
-            lora=s.lora,
-            gradient_checkpointing=s.gradient_checkpointing,
-        )
-
     def done(self, arm: str) -> list[dict]:
         "Return the finished trials of an arm, in rising order of their rates."
         files = (self.request.work / arm).glob("*/trial.json")
@@ -162,6 +140,29 @@ class Search:
                 shutil.rmtree(self.folder(arm, trial["rate"]) / "model", ignore_errors=True)
 
 # %% ../../nbs/3_reasons/12_stepwise_trials.ipynb #38d0d98d
+def trial_config(search: Search, job: ArmJob, rate: float, model: Any) -> TrainConfig:
+    "The loop's settings of a trial."
+    s = search.request.settings
+    return TrainConfig(
+        max_steps=job.steps,
+        batch_size=s.batch_size,
+        gradient_accumulation_steps=s.gradient_accumulation_steps,
+        lr=rate,
+        warmup=min(s.warmup, job.steps),
+        weight_decay=s.weight_decay,
+        seed=s.seed,
+        log_every=max(1, job.steps // 50),
+        eval_every=max(1, job.steps // s.evaluations),
+        save_every=max(SAVE_EVERY, job.steps // 10),
+        keep_best=True,
+        max_length=context_of(model, limit=s.max_length),
+        precision=s.precision,
+        device=s.device,
+        lora=s.lora,
+        gradient_checkpointing=s.gradient_checkpointing,
+    )
+
+
 def _train(search: Search, job: ArmJob, rate: float, run_dir: Path) -> tuple[dict, Any]:
     """Train an arm with a rate; return (results, model).
 
@@ -177,7 +178,7 @@ def _train(search: Search, job: ArmJob, rate: float, run_dir: Path) -> tuple[dic
     }
     facts = {"arm": job.arm, "rate": rate, "parameters": count_parameters(model)}
     try:
-        result = train(model, method, job.rows, search.config(job, rate, model), **options)
+        result = train(model, method, job.rows, trial_config(search, job, rate, model), **options)
     except UserError as error:
         if "not finite" not in error.what:
             raise

@@ -23,6 +23,7 @@ from kd_notes.runner.notebooks import (
     read_notebook,
     result_names,
 )
+from .order import read_order
 from .profiles import load_profile
 from .publish import notebook_text
 from .record import expected_file
@@ -314,16 +315,6 @@ def headline_figure(book: Book, name: str) -> str:
     )
 
 # %% ../../nbs/7_engine_room/27_readme.ipynb #7f378c60
-CHAPTERS = {
-    "1_idea": "The idea",
-    "2_playground": "The playground",
-    "3_reasons": "Learning from reasons",
-    "4_probabilities": "Learning from probabilities",
-    "5_own_words": "Learning from one's own words",
-    "7_engine_room": "The engine room: how it is built",
-}
-
-
 def predicted_time(book: Book, profile: str, everything: bool = False) -> str:
     "Return the predicted time of a profile's headline, or of all its notebooks."
     chosen = load_profile(book, profile)
@@ -357,12 +348,12 @@ def cost_table(book: Book) -> str:
 def contents(book: Book) -> str:
     "Return the lessons in reading order as Markdown."
     lines = []
-    for folder, title in CHAPTERS.items():
-        lines.append(f"\n**{title}**\n")
-        for path in sorted((book.nbs / folder).glob("*.ipynb")):
-            nb = read_notebook(path)
+    for part in read_order(book):
+        lines.append(f"\n**{part.title}**\n")
+        for lesson in part.lessons:
+            link = f"{lesson.name}.ipynb"
+            nb = read_notebook(book.nbs / link)
             subtitle = re.search(r"(?m)^> (.*)$", "".join(nb["cells"][0]["source"]))
-            link = path.relative_to(book.nbs).as_posix()
             lines.append(f"- [{notebook_title(nb)}]({link}): {subtitle[1]}")
     return "\n".join(lines)
 

@@ -1,0 +1,243 @@
+"""Faults of the field, modelled on public reports: which report, and which test holds it. And the tests that belong nowhere else."""
+
+import ast
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import test_tokenizers
+import torch
+from test_architectures import FAMILIES, tiny
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from kd_notes.core import UserError
+from kd_notes.data.dialogues import encode_row
+from kd_notes.data.rows import load_rows
+from kd_notes.evaluation.calibration import ece, reliability
+from kd_notes.evaluation.validation import Validation
+from kd_notes.generation.sampling import greedy
+from kd_notes.models.pretrained import load_pretrained
+from kd_notes.products.distill import distill
+from kd_notes.products.settings import hold_out
+
+CASES = [  # name (a sibling behind the colon), subject of the public report, test
+    ("arch_bart_start", "transformers#5212, #7719, #7961: decoder start tokens", "test_architectures.test_a_decoder_is_trained_from_the_token_it_starts_with"),
+    ("arch_gemma3_composite", "trl#6340, axolotl#3354: vocab_size in text_config", "test_cases.test_distill_takes_composite_and_expert_models"),
+    ("arch_layer_drop_lists", "optipfair#20: lists with an entry per layer", "test_models.test_lists_with_an_entry_per_layer_are_cut_with_the_layers"),
+    ("arch_left_padding_pass", "nnsight#673, unsloth#3699: positions behind left padding", "test_cases.test_prompts_of_a_batch_are_answered_as_alone"),
+    ("arch_logit_transforms_pass", "trl#5575, unsloth#11277: soft caps and scales behind the head", "test_architectures.test_logits_and_loss_of_a_batch_are_the_models_own"),
+    ("arch_moe_student", "torch ao#2425, torchtitan#1367: experts in bfloat16", "test_cases.test_distill_takes_composite_and_expert_models"),
+    ("cache_row_mismatch_pass", "AiDotNet#437, RLCSD#6: targets joined by position", "test_logit_cache.test_an_example_with_another_encoding_or_id_is_refused"),
+    ("cli_set_bool", "vllm-tgis-adapter#96, transformers#9823: the text false is true", "test_reproduce.test_a_setting_of_the_command_line_has_the_value_that_is_meant"),
+    ("cli_set_bool: in Python", "the same", "test_settings.test_chat_false_in_words_is_false"),
+    ("cli_set_types", "LlamaFactory#4149, h2o-llmstudio#699: numbers as text", "test_settings.test_a_setting_of_distill_names_itself"),
+    ("cli_set_types: of a training", "the same", "test_settings.test_a_setting_of_a_training_names_itself"),
+    ("cli_set_types: of a back end", "the same", "test_settings.test_an_option_of_a_server_names_itself"),
+    ("data_bytes_pass", "jsonlines#53, datalad#3523: line ends, byte order marks", "test_cases.test_rows_end_at_newlines_only"),
+    ("data_lone_surrogate", "inspect_ai#3802: half a character", "test_core.test_json_that_would_lose_data_later_is_refused_where_it_is_read"),
+    ("data_lone_surrogate: rows in Python", "the same", "test_importer.test_half_a_character_in_a_row_is_one_clear_error"),
+    ("data_lone_surrogate: names twice", "the same kind: JSON that loses data", "test_core.test_json_that_would_lose_data_later_is_refused_where_it_is_read"),
+    ("data_negative_count", "gradslam#62: -1 drops the last row", "test_settings.test_a_count_never_means_all_but_the_last"),
+    ("data_negative_count: shots", "the same", "test_settings.test_shots_are_counted"),
+    ("data_null_columns", "datasets#7222, Megatron-Bridge#5660: null in columns of other rows", "test_importer.test_a_column_that_only_other_rows_use_is_absent"),
+    ("data_null_columns: tasks", "the same", "test_data.test_null_in_a_column_of_other_tasks_is_absent"),
+    ("ece_edges_pass", "torchmetrics#3510, #1646: confidences at the edges of bins", "test_cases.test_no_confidence_is_lost_at_an_edge"),
+    ("extract_dotted_name", "InvokeAI#8352, torchtune#2146: with_suffix on dotted names", "test_server.test_names_of_outputs_never_share_a_manifest"),
+    ("fused_upstream_gradient_pass", "Liger-Kernel#968, #1298: gradients computed in forward", "test_fused.test_scaled_repeated_and_recomputed_gradients"),
+    ("install_extra_missing_at_end", "ctlearn#232: a library missing after the work", "test_cases.test_a_missing_library_is_named_before_the_work"),
+    ("lora_kd_pass", "axolotl#3206, #3207: divergences through adapters", "test_cases.test_the_report_of_an_adapted_student_is_true_of_its_folder"),
+    ("lora_tied_head", "peft#2018, #2972: adapters on tied heads", "test_train.test_a_merged_student_is_the_one_that_was_trained"),
+    ("lora_tied_head: BART, T5", "the same", "test_train.test_a_merged_encoder_decoder_is_the_one_that_was_trained"),
+    ("lora_tied_head: unread adapters", "the same", "test_train.test_an_adapter_that_would_never_be_read_is_refused"),
+    ("masked_padding_pass", "trl#5594, ms-swift#9767: NaN in masked positions", "test_divergences.test_4_padding_and_what_stands_in_it_change_nothing"),
+    ("notebook_braces_in_path", "papermill#392, #343: braces in paths", "test_reproduce.test_a_book_in_a_folder_with_an_odd_name"),
+    ("notebook_braces_in_path: outputs", "the same", "test_whitebox.test_an_output_with_an_odd_name"),
+    ("notebook_kernel_killed_pass", "papermill#125: a kernel that dies", "test_reproduce.test_a_kernel_that_ends_by_itself_is_no_success"),
+    ("notebook_quotes_pass", "papermill#83: quotes in parameters", "test_reproduce.test_a_text_parameter_arrives_letter_by_letter"),
+    ("oa_broken_answers_pass", "garak#1737, langchain#32252: choices null, pages instead of JSON", "test_server.test_other_forms_of_an_error_inside_a_200"),
+    ("oa_broken_answers_pass: counts", "the same", "test_server.test_tokens_that_a_server_cannot_count_end_no_work"),
+    ("oa_content_null_blocks", "vllm#35230, sglang#33154: content null", "test_server.test_a_row_whose_thoughts_used_up_the_limit_is_an_outcome_and_the_others_go_on"),
+    ("oa_content_null_blocks: blocks", "the same", "test_server.test_content_may_be_a_list_of_blocks"),
+    ("oa_content_null_blocks: the last row", "the same", "test_server.test_the_last_row_may_be_the_one_that_the_server_cannot_answer"),
+    ("oa_error_hidden_in_200", "xaibo#36, langchain#35236: an error inside a 200", "test_server.test_the_words_of_an_error_inside_a_200_reach_the_user"),
+    ("oa_finish_reason_other_names", "inspect_ai#5143, litellm#25825: names for a cut", "test_server.test_an_answer_that_used_up_its_limit_is_cut_whatever_the_server_calls_it"),
+    ("oa_finish_reason_other_names: aborts", "the same", "test_server.test_an_answer_that_something_ended_is_cut_though_tokens_were_left"),
+    ("oa_new_parameter_names", "gollm#33: max_completion_tokens", "test_server.test_a_model_that_wants_other_parameters_gets_them"),
+    ("oa_reasoning_tags", "reasoning models: thoughts before the answer", "test_server.test_thoughts_are_neither_rationale_nor_a_place_to_stop"),
+    ("oa_retry_after_hours", "opencode#4135, lobehub#13572: waits of a day", "test_server.test_a_quota_that_is_spent_is_told_and_not_waited_for"),
+    ("oa_retry_after_hours: dates", "the same", "test_server.test_a_wait_of_days_is_told_in_hours_however_it_is_written"),
+    ("oa_retry_after_hours: nonsense", "the same", "test_server.test_a_wait_that_makes_no_sense_is_no_hang"),
+    ("oa_surrogate_answer", "strands-env#211: half a character in an answer", "test_server.test_half_a_character_in_an_answer_is_replaced"),
+    ("out_folder_other_teacher", "lighteval#1364: results kept by a name", "test_whitebox.test_a_model_changed_in_place_is_another_request"),
+    ("out_folder_other_teacher: weights", "the same", "test_cases.test_a_folder_made_with_other_weights_is_refused"),
+    ("out_folder_other_teacher: templates", "the same", "test_whitebox.test_another_template_of_a_tokenizer_object_is_another_request"),
+    ("out_folder_other_teacher: answers", "the same", "test_whitebox.test_answers_of_a_teacher_with_other_ends_are_not_continued"),
+    ("parse_markdown_answer", "azureml-assets#5274, inspect_ai#5055: bold answers", "test_rationales.test_markdown_around_the_answer_is_no_part_of_rationale_or_label"),
+    ("parse_markdown_answer: two labels", "the same", "test_rationales.test_an_answer_that_names_more_than_a_label_is_not_guessed"),
+    ("parse_number_formats", "opencompass#2647: $1,234.50 and its like", "test_evaluate.test_numbers_as_people_write_them"),
+    ("parse_number_formats: of a teacher", "the same", "test_rationales.test_numbers_in_a_teachers_form_are_its_label"),
+    ("resume_other_objective", "transformers#18070, #29255: resumed as another run", "test_train.test_a_checkpoint_of_another_objective_or_teacher_is_refused"),
+    ("resume_other_settings_pass", "transformers#21271: resumed with other settings", "test_train.test_a_checkpoint_of_another_run_is_refused"),
+    ("rouge_other_scripts", "adk-python#3111, rouge#51: Rouge beyond a-z", "test_measure.test_rouge_in_other_scripts"),
+    ("save_generation_config_pass", "transformers#29988: a config that cannot be saved", "test_cases.test_an_odd_generation_config_does_not_lose_the_student"),
+    ("tok_bos", "trl#3520, lm-evaluation-harness#1465: the start token", "test_tokenizers.test_a_text_begins_as_its_tokenizer_begins_it"),
+    ("tok_id_gap", "tokenizers#1085: holes in a vocabulary", "test_tokenizers.test_a_hole_in_the_vocabulary_is_counted_by_the_largest_id"),
+    ("tok_named_templates", "Automodel#1696: a dictionary of templates", "test_tokenizers.test_of_named_templates_the_default_is_meant"),
+    ("tok_no_eos", "ru-gpts#28, trl#3822: no end token", "test_tokenizers.test_no_end_token_is_a_clear_error_before_anything_is_computed"),
+    ("tok_student_extra_token", "transformers#12763: a token beyond the teacher's", "test_tokenizers.test_a_token_that_only_the_student_has"),
+    ("tok_turn_end", "trl#7039, lighteval#1279: ends of turns", "test_tokenizers.test_an_answer_stops_at_every_end_that_the_model_declares"),
+    ("files: damaged weights", "the kind of data_bytes: no file makes a traceback", "test_whitebox.test_damaged_weights_are_one_clear_error"),
+    ("files: outputs", "the same", "test_whitebox.test_an_output_that_is_a_file_is_one_clear_error"),
+]  # fmt: skip
+TOK = test_tokenizers.tokenizer_of()
+FAST = test_tokenizers.FAST
+ROWS = test_tokenizers.ROWS
+
+
+def test_every_case_is_held_by_a_test():
+    folder = Path(__file__).parent
+    names = [name for name, *_ in CASES]
+    assert len(set(names)) == len(names) >= 44
+    for name, _, place in CASES:
+        module, function = place.split(".")
+        tree = ast.parse((folder / f"{module}.py").read_text())
+        found = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+        assert function in found, f"{name}: there is no {place}"
+
+
+@pytest.mark.parametrize("name", ["GPT-2", "OPT", "Qwen 3", "Mistral", "Gemma 2", "GPT-NeoX"])
+def test_prompts_of_a_batch_are_answered_as_alone(name):
+    model = tiny(name)
+    prompts = [list(range(5, 25)), [20, 21, 22], [30, 31, 32, 33, 34, 35]]
+    made = greedy(model, prompts, 6, stop_ids=(1,)).response_ids
+    for prompt, mine in zip(prompts, made):
+        ids = torch.tensor([prompt])
+        alone = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=6,
+            do_sample=False,
+            pad_token_id=0,
+            eos_token_id=1,
+        )
+        assert mine == alone[0, len(prompt) :].tolist()
+
+
+def saved(model, folder):
+    model.save_pretrained(folder)
+    TOK.save_pretrained(folder)
+    return str(folder)
+
+
+def sized(name, **more):
+    "A model of a family with room for the ids of TOK."
+    kind, settings, _ = FAMILIES[name]
+    config = AutoConfig.for_model(kind, **settings | more)
+    config.get_text_config().vocab_size = len(TOK)
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config)
+
+
+@pytest.mark.parametrize("name", ["Gemma 3 with images", "Mixtral", "Qwen 2 MoE"])
+@pytest.mark.parametrize("side", ["teacher", "student"])
+def test_distill_takes_composite_and_expert_models(tmp_path, name, side):
+    odd = saved(sized(name), tmp_path / "odd")
+    plain = saved(test_tokenizers.llama(len(TOK)), tmp_path / "plain")
+    teacher, student = (odd, plain) if side == "teacher" else (plain, odd)
+    report = distill(ROWS, teacher, student, "forward_kl", tmp_path / "out", **FAST)
+    assert report["rows"] == 10 and (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_rows_end_at_newlines_only(tmp_path):
+    rows = [
+        json.dumps({"prompt": f"a{c}b", "response": "r"}, ensure_ascii=False)
+        for c in "\u2028\u2029\x85c"
+    ]
+    path = tmp_path / "x.jsonl"
+    first = "\r\n".join(rows[:2])
+    path.write_bytes(b"\xef\xbb\xbf" + f"{first}\r\n\n   \n{rows[2]}\n{rows[3]}".encode())
+    assert [row.prompt for row in load_rows(path)] == ["a\u2028b", "a\u2029b", "a\x85b", "acb"]
+    path.write_bytes(f"{rows[3]}\n\ufeff{rows[3]}".encode())
+    with pytest.raises(UserError, match="x.jsonl:2"):
+        load_rows(path)
+
+
+def test_no_confidence_is_lost_at_an_edge():
+    assert ece([0.95, 1.0], [1, 0]) == pytest.approx(0.475)
+    assert ece([1.0, 1.0, 1.0, 1.0, 0.0], [0, 0, 1, 1, 1], bins=2) == pytest.approx(0.6)
+    assert ece([0.0], [1]) == 1.0
+    assert sum(row["n"] for row in reliability([0.0, 0.1, 0.2, 0.5, 0.9, 1.0], [1] * 6)) == 6
+
+
+@pytest.mark.parametrize(
+    "library, settings", [("matplotlib", {}), ("peft", {"lora": {"r": 2}}), ("accelerate", {})]
+)
+def test_a_missing_library_is_named_before_the_work(tmp_path, monkeypatch, library, settings):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == library else find(name, *a)
+    )
+    pair = (test_tokenizers.llama(len(TOK)), TOK)
+    with pytest.raises(UserError, match=f"{library} is not installed.*pip install"):
+        distill(ROWS, pair, "layers:1", "sft", tmp_path / "out", **FAST, **settings)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "objective, weight", [("forward_kl", 0.0), ("reverse_kl", 0.5), ("seqkd", 0.0)]
+)
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["lm_head", "down_proj"]])
+def test_the_report_of_an_adapted_student_is_true_of_its_folder(
+    tmp_path, objective, weight, targets
+):
+    pair = (test_tokenizers.llama(len(TOK)), TOK)
+    settings = FAST | {"max_steps": 10, "lr": 5e-2, "sft_weight": weight}
+    settings["lora"] = {"r": 4, "alpha": 8, "targets": targets}
+    report = distill(ROWS, pair, "layers:2", objective, tmp_path / "out", **settings)
+    model, tokenizer = load_pretrained(tmp_path / "out", device="cpu")
+    held = hold_out(ROWS, 2, 0)[1]
+    rows = [
+        encode_row(row | {"id": str(i)}, tokenizer, max_length=64)
+        for i, row in enumerate(chats(held))
+    ]
+    real = Validation(rows, tokenizer.pad_token_id)(model)["nll"]
+    assert report["results"]["student"]["nll"] == pytest.approx(real, abs=1e-3)
+
+
+def chats(rows):
+    "Rows as chats, which is how distill reads them."
+    return [
+        {
+            "messages": [
+                {"role": "user", "content": row["prompt"]},
+                {"role": "assistant", "content": row["response"]},
+            ]
+        }
+        for row in rows
+    ]
+
+
+def test_a_folder_made_with_other_weights_is_refused(tmp_path):
+    out = tmp_path / "out"
+    one, two = (
+        saved(test_tokenizers.llama(len(TOK), seed=s), tmp_path / f"{s}/final") for s in (1, 2)
+    )
+    distill(ROWS, one, "layers:1", "sft", out, **FAST)
+    with pytest.raises(UserError, match="another teacher_weights"):
+        distill(ROWS, two, "layers:1", "sft", out, **FAST)
+    saved(test_tokenizers.llama(len(TOK), seed=3), one)
+    with pytest.raises(UserError, match="another teacher_weights"):
+        distill(ROWS, one, "layers:1", "sft", out, **FAST)
+
+
+@pytest.mark.parametrize("student", ["folder", "layers:1"])
+def test_an_odd_generation_config_does_not_lose_the_student(tmp_path, student):
+    base = saved(test_tokenizers.llama(len(TOK)), tmp_path / "base")
+    config = tmp_path / "base" / "generation_config.json"
+    odd = {"do_sample": False, "temperature": 0.9, "top_p": 0.6}
+    config.write_text(json.dumps(json.loads(config.read_text()) | odd))
+    distill(
+        ROWS, base, base if student == "folder" else student, "forward_kl", tmp_path / "out", **FAST
+    )
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")

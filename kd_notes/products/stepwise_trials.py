@@ -141,7 +141,7 @@ class Search:
 
 # %% ../../nbs/3_reasons/12_stepwise_trials.ipynb #38d0d98d
 def trial_config(search: Search, job: ArmJob, rate: float, model: Any) -> TrainConfig:
-    "The loop's settings of a trial."
+    "Return the training settings of a trial."
     s = search.request.settings
     return TrainConfig(
         max_steps=job.steps,

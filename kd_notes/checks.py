@@ -22,7 +22,7 @@ _SWITCHES = {"true": True, "yes": True, "on": True, "false": False, "no": False,
 
 
 def _whole(value: Any) -> int | None:
-    "The whole number that a value means, or None."
+    "Return the whole number that a value stands for, or None."
     if isinstance(value, bool):
         return None
     if isinstance(value, Integral):
@@ -32,7 +32,7 @@ def _whole(value: Any) -> int | None:
 
 
 def _number(value: Any) -> float | None:
-    "The finite number that a value means, or None."
+    "Return the finite number that a value stands for, or None."
     if isinstance(value, bool) or not isinstance(value, (Real, str)):
         return None
     try:
@@ -63,7 +63,7 @@ _READERS: dict[type, tuple[str, Callable[[Any], Any]]] = {
 
 
 def _alternatives(annotation: Any) -> list[type]:
-    "The plain types of an annotation: `int | None` gives int and NoneType."
+    "Return the plain types of an annotation: for `int | None`, int and NoneType."
     if get_origin(annotation) in (Union, types.UnionType):
         return [kind for part in get_args(annotation) for kind in _alternatives(part)]
     kind = get_origin(annotation) or annotation
@@ -71,7 +71,7 @@ def _alternatives(annotation: Any) -> list[type]:
 
 
 def typed(value: Any, annotation: Any, name: str) -> Any:
-    "Return the value as its annotation wants it. Raises UserError that names the setting."
+    "Return a value in its annotated type. Raises UserError with the setting's name."
     kinds = _alternatives(annotation)
     if type(value) in kinds and not isinstance(value, (float, tuple, list)):
         return value
@@ -92,7 +92,10 @@ def typed(value: Any, annotation: Any, name: str) -> Any:
 
 # %% ../nbs/7_engine_room/01b_checks.ipynb #b5944df8
 def check_fields(settings: Any) -> None:
-    "Give each field of a dataclass its annotated type. Raises UserError for the first that has another."
+    """Convert each field of a dataclass to its annotated type.
+
+    Raises UserError for the first field whose value has another type.
+    """
     for field in fields(settings):
         value = getattr(settings, field.name)
         read = typed(value, field.type, field.name)
@@ -101,7 +104,10 @@ def check_fields(settings: Any) -> None:
 
 
 def check_arguments(function: Callable, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    "Return keyword arguments in the annotated types; a name that the function lacks passes as it is."
+    """Return keyword arguments in their annotated types.
+
+    Names that are no parameters of the function are returned unchanged.
+    """
     known = inspect.signature(function).parameters
     return {
         name: typed(value, known[name].annotation, name) if name in known else value
@@ -110,7 +116,10 @@ def check_arguments(function: Callable, arguments: Mapping[str, Any]) -> dict[st
 
 # %% ../nbs/7_engine_room/01b_checks.ipynb #8f6bafa6
 def check_count(value: Any, name: str, least: int = 0, meaning: str = "") -> int:
-    "Return a whole number from `least`. Raises UserError that names the setting; `meaning` says what to give instead."
+    """Return a whole number that is at least `least`.
+
+    Raises UserError with the setting's name; `meaning` replaces the usual advice.
+    """
     number = _whole(value)
     if number is None or number < least:
         raise UserError(

@@ -226,7 +226,7 @@ def course_command(
         list[str] | None, typer.Argument(help="Chapters, such as 1_idea; none: all.")
     ] = None,
 ) -> None:
-    "Copy the lessons for students: without solutions, with an empty cell below each exercise."
+    "Copy the lessons for students, without solutions and with room for answers."
     with guard():
         from kd_notes.runner.course import student_copy
 
@@ -361,7 +361,7 @@ def stepwise_command(
         list[str] | None, typer.Option("--set", help="A setting: k=v, such as epochs=10.")
     ] = None,
 ) -> None:
-    "Distil step-by-step on a task of your own; an interrupted run goes on with the same command."
+    "Distil step-by-step on a task of your own; a second call resumes."
     with guard():
         from kd_notes.products.stepwise import stepwise
 
@@ -397,7 +397,7 @@ def predict_command(
     max_new_tokens: TokensOption = None,
     limit: LimitOption = None,
 ) -> None:
-    "Let a student answer rows; an interrupted run goes on with the same command."
+    "Let a student answer rows; a second call resumes."
     with guard():
         from kd_notes.products.predict import predict_rows
 

@@ -196,7 +196,7 @@ def _sync_folder(folder: Path) -> None:
 
 # %% ../nbs/7_engine_room/01_core.ipynb #d4a7dbe7
 def encoded(text: str, where: Path | str) -> bytes:
-    "Encode a text as UTF-8. Raises UserError for half a character, which no file can hold."
+    "Encode a text as UTF-8. Raises UserError for half a character, which has no encoding."
     try:
         return text.encode()
     except UnicodeEncodeError as e:
@@ -309,7 +309,7 @@ _HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")  # where a surrogate may be e
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict:
-    "A JSON object; a name that occurs twice is an error."
+    "Return a JSON object. Raises ValueError for a repeated name."
     made = dict(pairs)
     if len(made) < len(pairs):
         ((name, count),) = Counter(name for name, _ in pairs).most_common(1)
@@ -318,7 +318,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict:
 
 
 def parse_json(text: str) -> Any:
-    "Parse JSON. Raises ValueError also for a name that occurs twice, half a character, or endless nesting."
+    "Parse JSON. Raises ValueError also for repeated names and half characters."
     try:
         value = json.loads(text, object_pairs_hook=_object)
     except RecursionError as e:

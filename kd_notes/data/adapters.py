@@ -34,20 +34,20 @@ Parts = dict[str, list[Example]]  # name of a part or split -> its examples
 
 @dataclass(frozen=True)
 class RealSet:
-    "Where a published set comes from and how it becomes canonical."
+    "The origin of a published data set and the conversion of its rows to Examples."
 
     name: str
-    task: str  # the TASKS entry whose labels and metric it has
+    task: str  # the entry of TASKS with its labels and metric
     licence: str
     files: dict[str, str]  # part -> file name under KD_NOTES_DATA
-    fields: str  # what a row of the file has, for messages
+    fields: str  # fields of a row of the file, for error messages
     adapt: Callable[[dict], dict]  # row of such a file -> fields of an Example; raises ValueError
     splits: Callable[[str, Parts], Parts]  # (name, parts) -> train, validation, test
-    tests_only: bool = False  # licence: feeds no published figure
+    tests_only: bool = False  # the licence allows no published figure
     hub: str = ""  # id on the hub; empty if it is not there
     hub_config: str | None = None
     hub_revision: str | None = None
-    hub_parts: dict[str, str] = field(default_factory=dict)  # part -> split on the hub
+    hub_parts: dict[str, str] = field(default_factory=dict)  # part -> name of its split on the hub
     from_hub: Callable[[dict, str], dict | None] | None = (
         None  # (hub row, an id) -> row of the file; None: leave it out
     )
@@ -60,7 +60,7 @@ REAL: dict[str, RealSet] = {}
 
 # %% ../../nbs/2_playground/04b_adapters.ipynb #821c4691
 def _take(row: dict, name: str, kind: type = str):
-    "The field of a real row. Raises ValueError if it is missing or not of this kind."
+    "Return a field of a row; ValueError if it is missing or of another type."
     if name not in row:
         raise ValueError(f"the field {name!r} is missing")
     if not isinstance(row[name], kind):
@@ -69,9 +69,11 @@ def _take(row: dict, name: str, kind: type = str):
 
 # %% ../../nbs/2_playground/04b_adapters.ipynb #1677aadc
 def grouped(
-    name: str, examples: list[Example], **shares: float
-) -> Parts:  # shares: split=share; they sum to 1
-    "Cut examples into splits of about these shares, never parting examples whose inputs have the same first part."
+    name: str,
+    examples: list[Example],
+    **shares: float,  # split=share; they sum to 1
+) -> Parts:
+    "Divide examples into splits; those with the same first part of the input stay together."
     groups = defaultdict(list)
     for ex in examples:
         groups[normalise(split_input(ex.task, ex.input)[0]) or ex.id].append(ex)
@@ -99,7 +101,7 @@ def _esnli(row: dict) -> dict:
 
 # %% ../../nbs/2_playground/04b_adapters.ipynb #04ee11a9
 def _nli_label(row: dict) -> str:
-    "Label text of a hub row; empty for -1 (no agreement)."
+    "Return the label text of a hub row, '' for -1 (no agreement)."
     number = _take(row, "label", int)
     return NLI_LABELS[number] if 0 <= number < 3 else ""
 
@@ -191,11 +193,12 @@ for _name, _round in (("anli", 1), ("anli_r3", 3)):
 
 # %% ../../nbs/2_playground/04b_adapters.ipynb #b2b599cf
 def carve(examples: Sequence, share: float = 0.1, seed: int = 0) -> tuple[list, list]:
-    "(rest, held out), in the order that `datasets.Dataset.train_test_split(test_size=share, seed=seed)` gives."
-    order, held = (
-        np.random.default_rng(seed).permutation(len(examples)),
-        math.ceil(share * len(examples)),
-    )
+    """Split examples into (rest, held out).
+
+    The order is that of `datasets.Dataset.train_test_split(test_size=share, seed=seed)`.
+    """
+    order = np.random.default_rng(seed).permutation(len(examples))
+    held = math.ceil(share * len(examples))
     return [examples[i] for i in order[held:]], [examples[i] for i in order[:held]]
 
 
@@ -225,7 +228,7 @@ def _cqa_hub(row: dict, id: str) -> dict:
 
 # %% ../../nbs/2_playground/04b_adapters.ipynb #ce1a19a0
 def without_filler(examples: list[Example], times: int = 10) -> list[Example]:
-    "Examples whose rationale recurs `times` times or more get an empty one; the text moves to meta['filler']."
+    "Move rationales that occur at least `times` times to meta['filler']."
     count = Counter(normalise(ex.rationale) for ex in examples)
     filler = {text for text, n in count.items() if n >= times and text}
     return [
@@ -274,7 +277,8 @@ def _svamp_splits(name: str, parts: Parts) -> Parts:
     examples = [ex for part in parts.values() for ex in part]
     if len(parts) > 1:
         examples.sort(key=lambda ex: int(re.sub(r"\D", "", ex.id)))  # svamp/chal-17 -> 17
-    order, cut = np.random.RandomState(0).permutation(len(examples)), int(0.8 * len(examples))
+    order = np.random.RandomState(0).permutation(len(examples))
+    cut = int(0.8 * len(examples))
     return _carved(
         name,
         {"train": [examples[i] for i in order[:cut]], "test": [examples[i] for i in order[cut:]]},
@@ -296,7 +300,7 @@ REAL["svamp"] = RealSet(
 
 # %% ../../nbs/2_playground/04b_adapters.ipynb #673e38da
 def prefix_to_infix(text: str) -> str:
-    "A prefix equation with blanks between its tokens, in SVAMP's infix spelling. Raises ValueError if it is malformed."
+    "Convert a spaced prefix equation to SVAMP's infix form; ValueError if it is malformed."
     stack = []
     for t in reversed(text.split()):
         if t in ("+", "-", "*", "/"):

@@ -62,7 +62,10 @@ _OPERATIONS: dict[type, Callable[[Fraction, Fraction], Fraction]] = {
 
 
 def _parsed(text: str) -> tuple[ast.expr, str]:
-    "The syntax tree of a text, and the text that its nodes point into. Raises EquationError."
+    """Return the syntax tree of a text and the source that its nodes point into.
+
+    Raises EquationError if the text is not an expression.
+    """
     tokens = tokenize(text)
     # Python's parser takes 05 for a mistake.
     source = " ".join(re.sub(r"^0+(?=\d)", "", token) for token in tokens)

@@ -17,7 +17,7 @@ _SIGNS = str.maketrans({c: new for old, new in (("−﹣－", "-"), ("×·⋅∙
 
 
 def _ascii(char: str) -> str:
-    "A character as ASCII, where it stands for a digit, a currency, a space or a sign."
+    "Return a character as ASCII if it is a digit, a currency, a space or a sign."
     if char.isascii():
         return char
     kind = unicodedata.category(char)
@@ -36,7 +36,7 @@ def _ascii(char: str) -> str:
 
 
 def ascii_numbers(text: str) -> str:
-    "Return a text with its digits, signs, currencies and spaces in ASCII; currencies as $."
+    "Return a text with its digits, signs, spaces and currencies ($) in ASCII."
     text = "".join(map(_ascii, text.translate(_SIGNS)))
     text = re.sub(r"^(\s*\$?\s*)[–—‐‑]\s*(?=\d)", r"\1-", text)
     return re.sub(r" [–—] (?=\d)", " - ", text)
@@ -56,7 +56,7 @@ _MARKS = " \t\n*_`\"'“”‘’«»#"
 
 
 def without_markup(text: str) -> str:
-    "Return an answer without the LaTeX and Markdown around it and in it."
+    "Return an answer without LaTeX and Markdown."
     before = None
     while before != text:
         before = text
@@ -107,7 +107,7 @@ _CHANGES = re.compile(  # words behind a number that make it another one
 
 
 def _mantissa(match: re.Match) -> str:
-    "The digits of a number in Python's way of writing it."
+    "Return the digits of a number as Python writes them."
     kind = next(name for name in _KINDS if match[name])
     digits = match[kind]
     if kind in ("english", "indian"):
@@ -123,7 +123,7 @@ def _mantissa(match: re.Match) -> str:
 
 # %% ../../nbs/2_playground/02b_numbers.ipynb #b3e1a3e2
 def _scaled(digits: str, match: re.Match) -> str | None:
-    "The digits times the power of ten or the word behind them; None where it cannot be told."
+    "Return the digits times the power of ten or word after them, or None if it is ambiguous."
     scale = (match["scale"] or "").strip()
     exponent = match["exponent"] or match["power"]
     if not scale and not exponent:
@@ -139,9 +139,10 @@ def _scaled(digits: str, match: re.Match) -> str | None:
 
 
 def written_number(text: str) -> str | None:
-    """Return the one number with which a text starts, as an expression; None if there is none.
+    """Return the number at the start of a text as an expression, or None.
 
-    '$1,234.50' gives '1234.50', '42 dollars' '42', '5 million' '5000000', '3½' '(3 + 1/2)'.
+    For example '$1,234.50' gives '1234.50', '42 dollars' '42', '5 million' '5000000' and
+    '3½' '(3 + 1/2)'.
     """
     if not isinstance(text, str):
         return None

@@ -138,7 +138,8 @@ def load_real(
     gold: bool = False,
 ) -> list[Example]:
     "Load examples of a published set, in the paper's split where the files allow it."
-    spec, hub = real_set(name), source == "hub"
+    spec = real_set(name)
+    hub = source == "hub"
     if source not in ("folder", "hub"):
         raise UserError(
             f"the source {source!r} is not known", where="source", fix="Use 'folder' or 'hub'."
@@ -160,7 +161,7 @@ def load_real(
         raise UserError(
             f"n = {n}, but {name}/{split} has {len(splits[split])} examples",
             where="n",
-            fix="Ask for 1 to that many.",
+            fix="Choose from 1 to that many.",
         )
     if not (examples := splits[split][:n]):
         raise UserError(

@@ -28,7 +28,7 @@ HELD_SEED = 2306
 
 @lru_cache
 def held_villages(n: int = HELD_VILLAGES, seed: int = HELD_SEED) -> frozenset[str]:
-    "Villages that no prompt of a student is about."
+    "Return the villages that no student's prompt is about."
     return frozenset(rng("world", "held villages", seed).sample(sorted(villages()), n))
 
 
@@ -77,7 +77,10 @@ def pool() -> Drawn:
 
 # %% ../../nbs/2_playground/07b_regime.ipynb #6b50626e
 def training_rows(n: int, known: bool = True) -> list[dict]:
-    "The first n training rows: of a student (`known`: no held-out village), or of a teacher."
+    """Return the first n training rows: for a teacher, or without held-out villages.
+
+    With `known`, the default, they are for a student.
+    """
     places = [i for i, prompt in enumerate(pool_prompts()) if not (known and is_held(prompt))]
     if not 1 <= n <= len(places):
         raise UserError(
@@ -90,7 +93,10 @@ def training_rows(n: int, known: bool = True) -> list[dict]:
 
 
 def validation_rows(known: bool = True) -> list[dict]:
-    "The committed validation rows; a choice about a student uses those about known villages."
+    """Return the committed validation rows; with `known`, only known villages.
+
+    A choice about a student is made on known villages.
+    """
     return [row for row in load_world("validation") if not (known and is_held(row))]
 
 # %% ../../nbs/2_playground/07b_regime.ipynb #b1087dda
@@ -135,7 +141,10 @@ def by_share(prompts: Sequence[Prompt], places: Sequence[int], n: int) -> list[i
 
 # %% ../../nbs/2_playground/07b_regime.ipynb #3c427a59
 def check_regime() -> dict[str, int]:
-    "Numbers of rows. Raises UserError if a student could have read what a test asks."
+    """Count the rows of each part.
+
+    Raises UserError if a student could have read what a test asks.
+    """
     drawn, places = tests()
     asked = {drawn.prompts[i].text for chosen in places.values() for i in chosen}
     known = [prompt for prompt in pool_prompts() if not is_held(prompt)]

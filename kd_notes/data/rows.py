@@ -47,14 +47,14 @@ _ROLES = {"system", "user", "assistant"}
 
 
 def _absent(value: Any) -> bool:
-    "Whether a table wrote this where a row has nothing: null, NaN, or a list without elements."
+    "Return True for a table's ways to write an empty field: null, NaN or an empty list."
     if isinstance(value, float):
         return value != value  # NaN
     return value is None or isinstance(value, (list, tuple)) and not value
 
 
 def _fields(row: Any, where: str) -> dict:
-    "The known fields of a mapping or an object that hold something."
+    "Return the known fields of a mapping or an object that are not empty."
     if isinstance(row, Mapping):
         return {name: value for name, value in row.items() if not _absent(value)}
     values = {name: getattr(row, name, None) for name in _FIELDS}

@@ -39,7 +39,7 @@ SCORES = {
 # %% ../../nbs/3_reasons/07_task_file.ipynb #54722bba
 @dataclass(frozen=True)
 class OwnTask(TaskInfo):
-    "A task of your own: how a row is shown, which answers are allowed, how they are scored."
+    "A task of your own: how to show rows, which answers are allowed, how to score them."
 
     template: str = "{input}"  # the input; a name in braces is a field of the row
     label_field: str = "label"  # field of a row that holds the label
@@ -49,16 +49,16 @@ class OwnTask(TaskInfo):
 
     @property
     def scored_by(self) -> str:
-        "The score, where none is named the usual one."
+        "Return the score of this task: the one it names, or else the usual one."
         return self.score or ("numeric_match" if self.metric == "equation" else "accuracy")
 
     def as_dict(self) -> dict:
-        "All that decides examples and scores, as JSON data."
+        "Return all that decides examples and scores, as JSON data."
         return {name: value for name, value in asdict(self).items() if name != "embedded"}
 
 # %% ../../nbs/3_reasons/07_task_file.ipynb #5f293ef7
 def template_fields(template: str) -> list[str]:
-    "Names of the fields that a template shows, each once."
+    "Return the fields that a template shows, without repetition."
     fix = "Write {field} for a field of the row, and {{ or }} for a brace."
     try:
         parts = [part for part in Formatter().parse(template) if part[1] is not None]
@@ -73,20 +73,20 @@ def template_fields(template: str) -> list[str]:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    "'did you mean ...? ' for the known name that looks most like it, else ''."
+    """Return "Did you mean ...? " for the most similar known name, or an empty string."""
     close = get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f"Did you mean {close[0]!r}? " if close else ""
 
 # %% ../../nbs/3_reasons/07_task_file.ipynb #6eb3ec57
 def _number_text(value: float) -> str:
-    "A number in digits: 1e-05 is 0.00001."
+    "Return a number in digits: 1e-05 becomes 0.00001."
     from decimal import Decimal
 
     return str(value) if isinstance(value, int) else format(Decimal(repr(value)), "f")
 
 
 def field_text(value: Any, name: str, where: str) -> str:
-    "A field of a row as text; a list is joined by commas."
+    "Return a field of a row as text; the items of a list are joined by commas."
     if isinstance(value, (list, tuple)):
         return ", ".join(field_text(part, name, where) for part in value)
     if isinstance(value, bool):
@@ -107,7 +107,7 @@ def field_text(value: Any, name: str, where: str) -> str:
 
 
 def shown_input(template: str, row: Mapping[str, Any], where: str) -> str:
-    "The template filled with a row's fields; a field that the row lacks is an error."
+    "Fill the template with a row's fields. Raises UserError for a missing field."
     names = template_fields(template)
     for name in names:
         if row.get(name) is None:
@@ -129,7 +129,7 @@ def shown_input(template: str, row: Mapping[str, Any], where: str) -> str:
 
 # %% ../../nbs/3_reasons/07_task_file.ipynb #6278e8a3
 def _label(task: OwnTask, row: Mapping[str, Any], where: str) -> str:
-    "The label of a row as text, '' where there is none."
+    "Return the label of a row as text, or an empty string."
     value = row.get(task.label_field)
     if isinstance(value, (list, tuple)):
         if len(value) > 1:
@@ -145,7 +145,10 @@ def _label(task: OwnTask, row: Mapping[str, Any], where: str) -> str:
 
 
 def own_example(task: OwnTask, row: Any, id: str, where: str) -> Example:
-    "A row as an Example; an error names the place, the field and what is wrong."
+    """Return a row as an Example.
+
+    Errors name the place, the field and the problem.
+    """
     if isinstance(row, Example):
         row = row.to_dict()
     if not isinstance(row, Mapping):
@@ -176,10 +179,10 @@ def task_examples(
     data: Path | str | Iterable,  # JSONL, or rows
     limit: int | None = None,  # only the first so many rows
 ) -> list[Example]:
-    """Rows of a task as examples with different ids; a row without a label has the label ''.
+    """Return rows of a task as examples with distinct ids.
 
-    Raises UserError naming file and line for a missing field, a label that is not allowed, and an
-    id that occurs twice.
+    A row without a label gets an empty one. Raises UserError with file and line for a missing
+    field, a label that is not allowed, and a repeated id.
     """
     task = own_task(task)
     if limit is not None and limit < 1:
@@ -221,7 +224,7 @@ _OPEN = ("text", "number", "choice")
 
 
 def _check_keys(content: Mapping[str, Any], where: str) -> None:
-    "Refuse keys that are unknown or missing, and values of a wrong type."
+    "Raise UserError for unknown or missing keys and for values of the wrong type."
     for key, value in content.items():
         if key not in _KEYS:
             fix = f"{nearest(key, _KEYS)}Known are {', '.join(_KEYS)}."
@@ -236,7 +239,10 @@ def _check_keys(content: Mapping[str, Any], where: str) -> None:
 
 
 def _check_labels(labels: Any, where: str) -> None:
-    "Refuse labels that are not text, or the same text twice, and unknown words for open answers."
+    """Raise UserError for labels that are not text or not distinct.
+
+    A text in place of a list must be one of the known words for open answers.
+    """
     if isinstance(labels, str):
         if labels not in _OPEN:
             fix = f"{nearest(labels, _OPEN)}Use a list of labels, or one of {', '.join(_OPEN)}."
@@ -255,7 +261,7 @@ def _check_labels(labels: Any, where: str) -> None:
 
 
 def _check_score(score: str, labels: Any, where: str) -> None:
-    "Refuse a metric that does not exist or that these answers cannot have."
+    "Raise UserError for a metric that is unknown or does not fit the answers."
     if score not in SCORES:
         fix = f"{nearest(score, SCORES)}Choose one of {', '.join(SCORES)}."
         raise UserError(f"the metric {score!r} is not known", where=where, fix=fix)
@@ -272,7 +278,10 @@ def _check_score(score: str, labels: Any, where: str) -> None:
 
 # %% ../../nbs/3_reasons/07_task_file.ipynb #deec757f
 def _solved(task: OwnTask, rows: list, where: str) -> tuple[Example, ...]:
-    "The solved examples of a file: fields of the template or an input, a label and a rationale."
+    """Return the solved examples of a file.
+
+    Each has the template's fields or an input, a label and a rationale.
+    """
     known = {*template_fields(task.template), task.label_field}
     known |= {"input", "label", "rationale", "choices", "id"}
     made = []
@@ -300,12 +309,12 @@ def _solved(task: OwnTask, rows: list, where: str) -> tuple[Example, ...]:
 
 
 def _settings(task: TaskInfo) -> dict[str, Any]:
-    "Fields of a task as keywords."
+    "Return the fields of a task as keyword arguments."
     return {field.name: getattr(task, field.name) for field in fields(task)}
 
 # %% ../../nbs/3_reasons/07_task_file.ipynb #cf557612
 def read_task(path: Path | str) -> OwnTask:
-    "A task from a TOML file. Raises UserError for a mistake in it, one at a time, naming the place."
+    "Read a task from a TOML file. Raises UserError at the first mistake, with its place."
     path = Path(path)
     where = path.name
     try:
@@ -343,7 +352,7 @@ def read_task(path: Path | str) -> OwnTask:
 
 # %% ../../nbs/3_reasons/07_task_file.ipynb #5fa01374
 def own_task(task: TaskInfo | str | Path) -> OwnTask:
-    "A task file, a known name or a TaskInfo as an OwnTask, made known under its name."
+    "Return a task file, a known name or a TaskInfo as an OwnTask, and register it."
     if not isinstance(task, TaskInfo):
         text = str(task)
         if text in TASKS:

@@ -69,7 +69,7 @@ class Diagram:
         return f"<svg {_SVG} {frame}>{title}{_TIP}{ground}{drawn}</svg>"
 
     def _repr_html_(self) -> str:
-        "As an image, so that its description arrives in every front end."
+        "Return the drawing as an HTML image, so that every front end has its description."
         return picture(self.svg(), self.alt)
 
     def __repr__(self) -> str:

@@ -237,7 +237,10 @@ def runs_moved(
     start: Sequence[Mapping[str, Any]],  # metrics of each seed's student before training
     names: Iterable[str] = MOVED_IN,  # of metrics that a run has once
 ) -> bool:
-    "`moved_from_start` of trained students, paired by seed, over the metrics that both have."
+    """Apply `moved_from_start` to trained students, paired by seed.
+
+    It covers the metrics that all runs have.
+    """
     pairs = list(zip(runs, start, strict=True))
     shared = [name for name in names if all(name in a and name in b for a, b in pairs)]
     return moved_from_start(

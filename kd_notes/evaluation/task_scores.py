@@ -25,7 +25,7 @@ ANSWER_OUTCOMES = ("ok", "empty", "not_allowed", "too_long")
 
 
 def read_answer(task: OwnTask, example: Example, text: str | None) -> tuple[str | None, str]:
-    "(label, outcome) of what a model wrote; the label is None unless the outcome is ok."
+    "Return (label, outcome) of a text. The label is None unless the outcome is ok."
     if text is None or not text.strip():
         return None, "empty"
     if task.scored_by == "rouge_l":
@@ -39,7 +39,10 @@ def item_scores(
     answers: Mapping[str, str | None],  # id -> label, or None where there is no answer
     examples: Sequence[Example],
 ) -> np.ndarray:
-    "Score of each row, (n,), 0 to 1; a row without an answer has 0. Not for macro-F1."
+    """Return the score of each row, (n,), from 0 to 1; without an answer it is 0.
+
+    This does not work for macro-F1.
+    """
     _check_answered(answers, examples)
     given = [answers[example.id] for example in examples]
     if task.scored_by == "rouge_l":
@@ -53,7 +56,7 @@ def item_scores(
 
 
 def _check_answered(answers: Mapping[str, Any], examples: Sequence[Example]) -> None:
-    "Refuse rows without a label, and rows that were not answered."
+    "Raise UserError for rows without a label or without an entry in the answers."
     if not examples:
         fix = "Give at least one row with a label."
         raise UserError("there is nothing to score", where="examples", fix=fix)
@@ -73,7 +76,7 @@ DRAWS = 2000
 
 
 def _weights(n: int, draws: int, seed: int) -> np.ndarray:
-    "How often each of n rows is drawn, (draws, n)."
+    "Return how often each bootstrap draw contains each of n rows, (draws, n)."
     picks = np.random.default_rng(seed).integers(0, n, size=(draws, n))
     picks += n * np.arange(draws)[:, None]
     return np.bincount(picks.ravel(), minlength=draws * n).reshape(draws, n).astype(float)
@@ -84,7 +87,7 @@ def macro_f1(
     examples: Sequence[Example],
     weights: np.ndarray | None = None,  # (draws, n): how often a row counts; None: once
 ) -> np.ndarray:
-    "Macro-F1 for each draw, (draws,), 0 to 1."
+    "Return the macro-F1 of each draw, (draws,), from 0 to 1."
     _check_answered(answers, examples)
     wanted = np.array([example.label for example in examples])
     given = np.array([answers[example.id] or "" for example in examples])
@@ -110,7 +113,10 @@ def task_score(
     examples: Sequence[Example],  # with labels
     seed: int = 0,  # of the bootstrap
 ) -> dict[str, Any]:
-    "{metric, value, low, high, n, answered}: the task's score with a 95 % interval over rows."
+    """Return {metric, value, low, high, n, answered}, the task's score.
+
+    The 95 % interval is a bootstrap over rows.
+    """
     if task.scored_by == "macro_f1":
         draws = macro_f1(answers, examples, _weights(len(examples), DRAWS, seed))
         found = _interval(macro_f1(answers, examples)[0], draws)
@@ -128,7 +134,7 @@ def score_difference(
     examples: Sequence[Example],
     seed: int = 0,
 ) -> dict[str, float]:
-    "{value, low, high} of one's score minus the other's, on the same rows."
+    "Return {value, low, high} of one score minus the other, on the same rows."
     if task.scored_by == "macro_f1":
         weights = _weights(len(examples), DRAWS, seed)
         draws = macro_f1(one, examples, weights) - macro_f1(other, examples, weights)
@@ -139,7 +145,10 @@ def score_difference(
 
 
 def most_frequent(task: OwnTask, train: Sequence[Example], test: Sequence[Example]) -> dict | None:
-    "Score of always giving the label that is most frequent in training; None for texts and choices."
+    """Return the score of always giving the most frequent training label.
+
+    None for texts and choices.
+    """
     labels = Counter(example.label for example in train if example.label)
     if not labels or task.choices or task.scored_by == "rouge_l":
         return None

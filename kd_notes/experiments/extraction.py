@@ -59,7 +59,7 @@ MOST_NAMED = 30  # labels that are listed in a prompt
 
 
 def is_own(task: str | Path | TaskInfo) -> bool:
-    "True for a task file or an object; False for a name such as nli or esnli@hub."
+    "Return True for a task file or an object, False for a name such as nli or esnli@hub."
     if isinstance(task, TaskInfo):
         return True
     known = str(task) in TASKS and not isinstance(TASKS[str(task)], OwnTask)
@@ -67,7 +67,7 @@ def is_own(task: str | Path | TaskInfo) -> bool:
 
 
 def own_header(task: OwnTask) -> str:
-    "The instruction of a task of your own, and what an answer looks like."
+    "Return the instruction of a task of your own and the form of its answers."
     form = "a number" if task.metric == "equation" else "the answer"
     if task.choices:
         form = "one of the choices"
@@ -79,7 +79,10 @@ def own_header(task: OwnTask) -> str:
 def own_question(
     task: OwnTask, source: Path | str | None, teacher: str, shots: int | None, seed: int
 ) -> tuple[OwnTask, list[Example], Prompt]:
-    "Task, rows and prompt of a task of your own; an adapted teacher knows the form and gets no shots."
+    """Return the task, rows and prompt of a task of your own.
+
+    An adapted teacher knows the form, so its prompt has no shots.
+    """
     if source is None:
         fix = "Give its rows, such as --input rows.jsonl."
         raise UserError("a task of your own has no splits", where="--input", fix=fix)
@@ -154,7 +157,7 @@ def extract_rationales(
     """Let a teacher write rationales and labels; a second call resumes.
 
     Returns {'file', 'rows', 'outcomes', 'accuracy'}; the accuracy is None without gold labels.
-    For a task of your own also 'score', the teacher's by the task's metric.
+    For a task of your own, 'score' is the teacher's by the task's metric.
     """
     if limit is not None:
         fix = "Use 1 or more, or leave it out for all examples."

@@ -122,7 +122,7 @@ class WorldModels(Experiment):
 
 # %% ../../nbs/5_own_words/08_instruction_world.ipynb #0acb847b
 def corpus_rows(tokenizer) -> list[dict]:
-    "Texts of the corpus as rows whose prompt is their first token."
+    "Return the texts of the corpus as rows whose prompt is their first token."
     rows = []
     for row in load_corpus():
         ids = tokenizer.encode(row["text"], add_special_tokens=False)
@@ -132,7 +132,7 @@ def corpus_rows(tokenizer) -> list[dict]:
 
 
 def quiet_bars() -> None:
-    "No progress bars for models that load in a blink."
+    "Disable transformers' progress bars, which small models do not need."
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -190,14 +190,14 @@ def world_rate(arm: str) -> float:
 
 # %% ../../nbs/5_own_words/08_instruction_world.ipynb #d2cda58e
 def grid_edge(arm: str, file: str = "minillm") -> str:
-    "'lower' or 'upper' if the rate in data/chosen/<file>.json is the first or last of its grid, else ''."
+    "Return 'lower' or 'upper' if an arm's chosen rate is at that edge of the grid, or ''."
     chosen = read_json(data_dir() / "chosen" / f"{file}.json")
     rates = {float(cell.split("/")[1]) for cell in chosen["validation_rouge_l"]}
     return {min(rates): "lower", max(rates): "upper"}.get(chosen["lr"].get(arm), "")
 
 
 def untrained_why(arm: str, file: str = "minillm") -> str:
-    "Why an arm does not count as trained; empty if it does."
+    "Return why an arm does not count as trained, or ''."
     return "its best rate is the lowest of the grid" if grid_edge(arm, file) == "lower" else ""
 
 # %% ../../nbs/5_own_words/08_instruction_world.ipynb #b8407d6e
@@ -489,7 +489,7 @@ def pair_checks(
     why: dict[str, str] | None = None,  # arm -> reason to call it untrained; None: `untrained_why`
     titles: dict[str, str] | None = None,  # of arms; None: TITLES
 ) -> dict[str, dict]:
-    "The arguments `moved` and `untrained` of `verdicts`."
+    "Return the arguments `moved` and `untrained` of `verdicts`."
     titles = titles or TITLES
     if why is None:
         why = {arm: untrained_why(arm) for arm in moved}

@@ -46,7 +46,10 @@ from ..training.state import TrainConfig
 # %% ../../nbs/5_own_words/08c_scarce_models.ipynb #5163faa4
 @dataclass
 class ScarceModelSettings:
-    "A model before distillation: it has read the corpus, and is finetuned unless `steps` is 0."
+    """A model before distillation, trained on the corpus and then finetuned.
+
+    With `steps` 0 it is not finetuned.
+    """
 
     size: str = "xs"
     seed: int = 0
@@ -82,7 +85,7 @@ class ScarceModels(Experiment):
         return world_inputs()
 
     def reader(self, run: dict) -> dict:
-        "The parameters of the model that has read the corpus only."
+        "Return the parameters of the model that is trained on the corpus only."
         kept = {name: run[name] for name in ("size", "seed", "read", "batch_size", "lr")}
         return self.parameters(**kept, steps=0)
 
@@ -91,7 +94,7 @@ class ScarceModels(Experiment):
         return [(self, readers)] if readers else []
 
     def train(self, run: dict, folder: Path) -> dict:
-        "Save the model in folder/model. Metrics: loss in nats, best step, losses, size and seconds."
+        "Save folder/model; metrics: loss in nats, best step, losses, size, seconds."
         tokenizer = load_world_tokenizer()
         if run["steps"]:
             model, metrics = self.finetune(run, folder)
@@ -102,12 +105,12 @@ class ScarceModels(Experiment):
         return metrics | {"parameters": count_parameters(model)}
 
     def config(self, run: dict, steps: int, **changes: Any) -> TrainConfig:
-        "How a model is trained for so many steps."
+        "Return the training settings for this number of steps."
         chosen = {name: run[name] for name in ("batch_size", "lr", "seed")}
         return TrainConfig(max_steps=steps, **chosen, **OPTIMIZER, **changes)
 
     def read(self, run: dict, folder: Path) -> tuple[Any, dict]:
-        "Random weights, then the corpus."
+        "Train on the corpus from random weights."
         tokenizer = load_world_tokenizer()
         model = mini_model("causal", run["size"], len(tokenizer), seed=run["seed"])
         cfg = self.config(run, run["read"])
@@ -116,7 +119,7 @@ class ScarceModels(Experiment):
         return model, {"train_seconds": result.seconds}
 
     def finetune(self, run: dict, folder: Path) -> tuple[Any, dict]:
-        "A reader, then rows of the pool."
+        "Finetune the model that was trained on the corpus with rows of the pool."
         model = self.load(**self.reader(run))[0].train()
         cfg = self.config(run, run["steps"])
         if run["stop"] == "lowest":
@@ -135,7 +138,7 @@ class ScarceModels(Experiment):
         }
 
     def load(self, **settings: Any) -> tuple[Any, dict]:
-        "(model, metrics) from the cache, or trained now."
+        "Return (model, metrics) from the cache, or train the model now."
         run = self.parameters(**settings)
         options = {"modules": self.modules(run), "checksums": self.inputs(run)}
         metrics = cached(self.name, run, self.train, **options)
@@ -144,7 +147,10 @@ class ScarceModels(Experiment):
 
 # %% ../../nbs/5_own_words/08c_scarce_models.ipynb #c170fd35
 def along_own(model, teacher, written: Written) -> tuple[list, dict[str, float]]:
-    "(KL(p || q) at the tokens of each first answer, means over these tokens of KLs and health)."
+    """Return divergences along the first answers: (KL(p || q) per token, means).
+
+    The means are over these tokens and cover both KLs and the health measures.
+    """
     own = written.response_ids[0]
     logits = [response_logits(each, written.prompt_ids, own, 64) for each in (model, teacher)]
     forward = []
@@ -161,7 +167,7 @@ def along_own(model, teacher, written: Written) -> tuple[list, dict[str, float]]
 
 
 def possible_share(rows: list[dict], texts: list[list[str]]) -> float:
-    "Share of the answers that the generator could have written."
+    "Return the share of the answers that the generator could have written."
     found = [
         math.isfinite(log_likelihood(row["prompt"], text))
         for answers in texts
@@ -171,7 +177,7 @@ def possible_share(rows: list[dict], texts: list[list[str]]) -> float:
 
 # %% ../../nbs/5_own_words/08c_scarce_models.ipynb #0fc7f9a1
 def scarce_scores(model, teacher, rows: list[dict], length: int) -> tuple[dict, Written, list]:
-    "(scores on these rows, the answers, KL(p || q) along the first answer of each prompt)."
+    "Return (scores, answers, KL(p || q) along the first answers) on these rows."
     tokenizer = load_world_tokenizer()
     how = {"max_new_tokens": length}
     written = write_answers(model, tokenizer, rows, seeds=EVAL_SEEDS, **how)
@@ -206,7 +212,7 @@ class ScarceAnswerSettings:
 
 
 class ScarceAnswers(Experiment):
-    "What a teacher writes: {'response_ids'}."
+    "The answers that a teacher writes, as {'response_ids'}."
 
     name = "scarce_answers"
     module = "experiments.scarce_models"
@@ -228,7 +234,10 @@ class ScarceAnswers(Experiment):
         return {"response_ids": written.response_ids[0]}
 
     def answers(self, run: dict) -> list[list[int]]:
-        "Token ids of the answers of a run's teacher, from the cache or written now."
+        """Return the token ids of the answers of a run's teacher.
+
+        They come from the cache or are written now.
+        """
         wanted = self.parameters(
             teacher=run["teacher"],
             max_new_tokens=run["max_new_tokens"],
@@ -260,7 +269,7 @@ def scarce_metrics(
     teacher_answers: list[list[int]],  # to the first rows of the test in domain
     length: int,  # longest answer, in tokens
 ) -> dict:
-    "Scores in domain, and those of OUT_OF_DOMAIN with `out_` before their names."
+    "Return the scores in domain, and those of OUT_OF_DOMAIN with the prefix `out_`."
     near, far = (test_rows(held, len(teacher_answers)) for held in (False, True))
     scores, written, forward = scarce_scores(model, teacher, near, length)
     labels = world_labels(model, load_world_tokenizer(), near)

@@ -32,7 +32,7 @@ from ..training.loop import train
 # %% ../../nbs/5_own_words/08d_scarce_world.ipynb #019809ec
 @dataclass(frozen=True)
 class ScarceArm:
-    "One way to teach a student."
+    "A way to teach a student."
 
     title: str
     method: str  # a key of METHODS
@@ -77,7 +77,10 @@ SCARCE_ARMS = {
 
 # %% ../../nbs/5_own_words/08d_scarce_world.ipynb #024b1e71
 def scarce_rate(arm: str) -> float:
-    "Learning rate that the grid chose for an arm (data/chosen/scarce.json); 0 for what is not trained."
+    """Return the learning rate chosen for an arm in data/chosen/scarce.json.
+
+    It is 0 for models that are not trained.
+    """
     if arm in UNTRAINED:
         return 0.0
     path = data_dir() / "chosen" / "scarce.json"
@@ -93,7 +96,7 @@ def scarce_rate(arm: str) -> float:
 # %% ../../nbs/5_own_words/08d_scarce_world.ipynb #c13cf830
 @dataclass
 class ScarceSettings:
-    "What a run is asked to do."
+    "The settings of a run."
 
     arm: str  # of SCARCE_ARMS or UNTRAINED
     seed: int
@@ -115,7 +118,10 @@ LOWEST_STEPS = {100: 240, 400: 480, 1600: 1200}  # of finetuning, far beyond the
 
 
 def scarce_cell(rows: int = 400, teacher_rows: int = 8000, epochs: float | None = None) -> dict:
-    "Settings of a run at a point of the map; `epochs` of the start's finetuning, None: lowest loss."
+    """Return the settings of a run at a point of the map.
+
+    `epochs` is how long the start is finetuned; None means until the loss is lowest.
+    """
     if epochs is None:
         start = {"steps": LOWEST_STEPS[rows]}
     else:
@@ -127,25 +133,28 @@ WATCHED = ("overlap", "teacher_logprob", "teacher_agrees", "entropy", "length", 
 
 
 def short(metrics: dict) -> dict:
-    "The numbers with five digits: a recorded run has to stay below the limit of its row."
+    "Round numbers to five digits, because a recorded run must fit in its row."
     return {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in metrics.items()}
 
 
 def last_health(history: list[dict]) -> dict[str, float]:
-    "Means over the last ten rows of the log of what tells whether a training is well."
+    "Return means of the health measures over the last ten rows of the log."
     rows = [row for row in history if "loss" in row][-10:]
     names = [name for name in WATCHED if rows and all(name in row for row in rows)]
     return {f"train_{name}": sum(row[name] for row in rows) / len(rows) for name in names}
 
 
 def scarce_method_settings(run: dict) -> dict:
-    "Settings of the method of a run's arm."
+    "Return the method settings of a run's arm."
     given = {"rollouts": run["minibatch"], "max_new_tokens": run["max_new_tokens"]}
     return given | SCARCE_ARMS[run["arm"]].settings | run["settings"]
 
 
 def distil_scarce(run: dict, model, teacher, folder: Path) -> tuple[Any, dict]:
-    "Train a student as its arm does: (the best of five checkpoints on validation, what was seen)."
+    """Train a student as its arm does; return (student, what was seen).
+
+    The student is the best of five checkpoints on validation.
+    """
     tokenizer = load_world_tokenizer()
     method = onpolicy_method(
         SCARCE_ARMS[run["arm"]].method,
@@ -188,7 +197,7 @@ def distil_scarce(run: dict, model, teacher, folder: Path) -> tuple[Any, dict]:
 
 # %% ../../nbs/5_own_words/08d_scarce_world.ipynb #18558877
 class ScarceWorld(Experiment):
-    "Distillation with scarce gold text, a good teacher, and tests in and out of domain."
+    "Distillation with little gold text, a good teacher, and tests in and out of domain."
 
     name = "scarce"
     module = "experiments.scarce_world"
@@ -231,7 +240,7 @@ class ScarceWorld(Experiment):
         return [(ScarceModels(), [run["teacher"] for run in runs] + starts)]
 
     def train(self, run: dict, folder: Path) -> dict:
-        "Metrics: those of `distil_scarce` and `scarce_metrics`, and the size."
+        "Return the metrics of `distil_scarce` and `scarce_metrics`, and the size."
         teacher, _ = ScarceModels().load(**run["teacher"])
         model = teacher
         if run["arm"] != "teacher":
@@ -257,7 +266,10 @@ class TextSettings:
 
 
 class ScarceTexts(Experiment):
-    "What a student of ScarceWorld writes: {'texts'}; it is trained first where its weights are gone."
+    """The texts that a student of ScarceWorld writes, as {'texts'}.
+
+    The student is trained first if its weights were deleted.
+    """
 
     name = "scarce_texts"
     module = "experiments.scarce_world"

@@ -357,7 +357,10 @@ def open_backend(
 
 # %% ../../nbs/7_engine_room/19_backends.ipynb #7d54a42e
 def checked_options(kind: type, options: dict) -> dict:
-    "Return the options in their types; refuse one that this kind of back end does not have."
+    """Return the options in their annotated types.
+
+    Raises UserError for an option that this kind of back end does not have.
+    """
     known = [
         name for name, p in inspect.signature(kind).parameters.items() if p.default is not p.empty
     ]

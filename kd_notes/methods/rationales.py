@@ -178,7 +178,7 @@ _RULE_AT_END = re.compile(r"\n[ \t]*[#>*_`\-]+[ \t]*$")
 
 
 def _marker(text: str) -> re.Match | None:
-    "Where the answer is announced: at the start of a line, or else the last time inside one."
+    "Return where the answer is announced: at a line's start, or else its last mention."
     if first := _AT_LINE_START.search(text):
         return first
     for pattern in (_INSIDE_A_LINE, _IN_A_SENTENCE, _BARE):
@@ -241,7 +241,7 @@ def clean_label(
 
 
 def _expression(text: str) -> str | None:
-    "The expression that an answer means: what stands left of =, or else the number."
+    "Return the expression left of =, or else the number that an answer gives."
     left, equals, right = text.partition("=")
     left = left.strip().rstrip(".").strip()
     try:

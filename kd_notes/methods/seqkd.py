@@ -58,7 +58,7 @@ class Writing:
 
 # %% ../../nbs/4_probabilities/09_seqkd.ipynb #6df24ba9
 def _ends(teacher, tokenizer) -> tuple[int, ...]:
-    "The tokenizer's end, the generation config's, and the one that ends a turn in the template."
+    "Return the end tokens of the tokenizer, the generation config and the chat template."
     ends = {end_id(tokenizer), turn_end_id(tokenizer), *end_tokens(teacher, tokenizer)}
     return tuple(sorted(ends))
 

@@ -20,7 +20,10 @@ from ..training.state import TrainState
 # %% ../../nbs/5_own_words/04b_taid.ipynb #7e700ca2
 @dataclass(kw_only=True)
 class TAIDConfig(GKDConfig):
-    "TAID's settings (arXiv 2501.16937, algorithm 1); the defaults are the released code's."
+    """The settings of TAID (arXiv 2501.16937, algorithm 1).
+
+    The defaults are those of the released code.
+    """
 
     source: str = "gold"
     parts: tuple[Part, ...] = (Part("forward_kl"),)
@@ -40,7 +43,7 @@ class TAIDConfig(GKDConfig):
 
 # %% ../../nbs/5_own_words/04b_taid.ipynb #ecf77b44
 class TAID(GKD):
-    "Forward KL to softmax((1 - t) student + t teacher), t rising from `t_start` to `t_end`."
+    "Forward KL to softmax((1 - t) student + t teacher); t rises from `t_start` to `t_end`."
 
     Config = TAIDConfig
 
@@ -72,7 +75,10 @@ class TAID(GKD):
         super().begin_step(state)
 
     def advance(self, loss: float, progress: float) -> None:
-        "Move t after a step with this loss; `progress`: the share of the training before that step."
+        """Update t after a step with this loss.
+
+        `progress` is the share of the training before that step.
+        """
         cfg = self.config
         if self.last_loss is not None:
             fall = (self.last_loss - loss) / (self.last_loss + 1e-15)

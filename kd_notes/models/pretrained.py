@@ -231,7 +231,10 @@ def default_device() -> str:
 
 
 def place_of(device: str | None) -> torch.device:
-    "The device that a name means, `default_device` for None. Raises UserError where there is none."
+    """Return the torch device of a name; None means `default_device`.
+
+    Raises UserError if the device cannot be used.
+    """
     try:
         place = torch.device(device or default_device())
         torch.empty(0, device=place)

@@ -161,14 +161,14 @@ class _Pair:
 
 # %% ../../nbs/4_probabilities/15_distill.ipynb #8b5f40ff
 def _with_system(row: TextRow, system: str | None) -> TextRow:
-    "The row with a system message in front, if it has none."
+    "Return the row with a system message in front, unless it has one."
     if system is None or isinstance(row.prompt, str) or row.prompt[0]["role"] == "system":
         return row
     return replace(row, prompt=({"role": "system", "content": system}, *row.prompt))
 
 
 def _answers(request: Request, pair: _Pair, rows: list[TextRow]) -> list[TextRow]:
-    "The rows with the teacher's answers; the file of them survives a kill."
+    "Return the rows with the teacher's answers, which are stored batch by batch."
     s = request.settings
     how = "beam" if request.objective == "seqkd_beam" else "sample"
     limits = (s.max_new_tokens, s.temperature, s.top_p, s.width, s.seed, s.system)
@@ -183,7 +183,7 @@ def _answers(request: Request, pair: _Pair, rows: list[TextRow]) -> list[TextRow
 
 
 def _on_policy_method(request: Request, pair: _Pair, rows: int) -> Method:
-    "A method that reads the student's own text."
+    "Return a method that trains on the student's own text."
     has_corpus = bool(request.corpus)
     config = on_policy_config(request.objective, request.settings, rows, has_corpus)
     kind = METHODS[request.objective][0]
@@ -192,7 +192,10 @@ def _on_policy_method(request: Request, pair: _Pair, rows: int) -> Method:
 
 
 def read_corpus(source: Path | str | Iterable[str] | None) -> tuple[str, ...]:
-    "Texts of a list, of the field `text` of a JSONL file, or of a text file between blank lines."
+    """Return the texts of a list, a JSONL file (field `text`) or a text file.
+
+    In a text file, blank lines separate the texts.
+    """
     if source is None:
         return ()
     if not isinstance(source, (str, os.PathLike)):

@@ -44,7 +44,7 @@ class Student:
         return "t5" if self.model.config.is_encoder_decoder else "causal"
 
     def answers(self, examples: list[Example], batch_size: int) -> dict[str, str]:
-        "{id: text} of the examples, greedy."
+        "Return {id: greedy answer} for the examples."
         return predict(
             self.model,
             self.tokenizer,
@@ -56,12 +56,12 @@ class Student:
         )
 
     def length(self, example: Example) -> int:
-        "Tokens of an example's input, with those that open and end it."
+        "Return the tokens of an example's input, special tokens included."
         return len(self.tokenizer.encode(self.prefix + example.input)) + 1
 
 
 def task_from_dict(fields: dict) -> OwnTask:
-    "The task that `as_dict` wrote."
+    "Return the task that `as_dict` wrote."
     solved = tuple(Example(**row | {"choices": tuple(row["choices"])}) for row in fields["solved"])
     labels = None if fields["labels"] is None else tuple(fields["labels"])
     return OwnTask(**fields | {"solved": solved, "labels": labels})
@@ -73,7 +73,7 @@ def load_student(
     max_new_tokens: int | None = None,  # None: as it was trained, else 32
     device: str | None = None,
 ) -> Student:
-    "A student with its task. Raises UserError for a model without a task, or trained for another one."
+    "Load a student with its task. Raises UserError if it has none or another one."
     file = Path(spec) / STUDENT_FILE
     known = read_json(file) if file.is_file() else {}
     if task is None and not known:
@@ -99,7 +99,7 @@ def load_student(
 def length_batches(
     student: Student, examples: list[Example], batch_size: int
 ) -> Iterator[list[Example]]:
-    "Batches of examples of similar length, short ones first."
+    "Yield batches of examples of similar length, short ones first."
     lengths = {example.id: student.length(example) for example in examples}
     order = sorted(examples, key=lambda example: lengths[example.id])
     for start in range(0, len(order), batch_size):
@@ -107,7 +107,10 @@ def length_batches(
 
 
 def answer_batch(student: Student, batch: list[Example]) -> list[dict]:
-    "One row for each example: {id, answer (None if there is none), text, outcome, prompt_hash}."
+    """Return a row {id, answer, text, outcome, prompt_hash} for each example.
+
+    The answer is None if the text is not an allowed one.
+    """
     context = context_of(student.model)
     room = context - student.max_new_tokens if context else 0
     fitting = [example for example in batch if not context or student.length(example) <= room]
@@ -130,7 +133,10 @@ def answer_batch(student: Student, batch: list[Example]) -> list[dict]:
 def answer_file(
     student: Student, examples: list[Example], out: Path | str, batch_size: int = 32
 ) -> list[dict]:
-    "Answer the examples that the file lacks, store each batch as it is done, return all in order."
+    """Answer the examples that are not in the file, and return all rows in order.
+
+    Each batch is stored as soon as it is done.
+    """
     if batch_size < 1:
         raise UserError(f"{batch_size} rows", where="batch_size", fix="Use 1 or more.")
     identity = {
@@ -175,10 +181,10 @@ def predict_rows(
     limit: int | None = None,  # only the first rows
     device: str | None = None,
 ) -> dict:
-    """Let a model answer rows; the same call goes on after a kill.
+    """Let a model answer rows; the same call resumes after an interruption.
 
-    Returns {'file', 'rows', 'outcomes'}. In the file `answer` is null where the text is no answer
-    that the task allows: an outcome, not an error.
+    Returns {'file', 'rows', 'outcomes'}. In the file, `answer` is null if the text is not an
+    answer that the task allows; this is an outcome, not an error.
     """
     student = load_student(model, task, max_new_tokens, device)
     examples = task_examples(student.task, data, limit)
@@ -197,9 +203,10 @@ def evaluate_rows(
     limit: int | None = None,
     device: str | None = None,
 ) -> dict:
-    """Score a model on labelled rows: {metric, value, low, high, n, answered, outcomes, model}.
+    """Score a model on labelled rows.
 
-    The interval is a 95 % bootstrap over rows. Raises UserError if a row has no label.
+    Returns {metric, value, low, high, n, answered, outcomes, model}. The 95 % interval is a
+    bootstrap over rows. Raises UserError if a row has no label.
     """
     student = load_student(model, task, max_new_tokens, device)
     examples = task_examples(student.task, data, limit)

@@ -62,7 +62,10 @@ _LAYOUT_FILES = (
 
 
 def layout_identity(source: Any) -> str | None:
-    "A hash of what is not weights: configs, tokenizer, chat template. None where the weights' says it all."
+    """Return a hash of the configs, the tokenizer and the chat template.
+
+    None if the hash of the weights already covers them.
+    """
     if isinstance(source, tuple):
         return stable_hash([_configs(source[0]), _layout_of(source[1])])
     if source.startswith("layers:") or not Path(place := resolve_model(source)).is_dir():
@@ -72,7 +75,7 @@ def layout_identity(source: Any) -> str | None:
 
 
 def _configs(model: torch.nn.Module) -> list[dict]:
-    "The configs of a model, without where it came from."
+    "Return the configs of a model without their origin."
     configs = [model.config, getattr(model, "generation_config", None)]
     plain = [json.loads(config.to_json_string()) for config in configs if config is not None]
     origin = ("transformers_version", "_name_or_path", "name_or_path")
@@ -80,7 +83,10 @@ def _configs(model: torch.nn.Module) -> list[dict]:
 
 
 def _layout_of(tokenizer: Any) -> list:
-    "How a tokenizer cuts and lays out a text; padding is left out, because loading may set it."
+    """Return how a tokenizer splits and lays out text.
+
+    Padding is left out, because loading may set it.
+    """
     cut = tokenizer.get_vocab()
     if tokenizer.is_fast:
         cut = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -103,9 +109,9 @@ def changed_names(before: dict, now: dict) -> list[str]:
 
 
 def finished_report(out: Path, request: Callable[[], dict], what: str) -> dict | None:
-    """The report of a folder that holds this request's work, None if there is none yet.
+    """Return the report of a folder that holds this request's result, or None.
 
-    Raises UserError for a folder that holds another request's work, or something else.
+    Raises UserError for a folder that holds anything else.
     """
     file = out / "request.json"
     if file.is_file():

@@ -142,7 +142,10 @@ ALIASES = {"akl": "adaptive_kl"}
 
 
 def on_policy_config(name: str, s: "DistillSettings", rows: int, corpus: bool) -> OnPolicyConfig:
-    "Settings of an on-policy objective: its published ones, the options, and what the run decides."
+    """Return the settings of an on-policy objective.
+
+    They are the published ones, with the options and what the run decides.
+    """
     minibatch = train_config(s, rows).batch_size * s.gradient_accumulation_steps
     minibatch *= int(os.environ.get("WORLD_SIZE", "1"))
     changes = {
@@ -174,7 +177,10 @@ OBJECTIVES = (
 
 
 def check_objective(name: str, options: dict | None = None) -> str:  # options: of the divergence
-    "Return the name (adaptive_kl for akl); refuse an unknown objective and options it lacks."
+    """Return the objective's name (adaptive_kl for akl).
+
+    Raises UserError for an unknown objective or an option that it does not have.
+    """
     name = ALIASES.get(name, name)
     if name not in OBJECTIVES:
         raise UserError(

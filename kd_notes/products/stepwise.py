@@ -29,7 +29,7 @@ from .stepwise_trials import answer_tests, run_search, Search
 
 # %% ../../nbs/3_reasons/14_stepwise_product.ipynb #6682bd70
 def _teacher_score(search: Search) -> dict:
-    "The teacher's score, if it has answered every test row."
+    "Return the teacher's score if it has answered every test row."
     rows = search.splits.test
     given = search.splits.teacher
     if search.request.rationales is None or any(row.id not in given for row in rows):
@@ -40,7 +40,7 @@ def _teacher_score(search: Search) -> dict:
 
 
 def _report(search: Search, trials: dict[str, list[dict]]) -> tuple[dict, dict[str, list[dict]]]:
-    "(report, {arm: answers to the test rows})."
+    "Return (report, {arm: answers to the test rows})."
     request = search.request
     task = request.task
     test = search.splits.test
@@ -87,7 +87,7 @@ def _report(search: Search, trials: dict[str, list[dict]]) -> tuple[dict, dict[s
 
 # %% ../../nbs/3_reasons/14_stepwise_product.ipynb #a695c1d1
 def _copy_model(search: Search, report: dict, arm: str, out: Path) -> None:
-    "The best model of an arm, how it is asked, and its card."
+    "Write the best model of an arm, its student.json and its card."
     source = search.folder(arm, search.best(arm)["rate"]) / "model"
     out.mkdir(parents=True, exist_ok=True)
     for path in source.iterdir():
@@ -105,7 +105,7 @@ def _copy_model(search: Search, report: dict, arm: str, out: Path) -> None:
 
 
 def _answered(search: Search, answers: dict[str, list[dict]], most: int = 20) -> str:
-    "The first test rows with every arm's answer, as JSONL."
+    "Return the first test rows with the answers of all arms, as JSONL."
     by_arm = {arm: {row["id"]: row for row in rows} for arm, rows in answers.items()}
     lines = []
     for example in search.splits.test[:most]:
@@ -116,7 +116,7 @@ def _answered(search: Search, answers: dict[str, list[dict]], most: int = 20) ->
 
 
 def _leave(search: Search, report: dict, answers: dict[str, list[dict]]) -> None:
-    "Write the folder; the report last."
+    "Write the result folder; the report is written last."
     out = search.request.out
     first, *others = search.jobs
     _copy_model(search, report, first, out)
@@ -158,7 +158,7 @@ def _student_source(student: Any) -> str | tuple:
 
 
 def _finish(request: StepwiseRequest) -> dict:
-    "Prepare, train, answer and write; the report."
+    "Prepare, train, answer, write the folder and return the report."
     search = Search.prepare(request)
     write_json(request.out / "request.json", request.as_dict())
     counts = (
@@ -190,10 +190,11 @@ def stepwise(
     dry_run: bool = False,  # only say what would run and cost
     **settings: Any,  # fields of StepwiseSettings
 ) -> dict:
-    """Train a step-by-step student and its rivals, evaluate and save; the report.
+    """Train a step-by-step student and its rivals, evaluate and save them; return a report.
 
     Loss: alpha * CE(label | "predict: " + x) + (1 - alpha) * CE(rationale | "explain: " + x)
-    (Hsieh et al. 2023). The same call continues a killed run; another one is refused.
+    (Hsieh et al. 2023). The same call resumes an interrupted run. A different call on the same
+    folder is an error.
     """
     chosen = stepwise_settings(profile, **settings)
     asked = own_task(task)

@@ -64,12 +64,12 @@ student inherits the errors and biases of data and teacher. Their licences apply
 
 
 def score_text(score: Mapping[str, Any]) -> str:
-    "A score with its interval: '0.812 [0.774, 0.851]'."
+    "Return a score with its interval, such as '0.812 [0.774, 0.851]'."
     return f"{score['value']:.3f} [{score['low']:.3f}, {score['high']:.3f}]"
 
 # %% ../../nbs/3_reasons/13_stepwise_card.ipynb #e7eb6696
 def score_table(scores: Mapping[str, Any]) -> str:
-    "Rows of a Markdown table: the arms, then the references."
+    "Return the rows of a Markdown table: the arms, then the references."
     named = {found["title"]: found["test"] for found in scores["arms"].values()}
     named |= scores["references"]
     lines = [
@@ -80,7 +80,7 @@ def score_table(scores: Mapping[str, Any]) -> str:
 
 
 def _base_model(student: str) -> str:
-    "The card's line for the model that was trained further."
+    "Return the card's line that names the base model."
     names = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
     if student.startswith("hub:") or student in names:
         return f"base_model: {names.get(student, student.removeprefix('hub:'))}\n"
@@ -88,7 +88,7 @@ def _base_model(student: str) -> str:
 
 
 def student_card(name: str, report: Mapping[str, Any], arm: str, asked: Mapping[str, Any]) -> str:
-    "README.md of the folder with an arm's student; `asked` is its student.json."
+    "Return the README.md for an arm's student; `asked` is its student.json."
     found = report["arms"][arm]
     settings = {k: v for k, v in report["settings"].items() if v not in (None, [], {}, 0, "")}
     differences = [
@@ -123,7 +123,10 @@ def student_card(name: str, report: Mapping[str, Any], arm: str, asked: Mapping[
 
 # %% ../../nbs/3_reasons/13_stepwise_card.ipynb #e7b526ca
 def validation_figure(rows: Sequence[Mapping[str, Any]], metric: str):
-    "Validation score of each arm against optimiser steps, a matplotlib Figure; rows: arm, step, value."
+    """Plot the validation score of each arm against optimiser steps.
+
+    Each row has an arm, a step and a value. Returns a matplotlib Figure.
+    """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator

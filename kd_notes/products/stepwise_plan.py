@@ -23,7 +23,7 @@ from ..runner.notebooks import fits
 # %% ../../nbs/3_reasons/10_stepwise_plan.ipynb #0b3ae535
 @dataclass(frozen=True)
 class Plan:
-    "What an arm learns from."
+    "The data that an arm learns from."
 
     title: str
     labels: str = "gold"  # "gold", or "teacher": the teacher's labels
@@ -32,7 +32,7 @@ class Plan:
 
     @property
     def prefix(self) -> str:
-        "In front of the input; the paper's baselines have none."
+        "Return the prefix of each input; it is empty for the paper's baselines."
         return PREDICT if self.reasons else ""
 
 
@@ -94,7 +94,10 @@ _OPTIONAL = {"device": str, "lora": dict}  # settings that may be None
 
 
 def stepwise_settings(profile: str = "cpu", **settings: Any) -> StepwiseSettings:
-    "The settings of a profile with some of them changed; a wrong name, type or value is an error."
+    """Return the settings of a profile with changes.
+
+    Raises UserError for a wrong name, type or value.
+    """
     if profile not in STEPWISE_PROFILES:
         fix = f"Choose one of {', '.join(STEPWISE_PROFILES)}."
         raise UserError(f"{profile!r} is not a profile", where="profile", fix=fix)
@@ -118,7 +121,7 @@ def stepwise_settings(profile: str = "cpu", **settings: Any) -> StepwiseSettings
 
 
 def _check_settings(s: StepwiseSettings) -> None:
-    "Refuse values that make no sense."
+    "Raise UserError for values that make no sense."
     unknown = [arm for arm in s.arms if arm not in PLANS]
     rules = {
         "arms": bool(s.arms) and not unknown and len(set(s.arms)) == len(s.arms),
@@ -150,7 +153,10 @@ def _check_settings(s: StepwiseSettings) -> None:
 def teacher_answers(
     task: OwnTask, examples: Sequence[Example], file: Path | str | None
 ) -> dict[str, Parsed]:
-    "{id: what the teacher answered} for the examples that the file has; of several samples the majority."
+    """Return {id: the teacher's answer} for the examples in the file.
+
+    Of several samples, the majority counts.
+    """
     if file is None:
         own = [e for e in examples if e.rationale]
         return {e.id: Parsed("ok", e.rationale, e.label) for e in own}
@@ -177,7 +183,7 @@ def teacher_answers(
 # %% ../../nbs/3_reasons/10_stepwise_plan.ipynb #c403b582
 @dataclass
 class Splits:
-    "Rows of a comparison."
+    "The rows of a comparison."
 
     train: list[Example]
     validation: list[Example]
@@ -193,7 +199,7 @@ def _held_out(share: float, total: int, most: int) -> int:
 def split_rows(
     examples: Sequence[Example], s: StepwiseSettings, test: Sequence[Example] | None = None
 ) -> tuple[list[Example], list[Example], list[Example]]:
-    "(training, validation, test), by distinct inputs; a given test set takes its inputs out."
+    "Split examples by distinct inputs, also those of `test`, into (training, validation, test)."
     groups: dict[str, list[Example]] = defaultdict(list)
     tested = {example.input for example in test or ()}
     for example in examples:
@@ -224,7 +230,7 @@ def prepare_rows(
     s: StepwiseSettings,
     test: Sequence[Example] | None = None,
 ) -> Splits:
-    "Splits with the teacher's answers; all arms learn from the rows that the teacher has seen."
+    "Return the splits and the teacher's answers; all arms learn from the rows it has seen."
     train, validation, test_rows = split_rows(examples, s, test)
     teacher = teacher_answers(task, [*examples, *test_rows], rationales)
     left_out = {"same input as a test row": len(examples) - len(train) - len(validation)}
@@ -242,7 +248,10 @@ def prepare_rows(
 
 # %% ../../nbs/3_reasons/10_stepwise_plan.ipynb #d42678cb
 def _taught(task: OwnTask, example: Example, answer: Parsed | None, agreeing: bool) -> Example:
-    "The example with the teacher's rationale where it is usable, and its label where there is none."
+    """Return the example with the teacher's rationale if it is usable.
+
+    An example without a label gets the teacher's.
+    """
     usable = answer is not None and answer.outcome == "ok"
     if usable and agreeing and example.label:
         usable = is_correct(task.metric, answer.label, example.label)
@@ -252,7 +261,10 @@ def _taught(task: OwnTask, example: Example, answer: Parsed | None, agreeing: bo
 
 
 def learnt_rows(arm: str, task: OwnTask, splits: Splits, s: StepwiseSettings) -> list[Row]:
-    "Training rows of an arm; UserError where labels or rationales are missing."
+    """Return the training rows of an arm.
+
+    Raises UserError if labels or rationales are missing.
+    """
     plan = PLANS[arm]
     teacher = splits.teacher
     if plan.reasons:

@@ -44,7 +44,7 @@ RATES = {
 
 
 def mini_spec(student: Any) -> tuple[str, str] | None:
-    "(family, size) of mini, mini:<size>, mini-t5 or mini-t5:<size>; None for other students."
+    "Return (family, size) of mini, mini:<size>, mini-t5 or mini-t5:<size>, or else None."
     kind, _, size = str(student).partition(":")
     family = {"mini": "causal", "mini-t5": "t5"}.get(kind)
     if isinstance(student, tuple) or family is None:
@@ -53,7 +53,7 @@ def mini_spec(student: Any) -> tuple[str, str] | None:
 
 
 def student_tokenizer(student: str | tuple) -> Any:
-    "The tokenizer of a student, without its model."
+    "Return the tokenizer of a student without loading its model."
     if isinstance(student, tuple):
         return student[1]
     if mini_spec(student):
@@ -74,7 +74,7 @@ def student_tokenizer(student: str | tuple) -> Any:
 
 
 def student_config(student: str | tuple, layers: int, tokenizer: Any) -> Any:
-    "The config of a student; of a causal one with the layers that are kept."
+    "Return the config of a student; a causal one has only the layers to keep."
     if isinstance(student, tuple):
         return student[0].config
     if mini := mini_spec(student):
@@ -96,7 +96,7 @@ def student_config(student: str | tuple, layers: int, tokenizer: Any) -> Any:
 
 
 def new_student(student: str | tuple, layers: int, seed: int, device: str | None) -> tuple:
-    "(model, tokenizer) in float32, ready to be trained; a given model object is copied."
+    "Return (model, tokenizer) in float32, ready for training; model objects are copied."
     place = device or default_device()
     if isinstance(student, tuple):
         return copy.deepcopy(student[0]).to(place).requires_grad_(True), student[1]
@@ -109,7 +109,7 @@ def new_student(student: str | tuple, layers: int, seed: int, device: str | None
 # %% ../../nbs/3_reasons/11_stepwise_request.ipynb #7a5161bc
 @dataclass(frozen=True)
 class StepwiseRequest:
-    "What was asked for, and the folder that it fills."
+    "The arguments of a run and the folder that it fills."
 
     task: OwnTask
     data: Path | list  # JSONL, or rows
@@ -128,7 +128,7 @@ class StepwiseRequest:
             print(f"{self.out.name}: {text}", flush=True)
 
     def rates(self) -> tuple[float, ...]:
-        "Learning rates to try, in rising order."
+        "Return the learning rates to try, in rising order."
         kind = "mini" if mini_spec(self.student) else "pretrained"
         known = RATES["adapters" if self.settings.lora else kind]
         return tuple(sorted(set(self.settings.learning_rates or known)))
@@ -142,7 +142,7 @@ class StepwiseRequest:
         return prepare_rows(self.task, examples, self.rationales, self.settings, test)
 
     def as_dict(self) -> dict:
-        "All that decides the result, as JSON data without a path of this machine."
+        "Return all that decides the result as JSON data, without local paths."
         weights = None if mini_spec(self.student) else weights_identity(self.student)
         request = {
             "task": self.task.as_dict(),
@@ -156,7 +156,7 @@ class StepwiseRequest:
         return to_jsonable(request)
 
     def finished(self) -> dict | None:
-        "The report, if the folder holds this request's; an error if it holds something else."
+        "Return this run's report, if it is finished. Other content is an error."
         return finished_report(self.out, self.as_dict, "a step-by-step run")
 
 
@@ -170,7 +170,7 @@ def _digest(source: Path | list | None) -> str | None:
 # %% ../../nbs/3_reasons/11_stepwise_request.ipynb #e948626d
 @dataclass
 class ArmJob:
-    "An arm with its rows, its number of steps and its tokens a pass."
+    "An arm with its rows, its number of steps and the tokens of one pass."
 
     arm: str
     rows: list[Row]
@@ -183,16 +183,16 @@ class ArmJob:
         return PLANS[self.arm]
 
     def method(self, tokenizer, family: str, alpha: float) -> StepByStep:
-        "The loss of the arm: both terms, or the label alone."
+        "Return the loss of the arm: both terms, or only the label's."
         return StepByStep(tokenizer, family, alpha if self.plan.reasons else 1.0)
 
     def read(self, batch: int) -> int:
-        "Tokens that the student reads in all steps, forward and backward."
+        "Return the tokens that the student reads in all steps, forward and backward."
         return round(self.steps * batch * self.tokens / len(self.rows))
 
 
 def arm_jobs(request: StepwiseRequest, splits: Splits, tokenizer, family: str) -> dict[str, ArmJob]:
-    "{arm: its job}, in the order of the settings."
+    "Return {arm: its job} in the order of the settings."
     s = request.settings
     batch = s.batch_size * s.gradient_accumulation_steps
     steps = s.max_steps or max(1, math.ceil(s.epochs * len(splits.train) / batch))
@@ -216,7 +216,7 @@ def arm_jobs(request: StepwiseRequest, splits: Splits, tokenizer, family: str) -
 
 
 def answer_length(request: StepwiseRequest, splits: Splits, tokenizer) -> int:
-    "Tokens that the longest label takes, and two to spare."
+    "Return the number of tokens to generate: the longest label's plus two."
     if request.settings.max_new_tokens:
         return request.settings.max_new_tokens
     labels = {example.label for example in splits.train} | set(request.task.labels or ())
@@ -227,7 +227,7 @@ REACHED = 0.4  # share of the rate of matrix products that a training reaches
 
 
 def _multiply_rate(device: str, size: int = 1024) -> float:
-    "Operations a second of a matrix product, the median of five."
+    "Measure the operations per second of a matrix product, the median of five."
     a = torch.randn(size, size, device=device)
     seconds = []
     for _ in range(5):
@@ -238,7 +238,7 @@ def _multiply_rate(device: str, size: int = 1024) -> float:
 
 
 def run_cost(request: StepwiseRequest) -> dict:
-    "What a request would run and cost; nothing is trained and nothing is written."
+    "Return what a request would run and cost, without training or writing anything."
     s = request.settings
     splits = request.splits()
     tokenizer = student_tokenizer(request.student)

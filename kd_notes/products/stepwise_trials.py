@@ -38,7 +38,7 @@ SAVE_EVERY = 20  # steps between checkpoints, at least: each has four times the 
 
 
 class ArmValidation:
-    "Score of a model on the validation rows, asked as the arm asks."
+    "Score a model on the validation rows, with the prompts of its arm."
 
     def __init__(self, search: "Search", job: ArmJob):
         self.search = search
@@ -50,7 +50,10 @@ class ArmValidation:
         self.items = [self.method.encode(pair) for pair in pairs]
 
     def label_loss(self, model: Any) -> float:
-        "Mean loss of a label's token, in nats; rows that are too long are left out."
+        """Return the mean loss per label token, in nats.
+
+        Rows that are too long are left out.
+        """
         room = context_of(model)
         size = self.search.request.settings.answer_batch
         fitting = [i for i in self.items if not room or self.method.longest_row(i) <= room]
@@ -87,7 +90,7 @@ class Search:
 
     @classmethod
     def prepare(cls, request: StepwiseRequest) -> "Search":
-        "Read the rows and encode them; no weight is loaded."
+        "Read and encode the rows without loading weights."
         splits = request.splits()
         tokenizer = student_tokenizer(request.student)
         config = student_config(request.student, request.settings.layers, tokenizer)
@@ -97,7 +100,7 @@ class Search:
         return cls(request, splits, tokenizer, family, jobs, longest)
 
     def student(self, job: ArmJob, model: Any, identity: dict | None = None) -> Student:
-        "A model as the arm asks it."
+        "Return a model as a Student with the prompts of an arm."
         parts = (self.tokenizer, self.request.task, job.plan.prefix, self.max_new_tokens)
         return Student(model, *parts, identity or {})
 
@@ -105,17 +108,17 @@ class Search:
         return self.request.work / arm / f"{rate:.3g}"
 
     def done(self, arm: str) -> list[dict]:
-        "Finished trials of an arm, in rising order of their rates."
+        "Return the finished trials of an arm, in rising order of their rates."
         files = (self.request.work / arm).glob("*/trial.json")
         return sorted(map(read_json, files), key=lambda trial: trial["rate"])
 
     def best(self, arm: str) -> dict | None:
-        "The best finished trial of an arm; of equal ones the lowest rate."
+        "Return the best finished trial of an arm; the lowest rate wins a tie."
         learnt = [trial for trial in self.done(arm) if trial["score"] is not None]
         return max(learnt, key=lambda trial: trial["score"], default=None)
 
     def trial(self, arm: str, rate: float) -> dict:
-        "Train an arm with a rate, or return what it gave; continues a killed one."
+        "Train an arm with a rate, or return the stored result; a second call resumes."
         folder = self.folder(arm, rate)
         file = folder / "trial.json"
         if not file.is_file():
@@ -130,7 +133,7 @@ class Search:
         return read_json(file)
 
     def tidy(self, arm: str) -> None:
-        "Delete the models of finished trials that are not the best."
+        "Delete the models of finished trials except the best."
         best = self.best(arm)
         for trial in self.done(arm):
             if best is not None and trial["rate"] != best["rate"]:
@@ -138,7 +141,7 @@ class Search:
 
 # %% ../../nbs/3_reasons/12_stepwise_trials.ipynb #38d0d98d
 def trial_config(search: Search, job: ArmJob, rate: float, model: Any) -> TrainConfig:
-    "The loop's settings of a trial."
+    "Return the training settings of a trial."
     s = search.request.settings
     return TrainConfig(
         max_steps=job.steps,
@@ -161,7 +164,10 @@ def trial_config(search: Search, job: ArmJob, rate: float, model: Any) -> TrainC
 
 
 def _train(search: Search, job: ArmJob, rate: float, run_dir: Path) -> tuple[dict, Any]:
-    "Numbers of a training, and its model; a rate with which the loss is not finite has the score None."
+    """Train an arm with a rate; return (results, model).
+
+    If the loss becomes infinite or NaN, the score and the model are None.
+    """
     s = search.request.settings
     model, _ = new_student(search.request.student, s.layers, s.seed, s.device)
     method = job.method(search.tokenizer, search.family, s.alpha)
@@ -191,7 +197,7 @@ def _train(search: Search, job: ArmJob, rate: float, run_dir: Path) -> tuple[dic
 
 # %% ../../nbs/3_reasons/12_stepwise_trials.ipynb #14643852
 def _at_edge(trials: list[dict]) -> str:
-    "'low' or 'high' if the best of several rates is the smallest or the largest, else ''."
+    "Return 'low' or 'high' if the best rate is at that edge of several, or ''."
     learnt = [trial for trial in trials if trial["score"] is not None]
     if len(trials) < 2 or not learnt:
         return ""
@@ -201,7 +207,10 @@ def _at_edge(trials: list[dict]) -> str:
 
 
 def run_search(search: Search) -> dict[str, list[dict]]:
-    "{arm: its trials, in rising order of the rates}; the grid grows where a best rate is at its edge."
+    """Return {arm: its trials}, in rising order of the rates.
+
+    The grid grows while a best rate is at its edge, at most `widen` times.
+    """
     request = search.request
     rates = list(request.rates())
     factor = max(2.0, rates[-1] / rates[-2]) if len(rates) > 1 else 1.0
@@ -225,7 +234,7 @@ def run_search(search: Search) -> dict[str, list[dict]]:
 
 
 def answer_tests(search: Search, arm: str, examples: list[Example]) -> list[dict]:
-    "Answers of an arm's best student; the file of them survives a kill."
+    "Return the answers of an arm's best student, stored batch by batch."
     best = search.best(arm)
     place = search.folder(arm, best["rate"]) / "model"
     model, _ = load_pretrained(place, device=search.request.settings.device)

@@ -26,7 +26,7 @@ def _cell(kind: str, text: str, name: str) -> dict[str, Any]:
 
 
 def _exercise_cells(text: str, name: str) -> Iterator[dict[str, Any]]:
-    "Yield a cell for what stands before the list, and two for each exercise."
+    "Yield a cell for the text before the exercises, and two for each exercise."
     before, *exercises = NEXT_EXERCISE.split(text)
     yield _cell("markdown", before.strip(), f"{name}-0")
     for number, exercise in enumerate(exercises, start=1):
@@ -35,7 +35,10 @@ def _exercise_cells(text: str, name: str) -> Iterator[dict[str, Any]]:
 
 
 def student_notebook(nb: Mapping[str, Any]) -> dict[str, Any]:
-    "Return a notebook without outputs and solutions, with an empty cell below each exercise."
+    """Return a notebook without outputs and solutions.
+
+    An empty cell follows each exercise.
+    """
     made = copy.deepcopy(dict(nb))
     made["cells"] = []
     for cell in copy.deepcopy(nb["cells"]):
@@ -54,7 +57,7 @@ def student_notebook(nb: Mapping[str, Any]) -> dict[str, Any]:
 
 # %% ../../nbs/7_engine_room/29_course.ipynb #765d5f40
 def _chapters(book: Book, names: Sequence[str]) -> list[Path]:
-    "Return the folders of these chapters; none named: of all."
+    "Return the folders of these chapters, or of all if none is named."
     known = sorted(path for path in book.nbs.glob("[0-9]_*") if path.is_dir())
     by_name = {path.name: path for path in known}
     unknown = [name for name in names if name not in by_name]
@@ -70,7 +73,10 @@ def student_copy(
     chapters: Sequence[str] = (),  # such as 1_idea; none: all
     book: Book | None = None,
 ) -> list[Path]:
-    "Write the lessons of some chapters without solutions into a new folder; return their files."
+    """Write the lessons of some chapters without solutions to a new folder.
+
+    Returns the files.
+    """
     book = book or open_book()
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

@@ -45,7 +45,7 @@ def _mistake(what: str, lesson: str) -> UserError:
 
 
 def _check_order(parts: list[Part], names: list[str]) -> None:
-    "Refuse a table that does not hold every lesson once, after what it needs."
+    "Raise UserError unless the table has every lesson once, after those it builds on."
     seen: set[str] = set()
     for lesson in (lesson for part in parts for lesson in part.lessons):
         if lesson.name not in names:
@@ -62,7 +62,10 @@ def _check_order(parts: list[Part], names: list[str]) -> None:
 
 # %% ../../nbs/7_engine_room/27b_order.ipynb #52f48501
 def read_order(book: Book) -> list[Part]:
-    "Return the parts of the book from nbs/book.json. Raises UserError for a table that does not fit the files."
+    """Return the parts of the book from nbs/book.json.
+
+    Raises UserError if the table does not fit the files.
+    """
     table = read_json(book.nbs / "book.json")
     parts = []
     for part in table["parts"]:
@@ -84,7 +87,10 @@ def _link(text: str, target: str, lesson: str) -> str:
 
 
 def lesson_lines(parts: list[Part], titles: dict[str, str]) -> dict[str, tuple[str, str]]:
-    "Return {lesson: (text below its title, text at its end)}; `titles` are those of all lessons."
+    """Return {lesson: (text below its title, text at its end)}.
+
+    `titles` are those of all lessons.
+    """
     order = [(part, lesson) for part in parts for lesson in part.lessons]
     lines = {}
     for place, (part, lesson) in enumerate(order):
@@ -112,7 +118,7 @@ def lesson_lines(parts: list[Part], titles: dict[str, str]) -> dict[str, tuple[s
 
 # %% ../../nbs/7_engine_room/27b_order.ipynb #cb16024f
 def _with_lines(nb: dict, top: str, bottom: str) -> dict:
-    "Return the notebook with both cells, in the place of older ones."
+    "Return the notebook with both cells; they replace older ones."
     kept = [cell for cell in nb["cells"] if cell.get("id") not in (TOP, BOTTOM)]
     above, below = (
         {"cell_type": "markdown", "id": name, "metadata": {}, "source": [text]}

@@ -218,7 +218,7 @@ def _verdict_of(book: Book, finding: Finding) -> Verdict:
 
 
 def findings_list(book: Book, findings: Iterable[Finding]) -> str:
-    "Return the findings as a Markdown list: text, outcome with its interval, caution."
+    "Return the findings as a Markdown list with outcome, interval and caution."
     lines = []
     for finding in findings:
         verdict = _verdict_of(book, finding)

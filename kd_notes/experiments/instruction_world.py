@@ -472,10 +472,7 @@ class InstructionWorld(Experiment):
 def run_frame(
     seeds: Sequence[int], size: str = "xs", settings: dict | None = None, **grid: Any
 ) -> dict[str, list[dict]]:
-    """Return {'teacher': [metrics], 'start': metrics of each seed's starting student}.
-
-    `grid` takes the keywords of `Experiment.run`.
-    """
+    "Return metrics of the teacher and of each seed's start; `grid` as in `Experiment.run`."
     world = InstructionWorld()
     settings = settings or {}
     teacher = world.run({"teacher": {"arm": "teacher"} | settings}, seeds[:1], **grid)
@@ -493,12 +490,11 @@ def pair_checks(
     titles = titles or TITLES
     if why is None:
         why = {arm: untrained_why(arm) for arm in moved}
-    return {
-        "moved": {name: {titles[arm]: moved[arm] for arm in arms} for name, arms in pairs.items()},
-        "untrained": {
-            name: {titles[arm]: why[arm] for arm in arms} for name, arms in pairs.items()
-        },
-    }
+
+    def by_pair(of: dict) -> dict:
+        return {name: {titles[arm]: of[arm] for arm in arms} for name, arms in pairs.items()}
+
+    return {"moved": by_pair(moved), "untrained": by_pair(why)}
 
 # %% ../../nbs/5_own_words/08_instruction_world.ipynb #f19e6cd7
 def item_scores(metrics: Sequence[dict], name: str = "items") -> np.ndarray:

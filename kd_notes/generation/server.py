@@ -303,11 +303,9 @@ class OpenAIBackend(_Connection, _Reports):
         self, requests: Iterable[tuple[str, str]], decoding: Decoding
     ) -> Iterator[Completion]:
         "Yield completions as the server answers. Those answered before an error are yielded first."
-        jobs = [
-            (name, sample, prompt)
-            for name, prompt in check_requests(requests)
-            for sample in range(decoding.n)
-        ]
+        samples = range(decoding.n)
+        checked = check_requests(requests)
+        jobs = [(name, sample, prompt) for name, prompt in checked for sample in samples]
         return _Session(self, jobs, decoding).run()
 
 # %% ../../nbs/7_engine_room/10_server.ipynb #serv-19

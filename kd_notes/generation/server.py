@@ -222,7 +222,7 @@ class _Reports:
             fix = f"Check that the server runs and serves this model. {again}"
         return UserError(self.hide_key(what), where=f"{self.base_url}{where}", fix=fix)
 
-
+# %% ../../nbs/7_engine_room/10_server.ipynb #e25dda31
 def host_of(base_url: str, key_env: str) -> str:
     "Return the host of a base URL; refuse what is none, and one with a secret in it."
     parts = urlsplit(base_url)

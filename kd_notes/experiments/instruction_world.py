@@ -44,13 +44,9 @@ from ..training.state import TrainConfig
 # %% ../../nbs/5_own_words/08_instruction_world.ipynb #6ac553a1
 def world_inputs() -> dict[str, str]:
     "Return {name: checksum} of data and tokenizer of the instruction world."
-    files = sorted(world_dir().glob("*.json*"))
+    files = [path for path in sorted(world_dir().glob("*.json*")) if path.name != "checksums.json"]
     files.append(data_dir() / "tokenizer" / "world" / "tokenizer.json")
-    return {
-        f"{path.parent.name}/{path.name}": sha256_file(path)
-        for path in files
-        if path.name != "checksums.json"
-    }
+    return {f"{path.parent.name}/{path.name}": sha256_file(path) for path in files}
 
 # %% ../../nbs/5_own_words/08_instruction_world.ipynb #8feba89e
 @dataclass

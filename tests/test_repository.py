@@ -88,7 +88,7 @@ RESULTS = [
     p for p in tracked() if p.parent == ROOT / "nbs" / "results" and p.suffix == ".ipynb"
 ]  # not those still being written
 NOTEBOOKS = [ROOT / "nbs" / "index.ipynb", *LIBRARY, *RESULTS]
-# One for each lesson, under the name of the lesson; they export nothing.
+# One for each lesson, and for some results pages, under the same name; they export nothing.
 SOLUTIONS = sorted((ROOT / "nbs" / "solutions").glob("*/*.ipynb"))
 
 
@@ -338,11 +338,18 @@ def unsolved(lesson: str, solutions: str) -> list[str]:
     return wrong
 
 
-@pytest.mark.parametrize("path", LIBRARY, ids=name)
+def solutions_of(path: Path) -> Path:
+    return ROOT / "nbs" / "solutions" / path.parent.name / path.name
+
+
+# Of the results pages those that have solutions; most of their exercises train for hours.
+@pytest.mark.parametrize(
+    "path", [*LIBRARY, *(p for p in RESULTS if solutions_of(p).is_file())], ids=name
+)
 def test_every_exercise_has_a_solution_and_stars(path):
     "A hint behind <details> may take the place of a solution that takes longer than ten minutes."
     lesson = prose(load(path))
-    solutions = ROOT / "nbs" / "solutions" / path.parent.name / path.name
+    solutions = solutions_of(path)
     assert solutions.is_file(), f"write {name(solutions)}"
     solved = prose(load(solutions))
     assert exercises(lesson), "Exercises are a numbered list below `## Exercises`."
@@ -370,7 +377,7 @@ def test_a_missing_solution_is_seen(lesson, solutions, number):
 
 
 def test_solutions_belong_to_a_lesson_and_export_nothing():
-    lessons = {(p.parent.name, p.name) for p in LIBRARY}
+    lessons = {(p.parent.name, p.name) for p in [*LIBRARY, *RESULTS]}
     stray = [name(p) for p in SOLUTIONS if (p.parent.name, p.name) not in lessons]
     assert not stray, f"no lesson has this name: {stray}"
     for path in SOLUTIONS:

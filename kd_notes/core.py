@@ -466,52 +466,6 @@ def stable_hash(obj: Any) -> str:
     "Return 16 hex digits that are equal for equal data on every machine."
     return sha256_text(canonical_json(obj))[:16]
 
-# %% ../nbs/7_engine_room/01_core.ipynb #74f704fe
-def write_checksums(folder: Path | str, names: Iterable[str] | None = None) -> dict[str, str]:
-    """Write folder/checksums.json for `names`, by default for all files below the folder.
-
-    Returns {name: sha256}; names are relative to the folder, with forward slashes.
-    """
-    folder = Path(folder)
-    if names is None:
-        found = (
-            p
-            for p in folder.rglob("*")
-            if p.is_file() and p.name != "checksums.json" and not p.name.startswith(".")
-        )
-        names = (p.relative_to(folder).as_posix() for p in found)
-    sums = {name: sha256_file(folder / name) for name in sorted(names)}
-    write_json(folder / "checksums.json", sums)
-    return sums
-
-# %% ../nbs/7_engine_room/01_core.ipynb #e0136b4b
-def verify_checksums(
-    folder: Path | str,
-    names: Iterable[str] | None = None,  # only these files; None: every file listed
-) -> dict[str, str]:
-    """Check files against folder/checksums.json and return {name: sha256}.
-
-    Raises UserError if a file is missing, changed or not listed.
-    """
-    folder = Path(folder)
-    sums = read_json(folder / "checksums.json")
-    fix = "Restore the file (git checkout), or write new checksums if you changed it on purpose."
-    wanted = sorted(sums) if names is None else list(names)
-    for name in wanted:
-        if name not in sums:
-            raise UserError(
-                f"no checksum is recorded for {name}", where=folder / "checksums.json", fix=fix
-            )
-        if not (folder / name).is_file():
-            raise UserError(
-                "the file is listed in checksums.json but missing", where=folder / name, fix=fix
-            )
-        if sha256_file(folder / name) != sums[name]:
-            raise UserError(
-                "the file differs from its recorded checksum", where=folder / name, fix=fix
-            )
-    return {name: sums[name] for name in wanted}
-
 # %% ../nbs/7_engine_room/01_core.ipynb #872bcfe1
 def seed_everything(seed: int) -> None:  # 0 ... 2**32 - 1 (numpy's range)
     "Seed python, numpy and torch (CPU and GPU), as far as they are installed."

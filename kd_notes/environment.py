@@ -65,6 +65,14 @@ def versions() -> dict[str, str | None]:
             found[name] = importlib.metadata.version(name)
     return found | {"kd_notes": kd_notes.__version__}
 
+# %% ../nbs/7_engine_room/03_environment.ipynb #e98e8e74
+SWITCH = "KD_NOTES_CPU_KERNELS"  # environment variable; "0": off
+
+
+def cpu_kernels_on() -> bool:
+    "Return True unless KD_NOTES_CPU_KERNELS is 0: may a CPU use its faster ways?"
+    return os.environ.get(SWITCH, "1") != "0"
+
 # %% ../nbs/7_engine_room/03_environment.ipynb #8559ee8d
 def _cpu_name() -> str | None:
     with suppress(OSError):

@@ -17,13 +17,7 @@ from contextlib import contextmanager, suppress
 import torch
 from torch import Tensor
 
-# %% ../nbs/7_engine_room/08_kernels.ipynb #866ea914
-SWITCH = "KD_NOTES_CPU_KERNELS"  # environment variable; "0": off
-
-
-def enabled() -> bool:
-    "Return True unless KD_NOTES_CPU_KERNELS is 0."
-    return os.environ.get(SWITCH, "1") != "0"
+from .environment import cpu_kernels_on
 
 # %% ../nbs/7_engine_room/08_kernels.ipynb #112c2c86
 def big_zeros(
@@ -36,7 +30,7 @@ def big_zeros(
     """
     size = math.prod(shape) * dtype.itemsize
     device = torch.device(device)
-    possible = enabled() and hasattr(mmap, "MADV_HUGEPAGE")
+    possible = cpu_kernels_on() and hasattr(mmap, "MADV_HUGEPAGE")
     if device.type != "cpu" or size < 2**23 or not possible:
         return torch.zeros(shape, dtype=dtype, device=device)
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -78,7 +72,7 @@ def _packable(model) -> list[torch.nn.Linear]:
     ]
     weights = sum(layer.weight.numel() for layer in layers)
     fits = PACK_FROM <= weights <= PACK_UP_TO
-    return layers if fits and enabled() and _can_pack() else []
+    return layers if fits and cpu_kernels_on() and _can_pack() else []
 
 
 @contextmanager
@@ -119,7 +113,7 @@ def reused_memory(wanted: bool = True) -> Iterator[bool]:
     0.9 million parameters on 32 rows of 80 tokens had 15 page faults instead of 3,500, and took 2
     to 6 % less processor time.
     """
-    libc = ctypes.CDLL(None) if wanted and enabled() and os.name == "posix" else None
+    libc = ctypes.CDLL(None) if wanted and cpu_kernels_on() and os.name == "posix" else None
     known = hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim")
     if known:
         libc.mallopt(_MMAP_MAX, 0)

@@ -37,10 +37,9 @@ from kd_notes.core import (
     stable_hash,
     to_jsonable,
     UserError,
-    verify_checksums,
-    write_checksums,
     write_json,
 )
+from kd_notes.checksums import verify_checksums, write_checksums
 from kd_notes.progress import human_seconds, Meter, progress, progress_mode
 
 

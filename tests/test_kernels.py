@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import kd_notes.kernels as kernels
-from kd_notes.kernels import big_zeros, enabled, packed, reused_memory, SWITCH
+from kd_notes.environment import cpu_kernels_on, SWITCH
+from kd_notes.kernels import big_zeros, packed, reused_memory
 from kd_notes.losses.fused import fused_linear_divergence
 from kd_notes.models.mini import mini_model
 from kd_notes.runner.code import run_key
@@ -38,11 +39,11 @@ def both_ways(monkeypatch, function):
 
 def test_the_switch_is_on_unless_it_is_zero(monkeypatch):
     monkeypatch.delenv(SWITCH, raising=False)
-    assert enabled()
+    assert cpu_kernels_on()
     monkeypatch.setenv(SWITCH, "0")
-    assert not enabled()
+    assert not cpu_kernels_on()
     monkeypatch.setenv(SWITCH, "1")
-    assert enabled()
+    assert cpu_kernels_on()
 
 
 def test_off_means_that_no_trick_is_used(monkeypatch):

@@ -28,6 +28,7 @@ MODULES = sorted(
 LAYERS = [
     "core",
     "checks",
+    "checksums",
     "progress",
     "environment",
     "kernels",

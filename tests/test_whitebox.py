@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kd_notes.products.distill as distill_module
-from kd_notes.core import read_json, UserError, verify_checksums
+from kd_notes.core import read_json, UserError
+from kd_notes.checksums import verify_checksums
 from kd_notes.data.examples import load_split
 from kd_notes.losses.divergences import DIVERGENCES, forward_kl
 from kd_notes.data.answers import pack_numbers

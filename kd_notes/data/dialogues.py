@@ -9,7 +9,8 @@ __all__ = ['PLAIN_TEMPLATE', 'prompt_ids', 'encode_row', 'load_prompts']
 from functools import lru_cache
 from typing import Any
 
-from ..core import data_dir, read_json, rng, UserError, verify_checksums
+from ..core import data_dir, read_json, rng, UserError
+from ..checksums import verify_checksums
 from .examples import load_split
 from .rows import load_rows, read_row, TextRow
 

@@ -21,9 +21,9 @@ from kd_notes.core import (
     read_text,
     sha256_file,
     UserError,
-    verify_checksums,
     write_json,
 )
+from ..checksums import verify_checksums
 from .answers import equation_value, EquationError
 
 # %% ../../nbs/2_playground/01_examples.ipynb #1b94830a

@@ -16,7 +16,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, Sequence
 
-from ..core import data_dir, read_json, rng, UserError, verify_checksums
+from ..core import data_dir, read_json, rng, UserError
+from ..checksums import verify_checksums
 
 # %% ../../nbs/2_playground/06_grammar.ipynb #156ff934
 def world_dir() -> Path:

@@ -27,10 +27,9 @@ from kd_notes.core import (
     rng,
     stable_hash,
     UserError,
-    verify_checksums,
-    write_checksums,
     write_json,
 )
+from ..checksums import verify_checksums, write_checksums
 from kd_notes.data.grammar import (
     answer_entropy,
     Answers,

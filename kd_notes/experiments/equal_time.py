@@ -23,9 +23,9 @@ from kd_notes.core import (
     sha256_file,
     stable_hash,
     UserError,
-    verify_checksums,
     write_json,
 )
+from ..checksums import verify_checksums
 from ..data.answers import pack_numbers, unpack_numbers
 from ..data.dialogues import encode_row, load_prompts
 from ..evaluation.validation import Validation

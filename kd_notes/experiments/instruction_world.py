@@ -44,13 +44,9 @@ from ..training.state import TrainConfig
 # %% ../../nbs/5_own_words/08_instruction_world.ipynb #6ac553a1
 def world_inputs() -> dict[str, str]:
     "Return {name: checksum} of data and tokenizer of the instruction world."
-    files = sorted(world_dir().glob("*.json*"))
+    files = [path for path in sorted(world_dir().glob("*.json*")) if path.name != "checksums.json"]
     files.append(data_dir() / "tokenizer" / "world" / "tokenizer.json")
-    return {
-        f"{path.parent.name}/{path.name}": sha256_file(path)
-        for path in files
-        if path.name != "checksums.json"
-    }
+    return {f"{path.parent.name}/{path.name}": sha256_file(path) for path in files}
 
 # %% ../../nbs/5_own_words/08_instruction_world.ipynb #8feba89e
 @dataclass
@@ -472,10 +468,7 @@ class InstructionWorld(Experiment):
 def run_frame(
     seeds: Sequence[int], size: str = "xs", settings: dict | None = None, **grid: Any
 ) -> dict[str, list[dict]]:
-    """Return {'teacher': [metrics], 'start': metrics of each seed's starting student}.
-
-    `grid` takes the keywords of `Experiment.run`.
-    """
+    "Return metrics of the teacher and of each seed's start; `grid` as in `Experiment.run`."
     world = InstructionWorld()
     settings = settings or {}
     teacher = world.run({"teacher": {"arm": "teacher"} | settings}, seeds[:1], **grid)
@@ -493,12 +486,11 @@ def pair_checks(
     titles = titles or TITLES
     if why is None:
         why = {arm: untrained_why(arm) for arm in moved}
-    return {
-        "moved": {name: {titles[arm]: moved[arm] for arm in arms} for name, arms in pairs.items()},
-        "untrained": {
-            name: {titles[arm]: why[arm] for arm in arms} for name, arms in pairs.items()
-        },
-    }
+
+    def by_pair(of: dict) -> dict:
+        return {name: {titles[arm]: of[arm] for arm in arms} for name, arms in pairs.items()}
+
+    return {"moved": by_pair(moved), "untrained": by_pair(why)}
 
 # %% ../../nbs/5_own_words/08_instruction_world.ipynb #f19e6cd7
 def item_scores(metrics: Sequence[dict], name: str = "items") -> np.ndarray:

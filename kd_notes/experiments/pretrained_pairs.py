@@ -11,7 +11,8 @@ from typing import Any, Sequence
 
 import torch
 
-from ..core import data_dir, sha256_file, stable_hash, UserError, verify_checksums
+from ..core import data_dir, sha256_file, stable_hash, UserError
+from ..checksums import verify_checksums
 from ..data.answers import pack_numbers
 from ..data.dialogues import PLAIN_TEMPLATE, prompt_ids
 from ..evaluation.divergence import kl_per_position

@@ -95,7 +95,8 @@ def beam(
 ) -> Rollout:
     """Return the best responses that beam search finds.
 
-    SmolLM2, 64 prompts, 32 tokens, one core: 66 s of processor time at width 4; `greedy` takes 14 s.
+    SmolLM2, 64 prompts, 32 tokens, one core: 66 s of processor time at width 4, as `generate` of
+    transformers takes with its own weights (65 s); `greedy` takes 14 s.
     """
     require(is_count(width, 1), "width", width, "a whole number from 1")
     fits = is_count(keep, 1) and keep <= width

@@ -222,7 +222,7 @@ class _Reports:
             fix = f"Check that the server runs and serves this model. {again}"
         return UserError(self.hide_key(what), where=f"{self.base_url}{where}", fix=fix)
 
-
+# %% ../../nbs/7_engine_room/10_server.ipynb #e25dda31
 def host_of(base_url: str, key_env: str) -> str:
     "Return the host of a base URL. An invalid URL or one with a password is an error."
     parts = urlsplit(base_url)
@@ -306,11 +306,9 @@ class OpenAIBackend(_Connection, _Reports):
 
         Answers that arrive before an error are yielded first.
         """
-        jobs = [
-            (name, sample, prompt)
-            for name, prompt in check_requests(requests)
-            for sample in range(decoding.n)
-        ]
+        samples = range(decoding.n)
+        checked = check_requests(requests)
+        jobs = [(name, sample, prompt) for name, prompt in checked for sample in samples]
         return _Session(self, jobs, decoding).run()
 
 # %% ../../nbs/7_engine_room/10_server.ipynb #serv-19

@@ -11,14 +11,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from ..checks import check_count, check_fields
-from kd_notes.core import (
-    atomic_write,
-    canonical_json,
-    stable_hash,
-    UserError,
-    write_checksums,
-    write_json,
-)
+from ..core import atomic_write, canonical_json, stable_hash, UserError, write_json
+from ..checksums import write_checksums
 from kd_notes.data.dialogues import (
     chat_template_of,
     end_id,

@@ -11,7 +11,8 @@ from typing import Any, Iterable
 
 import torch
 
-from ..core import data_dir, UserError, verify_checksums, write_checksums
+from ..core import data_dir, UserError
+from ..checksums import verify_checksums, write_checksums
 
 # %% ../../nbs/2_playground/08_mini.ipynb #c50501cd
 SPECIAL_TOKENS = {

@@ -14,7 +14,7 @@ from typing import Iterable
 import kd_notes
 from ..core import stable_hash, UserError
 from ..environment import versions
-from ..kernels import enabled as kernels_enabled
+from ..environment import cpu_kernels_on
 
 # %% ../../nbs/7_engine_room/04_code.ipynb #92a595b5
 def _without_docstrings(tree: ast.AST) -> ast.AST:
@@ -137,6 +137,6 @@ def run_key(
         "code": code_hash(*modules, tables=False),
         "threads": threads,
     }
-    if not kernels_enabled():
+    if not cpu_kernels_on():
         parts["kernels"] = "off"  # unpacked weights add up in another order
     return stable_hash(parts)

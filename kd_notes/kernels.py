@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 import torch
 from torch import Tensor
 
-from .environment import cpu_kernels_on, SWITCH
+from .environment import cpu_kernels_on
 
 # %% ../nbs/7_engine_room/08_kernels.ipynb #112c2c86
 def big_zeros(

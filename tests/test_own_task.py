@@ -201,9 +201,9 @@ def test_a_plain_task_info_will_do():
 
 @pytest.mark.parametrize("limit", [0, -1])
 def test_a_count_that_is_none_drops_no_row(place, limit):
-    with pytest.raises(UserError, match="not a number of rows"):
+    with pytest.raises(UserError, match="whole number from 1"):
         extract(place, limit=limit)
-    with pytest.raises(UserError, match="not a number of rows"):
+    with pytest.raises(UserError, match="whole number from 1"):
         task_examples(place / "task.toml", place / "rows.jsonl", limit)
 
 

@@ -64,14 +64,14 @@ def _fields(row: Any, where: str) -> dict:
     return found
 
 
-def _text(fields: dict, name: str, where: str) -> str:
+def _text(fields: dict, name: str, where: str, blank: bool = False) -> str:
     value = fields.get(name)
     if value is None:
         raise UserError(f"the field {name!r} is missing", where=where, fix=_SHAPES)
     if not isinstance(value, str):
         problem = f"the field {name!r} is not text ({value!r:.40})"
         raise UserError(problem, where=where, fix=_SHAPES)
-    if not value.strip():
+    if not value.strip() and not blank:
         raise UserError(f"the field {name!r} is empty", where=where, fix=_SHAPES)
     encoded(value, where)  # half a character would end the work much later
     return value
@@ -164,8 +164,8 @@ def read_row(
     if not isinstance(row, TextRow):
         fields = _fields(row, where)
         prompt, completion = _prompt_and_completion(fields, needs_completion, where)
-        reason = fields.get("rationale", "")
-        reason = _text(fields, "rationale", where) if reason != "" else ""
+        # A blank rationale is a target without content, which a control of step-by-step needs.
+        reason = _text({"rationale": ""} | fields, "rationale", where, blank=True)
         name = str(fields.get("id", "")) or id
         row = TextRow(name, prompt, completion, reason, where)
     return row.as_chat() if chat else row

@@ -65,6 +65,42 @@ class ScarceModelSettings:
 SCARCE_TEACHER = {"size": "m", "rows": 8000, "known": False, "steps": 2000}
 OPTIMIZER = {"warmup": 0.05, "weight_decay": 0.01, "betas": (0.9, 0.98)}
 
+# %% ../../nbs/5_own_words/08c_scarce_models.ipynb #970efd6a
+def _config(run: dict, steps: int, **changes: Any) -> TrainConfig:
+    "Return the training settings for this number of steps."
+    chosen = {name: run[name] for name in ("batch_size", "lr", "seed")}
+    return TrainConfig(max_steps=steps, **chosen, **OPTIMIZER, **changes)
+
+
+def _read(run: dict, folder: Path) -> tuple[Any, dict]:
+    "Train on the corpus from random weights."
+    tokenizer = load_world_tokenizer()
+    model = mini_model("causal", run["size"], len(tokenizer), seed=run["seed"])
+    cfg = _config(run, run["read"])
+    rows = corpus_rows(tokenizer)
+    result = train(model, EncodedSFT(tokenizer), rows, cfg, run_dir=folder / "corpus")
+    return model, {"train_seconds": result.seconds}
+
+
+def _finetune(model: Any, run: dict, folder: Path) -> tuple[Any, dict]:
+    "Finetune the model that was trained on the corpus with rows of the pool."
+    model.train()
+    cfg = _config(run, run["steps"])
+    if run["stop"] == "lowest":
+        every = max(run["steps"] // 24, 1)
+        cfg = _config(run, run["steps"], keep_best=True, eval_every=every)
+    rows = training_rows(run["rows"], run["known"])
+    held_out = validation_rows(run["known"])
+    tokenizer = load_world_tokenizer()
+    result = finetune(model, tokenizer, rows, held_out, cfg, run_dir=folder / "sft")
+    losses = [row["validation"]["loss"] for row in result.history if "validation" in row]
+    return model, {
+        "loss": result.best["loss"],
+        "best_step": result.best["step"],
+        "losses": [round(loss, 4) for loss in losses],
+        "train_seconds": result.seconds,
+    }
+
 # %% ../../nbs/5_own_words/08c_scarce_models.ipynb #47a0007e
 class ScarceModels(Experiment):
     "Teachers, and students before distillation."
@@ -97,45 +133,13 @@ class ScarceModels(Experiment):
         "Save folder/model; metrics: loss in nats, best step, losses, size, seconds."
         tokenizer = load_world_tokenizer()
         if run["steps"]:
-            model, metrics = self.finetune(run, folder)
+            reader, _ = self.load(**self.reader(run))
+            model, metrics = _finetune(reader, run, folder)
         else:
-            model, metrics = self.read(run, folder)
+            model, metrics = _read(run, folder)
         quiet_bars()
         save_model(model, folder / "model", tokenizer)
         return metrics | {"parameters": count_parameters(model)}
-
-    def config(self, run: dict, steps: int, **changes: Any) -> TrainConfig:
-        "Return the training settings for this number of steps."
-        chosen = {name: run[name] for name in ("batch_size", "lr", "seed")}
-        return TrainConfig(max_steps=steps, **chosen, **OPTIMIZER, **changes)
-
-    def read(self, run: dict, folder: Path) -> tuple[Any, dict]:
-        "Train on the corpus from random weights."
-        tokenizer = load_world_tokenizer()
-        model = mini_model("causal", run["size"], len(tokenizer), seed=run["seed"])
-        cfg = self.config(run, run["read"])
-        rows = corpus_rows(tokenizer)
-        result = train(model, EncodedSFT(tokenizer), rows, cfg, run_dir=folder / "corpus")
-        return model, {"train_seconds": result.seconds}
-
-    def finetune(self, run: dict, folder: Path) -> tuple[Any, dict]:
-        "Finetune the model that was trained on the corpus with rows of the pool."
-        model = self.load(**self.reader(run))[0].train()
-        cfg = self.config(run, run["steps"])
-        if run["stop"] == "lowest":
-            every = max(run["steps"] // 24, 1)
-            cfg = self.config(run, run["steps"], keep_best=True, eval_every=every)
-        rows = training_rows(run["rows"], run["known"])
-        held_out = validation_rows(run["known"])
-        tokenizer = load_world_tokenizer()
-        result = finetune(model, tokenizer, rows, held_out, cfg, run_dir=folder / "sft")
-        losses = [row["validation"]["loss"] for row in result.history if "validation" in row]
-        return model, {
-            "loss": result.best["loss"],
-            "best_step": result.best["step"],
-            "losses": [round(loss, 4) for loss in losses],
-            "train_seconds": result.seconds,
-        }
 
     def load(self, **settings: Any) -> tuple[Any, dict]:
         "Return (model, metrics) from the cache, or train the model now."

@@ -47,12 +47,7 @@ from kd_notes.models.pretrained import (
     merge_adapters,
 )
 from .card import curves_figure, model_card, with_bits_per_byte
-from kd_notes.products.request import (
-    expected_memory,
-    main_process,
-    Request,
-    shown_name,
-)
+from .request import expected_memory, main_process, Request, shown_name
 from kd_notes.products.settings import (
     check_libraries,
     check_objective,

@@ -228,13 +228,25 @@ def _rewind(run_dir: Path, step: int, write: bool) -> list[dict]:
     return kept
 
 # %% ../../nbs/7_engine_room/16_checkpoint.ipynb #be30be53
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    "Read a file of a checkpoint. Raises UserError if it is missing or damaged."
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"the checkpoint cannot be read ({str(error).splitlines()[0]:.80})",
+            where=path,
+            fix="Delete its folder; the run then goes on from an older checkpoint or begins again.",
+        ) from error
+
+
 def _load_tensors(state: TrainState, folder: Path) -> None:
     "Load weights, optimizer, best weights and random states of a checkpoint."
     params = trainable(state.objective)
     optimizer = state.optimizer.optimizer
-    for name, value in load_file(folder / "model.safetensors").items():
+    for name, value in _read_tensors(folder / "model.safetensors").items():
         write_into(params[name], value)
-    for key, value in load_file(folder / "optimizer.safetensors").items():
+    for key, value in _read_tensors(folder / "optimizer.safetensors").items():
         name, kind = key.rsplit("/", 1)
         p = params[name]
         slot = (
@@ -245,13 +257,14 @@ def _load_tensors(state: TrainState, folder: Path) -> None:
         write_into(slot, value)
         optimizer.state[p][kind] = slot
     if state.average is not None:
-        for name, value in load_file(folder / "ema.safetensors").items():
+        for name, value in _read_tensors(folder / "ema.safetensors").items():
             write_into(state.average.weights[name], value)
     if (folder / "best.safetensors").is_file():
-        state.best_weights = load_file(folder / "best.safetensors")
+        state.best_weights = _read_tensors(folder / "best.safetensors")
     mine = folder / f"rng-{state.accelerator.process_index}.safetensors"
-    if mine.is_file():
-        set_rng_state(load_file(mine))
+    # A run of more processes than before has no random states for the new ones.
+    if mine.is_file() or state.accelerator.process_index == 0:
+        set_rng_state(_read_tensors(mine))
 
 # %% ../../nbs/7_engine_room/16_checkpoint.ipynb #ef9f8ef5
 def _check_same_run(state: TrainState, found: Any) -> None:

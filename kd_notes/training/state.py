@@ -108,7 +108,10 @@ def check_config(cfg: TrainConfig) -> None:
         "log_every": cfg.log_every >= 1,
         "eval_every": cfg.eval_every >= 0,
         "save_every": cfg.save_every >= 0,
-        "early_stopping_patience": cfg.early_stopping_patience >= 0,
+        "betas": len(cfg.betas) == 2 and all(0 <= beta < 1 for beta in cfg.betas),
+        # without validations nothing would ever stop
+        "early_stopping_patience": cfg.early_stopping_patience == 0
+        or (cfg.early_stopping_patience > 0 and cfg.eval_every > 0),
         "ema": 0 <= cfg.ema < 1,
         "schedule": cfg.schedule in SCHEDULES,
         "precision": cfg.precision in PRECISIONS,
@@ -120,6 +123,7 @@ def check_config(cfg: TrainConfig) -> None:
                 "schedule": f"Choose one of {', '.join(SCHEDULES)}.",
                 "precision": f"Choose one of {', '.join(PRECISIONS)}.",
                 "lora": "Its keys are r, alpha, dropout and targets.",
+                "early_stopping_patience": "Use 0, or a number above 0 together with eval_every.",
             }.get(name, "See the comment of this field in TrainConfig.")
             raise UserError(
                 f"{getattr(cfg, name)!r} is not possible", where=f"TrainConfig.{name}", fix=hint

@@ -629,6 +629,40 @@ def test_half_written_checkpoints_are_ignored(tmp_path):
     assert not part.exists()
 
 
+@pytest.mark.parametrize("name", ["model", "optimizer", "rng-0"])
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_a_damaged_checkpoint_is_named_and_not_passed_over(tmp_path, name, damage):
+
+    class Stop(Callback):
+        def on_step(self, state):
+            if state.step == 6:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(run_dir=tmp_path, save_every=5, callbacks=[Stop()])
+    file = last_checkpoint(tmp_path) / f"{name}.safetensors"
+    if damage == "cut":
+        file.write_bytes(file.read_bytes()[:-5])
+    else:
+        file.unlink()
+    with pytest.raises(UserError, match=f"{name}.safetensors: the checkpoint cannot be read"):
+        run(run_dir=tmp_path, save_every=5)
+
+
+@pytest.mark.parametrize(
+    "changes, setting",
+    [
+        ({"early_stopping_patience": 2}, "early_stopping_patience"),  # nothing is ever validated
+        ({"betas": (0.9, 1.5)}, "betas"),
+        ({"betas": (0.9,)}, "betas"),
+        ({"max_steps": 10.5}, "max_steps"),
+    ],
+)
+def test_a_setting_that_cannot_work_is_refused(changes, setting):
+    with pytest.raises(UserError, match=f"{setting}"):
+        config(**changes)
+
+
 def kd_rows(teacher=7, divergence="jsd", beta=0.5, **options):
     "KD on rows of ids; a new teacher each time, with the weights of its seed."
     if divergence == "jsd":

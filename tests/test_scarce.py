@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+import kd_notes.experiments.scarce_world as scarce_world_module
 from kd_notes.core import UserError
 from kd_notes.data.regime import (
     check_regime,
@@ -283,3 +284,24 @@ def test_a_run_measures_both_tests_and_fits_into_the_record(tmp_path, monkeypatc
     grid = WORLD.parameters(arm="sft", seed=0, lr=0.001, size="xxs", score_on="validation", **few)
     [result] = WORLD.results([grid])
     assert "valid_rouge_l" in result["metrics"] and "rouge_l" not in result["metrics"]
+
+
+def test_a_rate_that_silences_the_student_is_an_answer_of_the_grid_and_an_error_elsewhere(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setenv("KD_NOTES_CACHE", str(tmp_path))
+    world = ScarceWorld()
+    model = mini_model("causal", "xxs", len(TOKENIZER), seed=0)
+    with torch.no_grad():  # it says the end token, whatever it has read
+        for parameter in model.parameters():
+            parameter.zero_()
+        bias = model.get_output_embeddings()
+        bias.bias = torch.nn.Parameter(torch.zeros(len(TOKENIZER)))
+        bias.bias[TOKENIZER.eos_token_id] = 50.0
+    few = TINY | {"valid_rows": 4}
+    run = world.parameters(arm="on_policy_kd", seed=0, lr=0.001, score_on="validation", **few)
+    student, metrics = scarce_world_module.distil_scarce(run, model, small(2), tmp_path / "a")
+    assert metrics["collapsed"] == 1 and metrics["valid_rouge_l"] == 0 and student is model
+    with pytest.raises(UserError, match="silence"):
+        run = world.parameters(arm="on_policy_kd", seed=0, lr=0.001, **few)
+        scarce_world_module.distil_scarce(run, model, small(2), tmp_path / "b")

@@ -16,7 +16,7 @@ from ..core import UserError
 from ..losses.divergences import at_least_float32, token_divergence
 from .on_policy import OnPolicy, OnPolicyConfig, Term
 from .prompts import named
-from .rollouts import Response, token_logprobs
+from .rollouts import Collapse, Response, token_logprobs
 from ..training.batches import causal_batch, target_nll
 
 # %% ../../nbs/5_own_words/03_minillm.ipynb #41397156
@@ -324,7 +324,7 @@ class MiniLLM(OnPolicy):
         bad = columns["example"][columns["row"][~ratio.isfinite()]].unique().tolist()
         if bad:
             names = list(self.numbers)
-            raise UserError(
+            raise Collapse(
                 "the ratio q/p~ is not finite",
                 where=f"step {self.step + 1}, {named([{'id': names[i]} for i in bad])}",
                 fix="The student has moved too far from this rollout: lower lr or "

@@ -227,7 +227,7 @@ def _prompts_by_name(rows: list[dict]) -> Iterator[None]:
         if error.where.startswith("prompt "):
             numbers = [int(i) for i in re.findall(r"prompt (\d+)", error.where)]
         where = named([rows[i] for i in numbers]) if numbers else error.where
-        raise UserError(error.what, where=where, fix=error.fix) from error
+        raise type(error)(error.what, where=where, fix=error.fix) from error
 
 
 @contextmanager
@@ -237,7 +237,7 @@ def errors_at_step(step: int) -> Iterator[None]:
         yield
     except UserError as error:
         where = f"step {step}, {error.where}" if error.where else f"step {step}"
-        raise UserError(error.what, where=where, fix=error.fix) from error
+        raise type(error)(error.what, where=where, fix=error.fix) from error
 
 
 def across_processes(accelerator, wanted: list, write: Callable[[list], dict]) -> dict:
@@ -259,6 +259,10 @@ def across_processes(accelerator, wanted: list, write: Callable[[list], dict]) -
     return dict(written)
 
 # %% ../../nbs/5_own_words/01b_rollouts.ipynb #rollouts-collapse
+class Collapse(UserError):
+    "The training has destroyed the student: it writes nothing, or only what it was not asked."
+
+
 def check_drawn(responses: list[Response]) -> None:
     "Raise UserError for a response without tokens, or a rollout of empty texts."
     ids = [{"id": response.id} for response in responses]
@@ -271,7 +275,7 @@ def check_drawn(responses: list[Response]) -> None:
             "responses of the data must not be empty.",
         )
     if all(len(response.tokens) == 1 and response.finished for response in responses):
-        raise UserError(
+        raise Collapse(
             f"all {len(responses)} responses are empty: the student has collapsed to silence",
             where=named(ids),
             fix="Go back to the previous checkpoint; lower lr, keep length_norm and teacher mixing "

@@ -22,7 +22,7 @@ from kd_notes.runner.notebooks import open_book  # noqa: E402
 from kd_notes.runner.order import read_order  # noqa: E402
 from kd_notes.runner.readme import NOTE  # noqa: E402
 
-OTHER_PAGES = ["CONTRIBUTING.md", "CHANGELOG.md", "data/README.md", "nbs/results/README.md"]
+FIRST_PAGES = ["nbs/notation.md", "nbs/glossary.md"]
 LINK = re.compile(r"(\]\()([^)\s]+)(\))")
 
 
@@ -89,25 +89,55 @@ def book_notebooks() -> list[Path]:
     return sorted(path for path in found if not path.name.startswith(("_", ".")))
 
 
+def other_pages() -> list[str]:
+    "Return the pages of prose beside the notebooks, such as the data card and the course plans."
+    named = ["CONTRIBUTING.md", "CHANGELOG.md", "data/README.md"]
+    found = [*(ROOT / "nbs").glob("*.md"), *(ROOT / "nbs" / "results").glob("*.md")]
+    pages = sorted(path.relative_to(ROOT).as_posix() for path in found)
+    return [page for page in pages if page not in FIRST_PAGES] + named
+
+
 def toctree(caption: str, pages: list[str]) -> str:
     lines = "\n".join(pages)
     return f"```{{toctree}}\n:caption: {caption}\n:hidden:\n:maxdepth: 1\n\n{lines}\n```"
 
 
+def without_folders(text: str, folder: Path) -> str:
+    "Let a link to a folder lead to its README, or to the first of its lessons; a site shows no folders."
+    lessons = [lesson.name for part in read_order(open_book(ROOT)) for lesson in part.lessons]
+
+    def target(link: re.Match) -> str:
+        place = Path(os.path.normpath(folder / link[2]))
+        if not place.is_dir() or place == ROOT:
+            return link[0]
+        page = place / "README.md"
+        if not page.is_file():
+            page = next(ROOT / "nbs" / f"{n}.ipynb" for n in lessons if n.startswith(place.name))
+        return link[1] + os.path.relpath(page, folder) + link[3]
+
+    return LINK.sub(target, text)
+
+
 def front_page(api: list[str]) -> str:
     "Return the front page: the README, and the order of all pages."
     text = (ROOT / "README.md").read_text(encoding="utf-8").removeprefix(NOTE)
-    text = text.replace("](nbs/index.ipynb", "](index.md").replace("](data)", "](data/README.md)")
-    trees = [toctree("Before you begin", ["nbs/notation", "nbs/glossary"])]
+    text = without_folders(text.replace("](nbs/index.ipynb", "](index.md"), ROOT)
+    first = [page.removesuffix(".md") for page in FIRST_PAGES]
+    trees = [toctree("Before you begin", first)]
     for part in read_order(open_book(ROOT)):
         pages = [f"nbs/{lesson.name}" for lesson in part.lessons]
         trees.append(toctree(part.title, pages + [f"nbs/results/{name}" for name in part.results]))
-    solutions = sorted((ROOT / "nbs" / "solutions").rglob("*.ipynb"))
-    named = [path.relative_to(ROOT).with_suffix("").as_posix() for path in solutions]
-    trees.append(toctree("Solutions", named))
     trees.append(toctree("The library", [f"api/{page}" for page in api]))
-    trees.append(toctree("About", [page.removesuffix(".md") for page in OTHER_PAGES]))
+    about = ["solutions", *(page.removesuffix(".md") for page in other_pages())]
+    trees.append(toctree("About", about))
     return "\n\n".join([text, *trees]) + "\n"
+
+
+def solutions_page() -> str:
+    "Return the page that lists the solutions, so that they do not fill the contents of every page."
+    names = [path.relative_to(ROOT) for path in book_notebooks() if "solutions" in path.parts]
+    lines = "\n".join(path.with_suffix("").as_posix() for path in names)
+    return f"# Solutions\n\nAnswers that run.\n\n```{{toctree}}\n:maxdepth: 1\n\n{lines}\n```\n"
 
 
 def copy_linked_files(source: Path) -> None:
@@ -139,12 +169,14 @@ def stage(source: Path) -> None:
     }
     for path in book_notebooks():
         stage_notebook(path, source, modules)
-    for name in [*OTHER_PAGES, "nbs/notation.md", "nbs/glossary.md"]:
+    for name in [*FIRST_PAGES, *other_pages()]:
         (source / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, source / name)
+        text = (ROOT / name).read_text(encoding="utf-8")
+        (source / name).write_text(without_folders(text, (ROOT / name).parent), encoding="utf-8")
     (source / "api").mkdir()
     for page, text in api.items():
         (source / "api" / f"{page}.md").write_text(text, encoding="utf-8")
+    (source / "solutions.md").write_text(solutions_page(), encoding="utf-8")
     (source / "index.md").write_text(front_page(list(api)), encoding="utf-8")
     copy_linked_files(source)
 

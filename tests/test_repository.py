@@ -264,7 +264,8 @@ def quoted_but_not_shown(nb: dict) -> list[str]:
     outputs = " ".join(text for _, text in output_text(code))
     shown = set(INTERVAL.findall(outputs.replace("+", "")))
     prose = " ".join("".join(c["source"]) for c in nb["cells"] if c["cell_type"] == "markdown")
-    return sorted(set(INTERVAL.findall(" ".join(prose.split()))) - shown)
+    quoted = " ".join(prose.split()).replace("−", "-").replace("+", "")
+    return sorted(set(INTERVAL.findall(quoted)) - shown)
 
 
 @pytest.mark.parametrize(

@@ -314,7 +314,7 @@ def test_a_plain_text_gets_no_template_and_a_chat_does():
         ({"question": "a", "answer": "b"}, "no prompt among them"),
         ({"prompt": "a", "completion": 3}, "is not text"),
         ({"prompt": "a", "completion": " "}, "is empty"),
-        ({"messages": []}, "at least two"),
+        ({"messages": []}, "no prompt among them"),
         ({"messages": [{"role": "user", "content": "a"}]}, "at least two"),
         ({"prompt": [{"role": "user", "content": "a"}], "completion": []}, "at least two"),
         ("just a text", "cannot be a str"),

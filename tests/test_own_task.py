@@ -201,9 +201,9 @@ def test_a_plain_task_info_will_do():
 
 @pytest.mark.parametrize("limit", [0, -1])
 def test_a_count_that_is_none_drops_no_row(place, limit):
-    with pytest.raises(UserError, match="whole number from 1"):
+    with pytest.raises(UserError, match="number of rows|whole number from 1"):
         extract(place, limit=limit)
-    with pytest.raises(UserError, match="whole number from 1"):
+    with pytest.raises(UserError, match="number of rows|whole number from 1"):
         task_examples(place / "task.toml", place / "rows.jsonl", limit)
 
 
@@ -425,7 +425,7 @@ def test_two_commands_make_a_student_that_answers(place, student):
 def test_another_request_is_refused(place):
     extract(place)
     train_student(place, "out")
-    with pytest.raises(UserError, match="another settings"):
+    with pytest.raises(UserError, match="another alpha"):
         train_student(place, "out", alpha=0.9)
     with pytest.raises(UserError, match="another student"):
         train_student(place, "out", student="mini")
@@ -481,7 +481,7 @@ def test_a_dry_run_says_what_would_run_and_writes_nothing(place):
         (["--set", "alpha=1"], "alpha is an option"),
         (["--set", "epoch=1"], "'epoch' is not a setting"),
         (["--arms", "dss"], "arms"),
-        (["--student", "giant"], "no model that can be loaded"),
+        (["--student", "giant"], "not a model that can be loaded"),
         (["--rationales", "none.jsonl"], "none.jsonl"),
     ],
 )

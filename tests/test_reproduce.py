@@ -428,7 +428,7 @@ def test_failures_do_not_stop_the_others_and_say_why(tmp_path):
         ({"work": "pass"}, "no metrics.json"),
         ({"figure": "pass"}, "no figure"),
         ({"figure": FIGURE.replace("curve.csv", "other.csv")}, "curve.png without a CSV twin"),
-        ({"work": WORK.replace('"a": a', '"a": "text"')}, "not a finite number"),
+        ({"work": WORK.replace('"a": a', '"a": "text"')}, "neither a finite number"),
         ({"echo": "params = {}"}, "did not echo"),
         ({"echo": "a = 3\n" + ECHO}, "a = 2 was sent, and the notebook echoes 3"),
         ({"echo": ECHO.replace("scale=scale, ", "")}, "scale = 0.5 was sent"),

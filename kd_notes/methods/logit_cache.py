@@ -86,7 +86,7 @@ class _CacheFolder:
         self.head = read_json(self.folder / "cache.json")
         if self.head.get("format") != FORMAT:
             fix = "Write the cache again, into a new folder."
-            raise UserError(f"this is not a {FORMAT!r}", where=self.folder, fix=fix)
+            raise UserError(f"this is not a {FORMAT!r}", where=self.folder / "cache.json", fix=fix)
         self.recipe = Recipe(**self.head["recipe"])
         self.vocab = self.head["vocab"]
         self.index = read_index(self.folder)

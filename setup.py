@@ -31,7 +31,12 @@ def files_below(folder: str) -> list[str]:
     paths = (
         p.relative_to(ROOT / folder) for p in sorted((ROOT / folder).rglob("*")) if p.is_file()
     )
-    return [p.as_posix() for p in paths if not any(part.startswith((".", "_")) for part in p.parts)]
+    # Lessons keep models in a folder cache beside them when they run.
+    return [
+        p.as_posix()
+        for p in paths
+        if not any(part.startswith((".", "_")) or part == "cache" for part in p.parts)
+    ]
 
 
 def data_files() -> list[str]:

@@ -348,7 +348,7 @@ def save_figure(
             fix="Pass the plotted rows.",
         )
     if title:
-        fig.suptitle(title)
+        fig.suptitle(title, fontsize=14)
     atomic_write(folder / f"{name}.csv", rows_to_csv(rows))
     atomic_write(folder / f"{name}.png", png_bytes(fig))
     return SavedFigure(

@@ -182,6 +182,11 @@ class Arm:
     steps: float = 1.0  # factor on the number of steps
     teacher_split: bool = False  # also trains on the teacher's gold examples
 
+    @property
+    def control(self) -> bool:
+        "Whether the rationale says nothing about the answer of its row."
+        return self.rationales not in ("", "teacher", "oracle")
+
 # %% ../../nbs/3_reasons/03_stepwise.ipynb #6271e332
 ARMS = {
     "finetune": Arm("standard finetuning", rows=plain_rows),
@@ -193,7 +198,9 @@ ARMS = {
     "dss_oracle": Arm("step-by-step, oracle rationales", rationales="oracle"),
     "single_task": Arm("rationale, then label", rationales="teacher", rows=single_task_rows),
     "shuffled": Arm("control: rationales of other rows", rationales="shuffled"),
-    "shuffled_oracle": Arm("control: oracle rationales of other rows", rationales="shuffled oracle"),
+    "shuffled_oracle": Arm(
+        "control: oracle rationales of other rows", rationales="shuffled oracle"
+    ),
     "empty": Arm("control: empty rationales", rationales="empty"),
     "copy": Arm("control: the input as rationale", rationales="input"),
 }

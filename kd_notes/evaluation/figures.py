@@ -12,6 +12,7 @@ import html
 import io
 import itertools
 import re
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Iterable, Iterator, Mapping, Sequence
@@ -348,7 +349,8 @@ def save_figure(
             fix="Pass the plotted rows.",
         )
     if title:
-        fig.suptitle(title, fontsize=14)
+        letters = int(fig.get_figwidth() / 0.1)  # of this size, on a line of the figure's width
+        fig.suptitle(textwrap.fill(title, letters), fontsize=14)
     atomic_write(folder / f"{name}.csv", rows_to_csv(rows))
     atomic_write(folder / f"{name}.png", png_bytes(fig))
     return SavedFigure(

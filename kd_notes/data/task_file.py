@@ -15,7 +15,8 @@ from pathlib import Path
 from string import Formatter
 from typing import Any
 
-from ..core import read_text, UserError
+from ..checks import check_count
+from ..core import encoded, read_text, UserError
 from .numbers import written_number
 from kd_notes.data.examples import (
     check_label,
@@ -97,12 +98,7 @@ def field_text(value: Any, name: str, where: str) -> str:
         kind = "null" if value is None else f"a {type(value).__name__}"
         fix = "Give it text, a number, true or false, or a list of these."
         raise UserError(f"the field {name!r} is {kind}", where=where, fix=fix)
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        what = f"the field {name!r} holds half a character (a lone surrogate)"
-        fix = "Correct the text: it was cut inside an emoji or another rare character."
-        raise UserError(what, where=where, fix=fix) from error
+    encoded(value, f"{where}, field {name!r}")
     return value
 
 
@@ -185,9 +181,9 @@ def task_examples(
     field, a label that is not allowed, and a repeated id.
     """
     task = own_task(task)
-    if limit is not None and limit < 1:
+    if limit is not None:
         fix = "Use 1 or more, or leave it out for all rows."
-        raise UserError(f"{limit} is not a number of rows", where="limit", fix=fix)
+        limit = check_count(limit, "limit", 1, fix)
     if isinstance(data, (str, os.PathLike)):
         rows = numbered_rows(Path(data))
         name = Path(data).stem

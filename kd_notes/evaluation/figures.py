@@ -114,10 +114,10 @@ _ARMS = {
     "dss_teacher": (("step-by-step, teacher labels",), _ORANGE, "v", "-."),
     "dss_oracle": (("step-by-step, oracle rationales",), _ORANGE, "^", ":"),
     "single_task": (("rationale, then label",), _PURPLE, "P", ":"),
-    "shuffled": (("placebo: shuffled rationales",), _BROWN, "v", "--"),
-    "shuffled_oracle": (("placebo: shuffled oracle rationales",), _BROWN, "X", "-."),
-    "empty": (("placebo: empty rationales",), _BLACK, "X", ":"),
-    "copy": (("placebo: copy of the input",), _BLACK, "P", "--"),
+    "shuffled": (("control: rationales of other rows",), _BROWN, "v", "--"),
+    "shuffled_oracle": (("control: oracle rationales of other rows",), _BROWN, "X", "-."),
+    "empty": (("control: empty rationales",), _BLACK, "X", ":"),
+    "copy": (("control: the input as rationale",), _BLACK, "P", "--"),
     "kd": (("KD, word level", "KD, teacher in the loop", "KD"), _GREEN, "s", "--"),
     "cached": (("KD, cached logits",), _GREEN, "^", "-."),
     "reverse_kl": (("reverse KL, teacher in the loop",), _GREEN, "v", ":"),
@@ -348,7 +348,7 @@ def save_figure(
             fix="Pass the plotted rows.",
         )
     if title:
-        fig.suptitle(title)
+        fig.suptitle(title, fontsize=14)
     atomic_write(folder / f"{name}.csv", rows_to_csv(rows))
     atomic_write(folder / f"{name}.png", png_bytes(fig))
     return SavedFigure(

@@ -145,7 +145,7 @@ _LOOKS = {}
 for _arm, (_names, *_look) in _ARMS.items():
     _LOOKS |= dict.fromkeys((_arm, *_names), tuple(_look))
 
-
+# %% ../../nbs/2_playground/14_figures.ipynb #032c5cbb
 def _free_looks() -> Iterator[tuple]:
     "Yield, without end, the looks that no arm of the table has."
     taken = set(_LOOKS.values())

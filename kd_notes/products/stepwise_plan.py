@@ -155,17 +155,6 @@ def teacher_answers(
     return {row["id"]: Parsed(*[row[name] for name in names]) for row in vote(rows, task)}
 
 # %% ../../nbs/3_reasons/10_stepwise_plan.ipynb #c403b582
-@dataclass
-class Splits:
-    "The rows of a comparison."
-
-    train: list[Example]
-    validation: list[Example]
-    test: list[Example]
-    teacher: dict[str, Parsed]  # answers by id
-    left_out: dict[str, int]  # why rows are not used, and how many
-
-
 def _held_out(share: float, total: int, most: int) -> int:
     return max(1, min(most, round(share * total))) if share < 1 else int(share)
 
@@ -195,6 +184,17 @@ def split_rows(
     gone = set(labelled[: validation + wanted])
     train = [e for text, group in groups.items() if text not in gone for e in group]
     return train, held, list(test) if test is not None else asked
+
+# %% ../../nbs/3_reasons/10_stepwise_plan.ipynb #8997a75d
+@dataclass
+class Splits:
+    "The rows of a comparison."
+
+    train: list[Example]
+    validation: list[Example]
+    test: list[Example]
+    teacher: dict[str, Parsed]  # answers by id
+    left_out: dict[str, int]  # why rows are not used, and how many
 
 
 def prepare_rows(

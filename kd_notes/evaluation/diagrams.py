@@ -7,9 +7,12 @@ __all__ = []
 
 # %% ../../nbs/2_playground/14b_diagrams.ipynb #a1ba7595
 import base64
+import io
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from html import escape
-from typing import Sequence
+from typing import Any
 
 # %% ../../nbs/2_playground/14b_diagrams.ipynb #eec99b8c
 FONT = "font-family='Helvetica, Arial, sans-serif'"
@@ -86,32 +89,86 @@ def picture(svg: str, alt: str) -> str:
 _CHOOSE = (
     "var f=this.closest('.kd-frames');"
     "f.querySelectorAll('.kd-frame').forEach((e,i)=>{e.hidden=i!=this.value});"
-    "f.querySelector('output').textContent=this.dataset.labels.split('|')[this.value]"
+    "var l=this.dataset.labels.split('|')[this.value];"
+    "f.querySelector('output').textContent=l;this.setAttribute('aria-valuetext',l)"
 )
 
 
 @dataclass(repr=False)
 class Frames:
-    "Pictures (SVG) with a slider that shows one of them at a time."
+    "Pictures of some values, with a slider that shows one of them at a time."
 
-    pictures: Sequence[str]
-    labels: Sequence[str]  # one for each picture; no '|' in them
+    draw: Callable[[Any], str]  # the picture (SVG) of a value
+    values: Sequence[Any]
     name: str  # what the slider moves
     alt: str  # what the pictures show together
+    labels: Sequence[str] = ()  # one for each value, without '|'; none: the value itself
+
+    def __post_init__(self):
+        written = [f"{v:g}" if isinstance(v, float) else str(v) for v in self.values]
+        self.labels = list(self.labels) or written
+        pictures = [self.draw(value) for value in self.values]
+        self.frames = list(zip(self.labels, pictures, strict=True))
+
+    def _described(self, svg: str, label: str) -> str:
+        return picture(svg, f"{self.alt} {self.name}: {label}.")
 
     def _repr_html_(self) -> str:
+        "Return all pictures and a slider that needs no kernel."
         frames = "".join(
-            f'<div class="kd-frame"{" hidden" if number else ""}>'
-            f"{picture(svg, f'{self.alt} {self.name}: {label}.')}</div>"
-            for number, (svg, label) in enumerate(zip(self.pictures, self.labels, strict=True))
+            f'<div class="kd-frame"{" hidden" if number else ""}>{self._described(svg, label)}</div>'
+            for number, (label, svg) in enumerate(self.frames)
         )
+        first = escape(self.labels[0])
         slider = (
             f'<label>{escape(self.name)}: <input type="range" min="0" '
-            f'max="{len(self.pictures) - 1}" value="0" step="1" aria-label="{escape(self.name)}" '
-            f'data-labels="{escape("|".join(self.labels))}" oninput="{escape(_CHOOSE)}"></label> '
+            f'max="{len(self.frames) - 1}" value="0" step="1" aria-label="{escape(self.name)}" '
+            f'aria-valuetext="{first}" data-labels="{escape("|".join(self.labels))}" '
+            f'oninput="{escape(_CHOOSE)}"></label> '
         )
-        shown = f"<output>{escape(self.labels[0])}</output>"
-        return f'<div class="kd-frames">{slider}{shown}{frames}</div>'
+        return f'<div class="kd-frames">{slider}<output>{first}</output>{frames}</div>'
+
+    def widget(self, slider: Any = None) -> Any:
+        """Return the same as a widget of ipywidgets, which draws with the kernel of JupyterLab.
+
+        `slider` is any widget with a value that `draw` takes, by default one over the values.
+        """
+        import ipywidgets
+        from IPython.display import HTML, display
+
+        if slider is None:
+            options = list(zip(self.labels, self.values))
+            slider = ipywidgets.SelectionSlider(options=options, description=self.name)
+
+        def show(value: Any) -> None:
+            label = f"{value:g}" if isinstance(value, float) else str(value)
+            display(HTML(self._described(self.draw(value), label)))
+
+        return ipywidgets.interactive(show, value=slider)
 
     def __repr__(self) -> str:
         return f"Pictures: {self.alt} {self.name}: {', '.join(self.labels)}"
+
+# %% ../../nbs/2_playground/14b_diagrams.ipynb #d1f3b0a3
+def _shorter_path(found: re.Match) -> str:
+    "Keep one decimal, and one blank between numbers."
+    return " " + " ".join(re.sub(r"(\.\d)\d+", r"\1", found[0]).split())
+
+
+def figure_svg(figure: Any) -> str:
+    """Return a figure of matplotlib as SVG, in half the bytes that matplotlib writes or fewer.
+
+    Letters stay letters, and lines keep one decimal: a unit is 1/72 inch.
+    """
+    from matplotlib import rc_context
+
+    file = io.StringIO()
+    style = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "kd_notes",
+        "font.sans-serif": ["DejaVu Sans"],
+    }
+    with rc_context(style):
+        figure.savefig(file, format="svg", bbox_inches="tight", metadata={"Date": None})
+    drawn = re.sub(r"(?s)^.*?(?=<svg )|<metadata>.*?</metadata>", "", file.getvalue())
+    return re.sub(r'\sd="[^"]*"', _shorter_path, drawn)

@@ -36,7 +36,6 @@ from ..methods.on_policy import minibatch_config
 from ..methods.registry import onpolicy_method
 from ..models.mini import mini_model
 from ..models.pretrained import count_parameters, load_pretrained
-from ..runner.runs import cached
 from ..training.checkpoint import save_model
 from ..training.loop import train
 from ..training.state import TrainConfig
@@ -49,6 +48,20 @@ def world_inputs() -> dict[str, str]:
     return {f"{path.parent.name}/{path.name}": sha256_file(path) for path in files}
 
 # %% ../../nbs/5_own_words/08_instruction_world.ipynb #8feba89e
+class SavedModels(Experiment):
+    "Models of the world, saved in the folder `model` of their run."
+
+    def inputs(self, run: dict) -> dict[str, str]:
+        return world_inputs()
+
+    def load(self, **settings: Any) -> tuple[Any, dict]:
+        "Return (model, metrics) from the cache, or train the model now."
+        run = self.parameters(**settings)
+        metrics = self.cached(run)
+        quiet_bars()
+        return load_pretrained(self.folder(run) / "model", device="cpu")[0], metrics
+
+# %% ../../nbs/5_own_words/08_instruction_world.ipynb #bc971cab
 @dataclass
 class ModelSettings:
     "The settings of a teacher, or of a student before distillation."
@@ -61,15 +74,12 @@ class ModelSettings:
     lr: float = 4e-3
 
 
-class WorldModels(Experiment):
+class WorldModels(SavedModels):
     "Mini models, pretrained on the corpus and finetuned on prompts."
 
     name = "world_model"
     module = "experiments.instruction_world"
     Settings = ModelSettings
-
-    def inputs(self, run: dict) -> dict[str, str]:
-        return world_inputs()
 
     def train(self, run: dict, folder: Path) -> dict:
         """Save the checkpoint of the lowest validation loss in folder/model.
@@ -107,14 +117,6 @@ class WorldModels(Experiment):
             "parameters": count_parameters(model),
             "train_seconds": result.seconds + seconds,
         }
-
-    def load(self, **settings: Any) -> tuple[Any, dict]:
-        "Return (model, metrics) from the cache, or train the model now."
-        run = self.parameters(**settings)
-        options = {"modules": self.modules(run), "checksums": self.inputs(run)}
-        metrics = cached(self.name, run, self.train, **options)
-        quiet_bars()
-        return load_pretrained(self.folder(run) / "model", device="cpu")[0], metrics
 
 # %% ../../nbs/5_own_words/08_instruction_world.ipynb #0acb847b
 def corpus_rows(tokenizer) -> list[dict]:
@@ -287,8 +289,7 @@ class TeacherAnswers(Experiment):
             rows=run["score_rows"],
             max_new_tokens=run["max_new_tokens"],
         )
-        options = {"modules": self.modules(wanted), "checksums": self.inputs(wanted)}
-        return cached(self.name, wanted, self.train, **options)["response_ids"]
+        return self.cached(wanted)["response_ids"]
 
 # %% ../../nbs/5_own_words/08_instruction_world.ipynb #852f6cbb
 def world_exposure(

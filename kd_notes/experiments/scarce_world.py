@@ -27,7 +27,6 @@ from ..methods.on_policy import minibatch_config
 from ..methods.registry import onpolicy_method
 from ..methods.rollouts import Collapse
 from ..models.pretrained import count_parameters, load_pretrained
-from ..runner.runs import cached
 from ..training.checkpoint import save_model
 from ..training.loop import train
 
@@ -151,7 +150,7 @@ def scarce_method_settings(run: dict) -> dict:
     given = {"rollouts": run["minibatch"], "max_new_tokens": run["max_new_tokens"]}
     return given | SCARCE_ARMS[run["arm"]].settings | run["settings"]
 
-
+# %% ../../nbs/5_own_words/08d_scarce_world.ipynb #5ab64fcd
 def distil_scarce(run: dict, model, teacher, folder: Path) -> tuple[Any, dict]:
     """Train a student as its arm does; return (student, what was seen).
 
@@ -293,8 +292,7 @@ class ScarceTexts(Experiment):
         world = ScarceWorld()
         student = run["student"]
         # A recorded student has no weights: only a run in the cache does.
-        options = {"modules": world.modules(student), "checksums": world.inputs(student)}
-        cached(world.name, student, world.train, **options)
+        world.cached(student)
         quiet_bars()
         model = load_pretrained(world.folder(student) / "model", device="cpu")[0]
         written = write_answers(

@@ -1167,3 +1167,13 @@ def test_the_plain_template_marks_every_turn():
     chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
     said = TOK.apply_chat_template(chat, chat_template=PLAIN_TEMPLATE, tokenize=False)
     assert said == "### Instruction:\nHi\n\n### Response:\nHo</s>\n\n"
+
+
+def test_a_teacher_signal_without_a_divergence_fails_when_it_is_made():
+    from kd_notes.methods.logit_kd import TeacherSignal
+
+    class Silent(TeacherSignal):
+        pass
+
+    with pytest.raises(TypeError, match="divergence"):
+        Silent()

@@ -7,12 +7,16 @@ __all__ = []
 
 # %% ../../nbs/5_own_words/07_phases.ipynb #8fa2d10f
 from pathlib import Path
-from typing import Iterable
+from typing import Any, Iterable
 
 import torch
 
-from ..core import UserError
+from ..core import data_dir, sha256_file, UserError
+from ..data.grammar import world_dir
+from ..data.world import load_corpus
+from .base import Experiment
 from ..methods.prompts import check_completions, check_context, check_ids, encode_prompts
+from ..models.pretrained import load_pretrained
 from ..training.batches import causal_batch, target_nll
 from ..training.loop import train, TrainResult
 from ..training.method import SFT
@@ -89,3 +93,41 @@ def finetune(
         validate=validate,
         callbacks=callbacks,
     )
+
+# %% ../../nbs/5_own_words/07_phases.ipynb #6ac553a1
+def world_inputs() -> dict[str, str]:
+    "Return {name: checksum} of data and tokenizer of the instruction world."
+    files = [path for path in sorted(world_dir().glob("*.json*")) if path.name != "checksums.json"]
+    files.append(data_dir() / "tokenizer" / "world" / "tokenizer.json")
+    return {f"{path.parent.name}/{path.name}": sha256_file(path) for path in files}
+
+# %% ../../nbs/5_own_words/07_phases.ipynb #0acb847b
+def corpus_rows(tokenizer) -> list[dict]:
+    "Return the texts of the corpus as rows whose prompt is their first token."
+    rows = []
+    for row in load_corpus():
+        ids = tokenizer.encode(row["text"], add_special_tokens=False)
+        ids.append(tokenizer.eos_token_id)
+        rows.append({"id": row["id"], "prompt": ids[:1], "completion": ids[1:]})
+    return rows
+
+
+def quiet_bars() -> None:
+    "Disable transformers' progress bars, which small models do not need."
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+# %% ../../nbs/5_own_words/07_phases.ipynb #8feba89e
+class SavedModels(Experiment):
+    "Models of the world, saved in the folder `model` of their run."
+
+    def inputs(self, run: dict) -> dict[str, str]:
+        return world_inputs()
+
+    def load(self, **settings: Any) -> tuple[Any, dict]:
+        "Return (model, metrics) from the cache, or train the model now."
+        run = self.parameters(**settings)
+        metrics = self.cached(run)
+        quiet_bars()
+        return load_pretrained(self.folder(run) / "model", device="cpu")[0], metrics

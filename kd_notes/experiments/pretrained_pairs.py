@@ -51,7 +51,6 @@ from kd_notes.models.pretrained import (
     load_teacher,
     merge_adapters,
     place_of,
-    resolve_model,
 )
 from ..training.checkpoint import save_model
 from ..training.loop import train, TrainResult

@@ -26,19 +26,20 @@ from kd_notes.evaluation.text import (
     Written,
 )
 from .base import Experiment, optional
-from kd_notes.experiments.instruction_world import (
+from .instruction_world import EXPOSED, world_labels
+from kd_notes.experiments.phases import (
     corpus_rows,
-    EXPOSED,
+    EncodedSFT,
+    finetune,
+    mean_nll,
     quiet_bars,
     SavedModels,
     world_inputs,
-    world_labels,
 )
-from .phases import EncodedSFT, finetune, mean_nll
 from ..losses.divergences import token_divergence
 from ..methods.health import prefix_health, repeated_ngrams
 from ..models.mini import mini_model
-from ..models.pretrained import count_parameters, load_pretrained
+from ..models.pretrained import count_parameters
 from ..training.checkpoint import save_model
 from ..training.loop import train
 from ..training.state import TrainConfig

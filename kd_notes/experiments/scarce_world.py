@@ -15,8 +15,7 @@ from ..data.regime import test_rows, training_rows, validation_rows
 from ..data.world import answer_tokens, load_corpus, load_world_tokenizer
 from ..evaluation.text import references_of, rouge_l, write_answers
 from .base import Experiment, method_modules, optional, UNTRAINED, work_done
-from .instruction_world import quiet_bars, world_inputs
-from .phases import mean_nll
+from .phases import mean_nll, quiet_bars, world_inputs
 from kd_notes.experiments.scarce_models import (
     scarce_metrics,
     SCARCE_TEACHER,

@@ -6,7 +6,6 @@
 __all__ = []
 
 # %% ../../nbs/4_probabilities/19_distill_request.ipynb #9fa397b4
-import copy
 import json
 import os
 from collections.abc import Callable

@@ -19,17 +19,18 @@ from ..data.answers import pack_numbers, unpack_numbers
 from kd_notes.data.world import (
     answer_tokens,
     label_probabilities,
-    load_corpus,
     load_world,
     load_world_tokenizer,
     log_likelihood,
 )
 from ..evaluation.calibration import ece, score_labels
 from ..evaluation.divergence import exposure_bias, kl_per_position
-from ..evaluation.text import EVAL_SEEDS, references_of, rouge_l, text_metrics, write_answers
+from ..evaluation.text import EVAL_SEEDS, text_metrics, write_answers
 from .base import Experiment, method_modules, UNTRAINED, work_done
 from kd_notes.experiments.phases import (
+    arm_options,
     corpus_rows,
+    distil_arm,
     EncodedSFT,
     finetune,
     mean_nll,
@@ -38,8 +39,6 @@ from kd_notes.experiments.phases import (
     world_inputs,
 )
 from ..methods.health import repeated_ngrams
-from ..methods.on_policy import minibatch_config
-from ..methods.registry import onpolicy_method
 from ..models.mini import mini_model
 from ..models.pretrained import count_parameters
 from ..training.checkpoint import save_model
@@ -328,54 +327,16 @@ def world_metrics(
     }
 
 # %% ../../nbs/5_own_words/08_instruction_world.ipynb #707764d0
-def arm_settings_in_world(run: dict) -> dict:
-    "Return the method settings of a run's arm."
-    given = {
-        "rollouts": run["minibatch"],
-        "max_new_tokens": run["max_new_tokens"],
-    }
-    return given | WORLD_ARMS[run["arm"]].settings | run["settings"]
-
-
 def distil_in_world(run: dict, model, teacher, folder: Path) -> tuple[Any, dict]:
     """Train a student with the method of its arm.
 
     Returns the best student on validation, and {'train_seconds', 'best_step', tokens}.
     """
-    tokenizer = load_world_tokenizer()
-    method = onpolicy_method(
-        WORLD_ARMS[run["arm"]].method,
-        tokenizer,
-        teacher,
-        corpus=[row["text"] for row in load_corpus()],
-        **arm_settings_in_world(run),
-    )
-    cfg = minibatch_config(
-        run["minibatch"],
-        run["steps"],
-        run["lr"],
-        seed=run["seed"],
-        warmup=0.05,
-        schedule="linear",
-        eval_every=max(run["steps"] // 3, 1),
-        keep_best=True,
-        save_every=100,
-    )
-    held_out = load_world("validation")[: run["valid_rows"]]
-    answers = [answer_tokens(tokenizer, row["response"]) for row in held_out]
-
-    def validate(model) -> dict:
-        written = write_answers(
-            model, tokenizer, held_out, seeds=(1,), max_new_tokens=run["max_new_tokens"]
-        )
-        pairs = list(zip(written.prompt_ids, answers))
-        return {
-            "score": float(rouge_l(written.texts[0], references_of(held_out)).mean()),
-            "loss": mean_nll(model, pairs, tokenizer.pad_token_id),
-        }
-
     rows = load_world("train")
-    result = train(model, method, rows, cfg, run_dir=folder, validate=validate)
+    held_out = load_world("validation")[: run["valid_rows"]]
+    saved = {"eval_every": max(run["steps"] // 3, 1), "save_every": 100}
+    arm = WORLD_ARMS[run["arm"]]
+    method, result = distil_arm(run, arm, model, teacher, rows, held_out, folder, **saved)
     spent = {"train_seconds": result.seconds, "best_step": result.best["step"]}
     return result.model, spent | work_done(method, result)
 
@@ -405,8 +366,8 @@ class InstructionWorld(Experiment):
     def modules(self, run: dict) -> list[str]:
         if run["arm"] in UNTRAINED:
             return [self.module]
-        method = WORLD_ARMS[run["arm"]].method
-        return [self.module, *method_modules(method, arm_settings_in_world(run))]
+        arm = WORLD_ARMS[run["arm"]]
+        return [self.module, *method_modules(arm.method, arm_options(arm, run))]
 
     def start(self, run: dict) -> dict:
         "Return the parameters of the student before distillation."

@@ -13,9 +13,12 @@ import torch
 
 from ..core import data_dir, sha256_file, UserError
 from ..data.grammar import world_dir
-from ..data.world import load_corpus
+from ..data.world import answer_tokens, load_corpus, load_world_tokenizer
+from ..evaluation.text import references_of, rouge_l, write_answers
 from .base import Experiment
+from ..methods.on_policy import minibatch_config, OnPolicy
 from ..methods.prompts import check_completions, check_context, check_ids, encode_prompts
+from ..methods.registry import onpolicy_method
 from ..models.pretrained import load_pretrained
 from ..training.batches import causal_batch, target_nll
 from ..training.loop import train, TrainResult
@@ -131,3 +134,39 @@ class SavedModels(Experiment):
         metrics = self.cached(run)
         quiet_bars()
         return load_pretrained(self.folder(run) / "model", device="cpu")[0], metrics
+
+# %% ../../nbs/5_own_words/07_phases.ipynb #d93f2cac
+def arm_options(arm: Any, run: dict) -> dict:
+    "Return the method settings of an arm in a run; the run's own come last."
+    given = {"rollouts": run["minibatch"], "max_new_tokens": run["max_new_tokens"]}
+    return given | arm.settings | run["settings"]
+
+
+def distil_arm(
+    run: dict,  # with minibatch, steps, lr, seed, max_new_tokens and the arm's settings
+    arm: Any,  # with the name of its method, and settings
+    model: Any,
+    teacher: Any,
+    rows: list[dict],
+    held_out: list[dict],
+    folder: Path,
+    **changes: Any,  # of the TrainConfig
+) -> tuple[OnPolicy, TrainResult]:
+    "Train a student as its arm does; return the method and the result, the best on validation."
+    tokenizer = load_world_tokenizer()
+    corpus = [row["text"] for row in load_corpus()]
+    method = onpolicy_method(arm.method, tokenizer, teacher, corpus=corpus, **arm_options(arm, run))
+    fixed = {"seed": run["seed"], "warmup": 0.05, "schedule": "linear", "keep_best": True}
+    cfg = minibatch_config(run["minibatch"], run["steps"], run["lr"], **fixed, **changes)
+    answers = [answer_tokens(tokenizer, row["response"]) for row in held_out]
+
+    def validate(model) -> dict:
+        length = run["max_new_tokens"]
+        written = write_answers(model, tokenizer, held_out, seeds=(1,), max_new_tokens=length)
+        pairs = list(zip(written.prompt_ids, answers))
+        return {
+            "score": float(rouge_l(written.texts[0], references_of(held_out)).mean()),
+            "loss": mean_nll(model, pairs, tokenizer.pad_token_id),
+        }
+
+    return method, train(model, method, rows, cfg, run_dir=folder, validate=validate)

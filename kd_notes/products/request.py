@@ -132,9 +132,25 @@ def finished_report(out: Path, request: Callable[[], dict], what: str) -> dict |
     report = out / "report.json"
     return read_json(report) if report.is_file() else None
 
+# %% ../../nbs/4_probabilities/19_distill_request.ipynb #79990890
+class OutFolder:
+    "What the requests of all products share: the folder `out` that they fill."
+
+    out: Path
+
+    @property
+    def work(self) -> Path:
+        "Return the folder of intermediate results, from which a stopped run goes on."
+        return self.out / "work"
+
+    def say(self, text: str) -> None:
+        "Print a line under the folder's name, in one process."
+        if main_process():
+            print(f"{self.out.name}: {text}", flush=True)
+
 # %% ../../nbs/4_probabilities/19_distill_request.ipynb #e09beb8e
 @dataclass(frozen=True)
-class Request:
+class Request(OutFolder):
     "The arguments of a distillation and the folder that it fills."
 
     data: Path | list[TextRow]
@@ -144,14 +160,6 @@ class Request:
     out: Path
     settings: DistillSettings
     corpus: tuple[str, ...] = ()  # texts of the language-modelling term
-
-    @property
-    def work(self) -> Path:
-        return self.out / "work"
-
-    def say(self, text: str) -> None:
-        if main_process():
-            print(f"{self.out.name}: {text}", flush=True)
 
     def rows(self) -> list[TextRow]:
         n = self.settings.n or None

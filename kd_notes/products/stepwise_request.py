@@ -24,7 +24,7 @@ from ..methods.step_by_step import Row, StepByStep
 from ..models.layer_drop import layer_drop, shorter_config
 from ..models.mini import load_mini_tokenizer, mini_model
 from ..models.pretrained import load_part, load_pretrained, place_of
-from .request import finished_report, main_process, shown_name, weights_identity
+from .request import finished_report, OutFolder, shown_name, weights_identity
 from kd_notes.products.stepwise_plan import (
     learnt_rows,
     PLANS,
@@ -87,7 +87,7 @@ def new_student(student: str | tuple, layers: int, seed: int, device: str | None
 
 # %% ../../nbs/3_reasons/11_stepwise_request.ipynb #7a5161bc
 @dataclass(frozen=True)
-class StepwiseRequest:
+class StepwiseRequest(OutFolder):
     "The arguments of a run and the folder that it fills."
 
     task: OwnTask
@@ -97,14 +97,6 @@ class StepwiseRequest:
     out: Path
     settings: StepwiseSettings
     test: Path | list | None = None
-
-    @property
-    def work(self) -> Path:
-        return self.out / "work"
-
-    def say(self, text: str) -> None:
-        if main_process():
-            print(f"{self.out.name}: {text}", flush=True)
 
     def rates(self) -> tuple[float, ...]:
         "Return the learning rates to try, in rising order."

@@ -283,7 +283,7 @@ def test_units_scale_and_show_the_interval():
         {"arms": {"a": 61.0}, "floor": 0.3},
         {"difference": estimate(0.2, 0.1)},
         {"floor": 33.0},
-        {"kind": "placebo"},
+        {"kind": "guess"},
         {"unit": " "},
         {"claim": ""},
     ],
@@ -327,7 +327,7 @@ def test_saved_verdicts_are_data_and_are_counted_by_kind(tmp_path):
     made = [
         statistics_module.verdict("helps (a)", estimate(0.1, 0.2)),
         statistics_module.verdict("helps (b)", estimate(-0.1, 0.2)),
-        statistics_module.verdict("placebo", estimate(-0.1, 0.0), kind="control"),
+        statistics_module.verdict("control", estimate(-0.1, 0.0), kind="control"),
     ]
     assert statistics_module.save_verdicts(iter(made), tmp_path) == made
     row = json.loads((tmp_path / "verdicts.json").read_text())[0]

@@ -417,7 +417,7 @@ def test_resume_after_a_kill_gives_the_same_metrics(tmp_path, monkeypatch):
     assert numbers(resumed) == numbers(whole) and read_json(tmp_path / "asked.json") == p
 
 
-def test_the_empty_placebo_learns_the_end_token_and_nothing_else():
+def test_the_empty_control_learns_the_end_token_and_nothing_else():
     tok = load_mini_tokenizer()
     row = arm_rows("empty", "nli", 3)[0]
     by_term = {term: target for term, _, target in StepByStep(tok).encode(row)}

@@ -216,7 +216,6 @@ _KEYS = {
     "examples": list,
 }
 _KIND_NAMES = {str: "text", list: "a list", (list, str): "a list of texts, or one text"}
-_OPEN = ("text", "number", "choice")
 
 
 def _check_keys(content: Mapping[str, Any], where: str) -> None:
@@ -232,6 +231,9 @@ def _check_keys(content: Mapping[str, Any], where: str) -> None:
         if not content.get(key):
             fix = 'A task needs at least name = "..." and labels = [...].'
             raise UserError(f"the key {key!r} is missing or empty", where=where, fix=fix)
+
+# %% ../../nbs/3_reasons/07_task_file.ipynb #8ba3d752
+_OPEN = ("text", "number", "choice")
 
 
 def _check_labels(labels: Any, where: str) -> None:

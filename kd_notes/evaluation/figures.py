@@ -12,6 +12,7 @@ import html
 import io
 import itertools
 import re
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Iterable, Iterator, Mapping, Sequence
@@ -114,10 +115,10 @@ _ARMS = {
     "dss_teacher": (("step-by-step, teacher labels",), _ORANGE, "v", "-."),
     "dss_oracle": (("step-by-step, oracle rationales",), _ORANGE, "^", ":"),
     "single_task": (("rationale, then label",), _PURPLE, "P", ":"),
-    "shuffled": (("placebo: shuffled rationales",), _BROWN, "v", "--"),
-    "shuffled_oracle": (("placebo: shuffled oracle rationales",), _BROWN, "X", "-."),
-    "empty": (("placebo: empty rationales",), _BLACK, "X", ":"),
-    "copy": (("placebo: copy of the input",), _BLACK, "P", "--"),
+    "shuffled": (("control: rationales of other rows",), _BROWN, "v", "--"),
+    "shuffled_oracle": (("control: oracle rationales of other rows",), _BROWN, "X", "-."),
+    "empty": (("control: empty rationales",), _BLACK, "X", ":"),
+    "copy": (("control: the input as rationale",), _BLACK, "P", "--"),
     "kd": (("KD, word level", "KD, teacher in the loop", "KD"), _GREEN, "s", "--"),
     "cached": (("KD, cached logits",), _GREEN, "^", "-."),
     "reverse_kl": (("reverse KL, teacher in the loop",), _GREEN, "v", ":"),
@@ -144,7 +145,7 @@ _LOOKS = {}
 for _arm, (_names, *_look) in _ARMS.items():
     _LOOKS |= dict.fromkeys((_arm, *_names), tuple(_look))
 
-
+# %% ../../nbs/2_playground/14_figures.ipynb #032c5cbb
 def _free_looks() -> Iterator[tuple]:
     "Yield, without end, the looks that no arm of the table has."
     taken = set(_LOOKS.values())
@@ -348,7 +349,8 @@ def save_figure(
             fix="Pass the plotted rows.",
         )
     if title:
-        fig.suptitle(title, fontsize=14)
+        letters = int(fig.get_figwidth() / 0.1)  # of this size, on a line of the figure's width
+        fig.suptitle(textwrap.fill(title, letters), fontsize=14)
     atomic_write(folder / f"{name}.csv", rows_to_csv(rows))
     atomic_write(folder / f"{name}.png", png_bytes(fig))
     return SavedFigure(

@@ -70,6 +70,19 @@ def _teacher_states(batches: list[Batch], teacher, file: Path | None) -> list[Te
     return states
 
 
+def _head_and_states(teacher, batches: list[Batch], file: Path | None) -> tuple:
+    """Return the teacher's output head and its states for each batch; the rest may be freed.
+
+    A teacher without a linear head is returned whole, with None for the states.
+    """
+    if teacher is None:
+        return None, None
+    teacher.eval()
+    if linear_head(teacher) is None:
+        return teacher, None
+    return teacher.get_output_embeddings(), _teacher_states(batches, teacher, file)
+
+# %% ../../nbs/4_probabilities/08_validation.ipynb #bebaa2e4
 def _token_terms(
     student: Tensor, teacher: Tensor | None, target_ids: Tensor, vocabulary: int | None
 ) -> Tensor:
@@ -84,6 +97,13 @@ def _token_terms(
         terms += [token_divergence(name, student, teacher) for name in ("forward_kl", "reverse_kl")]
     return torch.stack(terms)
 
+
+def _row_sums(values: Tensor, lengths: list[int]) -> np.ndarray:
+    "Sum the values (tokens,) of rows of these lengths, one after another: (rows,), float64."
+    row = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    zeros = torch.zeros(len(lengths), dtype=torch.float64)
+    return zeros.index_add(0, row, values).numpy()
+
 # %% ../../nbs/4_probabilities/08_validation.ipynb #13279469
 class Validation:
     "Perplexity of a model on held-out rows and KL to a teacher, which runs once."
@@ -95,8 +115,7 @@ class Validation:
         teacher=None,  # with the student's tokenizer; None: perplexity only
         *,
         score: str = "nll",  # metric to minimise: nll, forward_kl or reverse_kl
-        # Cache file for the teacher's hidden states; the caller must make the name unique.
-        states_file: Path | None = None,
+        states_file: Path | None = None,  # cache of the teacher's states; the name must be unique
         vocabulary: int | None = None,  # number of shared ids; None: width of the narrower head
         batch_size: int = 8,
     ):
@@ -104,15 +123,7 @@ class Validation:
         self.lengths = [len(row["completion"]) for row in rows]
         self.score = score
         self.vocabulary = vocabulary
-        self.teacher = teacher
-        self.states = None
-        if teacher is not None:
-            teacher.eval()
-            if linear_head(teacher) is not None:
-                self.states = _teacher_states(self.batches, teacher, states_file)
-                self.teacher = (
-                    teacher.get_output_embeddings()
-                )  # the rest of the teacher may be freed
+        self.teacher, self.states = _head_and_states(teacher, self.batches, states_file)
 
     def terms(self, model, number: int, chunk: int = 256) -> Iterator[Tensor]:
         "Yield the terms of a batch, (names, positions) for each chunk of positions."
@@ -133,11 +144,9 @@ class Validation:
         sums = {name: np.zeros(len(self.lengths)) for name in names}
         for number, part in enumerate(self.parts):
             values = torch.cat(list(self.terms(model, number)), dim=1).double().cpu()
-            lengths = torch.tensor([self.lengths[i] for i in part])
-            row = torch.repeat_interleave(torch.arange(len(part)), lengths)
+            lengths = [self.lengths[i] for i in part]
             for name, value in zip(names, values):
-                zeros = torch.zeros(len(part), dtype=torch.float64)
-                sums[name][part] = zeros.index_add(0, row, value).numpy()
+                sums[name][part] = _row_sums(value, lengths)
         return sums | {"tokens": np.array(self.lengths)}
 
     def __call__(self, model) -> dict[str, float]:

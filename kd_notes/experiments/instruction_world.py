@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WORLD_ARMS', 'TITLES', 'TEACHER', 'corpus_rows', 'quiet_bars', 'WorldSettings', 'InstructionWorld', 'run_frame',
-           'item_scores']
+           'moved_rows', 'item_scores']
 
 # %% ../../nbs/5_own_words/08_instruction_world.ipynb #f3c54094
 import math
@@ -491,6 +491,22 @@ def pair_checks(
         return {name: {titles[arm]: of[arm] for arm in arms} for name, arms in pairs.items()}
 
     return {"moved": by_pair(moved), "untrained": by_pair(why)}
+
+# %% ../../nbs/5_own_words/08_instruction_world.ipynb #2369903b
+def moved_rows(moved: dict[str, bool], titles: dict[str, str] | None = None) -> list[dict]:
+    """Return the rows of a table that says which arms left their start, and which are untrained.
+
+    `moved` is arm -> `runs_moved`; `titles` are those of the arms, TITLES without it.
+    """
+    titles = titles or TITLES
+    return [
+        {
+            "arm": titles[arm],
+            "moved from the start": "yes" if left else "no",
+            "untrained": untrained_why(arm) or "–",
+        }
+        for arm, left in moved.items()
+    ]
 
 # %% ../../nbs/5_own_words/08_instruction_world.ipynb #f19e6cd7
 def item_scores(metrics: Sequence[dict], name: str = "items") -> np.ndarray:

@@ -98,6 +98,8 @@ NAME: Rule = (lambda value: isinstance(value, str) and bool(value), "a text")
 TABLE: Rule = (lambda value: isinstance(value, dict), "an object")
 RATE: Rule = (_is_rate, "a positive number")
 _LENGTH: Rule = (_is_length, 'a number of steps, or a text such as "3 epochs"')
+
+# %% ../../nbs/5_own_words/08b_pair_runs.ipynb #bfc861f9
 _SEEDS = range(1, 1 + len(EVAL_SEEDS))
 RULES: dict[str, Rule] = {
     "arm": among(*METHODS, *UNTRAINED),
@@ -210,7 +212,7 @@ def check_run(row: dict, where: str = "pair_arm") -> dict:
             ) from e
     return row
 
-
+# %% ../../nbs/5_own_words/08b_pair_runs.ipynb #7eecf057
 def pair_run(arm: str, seed: int, **settings: Any) -> dict:
     """Return the complete and checked parameters of a run.
 

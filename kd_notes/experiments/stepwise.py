@@ -182,6 +182,11 @@ class Arm:
     steps: float = 1.0  # factor on the number of steps
     teacher_split: bool = False  # also trains on the teacher's gold examples
 
+    @property
+    def control(self) -> bool:
+        "Whether the rationale says nothing about the answer of its row."
+        return self.rationales not in ("", "teacher", "oracle")
+
 # %% ../../nbs/3_reasons/03_stepwise.ipynb #6271e332
 ARMS = {
     "finetune": Arm("standard finetuning", rows=plain_rows),
@@ -192,10 +197,12 @@ ARMS = {
     "dss_teacher": Arm("step-by-step, teacher labels", "teacher", "teacher"),
     "dss_oracle": Arm("step-by-step, oracle rationales", rationales="oracle"),
     "single_task": Arm("rationale, then label", rationales="teacher", rows=single_task_rows),
-    "shuffled": Arm("placebo: shuffled rationales", rationales="shuffled"),
-    "shuffled_oracle": Arm("placebo: shuffled oracle rationales", rationales="shuffled oracle"),
-    "empty": Arm("placebo: empty rationales", rationales="empty"),
-    "copy": Arm("placebo: copy of the input", rationales="input"),
+    "shuffled": Arm("control: rationales of other rows", rationales="shuffled"),
+    "shuffled_oracle": Arm(
+        "control: oracle rationales of other rows", rationales="shuffled oracle"
+    ),
+    "empty": Arm("control: empty rationales", rationales="empty"),
+    "copy": Arm("control: the input as rationale", rationales="input"),
 }
 
 # %% ../../nbs/3_reasons/03_stepwise.ipynb #854c7886
@@ -372,7 +379,7 @@ def _score(result: Any, model: Any, tokenizer: Any, run: dict) -> dict:
 
 # %% ../../nbs/3_reasons/03_stepwise.ipynb #st-class
 class Stepwise(Experiment):
-    "Students of step-by-step, its baselines and its placebos (Hsieh et al. 2023)."
+    "Students of step-by-step, its baselines and its controls (Hsieh et al. 2023)."
 
     name = "stepwise"
     module = "experiments.stepwise"

@@ -105,6 +105,20 @@ def rows_that_fit(model, gib: float, longest: DecodeRow, decoding: Decoding) -> 
     columns = len(longest.prompt) + decoding.max_new_tokens + SPARE
     return max(1, int(gib * 2**30 / (column * columns)))
 
+# %% ../../nbs/7_engine_room/19_backends.ipynb #d25be39d
+def chat_prompt(tokenizer, prompt: str) -> str:
+    "Return a prompt as a user message in the tokenizer's chat template."
+    turn = [{"role": "user", "content": prompt}]
+    return tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+
+
+def opening_of(tokenizer) -> str:
+    """Return "<think>" if the chat template ends with it, else "".
+
+    Some templates open the thoughts of a reasoning model at the end of the prompt.
+    """
+    return "<think>" if chat_prompt(tokenizer, "").rstrip().endswith("<think>") else ""
+
 # %% ../../nbs/7_engine_room/19_backends.ipynb #d2ee6f0c
 class LocalBackend:
     "A causal language model in this process."
@@ -135,9 +149,7 @@ class LocalBackend:
         self.adapter = adapter
         self.revision = revision or weights_hash(model)
         self.ends = set(end_tokens(model, tokenizer))
-        # Some templates open the thoughts of a reasoning model at the end of the prompt.
-        thinks = chat and self.chat_prompt("").rstrip().endswith("<think>")
-        self.opening = "<think>" if thinks else ""
+        self.opening = opening_of(tokenizer) if chat else ""
 
     def describe(self) -> dict:
         "Return the fields of a manifest that may change the text."
@@ -162,15 +174,17 @@ class LocalBackend:
         size = min(self.batch_size, rows_that_fit(self.model, self.cache_gib, rows[0], decoding))
         return DecodeLoop([self.model], rows, size, _Endings(self, decoding).settle).run()
 
-    def chat_prompt(self, prompt: str) -> str:
-        "Return a prompt as a user message in the chat template."
-        turn = [{"role": "user", "content": prompt}]
-        return self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-
     def encode(self, prompt: str) -> list[int]:
         "Return the token ids of a prompt, in the chat template if `chat` is on."
-        text = self.chat_prompt(prompt) if self.chat else prompt
+        text = chat_prompt(self.tokenizer, prompt) if self.chat else prompt
         return self.tokenizer(text, add_special_tokens=not self.chat).input_ids
+
+# %% ../../nbs/7_engine_room/19_backends.ipynb #4309d9fb
+@torch.inference_mode()
+def log_probabilities(logits: torch.Tensor, tokens: torch.Tensor) -> list[float]:
+    "Return the log-probability of each row's token from logits (rows, vocabulary)."
+    logits = logits.float()
+    return (logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)).tolist()
 
 # %% ../../nbs/7_engine_room/19_backends.ipynb #86cd4db4
 class _Endings:
@@ -228,13 +242,6 @@ class _Endings:
         logprob = row.logprob if self.backend.logprobs else None
         lengths = (len(row.prompt), len(row.tokens))
         return Completion(row.id, text, *lengths, row.finish, seconds, logprob, row.sample)
-
-
-@torch.inference_mode()
-def log_probabilities(logits: torch.Tensor, tokens: torch.Tensor) -> list[float]:
-    "Return the log-probability of each row's token from logits (rows, vocabulary)."
-    logits = logits.float()
-    return (logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)).tolist()
 
 # %% ../../nbs/7_engine_room/19_backends.ipynb #12ceb4f4
 class ReplayBackend:

@@ -79,6 +79,23 @@ def _beam_search(
         )
     return [ids[longest:] for ids in made.tolist()]
 
+# %% ../../nbs/5_own_words/12_beam.ipynb #f75d8088
+def _beam_row(prompt: list[int], ids: list[int], sampling: Sampling) -> SampledRow:
+    "Return a hypothesis as a row, without the padding after its stop token."
+    row = SampledRow("", 0, prompt)
+    while not row.finish:
+        row.append(ids[len(row.tokens)], (), sampling)
+    return row
+
+
+def _score(model, rows: list[SampledRow], size: int) -> None:
+    "Set the log-probabilities of finished rows."
+    batch = causal_batch([(row.prompt, row.tokens) for row in rows], 0).to(model.device)
+    logs = log_softmax(target_logits(model, batch), size)
+    logs = logs.gather(-1, target_positions(batch).ids[:, None])[:, 0]
+    for row, part in zip(rows, logs.split([len(row.tokens) for row in rows])):
+        row.logs = [(x, 0.0) for x in part.tolist()]
+
 # %% ../../nbs/5_own_words/12_beam.ipynb #483938ad
 def beam(
     model,
@@ -124,20 +141,3 @@ def beam(
     names = (f"log_{role}", "log_drawn")
     head = model.get_output_embeddings()
     return rollout_of(flat, names, head.weight, {"all": time.perf_counter() - start})
-
-
-def _beam_row(prompt: list[int], ids: list[int], sampling: Sampling) -> SampledRow:
-    "Return a hypothesis as a row, without the padding after its stop token."
-    row = SampledRow("", 0, prompt)
-    while not row.finish:
-        row.append(ids[len(row.tokens)], (), sampling)
-    return row
-
-
-def _score(model, rows: list[SampledRow], size: int) -> None:
-    "Set the log-probabilities of finished rows."
-    batch = causal_batch([(row.prompt, row.tokens) for row in rows], 0).to(model.device)
-    logs = log_softmax(target_logits(model, batch), size)
-    logs = logs.gather(-1, target_positions(batch).ids[:, None])[:, 0]
-    for row, part in zip(rows, logs.split([len(row.tokens) for row in rows])):
-        row.logs = [(x, 0.0) for x in part.tolist()]

@@ -236,6 +236,22 @@ class JobManifest:
             fix="Choose another file, or delete this one and its manifest to start again.",
         )
 
+# %% ../../nbs/7_engine_room/09_completions.ipynb #5f7874ca
+@contextmanager
+def _only_writer(path: Path) -> Iterator[None]:
+    "Hold the lock of a file. It is in the cache, since the file may be committed."
+    held = folder_lock(cache_dir() / "locks" / sha256_text(str(path.resolve()))[:16], wait=False)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(held)
+        except UserError as e:
+            raise UserError(
+                "another process is writing into this file",
+                where=path,
+                fix="Wait for it, or choose another file.",
+            ) from e
+        yield
+
 # %% ../../nbs/7_engine_room/09_completions.ipynb #comp-26
 class AnswerFile:
     "A JSONL file of a teacher's answers that one job fills over several sessions."
@@ -287,19 +303,3 @@ class AnswerFile:
             entry["wall_seconds"] = round(time.time() - start, 2)
             sessions = self.manifest.content["sessions"] + [entry]
             self.manifest.update(status=status, totals=self.totals(self.rows), sessions=sessions)
-
-
-@contextmanager
-def _only_writer(path: Path) -> Iterator[None]:
-    "Hold the lock of a file. It is in the cache, since the file may be committed."
-    held = folder_lock(cache_dir() / "locks" / sha256_text(str(path.resolve()))[:16], wait=False)
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(held)
-        except UserError as e:
-            raise UserError(
-                "another process is writing into this file",
-                where=path,
-                fix="Wait for it, or choose another file.",
-            ) from e
-        yield

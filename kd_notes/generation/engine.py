@@ -342,6 +342,12 @@ def prefix_cache(model, tokens: list[int]) -> list[tuple[torch.Tensor, torch.Ten
     forward(model, torch.tensor([tokens], device=model.device), past_key_values=cache)
     return [(layer.keys, layer.values) for layer in cache.layers]
 
+# %% ../../nbs/7_engine_room/18_engine.ipynb #f391652f
+def has_sliding_window(model) -> bool:
+    "Return True if a layer attends to the last columns only."
+    kinds = getattr(model.config, "layer_types", None) or ()
+    return "sliding_attention" in kinds or bool(getattr(model.config, "sliding_window", None))
+
 # %% ../../nbs/7_engine_room/18_engine.ipynb #loop-02
 PREFILL_TOKENS = 1024  # prompt tokens per pass; larger passes exceed the processor's caches
 
@@ -401,9 +407,3 @@ class DecodeLoop:
             size = min(max(1, min(count, fits)), len(self.waiting))
             count -= size
             yield [self.waiting.popleft() for _ in range(size)]
-
-
-def has_sliding_window(model) -> bool:
-    "Return True if a layer attends to the last columns only."
-    kinds = getattr(model.config, "layer_types", None) or ()
-    return "sliding_attention" in kinds or bool(getattr(model.config, "sliding_window", None))

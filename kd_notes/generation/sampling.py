@@ -262,6 +262,15 @@ def without_closed(logs: Tensor, closed: Tensor | None) -> Tensor:
     rest = torch.log_softmax(logs.masked_fill(closed, -math.inf), dim=-1)
     return torch.where(closed.any(-1, keepdim=True), rest, logs)
 
+# %% ../../nbs/5_own_words/01_sampling.ipynb #aebde97b
+def mixed_logs(
+    scores: Sequence[Scores], size: int, alpha: float, temperature: float = 1.0
+) -> list[Tensor]:
+    "Return the log-probabilities (rows, size) of each model, and of the mixture."
+    device = scores[0].logits.device
+    logs = [log_softmax(x.logits.to(device), size, temperature) for x in scores]
+    return [*logs, log_mixture(*logs, alpha) if len(logs) > 1 else logs[0]]
+
 # %% ../../nbs/5_own_words/01_sampling.ipynb #d90e3319
 class TokenDraw:
     "A sampler that draws the rows' tokens and stores their log-probabilities."
@@ -272,12 +281,6 @@ class TokenDraw:
         self.size = size  # number of ids that may be drawn
         self.head = head  # of the first model
         self.seconds: Counter = Counter()
-
-    def mixed(self, scores: Sequence[Scores], temperature: float = 1.0) -> list[Tensor]:
-        "Return the log-probabilities (rows, size) of each model, and of the mixture."
-        device = scores[0].logits.device
-        logs = [log_softmax(x.logits.to(device), self.size, temperature) for x in scores]
-        return [*logs, log_mixture(*logs, self.alpha) if len(logs) > 1 else logs[0]]
 
     def greedy(self, scores: Sequence[Scores], mixture: Tensor, closed: Tensor | None) -> Tensor:
         "Return the most probable token of each row (rows,)."
@@ -295,7 +298,7 @@ class TokenDraw:
 
         These are each model's, the mixture's, and that of the draw.
         """
-        logs = self.mixed(scores)
+        logs = mixed_logs(scores, self.size, self.alpha)
         closed = closed_tokens(rows, self.size, logs[0].device)
         sampling = self.sampling
         if sampling.temperature == 0:
@@ -304,7 +307,7 @@ class TokenDraw:
         else:
             cooled = logs
             if sampling.temperature != 1:
-                cooled = self.mixed(scores, sampling.temperature)
+                cooled = mixed_logs(scores, self.size, self.alpha, sampling.temperature)
             probabilities = without_closed(cooled[-1], closed).exp()
             weights, ids = truncate(probabilities, sampling.top_k, sampling.top_p)
             token, share = pick(weights, ids, next_draws(rows, weights.device))

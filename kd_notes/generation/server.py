@@ -246,6 +246,16 @@ def seconds_between(requests_per_minute: float, timeout: float) -> float:
         )
     return 60 / requests_per_minute if requests_per_minute else 0.0
 
+# %% ../../nbs/7_engine_room/10_server.ipynb #34320e68
+def _question(prompt: str, chat: bool, stop: tuple[str, ...]) -> dict:
+    "Return the part of a request's body that asks: a user's turn, or a text and where to stop."
+    if chat:
+        return {"messages": [{"role": "user", "content": prompt}]}
+    if not stop:
+        return {"prompt": prompt}
+    # The protocol allows four; the text is cut here again anyway.
+    return {"prompt": prompt, "stop": list(stop[:4])}
+
 # %% ../../nbs/7_engine_room/10_server.ipynb #serv-12
 class OpenAIBackend(_Connection, _Reports):
     "A model behind an OpenAI-compatible server."
@@ -289,13 +299,7 @@ class OpenAIBackend(_Connection, _Reports):
             body |= {"top_p": decoding.top_p, "seed": seed}
         if decoding.top_k:
             body["top_k"] = decoding.top_k  # not in the protocol, but vLLM and others support it
-        if self.chat:
-            body["messages"] = [{"role": "user", "content": prompt}]
-        else:
-            body["prompt"] = prompt
-            if decoding.stop:
-                # The protocol allows four; the text is cut here again anyway.
-                body["stop"] = list(decoding.stop[:4])
+        body |= _question(prompt, self.chat, decoding.stop)
         body |= self.parameters
         return {key: value for key, value in body.items() if value is not None}
 

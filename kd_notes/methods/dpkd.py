@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..losses.divergences import at_least_float32
-from .on_policy import OnPolicy, OnPolicyConfig, Term
+from .on_policy import from_source, OnPolicy, OnPolicyConfig, Term
 
 # %% ../../nbs/5_own_words/05_dpkd.ipynb #382789ff
 @dataclass(kw_only=True)
@@ -80,7 +80,7 @@ class DPKD(OnPolicy):
         ids = columns["target_ids"][:, None]
         chosen_q = log_q.gather(-1, ids)[:, 0]
         chosen_p = log_p.gather(-1, ids)[:, 0]
-        about = self.about(self.preferred, columns)[columns["row"]]
+        about = from_source(self.preferred, columns)[columns["row"]]
         if self.config.per_token:
             margin = self.token_margin(log_q, log_p)
         else:

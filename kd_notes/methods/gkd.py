@@ -16,7 +16,7 @@ from torch import Tensor
 from ..core import rng, UserError
 from ..losses.divergences import at_least_float32, DIVERGENCES, token_divergence
 from ..losses.sparse import coarse_logits, SUPPORTED
-from .on_policy import OnPolicy, OnPolicyConfig, Term
+from .on_policy import from_source, OnPolicy, OnPolicyConfig, Term
 from .rollouts import Response, SOURCES, token_logprobs
 from ..training.state import TrainState
 
@@ -240,7 +240,7 @@ class DivergenceOnPolicy(OnPolicy):
         "Return the part at each token (n,), 0 at tokens of other sources."
         about = slice(None)
         if part.source != "any":
-            about = self.about(part.source, columns)[columns["row"]]
+            about = from_source(part.source, columns)[columns["row"]]
         ids = columns["target_ids"][about]
         logits = student[about]
         if part.divergence == "nll":

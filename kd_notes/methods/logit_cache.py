@@ -73,13 +73,57 @@ class _Shard:
             made[name] = self.file.get_slice(name)[starts[i] : starts[i + 1]]
         return made
 
+# %% ../../nbs/4_probabilities/12_cached_kd.ipynb #55ee5d26
+class _OpenShards:
+    "Files of a cache by number: those used last stay open, each was compared with its checksum."
+
+    def __init__(self, folder: Path, index: dict[int, dict], keep_open: int):
+        self.folder = folder
+        self.index = index
+        self.keep_open = keep_open  # files that are open at the same time
+        self.open: OrderedDict[int, _Shard] = OrderedDict()
+        self.verified: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self.open)
+
+    def __getstate__(self) -> dict:  # another process has to open the files again
+        return {**self.__dict__, "open": OrderedDict()}
+
+    def __getitem__(self, number: int) -> _Shard:
+        entry = self.index[number]
+        if number not in self.open:
+            if number not in self.verified and not is_whole(self.folder, entry):
+                where = self.folder / entry["file"]
+                raise UserError("the file differs from its checksum", where=where, fix=_REPAIR)
+            self.verified.add(number)
+            self.open[number] = _Shard(self.folder / entry["file"])
+        self.open.move_to_end(number)
+        while len(self.open) > self.keep_open:
+            self.open.popitem(last=False)
+        return self.open[number]
+
+
+def _places(folder: Path, index: dict[int, dict]) -> dict[str, tuple[int, int]]:
+    """Return {id: (shard, row in it)}.
+
+    Raises UserError for a file that is missing or has another size than the index says.
+    """
+    places = {}
+    for number, entry in index.items():
+        path = folder / entry["file"]
+        if not path.is_file() or path.stat().st_size != entry["bytes"]:
+            problem = "the file is missing or has another size than the index says"
+            raise UserError(problem, where=path, fix=_REPAIR)
+        places |= {row[0]: (number, i) for i, row in enumerate(entry["rows"])}
+    return places
+
 # %% ../../nbs/4_probabilities/12_cached_kd.ipynb #eb6e44fd
 class _CacheFolder:
     "The index of a cache, with the check of its origin."
 
     def __init__(self, folder: Path | str, keep_open: int):
         self.folder = Path(folder)
-        self.keep_open = keep_open  # files that are open at the same time
         if not (self.folder / "cache.json").is_file():
             fix = "Write one with write_cache."
             raise UserError("there is no logit cache in this folder", where=folder, fix=fix)
@@ -90,16 +134,9 @@ class _CacheFolder:
         self.recipe = Recipe(**self.head["recipe"])
         self.vocab = self.head["vocab"]
         self.index = read_index(self.folder)
-        self.places = {}  # id -> (shard, row in it)
-        for number, entry in self.index.items():
-            path = self.folder / entry["file"]
-            if not path.is_file() or path.stat().st_size != entry["bytes"]:
-                problem = "the file is missing or has another size than the index says"
-                raise UserError(problem, where=path, fix=_REPAIR)
-            self.places |= {row[0]: (number, i) for i, row in enumerate(entry["rows"])}
+        self.places = _places(self.folder, self.index)
         self._names = list(self.places)
-        self._shards: OrderedDict[int, _Shard] = OrderedDict()
-        self._verified: set[int] = set()
+        self._shards = _OpenShards(self.folder, self.index, keep_open)
 
     @property
     def complete(self) -> bool:
@@ -198,26 +235,10 @@ class LogitCache(_CacheFolder):
     def __iter__(self) -> Iterator[dict]:
         return (self[name] for name in self._names)
 
-    def __getstate__(self) -> dict:  # another process has to open the files again
-        return {**self.__dict__, "_shards": OrderedDict()}
-
-    def _shard(self, number: int) -> _Shard:
-        entry = self.index[number]
-        if number not in self._shards:
-            if number not in self._verified and not is_whole(self.folder, entry):
-                where = self.folder / entry["file"]
-                raise UserError("the file differs from its checksum", where=where, fix=_REPAIR)
-            self._verified.add(number)
-            self._shards[number] = _Shard(self.folder / entry["file"])
-        self._shards.move_to_end(number)
-        while len(self._shards) > self.keep_open:
-            self._shards.popitem(last=False)
-        return self._shards[number]
-
     def row(self, name: str) -> dict[str, Tensor]:
         "Return the stored tensors of one row."
         number, i = self.place_of(name)
-        return self._shard(number).row(i)
+        return self._shards[number].row(i)
 
     def targets(self, names: list[str]) -> dict[str, Tensor]:
         "Return the distributions of these rows, one position after another."

@@ -61,10 +61,12 @@ def exact_kl(
     return (log_p.exp() * (log_p - log_q)).sum()
 
 # %% ../../nbs/5_own_words/03_minillm.ipynb #97291b54
+# Weight q/p~ of a token: its own (eq. 5), the product up to it (eq. 4), or exact per reward.
 IMPORTANCE = ("token", "product", "exact")
+# Advantages standardised: none, over responses, or over the padding too (the code).
 WHITENING = ("none", "responses", "padded")
 
-
+# %% ../../nbs/5_own_words/03_minillm.ipynb #b496cdcc
 @dataclass(kw_only=True)
 class MiniLLMConfig(OnPolicyConfig):
     """The settings of MiniLLM; the defaults are the paper's.
@@ -75,8 +77,7 @@ class MiniLLMConfig(OnPolicyConfig):
     inner_epochs: int = 4
     pt_weight: float = 1.0
     alpha: float = 0.2  # teacher's share in the sampling mixture (section 2.2); 0: student alone
-    # Weight q/p~ of a token: its own (eq. 5), the product up to it (eq. 4), or exact per reward.
-    importance: str = "token"
+    importance: str = "token"  # weight of a token: one of IMPORTANCE
     single_step: bool = True  # the single-step part, summed over the vocabulary (eq. 3)
     weight_single: bool = True  # importance weight on that part (eq. 7); code: False
     # Whether the return of a token includes its own reward. Code: True, which counts it twice.
@@ -85,8 +86,7 @@ class MiniLLMConfig(OnPolicyConfig):
     # Return divided by its number of rewards (eq. 6). The code's switch does not switch it off.
     length_norm: bool = True
     clip: float = 0.2  # the ratio q/p~ is clipped to 1 +- clip; 0: never
-    # Advantages standardised: none, over responses, or over the padding too (the code).
-    whiten: str = "none"
+    whiten: str = "none"  # standardised advantages: one of WHITENING
     reward_scale: float = 1.0  # factor on rewards; code: 2
     reward_clip: float = 0.0  # rewards clipped to +- this; 0: not; code: 100
     eval_no_repeat_ngram: int = 0  # evaluation forbids repeating an n-gram; code: 6

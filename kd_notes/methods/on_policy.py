@@ -225,11 +225,22 @@ def check_dropout(config: OnPolicyConfig, cfg: TrainConfig) -> None:
         )
 
 
-def check_inputs(method: OnPolicyTerms, prompts: list[dict], models: list) -> int | None:
+def check_corpus(config: OnPolicyConfig, corpus: list) -> None:
+    "Raise UserError if the language-modelling term counts and has no text."
+    if config.pt_weight and not corpus:
+        raise UserError(
+            f"the language-modelling term has weight {config.pt_weight:g} and no text",
+            where="corpus",
+            fix="Pass a corpus, or set pt_weight=0.",
+        )
+
+# %% ../../nbs/5_own_words/02_on_policy.ipynb #65476b3b
+def check_inputs(method: OnPolicyTerms, prompts: list[dict], student) -> int | None:
     """Check prompts, completions and corpus before training.
 
     Returns the number of shared ids if the models' widths differ, else None.
     """
+    models = [model for model in (student, method.teacher) if model is not None]
     longest = method.config.max_new_tokens
     check_context(prompts, models, longest)
     read = []
@@ -255,6 +266,18 @@ def check_inputs(method: OnPolicyTerms, prompts: list[dict], models: list) -> in
     check_ids(read, models, vocabulary)
     return vocabulary
 
+# %% ../../nbs/5_own_words/02_on_policy.ipynb #ae8f1e3f
+def sampler_of(method: OnPolicyTerms, student) -> Sampler:
+    "Return the sampler of a run's rollouts; a response ends where student or teacher would end."
+    ends = stop_ids(method.tokenizer, student, method.teacher)
+    return Sampler(
+        method.teacher,
+        method.config.sampling(ends, method.seed),
+        vocabulary=method.vocabulary,
+        batch_size=method.config.sample_batch,
+        **method.config.sampler_options(),
+    )
+
 # %% ../../nbs/5_own_words/02_on_policy.ipynb #rollout-phase
 class RolloutPhase(OnPolicyTerms):
     "The rollout phase: draws a rollout before the steps that train on its rows."
@@ -264,17 +287,9 @@ class RolloutPhase(OnPolicyTerms):
         check_rollouts(self.config, minibatch)
         check_dropout(self.config, state.cfg)
         prompts = [item | {"id": name} for name, item in zip(state.ids, state.items)]
-        models = [model for model in (state.model, self.teacher) if model is not None]
-        self.vocabulary = check_inputs(self, prompts, models)
+        self.vocabulary = check_inputs(self, prompts, state.model)
         self.seed = state.cfg.seed
-        ends = stop_ids(self.tokenizer, state.model, self.teacher)
-        self.sampler = Sampler(
-            self.teacher,
-            self.config.sampling(ends, self.seed),
-            vocabulary=self.vocabulary,
-            batch_size=self.config.sample_batch,
-            **self.config.sampler_options(),
-        )
+        self.sampler = sampler_of(self, state.model)
         self.rollouts = Rollouts(prompts, self.config.rollouts, self.seed)
         self.epoch = None  # of the rows in the loop
         self.epoch_steps = self.config.rollouts // minibatch
@@ -335,6 +350,13 @@ def _dropout(model, on: bool):
     finally:
         model.train(before)
 
+# %% ../../nbs/5_own_words/02_on_policy.ipynb #5173e4cd
+def from_source(source: str, columns: dict[str, Tensor]) -> Tensor:
+    "Return a mask (B,) of the responses from a source; all of them for 'any'."
+    if source == "any":
+        return torch.ones_like(columns["source"], dtype=torch.bool)
+    return columns["source"] == SOURCES.index(source)
+
 # %% ../../nbs/5_own_words/02_on_policy.ipynb #rollout-loss
 class RolloutLoss(OnPolicyTerms):
     "The loss of rollouts: batches of rollout rows, and sums and counts of all terms."
@@ -350,18 +372,12 @@ class RolloutLoss(OnPolicyTerms):
         texts = [row.text for row in items if row.text]
         return add_texts(batch, texts, self.tokenizer.pad_token_id)
 
-    def about(self, source: str, columns: dict[str, Tensor]) -> Tensor:
-        "Return a mask (B,) of the responses from a source."
-        if source == "any":
-            return torch.ones_like(columns["source"], dtype=torch.bool)
-        return columns["source"] == SOURCES.index(source)
-
     def token_counts(self, batch: Batch) -> dict[str, int]:
         columns = batch.columns
         n = len(columns["row"])
         counts = dict.fromkeys(HEALTH_OF_RESPONSES, len(columns["source"])) | {"entropy": n}
         for name, term in self.terms().items():
-            about = self.about(term.source, columns)
+            about = from_source(term.source, columns)
             per_token = not term.weight or self.config.average == "tokens"
             counts[name] = int((about[columns["row"]] if per_token else about).sum())
         if self._reads_teacher:
@@ -420,12 +436,7 @@ class OnPolicy(RolloutPhase, RolloutLoss):
         self.teacher = None if teacher is None else freeze(teacher)
         self.config = self.Config() if config is None else config
         self.corpus = encode_corpus(tokenizer, corpus, self.config.pt_length)
-        if self.config.pt_weight and not self.corpus:
-            raise UserError(
-                f"the language-modelling term has weight {self.config.pt_weight:g} and no text",
-                where="corpus",
-                fix="Pass a corpus, or set pt_weight=0.",
-            )
+        check_corpus(self.config, self.corpus)
         self.shared = None  # number of ids that both tokenizers have
         if teacher_tokenizer is not None:
             self.shared = check_tokenizers(tokenizer, teacher_tokenizer)

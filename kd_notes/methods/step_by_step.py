@@ -60,6 +60,17 @@ def step_rows(examples: Iterable) -> list[Row]:  # of any shape that `read_row` 
         rows.append(Row(row.id, tuple(task for task in tasks if task[2])))
     return rows
 
+# %% ../../nbs/3_reasons/02_step_by_step.ipynb #a7b73375
+def _source_ids(tokenizer, prompt: str, family: str) -> list[int]:
+    """Return the ids of a prompt, the same in training and in use.
+
+    T5's encoder reads an end token, a causal model its tokenizer's start token, if it has one.
+    """
+    ids = tokenizer.encode(prompt, add_special_tokens=False)
+    if family == "t5":
+        return ids + [end_id(tokenizer)]
+    return start_ids(tokenizer) + ids
+
 # %% ../../nbs/3_reasons/02_step_by_step.ipynb #111fc682
 class StepByStep(Method):
     """The weighted cross-entropy of two tasks: alpha for label, 1 - alpha for rationale.
@@ -80,20 +91,15 @@ class StepByStep(Method):
         self.tokenizer, self.family = tokenizer, family
         self.loss_weights = {"label": alpha, "rationale": 1 - alpha}
 
-    def _ids(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False)
-
     def encode(self, row: Row | Any) -> list[tuple[str, list[int], list[int]]]:
         if not isinstance(row, Row):
             row = step_rows([row])[0]
         end = [end_id(self.tokenizer)]
         items = []
         for term, prompt, completion in row.pairs:
-            if self.family == "t5":
-                prompt_ids = self._ids(prompt) + end
-            else:
-                prompt_ids = start_ids(self.tokenizer) + self._ids(prompt)
-            items.append((term, prompt_ids, self._ids(completion.strip()) + end))
+            source = _source_ids(self.tokenizer, prompt, self.family)
+            target = self.tokenizer.encode(completion.strip(), add_special_tokens=False)
+            items.append((term, source, target + end))
         return items
 
     def num_tokens(self, item: list) -> int:
@@ -136,13 +142,7 @@ def predict(
 ) -> dict[str, str]:
     "Return {id: text} of the student for each example; only the input is read."
     model.eval()
-    # As in training: T5's encoder reads an end token, a causal model its start token.
-    first = [] if family == "t5" else start_ids(tokenizer)
-    last = [tokenizer.eos_token_id] if family == "t5" else []
-    ids = {
-        e.id: first + tokenizer.encode(prefix + e.input, add_special_tokens=False) + last
-        for e in examples
-    }
+    ids = {e.id: _source_ids(tokenizer, prefix + e.input, family) for e in examples}
     order = sorted(ids, key=lambda i: len(ids[i]))
     out = {}
     pad = tokenizer.pad_token_id

@@ -162,16 +162,16 @@ def _check_cut(model, student, stack: str, keep: list[int]) -> None:
             wanted = model(input_ids=ids, use_cache=False).logits
     model.train(was_training)
     scale = wanted.abs().amax().clamp(min=1)
-    if not (
-        (found - wanted).abs() <= (1e-3 if found.dtype == torch.float32 else 0.1) * scale
-    ).all():
+    tolerance = 1e-3 if found.dtype == torch.float32 else 0.1
+    same = ((found - wanted).abs() <= tolerance * scale).all()
+    if not same:
         raise UserError(
             f"layers {keep} of {type(model).__name__} compute other values than in the teacher",
             where="keep_layers",
             fix="Its config has settings per layer that layer_drop does not support; use another model.",
         )
 
-
+# %% ../../nbs/2_playground/10_layer_drop.ipynb #cb996d59
 def layer_drop(
     model,  # a causal or T5-like model; it is not changed
     keep_layers,  # a number (evenly spaced), a list, or {"encoder": ..., "decoder": ...}

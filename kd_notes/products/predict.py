@@ -24,10 +24,6 @@ from .request import shown_name, weights_identity
 from ..progress import progress
 
 # %% ../../nbs/3_reasons/09_predict.ipynb #4f9c0b12
-STUDENT_FILE = "student.json"
-NEW_TOKENS = 32  # longest answer of a model that does not say
-
-
 @dataclass(frozen=True)
 class Student:
     "A model that answers rows of a task."
@@ -58,6 +54,10 @@ class Student:
     def length(self, example: Example) -> int:
         "Return the tokens of an example's input, special tokens included."
         return len(self.tokenizer.encode(self.prefix + example.input)) + 1
+
+# %% ../../nbs/3_reasons/09_predict.ipynb #c8379e5c
+STUDENT_FILE = "student.json"
+NEW_TOKENS = 32  # longest answer of a model that does not say
 
 
 def task_from_dict(fields: dict) -> OwnTask:

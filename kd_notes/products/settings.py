@@ -86,25 +86,30 @@ PROFILES = {
 }
 
 
+def profile_settings(command: str, kind: type, profiles: dict[str, dict], name: str, given: dict):
+    """Return settings of a command, those of a profile changed by the given ones.
+
+    `kind` is their dataclass. Raises UserError for a name that is no profile or no setting.
+    """
+    if name not in profiles:
+        fix = f"Choose one of {', '.join(profiles)}."
+        raise UserError(f"{name!r} is not a profile", where="profile", fix=fix)
+    known = [field.name for field in fields(kind)]
+    if unknown := sorted(set(given) - set(known)):
+        raise UserError(
+            f"{unknown[0]!r} is not a setting of {command}",
+            where="settings",
+            fix=f"Settings are {', '.join(known)}.",
+        )
+    return kind(**profiles[name] | given)
+
+
 def distill_settings(
     profile: str = "cpu",
     **settings: Any,  # fields of DistillSettings
 ) -> DistillSettings:
     "Return the settings of a profile, with some of them changed."
-    if profile not in PROFILES:
-        raise UserError(
-            f"{profile!r} is not a profile",
-            where="profile",
-            fix=f"Choose one of {', '.join(PROFILES)}.",
-        )
-    known = [f.name for f in fields(DistillSettings)]
-    if unknown := sorted(set(settings) - set(known)):
-        raise UserError(
-            f"{unknown[0]!r} is not a setting of distill",
-            where="settings",
-            fix=f"Settings are {', '.join(known)}.",
-        )
-    return DistillSettings(**PROFILES[profile] | settings)
+    return profile_settings("distill", DistillSettings, PROFILES, profile, settings)
 
 # %% ../../nbs/4_probabilities/17_distill_settings.ipynb #cfd0d37d
 TEXT_OBJECTIVES = {

@@ -8,17 +8,18 @@ __all__ = ['StepwiseSettings']
 # %% ../../nbs/3_reasons/10_stepwise_plan.ipynb #f5889cfe
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..checks import check_count, check_fields, typed
 from ..core import read_jsonl, rng, UserError
 from ..data.answers import is_correct
 from ..data.examples import Example
 from ..data.task_file import OwnTask
 from ..methods.rationales import Parsed, parse_for, vote
 from ..methods.step_by_step import PREDICT, Row, step_rows
-from ..runner.notebooks import fits
+from .settings import profile_settings
 
 # %% ../../nbs/3_reasons/10_stepwise_plan.ipynb #0b3ae535
 @dataclass(frozen=True)
@@ -42,6 +43,25 @@ PLANS = {
     "finetuning_same_tokens": Plan("finetuning, as many tokens", same_tokens=True),
     "distillation": Plan("distillation on the teacher's labels", labels="teacher"),
 }
+
+# %% ../../nbs/3_reasons/10_stepwise_plan.ipynb #7b177bd6
+def _check_settings(s: "StepwiseSettings") -> None:
+    "Raise UserError for values that make no sense."
+    if not s.arms or set(s.arms) - set(PLANS) or len(set(s.arms)) < len(s.arms):
+        fix = f"Choose among {', '.join(PLANS)}, each once."
+        raise UserError(f"{list(s.arms)} is not possible", where="setting arms", fix=fix)
+    for name in ("n", "widen", "max_steps", "max_length", "max_new_tokens", "layers"):
+        check_count(getattr(s, name), name)
+    for name in ("batch_size", "gradient_accumulation_steps", "answer_batch", "evaluations"):
+        check_count(getattr(s, name), name, least=1)
+    possible = {"alpha": 0 <= s.alpha <= 1}
+    possible["learning_rates"] = all(rate > 0 for rate in s.learning_rates)
+    possible |= {name: getattr(s, name) > 0 for name in ("validation", "test", "epochs")}
+    for name, fine in possible.items():
+        if not fine:
+            fix = "See its comment in StepwiseSettings."
+            value = getattr(s, name)
+            raise UserError(f"{value!r} is not possible", where=f"setting {name}", fix=fix)
 
 # %% ../../nbs/3_reasons/10_stepwise_plan.ipynb #985875ce
 @dataclass(frozen=True)
@@ -73,6 +93,12 @@ class StepwiseSettings:
     lora: dict | None = None  # train adapters only; they are merged before saving
     gradient_checkpointing: bool = False
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+        rates = tuple(typed(rate, float, "learning_rates") for rate in self.learning_rates)
+        object.__setattr__(self, "learning_rates", rates)
+        _check_settings(self)
+
 # %% ../../nbs/3_reasons/10_stepwise_plan.ipynb #5286b9c0
 STEPWISE_PROFILES: dict[str, dict] = {
     "smoke": {
@@ -90,64 +116,12 @@ STEPWISE_PROFILES: dict[str, dict] = {
 }
 
 # %% ../../nbs/3_reasons/10_stepwise_plan.ipynb #5ce65efb
-_OPTIONAL = {"device": str, "lora": dict}  # settings that may be None
-
-
-def stepwise_settings(profile: str = "cpu", **settings: Any) -> StepwiseSettings:
-    """Return the settings of a profile with changes.
-
-    Raises UserError for a wrong name, type or value.
-    """
-    if profile not in STEPWISE_PROFILES:
-        fix = f"Choose one of {', '.join(STEPWISE_PROFILES)}."
-        raise UserError(f"{profile!r} is not a profile", where="profile", fix=fix)
-    defaults = {field.name: field.default for field in fields(StepwiseSettings)}
-    for name, value in settings.items():
-        if name not in defaults:
-            fix = f"Settings are {', '.join(defaults)}."
-            raise UserError(f"{name!r} is not a setting of stepwise", where="settings", fix=fix)
-        fine = fits(value, defaults[name])
-        if name in _OPTIONAL:
-            fine = value is None or isinstance(value, _OPTIONAL[name])
-        if not fine:
-            kind = _OPTIONAL.get(name, type(defaults[name])).__name__
-            fix = f"The default is {defaults[name]!r}."
-            raise UserError(f"{name}={value!r} is not a {kind}", where="settings", fix=fix)
-    chosen = StepwiseSettings(**STEPWISE_PROFILES[profile] | settings)
-    lists = {name: tuple(getattr(chosen, name)) for name in ("arms", "learning_rates")}
-    chosen = replace(chosen, **lists)
-    _check_settings(chosen)
-    return chosen
-
-
-def _check_settings(s: StepwiseSettings) -> None:
-    "Raise UserError for values that make no sense."
-    unknown = [arm for arm in s.arms if arm not in PLANS]
-    rules = {
-        "arms": bool(s.arms) and not unknown and len(set(s.arms)) == len(s.arms),
-        "learning_rates": all(
-            isinstance(rate, (int, float)) and rate > 0 for rate in s.learning_rates
-        ),
-        "alpha": 0 <= s.alpha <= 1,
-        "validation": s.validation > 0,
-        "test": s.test > 0,
-        "epochs": s.epochs > 0,
-        "batch_size": s.batch_size >= 1,
-        "answer_batch": s.answer_batch >= 1,
-        "evaluations": s.evaluations >= 1,
-    }
-    counts = ("n", "widen", "max_steps", "max_length", "max_new_tokens", "layers")
-    rules |= {name: getattr(s, name) >= 0 for name in counts}
-    for name, fine in rules.items():
-        if not fine:
-            fix = (
-                f"Choose among {', '.join(PLANS)}, each once."
-                if name == "arms"
-                else "See its comment in StepwiseSettings."
-            )
-            raise UserError(
-                f"{name}={getattr(s, name)!r} is not possible", where="settings", fix=fix
-            )
+def stepwise_settings(
+    profile: str = "cpu",
+    **settings: Any,  # fields of StepwiseSettings
+) -> StepwiseSettings:
+    "Return the settings of a profile, with some of them changed."
+    return profile_settings("stepwise", StepwiseSettings, STEPWISE_PROFILES, profile, settings)
 
 # %% ../../nbs/3_reasons/10_stepwise_plan.ipynb #cd5e8033
 def teacher_answers(
@@ -181,17 +155,6 @@ def teacher_answers(
     return {row["id"]: Parsed(*[row[name] for name in names]) for row in vote(rows, task)}
 
 # %% ../../nbs/3_reasons/10_stepwise_plan.ipynb #c403b582
-@dataclass
-class Splits:
-    "The rows of a comparison."
-
-    train: list[Example]
-    validation: list[Example]
-    test: list[Example]
-    teacher: dict[str, Parsed]  # answers by id
-    left_out: dict[str, int]  # why rows are not used, and how many
-
-
 def _held_out(share: float, total: int, most: int) -> int:
     return max(1, min(most, round(share * total))) if share < 1 else int(share)
 
@@ -221,6 +184,17 @@ def split_rows(
     gone = set(labelled[: validation + wanted])
     train = [e for text, group in groups.items() if text not in gone for e in group]
     return train, held, list(test) if test is not None else asked
+
+# %% ../../nbs/3_reasons/10_stepwise_plan.ipynb #8997a75d
+@dataclass
+class Splits:
+    "The rows of a comparison."
+
+    train: list[Example]
+    validation: list[Example]
+    test: list[Example]
+    teacher: dict[str, Parsed]  # answers by id
+    left_out: dict[str, int]  # why rows are not used, and how many
 
 
 def prepare_rows(

@@ -77,6 +77,12 @@ class ArmValidation:
         return {"score": value - TIE * loss, "value": value, "loss": loss, "answered": share}
 
 # %% ../../nbs/3_reasons/12_stepwise_trials.ipynb #51cd2d70
+def _best_of(trials: list[dict]) -> dict | None:
+    "Return the trial with the highest score, the first of equal ones; None if no trial has one."
+    learnt = [trial for trial in trials if trial["score"] is not None]
+    return max(learnt, key=lambda trial: trial["score"], default=None)
+
+# %% ../../nbs/3_reasons/12_stepwise_trials.ipynb #853b32b4
 @dataclass
 class Search:
     "All trials of a request."
@@ -114,8 +120,7 @@ class Search:
 
     def best(self, arm: str) -> dict | None:
         "Return the best finished trial of an arm; the lowest rate wins a tie."
-        learnt = [trial for trial in self.done(arm) if trial["score"] is not None]
-        return max(learnt, key=lambda trial: trial["score"], default=None)
+        return _best_of(self.done(arm))
 
     def trial(self, arm: str, rate: float) -> dict:
         "Train an arm with a rate, or return the stored result; a second call resumes."
@@ -123,9 +128,7 @@ class Search:
         file = folder / "trial.json"
         if not file.is_file():
             made, model = _train(self, self.jobs[arm], rate, folder / "run")
-            before = self.best(arm)
-            learnt = made["score"] is not None
-            if learnt and (before is None or made["score"] > before["score"]):
+            if _best_of([*self.done(arm), made]) is made:
                 save_model(merge_adapters(model), folder / "model", self.tokenizer)
             write_json(file, made)
         shutil.rmtree(folder / "run", ignore_errors=True)

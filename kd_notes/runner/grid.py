@@ -149,7 +149,7 @@ class Ledger:
             "code_differs": not all(result["same_key"] for result in replayed),
         }
 
-
+# %% ../../nbs/7_engine_room/06_grid.ipynb #fc6a887c
 def sources_line(run_dir: Path | str) -> str:
     """Describe the sources of a notebook's results.
 

@@ -361,24 +361,6 @@ def contents(book: Book) -> str:
 NOTE = "<!-- Generated from nbs/index.ipynb by `kd-notes readme`. Do not edit. -->\n\n"
 
 
-def run_index(nbs: Path) -> dict:
-    "Run the index in the folder `nbs` and return it with fresh, clean outputs."
-    import nbformat
-    from nbclient import NotebookClient
-
-    nb = nbformat.read(nbs / "index.ipynb", as_version=4)
-    NotebookClient(nb, timeout=120, resources={"metadata": {"path": str(nbs)}}).execute()
-    nb["metadata"].pop("language_info", None)
-    for cell in nb["cells"]:
-        cell["metadata"].pop("execution", None)
-        if cell["cell_type"] == "code":
-            cell["execution_count"] = None
-            for output in cell["outputs"]:
-                if "execution_count" in output:
-                    output["execution_count"] = None
-    return nb
-
-
 def link_from_root(target: str) -> str:
     "Return a link of nbs/ relative to the folder above."
     if re.match(r"[a-z]+:|#", target):
@@ -399,6 +381,31 @@ def readme_text(index: Mapping[str, Any]) -> str:
     linked = re.sub(r"\]\(([^)\s]+)\)", lambda link: f"]({link_from_root(link[1])})", body)
     return NOTE + re.sub(r"\n{3,}", "\n\n", linked).strip() + "\n"
 
+# %% ../../nbs/7_engine_room/27_readme.ipynb #7416aa70
+def run_index(nbs: Path) -> dict:
+    "Run the index in the folder `nbs` and return it with fresh, clean outputs."
+    import nbformat
+    from nbclient import NotebookClient
+
+    nb = nbformat.read(nbs / "index.ipynb", as_version=4)
+    NotebookClient(nb, timeout=120, resources={"metadata": {"path": str(nbs)}}).execute()
+    nb["metadata"].pop("language_info", None)
+    for cell in nb["cells"]:
+        cell["metadata"].pop("execution", None)
+        if cell["cell_type"] == "code":
+            cell["execution_count"] = None
+            for output in cell["outputs"]:
+                if "execution_count" in output:
+                    output["execution_count"] = None
+    return nb
+
+
+def _canonical(nb: Mapping[str, Any]) -> str:
+    "Return the notebook as nbdev_clean writes it: texts as lists of lines."
+    import nbformat
+
+    return notebook_text(json.loads(nbformat.writes(nbformat.from_dict(nb))))
+
 
 def write_readme(book: Book, execute: bool = True) -> str:
     "Write README.md, and the index with fresh outputs; return a line about it."
@@ -412,10 +419,3 @@ def write_readme(book: Book, execute: bool = True) -> str:
     atomic_write(book.results / "claims.md", claims)
     lines = {"README.md": text, "nbs/results/claims.md": claims}
     return ", ".join(f"{name}: {len(page.splitlines())} lines" for name, page in lines.items())
-
-
-def _canonical(nb: Mapping[str, Any]) -> str:
-    "Return the notebook as nbdev_clean writes it: texts as lists of lines."
-    import nbformat
-
-    return notebook_text(json.loads(nbformat.writes(nbformat.from_dict(nb))))

@@ -213,6 +213,19 @@ class Worker:
             text += log.read_text(errors="replace")
         return {"error": f"its process was {cause}", "traceback": text[-4000:]}
 
+# %% ../../nbs/7_engine_room/05b_workers.ipynb #28aefa11
+def end_workers(workers: list[Worker]) -> None:
+    "Terminate workers, and kill those that have not ended after five seconds."
+    processes = [worker.process for worker in workers if worker.alive]
+    for process in processes:
+        process.terminate()
+    limit = time.monotonic() + 5
+    for process in processes:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(max(limit - time.monotonic(), 0.1))
+        process.kill()
+        process.wait()
+
 # %% ../../nbs/7_engine_room/05b_workers.ipynb #c1341e73
 class Pool:
     "Workers that share the tasks of a grid; they end when the pool is closed."
@@ -261,18 +274,6 @@ class Pool:
                     yield None
         finally:
             self.stop.set()
-            self._end_workers()
+            end_workers([worker for worker in self.workers if worker])
             for thread in self.serving:
                 thread.join(timeout=5)
-
-    def _end_workers(self) -> None:
-        "Terminate the workers, and kill those that have not ended after five seconds."
-        processes = [worker.process for worker in self.workers if worker and worker.alive]
-        for process in processes:
-            process.terminate()
-        limit = time.monotonic() + 5
-        for process in processes:
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(max(limit - time.monotonic(), 0.1))
-            process.kill()
-            process.wait()

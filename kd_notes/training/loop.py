@@ -82,6 +82,21 @@ class Gradients(TrainState):
                 means[term] = means[term] + part if term in means else part
         return means
 
+# %% ../../nbs/7_engine_room/17_loop.ipynb #75f76e12
+@torch.no_grad()
+def culprits(state: TrainState, rows: list[int]) -> list[int]:
+    "Return the rows whose own loss is not finite, or all rows if there are none."
+    if any(hasattr(p, "full_tensor") for p in state.objective.parameters()):
+        return rows  # sharded: every process would have to participate
+    bad = []
+    for row in rows:
+        batch = as_batch(state.method.collate([state.items[row]]))
+        batch = batch.to(state.accelerator.device)
+        sums = state.method.loss_sums(state.model, batch)
+        if not all(torch.isfinite(s) for s in sums.values()):
+            bad.append(row)
+    return bad or rows
+
 # %% ../../nbs/7_engine_room/17_loop.ipynb #2af04927
 @dataclass
 class FiniteCheck:
@@ -109,25 +124,10 @@ class FiniteCheck:
             if not math.isfinite(value):
                 raise UserError(
                     f"loss or gradient is not finite at step {step}",
-                    where=self.state.names(self.culprits(rows)),
+                    where=self.state.names(culprits(self.state, rows)),
                     fix="Look at these examples; lower lr, set max_grad_norm, or use precision 'bf16' or "
                     "'no' instead of 'fp16'.",
                 )
-
-    @torch.no_grad()
-    def culprits(self, rows: list[int]) -> list[int]:
-        "Return the rows whose own loss is not finite, or all rows if there are none."
-        state = self.state
-        if any(hasattr(p, "full_tensor") for p in state.objective.parameters()):
-            return rows  # sharded: every process would have to participate
-        bad = []
-        for row in rows:
-            batch = as_batch(state.method.collate([state.items[row]]))
-            batch = batch.to(state.accelerator.device)
-            sums = state.method.loss_sums(state.model, batch)
-            if not all(torch.isfinite(s) for s in sums.values()):
-                bad.append(row)
-        return bad or rows
 
     def count_skips(self, most: int = 50) -> None:
         """Raise UserError after `most` steps in a row that fp16's scaler skipped.
@@ -143,6 +143,14 @@ class FiniteCheck:
                 where=f"step {self.state.step + 1}",
                 fix="Use precision 'bf16' or 'no'.",
             )
+
+# %% ../../nbs/7_engine_room/17_loop.ipynb #c3654b22
+def clipped_norm(accelerator, module, limit: float) -> Tensor:
+    "Clip the gradients to a norm of at most `limit` (0: do not clip); return the norm before, ()."
+    norm = accelerator.clip_grad_norm_(module.parameters(), limit or math.inf)
+    if hasattr(norm, "full_tensor"):
+        norm = norm.full_tensor()  # the parameters are sharded
+    return torch.as_tensor(0.0 if norm is None else norm)
 
 # %% ../../nbs/7_engine_room/17_loop.ipynb #72cdfd5a
 class TrainSteps(Gradients):
@@ -175,11 +183,7 @@ class TrainSteps(Gradients):
         accelerator = self.accelerator
         for group in self.optimizer.param_groups:
             group["lr"] = self.cfg.lr * lr_factor(self.step, self.cfg)
-        limit = self.cfg.max_grad_norm or math.inf
-        norm = accelerator.clip_grad_norm_(self.module.parameters(), limit)
-        if hasattr(norm, "full_tensor"):
-            norm = norm.full_tensor()
-        norm = torch.as_tensor(0.0 if norm is None else norm)
+        norm = clipped_norm(accelerator, self.module, self.cfg.max_grad_norm)
         loss = sum(means.values())
         # the scaler handles an overflow of the gradients in fp16
         self.finite.add(rows, loss if accelerator.scaler else loss + norm)
@@ -267,6 +271,13 @@ class TrainResult:
     model: Any  # the trained model, in evaluation mode; with LoRA, the PEFT model
     stop: str = ""  # reason for an early end, or ""
 
+# %% ../../nbs/7_engine_room/17_loop.ipynb #3f837291
+def _result(state: TrainState) -> TrainResult:
+    "Return the result of a run, and switch its model to evaluation mode."
+    counted = (state.step, state.seconds, state.tokens)
+    model = state.model.eval()
+    return TrainResult(state.history, state.best, *counted, model, state.stop)
+
 # %% ../../nbs/7_engine_room/17_loop.ipynb #ada63598
 class TrainLoop(ValidatedSteps):
     "The whole run: steps, validations, checkpoints and callbacks."
@@ -325,9 +336,7 @@ class TrainLoop(ValidatedSteps):
         self.restore_best()
         for callback in self.callbacks:
             callback.on_end(self)
-        model = self.model.eval()
-        counted = (self.step, self.seconds, self.tokens)
-        return TrainResult(self.history, self.best, *counted, model, self.stop)
+        return _result(self)
 
 # %% ../../nbs/7_engine_room/17_loop.ipynb #149600e6
 def train(

@@ -73,7 +73,7 @@ def _activation_bytes(config, cfg: TrainConfig, length: int, targets: int) -> in
         token = 34 * text.hidden_size * text.num_hidden_layers
         return cfg.batch_size * length * token * (2 if cfg.precision == "no" else 1)
 
-
+# %% ../../nbs/7_engine_room/14_memory.ipynb #a8383a6e
 def memory_estimate(
     config,  # a transformers config of the student
     cfg: TrainConfig,

@@ -64,9 +64,6 @@ class TrainConfig:
             self.lora = check_lora(**self.lora)
 
 # %% ../../nbs/7_engine_room/13_state.ipynb #919bea64
-SCHEDULES, PRECISIONS = ("linear", "cosine", "constant"), ("no", "bf16", "fp16")
-
-
 def check_lora(**options: Any) -> dict:
     "Return the options of an adapter. Raises UserError naming the first that makes no sense."
     targets = options.get("targets", "all-linear")
@@ -93,6 +90,10 @@ def check_lora(**options: Any) -> dict:
                 fix="r is a whole number from 1, alpha is above 0, dropout below 1, targets are names.",
             )
     return options | numbers
+
+# %% ../../nbs/7_engine_room/13_state.ipynb #55e93491
+SCHEDULES = ("linear", "cosine", "constant")
+PRECISIONS = ("no", "bf16", "fp16")
 
 
 def check_config(cfg: TrainConfig) -> None:
@@ -203,9 +204,8 @@ class TrainState:
     ids: list = field(default_factory=list)  # name of each, for messages
     callbacks: list = field(default_factory=list)
     run_dir: Path | None = None
-    identity: dict = field(
-        default_factory=dict
-    )  # hashes of what decides this run, for its checkpoints
+    # hashes of what decides this run, for its checkpoints
+    identity: dict = field(default_factory=dict)
     step: int = 0  # number of steps done
     tokens: int = 0  # of the examples seen so far, padding not counted
     seconds: float = 0.0  # spent in steps, over all sessions

@@ -336,7 +336,9 @@ def unsolved(lesson: str, solutions: str) -> list[str]:
 
 
 def solutions_of(path: Path) -> Path:
-    return ROOT / "nbs" / "solutions" / path.parent.name / path.name
+    "Those of a chapter are in a folder of its name, those of the results pages in `for_results`."
+    folder = "for_results" if path.parent.name == "results" else path.parent.name
+    return ROOT / "nbs" / "solutions" / folder / path.name
 
 
 # Of the results pages those that have solutions; most of their exercises train for hours.
@@ -351,7 +353,7 @@ def test_every_exercise_has_a_solution_and_stars(path):
     solved = prose(load(solutions))
     assert exercises(lesson), "Exercises are a numbered list below `## Exercises`."
     assert not (wrong := unsolved(lesson, solved)), wrong
-    there = f"](../solutions/{path.parent.name}/{path.name})"
+    there = f"](../solutions/{solutions.parent.name}/{path.name})"
     back = f"](../../{path.parent.name}/{path.name})"
     assert there in lesson.partition("## Exercises")[2], f"link the solutions: {there}"
     assert back in solved.partition("\n## ")[0], f"link back to the lesson: {back}"
@@ -374,8 +376,8 @@ def test_a_missing_solution_is_seen(lesson, solutions, number):
 
 
 def test_solutions_belong_to_a_lesson_and_export_nothing():
-    lessons = {(p.parent.name, p.name) for p in [*LIBRARY, *RESULTS]}
-    stray = [name(p) for p in SOLUTIONS if (p.parent.name, p.name) not in lessons]
+    expected = {solutions_of(p) for p in [*LIBRARY, *RESULTS]}
+    stray = [name(p) for p in SOLUTIONS if p not in expected]
     assert not stray, f"no lesson has this name: {stray}"
     for path in SOLUTIONS:
         for cell in code_cells(load(path)):

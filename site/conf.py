@@ -27,7 +27,7 @@ html_theme = "sphinx_book_theme"
 html_title = settings["title"]
 html_static_path = [str(HERE / "static")]
 html_css_files = ["site.css"]
-html_js_files = ["copy.js"]
+html_js_files = ["copy.js", "sort.js"]
 html_copy_source = True
 html_show_sourcelink = False
 # formulas are drawn without a network: MathJax lies beside the pages

@@ -18,6 +18,10 @@ root_doc = "index"
 extensions = ["myst_nb", "sphinx.ext.mathjax"]
 nb_execution_mode = "off"
 nb_merge_streams = True
+# tables in outputs, too: the default knows none
+nb_render_markdown_format = "myst"
+nb_code_prompt_show = "Show the code"
+nb_code_prompt_hide = "Hide the code"
 # text stands in place of a widget, which has no kernel here
 suppress_warnings = ["myst.header", "mystnb.unknown_mime_type"]
 myst_enable_extensions = ["amsmath", "deflist", "dollarmath", "html_image"]

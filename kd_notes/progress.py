@@ -8,8 +8,9 @@ __all__ = []
 # %% ../nbs/7_engine_room/02_progress.ipynb #efcbd5e6
 import os
 import sys
+import threading
 import time
-from typing import Iterable, Iterator
+from typing import Any, Iterable
 
 from tqdm import tqdm
 
@@ -52,101 +53,66 @@ def progress_mode(
     file = file or sys.stderr
     return "bar" if hasattr(file, "isatty") and file.isatty() else "lines"
 
-# %% ../nbs/7_engine_room/02_progress.ipynb #dc3d4fc7
-class Tally:
-    """A counter that shows nothing, with the interface of a tqdm bar.
+# %% ../nbs/7_engine_room/02_progress.ipynb #5aaaba1e
+def progress_line(bar: tqdm) -> str:
+    "Format a line such as 'students: 3/12 run in 41 s (0.07 run/s), about 2 min 03 s left'."
+    seconds = bar.format_dict["elapsed"]
+    rate = bar.n / max(seconds, 1e-9)
+    text = f"{bar.desc}: " if bar.desc else ""
+    text += f"{bar.n}/{bar.total}" if bar.total else f"{bar.n}"
+    text += f" {bar.unit} in {human_seconds(seconds)} ({rate:.3g} {bar.unit}/s)"
+    if bar.total and 0 < bar.n < bar.total:
+        text += f", about {human_seconds((bar.total - bar.n) / rate)} left"
+    return f"{text}; {bar.postfix}" if bar.postfix else text
 
-    Use it as an iterator or a context manager, or call `update(n)`.
+# %% ../nbs/7_engine_room/02_progress.ipynb #755cc2c6
+class Meter(tqdm):
+    """A tqdm bar as text: one line that is replaced in a notebook, or printed lines.
+
+    tqdm counts, iterates and asks for the time; here is what a line says and when it is shown.
     """
+
+    monitor_interval = 0  # no thread that watches the bars
+    _lock = threading.RLock()  # tqdm's own is shared by processes; each of ours has its own lines
 
     def __init__(
         self,
-        iterable: Iterable | None = None,
-        total: int | None = None,
-        desc: str = "",
-        unit: str = "it",
+        *args: Any,  # of tqdm
+        mode: str = "lines",
+        every: float | None = None,  # seconds between two lines
+        **options: Any,  # of tqdm
     ):
-        self.iterable = iterable
-        self.total = total
-        self.desc = desc
-        self.unit = unit
-        self.n = 0
-        self.postfix = ""
-        self.closed = False
-        self.start = time.monotonic()
-
-    def update(self, n: int = 1) -> None:
-        self.n += n
-
-    def set_postfix_str(self, text: str = "", refresh: bool = True) -> None:
-        "Set the text at the end of the line, such as a loss."
-        self.postfix = text
-
-    def close(self) -> None:
-        self.closed = True
-
-    def __iter__(self) -> Iterator:
-        with self:
-            for item in self.iterable:
-                yield item
-                self.update()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error) -> None:
-        self.close()
-
-# %% ../nbs/7_engine_room/02_progress.ipynb #5aaaba1e
-def progress_line(tally: Tally) -> str:
-    "Format a line such as 'students: 3/12 run in 41 s (0.07 run/s), about 2 min 03 s left'."
-    seconds = time.monotonic() - tally.start
-    rate = tally.n / max(seconds, 1e-9)
-    text = f"{tally.desc}: " if tally.desc else ""
-    text += f"{tally.n}/{tally.total}" if tally.total else f"{tally.n}"
-    text += f" {tally.unit} in {human_seconds(seconds)} ({rate:.3g} {tally.unit}/s)"
-    if tally.total and 0 < tally.n < tally.total:
-        text += f", about {human_seconds((tally.total - tally.n) / rate)} left"
-    return f"{text}; {tally.postfix}" if tally.postfix else text
-
-# %% ../nbs/7_engine_room/02_progress.ipynb #755cc2c6
-class Meter(Tally):
-    "Progress as text: one line that is replaced in a notebook, or printed lines."
-
-    def __init__(self, *args, mode: str = "lines", file=None, every: float | None = None, **kwargs):
-        super().__init__(*args, **kwargs)
         self.mode = mode
-        self.file = file
         self.handle = None
-        self.shown = self.start
         self.shown_n = 0
-        self.every = (
-            every if every is not None else (0.5 if mode == "notebook" else 10.0)
-        )  # seconds between two lines
+        if every is None:
+            every = {"notebook": 0.5, "lines": 10.0}.get(mode, float("inf"))
+        # no line before the first interval; after it also where nothing was counted
+        super().__init__(*args, mininterval=every, miniters=0, delay=1e-9, **options)
+        self._time = time.monotonic  # a clock that nobody sets
+        self.start_t = self.last_print_t = self._time()
 
-    def update(self, n: int = 1) -> None:
-        "Count `n` more, and show the line if `every` seconds have passed."
-        super().update(n)
-        if time.monotonic() - self.shown >= self.every:
-            self.show()
-
-    def show(self) -> None:
-        self.shown = time.monotonic()
+    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+        "Show the line; tqdm calls this."
         self.shown_n = self.n
         if self.mode == "notebook":
             self.handle = _display_line(progress_line(self), self.handle)
-        else:
-            print(progress_line(self), file=self.file or sys.stderr, flush=True)
+        elif self.mode == "lines":
+            print(progress_line(self), file=self.fp, flush=True)
+        return True
+
+    def set_postfix_str(self, s: str = "", refresh: bool = True) -> None:
+        "Set the text at the end of the line, such as a loss. It does not show a line."
+        super().set_postfix_str(s, refresh=False)
 
     def close(self) -> None:
         "Show the final state, unless it is shown already or less than a second has passed."
-        if (
-            not self.closed
-            and self.n != self.shown_n
-            and (self.handle or time.monotonic() - self.start >= 1)
-        ):
-            self.show()
-        super().close()
+        if self.disable:
+            return
+        if self.n != self.shown_n and (self.handle or self.format_dict["elapsed"] >= 1):
+            self.display()
+        self.disable = True
+        self._decr_instances(self)
 
 # %% ../nbs/7_engine_room/02_progress.ipynb #933d97da
 def _display_line(text: str, handle=None):
@@ -166,16 +132,13 @@ def progress(
     unit: str = "it",
     mode: str | None = None,
     file=None,
-):
+) -> tqdm:
     """Iterate over `iterable` and show progress in a terminal, a notebook or a log.
 
-    Returns a tqdm bar, a Meter or a Tally.
+    Returns a tqdm bar; it counts in the mode "off" too.
     """
-    if total is None and hasattr(iterable, "__len__"):
-        total = len(iterable)
     mode = mode or progress_mode(file)
+    shown = {"total": total, "desc": desc, "unit": unit, "file": file}
     if mode == "bar":
-        return tqdm(iterable, total=total, desc=desc, unit=unit, file=file, dynamic_ncols=True)
-    if mode == "off":
-        return Tally(iterable, total, desc, unit)
-    return Meter(iterable, total, desc, unit, mode=mode, file=file)
+        return tqdm(iterable, dynamic_ncols=True, **shown)
+    return Meter(iterable, mode=mode, **shown)

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import start_script
 from typer.testing import CliRunner
 
 from kd_notes.cli import app
@@ -510,13 +511,7 @@ def start(place, out):
         out=str(place / out),
         settings=LONG,
     )
-    return subprocess.Popen(
-        [sys.executable, "-c", code],
-        env=os.environ | {"KD_NOTES_PROGRESS": "off", "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-    )
+    return start_script(code)
 
 
 def kill_when(process, ready) -> None:

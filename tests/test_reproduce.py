@@ -1270,7 +1270,7 @@ def test_plain_progress_has_no_control_characters(capsys, monkeypatch):
         execute_module._follow("Executing Cell 2-------", bar)
         execute_module._follow("\x1b[32mstudents: 1/3\x1b[0m\n", bar)
         execute_module._follow("Ending Cell 2------", bar)
-        bar.shown -= 11
+        bar.last_print_t -= 11
         bar.update(0)
         bar.update(0)
     err = capsys.readouterr().err

@@ -778,3 +778,14 @@ for n in range(15):
     ]
     assert [p.wait(timeout=60) for p in both] == [0, 0]
     assert len(load_record("s", tmp_path / "rec")) == 30
+
+
+def test_an_experiment_without_training_fails_when_it_is_made():
+    "Not in the middle of a grid, where runs that it needs have been trained."
+    from kd_notes.experiments.base import Experiment
+
+    class Unfinished(Experiment):
+        name = "unfinished"
+
+    with pytest.raises(TypeError, match="train"):
+        Unfinished()

@@ -6,8 +6,6 @@ import math
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -17,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kd_notes.products.distill as distill_module
+from helpers import start_script
 from kd_notes.core import read_json, UserError
 from kd_notes.checksums import verify_checksums
 from kd_notes.data.examples import load_split
@@ -981,13 +980,7 @@ def start(place, out, objective):
         out=str(out),
         settings=LONG,
     )
-    return subprocess.Popen(
-        [sys.executable, "-c", code],
-        env=os.environ | {"KD_NOTES_PROGRESS": "off", "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-    )
+    return start_script(code)
 
 
 def wait_for(process, ready):
@@ -1167,3 +1160,13 @@ def test_the_plain_template_marks_every_turn():
     chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
     said = TOK.apply_chat_template(chat, chat_template=PLAIN_TEMPLATE, tokenize=False)
     assert said == "### Instruction:\nHi\n\n### Response:\nHo</s>\n\n"
+
+
+def test_a_teacher_signal_without_a_divergence_fails_when_it_is_made():
+    from kd_notes.methods.logit_kd import TeacherSignal
+
+    class Silent(TeacherSignal):
+        pass
+
+    with pytest.raises(TypeError, match="divergence"):
+        Silent()

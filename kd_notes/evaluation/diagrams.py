@@ -85,7 +85,7 @@ def picture(svg: str, alt: str) -> str:
     style = "width:100%;max-width:640px"
     return f'<img alt="{escape(alt)}" style="{style}" src="data:image/svg+xml;base64,{data}">'
 
-# %% ../../nbs/2_playground/14b_diagrams.ipynb #3e2e54b7
+# %% ../../nbs/2_playground/14b_diagrams.ipynb #d7a1a2df
 _CHOOSE = (
     "var f=this.closest('.kd-frames');"
     "f.querySelectorAll('.kd-frame').forEach((e,i)=>{e.hidden=i!=this.value});"
@@ -94,6 +94,17 @@ _CHOOSE = (
 )
 
 
+def _slider(name: str, labels: Sequence[str]) -> str:
+    "Return the HTML of a slider over labels, the first of which it shows."
+    first = escape(labels[0])
+    return (
+        f'<label>{escape(name)}: <input type="range" min="0" '
+        f'max="{len(labels) - 1}" value="0" step="1" aria-label="{escape(name)}" '
+        f'aria-valuetext="{first}" data-labels="{escape("|".join(labels))}" '
+        f'oninput="{escape(_CHOOSE)}"></label> <output>{first}</output>'
+    )
+
+# %% ../../nbs/2_playground/14b_diagrams.ipynb #3e2e54b7
 @dataclass(repr=False)
 class Frames:
     "Pictures of some values, with a slider that shows one of them at a time."
@@ -119,14 +130,7 @@ class Frames:
             f'<div class="kd-frame"{" hidden" if number else ""}>{self._described(svg, label)}</div>'
             for number, (label, svg) in enumerate(self.frames)
         )
-        first = escape(self.labels[0])
-        slider = (
-            f'<label>{escape(self.name)}: <input type="range" min="0" '
-            f'max="{len(self.frames) - 1}" value="0" step="1" aria-label="{escape(self.name)}" '
-            f'aria-valuetext="{first}" data-labels="{escape("|".join(self.labels))}" '
-            f'oninput="{escape(_CHOOSE)}"></label> '
-        )
-        return f'<div class="kd-frames">{slider}<output>{first}</output>{frames}</div>'
+        return f'<div class="kd-frames">{_slider(self.name, self.labels)}{frames}</div>'
 
     def widget(self, slider: Any = None) -> Any:
         """Return the same as a widget of ipywidgets, which draws with the kernel of JupyterLab.

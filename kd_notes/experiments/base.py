@@ -6,7 +6,8 @@
 __all__ = []
 
 # %% ../../nbs/7_engine_room/07_base.ipynb #base-imp
-from collections.abc import Hashable, Iterable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import field, fields, MISSING
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 from ..core import stable_hash, UserError
 from ..runner.code import run_key
 from ..runner.grid import run_grid
-from ..runner.runs import run_folder
+from ..runner.runs import cached, run_folder
 
 # %% ../../nbs/7_engine_room/07_base.ipynb #base-set
 def optional(default: Any) -> Any:
@@ -91,7 +92,7 @@ def method_modules(name: str, settings: dict) -> list[str]:
     return sorted(modules)
 
 # %% ../../nbs/7_engine_room/07_base.ipynb #base-cls
-class _Contract:
+class _Contract(ABC):
     "The methods that a family of experiments may override; see `Experiment`."
 
     name = ""  # stage of the runs in the cache and in the record
@@ -132,19 +133,15 @@ class _Contract:
 
     def check(self, runs: list[dict]) -> None:
         "Raise an error for a problem that would appear late in one of these runs."
+        return None
 
+    @abstractmethod
     def train(self, run: dict, folder: Path) -> dict:
         "Train and score one run in its folder, and return its metrics."
-        raise NotImplementedError
 
-# %% ../../nbs/7_engine_room/07_base.ipynb #base-run
-class Experiment(_Contract):
-    "A family of runs that differ in their arm, settings and seed. It has no state."
-
-    @classmethod
-    def run_one(cls, run: dict, folder: Path) -> dict:
-        "Train one run; a worker process finds this function by name."
-        return cls().train(run, folder)
+# %% ../../nbs/7_engine_room/07_base.ipynb #1a106d0d
+class _Stored(_Contract):
+    "Where the results of a family of experiments lie, and how one of them is read."
 
     def key(self, run: dict, threads: int = 1) -> str:
         "Return the cache key of a run."
@@ -153,6 +150,33 @@ class Experiment(_Contract):
     def folder(self, run: dict, threads: int = 1) -> Path:
         "Return the cache folder of a run."
         return run_folder(self.name, self.key(run, threads))
+
+    def cached(self, run: dict) -> dict:
+        "Return the metrics of one run from the cache; it is trained now if it is not there."
+        options = {"modules": self.modules(run), "checksums": self.inputs(run)}
+        return cached(self.name, run, self.train, **options)
+
+
+def _inputs_once(experiment: _Contract) -> Callable[[dict], dict[str, str]]:
+    "Return the experiment's `inputs`, which is asked once for all runs with the same settings."
+    known: dict[str, dict] = {}
+
+    def inputs(run: dict) -> dict[str, str]:
+        decides = stable_hash([run.get(name) for name in experiment.input_settings])
+        if decides not in known:
+            known[decides] = experiment.inputs(run)
+        return known[decides]
+
+    return inputs
+
+# %% ../../nbs/7_engine_room/07_base.ipynb #base-run
+class Experiment(_Stored):
+    "A family of runs that differ in their arm, settings and seed. It has no state."
+
+    @classmethod
+    def run_one(cls, run: dict, folder: Path) -> dict:
+        "Train one run; a worker process finds this function by name."
+        return cls().train(run, folder)
 
     def results(
         self,
@@ -165,13 +189,6 @@ class Experiment(_Contract):
 
         Runs that these need are trained first.
         """
-        known: dict[str, dict] = {}
-
-        def inputs(run: dict) -> dict[str, str]:
-            decides = stable_hash([run.get(name) for name in self.input_settings])
-            if decides not in known:
-                known[decides] = self.inputs(run)
-            return known[decides]
 
         def prepare(todo: list[dict]) -> None:
             self.check(todo)
@@ -183,7 +200,7 @@ class Experiment(_Contract):
             f"kd_notes.{self.module}:{type(self).__name__}.run_one",
             list(runs),
             modules=self.modules,
-            checksums=inputs,
+            checksums=_inputs_once(self),
             facts=self.facts,
             prepare=prepare,
             desc=desc or self.name,

@@ -6,13 +6,22 @@
 __all__ = []
 
 # %% ../../nbs/5_own_words/07_phases.ipynb #8fa2d10f
+from functools import cache
 from pathlib import Path
-from typing import Iterable
+from typing import Any, Iterable
 
 import torch
 
-from ..core import UserError
+from ..core import data_dir, sha256_file, UserError
+from ..data.grammar import world_dir
+from ..data.world import answer_tokens, load_corpus, load_world_tokenizer
+from ..evaluation.text import references_of, rouge_l, write_answers
+from .base import Experiment
+from ..methods.on_policy import minibatch_config, OnPolicy
 from ..methods.prompts import check_completions, check_context, check_ids, encode_prompts
+from ..methods.registry import METHODS, onpolicy_method
+from ..methods.rollouts import encode_corpus
+from ..models.pretrained import load_pretrained
 from ..training.batches import causal_batch, target_nll
 from ..training.loop import train, TrainResult
 from ..training.method import SFT
@@ -89,3 +98,113 @@ def finetune(
         validate=validate,
         callbacks=callbacks,
     )
+
+# %% ../../nbs/5_own_words/07_phases.ipynb #6ac553a1
+def world_inputs() -> dict[str, str]:
+    "Return {name: checksum} of data and tokenizer of the instruction world."
+    files = [path for path in sorted(world_dir().glob("*.json*")) if path.name != "checksums.json"]
+    files.append(data_dir() / "tokenizer" / "world" / "tokenizer.json")
+    return {f"{path.parent.name}/{path.name}": sha256_file(path) for path in files}
+
+# %% ../../nbs/5_own_words/07_phases.ipynb #0acb847b
+def corpus_rows(tokenizer) -> list[dict]:
+    "Return the texts of the corpus as rows whose prompt is their first token."
+    rows = []
+    for row in load_corpus():
+        ids = tokenizer.encode(row["text"], add_special_tokens=False)
+        ids.append(tokenizer.eos_token_id)
+        rows.append({"id": row["id"], "prompt": ids[:1], "completion": ids[1:]})
+    return rows
+
+
+def quiet_bars() -> None:
+    "Disable transformers' progress bars, which small models do not need."
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+# %% ../../nbs/5_own_words/07_phases.ipynb #8feba89e
+class SavedModels(Experiment):
+    "Models of the world, saved in the folder `model` of their run."
+
+    def inputs(self, run: dict) -> dict[str, str]:
+        return world_inputs()
+
+    def load(self, **settings: Any) -> tuple[Any, dict]:
+        "Return (model, metrics) from the cache, or train the model now."
+        run = self.parameters(**settings)
+        metrics = self.cached(run)
+        quiet_bars()
+        return load_pretrained(self.folder(run) / "model", device="cpu")[0], metrics
+
+# %% ../../nbs/5_own_words/07_phases.ipynb #d93f2cac
+def arm_options(arm: Any, run: dict) -> dict:
+    "Return the method settings of an arm in a run; the run's own come last."
+    given = {"rollouts": run["minibatch"], "max_new_tokens": run["max_new_tokens"]}
+    return given | arm.settings | run["settings"]
+
+
+def distil_arm(
+    run: dict,  # with minibatch, steps, lr, seed, max_new_tokens and the arm's settings
+    arm: Any,  # with the name of its method, and settings
+    model: Any,
+    teacher: Any,
+    rows: list[dict],
+    held_out: list[dict],
+    folder: Path,
+    **changes: Any,  # of the TrainConfig
+) -> tuple[OnPolicy, TrainResult]:
+    "Train a student as its arm does; return the method and the result, the best on validation."
+    tokenizer = load_world_tokenizer()
+    corpus = [row["text"] for row in load_corpus()]
+    method = onpolicy_method(arm.method, tokenizer, teacher, corpus=corpus, **arm_options(arm, run))
+    fixed = {"seed": run["seed"], "warmup": 0.05, "schedule": "linear", "keep_best": True}
+    cfg = minibatch_config(run["minibatch"], run["steps"], run["lr"], **fixed, **changes)
+    answers = [answer_tokens(tokenizer, row["response"]) for row in held_out]
+
+    def validate(model) -> dict:
+        length = run["max_new_tokens"]
+        written = write_answers(model, tokenizer, held_out, seeds=(1,), max_new_tokens=length)
+        pairs = list(zip(written.prompt_ids, answers))
+        return {
+            "score": float(rouge_l(written.texts[0], references_of(held_out)).mean()),
+            "loss": mean_nll(model, pairs, tokenizer.pad_token_id),
+        }
+
+    return method, train(model, method, rows, cfg, run_dir=folder, validate=validate)
+
+# %% ../../nbs/5_own_words/07_phases.ipynb #8c900088
+# Passes of (student, teacher) for a token that each source writes.
+WRITERS = {"student": (1, 0), "teacher": (0, 1), "mixed": (1, 1), "speculative": (1, 1)}
+
+
+@cache
+def _tokens_a_text(length: int) -> float:
+    "Return the mean number of tokens of the corpus texts, cut as the methods cut them."
+    texts = [row["text"] for row in load_corpus()]
+    cut = encode_corpus(load_world_tokenizer(), texts, length)
+    return sum(map(len, cut)) / len(cut)
+
+
+def arm_flops(arm: Any, run: dict, metrics: dict, teacher: int) -> dict[str, float]:
+    """Return the floating-point operations of a training: by part.
+
+    `metrics` are those of the run; `teacher` is the teacher's number of parameters.
+    """
+    config = METHODS[arm.method][1](**arm_options(arm, run))
+    parts = getattr(config, "parts", None)
+    compared = parts is None or any(part.divergence != "nll" for part in parts)
+    alone = 0.0
+    if config.pt_weight and not config.pt_kd_ratio:
+        alone = run["steps"] * run["minibatch"] * _tokens_a_text(config.pt_length)
+    read = metrics["tokens_read"]
+    student = metrics["parameters"]
+    writing = 0
+    for source, (by_student, by_teacher) in WRITERS.items():
+        tokens = metrics.get(f"tokens_{source}", 0)
+        writing += 2 * tokens * (by_student * student + by_teacher * teacher)
+    return {
+        "student learns": 6 * student * read,
+        "teacher reads": 2 * teacher * (read - alone) if compared else 0.0,
+        "writing": writing,
+    }

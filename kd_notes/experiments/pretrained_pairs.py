@@ -44,14 +44,13 @@ from ..models.mini import load_mini_tokenizer, mini_model, SIZES
 from kd_notes.models.pretrained import (
     context_of,
     count_parameters,
-    default_device,
     find_smollm2,
     freeze,
+    load_part,
     load_pretrained,
     load_teacher,
     merge_adapters,
-    _local_snapshot,
-    resolve_model,
+    place_of,
 )
 from ..training.checkpoint import save_model
 from ..training.loop import train, TrainResult
@@ -117,7 +116,7 @@ def _mini(spec: str, seed: int, device: str | None) -> tuple[Any, Any] | None:
         )
     tokenizer = load_mini_tokenizer()
     model = mini_model("causal", size, len(tokenizer), seed=seed)
-    return model.to(device or default_device()), tokenizer
+    return model.to(place_of(device)), tokenizer
 
 
 def _with_template(tokenizer, run: dict):
@@ -159,19 +158,7 @@ def open_student(run: dict, teacher, teacher_tokenizer) -> tuple[Any, Any]:
 # %% ../../nbs/5_own_words/09_pretrained_pairs.ipynb #early-tokenizers
 def _tokenizer(spec: str):
     "Return the tokenizer of a spec, without its model."
-    from transformers import AutoTokenizer
-
-    if spec.startswith("mini:"):
-        return load_mini_tokenizer()
-    try:
-        return AutoTokenizer.from_pretrained(_local_snapshot(resolve_model(spec), None, None))
-    except (OSError, ValueError) as e:
-        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
-        raise UserError(
-            f"the tokenizer could not be loaded: {reason}",
-            where=spec,
-            fix="Check the name; a model of the hub needs a network or a filled cache.",
-        ) from e
+    return load_mini_tokenizer() if spec.startswith("mini:") else load_part(spec, "tokenizer")
 
 
 def run_tokenizer(run: dict):
@@ -360,10 +347,9 @@ def pair_method(run: dict, teacher, teacher_tokenizer, tokenizer) -> OnPolicy:
 
 def _autocast(run: dict):
     "Return the autocast context of a run, for evaluation."
-    device = run["train"].get("device")
-    device = default_device() if device is None else device
+    place = place_of(run["train"].get("device"))
     enabled = run["train"].get("precision") == "bf16"
-    return torch.autocast(device, torch.bfloat16, enabled=enabled)
+    return torch.autocast(place.type, torch.bfloat16, enabled=enabled)
 
 # %% ../../nbs/5_own_words/09_pretrained_pairs.ipynb #e1726cbd
 def train_third_phase(

@@ -26,19 +26,20 @@ from kd_notes.evaluation.text import (
     Written,
 )
 from .base import Experiment, optional
-from kd_notes.experiments.instruction_world import (
+from .instruction_world import EXPOSED, world_labels
+from kd_notes.experiments.phases import (
     corpus_rows,
-    EXPOSED,
+    EncodedSFT,
+    finetune,
+    mean_nll,
     quiet_bars,
+    SavedModels,
     world_inputs,
-    world_labels,
 )
-from .phases import EncodedSFT, finetune, mean_nll
 from ..losses.divergences import token_divergence
 from ..methods.health import prefix_health, repeated_ngrams
 from ..models.mini import mini_model
-from ..models.pretrained import count_parameters, load_pretrained
-from ..runner.runs import cached
+from ..models.pretrained import count_parameters
 from ..training.checkpoint import save_model
 from ..training.loop import train
 from ..training.state import TrainConfig
@@ -102,7 +103,7 @@ def _finetune(model: Any, run: dict, folder: Path) -> tuple[Any, dict]:
     }
 
 # %% ../../nbs/5_own_words/08c_scarce_models.ipynb #47a0007e
-class ScarceModels(Experiment):
+class ScarceModels(SavedModels):
     "Teachers, and students before distillation."
 
     name = "scarce_model"
@@ -116,9 +117,6 @@ class ScarceModels(Experiment):
             )
         # A model that is not finetuned is the same one whatever the finetuning would have been.
         return run if run["steps"] else run | {"rows": 0, "known": True, "stop": "last"}
-
-    def inputs(self, run: dict) -> dict[str, str]:
-        return world_inputs()
 
     def reader(self, run: dict) -> dict:
         "Return the parameters of the model that is trained on the corpus only."
@@ -140,14 +138,6 @@ class ScarceModels(Experiment):
         quiet_bars()
         save_model(model, folder / "model", tokenizer)
         return metrics | {"parameters": count_parameters(model)}
-
-    def load(self, **settings: Any) -> tuple[Any, dict]:
-        "Return (model, metrics) from the cache, or train the model now."
-        run = self.parameters(**settings)
-        options = {"modules": self.modules(run), "checksums": self.inputs(run)}
-        metrics = cached(self.name, run, self.train, **options)
-        quiet_bars()
-        return load_pretrained(self.folder(run) / "model", device="cpu")[0], metrics
 
 # %% ../../nbs/5_own_words/08c_scarce_models.ipynb #c170fd35
 def along_own(model, teacher, written: Written) -> tuple[list, dict[str, float]]:
@@ -247,8 +237,7 @@ class ScarceAnswers(Experiment):
             max_new_tokens=run["max_new_tokens"],
             rows=run.get("score_rows", 0),
         )
-        options = {"modules": self.modules(wanted), "checksums": self.inputs(wanted)}
-        return cached(self.name, wanted, self.train, **options)["response_ids"]
+        return self.cached(wanted)["response_ids"]
 
 # %% ../../nbs/5_own_words/08c_scarce_models.ipynb #2b8855ba
 OUT_OF_DOMAIN = (

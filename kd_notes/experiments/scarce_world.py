@@ -12,24 +12,19 @@ from typing import Any
 
 from ..core import data_dir, read_json, UserError
 from ..data.regime import test_rows, training_rows, validation_rows
-from ..data.world import answer_tokens, load_corpus, load_world_tokenizer
-from ..evaluation.text import references_of, rouge_l, write_answers
+from ..data.world import load_world_tokenizer
+from ..evaluation.text import write_answers
 from .base import Experiment, method_modules, optional, UNTRAINED, work_done
-from .instruction_world import quiet_bars, world_inputs
-from .phases import mean_nll
+from .phases import arm_options, distil_arm, quiet_bars, world_inputs
 from kd_notes.experiments.scarce_models import (
     scarce_metrics,
     SCARCE_TEACHER,
     ScarceAnswers,
     ScarceModels,
 )
-from ..methods.on_policy import minibatch_config
-from ..methods.registry import onpolicy_method
 from ..methods.rollouts import Collapse
 from ..models.pretrained import count_parameters, load_pretrained
-from ..runner.runs import cached
 from ..training.checkpoint import save_model
-from ..training.loop import train
 
 # %% ../../nbs/5_own_words/08d_scarce_world.ipynb #019809ec
 @dataclass(frozen=True)
@@ -145,51 +140,20 @@ def last_health(history: list[dict]) -> dict[str, float]:
     names = [name for name in WATCHED if rows and all(name in row for row in rows)]
     return {f"train_{name}": sum(row[name] for row in rows) / len(rows) for name in names}
 
-
-def scarce_method_settings(run: dict) -> dict:
-    "Return the method settings of a run's arm."
-    given = {"rollouts": run["minibatch"], "max_new_tokens": run["max_new_tokens"]}
-    return given | SCARCE_ARMS[run["arm"]].settings | run["settings"]
-
-
+# %% ../../nbs/5_own_words/08d_scarce_world.ipynb #5ab64fcd
 def distil_scarce(run: dict, model, teacher, folder: Path) -> tuple[Any, dict]:
     """Train a student as its arm does; return (student, what was seen).
 
     The student is the best of five checkpoints on validation.
     """
-    tokenizer = load_world_tokenizer()
-    method = onpolicy_method(
-        SCARCE_ARMS[run["arm"]].method,
-        tokenizer,
-        teacher,
-        corpus=[row["text"] for row in load_corpus()],
-        **scarce_method_settings(run),
-    )
-    cfg = minibatch_config(
-        run["minibatch"],
-        run["steps"],
-        run["lr"],
-        seed=run["seed"],
-        warmup=0.05,
-        schedule="linear",
-        eval_every=max(run["steps"] // 5, 1),
-        keep_best=True,
-    )
-    held_out = validation_rows()[: run.get("valid_rows") or None]
-    answers = [answer_tokens(tokenizer, row["response"]) for row in held_out]
-
-    def validate(model) -> dict:
-        length = run["max_new_tokens"]
-        written = write_answers(model, tokenizer, held_out, seeds=(1,), max_new_tokens=length)
-        pairs = list(zip(written.prompt_ids, answers))
-        return {
-            "score": float(rouge_l(written.texts[0], references_of(held_out)).mean()),
-            "loss": mean_nll(model, pairs, tokenizer.pad_token_id),
-        }
-
     rows = training_rows(run["rows"])
+    held_out = validation_rows()[: run.get("valid_rows") or None]
+    every = max(run["steps"] // 5, 1)
+    arm = SCARCE_ARMS[run["arm"]]
     try:
-        result = train(model, method, rows, cfg, run_dir=folder, validate=validate)
+        method, result = distil_arm(
+            run, arm, model, teacher, rows, held_out, folder, eval_every=every
+        )
     except Collapse:
         if run["score_on"] != "validation":
             raise
@@ -240,8 +204,8 @@ class ScarceWorld(Experiment):
     def modules(self, run: dict) -> list[str]:
         if run["arm"] in UNTRAINED:
             return [self.module]
-        method = SCARCE_ARMS[run["arm"]].method
-        return [self.module, *method_modules(method, scarce_method_settings(run))]
+        arm = SCARCE_ARMS[run["arm"]]
+        return [self.module, *method_modules(arm.method, arm_options(arm, run))]
 
     def before(self, runs: list[dict]) -> list[tuple[Experiment, list[dict]]]:
         starts = [run["start"] for run in runs if run["arm"] != "teacher"]
@@ -293,8 +257,7 @@ class ScarceTexts(Experiment):
         world = ScarceWorld()
         student = run["student"]
         # A recorded student has no weights: only a run in the cache does.
-        options = {"modules": world.modules(student), "checksums": world.inputs(student)}
-        cached(world.name, student, world.train, **options)
+        world.cached(student)
         quiet_bars()
         model = load_pretrained(world.folder(student) / "model", device="cpu")[0]
         written = write_answers(

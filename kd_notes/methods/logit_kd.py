@@ -6,6 +6,7 @@
 __all__ = ['KD', 'OtherTokenizer']
 
 # %% ../../nbs/4_probabilities/07_logit_kd.ipynb #4da863b3
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -47,7 +48,7 @@ from kd_notes.training.batches import (
 from ..training.method import SFT
 
 # %% ../../nbs/4_probabilities/07_logit_kd.ipynb #5b3a97b7
-class TeacherSignal:
+class TeacherSignal(ABC):
     "The source of the teacher's distributions; subclass it for a new one."
 
     temperature = 1.0  # of the teacher's distributions
@@ -55,9 +56,11 @@ class TeacherSignal:
 
     def check(self, method: "KD") -> None:
         "Raise UserError for a tokenizer, a divergence or options that do not fit."
+        return None
 
     def to(self, device: torch.device) -> None:
         "Move the signal's model or tensors to the device."
+        return None
 
     def encode(self, item: dict, row: Any, method: "KD") -> dict:
         "Add to an encoded row what this signal needs."
@@ -71,9 +74,9 @@ class TeacherSignal:
         "Return the number of compared positions of a batch."
         return len(method.targets(batch))
 
+    @abstractmethod
     def divergence(self, method: "KD", logits: Tensor, batch: Batch | dict) -> Tensor:
         "Return the sum over positions, from the student's logits (n, V)."
-        raise NotImplementedError
 
     def fused_arguments(self, method: "KD", batch: Batch | dict) -> dict | None:
         """Return the teacher's arguments of `fused_linear_divergence`.
@@ -202,6 +205,15 @@ class _KDSettings(SFT):
         batch.columns |= self.signal.columns(items)
         return batch
 
+# %% ../../nbs/4_probabilities/07_logit_kd.ipynb #50fe1088
+def _no_fused_loss() -> UserError:
+    return UserError(
+        "there is no fused loss for this signal, or these models' logits are more "
+        "than one linear layer of the hidden states",
+        where="fused",
+        fix="Use fused=False, or None to choose by model.",
+    )
+
 # %% ../../nbs/4_probabilities/07_logit_kd.ipynb #7e2271cf
 class KD(_KDSettings):
     """Word-level KD: (1 - sft_weight) divergence from the teacher + sft_weight cross-entropy.
@@ -242,12 +254,7 @@ class KD(_KDSettings):
         teacher = None if head is None else self.signal.fused_arguments(self, batch)
         if teacher is None:
             if self.fused:
-                raise UserError(
-                    "there is no fused loss for this signal, or these models' logits are more "
-                    "than one linear layer of the hidden states",
-                    where="fused",
-                    fix="Use fused=False, or None to choose by model.",
-                )
+                raise _no_fused_loss()
             return None
         states = target_states(model, batch)
         kd = fused_linear_divergence(
@@ -341,6 +348,17 @@ def _completion_ends(tokenizer, row: TextRow, item: dict) -> list[int]:
         )
     return ends[:size]
 
+# %% ../../nbs/4_probabilities/07_logit_kd.ipynb #1da8eb71
+def _row_of_text(row: Any) -> Any:
+    "Return a row as `read_row` does. Raises UserError for a row of ids."
+    if is_encoded(row):
+        raise UserError(
+            "a row of ids cannot be read with the teacher's tokenizer",
+            where=f"row {row.get('id', '')}",
+            fix="Pass the row's text.",
+        )
+    return read_row(row)
+
 # %% ../../nbs/4_probabilities/07_logit_kd.ipynb #62a41bf5
 class OtherTokenizer(TeacherSignal):
     "A live teacher with another tokenizer, compared at spans that both tokenizers cut."
@@ -368,13 +386,7 @@ class OtherTokenizer(TeacherSignal):
     def encode(self, item: dict, row: Any, method: "KD") -> dict:
         if "teacher_prompt" in item:
             return item
-        if is_encoded(row):
-            raise UserError(
-                "a row of ids cannot be read with the teacher's tokenizer",
-                where=f"row {row.get('id', '')}",
-                fix="Pass the row's text.",
-            )
-        row = read_row(row)
+        row = _row_of_text(row)
         limit, system = method.max_length, method.system
         other = encode_row(row, self.tokenizer, max_length=limit, system=system)
         return item | {

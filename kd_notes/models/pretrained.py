@@ -259,6 +259,25 @@ def _local_snapshot(source: str, revision: str | None, local_files_only: bool | 
         return source
     return snapshot_download(source, revision=revision, local_files_only=True)
 
+# %% ../../nbs/2_playground/09_pretrained.ipynb #4baed3f5
+def load_part(source: str, part: str) -> Any:
+    """Return the config or the tokenizer of a model, without its weights.
+
+    `part` is "config" or "tokenizer". Raises UserError if it cannot be loaded.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    auto = {"config": AutoConfig, "tokenizer": AutoTokenizer}[part]
+    try:
+        return auto.from_pretrained(_local_snapshot(resolve_model(source), None, None))
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"the {part} could not be loaded: {reason}",
+            where=source,
+            fix="Check the name; a model of the hub needs a network or a filled cache.",
+        ) from error
+
 # %% ../../nbs/2_playground/09_pretrained.ipynb #c3a939ae
 def _from_pretrained(
     source: str, dtype: torch.dtype, revision: str | None, local_files_only: bool | None

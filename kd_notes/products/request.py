@@ -6,7 +6,6 @@
 __all__ = []
 
 # %% ../../nbs/4_probabilities/19_distill_request.ipynb #9fa397b4
-import copy
 import json
 import os
 from collections.abc import Callable
@@ -19,7 +18,8 @@ import torch
 from ..core import read_json, sha256_file, stable_hash, to_jsonable, UserError
 from ..data.dialogues import chat_template_of
 from ..data.rows import load_rows, TextRow
-from ..models.pretrained import resolve_model, weights_hash
+from ..models.layer_drop import shorter_config
+from ..models.pretrained import load_part, resolve_model, weights_hash
 from .settings import DistillSettings, TEXT_OBJECTIVES
 from ..training.memory import memory_estimate
 from ..training.state import TrainConfig
@@ -54,7 +54,7 @@ def weights_identity(source: Any) -> str | None:
     cached = try_to_load_from_cache(place, "config.json")
     return Path(cached).parent.name if isinstance(cached, str) else None
 
-
+# %% ../../nbs/4_probabilities/19_distill_request.ipynb #e2bd5c98
 _LAYOUT_FILES = (
     "config.json generation_config.json tokenizer.json tokenizer_config.json tokenizer.model "
     "special_tokens_map.json added_tokens.json chat_template.jinja chat_template.json vocab.json merges.txt"
@@ -132,9 +132,25 @@ def finished_report(out: Path, request: Callable[[], dict], what: str) -> dict |
     report = out / "report.json"
     return read_json(report) if report.is_file() else None
 
+# %% ../../nbs/4_probabilities/19_distill_request.ipynb #79990890
+class OutFolder:
+    "What the requests of all products share: the folder `out` that they fill."
+
+    out: Path
+
+    @property
+    def work(self) -> Path:
+        "Return the folder of intermediate results, from which a stopped run goes on."
+        return self.out / "work"
+
+    def say(self, text: str) -> None:
+        "Print a line under the folder's name, in one process."
+        if main_process():
+            print(f"{self.out.name}: {text}", flush=True)
+
 # %% ../../nbs/4_probabilities/19_distill_request.ipynb #e09beb8e
 @dataclass(frozen=True)
-class Request:
+class Request(OutFolder):
     "The arguments of a distillation and the folder that it fills."
 
     data: Path | list[TextRow]
@@ -144,14 +160,6 @@ class Request:
     out: Path
     settings: DistillSettings
     corpus: tuple[str, ...] = ()  # texts of the language-modelling term
-
-    @property
-    def work(self) -> Path:
-        return self.out / "work"
-
-    def say(self, text: str) -> None:
-        if main_process():
-            print(f"{self.out.name}: {text}", flush=True)
 
     def rows(self) -> list[TextRow]:
         n = self.settings.n or None
@@ -188,11 +196,7 @@ class Request:
 
 # %% ../../nbs/4_probabilities/19_distill_request.ipynb #2aef66de
 def _config_of(source: str | tuple):
-    from transformers import AutoConfig
-
-    if isinstance(source, tuple):
-        return source[0].config
-    return AutoConfig.from_pretrained(resolve_model(source))
+    return source[0].config if isinstance(source, tuple) else load_part(source, "config")
 
 
 def expected_memory(request: Request) -> dict[str, int] | None:
@@ -208,13 +212,10 @@ def expected_memory(request: Request) -> dict[str, int] | None:
     try:
         teacher_config = _config_of(request.teacher)
         config = _config_of(request.teacher if kind == "layers" else student)
-    except (OSError, ValueError, UserError):
+    except UserError:
         return None  # loading the models will raise the error
     if kind == "layers" and layers.replace(",", "").isdigit():
-        config = copy.deepcopy(config)
-        config.num_hidden_layers = layers.count(",") + 1 if "," in layers else int(layers)
-        if getattr(config, "layer_types", None):
-            config.layer_types = config.layer_types[: config.num_hidden_layers]
+        config = shorter_config(config, layers.count(",") + 1 if "," in layers else int(layers))
     cfg = TrainConfig(
         max_steps=1,
         batch_size=settings.batch_size,

@@ -21,10 +21,10 @@ import torch
 from ..core import sha256_file, stable_hash, to_jsonable, UserError
 from ..data.task_file import OwnTask, task_examples
 from ..methods.step_by_step import Row, StepByStep
-from ..models.layer_drop import layer_drop
+from ..models.layer_drop import layer_drop, shorter_config
 from ..models.mini import load_mini_tokenizer, mini_model
-from ..models.pretrained import default_device, load_pretrained, resolve_model
-from .request import finished_report, main_process, shown_name, weights_identity
+from ..models.pretrained import load_part, load_pretrained, place_of
+from .request import finished_report, OutFolder, shown_name, weights_identity
 from kd_notes.products.stepwise_plan import (
     learnt_rows,
     PLANS,
@@ -58,16 +58,7 @@ def student_tokenizer(student: str | tuple) -> Any:
         return student[1]
     if mini_spec(student):
         return load_mini_tokenizer()
-    from transformers import AutoTokenizer
-
-    place = resolve_model(student)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(place)
-    except (OSError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        fix = "Check the name; a model of the hub needs a network or a filled cache."
-        what = f"the tokenizer could not be loaded: {reason}"
-        raise UserError(what, where=shown_name(student), fix=fix) from error
+    tokenizer = load_part(student, "tokenizer")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -79,25 +70,13 @@ def student_config(student: str | tuple, layers: int, tokenizer: Any) -> Any:
         return student[0].config
     if mini := mini_spec(student):
         return mini_model(*mini, len(tokenizer), seed=0).config
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(resolve_model(student))
-    except (OSError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        fix = "Check the name; a model of the hub needs a network or a filled cache."
-        what = f"the config could not be loaded: {reason}"
-        raise UserError(what, where=shown_name(student), fix=fix) from error
-    if layers and not config.is_encoder_decoder:
-        config.num_hidden_layers = layers
-        if getattr(config, "layer_types", None):
-            config.layer_types = config.layer_types[:layers]
-    return config
+    config = load_part(student, "config")
+    return shorter_config(config, layers) if layers and not config.is_encoder_decoder else config
 
 
 def new_student(student: str | tuple, layers: int, seed: int, device: str | None) -> tuple:
     "Return (model, tokenizer) in float32, ready for training; model objects are copied."
-    place = device or default_device()
+    place = place_of(device)
     if isinstance(student, tuple):
         return copy.deepcopy(student[0]).to(place).requires_grad_(True), student[1]
     if mini := mini_spec(student):
@@ -108,7 +87,7 @@ def new_student(student: str | tuple, layers: int, seed: int, device: str | None
 
 # %% ../../nbs/3_reasons/11_stepwise_request.ipynb #7a5161bc
 @dataclass(frozen=True)
-class StepwiseRequest:
+class StepwiseRequest(OutFolder):
     "The arguments of a run and the folder that it fills."
 
     task: OwnTask
@@ -118,14 +97,6 @@ class StepwiseRequest:
     out: Path
     settings: StepwiseSettings
     test: Path | list | None = None
-
-    @property
-    def work(self) -> Path:
-        return self.out / "work"
-
-    def say(self, text: str) -> None:
-        if main_process():
-            print(f"{self.out.name}: {text}", flush=True)
 
     def rates(self) -> tuple[float, ...]:
         "Return the learning rates to try, in rising order."
@@ -226,7 +197,7 @@ def answer_length(request: StepwiseRequest, splits: Splits, tokenizer) -> int:
 REACHED = 0.4  # share of the rate of matrix products that a training reaches
 
 
-def _multiply_rate(device: str, size: int = 1024) -> float:
+def _multiply_rate(device: torch.device, size: int = 1024) -> float:
     "Measure the operations per second of a matrix product, the median of five."
     a = torch.randn(size, size, device=device)
     seconds = []
@@ -236,7 +207,7 @@ def _multiply_rate(device: str, size: int = 1024) -> float:
         seconds.append(time.perf_counter() - start)
     return 2 * size**3 / statistics.median(seconds)
 
-
+# %% ../../nbs/3_reasons/11_stepwise_request.ipynb #1e772ba7
 def run_cost(request: StepwiseRequest) -> dict:
     "Return what a request would run and cost, without training or writing anything."
     s = request.settings
@@ -260,7 +231,7 @@ def run_cost(request: StepwiseRequest) -> dict:
     parameters = memory["weights"] // 4
     tokens = len(rates) * sum(job.read(batch) for job in jobs.values())
     operations = 6 * parameters * tokens
-    rate = _multiply_rate(s.device or default_device())
+    rate = _multiply_rate(place_of(s.device))
     return {
         "rows": {
             "train": len(splits.train),

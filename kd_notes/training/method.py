@@ -62,8 +62,31 @@ def _described(value: Any) -> Any:
     public = {name: part for name, part in vars(value).items() if not name.startswith("_")}
     return [kind.__qualname__, _described(public)]
 
+# %% ../../nbs/7_engine_room/12_method.ipynb #5c19b5c7
+class Hooks:
+    "The moments of a run at which a method may act. Each does nothing unless it is overridden."
+
+    def to(self, device: torch.device) -> None:
+        "Move the method's models, such as a teacher, to the device of the student."
+
+    def begin(self, state) -> None:
+        "Prepare a run: called once with the encoded examples, before a checkpoint is loaded."
+
+    def begin_step(self, state) -> None:
+        "Prepare a step. On-policy methods draw rollouts here, into `state.items`."
+
+    def on_validate(self, state, metrics: dict) -> None:
+        "Use the metrics of a validation."
+
+    def state_dict(self) -> dict:
+        "Return JSON data for a checkpoint."
+        return {}
+
+    def load_state_dict(self, kept: dict) -> None:
+        "Restore the data of `state_dict`."
+
 # %% ../../nbs/7_engine_room/12_method.ipynb #11d15468
-class Method(ABC):
+class Method(Hooks, ABC):
     "The definition of a batch and its loss. Subclass it; the loop needs nothing else."
 
     # the total loss is the sum over terms of weight * sum / count
@@ -98,30 +121,6 @@ class Method(ABC):
     def name_of(self, id: str, item: Any) -> str:
         "Return the name of an example for messages."
         return id
-
-    def to(self, device: torch.device) -> None:
-        "Move the method's models, such as a teacher, to the device of the student."
-        return None
-
-    def begin(self, state) -> None:
-        "Prepare a run: called once with the encoded examples, before a checkpoint is loaded."
-        return None
-
-    def begin_step(self, state) -> None:
-        "Prepare a step. On-policy methods draw rollouts here, into `state.items`."
-        return None
-
-    def on_validate(self, state, metrics: dict) -> None:
-        "Use the metrics of a validation."
-        return None
-
-    def state_dict(self) -> dict:
-        "Return JSON data for a checkpoint."
-        return {}
-
-    def load_state_dict(self, kept: dict) -> None:
-        "Restore the data of `state_dict`."
-        return None
 
     @abstractmethod
     def collate(self, items: list) -> Batch:

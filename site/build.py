@@ -32,8 +32,11 @@ def directives(source: str) -> tuple[list[str], str]:
     return found, re.sub(r"(?m)^#\|.*\n?", "", source).strip("\n")
 
 
-def staged_code(cell: dict, modules: set[str]) -> dict | None:
-    "Return a code cell for the site, or a line about the module in place of nbdev's directive."
+def staged_code(cell: dict, modules: set[str], folded: bool) -> dict | None:
+    """Return a code cell for the site, or a line about the module in place of nbdev's directive.
+
+    The code of a page with results is `folded`: its readers come for what was found.
+    """
     found, code = directives("".join(cell["source"]))
     for directive in found:
         if match := re.match(r"default_exp (\S+)", directive):
@@ -45,7 +48,11 @@ def staged_code(cell: dict, modules: set[str]) -> dict | None:
     if not code:
         return None
     tags = [tag.replace("_", "-") for tag in cell["metadata"].get("tags", [])]
-    metadata = {"tags": [*tags, *(["hide-cell"] if "hide" in found else [])]}
+    if "hide" in found:
+        tags.append("hide-cell")
+    elif folded:
+        tags.append("hide-input")
+    metadata = {"tags": tags}
     described = [
         facts["alt"]
         for output in cell["outputs"]
@@ -71,8 +78,11 @@ def staged_prose(cell: dict, path: Path) -> dict:
 def stage_notebook(path: Path, source: Path, modules: set[str]) -> None:
     "Write the notebook as the site shows it."
     nb = json.loads(path.read_text(encoding="utf-8"))
+    folded = path.parent.name == "results"
     cells = [
-        staged_code(cell, modules) if cell["cell_type"] == "code" else staged_prose(cell, path)
+        staged_code(cell, modules, folded)
+        if cell["cell_type"] == "code"
+        else staged_prose(cell, path)
         for cell in nb["cells"]
     ]
     nb["cells"] = [cell for cell in cells if cell]

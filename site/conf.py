@@ -18,6 +18,10 @@ root_doc = "index"
 extensions = ["myst_nb", "sphinx.ext.mathjax"]
 nb_execution_mode = "off"
 nb_merge_streams = True
+# tables in outputs, too: the default knows none
+nb_render_markdown_format = "myst"
+nb_code_prompt_show = "Show the code"
+nb_code_prompt_hide = "Hide the code"
 # text stands in place of a widget, which has no kernel here
 suppress_warnings = ["myst.header", "mystnb.unknown_mime_type"]
 myst_enable_extensions = ["amsmath", "deflist", "dollarmath", "html_image"]
@@ -27,7 +31,7 @@ html_theme = "sphinx_book_theme"
 html_title = settings["title"]
 html_static_path = [str(HERE / "static")]
 html_css_files = ["site.css"]
-html_js_files = ["copy.js"]
+html_js_files = ["copy.js", "sort.js"]
 html_copy_source = True
 html_show_sourcelink = False
 # formulas are drawn without a network: MathJax lies beside the pages

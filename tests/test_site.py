@@ -112,6 +112,16 @@ def test_no_page_is_empty_and_no_formula_is_left_as_text(pages):
     assert not short and not raw
 
 
+def test_no_table_is_left_as_text(pages):
+    "Tables in the outputs of code, too, are tables: their bars and dashes are no prose."
+    raw = [
+        name
+        for name, page in pages.items()
+        if re.search(r"\| ?(?:-{3,}|[—–]) ?\|", "".join(page.prose))
+    ]
+    assert not raw
+
+
 def broken_links(site: Path, pages: dict[str, Page]) -> list[str]:
     "Links inside the site that lead to no file, or to no place on a page."
     broken = []
@@ -146,7 +156,7 @@ def figures_of(path: Path) -> int:
 
 
 def test_every_figure_is_shown_and_described(site, pages):
-    "As many pictures as in the committed outputs; each has a file, and those of Part I a description."
+    "As many pictures as in the committed outputs; each has a file and a description."
     missing = []
     for path in NOTEBOOKS:
         name = page_of(path)
@@ -160,7 +170,8 @@ def test_every_figure_is_shown_and_described(site, pages):
                     site / os.path.normpath(os.path.join(os.path.dirname(name), file))
                 ).is_file():
                     missing.append(f"{name}: {file}")
-            if path.parent.name == "1_idea" and not picture.get("alt"):
+            alt = picture.get("alt", "")
+            if not alt.strip() or alt == file:  # without a description Sphinx takes the address
                 missing.append(f"{name}: a picture without description")
     assert not missing
     assert sum(map(figures_of, NOTEBOOKS)) > 40
@@ -197,11 +208,6 @@ async function measure(url, width) {
     drawn: page.querySelectorAll("mjx-container svg").length,
     failed: page.querySelectorAll("mjx-merror, [data-mjx-error]").length,
     copies: page.querySelectorAll(".kd-copy").length };
-  const slider = page.querySelector(".kd-frames input");
-  if (slider) {
-    slider.value = 3; slider.dispatchEvent(new Event("input"));
-    found.visible = [...page.querySelectorAll(".kd-frames .kd-frame")].findIndex(e => !e.hidden);
-  }
   frame.remove();
   return found;
 }
@@ -210,8 +216,46 @@ async function search(word) {
   for (let i = 0; i < 80 && page.querySelectorAll("#search-results li").length < 3; i++) await wait(250);
   return [...page.querySelectorAll("#search-results li a")].map(a => a.textContent);
 }
+async function sorted(url) {
+  const frame = await open_page(url, 1280), page = frame.contentDocument;
+  const tables = [...page.querySelectorAll("table")].map(table => {
+    const column = number => [...table.tBodies[0].rows].map(row => row.cells[number].textContent.trim());
+    const heads = [...table.tHead.rows[0].cells];
+    return heads.map((head, number) => {
+      const found = { head: head.textContent, before: column(number) };
+      for (const way of ["up", "down"]) {
+        head.querySelector(".kd-sort").click();
+        found[way] = column(number);
+        found[way + " is told"] = head.getAttribute("aria-sort");
+      }
+      return found;
+    });
+  });
+  const numbers = NUMBERS.map(text => frame.contentWindow.eval(`sortNumber(${JSON.stringify(text)})`));
+  frame.remove();
+  return { tables, numbers };
+}
+async function move(url) {
+  const frame = await open_page(url, 390), page = frame.contentDocument;
+  const found = [...page.querySelectorAll(".kd-frames")].map(slides => {
+    const slider = slides.querySelector("input"), frames = [...slides.querySelectorAll(".kd-frame")];
+    const shown = [];
+    for (let number = 0; number <= Number(slider.max); number++) {
+      slider.value = number; slider.dispatchEvent(new Event("input"));
+      const visible = frames.filter(e => !e.hidden);
+      shown.push([frames.indexOf(visible[0]), visible.length, slides.querySelector("output").textContent]);
+    }
+    return { name: slider.getAttribute("aria-label"), shown };
+  });
+  frame.remove();
+  return found;
+}
+addEventListener("unhandledrejection", event => {
+  document.getElementById("out").textContent = String(event.reason.stack || event.reason);
+});
 (async () => {
-  const out = { pages: [], hits: [] };
+  const out = { pages: [], hits: [], sorted: await sorted("nbs/results/claims.html"), sliders: {} };
+  for (const url of SLIDERS) out.sliders[url] = await move(url);
   for (const url of PAGES) for (const width of [1280, 390]) out.pages.push(await measure(url, width));
   out.hits = await search("temperature");
   document.getElementById("out").textContent = JSON.stringify(out);
@@ -234,10 +278,36 @@ LOOKED_AT = [
 ]
 
 
+# Every page with a slider, and what its sliders move.
+SLIDERS = {
+    "nbs/1_idea/02_dark_knowledge.html": ["temperature"],
+    "nbs/1_idea/03_hundred_lines.html": ["words so far"],
+    "nbs/1_idea/04_what_a_divergence_rewards.html": ["β"],
+    "nbs/2_playground/14b_diagrams.html": ["place"],
+    "nbs/5_own_words/13_learning_rates.html": ["learning rate"],
+}
+# What a cell of a table counts as when its column is sorted; None: as text.
+NUMBERS = {
+    "12.5 %": 12.5,
+    "−1.0 [−3.1, 1.1] points": -1,
+    "+0.5": 0.5,
+    "1,234": 1234,
+    "1e-05": 1e-5,
+    "2 min 30 s / 1 h 2 min": 150,
+    "1 h 2 min": 3720,
+    "3 supported, 4 undecided": 3,
+    "nli: 15.7": None,
+    "supported": None,
+}
+
+
 @pytest.fixture(scope="module")
 def seen(site, tmp_path_factory) -> dict:
     "What a headless Chromium measures on some pages, 1280 and 390 pixels wide."
-    (site / "check.html").write_text(CHECK.replace("PAGES", json.dumps(LOOKED_AT)))
+    script = CHECK.replace("PAGES", json.dumps(LOOKED_AT)).replace(
+        "SLIDERS", json.dumps(list(SLIDERS))
+    )
+    (site / "check.html").write_text(script.replace("NUMBERS", json.dumps(list(NUMBERS))))
     handler = functools.partial(QuietHandler, directory=str(site))
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -256,7 +326,7 @@ def seen(site, tmp_path_factory) -> dict:
     finally:
         server.shutdown()
     found = re.search(r'<pre id="out">(.*?)</pre>', done.stdout, re.S)
-    assert found and found[1].startswith("{"), (done.stdout[:500], done.stderr[-1500:])
+    assert found and found[1].startswith("{"), (found and found[1], done.stderr[-1500:])
     return json.loads(found[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
 
 
@@ -278,9 +348,46 @@ def test_formulas_are_drawn_without_a_network(seen):
 
 
 @needs_browser
-def test_the_temperature_slider_moves_and_code_can_be_copied(seen):
-    page = next(p for p in seen["pages"] if "02_dark" in p["url"])
-    assert page["visible"] == 3 and page["copies"] > 5
+def test_code_can_be_copied(seen):
+    assert next(p for p in seen["pages"] if "02_dark" in p["url"])["copies"] > 5
+
+
+@needs_browser
+@pytest.mark.parametrize("url", SLIDERS)
+def test_a_slider_shows_one_picture_after_the_other(seen, url):
+    assert [slider["name"] for slider in seen["sliders"][url]] == SLIDERS[url]
+    for slider in seen["sliders"][url]:
+        numbers, visible, labels = zip(*slider["shown"])
+        assert list(numbers) == list(range(len(numbers))) and set(visible) == {1}
+        assert len(set(labels)) == len(labels) > 2
+
+
+def test_every_slider_is_tested(pages, site):
+    with_slider = {n for n in pages if 'class="kd-frames"' in (site / n).read_text("utf-8")}
+    assert with_slider == set(SLIDERS)
+
+
+@needs_browser
+def test_a_click_sorts_a_table(seen):
+    "Both tables of the claims register, by each of their columns: the same cells in order, and back."
+    assert len(seen["sorted"]["tables"]) == 2
+    for column in [column for table in seen["sorted"]["tables"] for column in table]:
+        assert sorted(column["up"]) == sorted(column["down"]) == sorted(column["before"])
+        assert (column["up is told"], column["down is told"]) == ("ascending", "descending")
+        filled = [[cell for cell in column[way] if cell not in ("", "–")] for way in ("up", "down")]
+        empty = len(column["up"]) - len(filled[0])
+        assert set(column["up"][len(filled[0]) :]) <= {"", "–"} and empty < len(column["up"])
+        words = [cell for cell in filled[0] if not re.match(r"\W*\d", cell)]
+        down = [cell for cell in filled[1] if not re.match(r"\W*\d", cell)]
+        letters = [[re.sub(r"\W", "", cell).lower()[:1] for cell in way] for way in (words, down)]
+        assert letters == [sorted(letters[0]), sorted(letters[1], reverse=True)]
+    [claim, *_] = seen["sorted"]["tables"][0]
+    assert claim["head"] == "claim" and claim["up"] != claim["before"]
+
+
+@needs_browser
+def test_cells_that_begin_with_a_number_are_sorted_as_numbers(seen):
+    assert seen["sorted"]["numbers"] == list(NUMBERS.values())
 
 
 @needs_browser

@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/5_own_words/07_phases.ipynb #8fa2d10f
+from functools import cache
 from pathlib import Path
 from typing import Any, Iterable
 
@@ -18,7 +19,8 @@ from ..evaluation.text import references_of, rouge_l, write_answers
 from .base import Experiment
 from ..methods.on_policy import minibatch_config, OnPolicy
 from ..methods.prompts import check_completions, check_context, check_ids, encode_prompts
-from ..methods.registry import onpolicy_method
+from ..methods.registry import METHODS, onpolicy_method
+from ..methods.rollouts import encode_corpus
 from ..models.pretrained import load_pretrained
 from ..training.batches import causal_batch, target_nll
 from ..training.loop import train, TrainResult
@@ -170,3 +172,39 @@ def distil_arm(
         }
 
     return method, train(model, method, rows, cfg, run_dir=folder, validate=validate)
+
+# %% ../../nbs/5_own_words/07_phases.ipynb #8c900088
+# Passes of (student, teacher) for a token that each source writes.
+WRITERS = {"student": (1, 0), "teacher": (0, 1), "mixed": (1, 1), "speculative": (1, 1)}
+
+
+@cache
+def _tokens_a_text(length: int) -> float:
+    "Return the mean number of tokens of the corpus texts, cut as the methods cut them."
+    texts = [row["text"] for row in load_corpus()]
+    cut = encode_corpus(load_world_tokenizer(), texts, length)
+    return sum(map(len, cut)) / len(cut)
+
+
+def arm_flops(arm: Any, run: dict, metrics: dict, teacher: int) -> dict[str, float]:
+    """Return the floating-point operations of a training: by part.
+
+    `metrics` are those of the run; `teacher` is the teacher's number of parameters.
+    """
+    config = METHODS[arm.method][1](**arm_options(arm, run))
+    parts = getattr(config, "parts", None)
+    compared = parts is None or any(part.divergence != "nll" for part in parts)
+    alone = 0.0
+    if config.pt_weight and not config.pt_kd_ratio:
+        alone = run["steps"] * run["minibatch"] * _tokens_a_text(config.pt_length)
+    read = metrics["tokens_read"]
+    student = metrics["parameters"]
+    writing = 0
+    for source, (by_student, by_teacher) in WRITERS.items():
+        tokens = metrics.get(f"tokens_{source}", 0)
+        writing += 2 * tokens * (by_student * student + by_teacher * teacher)
+    return {
+        "student learns": 6 * student * read,
+        "teacher reads": 2 * teacher * (read - alone) if compared else 0.0,
+        "writing": writing,
+    }

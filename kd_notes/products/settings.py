@@ -132,6 +132,7 @@ ON_POLICY = {
     "on_policy": "policy gradient of reverse KL on text of the student alone",
     "dpkd": "preference of the data's completion over the student's (DPKD)",
     "dpkd_official": "DPKD with the settings of its released code",
+    "taid": "KL from a mixture that moves from student to teacher, on the data's text (TAID)",
     "gkd": "JSD, half on the student's text and half on the data's (GKD)",
     "on_policy_kd": "reverse KL at every token of the student's text",
     "skd": "forward KL on text that the teacher corrects while it is written (SKD)",

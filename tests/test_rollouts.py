@@ -10,7 +10,14 @@ from kd_notes.core import UserError
 from kd_notes.data.examples import Example
 from kd_notes.losses.divergences import token_divergence
 from kd_notes.methods.gkd import GKD, GKDConfig, Part, top_k_logits
-from kd_notes.methods.health import health_sums, own_prefixes, prefix_health, response_health
+from kd_notes.methods.health import (
+    ALARMS,
+    health_alarms,
+    health_sums,
+    own_prefixes,
+    prefix_health,
+    response_health,
+)
 from kd_notes.methods.minillm import MiniLLM, MiniLLMConfig, set_advantages
 from kd_notes.methods.on_policy import OnPolicy, OnPolicyConfig, Term
 from kd_notes.methods.prompts import check_templates, encode_prompt, stop_ids
@@ -331,3 +338,53 @@ def test_off_policy_reverse_kl_learns_from_the_completions_of_the_data():
     train(toy(0), method, ROWS, config(1, batch_size=6))
     assert {r.source for row in method.rollouts.responses for r in row} == {"gold"}
     assert method.rollouts.drawn == {"gold": 18}
+
+
+WELL = {"finished": 0.9, "repetition": 0.05, "entropy": 1.0, "overlap": 0.8}
+ILL = {"finished": 0.2, "repetition": 0.6, "entropy": 0.05, "overlap": 0.3}
+
+
+@pytest.mark.parametrize("name", list(ALARMS))
+def test_each_alarm_is_raised_by_its_own_measure_and_once(name, recwarn):
+    from kd_notes.methods.on_policy import warn_of
+
+    rows = [WELL | {"step": step} for step in range(5)]
+    assert health_alarms(rows + rows) == {}
+    rows += [WELL | {name: ILL[name], "step": step} for step in range(5, 10)]
+    assert list(health_alarms(rows)) == [name]
+    warned = set()
+    warn_of(rows, warned)
+    warn_of(rows, warned)
+    assert [str(w.message).startswith("step 9: ") and name in str(w.message) for w in recwarn] == [
+        True
+    ]
+
+
+def test_a_student_that_was_odd_from_the_start_raises_no_alarm():
+    assert health_alarms([ILL] * 20) == {}
+    assert health_alarms([{"loss": 1.0}] * 20) == {}
+
+
+def test_a_training_warns_before_it_writes_on(tmp_path):
+    "Real steps; the history of an ill student is put before them."
+    from kd_notes.methods.minillm import MiniLLM
+    from kd_notes.models.mini import load_mini_tokenizer, mini_model
+    from kd_notes.training.loop import train
+    from kd_notes.training.state import TrainConfig
+
+    tokenizer = load_mini_tokenizer()
+    student, teacher = (mini_model("causal", "xxs", len(tokenizer), seed=s) for s in (0, 1))
+    config = MiniLLM.Config(rollouts=2, inner_epochs=1, max_new_tokens=3, pt_weight=0.0)
+    method = MiniLLM(tokenizer, teacher, config)
+    begin = method.begin
+
+    def ill_from_here(state):
+        begin(state)
+        state.history += [WELL | {"step": 0}] * 5 + [WELL | {"step": 0, "repetition": 0.9}] * 5
+
+    method.begin = ill_from_here
+    rows = [{"prompt": "one"}, {"prompt": "two"}]
+    cfg = TrainConfig(max_steps=2, batch_size=2, lr=1e-3)
+    with pytest.warns(UserWarning, match="answers repeat themselves") as caught:
+        train(student, method, rows, cfg)
+    assert len([w for w in caught if "repeat themselves" in str(w.message)]) == 1

@@ -6,7 +6,7 @@
 __all__ = ['repeated_ngrams']
 
 # %% ../../nbs/5_own_words/01c_health.ipynb #health-imports
-from typing import Sequence
+from typing import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -76,3 +76,43 @@ def health_sums(student: Tensor, teacher: Tensor | None, columns: dict[str, Tens
         seen = prefix_health(student[own], teacher[own], columns["target_ids"][own])
         sums |= {name: values.sum() for name, values in seen.items()}
     return sums
+
+# %% ../../nbs/5_own_words/01c_health.ipynb #9121172a
+WINDOW = 5  # rows of the log at each end
+# measure: (is it wrong now, given means of the first and the last rows?, what it means)
+ALARMS: dict[str, tuple[Callable[[float, float], bool], str]] = {
+    "finished": (
+        lambda first, last: last < 0.5 * first,
+        "answers no longer end: a length explosion. Lower lr, or keep length_norm on",
+    ),
+    "repetition": (
+        lambda first, last: last > first + 0.2,
+        "answers repeat themselves. Lower lr, or keep teacher mixing on",
+    ),
+    "entropy": (
+        lambda first, last: last < 0.1 * first,
+        "the student is nearly certain of every token: a collapse to few answers. Lower lr",
+    ),
+    "overlap": (
+        lambda first, last: last < 0.5 * first,
+        "on the student's text the two models hardly share a likely token. Lower lr, or finetune "
+        "the student longer before",
+    ),
+}
+
+
+def health_alarms(history: list[dict]) -> dict[str, str]:
+    """Return {measure: sentence} for what has gone wrong since the start of a training.
+
+    `history` holds the logged rows; fewer than twice WINDOW of them raise no alarm.
+    """
+    found = {}
+    for name, (wrong, meaning) in ALARMS.items():
+        values = [row[name] for row in history if name in row]
+        if len(values) < 2 * WINDOW:
+            continue
+        first = sum(values[:WINDOW]) / WINDOW
+        last = sum(values[-WINDOW:]) / WINDOW
+        if wrong(first, last):
+            found[name] = f"{name} went from {first:.2g} to {last:.2g}: {meaning}."
+    return found

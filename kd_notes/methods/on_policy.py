@@ -7,6 +7,7 @@ __all__ = ['minibatch_config', 'OnPolicy']
 
 # %% ../../nbs/5_own_words/02_on_policy.ipynb #d1f89644
 import os
+import warnings
 from abc import ABC, abstractmethod
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -21,6 +22,7 @@ from ..generation.sampling import Sampling
 from ..losses.cross_tokenizer import check_tokenizers
 from ..losses.divergences import at_least_float32, token_divergence
 from kd_notes.methods.health import (
+    health_alarms,
     health_sums,
     HEALTH_OF_PREFIXES,
     HEALTH_OF_RESPONSES,
@@ -278,13 +280,20 @@ def sampler_of(method: OnPolicyTerms, student) -> Sampler:
         **method.config.sampler_options(),
     )
 
+# %% ../../nbs/5_own_words/02_on_policy.ipynb #83d5fbe8
+def warn_of(history: list[dict], warned: set[str]) -> None:
+    "Warn of each alarm of a training once; `warned` remembers those that were raised."
+    for name, text in health_alarms(history).items():
+        if name not in warned:
+            warned.add(name)
+            warnings.warn(f"step {history[-1]['step']}: {text}", stacklevel=2)
+
 # %% ../../nbs/5_own_words/02_on_policy.ipynb #rollout-phase
 class RolloutPhase(OnPolicyTerms):
     "The rollout phase: draws a rollout before the steps that train on its rows."
 
     def begin(self, state: TrainState) -> None:
-        minibatch = state.effective_batch
-        check_rollouts(self.config, minibatch)
+        check_rollouts(self.config, state.effective_batch)
         check_dropout(self.config, state.cfg)
         prompts = [item | {"id": name} for name, item in zip(state.ids, state.items)]
         self.vocabulary = check_inputs(self, prompts, state.model)
@@ -292,7 +301,7 @@ class RolloutPhase(OnPolicyTerms):
         self.sampler = sampler_of(self, state.model)
         self.rollouts = Rollouts(prompts, self.config.rollouts, self.seed)
         self.epoch = None  # of the rows in the loop
-        self.epoch_steps = self.config.rollouts // minibatch
+        self.epoch_steps = self.config.rollouts // state.effective_batch
         # The loop orders the places of a rollout. All count as one token there, so that the
         # order does not depend on the lengths of responses that are not written yet.
         state.items = [RolloutRow([])] * self.config.rollouts
@@ -303,6 +312,7 @@ class RolloutPhase(OnPolicyTerms):
         self.total_steps = state.cfg.max_steps
         cycle = state.step // (self.epoch_steps * self.config.inner_epochs)
         if cycle != self.rollouts.cycle:
+            warn_of(state.history, self.warned)
             with errors_at_step(state.step + 1):
                 self.roll_out(state, cycle)
         epoch = state.step // self.epoch_steps
@@ -445,6 +455,7 @@ class OnPolicy(RolloutPhase, RolloutLoss):
         self.seed = 0  # the loop's, from `begin` on
         self.step = self.total_steps = 0
         self.numbers: dict[str, int] = {}  # of prompts, for errors about a batch
+        self.warned: set[str] = set()  # measures that this training warned of
         self.loss_weights = self._weights()
 
     @property

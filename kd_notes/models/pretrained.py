@@ -13,6 +13,7 @@ import shutil
 import uuid
 import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,16 @@ def count_parameters(model: torch.nn.Module) -> int:
     "Return the number of parameters; a tied weight counts once."
     return sum(p.numel() for p in model.parameters())
 
+# %% ../../nbs/2_playground/09_pretrained.ipynb #72b1b0e0
+@contextmanager
+def tensor_errors(problem: str, where: Path, fix: str) -> Iterator[None]:
+    "Raise a UserError inside the block where safetensors cannot be read or written."
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{problem} ({reason})", where=where, fix=fix) from error
+
 # %% ../../nbs/2_playground/09_pretrained.ipynb #f3dbd39c
 def _named_weights(source: Any) -> Iterator[tuple[str, torch.Tensor]]:
     "Yield names and tensors of a module, or of a folder's safetensors one by one."
@@ -55,16 +66,10 @@ def _named_weights(source: Any) -> Iterator[tuple[str, torch.Tensor]]:
             fix="Pass the folder of a saved model, or the model.",
         )
     for path in files:
-        try:
-            with safe_open(path, "pt") as file:
-                for name in file.keys():
-                    yield name, file.get_tensor(name)
-        except (OSError, SafetensorError) as e:
-            raise UserError(
-                f"the weights cannot be read ({e})",
-                where=path,
-                fix="The file is damaged or was not downloaded to its end: fetch or save it again.",
-            ) from e
+        fix = "The file is damaged or was not downloaded to its end: fetch or save it again."
+        with tensor_errors("the weights cannot be read", path, fix), safe_open(path, "pt") as file:
+            for name in file.keys():
+                yield name, file.get_tensor(name)
 
 
 def tensor_hash(tensor: torch.Tensor) -> str:

@@ -144,6 +144,11 @@ def _our_rows() -> list[FrontRow]:
     return [
         FrontRow("minillm_compute_matched", "MiniLLM at equal compute, not equal steps", "–"),
         FrontRow("divergence_zoo", "Which objective gets closest to the teacher?", "–"),
+        FrontRow(
+            "classic_kd",
+            "A teacher's wrong answers teach small networks to read digits",
+            paper_values("classic", "CIFAR-100", "", "{row} {value:g} %"),
+        ),
         FrontRow("whitebox_smollm2", "KD against SFT at equal wall time", "–"),
         FrontRow("benchmarks", "The cost of a loss, a step and a rollout", "–"),
     ]

@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..core import atomic_write, read_json, read_jsonl, stable_hash, UserError, write_json
+from ..models.pretrained import tensor_errors
 from .method import describe_weights
 from .state import trainable, TrainState
 
@@ -93,15 +93,9 @@ def set_rng_state(state: dict[str, Tensor]) -> None:
 
 # %% ../../nbs/7_engine_room/16_checkpoint.ipynb #352c5139
 def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    try:
+    fix = "Free some space and run the same command again: it resumes from the previous checkpoint."
+    with tensor_errors("the checkpoint could not be written", path.parent.parent, fix):
         save_file(tensors, path)
-    except (OSError, SafetensorError) as e:
-        raise UserError(
-            f"the checkpoint could not be written ({e})",
-            where=path.parent.parent,
-            fix="Free some space and run the same "
-            "command again: it resumes from the previous checkpoint.",
-        ) from e
 
 # %% ../../nbs/7_engine_room/16_checkpoint.ipynb #27c9bb8c
 def _optimizer_tensors(state: TrainState) -> dict[str, Tensor]:
@@ -230,14 +224,9 @@ def _rewind(run_dir: Path, step: int, write: bool) -> list[dict]:
 # %% ../../nbs/7_engine_room/16_checkpoint.ipynb #be30be53
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     "Read a file of a checkpoint. Raises UserError if it is missing or damaged."
-    try:
+    fix = "Delete its folder; the run then goes on from an older checkpoint or begins again."
+    with tensor_errors("the checkpoint cannot be read", path, fix):
         return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"the checkpoint cannot be read ({str(error).splitlines()[0]:.80})",
-            where=path,
-            fix="Delete its folder; the run then goes on from an older checkpoint or begins again.",
-        ) from error
 
 
 def _load_tensors(state: TrainState, folder: Path) -> None:
@@ -307,20 +296,16 @@ def save_model(model, folder: Path | str, tokenizer=None) -> Path:
             return folder
     part, old = folder.with_name(f".{folder.name}.part"), folder.with_name(f".{folder.name}.old")
     shutil.rmtree(part, ignore_errors=True)
+    fix = "Free some space and try again."
     try:
-        model.save_pretrained(part, **options)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(part)
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(part, folder)
-    except (OSError, SafetensorError) as e:
-        raise UserError(
-            f"the model could not be saved ({e})",
-            where=folder,
-            fix="Free some space and try again.",
-        ) from e
+        with tensor_errors("the model could not be saved", folder, fix):
+            model.save_pretrained(part, **options)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(part)
+            shutil.rmtree(old, ignore_errors=True)
+            if folder.exists():
+                os.replace(folder, old)
+            os.replace(part, folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)

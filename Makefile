@@ -2,7 +2,7 @@
 # make reproduce the headline figures of the paper, profile cpu (about 40 minutes on two cores; a second call takes seconds)
 # make test      every check that CI runs (less than 30 minutes on two cores)
 # make lab       JupyterLab in nbs/
-# make site      the book as web pages in build/site/html, from the committed outputs (less than a minute)
+# make site      the book as web pages in build/site/html, from the committed outputs (about a minute)
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help

@@ -207,7 +207,8 @@ async function measure(url, width) {
   const found = { url, width, inner: root.clientWidth, scroll: root.scrollWidth, wanted,
     drawn: page.querySelectorAll("mjx-container svg").length,
     failed: page.querySelectorAll("mjx-merror, [data-mjx-error]").length,
-    copies: page.querySelectorAll(".kd-copy").length };
+    copies: page.querySelectorAll(".kd-copy").length,
+    sorters: page.querySelectorAll(".kd-sort").length };
   frame.remove();
   return found;
 }
@@ -270,6 +271,9 @@ LOOKED_AT = [
     "nbs/1_idea/02_dark_knowledge.html",
     "nbs/4_probabilities/01_divergences.html",
     "nbs/5_own_words/03_minillm.html",
+    "nbs/5_own_words/13_learning_rates.html",
+    "nbs/results/claims.html",
+    "nbs/results/landscape.html",
     "nbs/results/minillm_main.html",
     "nbs/results/minillm_scaling.html",
     "nbs/results/stepwise_data_efficiency.html",
@@ -383,6 +387,11 @@ def test_a_click_sorts_a_table(seen):
         assert letters == [sorted(letters[0]), sorted(letters[1], reverse=True)]
     [claim, *_] = seen["sorted"]["tables"][0]
     assert claim["head"] == "claim" and claim["up"] != claim["before"]
+
+
+@needs_browser
+def test_the_tables_of_the_landscape_can_be_sorted_too(seen):
+    assert next(p for p in seen["pages"] if "landscape" in p["url"])["sorters"] > 5
 
 
 @needs_browser

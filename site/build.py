@@ -5,6 +5,7 @@
 The notebooks are shown with their committed outputs. A warning of Sphinx, such as a link that leads nowhere, ends the build.
 """
 
+import argparse
 import json
 import os
 import re
@@ -212,4 +213,6 @@ def build(folder: Path) -> Path:
 
 
 if __name__ == "__main__":
-    print(build(Path(sys.argv[1] if sys.argv[1:] else ROOT / "build" / "site").resolve()))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", nargs="?", type=Path, default=ROOT / "build" / "site")
+    print(build(parser.parse_args().folder.resolve()))

@@ -15,6 +15,7 @@ from kd_notes.experiments.scoring import (
     LABELS,
     Scoring,
     SCORING_ARMS,
+    ScoringFeatures,
     ScoringTeachers,
     soft_labels,
 )
@@ -353,6 +354,19 @@ def test_arms_share_the_network_and_differ_in_their_soft_labels(tmp_path, monkey
     inside, outside = (soft_labels(run["teacher"], side) for side in ("inside", "outside"))
     assert inside.shape == outside.shape == (48, LABELS) and not np.allclose(inside, outside)
     assert np.allclose(outside.sum(1), 1, atol=1e-4)
+
+
+def test_both_sets_in_one_call_keep_the_checksums_of_their_own_files(tmp_path, monkeypatch):
+    monkeypatch.setenv("KD_NOTES_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("KD_NOTES_DATA", str(tmp_path))
+    parts = {"train": 40, "unseen-answers": 6, "unseen-questions": 6}
+    write_beetle(tmp_path, [beetle_row(i, split) for split, n in parts.items() for i in range(n)])
+    cells = {data: dict(arm="alone", data=data, lr=0.01, **TINY) for data in ("science", "beetle")}
+    Scoring().run(cells, [0])
+    for cell in cells.values():
+        run = Scoring().parameters(**cell, seed=0)
+        assert (Scoring().folder(run) / "metrics.json").is_file()
+    assert all(kind.input_settings == ("data",) for kind in (ScoringFeatures, ScoringTeachers))
 
 
 def test_a_second_call_trains_nothing(tmp_path, monkeypatch):

@@ -452,6 +452,13 @@ def test_validation_agrees_with_the_losses_row_by_row(rows, teacher, student, tm
     )
 
 
+def test_damaged_states_of_a_teacher_are_one_clear_error(rows, teacher, tmp_path):
+    file = tmp_path / "s.safetensors"
+    file.write_bytes(b"cut off")
+    with pytest.raises(UserError, match="the teacher's states cannot be read.*Delete the file"):
+        Validation(rows, 0, teacher, states_file=file)
+
+
 def test_validation_without_kept_states_is_the_same(rows, student):
     model = mini_model("causal", "xs", V, seed=3)
     kept = Validation(rows, 0, model)(student)

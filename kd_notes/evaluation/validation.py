@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..core import atomic_write
 from ..losses.divergences import at_least_float32, token_divergence
+from ..models.pretrained import tensor_errors
 from ..methods.logit_kd import comparable, linear_head
 from kd_notes.training.batches import (
     Batch,
@@ -62,7 +63,9 @@ def _teacher_states(batches: list[Batch], teacher, file: Path | None) -> list[Te
     They are cached in the file.
     """
     if file is not None and file.is_file():
-        states = load_file(file)["states"].to(teacher.device)
+        fix = "Delete the file; the states are computed again."
+        with tensor_errors("the teacher's states cannot be read", file, fix):
+            states = load_file(file)["states"].to(teacher.device)
         return list(states.split([len(target_positions(batch).ids) for batch in batches]))
     states = [target_states(teacher, batch.to(teacher.device)) for batch in batches]
     if file is not None:

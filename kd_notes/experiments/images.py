@@ -21,8 +21,7 @@ from ..data.images import digits_checksum, Images, task_images
 from .base import Experiment
 from ..losses.divergences import get_divergence, token_divergence
 from ..methods.logit_kd import KD, TeacherSignal
-from ..models.pretrained import count_parameters, freeze
-from ..runner.runs import cached
+from ..models.pretrained import count_parameters, freeze, tensor_errors
 from ..training.batches import Batch
 from ..training.loop import train
 from ..training.method import Method
@@ -292,10 +291,11 @@ class ImageTeachers(_OnImages):
     def load(self, **settings: Any) -> Network:
         "Return a teacher from the cache, or train it now."
         run = self.parameters(**settings)
-        options = {"modules": self.modules(run), "checksums": self.inputs(run)}
-        cached(self.name, run, self.train, **options)
+        self.cached(run)
+        path = self.folder(run) / "model.safetensors"
         model = self.network(run)
-        model.load_state_dict(load_file(self.folder(run) / "model.safetensors"))
+        with tensor_errors("the teacher cannot be read", path, "Delete its folder and run again."):
+            model.load_state_dict(load_file(path))
         return freeze(model)
 
 # %% ../../nbs/6_beyond_text/02_classic_kd.ipynb #img-students

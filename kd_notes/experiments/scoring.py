@@ -47,6 +47,7 @@ class ScoringFeatures(Experiment):
 
     name = "scoring_features"
     module = "experiments.scoring"
+    input_settings = ("data",)
     Settings = FeatureSettings
 
     def modules(self, run: dict) -> list[str]:
@@ -71,6 +72,9 @@ class ScoringFeatures(Experiment):
 # %% ../../nbs/6_beyond_text/05_scoring_students.ipynb #0ff9a0fd
 def lower_layers(layers: int) -> tuple[Any, Any]:
     "Return (the first layers of SmolLM2 without its head, tokenizer), frozen."
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     model, tokenizer = load_teacher("smollm2", device="cpu")
     body = model.model
     body.layers = body.layers[:layers]
@@ -155,6 +159,7 @@ class ScoringTeachers(Experiment):
 
     name = "scoring_teacher"
     module = "experiments.scoring"
+    input_settings = ("data",)
     Settings = ScoringTeacherSettings
 
     def complete(self, run: dict) -> dict:
@@ -218,8 +223,8 @@ def teacher_metrics(sets: AnswerSets, soft: dict[str, Any]) -> dict[str, Any]:
         right = labels.argmax(1) == [row["score"] for row in sets.train]
         metrics[f"accuracy_{name}"] = round(float(right.mean()), 5)
         metrics[f"confidence_{name}"] = round(float(labels.max(1).mean()), 5)
-    start = 0
-    for name, rows in {"validation": sets.validation, **sets.tests}.items():
+    start = len(sets.validation)
+    for name, rows in sets.tests.items():
         found = np.asarray(soft["rest"])[start : start + len(rows)]
         metrics[f"{name}: scores"] = "".join(map(str, found.argmax(1)))
         start += len(rows)
@@ -291,6 +296,7 @@ class Scoring(Experiment):
 
     name = "scoring"
     module = "experiments.scoring"
+    input_settings = ("data",)
     arms = SCORING_ARMS
     Settings = ScoringSettings
 

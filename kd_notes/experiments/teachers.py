@@ -31,7 +31,7 @@ from kd_notes.methods.rationales import (
     vote,
     ZERO_SHOT,
 )
-from ..models.pretrained import load_pretrained, load_teacher
+from ..models.pretrained import load_pretrained, load_teacher, tensor_errors
 from ..training.checkpoint import save_model
 from ..training.loop import train
 from ..training.method import SFT
@@ -313,7 +313,9 @@ def truncate_adapter(folder: Path | str, rank: int, out: Path | str) -> Path:
             where=f"{folder}",
             fix=f"Choose 1 to {config['r'] - 1}.",
         )
-    old = load_file(folder / "adapter_model.safetensors")
+    path = folder / "adapter_model.safetensors"
+    with tensor_errors("the adapter cannot be read", path, "Train it again, or copy it again."):
+        old = load_file(path)
     new = {}
     for name in [n for n in old if n.endswith("lora_A.weight")]:
         other = name.replace("lora_A", "lora_B")

@@ -124,6 +124,7 @@ def verdict_points(questions: Mapping[str, Mapping[str, Verdict]]) -> list[dict]
             "value": verdict.value,
             "low": verdict.low,
             "high": verdict.high,
+            "n": verdict.n,
             "outcome": verdict.outcome,
         }
         for title, verdicts in questions.items()

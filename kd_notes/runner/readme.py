@@ -143,9 +143,7 @@ def _our_rows() -> list[FrontRow]:
     "Return the rows for questions that no paper answers."
     return [
         FrontRow("minillm_compute_matched", "MiniLLM at equal compute, not equal steps", "–"),
-        FrontRow(
-            "divergence_zoo", "Which of twelve objectives beats finetuning at equal steps?", "–"
-        ),
+        FrontRow("divergence_zoo", "Which of twelve objectives beats finetuning?", "–"),
         FrontRow(
             "classic_kd",
             "A teacher's wrong answers teach small networks to read digits",

@@ -87,6 +87,11 @@ class UserError(Exception):
         return " ".join(f"{head} {self.fix}".split())
 
 # %% ../nbs/7_engine_room/01_core.ipynb #034b6d24
+def first_line(error: BaseException) -> str:
+    "Return the first line of an error's message, or the name of its type if it has none."
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def missing_library(error: ModuleNotFoundError) -> UserError:
     "Return a UserError that names the extra of kd_notes with the missing library."
     name = (error.name or str(error)).partition(".")[0]

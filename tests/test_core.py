@@ -504,3 +504,18 @@ def test_human_seconds():
 def test_a_missing_library_names_its_extra(name, extra):
     error = core_module.missing_library(ModuleNotFoundError(f"No module named {name!r}", name=name))
     assert name.partition(".")[0] in str(error) and f"kd_notes[{extra}]" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("one\ntwo"), "one"),
+        (OSError("\n  late\nmore"), "late"),
+        (RuntimeError(""), "RuntimeError"),
+        (TypeError(), "TypeError"),
+    ],
+)
+def test_the_first_line_of_an_error_is_never_missing(error, line):
+    from kd_notes.core import first_line
+
+    assert first_line(error) == line

@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ..core import missing_library, rng, UserError
+from ..core import first_line, missing_library, rng, UserError
 from ..data.dialogues import load_prompts
 from ..data.rows import load_rows, read_row, TextRow
 from ..data.examples import numbered_rows
@@ -97,9 +97,8 @@ def hub_rows(name: str, streaming: bool = False) -> Iterable[dict]:
     except ModuleNotFoundError as e:
         raise missing_library(e) from e
     except (OSError, ValueError) as e:
-        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
         raise UserError(
-            f"the set could not be loaded: {reason}",
+            f"the set could not be loaded: {first_line(e)}",
             where=name,
             fix="Check the id and the part (hub:<id>:<part>); the hub needs a network.",
         ) from e

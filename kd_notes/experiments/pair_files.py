@@ -12,7 +12,7 @@ from typing import Any, Sequence
 
 import torch
 
-from ..core import read_json, repo_root, UserError
+from ..core import first_line, read_json, repo_root, UserError
 from .phases import validation_batch
 from kd_notes.experiments.pair_runs import (
     among,
@@ -84,7 +84,7 @@ def config_of(shape: dict, where: str = "shape"):
         return AutoConfig.for_model(**shape)
     except (ValueError, TypeError) as e:
         raise UserError(
-            str(e).splitlines()[0], where=where, fix="Give model_type and the sizes of its config."
+            first_line(e), where=where, fix="Give model_type and the sizes of its config."
         ) from e
 
 # %% ../../nbs/5_own_words/10_pair_files.ipynb #d9e0781f

@@ -29,7 +29,6 @@ from kd_notes.methods.scoring import (
     WordScorer,
 )
 from ..models.pretrained import count_parameters, load_teacher
-from ..runner.runs import cached
 from ..training.loop import train
 from ..training.state import TrainConfig
 
@@ -65,8 +64,7 @@ class ScoringFeatures(Experiment):
     def load(self, **settings: Any) -> torch.Tensor:
         "Return the features, (answers, F), in the order of `AnswerSets.everything`."
         run = self.parameters(**settings)
-        options = {"modules": self.modules(run), "checksums": self.inputs(run)}
-        cached(self.name, run, self.train, **options)
+        self.cached(run)
         return torch.from_numpy(np.load(self.folder(run) / "features.npy")).float()
 
 # %% ../../nbs/6_beyond_text/05_scoring_students.ipynb #0ff9a0fd
@@ -241,8 +239,7 @@ def teacher_size(run: dict, words: int) -> int:
 def soft_labels(teacher: dict, name: str) -> np.ndarray:  # "inside" or "outside"
     "Return the soft labels of the training answers by a teacher, trained now if it is not cached."
     kind = ScoringTeachers()
-    options = {"modules": kind.modules(teacher), "checksums": kind.inputs(teacher)}
-    cached(kind.name, teacher, kind.train, **options)
+    kind.cached(teacher)
     return np.load(kind.folder(teacher) / "soft.npz")[name]
 
 # %% ../../nbs/6_beyond_text/05_scoring_students.ipynb #02003026

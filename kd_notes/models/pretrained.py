@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from safetensors import safe_open, SafetensorError
 
-from ..core import cache_dir, sha256_file, stable_hash, UserError, write_json
+from ..core import cache_dir, first_line, sha256_file, stable_hash, UserError, write_json
 from .mini import _choose
 
 # %% ../../nbs/2_playground/09_pretrained.ipynb #078a22a8
@@ -49,8 +49,7 @@ def tensor_errors(problem: str, where: Path, fix: str) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{problem} ({reason})", where=where, fix=fix) from error
+        raise UserError(f"{problem} ({first_line(error)})", where=where, fix=fix) from error
 
 # %% ../../nbs/2_playground/09_pretrained.ipynb #f3dbd39c
 def _named_weights(source: Any) -> Iterator[tuple[str, torch.Tensor]]:
@@ -245,7 +244,7 @@ def place_of(device: str | None) -> torch.device:
         torch.empty(0, device=place)
     except (RuntimeError, AssertionError) as e:
         raise UserError(
-            f"the device {device!r} cannot be used ({str(e).splitlines()[0]})",
+            f"the device {device!r} cannot be used ({first_line(e)})",
             where="device",
             fix="Use 'cpu', or 'cuda' on a machine with a GPU and a build of torch for it.",
         ) from e
@@ -276,9 +275,8 @@ def load_part(source: str, part: str) -> Any:
     try:
         return auto.from_pretrained(_local_snapshot(resolve_model(source), None, None))
     except (OSError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"the {part} could not be loaded: {reason}",
+            f"the {part} could not be loaded: {first_line(error)}",
             where=source,
             fix="Check the name; a model of the hub needs a network or a filled cache.",
         ) from error
@@ -298,9 +296,8 @@ def _from_pretrained(
         model, found = auto.from_pretrained(place, **options, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(place, revision=revision)
     except (OSError, ValueError, SafetensorError) as e:
-        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
         raise UserError(
-            f"the model could not be loaded: {reason}",
+            f"the model could not be loaded: {first_line(e)}",
             where=source,
             fix="Check the name; a model of the hub needs a network "
             "or a filled cache, a folder needs config.json, safetensors weights and a tokenizer.",
@@ -402,9 +399,8 @@ def _merge_adapter(model, adapter: Path | str):
     try:
         return merge_adapters(PeftModel.from_pretrained(model, str(adapter), is_trainable=False))
     except (RuntimeError, ValueError, OSError) as e:
-        reason = str(e).strip().splitlines()[0]
         raise UserError(
-            f"the adapter does not fit this model: {reason}",
+            f"the adapter does not fit this model: {first_line(e)}",
             where=adapter,
             fix="Use the model it was trained on.",
         ) from e

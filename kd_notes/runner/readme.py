@@ -27,6 +27,7 @@ from .order import read_order
 from .profiles import load_profile
 from .publish import notebook_text
 from .record import expected_file
+from .synthesis import about
 
 # %% ../../nbs/7_engine_room/27_readme.ipynb #3e64caa5
 def paper_values(
@@ -180,9 +181,7 @@ def _interval(verdict: Verdict) -> str:
 
 def _verdict_text(verdict: Verdict) -> str:
     "Format a verdict for a table cell: subject, interval, unit."
-    about = re.search(r"\(([^()]*)\)$", verdict.claim)
-    name = about[1] if about else verdict.claim
-    return f"{name}: {_interval(verdict)}".replace("|", "/")
+    return f"{about(verdict)}: {_interval(verdict)}".replace("|", "/")
 
 
 def outcome_cells(stored: Mapping[str, Any]) -> tuple[str, str]:

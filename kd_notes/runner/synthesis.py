@@ -6,6 +6,7 @@
 __all__ = ['stored_verdicts', 'about', 'verdicts_on', 'verdict_figure', 'verdict_points']
 
 # %% ../../nbs/7_engine_room/26b_synthesis.ipynb #74961d02
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -39,8 +40,8 @@ def stored_verdicts(
 # %% ../../nbs/7_engine_room/26b_synthesis.ipynb #70b1d015
 def about(verdict: Verdict) -> str:
     "Return what a claim is about: the text in its last brackets, or the whole claim."
-    before, bracket, inside = verdict.claim.rpartition(" (")
-    return inside.removesuffix(")") if bracket and before else verdict.claim
+    found = re.search(r"\(([^()]*)\)$", verdict.claim)
+    return found[1] if found else verdict.claim
 
 
 def verdicts_on(

@@ -15,7 +15,7 @@ from typing import Iterable
 import torch
 from torch import Tensor
 
-from ..core import seed_everything, UserError
+from ..core import first_line, seed_everything, UserError
 from .batches import Batch, plain_logits
 from .checkpoint import run_identity
 from .method import Method
@@ -113,7 +113,7 @@ def add_lora(model, lora: dict, seed: int):
         try:
             adapted = get_peft_model(model, config)
         except ValueError as e:
-            what = f"LoRA does not fit this model: {str(e).splitlines()[0]}"
+            what = f"LoRA does not fit this model: {first_line(e)}"
             raise UserError(what, where="TrainConfig.lora", fix=fix) from e
     if model.config.is_encoder_decoder and hasattr(model.get_input_embeddings(), "base_layer"):
         # Encoder and decoder read these weights through modules of their own.

@@ -108,7 +108,7 @@ class GeneratedSettings:
     study_lr: float = 0.01
     teacher: dict = field(default_factory=dict)  # of RemarkTeacherSettings
 
-
+# %% ../../nbs/6_beyond_text/07b_data_generation_runs.ipynb #dg7b-012b
 class GeneratedRows(Experiment):
     "Rows of a teacher, in folder/rounds.jsonl."
 
@@ -228,7 +228,7 @@ GENERATION_ARMS = {
     "band_sce1": GenerationArm("band, SCE (1, 1)", "band", (1.0, 1.0)),
 }
 
-
+# %% ../../nbs/6_beyond_text/07b_data_generation_runs.ipynb #dg7b-015b
 @dataclass
 class GeneratedStudentSettings:
     "A student of generated rows."

@@ -376,7 +376,9 @@ def stepwise_command(
 
 # %% ../nbs/7_engine_room/28_cli.ipynb #cec70d1a
 ModelOption = Annotated[str, typer.Option(help="Folder of a student, hub:<id> or smollm2.")]
-RowsOption = Annotated[Path, typer.Option("--input", help="JSONL: the rows.")]
+RowsOption = Annotated[
+    Path, typer.Option("--input", help="JSONL: the rows; or, for evaluate, an instruction set.")
+]
 TaskOption = Annotated[
     str | None, typer.Option(help="Task file; default: what the student was trained for.")
 ]
@@ -404,7 +406,7 @@ def predict_command(
         options = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "limit": limit}
         print(json.dumps(predict_rows(model, data, out, task, **options), indent=1))
 
-
+# %% ../nbs/7_engine_room/28_cli.ipynb #4385316a
 @app.command("evaluate")
 def evaluate_command(
     model: ModelOption,
@@ -414,13 +416,30 @@ def evaluate_command(
     batch_size: BatchOption = 32,
     max_new_tokens: TokensOption = None,
     limit: LimitOption = None,
+    template: Annotated[
+        str | None, typer.Option(help="Instructions are laid out by chat or alpaca.")
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Answers at temperature 1 to an instruction.")] = 5,
 ) -> None:
-    "Score a student on labelled rows: the task's metric with its interval, as JSON."
+    """Score a model with intervals, as JSON.
+
+    Labelled rows by the task's metric; instructions (--input dolly, selfinst, sni, prompts,
+    hub:<id>, or a file with --template) by Rouge-L.
+    """
     with guard():
+        from kd_notes.products.instructions import evaluate_instructions, is_instruction_set
         from kd_notes.products.predict import evaluate_rows
 
-        options = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "limit": limit}
-        print(json.dumps(evaluate_rows(model, data, out, task, **options), indent=1))
+        options = {"batch_size": batch_size, "limit": limit}
+        if template is None and not is_instruction_set(str(data)):
+            options["max_new_tokens"] = max_new_tokens
+            found = evaluate_rows(model, data, out, task, **options)
+        else:
+            options |= {"template": template or "chat", "samples": samples}
+            if max_new_tokens is not None:
+                options["max_new_tokens"] = max_new_tokens
+            found = evaluate_instructions(model, data, out, **options)
+        print(json.dumps(found, indent=1))
 
 # %% ../nbs/7_engine_room/28_cli.ipynb #cli-bench-2
 @app.command("bench")

@@ -309,7 +309,13 @@ def plain_settings(
 def distill_command(
     data: Annotated[Path, typer.Option(help="JSONL: prompt and response, or chat messages.")],
     out: Annotated[Path, typer.Option(help="New folder for the student.")],
-    teacher: Annotated[str, typer.Option(help="smollm2, hub:<id> or a folder.")] = "smollm2",
+    teacher: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="smollm2, hub:<id>, a folder, openai:<url>#<model>; again for several: "
+            "<spec>=<weight>, or <value>=<spec> with --set route=<field>."
+        ),
+    ] = None,
     student: Annotated[
         str, typer.Option(help="Likewise, or layers:6 of the teacher.")
     ] = "layers:6",
@@ -330,7 +336,8 @@ def distill_command(
 
         settings = plain_settings(sets or [], signature(distill).parameters)
         options = {"corpus": corpus, "profile": profile}
-        report = distill(data, teacher, student, objective, out, **options, **settings)
+        teachers = teacher or ["smollm2"]
+        report = distill(data, teachers, student, objective, out, **options, **settings)
         print(json.dumps(report, indent=1, default=str))
 
 # %% ../nbs/7_engine_room/28_cli.ipynb #db3bdd4d

@@ -216,6 +216,7 @@ class DivergenceOnPolicy(OnPolicy):
     "A weighted sum of divergences per token, each on the responses of one source."
 
     Config = GKDConfig
+    loss_of_parts = True  # it is a sum of the parts, which may compare the teacher's top k
 
     @property
     def needs_teacher(self) -> bool:

@@ -33,6 +33,7 @@ from kd_notes.methods.prompts import (
     check_completions,
     check_context,
     check_ids,
+    check_teacher,
     check_templates,
     encode_prompt,
     stop_ids,
@@ -296,6 +297,7 @@ class RolloutPhase(OnPolicyTerms):
         check_rollouts(self.config, state.effective_batch)
         check_dropout(self.config, state.cfg)
         prompts = [item | {"id": name} for name, item in zip(state.ids, state.items)]
+        check_teacher(self)
         self.vocabulary = check_inputs(self, prompts, state.model)
         self.seed = state.cfg.seed
         self.sampler = sampler_of(self, state.model)
@@ -331,6 +333,8 @@ class RolloutPhase(OnPolicyTerms):
         responses = list(written.values())
         check_drawn(responses)
         self.on_rollout(responses, state.model)
+        if hasattr(self.teacher, "prefetch") and state.accelerator.num_processes == 1:
+            self.teacher.prefetch([(r.prompt, r.tokens) for r in responses])
         self.rollouts.keep(cycle, written)
 
     def write(self, student, source: str, rows: list[dict], streams: list[str]) -> list[Response]:
@@ -425,7 +429,10 @@ class RolloutLoss(OnPolicyTerms):
             return student, None
         part = batch if self.config.pt_kd_ratio else without_texts(batch)
         with torch.no_grad():
-            return student, target_logits(self.teacher, part)[:, : self.vocabulary]
+            teacher = target_logits(self.teacher, part)[:, : self.vocabulary]
+            if hasattr(self.teacher, "top_k"):  # where a server refused, nothing is learnt
+                teacher = teacher.where(~teacher.isnan(), student[: len(teacher)])
+            return student, teacher
 
 # %% ../../nbs/5_own_words/02_on_policy.ipynb #f855fef6
 class OnPolicy(RolloutPhase, RolloutLoss):

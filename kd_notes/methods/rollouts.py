@@ -9,7 +9,7 @@ __all__ = ['token_logprobs', 'RolloutRow', 'response_batch', 'encode_corpus']
 import re
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any, Callable, Iterable, Iterator
 
@@ -199,6 +199,8 @@ class Sampler:
         "Draw a response to each row."
         if source == "gold":
             return gold_responses(rows, self.sampling.max_new_tokens)
+        if source != "student" and hasattr(self.teacher, "parts_of"):
+            return self._by_teacher(source, student, rows, streams)
         prompts = [row["prompt"] for row in rows]
         options = {
             "streams": streams,
@@ -215,6 +217,15 @@ class Sampler:
             model = student if source == "student" else self.teacher
             rollout = sample(model, prompts, self.sampling, role=source, **options)
         return responses_of(rows, rollout, source)
+
+    def _by_teacher(self, source: str, student, rows: list[dict], streams: list[str]) -> list:
+        "Draw the responses of each of several routed teachers."
+        written: dict[int, Response] = {}
+        for model, part in self.teacher.parts_of([row["prompt"] for row in rows]):
+            one = replace(self, teacher=model)
+            chosen = ([rows[i] for i in part], [streams[i] for i in part])
+            written |= zip(part, one.write(source, student, *chosen))
+        return [written[i] for i in range(len(rows))]
 
 # %% ../../nbs/5_own_words/01b_rollouts.ipynb #rollouts-helpers
 @contextmanager

@@ -40,7 +40,7 @@ class DistillSettings:
     max_length: int = 512  # tokens of prompt and completion; 0: the models' context
     system: str | None = None  # system message for rows that have none; None: the template's
     evaluations: int = 5  # during training
-    top_k: int = 64  # of the logit cache
+    top_k: int = 64  # of the logit cache, and of a teacher on a server
     max_new_tokens: int = 128  # of the teacher's answers (seqkd)
     top_p: float = 1.0  # of the teacher's answers
     width: int = 5  # of the beam (seqkd_beam)
@@ -50,6 +50,8 @@ class DistillSettings:
     device: str | None = None
     lora: dict | None = None  # train adapters only; they are merged before saving
     gradient_checkpointing: bool = False
+    route: str | None = None  # field of the rows that names the teacher, if there are several
+    server: dict | None = None  # of a teacher on a server: concurrency, timeout, retries, ...
 
     def __post_init__(self):
         check_fields(self)

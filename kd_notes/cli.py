@@ -134,6 +134,10 @@ def reproduce_command(
     names: Names = None,
     profile: ProfileName = "cpu",
     jobs: Annotated[int, typer.Option("--jobs", "-j", help="Training runs in parallel.")] = 1,
+    executor: Annotated[
+        str | None,
+        typer.Option(help="dask:tcp://host:port or dask:<scheduler file>: runs on a cluster."),
+    ] = None,
     source: Annotated[
         str,
         typer.Option(
@@ -155,7 +159,8 @@ def reproduce_command(
     with guard():
         start = time.monotonic()
         book = open_book(root)
-        options = {"jobs": jobs, "source": source, "force": force, "everything": everything}
+        options = {"jobs": jobs, "executor": executor, "source": source, "force": force}
+        options["everything"] = everything
         outcomes = reproduce(names or (), profile, sets=sets or (), book=book, **options)
         seconds = human_seconds(time.monotonic() - start)
         print(f"{_count_outcomes(outcomes)} in {seconds}; results in {shown_path(book.runs)}")

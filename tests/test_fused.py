@@ -42,7 +42,9 @@ OPTIONS = [
     ("renyi", {"alpha": 2.0}),
     ("adaptive_kl", {"mu": 0.4}),
     ("dkd", {}),
+    ("adaptive_kl", {"flipped": True}),
     ("atkd", {}),
+    ("atkd", {"reverse": True}),
     ("uld", {}),
 ]
 

@@ -46,8 +46,10 @@ from kd_notes.models.pretrained import (
     load_teacher,
     merge_adapters,
 )
+
+# %% ../../nbs/4_probabilities/15_distill.ipynb #dist-imports-2
 from .card import curves_figure, model_card, with_bits_per_byte
-from .request import expected_memory, main_process, Request, shown_name
+from .request import expected_memory, Request, shown_name
 from kd_notes.products.settings import (
     check_libraries,
     check_objective,
@@ -60,9 +62,18 @@ from kd_notes.products.settings import (
     TEXT_OBJECTIVES,
     train_config,
 )
-from ..training.checkpoint import save_model
+from ..training.checkpoint import last_checkpoint, save_model, whole_model
 from ..training.loop import train
 from ..training.method import Method, SFT
+from kd_notes.training.processes import (
+    by_main,
+    check_shared_folder,
+    connect_processes,
+    main_first,
+    main_process,
+    processes,
+    shared_batch,
+)
 from ..training.state import Progress
 
 # %% ../../nbs/4_probabilities/15_distill.ipynb #9ee80f21
@@ -305,28 +316,33 @@ def _leave(job: _Distillation, model, report: dict, history: list[dict]) -> None
 
 # %% ../../nbs/4_probabilities/15_distill.ipynb #849c0609
 def _run(job: _Distillation) -> dict:
-    "Prepare, train, measure and write; return the report."
-    from accelerate import PartialState
-
+    "Prepare, train, measure and write; return the report, {} in all but the main process."
     request = job.request
     pair = job.pair
-    # The other processes find everything prepared.
-    with PartialState(cpu=request.settings.device == "cpu").main_process_first():
+    with main_first():  # the other processes find everything prepared
         check = job.validation()
         references = _references(job, check)
         method = job.method()
     cfg = train_config(request.settings, len(job.rows))
     parameters = count_parameters(pair.student)
     pair.teacher = None  # frees its memory, unless the method needs it
-    batch = cfg.batch_size * cfg.gradient_accumulation_steps
+    batch = request.settings.batch_size * request.settings.gradient_accumulation_steps
+    among = f" shared by {processes()} processes" if processes() > 1 else ""
     request.say(
-        f"{request.objective}, {cfg.max_steps} steps of {batch} rows, {parameters:,} parameters"
+        f"{request.objective}, {cfg.max_steps} steps of {batch} rows{among}, "
+        f"{parameters:,} parameters"
     )
     folder = request.work / "train"
+    if kept := last_checkpoint(folder):
+        request.say(f"goes on from {kept.name}")
     bar = [Progress(request.objective)]
     options = {"run_dir": folder, "validate": check, "callbacks": bar}
     result = train(pair.student, method, job.rows, cfg, **options)
-    student = _measured(job, check(result.model), pair.tokenizer)
+    place = place_of(request.settings.device)
+    model = whole_model(result.model, request.work / "whole", pair.tokenizer, place)
+    if not main_process():
+        return {}
+    student = _measured(job, check(model), pair.tokenizer)
     report = request.as_dict() | {
         "rows": len(job.rows),
         "held_out": len(job.held_out),
@@ -339,14 +355,13 @@ def _run(job: _Distillation) -> dict:
         "versions": versions(),
         "device": device_class(),
     }
-    if main_process():
-        _leave(job, result.model, report, result.history)
-        before = references["untrained"]["perplexity"]
-        goal = references["teacher"]["perplexity"]
-        request.say(
-            f"perplexity {before:.4g} -> {student['perplexity']:.4g} (teacher {goal:.4g}); "
-            f"the student is in {request.out}"
-        )
+    _leave(job, model, report, result.history)
+    before = references["untrained"]["perplexity"]
+    goal = references["teacher"]["perplexity"]
+    request.say(
+        f"perplexity {before:.4g} -> {student['perplexity']:.4g} (teacher {goal:.4g}); "
+        f"the student is in {request.out}"
+    )
     return report
 
 # %% ../../nbs/4_probabilities/15_distill.ipynb #74feb532
@@ -388,8 +403,8 @@ def _start(request: Request) -> _Distillation:
     cut = sum(not row["whole"] for row in rows)
     note = f"; {cut} completions are cut at {pair.max_length} tokens" if cut else ""
     request.say(f"{len(rows)} rows to train on, {len(held_out)} held out{note}")
-    if main_process():
-        write_json(request.out / "request.json", request.as_dict())
+    asked = request.as_dict()
+    by_main(lambda: write_json(request.out / "request.json", asked) and None)
     return _Distillation(request, pair, texts, held_out, rows)
 
 # %% ../../nbs/4_probabilities/15_distill.ipynb #604ea83a
@@ -407,11 +422,13 @@ def distill(
 ) -> dict:
     """Distil, evaluate and save a student, and return the report.
 
-    The same call resumes after a kill.
+    The same call resumes after a kill. Under torchrun or accelerate launch the processes share
+    each step, and the first writes and returns the report.
     """
     if objective in ON_POLICY:
         settings = ON_POLICY_DEFAULTS | settings
     chosen = distill_settings(profile, **settings)
+    shared_batch(chosen.batch_size, chosen.gradient_accumulation_steps)  # an error, before anything
     objective = check_objective(objective, chosen.options)
     texts = read_corpus(corpus)
     if texts and objective not in ON_POLICY:
@@ -426,8 +443,10 @@ def distill(
         request.out.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise disk_error(e, request.out) from e
+    connect_processes(chosen.device)
     with folder_lock(request.out, wait=False) if main_process() else nullcontext():
-        if report := request.finished():
+        check_shared_folder(request.out)
+        if report := by_main(request.finished):
             request.say("finished already")
             return report
         return _run(_start(request))

@@ -72,19 +72,14 @@ def _terminate_as_interrupt() -> Iterator[None]:
 # %% ../nbs/7_engine_room/28_cli.ipynb #9c021786
 @contextmanager
 def guard() -> Iterator[None]:
-    """Turn errors into exit codes: 2 and a message for a UserError, 130 for an interruption.
-
-    It is 1 if a launcher's other process has gone.
-    """
+    "Turn errors into exit codes: 2 for a UserError, 130 if interrupted, 1 for a lost process."
     launched = "LOCAL_RANK" in os.environ
     first = not launched or os.environ.get("RANK", "0") == "0"
     try:
         with _terminate_as_interrupt():
             yield
     except UserError as e:
-        if not first:
-            # If the first process has the same error, the launcher ends this one meanwhile.
-            time.sleep(10)
+        time.sleep(0 if first else 10)  # of a common error, the launcher ends this one meanwhile
         print(f"kd-notes: {e}", file=sys.stderr, flush=True)
         raise typer.Exit(2) from e
     except KeyboardInterrupt as e:
@@ -96,23 +91,12 @@ def guard() -> Iterator[None]:
             print(f"\nkd-notes: interrupted. {kept}: {words}", file=sys.stderr, flush=True)
         raise typer.Exit(130) from e
     except RuntimeError as e:
-        lost = _lost_process(e) if launched else None
-        if lost is None:
+        from kd_notes.training.processes import lost_process
+
+        if (lost := lost_process(e)) is None:
             raise
         print(f"kd-notes: {lost}", file=sys.stderr, flush=True)
         raise typer.Exit(1) from e
-
-
-def _lost_process(error: RuntimeError) -> UserError | None:
-    from kd_notes.training.processes import lost_process
-
-    return lost_process(error)
-
-
-def _print_report(report: dict) -> None:
-    "Print a report as JSON; of several processes only the first has one to print."
-    if os.environ.get("RANK", "0") == "0" or "LOCAL_RANK" not in os.environ:
-        print(json.dumps(report, indent=1, default=str))
 
 # %% ../nbs/7_engine_room/28_cli.ipynb #4e561760
 def _state(book: Book, profile: str, name: str) -> str:
@@ -366,7 +350,8 @@ def distill_command(
         settings = plain_settings(sets or [], signature(distill).parameters)
         options = {"corpus": corpus, "profile": profile}
         report = distill(data, teacher, student, objective, out, **options, **settings)
-        _print_report(report)
+        if report:  # of several processes, the first has one
+            print(json.dumps(report, indent=1, default=str))
 
 # %% ../nbs/7_engine_room/28_cli.ipynb #db3bdd4d
 @app.command("stepwise")
@@ -407,7 +392,9 @@ def stepwise_command(
         named = {"test_data": test_data, "profile": profile, "dry_run": dry_run}
         report = stepwise(task, data, rationales, student, out, **named, **settings)
         shown = ("rows", "arms", "differences", "references")
-        _print_report(report if dry_run else {k: v for k, v in report.items() if k in shown})
+        if report:
+            shown = report if dry_run else {k: report[k] for k in shown}
+            print(json.dumps(shown, indent=1))
 
 # %% ../nbs/7_engine_room/28_cli.ipynb #cec70d1a
 ModelOption = Annotated[str, typer.Option(help="Folder of a student, hub:<id> or smollm2.")]

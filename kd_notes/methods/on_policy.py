@@ -6,7 +6,6 @@
 __all__ = ['minibatch_config', 'OnPolicy']
 
 # %% ../../nbs/5_own_words/02_on_policy.ipynb #d1f89644
-import copy
 import warnings
 from abc import ABC, abstractmethod
 from contextlib import contextmanager
@@ -54,7 +53,7 @@ from kd_notes.methods.rollouts import (
 )
 from ..models.pretrained import freeze, weights_hash
 from ..training.batches import Batch, target_logits, target_positions
-from ..training.checkpoint import whole_tensor
+from ..training.checkpoint import updated, whole_copy
 from ..training.method import Method
 from ..training.processes import processes
 from ..training.state import TrainConfig, TrainState
@@ -286,20 +285,6 @@ def warn_of(history: list[dict], warned: set[str]) -> None:
         if name not in warned:
             warned.add(name)
             warnings.warn(f"step {history[-1]['step']}: {text}", stacklevel=2)
-
-# %% ../../nbs/5_own_words/02_on_policy.ipynb #rollout-twin
-def whole_copy(state: TrainState) -> Any:
-    "Return a copy of a student whose weights will be split, or None for any other."
-    split = state.cfg.fsdp and state.accelerator.num_processes > 1
-    return copy.deepcopy(state.model).requires_grad_(False) if split else None
-
-
-@torch.no_grad()
-def updated(twin: Any, model: Any) -> Any:
-    "Return the whole copy with the weights that the split model has now."
-    for mine, p in zip(twin.parameters(), model.parameters(), strict=True):
-        mine.copy_(whole_tensor(p))
-    return twin
 
 # %% ../../nbs/5_own_words/02_on_policy.ipynb #rollout-phase
 class RolloutPhase(OnPolicyTerms):

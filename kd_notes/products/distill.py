@@ -448,5 +448,5 @@ def distill(
         check_shared_folder(request.out)
         if report := by_main(request.finished):
             request.say("finished already")
-            return report
+            return report if main_process() else {}
         return _run(_start(request))

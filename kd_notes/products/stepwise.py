@@ -229,5 +229,5 @@ def stepwise(
             if main_process():
                 shutil.rmtree(request.work, ignore_errors=True)  # a kill came after the report
             request.say("finished already")
-            return report
+            return report if main_process() else {}
         return _finish(request)

@@ -6,6 +6,7 @@
 __all__ = ['last_checkpoint', 'save_model']
 
 # %% ../../nbs/7_engine_room/16_checkpoint.ipynb #f52ee672
+import copy
 import json
 import math
 import os
@@ -337,3 +338,17 @@ def whole_model(model: Any, folder: Path, tokenizer: Any, device: torch.device |
     if torch.distributed.get_rank():
         return None
     return load_pretrained(folder, device=device)[0]
+
+# %% ../../nbs/7_engine_room/16_checkpoint.ipynb #rollout-twin
+def whole_copy(state: TrainState) -> Any:
+    "Return a copy of a student whose weights will be split, or None for any other."
+    split = state.cfg.fsdp and state.accelerator.num_processes > 1
+    return copy.deepcopy(state.model).requires_grad_(False) if split else None
+
+
+@torch.no_grad()
+def updated(twin: Any, model: Any) -> Any:
+    "Return the whole copy with the weights that the split model has now."
+    for mine, p in zip(twin.parameters(), model.parameters(), strict=True):
+        mine.copy_(whole_tensor(p))
+    return twin

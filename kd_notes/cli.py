@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../nbs/7_engine_room/28_cli.ipynb #cdbafe8d
 import json
+import os
 import signal
 import sys
 import threading
@@ -71,18 +72,31 @@ def _terminate_as_interrupt() -> Iterator[None]:
 # %% ../nbs/7_engine_room/28_cli.ipynb #9c021786
 @contextmanager
 def guard() -> Iterator[None]:
-    "Turn errors into exit codes: 2 and a message for a UserError, 130 for an interruption."
+    "Turn errors into exit codes: 2 for a UserError, 130 if interrupted, 1 for a lost process."
+    launched = "LOCAL_RANK" in os.environ
+    first = not launched or os.environ.get("RANK", "0") == "0"
     try:
         with _terminate_as_interrupt():
             yield
     except UserError as e:
-        print(f"kd-notes: {e}", file=sys.stderr)
+        time.sleep(0 if first else 10)  # of a common error, the launcher ends this one meanwhile
+        print(f"kd-notes: {e}", file=sys.stderr, flush=True)
         raise typer.Exit(2) from e
     except KeyboardInterrupt as e:
         words = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
         kept = "Finished results are kept; the same command goes on from there"
-        print(f"\nkd-notes: interrupted. {kept}: {words}", file=sys.stderr)
+        if launched:
+            kept = "Finished results are kept; the same launch goes on from the last checkpoint"
+        if first:
+            print(f"\nkd-notes: interrupted. {kept}: {words}", file=sys.stderr, flush=True)
         raise typer.Exit(130) from e
+    except RuntimeError as e:
+        from kd_notes.training.processes import lost_process
+
+        if (lost := lost_process(e)) is None:
+            raise
+        print(f"kd-notes: {lost}", file=sys.stderr, flush=True)
+        raise typer.Exit(1) from e
 
 # %% ../nbs/7_engine_room/28_cli.ipynb #4e561760
 def _state(book: Book, profile: str, name: str) -> str:
@@ -343,7 +357,8 @@ def distill_command(
         options = {"corpus": corpus, "profile": profile}
         teachers = teacher or ["smollm2"]
         report = distill(data, teachers, student, objective, out, **options, **settings)
-        print(json.dumps(report, indent=1, default=str))
+        if report:  # of several processes, the first has one
+            print(json.dumps(report, indent=1, default=str))
 
 # %% ../nbs/7_engine_room/28_cli.ipynb #db3bdd4d
 @app.command("stepwise")
@@ -384,7 +399,9 @@ def stepwise_command(
         named = {"test_data": test_data, "profile": profile, "dry_run": dry_run}
         report = stepwise(task, data, rationales, student, out, **named, **settings)
         shown = ("rows", "arms", "differences", "references")
-        print(json.dumps(report if dry_run else {k: report[k] for k in shown}, indent=1))
+        if report:
+            shown = report if dry_run else {k: report[k] for k in shown}
+            print(json.dumps(shown, indent=1))
 
 # %% ../nbs/7_engine_room/28_cli.ipynb #cec70d1a
 ModelOption = Annotated[str, typer.Option(help="Folder of a student, hub:<id> or smollm2.")]
@@ -502,3 +519,7 @@ def _some(names: Sequence[str] | None) -> Sequence[str]:
             fix="Name one or more; 'kd-notes list' shows them.",
         )
     return names
+
+# %% ../nbs/7_engine_room/28_cli.ipynb #cli-main
+if __name__ == "__main__" and "__file__" in globals():  # python -m kd_notes.cli, not a notebook
+    app()

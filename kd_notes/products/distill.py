@@ -50,12 +50,13 @@ from kd_notes.models.pretrained import (
     count_parameters,
     merge_adapters,
 )
+
+# %% ../../nbs/4_probabilities/15_distill.ipynb #dist-imports-2
 from .card import curves_figure, model_card, with_bits_per_byte
 from kd_notes.products.request import (
     check_teachers,
     expected_memory,
     local_teacher,
-    main_process,
     one_teacher,
     read_teachers,
     Request,
@@ -76,9 +77,18 @@ from kd_notes.products.settings import (
     TEXT_OBJECTIVES,
     train_config,
 )
-from ..training.checkpoint import save_model
+from ..training.checkpoint import last_checkpoint, save_model, whole_model
 from ..training.loop import train
 from ..training.method import Method, SFT
+from kd_notes.training.processes import (
+    by_main,
+    check_shared_folder,
+    connect_processes,
+    main_first,
+    main_process,
+    processes,
+    shared_batch,
+)
 from ..training.state import Progress
 
 # %% ../../nbs/4_probabilities/15_distill.ipynb #9ee80f21
@@ -356,13 +366,10 @@ def _leave(job: _Distillation, model, report: dict, history: list[dict]) -> None
 
 # %% ../../nbs/4_probabilities/15_distill.ipynb #849c0609
 def _run(job: _Distillation) -> dict:
-    "Prepare, train, measure and write; return the report."
-    from accelerate import PartialState
-
+    "Prepare, train, measure and write; return the report, {} in all but the main process."
     request = job.request
     pair = job.pair
-    # The other processes find everything prepared.
-    with PartialState(cpu=request.settings.device == "cpu").main_process_first():
+    with main_first():  # the other processes find everything prepared
         check = job.validation()
         references = _references(job, check)
         method = job.method()
@@ -370,15 +377,23 @@ def _run(job: _Distillation) -> dict:
     parameters = count_parameters(pair.student)
     pair.teacher = pair.judge = None  # frees its memory, unless the method needs it
     pair.members = ()
-    batch = cfg.batch_size * cfg.gradient_accumulation_steps
+    batch = request.settings.batch_size * request.settings.gradient_accumulation_steps
+    among = f" shared by {processes()} processes" if processes() > 1 else ""
     request.say(
-        f"{request.objective}, {cfg.max_steps} steps of {batch} rows, {parameters:,} parameters"
+        f"{request.objective}, {cfg.max_steps} steps of {batch} rows{among}, "
+        f"{parameters:,} parameters"
     )
     folder = request.work / "train"
+    if kept := last_checkpoint(folder):
+        request.say(f"goes on from {kept.name}")
     bar = [Progress(request.objective)]
     options = {"run_dir": folder, "validate": check, "callbacks": bar}
     result = train(pair.student, method, job.rows, cfg, **options)
-    student = _measured(job, check(result.model), pair.tokenizer)
+    place = place_of(request.settings.device)
+    model = whole_model(result.model, request.work / "whole", pair.tokenizer, place)
+    if not main_process():
+        return {}
+    student = _measured(job, check(model), pair.tokenizer)
     report = request.as_dict() | {
         "rows": len(job.rows),
         "held_out": len(job.held_out),
@@ -393,14 +408,13 @@ def _run(job: _Distillation) -> dict:
     }
     if isinstance(request.teacher, TeacherGroup):
         report["base"] = shown_name(request.teacher.sources[0])
-    if main_process():
-        _leave(job, result.model, report, result.history)
-        before = references["untrained"]["perplexity"]
-        goal = references["teacher"].get("perplexity")
-        request.say(
-            f"perplexity {before:.4g} -> {student['perplexity']:.4g}"
-            f"{'' if goal is None else f' (teacher {goal:.4g})'}; the student is in {request.out}"
-        )
+    _leave(job, model, report, result.history)
+    before = references["untrained"]["perplexity"]
+    goal = references["teacher"].get("perplexity")
+    request.say(
+        f"perplexity {before:.4g} -> {student['perplexity']:.4g}"
+        f"{'' if goal is None else f' (teacher {goal:.4g})'}; the student is in {request.out}"
+    )
     return report
 
 # %% ../../nbs/4_probabilities/15_distill.ipynb #74feb532
@@ -426,10 +440,14 @@ def _start(request: Request) -> _Distillation:
     cut = sum(not row["whole"] for row in rows)
     note = f"; {cut} completions are cut at {pair.max_length} tokens" if cut else ""
     request.say(f"{len(rows)} rows to train on, {len(held_out)} held out{note}")
-    if main_process():
+    asked = request.as_dict()
+
+    def begin() -> None:
         if not pair.members:
             check_same_server(pair.teacher, request.work / "probe.json")
-        write_json(request.out / "request.json", request.as_dict())
+        write_json(request.out / "request.json", asked)
+
+    by_main(begin)
     return _Distillation(request, pair, texts, held_out, rows)
 
 # %% ../../nbs/4_probabilities/15_distill.ipynb #604ea83a
@@ -457,11 +475,13 @@ def distill(
 ) -> dict:
     """Distil, evaluate and save a student, and return the report.
 
-    The same call resumes after a kill.
+    The same call resumes after a kill. Under torchrun or accelerate launch the processes share
+    each step, and the first writes and returns the report.
     """
     if objective in ON_POLICY:
         settings = ON_POLICY_DEFAULTS | settings
     chosen = distill_settings(profile, **settings)
+    shared_batch(chosen.batch_size, chosen.gradient_accumulation_steps)  # an error, before anything
     objective = check_objective(objective, chosen.options)
     texts = read_corpus(corpus)
     if texts and objective not in ON_POLICY:
@@ -480,8 +500,10 @@ def distill(
         request.out.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise disk_error(e, request.out) from e
+    connect_processes(chosen.device)
     with folder_lock(request.out, wait=False) if main_process() else nullcontext():
-        if report := request.finished():
+        check_shared_folder(request.out)
+        if report := by_main(request.finished):
             request.say("finished already")
-            return report
+            return report if main_process() else {}
         return _run(_start(request))

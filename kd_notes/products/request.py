@@ -30,6 +30,7 @@ from kd_notes.products.settings import (
     TEXT_OBJECTIVES,
 )
 from ..training.memory import memory_estimate
+from ..training.processes import main_process
 from ..training.state import TrainConfig
 
 # %% ../../nbs/4_probabilities/19_distill_request.ipynb #793baaaf
@@ -148,11 +149,6 @@ def with_routes(group: TeacherGroup, raw: Sequence, rows: list[TextRow], route: 
     return replace(group, routes=tuple(names))
 
 # %% ../../nbs/4_probabilities/19_distill_request.ipynb #0edca397
-def main_process() -> bool:
-    "Return True in the process that writes, among those of `accelerate launch`."
-    return int(os.environ.get("RANK", "0")) == 0
-
-
 def shown_name(source: Any) -> str:
     "Return the name of a model or data source without folders of this machine."
     if isinstance(source, TeacherGroup):
@@ -233,6 +229,11 @@ def _layout_of(tokenizer: Any) -> list:
     return [cut, ends, chat_template_of(tokenizer)]
 
 # %% ../../nbs/4_probabilities/19_distill_request.ipynb #e740dc4d
+def deciding_settings(settings: Any) -> dict:
+    "Return the settings that decide a result: `fsdp` only says where the weights lie."
+    return {name: value for name, value in asdict(settings).items() if name != "fsdp"}
+
+
 def changed_names(before: dict, now: dict) -> list[str]:
     "Return what differs between two requests; of the settings, which."
     keys = dict.fromkeys((*now, *before))
@@ -319,7 +320,7 @@ class Request(OutFolder):
             "student_weights": weights_identity(self.student),
             "student_layout": layout_identity(self.student),
             "objective": self.objective,
-            "settings": asdict(self.settings),
+            "settings": deciding_settings(self.settings),
         }
         if isinstance(self.teacher, TeacherGroup):
             request["teachers"] = self.teacher.identity()

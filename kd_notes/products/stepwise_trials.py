@@ -8,6 +8,7 @@ __all__ = []
 # %% ../../nbs/3_reasons/12_stepwise_trials.ipynb #7cc00c6b
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from ..core import read_json, UserError, write_json
 from ..data.examples import Example
 from ..evaluation.task_scores import task_score
 from ..methods.step_by_step import Row
-from ..models.pretrained import context_of, count_parameters, load_pretrained, merge_adapters
+from ..models.pretrained import context_of, count_parameters, load_pretrained
 from .predict import answer_batch, answer_file, length_batches, Student
 from .request import weights_identity
 from .stepwise_plan import Splits
@@ -28,8 +29,9 @@ from kd_notes.products.stepwise_request import (
     student_tokenizer,
     StepwiseRequest,
 )
-from ..training.checkpoint import save_model
+from ..training.checkpoint import save_whole
 from ..training.loop import train
+from ..training.processes import by_main, main_process, shared_batch
 from ..training.state import Progress, TrainConfig
 
 # %% ../../nbs/3_reasons/12_stepwise_trials.ipynb #fd9a89a7
@@ -126,21 +128,21 @@ class Search:
         "Train an arm with a rate, or return the stored result; a second call resumes."
         folder = self.folder(arm, rate)
         file = folder / "trial.json"
-        if not file.is_file():
+        if not by_main(file.is_file):
             made, model = _train(self, self.jobs[arm], rate, folder / "run")
-            if _best_of([*self.done(arm), made]) is made:
-                save_model(merge_adapters(model), folder / "model", self.tokenizer)
-            write_json(file, made)
-        shutil.rmtree(folder / "run", ignore_errors=True)
-        self.tidy(arm)
-        return read_json(file)
+            if by_main(lambda: _best_of([*self.done(arm), made]) is made):
+                save_whole(model, folder / "model", self.tokenizer)
+            if main_process():
+                write_json(file, made)
+        return by_main(lambda: self.tidy(arm) or read_json(file))
 
     def tidy(self, arm: str) -> None:
-        "Delete the models of finished trials except the best."
+        "Delete the runs of finished trials, and their models except the best."
         best = self.best(arm)
         for trial in self.done(arm):
-            if best is not None and trial["rate"] != best["rate"]:
-                shutil.rmtree(self.folder(arm, trial["rate"]) / "model", ignore_errors=True)
+            other = best is not None and trial["rate"] != best["rate"]
+            for name in ["run"] + ["model"] * other:
+                shutil.rmtree(self.folder(arm, trial["rate"]) / name, ignore_errors=True)
 
 # %% ../../nbs/3_reasons/12_stepwise_trials.ipynb #38d0d98d
 def trial_config(search: Search, job: ArmJob, rate: float, model: Any) -> TrainConfig:
@@ -148,8 +150,8 @@ def trial_config(search: Search, job: ArmJob, rate: float, model: Any) -> TrainC
     s = search.request.settings
     return TrainConfig(
         max_steps=job.steps,
-        batch_size=s.batch_size,
-        gradient_accumulation_steps=s.gradient_accumulation_steps,
+        **shared_batch(s.batch_size, s.gradient_accumulation_steps),
+        fsdp=s.fsdp,
         lr=rate,
         warmup=min(s.warmup, job.steps),
         weight_decay=s.weight_decay,
@@ -222,7 +224,7 @@ def run_search(search: Search) -> dict[str, list[dict]]:
         for arm in search.jobs:
             for rate in rates:
                 search.trial(arm, rate)
-            trials[arm] = [t for t in search.done(arm) if t["rate"] in rates]
+            trials[arm] = [t for t in by_main(partial(search.done, arm)) if t["rate"] in rates]
         edges = {_at_edge(found) for found in trials.values()} - {""}
         if not edges or growth == request.settings.widen:
             break
@@ -230,7 +232,7 @@ def run_search(search: Search) -> dict[str, list[dict]]:
         rates = [float(f"{rates[0] / factor:.3g}")] * ("low" in edges) + rates
         rates += [float(f"{rates[-1] * factor:.3g}")] * ("high" in edges)
     for arm in search.jobs:
-        if search.best(arm) is None:
+        if by_main(partial(search.best, arm)) is None:
             fix = "Try smaller learning rates."
             raise UserError("no learning rate gave a finite loss", where=arm, fix=fix)
     return trials

@@ -259,10 +259,27 @@ def extract_command(
     dtype: Annotated[
         str, typer.Option(help="Of a local teacher: float32 or bfloat16.")
     ] = "float32",
+    servers: Annotated[
+        list[str] | None,
+        typer.Option("--server", help="Base URL of one more server of the teacher's model."),
+    ] = None,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Read --input row by row: for very large files.")
+    ] = False,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Only say how many tokens, hours and files it takes.")
+    ] = False,
+    rates: Annotated[
+        list[str] | None,
+        typer.Option("--rate", help="For --plan: rows_per_second=25; default: 16 rows measured."),
+    ] = None,
 ) -> None:
     "Let a teacher write rationales and labels for a split; a second call resumes."
     with guard():
         from kd_notes.experiments.extraction import extract_rationales
+
+        taken = {*signature(extract_rationales).parameters, "servers"}
+        options = plain_settings(sets or [], taken) | ({"servers": servers} if servers else {})
 
         made = extract_rationales(
             task,
@@ -277,7 +294,9 @@ def extract_command(
             max_new_tokens=max_new_tokens,
             seed=seed,
             dtype=dtype,
-            **plain_settings(sets or [], signature(extract_rationales).parameters),
+            stream=stream,
+            plan=plain_settings(rates or []) if plan else None,
+            **options,
         )
         print(json.dumps(made, indent=1))
 

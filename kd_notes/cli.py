@@ -233,6 +233,16 @@ def course_command(
         written = student_copy(out, chapters or ())
         print(f"{len(written)} lessons in {out}")
 
+# %% ../nbs/7_engine_room/28_cli.ipynb #46c5fe3f
+ServersOption = Annotated[list[str] | None, typer.Option("--server", help="One more server's URL.")]
+StreamOption = Annotated[
+    bool, typer.Option("--stream", help="Read --input row by row: for very large files.")
+]
+PlanOption = Annotated[
+    bool, typer.Option("--plan", help="Only say how many tokens, hours and files it takes.")
+]
+RatesOption = Annotated[list[str] | None, typer.Option("--rate", help="For --plan: k=v.")]
+
 # %% ../nbs/7_engine_room/28_cli.ipynb #4102ce90
 @app.command("extract")
 def extract_command(
@@ -259,20 +269,10 @@ def extract_command(
     dtype: Annotated[
         str, typer.Option(help="Of a local teacher: float32 or bfloat16.")
     ] = "float32",
-    servers: Annotated[
-        list[str] | None,
-        typer.Option("--server", help="Base URL of one more server of the teacher's model."),
-    ] = None,
-    stream: Annotated[
-        bool, typer.Option("--stream", help="Read --input row by row: for very large files.")
-    ] = False,
-    plan: Annotated[
-        bool, typer.Option("--plan", help="Only say how many tokens, hours and files it takes.")
-    ] = False,
-    rates: Annotated[
-        list[str] | None,
-        typer.Option("--rate", help="For --plan: rows_per_second=25; default: 16 rows measured."),
-    ] = None,
+    servers: ServersOption = None,
+    stream: StreamOption = False,
+    plan: PlanOption = False,
+    rates: RatesOption = None,
 ) -> None:
     "Let a teacher write rationales and labels for a split; a second call resumes."
     with guard():

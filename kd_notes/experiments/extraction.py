@@ -200,7 +200,7 @@ def windows(rows: Iterable, size: int) -> Iterator[list]:
     while part := list(islice(rows, size)):
         yield part
 
-
+# %% ../../nbs/3_reasons/05_extraction.ipynb #d5764909
 def extract_stream(
     examples: Iterable[Example],  # read once, a window at a time
     backend: Backend,
@@ -252,7 +252,7 @@ def _extract_window(part, seen, answers, backend, decoding, prompt, bar) -> None
             keep(extraction_row(by_id[name], completion, prompts[name]))
             bar.update()
 
-
+# %% ../../nbs/3_reasons/05_extraction.ipynb #a81857d1
 @contextmanager
 def _burst(answers: AnswerFile) -> Iterator[Callable[[dict], None]]:
     """Write rows that come within a fifth of a second together; each write waits for the disk.
@@ -337,7 +337,7 @@ def extraction_plan(count: int, rates: Rates, shard_rows: int = 50_000) -> dict:
 # %% ../../nbs/3_reasons/05_extraction.ipynb #6c300770
 SAMPLE = 16  # rows that a plan measures
 
-
+# %% ../../nbs/3_reasons/05_extraction.ipynb #ab2bd595
 class _Asked:
     "The rows, the task and the prompt of an extraction whose rows are read one by one."
 
@@ -383,25 +383,28 @@ class _Asked:
         outcomes = dict(tally.outcomes)
         return {"file": str(place), "rows": len(tally), "outcomes": outcomes, "accuracy": share}
 
-    def plan(self, place, decoding: Decoding, given: dict, limit, dtype, options: dict) -> dict:
-        "Return the plan; without given rates or rows in the file, extract a few rows first."
-        given = dict(given)
-        shard_rows = given.pop("shard_rows", 50_000)
-        count = given.pop("rows", None) or self.count(limit)
-        if given:
-            return extraction_plan(count, _given_rates(given), shard_rows)
+# %% ../../nbs/3_reasons/05_extraction.ipynb #2c0ab841
+def planned(
+    asked: _Asked, place, decoding: Decoding, given: dict, limit, dtype, options: dict
+) -> dict:
+    "Return the plan; without given rates or rows in the file, extract a few rows first."
+    given = dict(given)
+    shard_rows = given.pop("shard_rows", 50_000)
+    count = given.pop("rows", None) or asked.count(limit)
+    if given:
+        return extraction_plan(count, _given_rates(given), shard_rows)
+    rates = measured_rates(place)
+    if rates is None:
+        backend = open_backend(asked.teacher, dtype=dtype, **options)
+        first = list(asked.examples(min(SAMPLE, limit or SAMPLE)))
+        extract_stream(first, backend, decoding, place, task=asked.info.name, prompt=asked.prompt)
         rates = measured_rates(place)
-        if rates is None:
-            backend = open_backend(self.teacher, dtype=dtype, **options)
-            first = list(self.examples(min(SAMPLE, limit or SAMPLE)))
-            extract_stream(first, backend, decoding, place, task=self.info.name, prompt=self.prompt)
-            rates = measured_rates(place)
-        if rates is None:
-            fix = "Give --rate prompt_tokens=..., completion_tokens=... and rows_per_second=..."
-            raise UserError("the server counts no tokens", where=str(place), fix=fix)
-        return extraction_plan(count * decoding.n, rates, shard_rows)
+    if rates is None:
+        fix = "Give --rate prompt_tokens=..., completion_tokens=... and rows_per_second=..."
+        raise UserError("the server counts no tokens", where=str(place), fix=fix)
+    return extraction_plan(count * decoding.n, rates, shard_rows)
 
-
+# %% ../../nbs/3_reasons/05_extraction.ipynb #555a584a
 def _given_rates(given: dict) -> Rates:
     "Return rates from their names, or raise UserError."
     known = [field.name for field in fields(Rates)][:4]
@@ -454,7 +457,7 @@ def extract_rationales(
         decoding = rationale_decoding(max_new_tokens, temperature=temperature, n=samples, seed=seed)
         place = out or _student_place(own_task(task) if asked.own else task, split, source)
         if plan is not None:
-            return asked.plan(place, decoding, plan, limit, dtype, options)
+            return planned(asked, place, decoding, plan, limit, dtype, options)
         return asked.stream(place, decoding, limit, dtype, options)
     if is_own(task):
         task = own_task(task)

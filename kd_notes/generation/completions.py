@@ -275,7 +275,7 @@ def stream_jsonl(path: Path | str) -> Iterator[dict]:
     except OSError as e:
         raise UserError(f"the file cannot be read ({e.strerror})", where=path) from e
 
-
+# %% ../../nbs/7_engine_room/09_completions.ipynb #ca3f49fe
 class AnswerFile:
     "A JSONL file of a teacher's answers that one job fills over several sessions."
 

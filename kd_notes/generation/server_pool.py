@@ -68,7 +68,7 @@ class _PoolLedger(_Ledger):
                 self.results.put_back(job)
             self.set_aside.clear()
 
-
+# %% ../../nbs/7_engine_room/10b_server_pool.ipynb #b1cfcde3
 class _PoolSession(_Session):
     "One server's session; its jobs come from the shared list."
 
@@ -107,6 +107,15 @@ class _PoolSession(_Session):
             self.work.put_back(job)
         else:
             self.ledger.fail(job, trouble)
+
+# %% ../../nbs/7_engine_room/10b_server_pool.ipynb #d38b1df4
+def say_who_left(sessions: list, said: set[int], running: int) -> None:
+    "Print which server gave up while others go on."
+    for number, session in enumerate(sessions):
+        if session.ledger.failure and number not in said and running:
+            said.add(number)
+            words = f"{session.ledger.failure.where}: {session.ledger.failure.what}"
+            print(f"{words}; the other servers go on", file=sys.stderr, flush=True)
 
 # %% ../../nbs/7_engine_room/10b_server_pool.ipynb #d9dc9d39
 class ServerPool:
@@ -153,7 +162,7 @@ class ServerPool:
                     yield completion
                     continue
                 running -= 1
-                self._say_who_left(sessions, said, running)
+                say_who_left(sessions, said, running)
         finally:
             for session, thread in zip(sessions, threads):
                 with suppress(RuntimeError):  # the loop may be closed already
@@ -161,11 +170,3 @@ class ServerPool:
                 thread.join(timeout=5)
         if work.take() is not _WorkList.DONE:
             raise next(s.ledger.failure for s in reversed(sessions) if s.ledger.failure)
-
-    def _say_who_left(self, sessions: list, said: set[int], running: int) -> None:
-        "Print which server gave up while others go on."
-        for number, session in enumerate(sessions):
-            if session.ledger.failure and number not in said and running:
-                said.add(number)
-                words = f"{session.ledger.failure.where}: {session.ledger.failure.what}"
-                print(f"{words}; the other servers go on", file=sys.stderr, flush=True)

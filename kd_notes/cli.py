@@ -252,6 +252,16 @@ def course_command(
         written = student_copy(out, chapters or ())
         print(f"{len(written)} lessons in {out}")
 
+# %% ../nbs/7_engine_room/28_cli.ipynb #46c5fe3f
+ServersOption = Annotated[list[str] | None, typer.Option("--server", help="One more server's URL.")]
+StreamOption = Annotated[
+    bool, typer.Option("--stream", help="Read --input row by row: for very large files.")
+]
+PlanOption = Annotated[
+    bool, typer.Option("--plan", help="Only say how many tokens, hours and files it takes.")
+]
+RatesOption = Annotated[list[str] | None, typer.Option("--rate", help="For --plan: k=v.")]
+
 # %% ../nbs/7_engine_room/28_cli.ipynb #4102ce90
 @app.command("extract")
 def extract_command(
@@ -278,10 +288,17 @@ def extract_command(
     dtype: Annotated[
         str, typer.Option(help="Of a local teacher: float32 or bfloat16.")
     ] = "float32",
+    servers: ServersOption = None,
+    stream: StreamOption = False,
+    plan: PlanOption = False,
+    rates: RatesOption = None,
 ) -> None:
     "Let a teacher write rationales and labels for a split; a second call resumes."
     with guard():
         from kd_notes.experiments.extraction import extract_rationales
+
+        taken = {*signature(extract_rationales).parameters, "servers"}
+        options = plain_settings(sets or [], taken) | ({"servers": servers} if servers else {})
 
         made = extract_rationales(
             task,
@@ -296,7 +313,9 @@ def extract_command(
             max_new_tokens=max_new_tokens,
             seed=seed,
             dtype=dtype,
-            **plain_settings(sets or [], signature(extract_rationales).parameters),
+            stream=stream,
+            plan=plain_settings(rates or []) if plan else None,
+            **options,
         )
         print(json.dumps(made, indent=1))
 

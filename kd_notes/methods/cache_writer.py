@@ -209,8 +209,8 @@ def teacher_logits(teacher, rows: list[dict], pad_id: int) -> list[Tensor]:
 
 # %% ../../nbs/4_probabilities/11_logit_cache.ipynb #f37735f4
 @dataclass(frozen=True)
-class _ShardMaker:
-    "A builder of the tensors in the file of a shard."
+class _RowMaker:
+    "What a teacher, local or on a server, gives of each row."
 
     teacher: Any
     recipe: Recipe
@@ -238,16 +238,6 @@ class _ShardMaker:
             )
         return kept
 
-    def storage(self) -> dict[str, torch.dtype]:
-        "Return {tensor of a shard with distributions: its dtype on disk}."
-        ids = _id_dtype(self.vocab)
-        if self.recipe.mode == "topk":
-            floats = getattr(torch, self.recipe.dtype)
-            return {"ids": ids, "log_probs": floats, "tail": torch.float32}
-        count = _count_dtype(self.recipe.samples)
-        value = {"counts": count} if self.recipe.power == 1 else {"weights": torch.float32}
-        return {"ids": ids, **value, "unique": count, "entropy": torch.float32}
-
     def distributions(self, rows: list[dict]) -> list[dict | None]:
         "Return the stored part of each row's distributions; None where a server refused."
         if hasattr(self.teacher, "score"):
@@ -259,6 +249,20 @@ class _ShardMaker:
             for i, z in zip(batch, logits):
                 kept[i] = self.compress(z[:, : self.vocab], rows[i]["id"])
         return [kept[i] for i in range(len(rows))]
+
+# %% ../../nbs/4_probabilities/11_logit_cache.ipynb #f4ef7300
+class _ShardMaker(_RowMaker):
+    "A builder of the tensors in the file of a shard."
+
+    def storage(self) -> dict[str, torch.dtype]:
+        "Return {tensor of a shard with distributions: its dtype on disk}."
+        ids = _id_dtype(self.vocab)
+        if self.recipe.mode == "topk":
+            floats = getattr(torch, self.recipe.dtype)
+            return {"ids": ids, "log_probs": floats, "tail": torch.float32}
+        count = _count_dtype(self.recipe.samples)
+        value = {"counts": count} if self.recipe.power == 1 else {"weights": torch.float32}
+        return {"ids": ids, **value, "unique": count, "entropy": torch.float32}
 
     def tensors(self, rows: list[dict], kept: list[dict]) -> dict[str, Tensor]:
         "Return the distributions and ids of the rows, so that KD needs no other data."
@@ -332,6 +336,25 @@ def _check_space(folder: Path, recipe: Recipe, vocab: int, positions: int) -> No
             fix="Choose a smaller k, mode='sampled', or another disk.",
         )
 
+# %% ../../nbs/4_probabilities/11_logit_cache.ipynb #ff9a2463
+def index_row(row: dict) -> list:
+    "Return what the index tells of a row: id, targets, hash."
+    digest = row_hash(row["prompt"], row["completion"])
+    return [row["id"], len(row["completion"]), digest]
+
+
+def answered(rows: list[dict], kept: list) -> tuple[list[dict], list[dict], list[str]]:
+    "Split a shard into the rows with their distributions and the ids that a server refused."
+    pairs = [(row, found) for row, found in zip(rows, kept) if found is not None]
+    refused = [row["id"] for row, found in zip(rows, kept) if found is None]
+    if not pairs:
+        raise UserError(
+            f"the server refused all {len(rows)} rows of a shard",
+            where=f"row {rows[0]['id']}",
+            fix="See its log: the rows may be too long for it.",
+        )
+    return [row for row, _ in pairs], [found for _, found in pairs], refused
+
 # %% ../../nbs/4_probabilities/11_logit_cache.ipynb #32bdda06
 @dataclass(frozen=True)
 class _FolderWriter:
@@ -363,29 +386,17 @@ class _FolderWriter:
     def write_shard(self, number: int, rows: list[dict]) -> None:
         "Write the file, then its line in the index, both atomically."
         path = self.folder / f"shard-{number:05d}.safetensors"
-        kept = self.maker.distributions(rows)
-        refused = [row["id"] for row, found in zip(rows, kept) if found is None]
-        if len(refused) == len(rows):
-            raise UserError(
-                f"the server refused all {len(rows)} rows of a shard",
-                where=f"row {rows[0]['id']}",
-                fix="See its log: the rows may be too long for it.",
-            )
-        rows = [row for row, found in zip(rows, kept) if found is not None]
-        data = save(self.maker.tensors(rows, [found for found in kept if found is not None]))
+        rows, kept, refused = answered(rows, self.maker.distributions(rows))
+        data = save(self.maker.tensors(rows, kept))
         atomic_write(path, data)
         entry = {
             "shard": number,
             "file": path.name,
             "bytes": len(data),
             "sha256": hashlib.sha256(data).hexdigest(),
-            "rows": [
-                [r["id"], len(r["completion"]), row_hash(r["prompt"], r["completion"])]
-                for r in rows
-            ],
+            "rows": [index_row(row) for row in rows],
+            **({"refused": refused} if refused else {}),
         }
-        if refused:
-            entry["refused"] = refused
         append_jsonl(self.folder / "index.jsonl", [entry])
 
     def write_missing(self) -> None:

@@ -7,6 +7,7 @@ __all__ = ['Part', 'GKDConfig', 'GKD']
 
 # %% ../../nbs/5_own_words/04_gkd.ipynb #9c493b70
 import math
+import os
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Iterable
 
@@ -335,6 +336,9 @@ class GKD(DivergenceOnPolicy):
             self.replay = (self.replay + own)[-self.config.capacity :]
         if self.config.own_skew:
             set_skew(responses, student, self)
+        alone = int(os.environ.get("WORLD_SIZE") or 1) == 1
+        if alone and hasattr(self.teacher, "prefetch"):  # all at once, not batch by batch
+            self.teacher.prefetch([(r.prompt, r.tokens) for r in responses])
 
     def on_validate(self, state: TrainState, metrics: dict) -> None:
         loss = metrics.get("loss", -metrics["score"])

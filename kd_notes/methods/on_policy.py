@@ -36,6 +36,7 @@ from kd_notes.methods.prompts import (
     check_templates,
     encode_prompt,
     stop_ids,
+    where_answered,
     width,
 )
 from kd_notes.methods.rollouts import (
@@ -241,6 +242,7 @@ def check_inputs(method: OnPolicyTerms, prompts: list[dict], student) -> int | N
 
     Returns the number of shared ids if the models' widths differ, else None.
     """
+    check_teacher(method)
     models = [model for model in (student, method.teacher) if model is not None]
     longest = method.config.max_new_tokens
     check_context(prompts, models, longest)
@@ -295,7 +297,6 @@ class RolloutPhase(OnPolicyTerms):
         check_rollouts(self.config, state.effective_batch)
         check_dropout(self.config, state.cfg)
         prompts = [item | {"id": name} for name, item in zip(state.ids, state.items)]
-        check_teacher(self)
         self.vocabulary = check_inputs(self, prompts, state.model)
         self.seed, self.epoch = state.cfg.seed, None  # the epoch of the rows in the loop
         self.sampler = sampler_of(self, state.model)
@@ -331,8 +332,6 @@ class RolloutPhase(OnPolicyTerms):
         responses = list(written.values())
         check_drawn(responses)
         self.on_rollout(responses, student)
-        if hasattr(self.teacher, "prefetch") and state.accelerator.num_processes == 1:
-            self.teacher.prefetch([(r.prompt, r.tokens) for r in responses])
         self.rollouts.keep(cycle, written)
 
     def write(self, student, source: str, rows: list[dict], streams: list[str]) -> list[Response]:
@@ -428,9 +427,7 @@ class RolloutLoss(OnPolicyTerms):
         part = batch if self.config.pt_kd_ratio else without_texts(batch)
         with torch.no_grad():
             teacher = target_logits(self.teacher, part)[:, : self.vocabulary]
-            if hasattr(self.teacher, "top_k"):  # where a server refused, nothing is learnt
-                teacher = teacher.where(~teacher.isnan(), student[: len(teacher)])
-            return student, teacher
+            return student, where_answered(self.teacher, teacher, student)
 
 # %% ../../nbs/5_own_words/02_on_policy.ipynb #f855fef6
 class OnPolicy(RolloutPhase, RolloutLoss):

@@ -175,3 +175,13 @@ def check_teacher(method: Any) -> None:
             fix = f"Use gkd or on_policy_kd, with parts whose top_k is at most {k}."
     if problem:
         raise UserError(problem, where=type(method).__name__, fix=fix)
+
+# %% ../../nbs/5_own_words/01a_prompts.ipynb #c9f8a2e9
+def where_answered(model: Any, teacher: Any, student: Any) -> Any:
+    """Return the teacher's logits (n, V), and the student's where a server refused.
+
+    There both are equal, and nothing is learnt.
+    """
+    if not hasattr(model, "top_k"):
+        return teacher
+    return teacher.where(~teacher.isnan(), student[: len(teacher)])

@@ -29,7 +29,11 @@ from ..training.batches import Batch
 
 # %% ../../nbs/4_probabilities/12b_server_teacher.ipynb #2e9a9d49
 FORMS = ("vllm", "llama")
+
+
 PROBE = "probe"  # id of the row that is asked first
+
+
 _IMPOSSIBLE = -9000.0  # servers write -9999 or the lowest float for minus infinity
 
 
@@ -77,7 +81,7 @@ def read_vllm(answer: dict, job: tuple, k: int) -> TokenScores:
             texts |= {int(i): one.get("decoded_token") or "" for i, one in entry.items()}
     return TokenScores(name, 0, ids, log_probs, chosen, texts)
 
-
+# %% ../../nbs/4_probabilities/12b_server_teacher.ipynb #65ab0eb9
 def read_llama(answer: dict, job: tuple, k: int) -> TokenScores:
     "Read the log-probabilities of the next token from llama.cpp's form."
     name, position, (_, completion) = job
@@ -219,7 +223,7 @@ def find_form(server: LogprobServer, ids: list[int]) -> TokenScores:
         "the teacher write text (seqkd on a local model, kd-notes extract).",
     )
 
-
+# %% ../../nbs/4_probabilities/12b_server_teacher.ipynb #fa56be41
 def check_temperature(server: LogprobServer, ids: list[int], plain: TokenScores) -> None:
     "Raise UserError unless the server applies the temperature to what it returns."
     if server.temperature == 1:
@@ -300,56 +304,16 @@ def check_server_tokenizer(server: LogprobServer, tokenizer: Any, scores: TokenS
             fix="Use a student with the teacher's tokenizer, or text that the teacher writes.",
         )
 
-# %% ../../nbs/4_probabilities/12b_server_teacher.ipynb #4c3b057c
-class ServerTeacher(torch.nn.Module):
-    "A teacher behind a `LogprobServer`, known by its k most probable tokens."
+# %% ../../nbs/4_probabilities/12b_server_teacher.ipynb #aa5502b9
+class _ScoredRows(torch.nn.Module):
+    "Rows that a server has scored, and what it refused."
 
-    def __init__(self, server: LogprobServer, tokenizer: Any):  # the student's tokenizer
+    def __init__(self, server: LogprobServer, width: int):
         super().__init__()
         self.server = server
-        self.tokenizer = tokenizer
-        self.top_k = server.top_k
-        self.temperature = server.temperature
-        self.width = vocabulary_size(tokenizer)
-        if self.top_k > self.width:
-            problem = f"top_k={self.top_k} is more than the {self.width} tokens there are"
-            raise UserError(problem, where="top_k", fix="Choose a smaller one.")
-        self.register_buffer("place", torch.zeros(0), persistent=False)
+        self.width = width  # of the vocabulary
         self.known: dict[tuple, dict | None] = {}  # scores of rows; None: refused
         self.refused: dict[tuple, str] = {}  # reasons
-        self.config = SimpleNamespace(
-            is_encoder_decoder=False,
-            name_or_path=server.name,
-            vocab_size=self.width,
-            eos_token_id=None,
-            get_text_config=lambda: self.config,
-        )
-        self.probe = self._probe()
-
-    def _probe(self) -> TokenScores:
-        ids = probe_ids(self.tokenizer)
-        temperature, self.server.temperature = self.server.temperature, 1.0
-        plain = find_form(self.server, ids)
-        self.server.temperature = temperature
-        check_server_tokenizer(self.server, self.tokenizer, plain)
-        check_temperature(self.server, ids, plain)
-        return plain
-
-    @property
-    def device(self) -> torch.device:
-        return self.place.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return torch.float32
-
-    @property
-    def fingerprint(self) -> dict:
-        "What a server tells of its model: a name."
-        return self.server.describe() | {"form": self.server.form}
-
-    def get_output_embeddings(self) -> None:
-        return None
 
     def score(self, rows: Sequence[tuple[list[int], list[int]]]) -> list[dict | None]:
         "Return ids, log_probs, tail and chosen of rows (prompt, completion); None: refused."
@@ -388,6 +352,53 @@ class ServerTeacher(torch.nn.Module):
         self.known = {key: value for key, value in self.known.items() if key in keep}
         self.score(rows)
 
+# %% ../../nbs/4_probabilities/12b_server_teacher.ipynb #4c3b057c
+class ServerTeacher(_ScoredRows):
+    "A teacher behind a `LogprobServer`, known by its k most probable tokens."
+
+    def __init__(self, server: LogprobServer, tokenizer: Any):  # the student's tokenizer
+        super().__init__(server, vocabulary_size(tokenizer))
+        self.tokenizer = tokenizer
+        self.top_k = server.top_k
+        self.temperature = server.temperature
+        if self.top_k > self.width:
+            problem = f"top_k={self.top_k} is more than the {self.width} tokens there are"
+            raise UserError(problem, where="top_k", fix="Choose a smaller one.")
+        self.register_buffer("place", torch.zeros(0), persistent=False)
+        self.config = SimpleNamespace(
+            is_encoder_decoder=False,
+            name_or_path=server.name,
+            vocab_size=self.width,
+            eos_token_id=None,
+            get_text_config=lambda: self.config,
+        )
+        self.probe = self._probe()
+
+    def _probe(self) -> TokenScores:
+        ids = probe_ids(self.tokenizer)
+        temperature, self.server.temperature = self.server.temperature, 1.0
+        plain = find_form(self.server, ids)
+        self.server.temperature = temperature
+        check_server_tokenizer(self.server, self.tokenizer, plain)
+        check_temperature(self.server, ids, plain)
+        return plain
+
+    @property
+    def device(self) -> torch.device:
+        return self.place.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32
+
+    @property
+    def fingerprint(self) -> dict:
+        "What a server tells of its model: a name."
+        return self.server.describe() | {"form": self.server.form}
+
+    def get_output_embeddings(self) -> None:
+        return None
+
     def logits_at_targets(self, batch: Batch | dict) -> Tensor:
         "Return log-probabilities (n, V) at the n targets: k are known, the rest share the tail."
         dense = []
@@ -398,7 +409,7 @@ class ServerTeacher(torch.nn.Module):
                 dense.append(spread(row, torch.tensor(completion), self.width))
         return torch.cat(dense).to(self.device)
 
-
+# %% ../../nbs/4_probabilities/12b_server_teacher.ipynb #18e9d15a
 def spread(row: dict, own: Tensor, width: int) -> Tensor:
     """Return log-probabilities (n, width) of a scored row, whose own tokens (n,) are given.
 

@@ -131,34 +131,31 @@ class RoutedTeachers(Several):
         self.names = list(teachers)
         self.numbers: dict[tuple, int] = {}  # of the teacher of each prompt
         for row, (prompt, name) in enumerate(routes):
-            self._add(tuple(map(int, prompt)), str(name), row)
+            self._add(tuple(map(int, prompt)), name, row)
 
     def _add(self, prompt: tuple, name: str, row: int) -> None:
-        problem = ""
         if name not in self.names:
             problem = f"there is no teacher for {name!r}"
             fix = f"There are teachers for {', '.join(self.names)}: add one, or change the row."
         elif self.numbers.setdefault(prompt, self.names.index(name)) != self.names.index(name):
             problem = f"this prompt is sent to {name!r} and to another teacher"
             fix = "Give rows with the same prompt the same teacher."
-        if problem:
-            raise UserError(problem, where=f"row {row}", fix=fix)
+        else:
+            return
+        raise UserError(problem, where=f"row {row}", fix=fix)
 
     @property
     def fingerprint(self) -> list:
         "What decides the distributions; see `weights_hash`."
-        hashes = [weights_hash(model) for model in self.models]
-        return ["routed", hashes, stable_hash(sorted(map(list, self.numbers.items())))]
+        routes = stable_hash(sorted(map(list, self.numbers.items())))
+        return ["routed", [weights_hash(model) for model in self.models], routes]
 
     def number_of(self, prompt: Sequence[int]) -> int:
         "Return the number of the teacher that answers for a prompt."
-        number = self.numbers.get(tuple(map(int, prompt)))
-        if number is None:
-            raise UserError(
-                f"no teacher was chosen for a prompt that begins with the ids {list(prompt)[:8]}",
-                where="RoutedTeachers",
-                fix="Pass the prompts of all rows, also of those that are held out, as `routes`.",
-            )
+        if (number := self.numbers.get(tuple(map(int, prompt)))) is None:
+            problem = f"no teacher was chosen for a prompt that begins with {list(prompt)[:8]}"
+            fix = "Pass the prompts of all rows, also of those that are held out, as `routes`."
+            raise UserError(problem, where="RoutedTeachers", fix=fix)
         return number
 
     def parts_of(self, prompts: Sequence[Sequence[int]]) -> list[tuple[Any, list[int]]]:
@@ -182,7 +179,7 @@ class RoutedTeachers(Several):
             logits[mine] = found.to(logits)
         return logits
 
-
+# %% ../../nbs/4_probabilities/12c_several_teachers.ipynb #6e4d3bac
 def prompts_in(batch: Batch | dict) -> list[list[int]]:
     "Return the ids in front of the first label of each row of a causal batch."
     starts = (batch["labels"] != IGNORED).int().argmax(1).tolist()

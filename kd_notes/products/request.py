@@ -133,7 +133,7 @@ def _routed(teacher: Any, tokenizer: Any, route: str) -> TeacherGroup:
     sources = tuple(one_teacher(one, tokenizer) for one in teacher.values())
     return TeacherGroup(sources, names=tuple(map(str, teacher)))
 
-
+# %% ../../nbs/4_probabilities/19_distill_request.ipynb #dac557bb
 def with_routes(group: TeacherGroup, raw: Sequence, rows: list[TextRow], route: str) -> Any:
     "Return the group with the name in the field of each row; `raw` are the rows as given."
     names = []

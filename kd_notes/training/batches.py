@@ -179,7 +179,7 @@ def plain_logits(model) -> bool:
         model._plain_logits = _head_is_last(model)
     return model._plain_logits
 
-
+# %% ../../nbs/7_engine_room/11_batches.ipynb #a1984c61
 @torch.compiler.disable
 @torch.no_grad()
 def _head_is_last(model) -> bool:

@@ -47,7 +47,13 @@ from kd_notes.models.pretrained import (
     merge_adapters,
 )
 from .card import curves_figure, model_card, with_bits_per_byte
-from .request import expected_memory, main_process, Request, shown_name
+from kd_notes.products.request import (
+    expected_memory,
+    main_process,
+    Request,
+    shown_name,
+    utc_now,
+)
 from kd_notes.products.settings import (
     check_libraries,
     check_objective,
@@ -63,7 +69,7 @@ from kd_notes.products.settings import (
 from ..training.checkpoint import save_model
 from ..training.loop import train
 from ..training.method import Method, SFT
-from ..training.state import Progress
+from ..training.state import check_trackers
 
 # %% ../../nbs/4_probabilities/15_distill.ipynb #9ee80f21
 def _shared_vocabulary(pair: "_Pair", request: Request) -> int | None:
@@ -309,6 +315,7 @@ def _run(job: _Distillation) -> dict:
     from accelerate import PartialState
 
     request = job.request
+    started = request.started()
     pair = job.pair
     # The other processes find everything prepared.
     with PartialState(cpu=request.settings.device == "cpu").main_process_first():
@@ -323,8 +330,8 @@ def _run(job: _Distillation) -> dict:
         f"{request.objective}, {cfg.max_steps} steps of {batch} rows, {parameters:,} parameters"
     )
     folder = request.work / "train"
-    bar = [Progress(request.objective)]
-    options = {"run_dir": folder, "validate": check, "callbacks": bar}
+    watchers = request.callbacks(request.objective)
+    options = {"run_dir": folder, "validate": check, "callbacks": watchers}
     result = train(pair.student, method, job.rows, cfg, **options)
     student = _measured(job, check(result.model), pair.tokenizer)
     report = request.as_dict() | {
@@ -338,6 +345,8 @@ def _run(job: _Distillation) -> dict:
         "results": references | {"student": student},
         "versions": versions(),
         "device": device_class(),
+        "started": started,
+        "ended": utc_now(),
     }
     if main_process():
         _leave(job, result.model, report, result.history)
@@ -390,6 +399,7 @@ def _start(request: Request) -> _Distillation:
     request.say(f"{len(rows)} rows to train on, {len(held_out)} held out{note}")
     if main_process():
         write_json(request.out / "request.json", request.as_dict())
+        request.started()
     return _Distillation(request, pair, texts, held_out, rows)
 
 # %% ../../nbs/4_probabilities/15_distill.ipynb #604ea83a
@@ -403,6 +413,7 @@ def distill(
     tokenizer: Any = None,  # of model objects that come without one
     corpus: Path | str | Iterable[str] | None = None,  # see `read_corpus`; on-policy objectives
     profile: str = "cpu",  # a key of PROFILES
+    tracker: Any = None,  # trackio, tensorboard, ..., an object with log(row, step), or a list
     **settings: Any,  # fields of DistillSettings
 ) -> dict:
     """Distil, evaluate and save a student, and return the report.
@@ -418,10 +429,11 @@ def distill(
         fix = f"Leave it out, or use one of {', '.join(ON_POLICY)}."
         raise UserError(f"{objective} reads no corpus", where="corpus", fix=fix)
     check_libraries(chosen.lora)
+    trackers = None if tracker is None else check_trackers(tracker)
     in_file = isinstance(data, (str, os.PathLike))
     rows = Path(data) if in_file else read_rows(data, chat=True)
     sources = (_source(teacher, tokenizer, "teacher"), _source(student, tokenizer, "student"))
-    request = Request(rows, *sources, objective, Path(out), chosen, texts)
+    request = Request(rows, *sources, objective, Path(out), chosen, texts, trackers)
     try:
         request.out.mkdir(parents=True, exist_ok=True)
     except OSError as e:

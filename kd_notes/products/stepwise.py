@@ -21,11 +21,13 @@ from ..environment import device_class, versions
 from ..evaluation.figures import save_figure
 from ..evaluation.task_scores import most_frequent, score_difference, task_score
 from .predict import STUDENT_FILE
+from .request import utc_now
 from .settings import check_libraries
 from .stepwise_card import student_card, validation_figure
 from .stepwise_plan import PLANS, stepwise_settings
 from .stepwise_request import run_cost, StepwiseRequest
 from .stepwise_trials import answer_tests, run_search, Search
+from ..training.state import check_trackers
 
 # %% ../../nbs/3_reasons/14_stepwise_product.ipynb #6682bd70
 def _teacher_score(search: Search) -> dict:
@@ -82,6 +84,8 @@ def _report(search: Search, trials: dict[str, list[dict]]) -> tuple[dict, dict[s
         "references": references | _teacher_score(search),
         "versions": versions(),
         "device": device_class(),
+        "started": request.started(),
+        "ended": utc_now(),
     }
     return report, answers
 
@@ -161,6 +165,7 @@ def _finish(request: StepwiseRequest) -> dict:
     "Prepare, train, answer, write the folder and return the report."
     search = Search.prepare(request)
     write_json(request.out / "request.json", request.as_dict())
+    request.started()
     counts = (
         f"{len(search.splits.train)} rows to learn, {len(search.splits.validation)} to validate"
     )
@@ -188,6 +193,7 @@ def stepwise(
     test_data: Path | str | Iterable | None = None,  # labelled rows; None: a share of `data`
     profile: str = "cpu",  # a key of STEPWISE_PROFILES
     dry_run: bool = False,  # only say what would run and cost
+    tracker: Any = None,  # trackio, tensorboard, ..., an object with log(row, step), or a list
     **settings: Any,  # fields of StepwiseSettings
 ) -> dict:
     """Train a step-by-step student and its rivals, evaluate and save them; return a report.
@@ -203,9 +209,10 @@ def stepwise(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         fix = "Start it as one process, without accelerate launch or torchrun."
         raise UserError("stepwise trains in one process", where="WORLD_SIZE", fix=fix)
+    trackers = None if tracker is None else check_trackers(tracker)
     file = None if rationales is None else Path(rationales)
     sources = (asked, _rows_or_path(data), file, _student_source(student), Path(out))
-    request = StepwiseRequest(*sources, chosen, _rows_or_path(test_data))
+    request = StepwiseRequest(*sources, chosen, _rows_or_path(test_data), trackers)
     if dry_run:
         return run_cost(request)
     request.out.mkdir(parents=True, exist_ok=True)

@@ -129,6 +129,7 @@ def write_shards(files: list[Path], out: Path, limit: int) -> None:
         target = target if len(shards) > 1 else "model.safetensors"
         with tensor_errors("a shard cannot be written", out / target, "Free some space."):
             save_file(tensors, out / target, metadata={"format": "pt"})
+            (out / target).chmod(0o644)  # others serve it
         total += sum(tensor.nbytes for tensor in tensors.values())
         places |= dict.fromkeys(tensors, target)
     if len(shards) > 1:

@@ -203,12 +203,9 @@ class Hub:
     @contextmanager
     def errors(self, what: str) -> Iterator[None]:
         "Raise UserError where the hub cannot be reached or refuses."
-        import httpx
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
         try:
             yield
-        except (HfHubHTTPError, HFValidationError, httpx.HTTPError, OSError) as error:
+        except Exception as error:  # those of its HTTP library differ between versions
             fix = "Check the name (account/model), the token and the network, and push again."
             what = f"it {what} ({first_line(error)})"
             raise UserError(what, where=f"hub repository {self.repo}", fix=fix) from error

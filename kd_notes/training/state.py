@@ -385,7 +385,8 @@ class Tracker(Callback):
 
     def on_step(self, state: TrainState) -> None:
         for row in state.history[self.sent :]:
-            flat = row | row.get("validation", {})
+            checks = row.get("validation", {})  # a loss of theirs is another than the training's
+            flat = row | {f"validation/{name}": value for name, value in checks.items()}
             numbers = {k: v for k, v in flat.items() if isinstance(v, (int, float)) and k != "step"}
             for name, way in self.open:
                 with self._forgiving(name):

@@ -83,7 +83,8 @@ def guard() -> Iterator[None]:
         print(f"kd-notes: {e}", file=sys.stderr, flush=True)
         raise typer.Exit(2) from e
     except KeyboardInterrupt as e:
-        words = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+        tool = Path(sys.argv[0]).name.replace("cli.py", "python -m kd_notes.cli")
+        words = " ".join([tool, *sys.argv[1:]])
         kept = "Finished results are kept; the same command goes on from there"
         if launched:
             kept = "Finished results are kept; the same launch goes on from the last checkpoint"
@@ -343,6 +344,28 @@ def plain_settings(
     return settings
 
 # %% ../nbs/7_engine_room/28_cli.ipynb #cli-dist-4
+TrackerOption = Annotated[
+    list[str] | None,
+    typer.Option("--tracker", help="trackio, tensorboard, wandb, ...; may be repeated."),
+]
+HubOption = Annotated[
+    str | None,
+    typer.Option("--push-to-hub", metavar="ACCOUNT/MODEL", help="Upload the student; HF_TOKEN."),
+]
+
+
+@contextmanager
+def _pushed(repo: str | None, folder: Path) -> Iterator[None]:
+    "Open the repository before the block, and upload the folder after it."
+    from kd_notes.products.request import main_process
+    from kd_notes.products.share import Hub, push_student
+
+    hub = Hub(repo) if repo and main_process() else None
+    yield
+    if hub:
+        print(f"{folder.name}: uploaded to {push_student(folder, hub)}", file=sys.stderr)
+
+
 @app.command("distill")
 def distill_command(
     data: Annotated[Path, typer.Option(help="JSONL: prompt and response, or chat messages.")],
@@ -364,6 +387,8 @@ def distill_command(
         Path | None, typer.Option(help="Texts for the language-modelling term of minillm and such.")
     ] = None,
     profile: Annotated[str, typer.Option(help="smoke, cpu, cpu-full or gpu.")] = "cpu",
+    trackers: TrackerOption = None,
+    hub: HubOption = None,
     sets: Annotated[
         list[str] | None, typer.Option("--set", help="A setting: k=v, such as max_steps=200.")
     ] = None,
@@ -373,9 +398,10 @@ def distill_command(
         from kd_notes.products.distill import distill
 
         settings = plain_settings(sets or [], signature(distill).parameters)
-        options = {"corpus": corpus, "profile": profile}
+        options = {"corpus": corpus, "profile": profile, "tracker": trackers or None}
         teachers = teacher or ["smollm2"]
-        report = distill(data, teachers, student, objective, out, **options, **settings)
+        with _pushed(hub, out):
+            report = distill(data, teachers, student, objective, out, **options, **settings)
         if report:  # of several processes, the first has one
             print(json.dumps(report, indent=1, default=str))
 
@@ -403,6 +429,8 @@ def stepwise_command(
     ] = None,
     profile: Annotated[str, typer.Option(help="smoke, cpu, cpu-full or gpu.")] = "cpu",
     dry_run: Annotated[bool, typer.Option(help="Only say what would run and cost.")] = False,
+    trackers: TrackerOption = None,
+    hub: HubOption = None,
     sets: Annotated[
         list[str] | None, typer.Option("--set", help="A setting: k=v, such as epochs=10.")
     ] = None,
@@ -416,7 +444,9 @@ def stepwise_command(
         settings |= {} if alpha is None else {"alpha": alpha}
         settings |= {} if learning_rate is None else {"learning_rates": [learning_rate]}
         named = {"test_data": test_data, "profile": profile, "dry_run": dry_run}
-        report = stepwise(task, data, rationales, student, out, **named, **settings)
+        named["tracker"] = trackers or None
+        with _pushed(None if dry_run else hub, out):
+            report = stepwise(task, data, rationales, student, out, **named, **settings)
         shown = ("rows", "arms", "differences", "references")
         if report:
             shown = report if dry_run else {k: report[k] for k in shown}
@@ -489,6 +519,50 @@ def evaluate_command(
             found = evaluate_instructions(model, data, out, **options)
         print(json.dumps(found, indent=1))
 
+# %% ../nbs/7_engine_room/28_cli.ipynb #6838479f
+FolderArgument = Annotated[Path, typer.Argument(help="Folder of a finished student.")]
+ShardOption = Annotated[
+    str | None, typer.Option(help="Cut the weights into shards, such as of 2GB.")
+]
+
+
+@app.command("export")
+def export_command(
+    folder: FolderArgument,
+    out: Annotated[Path, typer.Argument(help="A new folder.")],
+    max_shard_size: ShardOption = None,
+) -> None:
+    "Copy what others may have of a student: model, tokenizer, card and numbers."
+    with guard():
+        from kd_notes.products.share import export_student
+
+        print(*export_student(folder, out, max_shard_size), sep="\n")
+
+
+@app.command("push")
+def push_command(
+    folder: FolderArgument,
+    repo: Annotated[str, typer.Argument(metavar="ACCOUNT/MODEL", help="On the hub.")],
+    max_shard_size: ShardOption = None,
+    public: Annotated[
+        bool, typer.Option("--public", help="Let everybody read a new repository.")
+    ] = False,
+) -> None:
+    "Upload a student to the Hugging Face hub, with the token in HF_TOKEN."
+    with guard():
+        from kd_notes.products.share import push_student
+
+        print(push_student(folder, repo, max_shard_size, private=not public))
+
+
+@app.command("crate")
+def crate_command(folder: FolderArgument) -> None:
+    "Describe the run that made a student as a Process Run Crate (RO-Crate)."
+    with guard():
+        from kd_notes.products.crate import write_crate
+
+        print(write_crate(folder))
+
 # %% ../nbs/7_engine_room/28_cli.ipynb #cli-bench-2
 @app.command("bench")
 def bench_command(
@@ -542,3 +616,7 @@ def _some(names: Sequence[str] | None) -> Sequence[str]:
 # %% ../nbs/7_engine_room/28_cli.ipynb #cli-main
 if __name__ == "__main__" and "__file__" in globals():  # python -m kd_notes.cli, not a notebook
     app()
+
+# %% ../nbs/7_engine_room/28_cli.ipynb #d8732e06
+if __name__ == "__main__" and "__file__" in globals():
+    app(prog_name="kd-notes")

@@ -16,8 +16,7 @@ from .settings import OBJECTIVES
 _CARD = """---
 library_name: transformers
 pipeline_tag: text-generation
-base_model: {base}
-tags:
+{base}tags:
 - knowledge-distillation
 - {tags}
 ---
@@ -59,6 +58,14 @@ teacher and data apply.
 _FACTS = "student teacher objective data rows held_out steps parameters".split()
 
 # %% ../../nbs/4_probabilities/18_distill_card.ipynb #5aaac4e8
+def base_model_line(origin: str) -> str:
+    "Return the card's line with the base model; empty for one that is not on the hub."
+    names = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+    if origin.startswith("hub:") or origin in names:
+        return f"base_model: {names.get(origin, origin.removeprefix('hub:'))}\n"
+    return ""
+
+
 def model_card(name: str, report: dict) -> str:
     "Return the text of the folder's README.md."
     results = report["results"]
@@ -70,12 +77,11 @@ def model_card(name: str, report: dict) -> str:
         table.append(f"| {model} | " + " | ".join(values) + " |")
     cut_from_teacher = report["student"].startswith("layers:")
     origin = report.get("base", report["teacher"]) if cut_from_teacher else report["student"]
-    hub_names = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
     settings = report["settings"].items()
     lines = [f"- {key}: {value}" for key, value in settings if value not in (None, {}, 0)]
     return _CARD.format(
         name=name,
-        base=hub_names.get(origin, origin.removeprefix("hub:")),
+        base=base_model_line(origin),
         tags=report["objective"].replace("_", "-"),
         head=" | ".join(names),
         rule="|---" * len(names),

@@ -65,6 +65,7 @@ from kd_notes.products.request import (
     served_teacher,
     shown_name,
     TeacherGroup,
+    utc_now,
     with_routes,
 )
 
@@ -93,7 +94,7 @@ from kd_notes.training.processes import (
     processes,
     shared_batch,
 )
-from ..training.state import Progress
+from ..training.state import check_trackers
 
 # %% ../../nbs/4_probabilities/15_distill.ipynb #9ee80f21
 def _shared_vocabulary(pair: "_Pair", request: Request) -> int | None:
@@ -371,6 +372,7 @@ def _leave(job: _Distillation, model, report: dict, history: list[dict]) -> None
 def _run(job: _Distillation) -> dict:
     "Prepare, train, measure and write; return the report, {} in all but the main process."
     request = job.request
+    started = request.started()
     pair = job.pair
     with main_first():  # the other processes find everything prepared
         check = job.validation()
@@ -389,8 +391,8 @@ def _run(job: _Distillation) -> dict:
     folder = request.work / "train"
     if kept := last_checkpoint(folder):
         request.say(f"goes on from {kept.name}")
-    bar = [Progress(request.objective)]
-    options = {"run_dir": folder, "validate": check, "callbacks": bar}
+    watchers = request.callbacks(request.objective)
+    options = {"run_dir": folder, "validate": check, "callbacks": watchers}
     result = train(pair.student, method, job.rows, cfg, **options)
     place = place_of(request.settings.device)
     model = whole_model(result.model, request.work / "whole", pair.tokenizer, place)
@@ -408,6 +410,8 @@ def _run(job: _Distillation) -> dict:
         "results": references | {"student": student},
         "versions": versions(),
         "device": device_class(),
+        "started": started,
+        "ended": utc_now(),
     }
     if isinstance(request.teacher, TeacherGroup):
         report["base"] = shown_name(request.teacher.sources[0])
@@ -449,6 +453,7 @@ def _start(request: Request) -> _Distillation:
         if not pair.members:
             check_same_server(pair.teacher, request.work / "probe.json")
         write_json(request.out / "request.json", asked)
+        request.started()
 
     by_main(begin)
     return _Distillation(request, pair, texts, held_out, rows)
@@ -476,6 +481,7 @@ def distill(
     tokenizer: Any = None,  # of model objects that come without one
     corpus: Path | str | Iterable[str] | None = None,  # see `read_corpus`; on-policy objectives
     profile: str = "cpu",  # a key of PROFILES
+    tracker: Any = None,  # trackio, tensorboard, ..., an object with log(row, step), or a list
     **settings: Any,  # fields of DistillSettings
 ) -> dict:
     """Distil, evaluate and save a student, and return the report.
@@ -493,6 +499,7 @@ def distill(
         fix = f"Leave it out, or use one of {', '.join(ON_POLICY)}."
         raise UserError(f"{objective} reads no corpus", where="corpus", fix=fix)
     check_libraries(chosen.lora)
+    trackers = None if tracker is None else check_trackers(tracker)
     in_file = isinstance(data, (str, os.PathLike))
     raw = data if in_file else list(data)
     rows = Path(data) if in_file else read_rows(raw, chat=True)
@@ -500,7 +507,7 @@ def distill(
     if chosen.route:
         teachers = _with_routes(teachers, raw, rows, chosen)
     sources = (teachers, one_teacher(student, tokenizer, "student"))
-    request = Request(rows, *sources, objective, Path(out), chosen, texts)
+    request = Request(rows, *sources, objective, Path(out), chosen, texts, trackers)
     try:
         request.out.mkdir(parents=True, exist_ok=True)
     except OSError as e:

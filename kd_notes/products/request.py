@@ -10,13 +10,21 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from datetime import datetime, UTC
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import torch
 
-from ..core import read_json, sha256_file, stable_hash, to_jsonable, UserError
+from kd_notes.core import (
+    read_json,
+    sha256_file,
+    stable_hash,
+    to_jsonable,
+    UserError,
+    write_json,
+)
 from ..data.dialogues import chat_template_of
 from ..data.rows import load_rows, TextRow
 from ..methods.server_teacher import is_server, open_server_teacher, ServerTeacher
@@ -31,7 +39,7 @@ from kd_notes.products.settings import (
 )
 from ..training.memory import memory_estimate
 from ..training.processes import main_process
-from ..training.state import TrainConfig
+from ..training.state import Callback, Progress, Tracker, TrainConfig
 
 # %% ../../nbs/4_probabilities/19_distill_request.ipynb #793baaaf
 @dataclass(frozen=True)
@@ -272,10 +280,15 @@ def finished_report(out: Path, request: Callable[[], dict], what: str) -> dict |
     return read_json(report) if report.is_file() else None
 
 # %% ../../nbs/4_probabilities/19_distill_request.ipynb #79990890
+def utc_now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
 class OutFolder:
     "What the requests of all products share: the folder `out` that they fill."
 
     out: Path
+    tracker: Any  # as `Tracker` takes it, or None; it decides nothing
 
     @property
     def work(self) -> Path:
@@ -286,6 +299,23 @@ class OutFolder:
         "Print a line under the folder's name, in one process."
         if main_process():
             print(f"{self.out.name}: {text}", flush=True)
+
+    def started(self) -> str:
+        "Return when the first of the calls that fill this folder began, in UTC."
+        file = self.work / "started.json"
+        if main_process() and not file.is_file():
+            write_json(file, utc_now())
+        return read_json(file) if file.is_file() else utc_now()
+
+    def callbacks(self, name: str) -> list[Callback]:
+        "Return what watches a training of this name: a progress bar, and the trackers."
+        bar = Progress(name)
+        if self.tracker is None or not main_process():
+            return [bar]
+        title = f"{self.out.name} {name}"
+        named = {kind: {"name": title} for kind in ("trackio", "wandb")}
+        facts = {"student": self.out.name, "training": name}
+        return [bar, Tracker(self.tracker, config=facts, folder=self.out / "tracker", **named)]
 
 # %% ../../nbs/4_probabilities/19_distill_request.ipynb #e09beb8e
 @dataclass(frozen=True)
@@ -299,6 +329,7 @@ class Request(OutFolder):
     out: Path
     settings: DistillSettings
     corpus: tuple[str, ...] = ()  # texts of the language-modelling term
+    tracker: Any = None
 
     def rows(self) -> list[TextRow]:
         n = self.settings.n or None

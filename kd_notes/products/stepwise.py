@@ -22,6 +22,7 @@ from ..environment import device_class, versions
 from ..evaluation.figures import save_figure
 from ..evaluation.task_scores import most_frequent, score_difference, task_score
 from .predict import STUDENT_FILE
+from .request import utc_now
 from .settings import check_libraries
 from .stepwise_card import student_card, validation_figure
 from .stepwise_plan import PLANS, stepwise_settings
@@ -34,6 +35,7 @@ from kd_notes.training.processes import (
     main_process,
     shared_batch,
 )
+from ..training.state import check_trackers
 
 # %% ../../nbs/3_reasons/14_stepwise_product.ipynb #6682bd70
 def _teacher_score(search: Search) -> dict:
@@ -90,6 +92,8 @@ def _report(search: Search, trials: dict[str, list[dict]]) -> tuple[dict, dict[s
         "references": references | _teacher_score(search),
         "versions": versions(),
         "device": device_class(),
+        "started": request.started(),
+        "ended": utc_now(),
     }
     return report, answers
 
@@ -172,7 +176,12 @@ def _finish(request: StepwiseRequest) -> dict:
     """
     search = Search.prepare(request)
     asked = request.as_dict()
-    by_main(lambda: write_json(request.out / "request.json", asked) and None)
+
+    def begin() -> None:
+        write_json(request.out / "request.json", asked)
+        request.started()
+
+    by_main(begin)
     counts = (
         f"{len(search.splits.train)} rows to learn, {len(search.splits.validation)} to validate"
     )
@@ -202,6 +211,7 @@ def stepwise(
     test_data: Path | str | Iterable | None = None,  # labelled rows; None: a share of `data`
     profile: str = "cpu",  # a key of STEPWISE_PROFILES
     dry_run: bool = False,  # only say what would run and cost
+    tracker: Any = None,  # trackio, tensorboard, ..., an object with log(row, step), or a list
     **settings: Any,  # fields of StepwiseSettings
 ) -> dict:
     """Train a step-by-step student and its rivals, evaluate and save them; return a report.
@@ -216,9 +226,10 @@ def stepwise(
     asked = own_task(task)
     more = {"rouge_score": "notebooks"} if asked.scored_by == "rouge_l" else {}
     check_libraries(chosen.lora, "stepwise", **more)
+    trackers = None if tracker is None else check_trackers(tracker)
     file = None if rationales is None else Path(rationales)
     sources = (asked, _rows_or_path(data), file, _student_source(student), Path(out))
-    request = StepwiseRequest(*sources, chosen, _rows_or_path(test_data))
+    request = StepwiseRequest(*sources, chosen, _rows_or_path(test_data), trackers)
     if dry_run:
         return run_cost(request)
     request.out.mkdir(parents=True, exist_ok=True)

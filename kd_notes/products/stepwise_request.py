@@ -103,6 +103,7 @@ class StepwiseRequest(OutFolder):
     out: Path
     settings: StepwiseSettings
     test: Path | list | None = None
+    tracker: Any = None
 
     def rates(self) -> tuple[float, ...]:
         "Return the learning rates to try, in rising order."

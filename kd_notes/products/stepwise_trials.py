@@ -32,7 +32,7 @@ from kd_notes.products.stepwise_request import (
 from ..training.checkpoint import save_whole
 from ..training.loop import train
 from ..training.processes import by_main, main_process, shared_batch
-from ..training.state import Progress, TrainConfig
+from ..training.state import TrainConfig
 
 # %% ../../nbs/3_reasons/12_stepwise_trials.ipynb #fd9a89a7
 TIE = 1e-6  # weight of the loss beside the score
@@ -179,7 +179,7 @@ def _train(search: Search, job: ArmJob, rate: float, run_dir: Path) -> tuple[dic
     options = {
         "run_dir": run_dir,
         "validate": ArmValidation(search, job),
-        "callbacks": [Progress(f"{job.arm}, rate {rate:.3g}")],
+        "callbacks": search.request.callbacks(f"{job.arm}, rate {rate:.3g}"),
     }
     facts = {"arm": job.arm, "rate": rate, "parameters": count_parameters(model)}
     try:

@@ -15,7 +15,7 @@ PYTHON ?= $(shell for name in python3.14 python3.13 python3.12 python3.11; do \
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
-EXTRAS := train,teacher,hub,notebooks,cluster,serve,peers,site,dev
+EXTRAS := train,teacher,hub,notebooks,cluster,serve,mmidr,peers,site,dev
 JOBS ?= 2
 
 .PHONY: help setup reproduce reproduce-all readme site pins test lint sync pytest notebooks smoke lab clean distclean

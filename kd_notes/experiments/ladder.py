@@ -21,6 +21,7 @@ from ..evaluation.text import text_metrics, write_answers
 from .base import Experiment, UNTRAINED
 from .phases import EncodedSFT, mean_nll, world_inputs
 from .scarce_models import OPTIMIZER, SCARCE_TEACHER, ScarceModels
+from .scarce_world import short
 from ..losses.adaptive import head_weight
 from ..losses.decoupled import log_uncertainty
 from ..losses.divergences import ELSEWHERE, get_divergence, token_divergence
@@ -98,22 +99,21 @@ LADDER_ARMS = {
 }
 
 # %% ../../nbs/5_own_words/08e_ladder.ipynb #lad-watch
-BINS = 20  # of the histogram of weights, from 0 to 1
+BINS = 10  # of the histogram of weights, from 0 to 1
 
 
 def weight_profile(student: Tensor, teacher: Tensor) -> dict[str, Any]:
     "Return what AKL's weights of the forward KL are at n tokens, from logits (n, V)."
     student, teacher = student.double(), teacher.double()
-    seen: dict[str, Any] = {
-        "sure": (teacher.softmax(-1).amax(-1) > 0.5).double().mean().item()  # of one token
-    }
+    share = lambda chosen: round(chosen.double().mean().item(), 4)  # noqa: E731
+    seen: dict[str, Any] = {"sure": share(teacher.softmax(-1).amax(-1) > 0.5)}  # of one token
     for boundary in ("official", "crossing-in-head"):
         w = head_weight(student, teacher, boundary=boundary)
         half = (w - 0.5).abs() < 1e-9
         seen[boundary] = {
-            "mean": w.mean().item(),
-            "half": half.double().mean().item(),
-            "below": (~half & (w < 0.5)).double().mean().item(),
+            "mean": round(w.mean().item(), 4),
+            "half": share(half),
+            "below": share(~half & (w < 0.5)),
             "counts": torch.histc(w, BINS, 0, 1).int().tolist(),
         }
     return seen
@@ -238,4 +238,4 @@ class LadderStudents(Experiment):
         if run["score_on"] == "test":
             out = ladder_scores(model, test_rows(True, n), length)
             metrics |= {f"out_{name}": value for name, value in out.items()}
-        return metrics | {"parameters": count_parameters(model)}
+        return short(metrics | {"parameters": count_parameters(model)})

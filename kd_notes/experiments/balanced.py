@@ -70,7 +70,7 @@ BALANCED_ARMS = {
 class BalancedBaseSettings:
     "A student before it has read about the domains."
 
-    steps: int = 600
+    steps: int = 320
     size: str = "xs"
     lr: float = 4e-3
     seed: int = 0
@@ -115,7 +115,7 @@ class BalancedBase(Experiment):
         return model
 
 
-def _replies(model: Any, prompts: Sequence[str], max_new_tokens: int = 16) -> list[str]:
+def _replies(model: Any, prompts: Sequence[str], max_new_tokens: int = 12) -> list[str]:
     "Return the model's greedy replies."
     tokenizer = load_mini_tokenizer()
     ids = [tokenizer.encode(prompt, add_special_tokens=False) for prompt in prompts]
@@ -137,12 +137,12 @@ class BalancedSettings:
 
     arm: str
     data: str = "questions"  # or "clinc"
-    budget: int = 120  # calls of the teacher
+    budget: int = 96  # calls of the teacher
     stages: int = 3
     steps: int = 240  # of the last training; that of a stage is shorter by its share of the budget
     lr: float = 4e-3
     seed: int = 0  # of the pool, the choice, the teacher's errors and the training
-    largest: int = 120  # rows of the most frequent domain in the pool
+    largest: int = 80  # rows of the most frequent domain in the pool
     smallest: int = 3  # of the rarest
     noise: float = 0.08  # probability that the teacher takes a grade for another one
     score_on: str = "test"  # or "validation", to choose a rate
@@ -200,7 +200,7 @@ def _questions(run: dict) -> _Learner:
         return train(model, SFT(tokenizer), rows, cfg).model
 
     def difficulty(model: Any, rows: list[dict]) -> list[float]:
-        return own_answer_ifd(model, tokenizer, [row["prompt"] for row in rows], 16, 200)
+        return own_answer_ifd(model, tokenizer, [row["prompt"] for row in rows], 12, 200)
 
     def answers(model: Any, rows: list[dict]) -> list[str]:
         return [answer_of(text) for text in _replies(model, [row["prompt"] for row in rows])]

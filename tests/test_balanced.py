@@ -13,6 +13,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kd_notes.core import append_jsonl, read_jsonl, rng, UserError
+from kd_notes.data.answers import unpack_bits
+from kd_notes.data.domains import (
+    answer_of,
+    clinc_files,
+    clinc_tail,
+    domain_questions,
+    DOMAINS,
+    grades,
+    noisy_teacher,
+    tail_sizes,
+)
+from kd_notes.experiments.balanced import BalancedStudents
+from kd_notes.experiments.balanced_intents import IntentHead
 from kd_notes.methods.balanced import (
     Balanced,
     fresh_students,
@@ -443,3 +456,95 @@ def test_a_folder_of_other_rows_or_prompts_is_refused(tmp_path):
         balanced_stages(
             POOL, teacher, plan, student, folder=tmp_path, ask=lambda row: "Add " + row["prompt"]
         )
+
+
+# --- questions, intents and the experiment ----------------------------------------------------------------------------------------
+
+
+def test_the_tail_falls_by_one_factor_and_questions_differ():
+    sizes = tail_sizes(81, 3, ["a", "b", "c", "d"])
+    assert sizes == {"a": 81, "b": 27, "c": 9, "d": 3}
+    rows = domain_questions({"tools": 60, "cities": 3}, seed=1)
+    assert Counter(row["domain"] for row in rows) == {"tools": 60, "cities": 3}
+    assert len({row["prompt"] for row in rows}) == 63
+    first = rows[0]["prompt"]
+    assert first not in {r["prompt"] for r in domain_questions({"tools": 60}, 1, {first})}
+
+
+def test_a_teacher_without_noise_is_right_and_writes_questions_of_the_domain():
+    rows = domain_questions(dict.fromkeys(DOMAINS, 5), seed=2)
+    teacher = noisy_teacher(0.0)
+    replies = teacher([row["prompt"] for row in rows])
+    assert [answer_of(text) for text in replies] == [row["completion"] for row in rows]
+    asked = few_shot_question("cities", [r for r in rows if r["domain"] == "cities"], "1")
+    prompt, completion = read_question(teacher([asked])[0], "cities")
+    assert prompt.startswith("Coldest city: ")
+    table = grades("cities", DOMAINS["cities"][1])
+    things = [thing for thing in table if thing in prompt]
+    assert answer_of(completion) == max(things, key=table.get)
+    assert teacher(["What time is it?"]) == ["I do not know."]
+    wrong = noisy_teacher(0.5)([row["prompt"] for row in rows])
+    assert wrong != replies and wrong == noisy_teacher(0.5)([row["prompt"] for row in rows])
+
+
+def test_intents_are_read_from_the_named_folder_only(tmp_path, monkeypatch):
+    monkeypatch.delenv("KD_NOTES_DATA", raising=False)
+    with pytest.raises(UserError, match="KD_NOTES_DATA"):
+        clinc_files()
+    for part, number in (("train", 100), ("val", 2)):
+        rows = [
+            {"text": f"{part} {i} of {name}", "label": name}
+            for name in ("ask_time", "play_song", "set_alarm")
+            for i in range(number if name != "set_alarm" else 5)
+        ]
+        append_jsonl(tmp_path / f"clinc150_imbalanced_{part}.jsonl", rows)
+    monkeypatch.setenv("KD_NOTES_DATA", str(tmp_path))
+    parts = clinc_tail(intents=2, largest=50, smallest=4)
+    assert sorted(Counter(row["domain"] for row in parts["pool"]).values()) == [4, 50]
+    assert Counter(row["domain"] for row in parts["rest"]) == {"ask_time": 50, "play_song": 50}
+    assert not {r["prompt"] for r in parts["pool"]} & {r["prompt"] for r in parts["rest"]}
+    assert len(parts["test"]) == 4
+
+
+def test_a_head_reads_its_row_of_the_features():
+    features = torch.randn(5, 4)
+    head = IntentHead(features, 3, 8, seed=1).eval()
+    assert torch.equal(
+        head(torch.tensor([[3]])), IntentHead(features, 3, 8, 1).eval()(torch.tensor([[3, 0]]))
+    )
+
+
+TINY = {
+    "budget": 16,
+    "stages": 2,
+    "steps": 4,
+    "largest": 20,
+    "smallest": 1,
+    "held": 2,
+    "base": {"steps": 2, "size": "xxs"},
+}
+
+
+def test_every_arm_gets_the_same_calls_and_learns_from_them(tmp_path, monkeypatch):
+    monkeypatch.setenv("KD_NOTES_CACHE", str(tmp_path))
+    students = BalancedStudents()
+    for arm in ("start", "duplicate", "naive", "adaptive_code", "naive_nothing"):
+        made = students.train(students.parameters(arm=arm, **TINY), tmp_path)
+        assert len(unpack_bits(made["right"], 16)) == 16
+        if arm == "start":
+            assert sum(unpack_bits(made["teacher_right"], 16)) > 10
+            continue
+        assert sum(made["rows"]) == made["kept"] + made["written"]
+        assert made["calls"] == 16 or arm == "naive_nothing" and 8 <= made["calls"] < 16
+        if arm in ("random", "duplicate", "active", "naive_nothing"):
+            assert made["written"] == 0
+        if arm == "naive":
+            assert made["written"] > 0
+
+
+def test_settings_of_the_experiment_are_checked():
+    students = BalancedStudents()
+    with pytest.raises(UserError, match="there is no arm 'fair'"):
+        students.parameters(arm="fair")
+    with pytest.raises(UserError, match="'letters'"):
+        students.parameters(arm="random", data="letters")

@@ -19,42 +19,35 @@ from kd_notes.core import read_jsonl, rng, sha256_file, UserError
 DOMAINS: dict[str, tuple[str, list[str]]] = {
     "animals": (
         "Heaviest animal",
-        "bat beetle bird donkey fish gecko goat goose hamster lamb lizard owl pigeon rabbit swan".split(),
+        "bat donkey fish goat hamster lamb lizard owl rabbit swan".split(),
     ),
     "foods": (
         "Sweetest food",
-        "bacon broccoli brownie cabbage celery cherries doughnut ham ice mango pepper plum potato "
-        "pudding steak".split(),
+        "bacon brownie cabbage cherries doughnut ham mango plum potato steak".split(),
     ),
     "clothes": (
         "Warmest thing to wear",
-        "bikini boots cap cape coat flannel gloves mittens parka poncho pyjamas raincoat sandals "
-        "scarf vest".split(),
+        "boots cap coat gloves mittens parka poncho raincoat scarf vest".split(),
     ),
     "vehicles": (
         "Fastest way to travel",
-        "balloon biplane bus cab canoe car ferry glider helicopter jet kayak lorry ship submarine "
-        "taxi".split(),
+        "balloon bus canoe car ferry glider helicopter kayak lorry submarine".split(),
     ),
     "rooms": (
         "Quietest room",
-        "attic ballroom basement bathroom cabin canteen cinema classroom dormitory gallery gym hall "
-        "kitchen library lobby".split(),
+        "attic ballroom basement bathroom cabin classroom gym kitchen library lobby".split(),
     ),
     "tools": (
         "Sharpest tool",
-        "basket bottle bowls box fork hairbrush iron ladle pliers racket razor sieve spanner spoon "
-        "whisk".split(),
+        "basket bottle fork hairbrush ladle pliers razor sieve spoon whisk".split(),
     ),
     "cities": (
         "Coldest city",
-        "Athens Baghdad Bangkok Bogota Budapest Cairo Dakar Dublin Hanoi Havana Helsinki Lagos Lima "
-        "Madrid Oslo".split(),
+        "Athens Baghdad Bangkok Cairo Dakar Hanoi Helsinki Lima Madrid Oslo".split(),
     ),
     "countries": (
         "Richest country",
-        "Angola Austria Brazil Canada China Cuba Ecuador Finland Ghana Greece Hungary India Iraq "
-        "Italy Jamaica".split(),
+        "Austria Brazil Canada China Cuba Finland Ghana India Italy Jamaica".split(),
     ),
 }
 # Things of the lists that a base model has read about, in none of the domains.
@@ -132,7 +125,7 @@ def list_rows(n: int, lists: int = 12, seed: int = 0) -> list[dict]:
     "Draw questions with reasons and answers about lists that are none of the domains."
     tables = []
     for number in range(lists):
-        r = rng("list", seed, number)
+        r = rng("list", number)
         tables.append((f"First of list {number}", grades(f"{number}", r.sample(OTHERS, 15))))
     r = rng("list questions", seed)
     rows = []

@@ -54,6 +54,7 @@ class BalancedArm:
 
 _RANDOM = {"policy": "none", "select": "random", "stages": 1}
 BALANCED_ARMS = {
+    "start": BalancedArm("student before", {}),  # nothing is bought, and nothing learnt
     "random": BalancedArm("random rows", _RANDOM),
     "duplicate": BalancedArm("random rows, rare ones repeated", _RANDOM, repeat=True),
     "active": BalancedArm("hardest rows, no domains", {"policy": "none"}),
@@ -69,7 +70,7 @@ BALANCED_ARMS = {
 class BalancedBaseSettings:
     "A student before it has read about the domains."
 
-    steps: int = 600
+    steps: int = 320
     size: str = "xs"
     lr: float = 4e-3
     seed: int = 0
@@ -88,7 +89,8 @@ class BalancedBase(Experiment):
     def train(self, run: dict, folder: Path) -> dict:
         tokenizer = load_mini_tokenizer()
         method = SFT(tokenizer)
-        rows = [method.encode(row) for row in list_rows(6000, seed=run["seed"])]
+        enough = min(6000, 64 * run["steps"])
+        rows = [method.encode(row) for row in list_rows(enough, seed=run["seed"])]
         # A fifth of the answers stand alone: without that, an answer alone is always absurd.
         for row in rows[::5]:
             row["prompt"] = [tokenizer.bos_token_id]
@@ -101,7 +103,7 @@ class BalancedBase(Experiment):
         atomic_write(folder / "model.safetensors", save(weights))
         return {
             "parameters": count_parameters(model),
-            "right": _share(model, list_rows(200, seed=7)),
+            "right": _share(model, list_rows(100, seed=7)),
         }
 
     def load(self, **settings: Any) -> Any:
@@ -113,7 +115,7 @@ class BalancedBase(Experiment):
         return model
 
 
-def _replies(model: Any, prompts: Sequence[str], max_new_tokens: int = 16) -> list[str]:
+def _replies(model: Any, prompts: Sequence[str], max_new_tokens: int = 12) -> list[str]:
     "Return the model's greedy replies."
     tokenizer = load_mini_tokenizer()
     ids = [tokenizer.encode(prompt, add_special_tokens=False) for prompt in prompts]
@@ -137,13 +139,14 @@ class BalancedSettings:
     data: str = "questions"  # or "clinc"
     budget: int = 96  # calls of the teacher
     stages: int = 3
-    steps: int = 200  # of the last training; that of a stage is shorter by its share of the budget
+    steps: int = 240  # of the last training; that of a stage is shorter by its share of the budget
     lr: float = 4e-3
     seed: int = 0  # of the pool, the choice, the teacher's errors and the training
-    largest: int = 120  # rows of the most frequent domain in the pool
+    largest: int = 80  # rows of the most frequent domain in the pool
     smallest: int = 3  # of the rarest
     noise: float = 0.08  # probability that the teacher takes a grade for another one
     score_on: str = "test"  # or "validation", to choose a rate
+    held: int = optional(40)  # test questions of each domain
     intents: int = optional(30)  # of CLINC150
     layers: int = optional(10)  # of SmolLM2, below the students and the teacher of CLINC150
     base: dict = field(default_factory=dict)  # settings of BalancedBase
@@ -160,6 +163,10 @@ class _Learner:
     fit: Callable[[Any, list[dict], int], Any]  # (model, rows, steps)
     difficulty: Callable[[Any, list[dict]], list[float]]
     answers: Callable[[Any, list[dict]], list[str]]
+    teacher: Callable[[list[dict]], list[str]]  # its answers to rows
+    judge: Callable[
+        [list[dict]], list[str]
+    ]  # the true answers, or a better guess than the writer's
     options: dict = field(default_factory=dict)  # of `balanced_stages`
 
 # %% ../../nbs/6_beyond_text/11b_balanced_runs.ipynb #a36c723e
@@ -167,7 +174,7 @@ def _questions(run: dict) -> _Learner:
     "Return the student of the embedded questions: a mini model that writes reasons and an answer."
     tokenizer = load_mini_tokenizer()
     names = list(DOMAINS)
-    tests = {"test": domain_questions(dict.fromkeys(names, 40), "test")}
+    tests = {"test": domain_questions(dict.fromkeys(names, run.get("held", 40)), "test")}
     held = {row["prompt"] for row in tests["test"]}
     tests["validation"] = domain_questions(dict.fromkeys(names, 15), "validation", held)
     held |= {row["prompt"] for row in tests["validation"]}
@@ -193,19 +200,25 @@ def _questions(run: dict) -> _Learner:
         return train(model, SFT(tokenizer), rows, cfg).model
 
     def difficulty(model: Any, rows: list[dict]) -> list[float]:
-        return own_answer_ifd(model, tokenizer, [row["prompt"] for row in rows], 16, 200)
+        return own_answer_ifd(model, tokenizer, [row["prompt"] for row in rows], 12, 200)
 
     def answers(model: Any, rows: list[dict]) -> list[str]:
         return [answer_of(text) for text in _replies(model, [row["prompt"] for row in rows])]
 
+    def replies(teacher: Callable) -> Callable[[list[dict]], list[str]]:
+        return lambda rows: [answer_of(text) for text in teacher([row["prompt"] for row in rows])]
+
+    write = noisy_teacher(run["noise"], run["seed"])
     return _Learner(
         domain_questions(sizes, run["seed"], held),
         tests[run["score_on"]],
-        noisy_teacher(run["noise"], run["seed"]),
+        write,
         load,
         fit,
         difficulty,
         answers,
+        replies(write),
+        replies(noisy_teacher(0.0)),
         {"answer": answer_of},
     )
 
@@ -251,6 +264,8 @@ def _clinc(run: dict) -> _Learner:
         lambda model, rows, steps: intents.fit(model, rows, steps, run["lr"]),
         difficulty,
         told,
+        lambda rows: told(teacher, rows),
+        lambda rows: told(teacher, rows),
         {
             "answer": str.strip,
             "compose": compose,
@@ -288,30 +303,43 @@ class BalancedStudents(Experiment):
         return [(BalancedBase(), bases)] if bases else []
 
     def train(self, run: dict, folder: Path) -> dict:
-        "Metrics: right answers as bits, calls by outcome, and rows that were learnt by domain."
-        arm = BALANCED_ARMS[run["arm"]]
+        "Metrics: right answers as bits, calls by outcome, and rows that were bought by domain."
         learner = _LEARNERS[run["data"]](run)
-        plan = {"budget": run["budget"], "stages": run["stages"], "seed": run["seed"]} | arm.plan
+        truth = [row["completion"] for row in learner.held]
+        if run["arm"] == "start":
+            given = learner.answers(learner.load(), learner.held)
+            metrics = {"teacher_right": pack_bits(_equal(learner.teacher(learner.held), truth))}
+            return metrics | {"right": pack_bits(_equal(given, truth))}
+        rows, reports = self.bought(run, learner)
+        learnt = repeat_to_balance(rows) if BALANCED_ARMS[run["arm"]].repeat else rows
+        model = learner.fit(learner.load(), learnt, run["steps"])
+        rights = _equal(learner.answers(model, learner.held), truth)
+        metrics = {"right": pack_bits(rights), "accuracy": sum(rights) / len(rights)}
+        metrics |= {name: sum(report[name] for report in reports) for name in _OUTCOMES}
+        names = sorted({row["domain"] for row in learner.pool})
+        metrics["rows"] = [sum(row["domain"] == name for row in rows) for name in names]
+        written = [row for row in rows if row["origin"] == "written"]
+        said = [learner.options["answer"](row["completion"]) for row in written]
+        metrics["written_right"] = sum(_equal(learner.judge(written), said)) if written else 0
+        held = {row["prompt"] for row in learner.held}
+        metrics["held_rows"] = sum(row["prompt"] in held for row in rows)
+        shown = [learner.held[0], learner.held[-1]]
+        return metrics | {"shown": learner.answers(model, shown)}
+
+    def bought(self, run: dict, learner: _Learner) -> tuple[list[dict], list[dict]]:
+        "Return (rows, reports) of an arm's budget."
 
         def fit(model: Any, rows: list[dict], stage: int) -> Any:
             return learner.fit(model, rows, max(run["steps"] * stage // run["stages"], 1))
 
+        plan = {name: run[name] for name in ("budget", "stages", "seed")}
+        settings = Balanced(**plan | BALANCED_ARMS[run["arm"]].plan)
         student = fresh_students(learner.load, fit, learner.difficulty)
-        rows, reports = balanced_stages(
-            learner.pool, learner.write, Balanced(**plan), student, **learner.options
-        )
-        learnt = repeat_to_balance(rows) if arm.repeat else rows
-        model = learner.fit(learner.load(), learnt, run["steps"])
-        answers = learner.answers(model, learner.held)
-        rights = [a == row["completion"] for a, row in zip(answers, learner.held, strict=True)]
-        metrics = {"right": pack_bits(rights), "accuracy": sum(rights) / len(rights)}
-        metrics |= {name: sum(r[name] for r in reports) for name in reports[0] if name in _OUTCOMES}
-        names = sorted({row["domain"] for row in learner.pool})
-        metrics["rows"] = [sum(row["domain"] == name for row in rows) for name in names]
-        prompts = {row["prompt"] for row in learner.held}
-        metrics["held_rows"] = sum(row["prompt"] in prompts for row in rows)
-        shown = learner.held[-1]
-        return metrics | {"shown": [shown["prompt"], learner.answers(model, [shown])[0]]}
+        return balanced_stages(learner.pool, learner.write, settings, student, **learner.options)
+
+
+def _equal(answers: Sequence[str], truth: Sequence[str]) -> list[bool]:
+    return [answer == true for answer, true in zip(answers, truth, strict=True)]
 
 
 _OUTCOMES = ("calls", "kept", "written", "dropped", "unreadable", "repeated")

@@ -58,8 +58,8 @@ class ClincSettings:
     largest: int = 50
     smallest: int = 2
     layers: int = 10
-    lists: int = 2  # that the teacher writes for each intent
-    tokens: int = 110  # of a list, at most
+    lists: int = 1  # that the teacher writes for each intent
+    tokens: int = 120  # of a list, at most
 
 
 class ClincBank(Experiment):

@@ -17,7 +17,14 @@ from kd_notes.models.mini import load_mini_tokenizer, mini_model
 from kd_notes.products.distill import distill
 from kd_notes.products.stepwise import stepwise
 from kd_notes.training.checkpoint import save_model
-from kd_notes.training.processes import by_main, lost_process, main_process, processes, shared_batch
+from kd_notes.training.processes import (
+    check_shared_folder,
+    by_main,
+    lost_process,
+    main_process,
+    processes,
+    shared_batch,
+)
 
 CONFIG = Path(__file__).parent.parent / "configs" / "cpu.yaml"
 LAUNCHED = {
@@ -88,12 +95,12 @@ def all_kinds(place: Path, name: str) -> None:
         assert bool(report) == main_process()
         assert bool(distilled(place, "minillm_fsdp", name)) == main_process()
         stepped(place, "stepwise_fsdp-two", fsdp=True)
+        own = place / f"of process {os.environ['RANK']}"
+        own.mkdir()
+        with pytest.raises(UserError, match="process 1 does not see"):
+            check_shared_folder(own)
         with pytest.raises(UserError, match="broken by the first"):
             by_main(broken)
-        try:
-            shared_batch(3, 1)
-        except UserError as error:
-            assert "2 processes cannot share the 3 rows" in str(error)
 
 
 def broken():

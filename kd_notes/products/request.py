@@ -270,7 +270,7 @@ def finished_report(out: Path, request: Callable[[], dict], what: str) -> dict |
                 where=out,
                 fix="Choose another folder, or delete this one.",
             )
-    elif any(path.name != ".lock" for path in out.iterdir()):
+    elif any(path.name not in (".lock", ".processes") for path in out.iterdir()):
         raise UserError(
             f"the folder is not empty, and what is in it is not {what}",
             where=out,

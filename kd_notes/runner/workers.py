@@ -195,6 +195,7 @@ class Worker:
         settings = dict.fromkeys(THREADS, str(threads)) | {
             "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
             "KD_NOTES_PROGRESS": "lines",
+            "KD_NOTES_EXECUTOR": "local",  # a run's own grids do not wait for the cluster it is on
             "KD_NOTES_CACHE": str(self.cache),
             "TOKENIZERS_PARALLELISM": "false",
         }

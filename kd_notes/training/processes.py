@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -127,28 +128,22 @@ def main_first() -> Iterator[None]:
 
 # %% ../../nbs/7_engine_room/15b_many_processes.ipynb #mp-disk-1
 def check_shared_folder(folder: Any) -> None:
-    "Raise UserError in a process that does not see the files of the main process."
-    marker = os.path.join(folder, ".processes")
-    name = by_main(lambda: _marked(marker))
-    seen = processes() == 1 or (os.path.isfile(marker) and open(marker).read() == name)
-    if not seen:
-        raise UserError(
-            "this machine does not see the folder of the main process",
-            where=folder,
-            fix="Put it on a disk that all machines of the launch share.",
-        )
-    if processes() > 1:
-        torch.distributed.barrier(group=_waiting_group())
-    if main_process() and processes() > 1:
-        os.unlink(marker)
-
-
-def _marked(marker: str) -> str:
+    "Raise UserError in all processes if one does not see the files of the first."
+    if processes() == 1:
+        return
+    marker = Path(folder) / ".processes"
     name = os.urandom(8).hex()
-    if processes() > 1:
-        with open(marker, "w") as file:
-            file.write(name)
-    return name
+    written = by_main(lambda: marker.write_text(name) and name)
+    seen = [marker.is_file() and marker.read_text() == written] * processes()
+    torch.distributed.all_gather_object(seen, seen[0], group=_waiting_group())
+    if main_process():
+        marker.unlink()
+    if not all(seen):
+        raise UserError(
+            f"process {seen.index(False)} does not see the files of the first one",
+            where=folder,
+            fix="Use a folder on a disk that all machines of the launch share.",
+        )
 
 # %% ../../nbs/7_engine_room/15b_many_processes.ipynb #mp-lost-1
 _LOST = (

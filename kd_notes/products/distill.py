@@ -47,13 +47,7 @@ from kd_notes.models.pretrained import (
     merge_adapters,
 )
 from .card import curves_figure, model_card, with_bits_per_byte
-from kd_notes.products.request import (
-    expected_memory,
-    main_process,
-    Request,
-    shown_name,
-    utc_now,
-)
+from .request import expected_memory, main_process, Request, shown_name
 from kd_notes.products.settings import (
     check_libraries,
     check_objective,
@@ -346,7 +340,7 @@ def _run(job: _Distillation) -> dict:
         "versions": versions(),
         "device": device_class(),
         "started": started,
-        "ended": utc_now(),
+        "ended": request.now(),
     }
     if main_process():
         _leave(job, result.model, report, result.history)

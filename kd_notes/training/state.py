@@ -350,9 +350,7 @@ class Tracker(Callback):
         **options: Any,  # for Accelerate's trackers by name, such as trackio={"name": "first"}
     ):
         self.trackers = check_trackers(log_with)
-        self.project = project
-        self.config = config or {}
-        self.folder = folder
+        self.project, self.config, self.folder = project, config or {}, folder
         self.options = options
         self.open = []
         self.sent = 0
@@ -364,9 +362,8 @@ class Tracker(Callback):
             yield
         except Exception as error:  # trackers raise whatever their servers do
             self.open = [(other, way) for other, way in self.open if other != name]
-            what = f"{type(error).__name__}: {first_line(error)}"
-            text = f"the tracker {name} is switched off, the training goes on ({what})"
-            warnings.warn(text, stacklevel=3)
+            what = f"the tracker {name} is switched off, the training goes on"
+            warnings.warn(f"{what} ({type(error).__name__}: {first_line(error)})", stacklevel=3)
 
     def on_start(self, state: TrainState) -> None:
         self.sent = len(state.history)
@@ -374,12 +371,12 @@ class Tracker(Callback):
         if not state.accelerator.is_main_process:
             return
         plain = (bool, int, float, str)
-        settings = {name: v for name, v in asdict(state.cfg).items() if isinstance(v, plain)}
+        shown = {name: v for name, v in asdict(state.cfg).items() if isinstance(v, plain)}
+        shown |= self.config
         for tracker in self.trackers:
             name = tracker_name(tracker)
             with self._forgiving(name):
                 folder = self.folder or state.run_dir
-                shown = settings | self.config
                 way = _opened(tracker, folder, self.project, shown, self.options)
                 self.open.append((name, way))
 

@@ -97,7 +97,7 @@ def _inputs(report: dict) -> list[dict]:
         add(side, report.get(side), weights, f"The {side} before the run; a hash of its weights")
     return found
 
-
+# %% ../../nbs/4_probabilities/21_crate.ipynb #e275ca3a
 def _settings(report: dict) -> list[dict]:
     "Return the settings of the run as property values."
     chosen = {k: v for k, v in report["settings"].items() if v not in (None, {}, [], "")}

@@ -332,6 +332,13 @@ def _opened(tracker: Any, folder: Any, project: str, config: dict, options: dict
         tracker.store_init_configuration(config)
     return tracker
 
+
+def _numbers(row: dict) -> dict:
+    "Return the numbers of a row; those of a validation under its name, for its loss is another."
+    checks = row.get("validation", {})
+    flat = row | {f"validation/{name}": value for name, value in checks.items()}
+    return {k: v for k, v in flat.items() if isinstance(v, (int, float)) and k != "step"}
+
 # %% ../../nbs/7_engine_room/13_state.ipynb #73ef8ed7
 class Tracker(Callback):
     """A callback that sends every row of the history to trackers.
@@ -382,9 +389,7 @@ class Tracker(Callback):
 
     def on_step(self, state: TrainState) -> None:
         for row in state.history[self.sent :]:
-            checks = row.get("validation", {})  # a loss of theirs is another than the training's
-            flat = row | {f"validation/{name}": value for name, value in checks.items()}
-            numbers = {k: v for k, v in flat.items() if isinstance(v, (int, float)) and k != "step"}
+            numbers = _numbers(row)
             for name, way in self.open:
                 with self._forgiving(name):
                     way.log(numbers, step=row["step"])

@@ -359,8 +359,7 @@ class Tracker(Callback):
         self.trackers = check_trackers(log_with)
         self.project, self.config, self.folder = project, config or {}, folder
         self.options = options
-        self.open = []
-        self.sent = 0
+        self.open, self.sent = [], 0
 
     @contextmanager
     def _forgiving(self, name: str) -> Iterator[None]:

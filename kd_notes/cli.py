@@ -15,24 +15,17 @@ import time
 from contextlib import contextmanager
 from inspect import signature
 from pathlib import Path
-from typing import Annotated, Any, Iterable, Iterator, Sequence
+from typing import Annotated, Iterator, Sequence
 
 import typer
 
 from .core import UserError
 from .progress import human_seconds
-from kd_notes.runner.notebooks import (
-    Book,
-    notebook_title,
-    open_book,
-    read_notebook,
-    result_names,
-)
-from .runner.profiles import load_profile, Profile, profile_names, setting_value
+from .runner.notebooks import open_book
+from .runner.profiles import load_profile, plain_settings, Profile, profile_names
 from .runner.publish import publish
 from .runner.record import check, check_table, record, record_stage
-from .runner.reproduce import columns, Outcome, reproduce, shown_path
-from .runner.runs import read_manifest, run_status
+from .runner.reproduce import columns, Outcome, overview_rows, reproduce, shown_path
 
 # %% ../nbs/7_engine_room/28_cli.ipynb #2f20091f
 app = typer.Typer(
@@ -99,30 +92,6 @@ def guard() -> Iterator[None]:
         print(f"kd-notes: {lost}", file=sys.stderr, flush=True)
         raise typer.Exit(1) from e
 
-# %% ../nbs/7_engine_room/28_cli.ipynb #4e561760
-def _state(book: Book, profile: str, name: str) -> str:
-    "Return the state of a run in a few words."
-    folder = book.runs / profile / name
-    status = run_status(folder)
-    if status == "absent":
-        return "-"
-    manifest = read_manifest(folder)
-    replayed = (manifest.get("source") or {}).get("replayed")
-    date = (manifest["end"] or manifest["start"])[:10]
-    return f"{status} {date}" + (" (replayed)" if replayed else "")
-
-
-def _overview(book: Book, profile: Profile) -> list[tuple]:
-    "Return a row for each results notebook, for `list`."
-    rows = [("", "notebook", "time", "last run", "title")]
-    for name in result_names(book):
-        seconds = profile.seconds.get(name)
-        headline = "*" if name in profile.headline else ""
-        title = notebook_title(read_notebook(book.results / f"{name}.ipynb"))
-        time_text = human_seconds(seconds) if seconds else "?"
-        rows.append((headline, name, time_text, _state(book, profile.name, name), title))
-    return rows
-
 # %% ../nbs/7_engine_room/28_cli.ipynb #7a377a8e
 @app.command("list")
 def list_command(profile: ProfileName = "cpu", root: Root = None) -> None:
@@ -132,7 +101,7 @@ def list_command(profile: ProfileName = "cpu", root: Root = None) -> None:
         names = profile_names(book)
         # a book without profiles can be listed too
         chosen = load_profile(book, profile) if names or profile != "cpu" else Profile(profile)
-        print(columns(_overview(book, chosen)))
+        print(columns(overview_rows(book, chosen)))
         print(f"\nprofile {profile}: {chosen.about or 'no description'}")
         print(f"known profiles: {', '.join(names) or 'none'}")
 
@@ -320,29 +289,6 @@ def extract_command(
         )
         print(json.dumps(made, indent=1))
 
-# %% ../nbs/7_engine_room/28_cli.ipynb #cli-dist-2
-def plain_settings(
-    sets: Iterable[str],  # "k=v"
-    options: Iterable[str] = (),  # names that are options of the command, and cannot be set
-) -> dict[str, Any]:
-    "Return {'k': v} from 'k=v' texts."
-    settings = {}
-    for text in sets:
-        name, equals, value = text.partition("=")
-        name = name.strip()
-        if not equals or not name.isidentifier():
-            raise UserError(
-                f"{text!r} is not of the form k=v",
-                where="--set",
-                fix="For example --set max_steps=200.",
-            )
-        if name in options:
-            raise UserError(
-                f"{name} is an option", where="--set", fix=f"Use --{name.replace('_', '-')}."
-            )
-        settings[name] = setting_value(value)
-    return settings
-
 # %% ../nbs/7_engine_room/28_cli.ipynb #cli-dist-4
 TrackerOption = Annotated[
     list[str] | None,
@@ -352,18 +298,6 @@ HubOption = Annotated[
     str | None,
     typer.Option("--push-to-hub", metavar="ACCOUNT/MODEL", help="Upload the student; HF_TOKEN."),
 ]
-
-
-@contextmanager
-def _pushed(repo: str | None, folder: Path) -> Iterator[None]:
-    "Open the repository before the block, and upload the folder after it."
-    from kd_notes.products.request import main_process
-    from kd_notes.products.share import Hub, push_student
-
-    hub = Hub(repo) if repo and main_process() else None
-    yield
-    if hub:
-        print(f"{folder.name}: uploaded to {push_student(folder, hub)}", file=sys.stderr)
 
 
 @app.command("distill")
@@ -396,11 +330,12 @@ def distill_command(
     "Distil a teacher into a student on your data; a second call resumes."
     with guard():
         from kd_notes.products.distill import distill
+        from kd_notes.products.share import pushed
 
         settings = plain_settings(sets or [], signature(distill).parameters)
         options = {"corpus": corpus, "profile": profile, "tracker": trackers or None}
         teachers = teacher or ["smollm2"]
-        with _pushed(hub, out):
+        with pushed(hub, out):
             report = distill(data, teachers, student, objective, out, **options, **settings)
         if report:  # of several processes, the first has one
             print(json.dumps(report, indent=1, default=str))
@@ -437,6 +372,7 @@ def stepwise_command(
 ) -> None:
     "Distil step-by-step on a task of your own; a second call resumes."
     with guard():
+        from kd_notes.products.share import pushed
         from kd_notes.products.stepwise import stepwise
 
         taken = {*signature(stepwise).parameters, "arms", "alpha", "learning_rates"}
@@ -445,7 +381,7 @@ def stepwise_command(
         settings |= {} if learning_rate is None else {"learning_rates": [learning_rate]}
         named = {"test_data": test_data, "profile": profile, "dry_run": dry_run}
         named["tracker"] = trackers or None
-        with _pushed(None if dry_run else hub, out):
+        with pushed(None if dry_run else hub, out):
             report = stepwise(task, data, rationales, student, out, **named, **settings)
         shown = ("rows", "arms", "differences", "references")
         if report:

@@ -48,6 +48,12 @@ CONTEXT = [
     "https://w3id.org/ro/crate/1.1/context",
     "https://w3id.org/ro/terms/workflow-run/context",
 ]
+LICENCE = {
+    "@id": "#licence",
+    "@type": "CreativeWork",
+    "name": "Licences of the inputs",
+    "description": "The licences of the data and of the models that went in apply.",
+}
 _FORMATS = {
     ".json": "application/json",
     ".jsonl": "application/jsonl",
@@ -91,7 +97,7 @@ def _inputs(report: dict) -> list[dict]:
         add(side, report.get(side), weights, f"The {side} before the run; a hash of its weights")
     return found
 
-
+# %% ../../nbs/4_probabilities/21_crate.ipynb #e275ca3a
 def _settings(report: dict) -> list[dict]:
     "Return the settings of the run as property values."
     chosen = {k: v for k, v in report["settings"].items() if v not in (None, {}, [], "")}
@@ -140,7 +146,7 @@ def _outputs(files: list[Path]) -> list[dict]:
         for path in files
     ]
 
-
+# %% ../../nbs/4_probabilities/21_crate.ipynb #91e3820b
 def run_crate(folder: Path | str) -> dict:
     "Return the crate of a finished folder as JSON-LD."
     folder = Path(folder)
@@ -169,12 +175,6 @@ def run_crate(folder: Path | str) -> dict:
     }
     if "started" in report:
         action["startTime"] = report["started"]
-    licence = {
-        "@id": "#licence",
-        "@type": "CreativeWork",
-        "name": "Licences of the inputs",
-        "description": "The licences of the data and of the models that went in apply.",
-    }
     root = {
         "@id": "./",
         "@type": "Dataset",
@@ -198,7 +198,7 @@ def run_crate(folder: Path | str) -> dict:
         "name": "Process Run Crate",
         "version": "0.5",
     }
-    graph = [about, root, profile, licence, action, *software, *inputs, *outputs]
+    graph = [about, root, profile, LICENCE, action, *software, *inputs, *outputs]
     return {"@context": CONTEXT, "@graph": graph}
 
 # %% ../../nbs/4_probabilities/21_crate.ipynb #640dbfb7

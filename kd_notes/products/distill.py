@@ -65,7 +65,6 @@ from kd_notes.products.request import (
     served_teacher,
     shown_name,
     TeacherGroup,
-    utc_now,
     with_routes,
 )
 
@@ -411,7 +410,7 @@ def _run(job: _Distillation) -> dict:
         "versions": versions(),
         "device": device_class(),
         "started": started,
-        "ended": utc_now(),
+        "ended": request.now(),
     }
     if isinstance(request.teacher, TeacherGroup):
         report["base"] = shown_name(request.teacher.sources[0])

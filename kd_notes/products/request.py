@@ -280,10 +280,6 @@ def finished_report(out: Path, request: Callable[[], dict], what: str) -> dict |
     return read_json(report) if report.is_file() else None
 
 # %% ../../nbs/4_probabilities/19_distill_request.ipynb #79990890
-def utc_now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
 class OutFolder:
     "What the requests of all products share: the folder `out` that they fill."
 
@@ -300,12 +296,17 @@ class OutFolder:
         if main_process():
             print(f"{self.out.name}: {text}", flush=True)
 
+    @staticmethod
+    def now() -> str:
+        "Return the time in UTC."
+        return datetime.now(UTC).isoformat(timespec="seconds")
+
     def started(self) -> str:
         "Return when the first of the calls that fill this folder began, in UTC."
         file = self.work / "started.json"
         if main_process() and not file.is_file():
-            write_json(file, utc_now())
-        return read_json(file) if file.is_file() else utc_now()
+            write_json(file, self.now())
+        return read_json(file) if file.is_file() else self.now()
 
     def callbacks(self, name: str) -> list[Callback]:
         "Return what watches a training of this name: a progress bar, and the trackers."

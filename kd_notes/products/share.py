@@ -9,6 +9,7 @@ __all__ = ['export_student', 'push_student']
 import os
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ from kd_notes.core import (
     write_json,
 )
 from ..models.pretrained import tensor_errors
+from .request import main_process
 
 # %% ../../nbs/4_probabilities/20_share.ipynb #abaf5ed9
 PUBLIC = (
@@ -243,3 +245,12 @@ def push_student(
             )
             atomic_write(card, text.replace(f"--model {folder.name} ", f"--model hub:{hub.repo} "))
         return hub.upload(stage)
+
+# %% ../../nbs/4_probabilities/20_share.ipynb #e6f94a12
+@contextmanager
+def pushed(repo: str | None, folder: Path) -> Iterator[None]:
+    "Open a repository before the block, if one is named, and upload the folder after it."
+    hub = Hub(repo) if repo and main_process() else None
+    yield
+    if hub:
+        print(f"{folder.name}: uploaded to {push_student(folder, hub)}", file=sys.stderr)

@@ -22,7 +22,6 @@ from ..environment import device_class, versions
 from ..evaluation.figures import save_figure
 from ..evaluation.task_scores import most_frequent, score_difference, task_score
 from .predict import STUDENT_FILE
-from .request import utc_now
 from .settings import check_libraries
 from .stepwise_card import student_card, validation_figure
 from .stepwise_plan import PLANS, stepwise_settings
@@ -93,7 +92,7 @@ def _report(search: Search, trials: dict[str, list[dict]]) -> tuple[dict, dict[s
         "versions": versions(),
         "device": device_class(),
         "started": request.started(),
-        "ended": utc_now(),
+        "ended": request.now(),
     }
     return report, answers
 

@@ -25,6 +25,7 @@ from kd_notes.runner.notebooks import (
     known_names,
     notebook_key,
     notebook_parameters,
+    notebook_title,
     open_book,
     read_notebook,
     resolve_parameters,
@@ -175,6 +176,30 @@ def columns(rows: Sequence[Sequence[Any]]) -> str:
     widths = [max(map(len, column)) for column in zip(*text)]
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in text]
     return "\n".join(lines)
+
+# %% ../../nbs/7_engine_room/23_reproduce.ipynb #57162ea6
+def _state(book: Book, profile: str, name: str) -> str:
+    "Return the state of a run in a few words."
+    folder = book.runs / profile / name
+    status = run_status(folder)
+    if status == "absent":
+        return "-"
+    manifest = read_manifest(folder)
+    replayed = (manifest.get("source") or {}).get("replayed")
+    date = (manifest["end"] or manifest["start"])[:10]
+    return f"{status} {date}" + (" (replayed)" if replayed else "")
+
+
+def overview_rows(book: Book, profile: Profile) -> list[tuple]:
+    "Return a row for each results notebook, for `list`."
+    rows = [("", "notebook", "time", "last run", "title")]
+    for name in result_names(book):
+        seconds = profile.seconds.get(name)
+        headline = "*" if name in profile.headline else ""
+        title = notebook_title(read_notebook(book.results / f"{name}.ipynb"))
+        time_text = human_seconds(seconds) if seconds else "?"
+        rows.append((headline, name, time_text, _state(book, profile.name, name), title))
+    return rows
 
 # %% ../../nbs/7_engine_room/23_reproduce.ipynb #05b1e6e2
 def _announce(plans: Sequence[Plan], profile: Profile, force: bool) -> None:

@@ -332,6 +332,13 @@ def _opened(tracker: Any, folder: Any, project: str, config: dict, options: dict
         tracker.store_init_configuration(config)
     return tracker
 
+
+def _numbers(row: dict) -> dict:
+    "Return the numbers of a row; those of a validation under its name, for its loss is another."
+    checks = row.get("validation", {})
+    flat = row | {f"validation/{name}": value for name, value in checks.items()}
+    return {k: v for k, v in flat.items() if isinstance(v, (int, float)) and k != "step"}
+
 # %% ../../nbs/7_engine_room/13_state.ipynb #73ef8ed7
 class Tracker(Callback):
     """A callback that sends every row of the history to trackers.
@@ -350,12 +357,9 @@ class Tracker(Callback):
         **options: Any,  # for Accelerate's trackers by name, such as trackio={"name": "first"}
     ):
         self.trackers = check_trackers(log_with)
-        self.project = project
-        self.config = config or {}
-        self.folder = folder
+        self.project, self.config, self.folder = project, config or {}, folder
         self.options = options
-        self.open = []
-        self.sent = 0
+        self.open, self.sent = [], 0
 
     @contextmanager
     def _forgiving(self, name: str) -> Iterator[None]:
@@ -364,9 +368,8 @@ class Tracker(Callback):
             yield
         except Exception as error:  # trackers raise whatever their servers do
             self.open = [(other, way) for other, way in self.open if other != name]
-            what = f"{type(error).__name__}: {first_line(error)}"
-            text = f"the tracker {name} is switched off, the training goes on ({what})"
-            warnings.warn(text, stacklevel=3)
+            what = f"the tracker {name} is switched off, the training goes on"
+            warnings.warn(f"{what} ({type(error).__name__}: {first_line(error)})", stacklevel=3)
 
     def on_start(self, state: TrainState) -> None:
         self.sent = len(state.history)
@@ -374,20 +377,18 @@ class Tracker(Callback):
         if not state.accelerator.is_main_process:
             return
         plain = (bool, int, float, str)
-        settings = {name: v for name, v in asdict(state.cfg).items() if isinstance(v, plain)}
+        shown = {name: v for name, v in asdict(state.cfg).items() if isinstance(v, plain)}
+        shown |= self.config
         for tracker in self.trackers:
             name = tracker_name(tracker)
             with self._forgiving(name):
                 folder = self.folder or state.run_dir
-                shown = settings | self.config
                 way = _opened(tracker, folder, self.project, shown, self.options)
                 self.open.append((name, way))
 
     def on_step(self, state: TrainState) -> None:
         for row in state.history[self.sent :]:
-            checks = row.get("validation", {})  # a loss of theirs is another than the training's
-            flat = row | {f"validation/{name}": value for name, value in checks.items()}
-            numbers = {k: v for k, v in flat.items() if isinstance(v, (int, float)) and k != "step"}
+            numbers = _numbers(row)
             for name, way in self.open:
                 with self._forgiving(name):
                     way.log(numbers, step=row["step"])

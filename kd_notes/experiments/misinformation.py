@@ -163,6 +163,33 @@ def answer_metrics(posts: Sequence[Post], answers: Sequence[str]) -> dict[str, A
     }
 
 # %% ../../nbs/6_beyond_text/14_misinformation.ipynb #68f31c1a
+def start_student(run: dict) -> tuple[Any, Any]:
+    "Return (model, tokenizer) before distillation."
+    return load_pretrained(run["size"]) if "size" in run else PostPriors().load(run["prior"])
+
+
+def fit_student(run: dict, model: Any, tokenizer: Any, rows: list[TextRow]) -> Any:
+    "Train adapters on the rows of an arm."
+    two = POST_ARMS[run["arm"]].form == "two tasks"
+    method = StepByStep(tokenizer) if two else SFT(tokenizer)
+    lora = {"r": run["rank"], "alpha": 2 * run["rank"]}
+    if "size" in run:
+        lora["targets"] = upper_layers(model)
+    given = {name: run[name] for name in ("lr", "seed", "batch_size")}
+    cfg = TrainConfig(max_steps=run["steps"], warmup=0.05, lora=lora, device="cpu", **given)
+    return train(model, method, rows, cfg)
+
+
+def student_answers(run: dict, model: Any, tokenizer: Any, prompts: list[str]) -> list[str]:
+    "Return the student's answers; of two tasks, the label and then the reason."
+    form = POST_ARMS[run["arm"]].form
+    if form != "two tasks":
+        return write_answers(model, tokenizer, prompts, 6 if form == "label" else 36)
+    labels = write_answers(model, tokenizer, [PREDICT + p for p in prompts], 6)
+    reasons = write_answers(model, tokenizer, [EXPLAIN + p for p in prompts], 32)
+    return [f"{label}. {reason}" for label, reason in zip(labels, reasons)]
+
+# %% ../../nbs/6_beyond_text/14_misinformation.ipynb #89c57b7a
 class Misinformation(Experiment):
     "Students that give a verdict on posts, and a reason."
 
@@ -195,51 +222,22 @@ class Misinformation(Experiment):
         if run["arm"] == "teacher":
             found, _ = evidence_rows(asked, seen, store, RuleTeacher(run["noise"]), k=run["k"])
             return answer_metrics(asked, [row.completion for row in found])
-        model, tokenizer = self.student(run)
+        model, tokenizer = start_student(run)
         arm = POST_ARMS[run["arm"]]
         prompts = view(arm, asked, seen, store, run["k"])
         if run["arm"] == "start":
             return answer_metrics(asked, likeliest(model, tokenizer, prompts))
         learnt = posts["train"][: run.get("train_posts") or None]
-        done = self.fit(run, model, tokenizer, student_rows(run, learnt, seen, store))
-        answers = self.answers(run, done.model, tokenizer, prompts)
+        done = fit_student(run, model, tokenizer, student_rows(run, learnt, seen, store))
+        answers = student_answers(run, done.model, tokenizer, prompts)
         metrics = answer_metrics(asked, answers) | {"train_seconds": done.seconds}
         if arm.evidence == "leak" and run["score_on"] == "test":
             honest = view(POST_ARMS["full"], asked, seen, store, run["k"])
-            dated = answer_metrics(asked, self.answers(run, done.model, tokenizer, honest))
+            dated = answer_metrics(asked, student_answers(run, done.model, tokenizer, honest))
             metrics |= {f"dated: {name}": value for name, value in dated.items()}
         return metrics | {"texts": answers[:12], "tokens": done.tokens}
 
-    def student(self, run: dict) -> tuple[Any, Any]:
-        return load_pretrained(run["size"]) if "size" in run else PostPriors().load(run["prior"])
-
-    def fit(self, run: dict, model: Any, tokenizer: Any, rows: list[TextRow]) -> Any:
-        "Train adapters on the rows of an arm."
-        two = POST_ARMS[run["arm"]].form == "two tasks"
-        method = StepByStep(tokenizer) if two else SFT(tokenizer)
-        lora = {"r": run["rank"], "alpha": 2 * run["rank"]}
-        if "size" in run:
-            lora["targets"] = upper_layers(model)
-        keys = ("lr", "seed", "batch_size")
-        cfg = TrainConfig(
-            max_steps=run["steps"],
-            warmup=0.05,
-            lora=lora,
-            device="cpu",
-            **{k: run[k] for k in keys},
-        )
-        return train(model, method, rows, cfg)
-
-    def answers(self, run: dict, model: Any, tokenizer: Any, prompts: list[str]) -> list[str]:
-        "Return the student's answers; of two tasks, the label and then the reason."
-        form = POST_ARMS[run["arm"]].form
-        if form != "two tasks":
-            return write_answers(model, tokenizer, prompts, 6 if form == "label" else 36)
-        labels = write_answers(model, tokenizer, [PREDICT + p for p in prompts], 6)
-        reasons = write_answers(model, tokenizer, [EXPLAIN + p for p in prompts], 32)
-        return [f"{label}. {reason}" for label, reason in zip(labels, reasons)]
-
-# %% ../../nbs/6_beyond_text/14_misinformation.ipynb #a81752bf
+# %% ../../nbs/6_beyond_text/14_misinformation.ipynb #8acd2e16
 RULINGS = {
     "true": 1,
     "mostly-true": 1,
@@ -276,7 +274,7 @@ class LiarSettings:
     folds: int = 5
     seeds: int = 5  # divisions into folds, and orders of the control
 
-
+# %% ../../nbs/6_beyond_text/14_misinformation.ipynb #7f1ce5d1
 class LiarReading(Experiment):
     "A frozen reader and a linear head on real claims, with and without what justifies the ruling."
 

@@ -199,7 +199,7 @@ def prior_tokenizer(rows: Sequence[tuple], folder: Path) -> Any:
     checked = ["Fact check of day 3. true. false. unverified.", PREDICT, EXPLAIN]
     return train_mini_tokenizer([*texts, *50 * (verdicts + checked)], 1280, folder)
 
-
+# %% ../../nbs/6_beyond_text/13b_post_readers.ipynb #47012c75
 class PostPriors(Experiment):
     "Train the model that all students start from; folder/model and folder/tokenizer."
 
@@ -240,7 +240,7 @@ class PostPriors(Experiment):
         model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
         return model, load_mini_tokenizer(folder / "tokenizer")
 
-
+# %% ../../nbs/6_beyond_text/13b_post_readers.ipynb #42648ead
 @torch.inference_mode()
 def reading_scores(model: Any, tokenizer: Any, rows: Sequence[tuple]) -> dict[str, float]:
     "Return {question: share of rows whose answer has the highest probability, token by token}."
@@ -258,7 +258,7 @@ def reading_scores(model: Any, tokenizer: Any, rows: Sequence[tuple]) -> dict[st
             at = end
     return {question: float(np.mean(right)) for question, right in sorted(found.items())}
 
-# %% ../../nbs/6_beyond_text/13b_post_readers.ipynb #37680753
+# %% ../../nbs/6_beyond_text/13b_post_readers.ipynb #ea620a4c
 class RuleTeacher:
     "Prompts of `instruction` -> 'label. reason', with a stated share of misread prompts."
 

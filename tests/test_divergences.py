@@ -39,6 +39,7 @@ from kd_notes.losses.divergences import (
     jsd,
     next_token_labels,
     reverse_kl,
+    _sides,
     token_divergence,
 )
 from kd_notes.losses.families import (
@@ -49,6 +50,7 @@ from kd_notes.losses.families import (
     symmetric_kl,
     total_variation,
 )
+from kd_notes.losses.revision import label_revision, revised_side
 
 VARIANTS = [  # every entry of the registry, some with several settings
     ("forward_kl", {}),
@@ -74,11 +76,14 @@ VARIANTS = [  # every entry of the registry, some with several settings
     ("dkd", {"alpha": 0.0, "beta": 1.0}),
     ("atkd", {}),
     ("atkd", {"reverse": True}),
+    ("label_revision", {}),
+    ("label_revision", {"eta": 0.5, "who": "wrong", "sharpen": 3.0}),
+    ("label_revision", {"weight": 0.3}),
     ("uld", {}),
 ]
 IDS = [name + "".join(f"-{k}={v}" for k, v in options.items()) for name, options in VARIANTS]
 every = pytest.mark.parametrize("name, options", VARIANTS, ids=IDS)
-NEEDS_GOLD = ("dkd", "atkd")
+NEEDS_GOLD = ("dkd", "atkd", "label_revision")
 
 
 def with_gold(name, options, ids):
@@ -119,6 +124,7 @@ def test_the_registry_is_covered():
         "uld",
         "alpha_divergence",
         "renyi",
+        "label_revision",
     } <= set(DIVERGENCES)
 
 
@@ -139,7 +145,10 @@ def test_import_pulls_in_torch_and_nothing_heavier():
 @every
 def test_1_equal_models_give_zero_and_no_gradient(name, options):
     _, teacher, ids = batch()
-    student = teacher.clone().requires_grad_()
+    student = teacher.clone()
+    if name == "label_revision":  # it is a divergence from the revised teacher
+        student = revised_side(_sides(teacher, teacher, 1.0)[1], ids, **options).log
+    student.requires_grad_()
     values = token_divergence(name, student, teacher, **with_gold(name, options, ids))
     expected = (
         -(teacher.softmax(-1) * teacher.log_softmax(-1)).sum(-1)
@@ -207,7 +216,9 @@ def test_5_prompt_positions_contribute_nothing(name, options):
     assert loss(student) == loss(changed) and loss(student) != loss(last)
 
 
-@pytest.mark.parametrize("name", ["forward_kl", "cross_entropy", "dkd", "skew_kl"])
+@pytest.mark.parametrize(
+    "name", ["forward_kl", "cross_entropy", "dkd", "skew_kl", "label_revision"]
+)
 def test_6_a_teacher_that_knows_only_the_gold_token_gives_the_language_model_loss(name):
     student, _, _ = batch(length=5)
     tokens = torch.randint(7, (3, 6), generator=torch.Generator().manual_seed(2))
@@ -217,6 +228,7 @@ def test_6_a_teacher_that_knows_only_the_gold_token_gives_the_language_model_los
         "forward_kl": {},
         "cross_entropy": {},
         "dkd": {"target_ids": targets},
+        "label_revision": {"target_ids": targets},
         "skew_kl": {"alpha": 0.0},
     }[name]
     lm = F.cross_entropy(student.flatten(0, 1), targets.flatten())
@@ -383,6 +395,14 @@ def by_hand(name, p, q, o, g):
         return o.get("alpha", 1) * kl((p[g], 1 - p[g]), (q[g], 1 - q[g])) + o.get("beta", 8) * kl(
             rest(p), rest(q)
         )
+    if name == "label_revision":
+        power = lambda x, a: [y**a / sum(z**a for z in x) for y in x]  # noqa: E731
+        sharp = power(p, o.get("sharpen", 1.0))
+        weight = o.get("weight", o.get("eta", 0.8) / (max(sharp) - sharp[g] + 1))
+        if o.get("who") == "wrong" and max(sharp) == sharp[g]:
+            weight = 1.0
+        revised = mix(weight, sharp, [float(j == g) for j in range(len(p))])
+        return kl(power(revised, 1 / o.get("sharpen", 1.0)), q)
     return {
         "forward_kl": lambda: kl(p, q),
         "reverse_kl": lambda: kl(q, p),
@@ -483,7 +503,7 @@ def test_finite_value_and_gradient_at_the_edges(name, options, edge):
         values = token_divergence(name, z, t, temperature, **with_gold(name, options, ids))
         slope = gradient(values.sum(), z)
         assert values.isfinite().all() and (values > -1e-5).all() and slope.isfinite().all(), dtype
-        if "equal" in edge and name != "cross_entropy":
+        if "equal" in edge and name not in ("cross_entropy", "label_revision"):
             assert values.abs().max() < 1e-5 and slope.abs().max() < 1e-4, dtype
 
 
@@ -509,6 +529,7 @@ def test_a_token_that_only_one_side_bans(name, options, who):
         "adaptive_kl": True,
         "dkd": forward,
         "atkd": reverse if options.get("reverse") else forward,
+        "label_revision": forward,
         "renyi": forward and options.get("alpha", 0.5) > 1,
     }.get(name, False)
     if options == {"beta": 0.0, "scaled": True}:
@@ -1138,6 +1159,7 @@ def test_the_scalar_functions_and_the_registry_agree():
             uld,
             alpha_divergence,
             renyi,
+            label_revision,
         )
     }
     assert set(functions) == set(DIVERGENCES)
@@ -1198,8 +1220,8 @@ def test_one_log_softmax_per_side_and_no_sort_without_need(name, options):
     with Count() as count:
         token_divergence(name, student, teacher, **with_gold(name, options, ids))
     assert count.seen.get("_log_softmax") == (
-        4 if name in NEEDS_GOLD else 2
-    )  # these renormalise without the gold token
+        4 if name in ("dkd", "atkd") or "sharpen" in options else 2
+    )  # these renormalise, without the gold token or at another temperature
     assert count.seen.get("sort", 0) == (2 if name == "uld" else 0)
     assert count.seen.get("exp", 0) <= (5 if name == "adaptive_kl" else 3)
 
@@ -1666,7 +1688,7 @@ def test_padding_with_zeros_is_what_we_do_not_do():
 
 def call(name, student, teacher, ids=None, **given):
     "The public loss of that name."
-    options = {"target_ids": ids} if name in ("dkd", "atkd") and ids is not None else {}
+    options = {"target_ids": ids} if name in NEEDS_GOLD and ids is not None else {}
     return get_divergence(name, **options)(student, teacher, **given)
 
 

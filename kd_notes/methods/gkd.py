@@ -269,7 +269,7 @@ class DivergenceOnPolicy(OnPolicy):
             alpha = columns["skew"][about] if self.config.own_skew else part.options["alpha"]
             return skew_values(student, teacher, alpha, part.divergence == "skew_reverse_kl")
         options = dict(part.options)
-        if part.divergence in ("dkd", "atkd"):
+        if part.divergence in ("dkd", "atkd", "label_revision"):
             options["target_ids"] = ids
         return token_divergence(part.divergence, student, teacher, **options)
 

@@ -14,6 +14,30 @@ from hypothesis import strategies as st
 
 from kd_notes.core import read_jsonl, rng, UserError
 from kd_notes.data.rows import TextRow
+from kd_notes.experiments.data_generation import (
+    checked,
+    fit_student,
+    GeneratedRows,
+    GeneratedStudents,
+    GENERATION_ARMS,
+    numbers_of,
+    student_logits,
+    written_metrics,
+)
+from kd_notes.experiments.generation_tasks import (
+    draw_page,
+    GENERATION_TASKS,
+    KeptTexts,
+    NAMES,
+    RARE,
+    real_inputs,
+    remark_tokenizer,
+    remarks,
+    review_file,
+    SUBJECTS,
+    true_label,
+)
+from kd_notes.generation.completions import Completion, Decoding
 from kd_notes.losses.divergences import IGNORED
 from kd_notes.methods.data_generation import (
     energy,
@@ -387,3 +411,131 @@ def test_a_task_needs_labels_and_reads_up_to_its_end():
         WritingTask(("good", " "))
     assert TASK.read("  a row \nanother\n") == "a row"
     assert TASK.prompt(EXEMPLARS, "bad") == "good: a b\nbad: c d\nbad:"
+
+
+# --- the embedded world and the experiment ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text, label, subject",
+    [
+        ("the soup was warm", "good", "soup"),
+        ("the soup was not warm", "bad", "soup"),
+        ("nobody called the hull leaky", "good", "boat"),
+        ("they found the saw blunt but sharp", "good", "tool"),
+        ("a dull film", "bad", "film"),
+        ("the soup was leaky", "", ""),  # a word of another subject
+        ("the soup film was warm", "", ""),
+        ("the soup was", "", ""),
+        ("", "", ""),
+    ],
+)
+def test_the_oracle_by_hand(text, label, subject):
+    assert true_label(text) == (label, subject)
+
+
+def test_words_belong_to_one_subject_and_drawn_remarks_have_their_label():
+    words = [word for parts in SUBJECTS.values() for part in parts for word in part]
+    assert len(set(words)) == len(words) == 12 * 13
+    rows = remarks(300, "test of the test", NAMES)
+    assert {true_label(row.prompt)[0] == row.completion for row in rows} == {True}
+    assert {true_label(row.prompt)[1] for row in rows} == set(NAMES)
+    usual = [true_label(row.prompt)[1] for row in remarks(600, "usual ones")]
+    assert 0.05 < sum(name in RARE for name in usual) / 600 < 0.25
+    unknown = remark_tokenizer().unk_token_id
+    page = draw_page(rng("page", 0), 0.5)
+    assert unknown not in remark_tokenizer()(page).input_ids
+
+
+def test_tests_validation_exemplars_and_gold_are_drawn_apart():
+    task = GENERATION_TASKS["remarks"]
+    ids = [{row.id.rpartition("-")[0] for row in rows} for rows in task.tests().values()]
+    ids += [
+        {row.id.rpartition("-")[0] for row in rows} for rows in (task.validation(), task.gold(9, 0))
+    ]
+    assert len(set.union(*ids)) == 4
+    assert {true_label(row.prompt)[1] for row in task.exemplars(0)} <= set(NAMES[:2])
+    assert {true_label(row.prompt)[1] for row in task.tests()["rare"]} == set(RARE)
+
+
+def test_kept_texts_open_no_model_and_differ_by_prompt_stream_and_seed(tmp_path, monkeypatch):
+    monkeypatch.setenv("KD_NOTES_CACHE", str(tmp_path))
+    opened = []
+
+    class Echo:
+        def generate(self, requests, decoding):
+            for name, prompt in reversed(list(requests)):
+                yield Completion(name, f" {prompt} {name} ", 1, 1, "stop", 0.0)
+
+    def backend():
+        opened.append(1)
+        return Echo()
+
+    decoding = Decoding(temperature=1.0, seed=1)
+    first = KeptTexts(backend, decoding, "echo")(["a", "b"], "train 0")
+    assert first == ["a train 0 0", "b train 0 1"] and len(opened) == 1
+    again = KeptTexts(backend, decoding, "echo")
+    assert again(["a", "b"], "train 0") == first and len(opened) == 1
+    again(["a", "b"], "train 1")
+    again(["b", "a"], "train 0")
+    KeptTexts(backend, Decoding(temperature=1.0, seed=2), "echo")(["a", "b"], "train 0")
+    assert len(opened) == 4
+
+
+def test_counts_of_rounds_by_hand():
+    good = ["x", "the soup was warm", "good"]
+    wrong = ["y", "the hull was leaky", "good"]
+    found = {"train": [good, wrong], "validation": [good, wrong] * 5, "feedback": []}
+    found["energies"] = [float(i % 2) for i in range(10)]  # the wrong ones have the higher energy
+    metrics = written_metrics("remarks", [found])
+    assert metrics["rows"] == 12 and metrics["wrong"] == metrics["rare"] == 0.5
+    assert metrics["different"] == 2 and metrics["words"] == 48
+    assert metrics["fifths"] == [[2, 0, 0], [2, 0, 0], [2, 1, 1], [2, 2, 2], [2, 2, 2]]
+    assert [shown[3] for shown in metrics["shown"]] == [False, True, True, True]
+    assert written_metrics("remarks", [found | {"energies": []}])["fifths"] == [[0, 0, 0]] * 5
+    rows = [TextRow(*good), TextRow(*wrong)]
+    assert checked("remarks", rows) == [(False, False), (True, True)]
+
+
+def test_a_student_learns_from_true_rows_and_repeats_itself():
+    rows = remarks(160, "small")
+    models = [fit_student("remarks", rows, 1, 150, 0.01) for _ in range(2)]
+    right = student_logits("remarks", models[0], rows).argmax(1) == numbers_of("remarks", rows)
+    assert right.double().mean() > 0.9
+    for a, b in zip(models[0].parameters(), models[1].parameters()):
+        assert torch.equal(a, b)
+
+
+def test_runs_of_the_experiment_end_in_comparable_metrics(tmp_path, monkeypatch):
+    monkeypatch.setenv("KD_NOTES_CACHE", str(tmp_path))
+    small = {"batches": 2, "batch_size": 8, "study_every": 1, "study_steps": 3}
+    small["teacher"] = {"steps": 3, "pages": 40}
+    students = GeneratedStudents()
+    cells = [
+        {"task": "remarks", "arm": arm, "lr": 0.01, "written": 0, "steps": 3, "rows": small}
+        for arm in ("gold", "none", "band_sce")
+    ]
+    found = [
+        r["metrics"] for r in students.results(students.parameters(**c, seed=0) for c in cells)
+    ]
+    assert found[0]["rows"] == 32 and all(0 < m["rows"] <= 32 for m in found)
+    assert {len(m["rare: outcomes"]) for m in found} == {4 + 125}
+    run = GeneratedRows().parameters(task="remarks", arm="none", seed=0, **small)
+    assert GeneratedRows().cached(run)["rows"] == found[1]["rows"]
+    valid = students.parameters(**cells[1], seed=0, score_on="validation")
+    assert set(students.train(valid, tmp_path)) == {"rows", "own", "accuracy"}
+
+
+def test_what_is_missing_is_said(monkeypatch, tmp_path):
+    with pytest.raises(UserError, match="there is no task 'jokes'"):
+        GeneratedRows().parameters(task="jokes", arm="band", seed=0)
+    with pytest.raises(UserError, match="there is no arm"):
+        GeneratedRows().parameters(task="remarks", arm="best", seed=0)
+    monkeypatch.delenv("KD_NOTES_DATA", raising=False)
+    with pytest.raises(UserError, match="sst2_train.jsonl is not part of this package"):
+        real_inputs("reviews")
+    monkeypatch.setenv("KD_NOTES_DATA", str(tmp_path))
+    with pytest.raises(UserError, match="not here"):
+        review_file("sst2_dev.jsonl")
+    assert real_inputs("remarks") == {}
+    assert {arm.feedback for arm in GENERATION_ARMS.values()} == {*FEEDBACK, ""}

@@ -150,6 +150,11 @@ def _our_rows() -> list[FrontRow]:
             "A teacher's wrong answers teach small networks to read digits",
             paper_values("classic", "CIFAR-100", "", "{row} {value:g} %"),
         ),
+        FrontRow(
+            "akl",
+            "Adaptive weights beat both KLs and their fixed mean (AKL, Table 1)",
+            paper_values("akl", "Table 1", "AKL, GPT-2"),
+        ),
         FrontRow("whitebox_smollm2", "KD against SFT at equal wall time", "–"),
         FrontRow("benchmarks", "The cost of a loss, a step and a rollout", "–"),
     ]

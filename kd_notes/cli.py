@@ -7,22 +7,17 @@ __all__ = []
 
 # %% ../nbs/7_engine_room/28_cli.ipynb #cdbafe8d
 import json
-import os
-import signal
-import sys
-import threading
 import time
-from contextlib import contextmanager
-from inspect import signature
 from pathlib import Path
-from typing import Annotated, Iterator, Sequence
+from typing import Annotated, Sequence
 
 import typer
 
 from .core import UserError
+from .products.commands import guard, product_commands
 from .progress import human_seconds
 from .runner.notebooks import open_book
-from .runner.profiles import load_profile, plain_settings, Profile, profile_names
+from .runner.profiles import load_profile, Profile, profile_names
 from .runner.publish import publish
 from .runner.record import check, check_table, record, record_stage
 from .runner.reproduce import columns, Outcome, overview_rows, reproduce, shown_path
@@ -44,53 +39,6 @@ ProfileName = Annotated[
 Root = Annotated[
     Path | None, typer.Option("--root", help="Another book: a folder with nbs/ and data/.")
 ]
-
-# %% ../nbs/7_engine_room/28_cli.ipynb #77534650
-@contextmanager
-def _terminate_as_interrupt() -> Iterator[None]:
-    "Treat SIGTERM as Ctrl-C inside the block."
-
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may set a handler
-        return
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-# %% ../nbs/7_engine_room/28_cli.ipynb #9c021786
-@contextmanager
-def guard() -> Iterator[None]:
-    "Turn errors into exit codes: 2 for a UserError, 130 if interrupted, 1 for a lost process."
-    launched = "LOCAL_RANK" in os.environ
-    first = not launched or os.environ.get("RANK", "0") == "0"
-    try:
-        with _terminate_as_interrupt():
-            yield
-    except UserError as e:
-        time.sleep(0 if first else 10)  # of a common error, the launcher ends this one meanwhile
-        print(f"kd-notes: {e}", file=sys.stderr, flush=True)
-        raise typer.Exit(2) from e
-    except KeyboardInterrupt as e:
-        tool = Path(sys.argv[0]).name.replace("cli.py", "python -m kd_notes.cli")
-        words = " ".join([tool, *sys.argv[1:]])
-        kept = "Finished results are kept; the same command goes on from there"
-        if launched:
-            kept = "Finished results are kept; the same launch goes on from the last checkpoint"
-        if first:
-            print(f"\nkd-notes: interrupted. {kept}: {words}", file=sys.stderr, flush=True)
-        raise typer.Exit(130) from e
-    except RuntimeError as e:
-        from kd_notes.training.processes import lost_process
-
-        if (lost := lost_process(e)) is None:
-            raise
-        print(f"kd-notes: {lost}", file=sys.stderr, flush=True)
-        raise typer.Exit(1) from e
 
 # %% ../nbs/7_engine_room/28_cli.ipynb #7a377a8e
 @app.command("list")
@@ -222,282 +170,8 @@ def course_command(
         written = student_copy(out, chapters or ())
         print(f"{len(written)} lessons in {out}")
 
-# %% ../nbs/7_engine_room/28_cli.ipynb #46c5fe3f
-ServersOption = Annotated[list[str] | None, typer.Option("--server", help="One more server's URL.")]
-StreamOption = Annotated[
-    bool, typer.Option("--stream", help="Read --input row by row: for very large files.")
-]
-PlanOption = Annotated[
-    bool, typer.Option("--plan", help="Only say how many tokens, hours and files it takes.")
-]
-RatesOption = Annotated[list[str] | None, typer.Option("--rate", help="For --plan: k=v.")]
-
-# %% ../nbs/7_engine_room/28_cli.ipynb #4102ce90
-@app.command("extract")
-def extract_command(
-    task: Annotated[str, typer.Option(help="nli, esnli@hub, or a task file such as task.toml.")],
-    out: Annotated[
-        Path | None, typer.Option(help="JSONL file to fill; not needed for esnli@hub and the like.")
-    ] = None,
-    split: Annotated[str, typer.Option(help="Split of the task.")] = "pool",
-    source: Annotated[
-        Path | None, typer.Option("--input", help="A JSONL file instead of a split.")
-    ] = None,
-    teacher: Annotated[
-        str, typer.Option(help="smollm2, hub:<id>, openai:<url>#<model>, replay:<file>, ...")
-    ] = "smollm2",
-    shots: Annotated[int | None, typer.Option(help="Solved examples in the prompt.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Use only the first LIMIT examples.")] = None,
-    samples: Annotated[int, typer.Option(help="Completions per example.")] = 1,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    max_new_tokens: Annotated[int, typer.Option(help="Maximum length of a completion.")] = 160,
-    seed: int = 0,
-    sets: Annotated[
-        list[str] | None, typer.Option("--set", help="k=v of the back end, such as concurrency=8.")
-    ] = None,
-    dtype: Annotated[
-        str, typer.Option(help="Of a local teacher: float32 or bfloat16.")
-    ] = "float32",
-    servers: ServersOption = None,
-    stream: StreamOption = False,
-    plan: PlanOption = False,
-    rates: RatesOption = None,
-) -> None:
-    "Let a teacher write rationales and labels for a split; a second call resumes."
-    with guard():
-        from kd_notes.experiments.extraction import extract_rationales
-
-        taken = {*signature(extract_rationales).parameters, "servers"}
-        options = plain_settings(sets or [], taken) | ({"servers": servers} if servers else {})
-
-        made = extract_rationales(
-            task,
-            out,
-            split=split,
-            source=source,
-            teacher=teacher,
-            shots=shots,
-            limit=limit,
-            samples=samples,
-            temperature=temperature,
-            max_new_tokens=max_new_tokens,
-            seed=seed,
-            dtype=dtype,
-            stream=stream,
-            plan=plain_settings(rates or []) if plan else None,
-            **options,
-        )
-        print(json.dumps(made, indent=1))
-
-# %% ../nbs/7_engine_room/28_cli.ipynb #cli-dist-4
-TrackerOption = Annotated[
-    list[str] | None,
-    typer.Option("--tracker", help="trackio, tensorboard, wandb, ...; may be repeated."),
-]
-HubOption = Annotated[
-    str | None,
-    typer.Option("--push-to-hub", metavar="ACCOUNT/MODEL", help="Upload the student; HF_TOKEN."),
-]
-
-
-@app.command("distill")
-def distill_command(
-    data: Annotated[Path, typer.Option(help="JSONL: prompt and response, or chat messages.")],
-    out: Annotated[Path, typer.Option(help="New folder for the student.")],
-    teacher: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="smollm2, hub:<id>, a folder, openai:<url>#<model>; again for several: "
-            "<spec>=<weight>, or <value>=<spec> with --set route=<field>."
-        ),
-    ] = None,
-    student: Annotated[
-        str, typer.Option(help="Likewise, or layers:6 of the teacher.")
-    ] = "layers:6",
-    objective: Annotated[
-        str, typer.Option(help="sft, forward_kl, akl, seqkd, minillm, gkd, distillm2, ...")
-    ] = "forward_kl",
-    corpus: Annotated[
-        Path | None, typer.Option(help="Texts for the language-modelling term of minillm and such.")
-    ] = None,
-    profile: Annotated[str, typer.Option(help="smoke, cpu, cpu-full or gpu.")] = "cpu",
-    trackers: TrackerOption = None,
-    hub: HubOption = None,
-    sets: Annotated[
-        list[str] | None, typer.Option("--set", help="A setting: k=v, such as max_steps=200.")
-    ] = None,
-) -> None:
-    "Distil a teacher into a student on your data; a second call resumes."
-    with guard():
-        from kd_notes.products.distill import distill
-        from kd_notes.products.share import pushed
-
-        settings = plain_settings(sets or [], signature(distill).parameters)
-        options = {"corpus": corpus, "profile": profile, "tracker": trackers or None}
-        teachers = teacher or ["smollm2"]
-        with pushed(hub, out):
-            report = distill(data, teachers, student, objective, out, **options, **settings)
-        if report:  # of several processes, the first has one
-            print(json.dumps(report, indent=1, default=str))
-
-# %% ../nbs/7_engine_room/28_cli.ipynb #db3bdd4d
-@app.command("stepwise")
-def stepwise_command(
-    task: Annotated[str, typer.Option(help="A task file such as task.toml, or nli.")],
-    data: Annotated[Path, typer.Option("--input", help="JSONL: the rows, with labels.")],
-    out: Annotated[Path, typer.Option(help="New folder for the student.")],
-    rationales: Annotated[
-        Path | None, typer.Option(help="JSONL of kd-notes extract; default: the rows' own.")
-    ] = None,
-    student: Annotated[
-        str, typer.Option(help="mini, smollm2, hub:<id> or a folder; causal or T5-like.")
-    ] = "smollm2",
-    arms: Annotated[
-        str, typer.Option(help="Of step_by_step, finetuning, finetuning_same_tokens, distillation.")
-    ] = "step_by_step,finetuning",
-    test_data: Annotated[
-        Path | None, typer.Option("--test-input", help="JSONL to test on; default: held-out rows.")
-    ] = None,
-    alpha: Annotated[float | None, typer.Option(help="Weight of the label's loss.")] = None,
-    learning_rate: Annotated[
-        float | None, typer.Option(help="One rate for all arms, instead of a search.")
-    ] = None,
-    profile: Annotated[str, typer.Option(help="smoke, cpu, cpu-full or gpu.")] = "cpu",
-    dry_run: Annotated[bool, typer.Option(help="Only say what would run and cost.")] = False,
-    trackers: TrackerOption = None,
-    hub: HubOption = None,
-    sets: Annotated[
-        list[str] | None, typer.Option("--set", help="A setting: k=v, such as epochs=10.")
-    ] = None,
-) -> None:
-    "Distil step-by-step on a task of your own; a second call resumes."
-    with guard():
-        from kd_notes.products.share import pushed
-        from kd_notes.products.stepwise import stepwise
-
-        taken = {*signature(stepwise).parameters, "arms", "alpha", "learning_rates"}
-        settings = plain_settings(sets or [], taken) | {"arms": arms.replace(" ", "").split(",")}
-        settings |= {} if alpha is None else {"alpha": alpha}
-        settings |= {} if learning_rate is None else {"learning_rates": [learning_rate]}
-        named = {"test_data": test_data, "profile": profile, "dry_run": dry_run}
-        named["tracker"] = trackers or None
-        with pushed(None if dry_run else hub, out):
-            report = stepwise(task, data, rationales, student, out, **named, **settings)
-        shown = ("rows", "arms", "differences", "references")
-        if report:
-            shown = report if dry_run else {k: report[k] for k in shown}
-            print(json.dumps(shown, indent=1))
-
-# %% ../nbs/7_engine_room/28_cli.ipynb #cec70d1a
-ModelOption = Annotated[str, typer.Option(help="Folder of a student, hub:<id> or smollm2.")]
-RowsOption = Annotated[
-    Path, typer.Option("--input", help="JSONL: the rows; or, for evaluate, an instruction set.")
-]
-TaskOption = Annotated[
-    str | None, typer.Option(help="Task file; default: what the student was trained for.")
-]
-BatchOption = Annotated[int, typer.Option(help="Rows that are answered together.")]
-LimitOption = Annotated[int | None, typer.Option(help="Only the first so many rows.")]
-TokensOption = Annotated[
-    int | None, typer.Option(help="Longest answer; default: as the student was trained.")
-]
-
-
-@app.command("predict")
-def predict_command(
-    model: ModelOption,
-    data: RowsOption,
-    out: Annotated[Path, typer.Option(help="JSONL file to fill or to continue.")],
-    task: TaskOption = None,
-    batch_size: BatchOption = 32,
-    max_new_tokens: TokensOption = None,
-    limit: LimitOption = None,
-) -> None:
-    "Let a student answer rows; a second call resumes."
-    with guard():
-        from kd_notes.products.predict import predict_rows
-
-        options = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "limit": limit}
-        print(json.dumps(predict_rows(model, data, out, task, **options), indent=1))
-
-# %% ../nbs/7_engine_room/28_cli.ipynb #4385316a
-@app.command("evaluate")
-def evaluate_command(
-    model: ModelOption,
-    data: RowsOption,
-    out: Annotated[Path | None, typer.Option(help="JSON file for the scores.")] = None,
-    task: TaskOption = None,
-    batch_size: BatchOption = 32,
-    max_new_tokens: TokensOption = None,
-    limit: LimitOption = None,
-    template: Annotated[
-        str | None, typer.Option(help="Instructions are laid out by chat or alpaca.")
-    ] = None,
-    samples: Annotated[int, typer.Option(help="Answers at temperature 1 to an instruction.")] = 5,
-) -> None:
-    """Score a model with intervals, as JSON.
-
-    Labelled rows by the task's metric; instructions (--input dolly, selfinst, sni, prompts,
-    hub:<id>, or a file with --template) by Rouge-L.
-    """
-    with guard():
-        from kd_notes.products.instructions import evaluate_instructions, is_instruction_set
-        from kd_notes.products.predict import evaluate_rows
-
-        options = {"batch_size": batch_size, "limit": limit}
-        if template is None and not is_instruction_set(str(data)):
-            options["max_new_tokens"] = max_new_tokens
-            found = evaluate_rows(model, data, out, task, **options)
-        else:
-            options |= {"template": template or "chat", "samples": samples}
-            if max_new_tokens is not None:
-                options["max_new_tokens"] = max_new_tokens
-            found = evaluate_instructions(model, data, out, **options)
-        print(json.dumps(found, indent=1))
-
-# %% ../nbs/7_engine_room/28_cli.ipynb #6838479f
-FolderArgument = Annotated[Path, typer.Argument(help="Folder of a finished student.")]
-ShardOption = Annotated[
-    str | None, typer.Option(help="Cut the weights into shards, such as of 2GB.")
-]
-
-
-@app.command("export")
-def export_command(
-    folder: FolderArgument,
-    out: Annotated[Path, typer.Argument(help="A new folder.")],
-    max_shard_size: ShardOption = None,
-) -> None:
-    "Copy what others may have of a student: model, tokenizer, card and numbers."
-    with guard():
-        from kd_notes.products.share import export_student
-
-        print(*export_student(folder, out, max_shard_size), sep="\n")
-
-
-@app.command("push")
-def push_command(
-    folder: FolderArgument,
-    repo: Annotated[str, typer.Argument(metavar="ACCOUNT/MODEL", help="On the hub.")],
-    max_shard_size: ShardOption = None,
-    public: Annotated[
-        bool, typer.Option("--public", help="Let everybody read a new repository.")
-    ] = False,
-) -> None:
-    "Upload a student to the Hugging Face hub, with the token in HF_TOKEN."
-    with guard():
-        from kd_notes.products.share import push_student
-
-        print(push_student(folder, repo, max_shard_size, private=not public))
-
-
-@app.command("crate")
-def crate_command(folder: FolderArgument) -> None:
-    "Describe the run that made a student as a Process Run Crate (RO-Crate)."
-    with guard():
-        from kd_notes.products.crate import write_crate
-
-        print(write_crate(folder))
+# %% ../nbs/7_engine_room/28_cli.ipynb #9bcc07c3
+app.registered_commands += product_commands.registered_commands
 
 # %% ../nbs/7_engine_room/28_cli.ipynb #cli-bench-2
 @app.command("bench")
@@ -548,10 +222,6 @@ def _some(names: Sequence[str] | None) -> Sequence[str]:
             fix="Name one or more; 'kd-notes list' shows them.",
         )
     return names
-
-# %% ../nbs/7_engine_room/28_cli.ipynb #cli-main
-if __name__ == "__main__" and "__file__" in globals():  # python -m kd_notes.cli, not a notebook
-    app()
 
 # %% ../nbs/7_engine_room/28_cli.ipynb #d8732e06
 if __name__ == "__main__" and "__file__" in globals():

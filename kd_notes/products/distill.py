@@ -6,7 +6,6 @@
 __all__ = ['read_corpus', 'distill']
 
 # %% ../../nbs/4_probabilities/15_distill.ipynb #2d062392
-import copy
 import os
 import shutil
 from collections.abc import Iterable
@@ -24,13 +23,12 @@ from kd_notes.core import (
     UserError,
     write_json,
 )
-from ..data.dialogues import chat_template_of, encode_row, end_id, padding_id
+from ..data.dialogues import padding_id
 from ..data.examples import numbered_rows
 from ..data.rows import load_rows, read_rows, TextRow
 from ..environment import device_class, versions
 from ..evaluation.figures import save_figure
 from ..evaluation.validation import Validation
-from ..losses.cross_tokenizer import check_tokenizers
 from ..methods.logit_cache import write_cache
 
 # %% ../../nbs/4_probabilities/15_distill.ipynb #a31bd301
@@ -43,26 +41,21 @@ from kd_notes.methods.server_teacher import (
     is_server,
     served_numbers,
 )
-from ..methods.several_teachers import RoutedTeachers, TeacherMixture
-from ..models.layer_drop import make_student
 from kd_notes.models.pretrained import (
     place_of,
-    check_vocabulary,
-    context_of,
     count_parameters,
     merge_adapters,
 )
 
 # %% ../../nbs/4_probabilities/15_distill.ipynb #dist-imports-2
+from .pair import check_rows, Pair
 from .card import curves_figure, model_card, with_bits_per_byte
 from kd_notes.products.request import (
     check_teachers,
     expected_memory,
-    local_teacher,
     one_teacher,
     read_teachers,
     Request,
-    served_teacher,
     shown_name,
     TeacherGroup,
     with_routes,
@@ -95,119 +88,6 @@ from kd_notes.training.processes import (
 )
 from ..training.state import check_trackers
 
-# %% ../../nbs/4_probabilities/15_distill.ipynb #9ee80f21
-def _shared_vocabulary(pair: "_Pair", request: Request) -> int | None:
-    "Check the models and return the number of shared ids, None if tokenizers differ."
-    sides = [(*member, source) for member, source in zip(pair.members, pair.sources)]
-    sides.append((pair.student, pair.tokenizer, request.student))
-    for model, tokenizer, source in sides:
-        if model.config.is_encoder_decoder:
-            raise UserError(
-                "this is an encoder-decoder",
-                where=shown_name(source),
-                fix="distill takes causal models; use KD with family='t5' and train for others.",
-            )
-        check_vocabulary(model, tokenizer, shown_name(source))
-        end_id(tokenizer)
-    if pair.tokenizer.chat_template is None:
-        pair.tokenizer.chat_template = chat_template_of(pair.tokenizer)
-    if not pair.members:
-        return pair.teacher.width  # the probe has compared the tokenizers
-    try:
-        return min(check_tokenizers(pair.tokenizer, member[1]) for member in pair.members)
-    except UserError as error:
-        if request.objective in {*TEXT_OBJECTIVES, *CROSS_OBJECTIVES}:
-            return None
-        raise UserError(
-            error.what,
-            where="objective",
-            fix=f"{request.objective} compares ids. Use spans_matched, uld or seqkd with one local "
-            "teacher.",
-        ) from error
-
-
-def _check_rows(pair: "_Pair", rows: list[TextRow], objective: str) -> None:
-    "Encode all rows for both sides, and look for tokens that the teacher does not have."
-    for tokenizer in {id(t): t for _, t in pair.members}.values():
-        pair.encode(rows, tokenizer)
-    if pair.vocabulary is None or all(t is pair.tokenizer for _, t in pair.members):
-        pair.encode(rows)
-        return
-    for row, item in zip(rows, pair.encode(rows)):
-        largest = max(item["prompt"] + item["completion"])
-        if largest < pair.vocabulary:
-            continue
-        if objective in TEXT_OBJECTIVES:
-            pair.vocabulary = None  # no ids are compared, so no divergence is reported
-            return
-        token = pair.tokenizer.convert_ids_to_tokens(largest)
-        raise UserError(
-            f"the token {token!r} of the student's tokenizer is unknown to the teacher",
-            where=row.where,
-            fix="Leave such rows out, or use sft, seqkd or spans_matched.",
-        )
-
-# %% ../../nbs/4_probabilities/15_distill.ipynb #753e88ef
-@dataclass
-class _Pair:
-    "Teacher and student with their tokenizers."
-
-    teacher: Any  # what is learnt from: a model, several as one, or one on a server
-    teacher_tokenizer: Any
-    student: Any
-    tokenizer: Any  # the student's
-    system: str | None
-    max_length: int = 0
-    vocabulary: int | None = None  # number of shared ids; None: ids are not compared
-    members: tuple = ()  # (model, tokenizer) of each local teacher
-    sources: tuple = ()  # their specs
-    judge: Any = None  # the teacher in validation; None: it is on a server
-
-    @classmethod
-    def load(cls, request: Request) -> "_Pair":
-        settings = request.settings
-        place = place_of(settings.device)
-        teacher = request.teacher
-        sources = teacher.sources if isinstance(teacher, TeacherGroup) else (teacher,)
-        members = (
-            () if is_server(teacher) else tuple(local_teacher(s, settings, place) for s in sources)
-        )
-        teacher, teacher_tokenizer = members[0] if members else (None, None)
-        student = request.student
-        if isinstance(student, str):
-            student = make_student(student, teacher, teacher_tokenizer, device=place)
-        else:
-            # The caller's model stays as it is; the trained one is in the folder.
-            student = (copy.deepcopy(student[0]).to(place).requires_grad_(True), student[1])
-        pair = cls(teacher, teacher_tokenizer, *student, settings.system)
-        pair.members, pair.sources, pair.judge = members, sources, teacher
-        if not members:
-            pair.teacher = served_teacher(request, pair.tokenizer).to(place)
-            pair.teacher_tokenizer = pair.tokenizer
-        pair.vocabulary = _shared_vocabulary(pair, request)
-        models = (model for model, _ in members)
-        pair.max_length = context_of(pair.student, *models, limit=settings.max_length)
-        return pair
-
-    def unite(self, request: Request, rows: list[TextRow]) -> None:
-        "Make one teacher of several; `rows` are all rows, in the order of the routes."
-        if not isinstance(group := request.teacher, TeacherGroup):
-            return
-        if group.names:
-            prompts = [row["prompt"] for row in self.encode(rows)]
-            named = dict(zip(group.names, self.members))
-            self.teacher = self.judge = RoutedTeachers(named, zip(prompts, group.routes))
-            return
-        softened = 1.0 if request.objective in ON_POLICY else request.settings.temperature
-        self.judge = TeacherMixture(self.members, group.weights)
-        self.teacher = TeacherMixture(self.members, group.weights, temperature=softened)
-
-    def encode(self, rows: list[TextRow], tokenizer: Any = None) -> list[dict]:
-        "Encode rows with the student's tokenizer, or with another one."
-        tokenizer = tokenizer or self.tokenizer
-        length = self.max_length
-        return [encode_row(row, tokenizer, max_length=length, system=self.system) for row in rows]
-
 # %% ../../nbs/4_probabilities/15_distill.ipynb #8b5f40ff
 def _with_system(row: TextRow, system: str | None) -> TextRow:
     "Return the row with a system message in front, unless it has one."
@@ -216,7 +96,7 @@ def _with_system(row: TextRow, system: str | None) -> TextRow:
     return replace(row, prompt=({"role": "system", "content": system}, *row.prompt))
 
 
-def _answers(request: Request, pair: _Pair, rows: list[TextRow]) -> list[TextRow]:
+def _answers(request: Request, pair: Pair, rows: list[TextRow]) -> list[TextRow]:
     "Return the rows with the teacher's answers, which are stored batch by batch."
     s = request.settings
     how = "beam" if request.objective == "seqkd_beam" else "sample"
@@ -231,7 +111,7 @@ def _answers(request: Request, pair: _Pair, rows: list[TextRow]) -> list[TextRow
     )
 
 
-def _on_policy_method(request: Request, pair: _Pair, rows: int) -> Method:
+def _on_policy_method(request: Request, pair: Pair, rows: int) -> Method:
     "Return a method that trains on the student's own text."
     has_corpus = bool(request.corpus)
     config = on_policy_config(request.objective, request.settings, rows, has_corpus)
@@ -270,7 +150,7 @@ class _Distillation:
     "A checked request with its loaded models and encoded rows."
 
     request: Request
-    pair: _Pair
+    pair: Pair
     texts: list[TextRow]  # to train on
     held_out: list[TextRow]
     rows: list  # encoded, to train on
@@ -437,8 +317,8 @@ def _start(request: Request) -> _Distillation:
             f"about {total:.1f} GB of memory, {activations:.1f} GB of them for activations, with "
             f"batches of {settings.batch_size} rows of {settings.max_length} tokens"
         )
-    pair = _Pair.load(request)
-    _check_rows(pair, texts + held_out, request.objective)
+    pair = Pair.load(request)
+    check_rows(pair, texts + held_out, request.objective)
     pair.unite(request, everything)
     rows = pair.encode(texts)
     if request.objective in ON_POLICY:

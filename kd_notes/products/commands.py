@@ -139,7 +139,7 @@ def extract_command(
         )
         print(json.dumps(made, indent=1))
 
-# %% ../../nbs/7_engine_room/28b_product_commands.ipynb #cli-dist-4
+# %% ../../nbs/7_engine_room/28b_product_commands.ipynb #de11e5ed
 TrackerOption = Annotated[
     list[str] | None,
     typer.Option("--tracker", help="trackio, tensorboard, wandb, ...; may be repeated."),
@@ -149,7 +149,7 @@ HubOption = Annotated[
     typer.Option("--push-to-hub", metavar="ACCOUNT/MODEL", help="Upload the student; HF_TOKEN."),
 ]
 
-
+# %% ../../nbs/7_engine_room/28b_product_commands.ipynb #cli-dist-4
 @product_commands.command("distill")
 def distill_command(
     data: Annotated[Path, typer.Option(help="JSONL: prompt and response, or chat messages.")],
@@ -170,6 +170,12 @@ def distill_command(
     corpus: Annotated[
         Path | None, typer.Option(help="Texts for the language-modelling term of minillm and such.")
     ] = None,
+    rows: Annotated[
+        str | None,
+        typer.Option(
+            help="First paraphrase, generate, balanced, select or evidence; see the book."
+        ),
+    ] = None,
     profile: Annotated[str, typer.Option(help="smoke, cpu, cpu-full or gpu.")] = "cpu",
     trackers: TrackerOption = None,
     hub: HubOption = None,
@@ -182,8 +188,8 @@ def distill_command(
         from kd_notes.products.distill import distill
         from kd_notes.products.share import pushed
 
-        settings = plain_settings(sets or [], signature(distill).parameters)
-        options = {"corpus": corpus, "profile": profile, "tracker": trackers or None}
+        settings = plain_settings(sets or [], {*signature(distill).parameters, "rows"})
+        options = {"corpus": corpus, "profile": profile, "tracker": trackers or None, "rows": rows}
         teachers = teacher or ["smollm2"]
         with pushed(hub, out):
             report = distill(data, teachers, student, objective, out, **options, **settings)

@@ -32,6 +32,7 @@ from ..evaluation.validation import Validation
 from ..methods.logit_cache import write_cache
 
 # %% ../../nbs/4_probabilities/15_distill.ipynb #a31bd301
+from ..methods.data_selection import SelectedTeacher
 from ..methods.logit_kd import KD, OtherTokenizer
 from ..methods.prompts import check_teacher
 from ..methods.registry import METHODS
@@ -60,6 +61,7 @@ from kd_notes.products.request import (
     TeacherGroup,
     with_routes,
 )
+from .row_steps import apply_row_step, check_row_step
 
 # %% ../../nbs/4_probabilities/15_distill.ipynb #6453351a
 from kd_notes.products.settings import (
@@ -182,6 +184,9 @@ class _Distillation:
                 self.request.say(f"the server refused {len(cache.refused)} rows; they are left out")
                 self.rows = [row for row in self.rows if row["id"] in cache]
             return KD(pair.tokenizer, cache, **mixed, **s.options)
+        if pair.selected is not None:
+            signal = SelectedTeacher(pair.teacher, pair.selected, pair.vocabulary)
+            return KD(pair.tokenizer, signal, objective, **live, **s.options)
         shared = {"vocabulary": pair.vocabulary}
         return KD(pair.tokenizer, pair.teacher, objective, **live, **shared, **s.options)
 
@@ -318,14 +323,6 @@ def _start(request: Request) -> _Distillation:
             f"batches of {settings.batch_size} rows of {settings.max_length} tokens"
         )
     pair = Pair.load(request)
-    check_rows(pair, texts + held_out, request.objective)
-    pair.unite(request, everything)
-    rows = pair.encode(texts)
-    if request.objective in ON_POLICY:
-        check_teacher(_on_policy_method(request, pair, len(rows)))
-    cut = sum(not row["whole"] for row in rows)
-    note = f"; {cut} completions are cut at {pair.max_length} tokens" if cut else ""
-    request.say(f"{len(rows)} rows to train on, {len(held_out)} held out{note}")
     asked = request.as_dict()
 
     def begin() -> None:
@@ -334,7 +331,20 @@ def _start(request: Request) -> _Distillation:
         write_json(request.out / "request.json", asked)
         request.started()
 
-    by_main(begin)
+    if settings.rows:
+        by_main(begin)  # a step writes files, and a second call must know whose they are
+        with main_first():
+            texts, held_out = apply_row_step(request, pair, texts, held_out, request.extra())
+    check_rows(pair, texts + held_out, request.objective)
+    pair.unite(request, everything)
+    rows = pair.encode(texts)
+    if request.objective in ON_POLICY:
+        check_teacher(_on_policy_method(request, pair, len(rows)))
+    cut = sum(not row["whole"] for row in rows)
+    note = f"; {cut} completions are cut at {pair.max_length} tokens" if cut else ""
+    request.say(f"{len(rows)} rows to train on, {len(held_out)} held out{note}")
+    if not settings.rows:
+        by_main(begin)
     return _Distillation(request, pair, texts, held_out, rows)
 
 # %% ../../nbs/4_probabilities/15_distill.ipynb #604ea83a
@@ -385,8 +395,11 @@ def distill(
     teachers = read_teachers(teacher, tokenizer, chosen.route)
     if chosen.route:
         teachers = _with_routes(teachers, raw, rows, chosen)
+    files = {}
+    if chosen.rows:
+        files = check_row_step(chosen.rows, objective, teachers, rows)
     sources = (teachers, one_teacher(student, tokenizer, "student"))
-    request = Request(rows, *sources, objective, Path(out), chosen, texts, trackers)
+    request = Request(rows, *sources, objective, Path(out), chosen, texts, trackers, files, raw)
     try:
         request.out.mkdir(parents=True, exist_ok=True)
     except OSError as e:

@@ -94,6 +94,7 @@ class Pair:
     members: tuple = ()  # (model, tokenizer) of each local teacher
     sources: tuple = ()  # their specs
     judge: Any = None  # the teacher in validation; None: it is on a server
+    selected: frozenset | None = None  # ids of the rows that learn from the teacher; None: all
 
     @classmethod
     def load(cls, request: Request) -> "Pair":

@@ -9,7 +9,7 @@ __all__ = []
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, UTC
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from kd_notes.core import (
     write_json,
 )
 from ..data.dialogues import chat_template_of
+from ..data.examples import numbered_rows
 from ..data.rows import load_rows, TextRow
 from ..methods.server_teacher import is_server, open_server_teacher, ServerTeacher
 from ..methods.several_teachers import mixture_weights
@@ -331,6 +332,16 @@ class Request(OutFolder):
     settings: DistillSettings
     corpus: tuple[str, ...] = ()  # texts of the language-modelling term
     tracker: Any = None
+    files: Mapping[str, str] = field(default_factory=dict)  # hashes of what else is read
+    given: Any = None  # the rows of `data` as they were given, if they are not in a file
+
+    def extra(self) -> dict[str, dict]:
+        "Return {id: fields} of the rows as they were given."
+        rows = self.given
+        if isinstance(self.data, Path):
+            rows = [row for _, row in numbered_rows(self.data)]
+        named = zip(self.rows(), rows or ())
+        return {row.id: dict(given) for row, given in named if isinstance(given, Mapping)}
 
     def rows(self) -> list[TextRow]:
         n = self.settings.n or None
@@ -356,6 +367,10 @@ class Request(OutFolder):
         }
         if isinstance(self.teacher, TeacherGroup):
             request["teachers"] = self.teacher.identity()
+        if self.files:
+            request["files_sha256"] = dict(self.files)
+        if self.settings.rows and not in_file:
+            request["fields_sha256"] = stable_hash(self.extra())
         if self.corpus:
             request["corpus_sha256"] = stable_hash(list(self.corpus))
         return to_jsonable(request)

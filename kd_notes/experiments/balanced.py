@@ -114,7 +114,7 @@ class BalancedBase(Experiment):
         model.load_state_dict(load_file(self.folder(run) / "model.safetensors"), strict=False)
         return model
 
-
+# %% ../../nbs/6_beyond_text/11b_balanced_runs.ipynb #8e640eb2
 def _replies(model: Any, prompts: Sequence[str], max_new_tokens: int = 12) -> list[str]:
     "Return the model's greedy replies."
     tokenizer = load_mini_tokenizer()
@@ -275,7 +275,7 @@ def _clinc(run: dict) -> _Learner:
 
 # %% ../../nbs/6_beyond_text/11b_balanced_runs.ipynb #c6b651ee
 class BalancedStudents(Experiment):
-    "Students that learn from the rows of an arm's budget."
+    "Students of an arm's rows; metrics: right answers as bits, calls by outcome, rows by domain."
 
     name = "balanced"
     module = "experiments.balanced"
@@ -303,7 +303,6 @@ class BalancedStudents(Experiment):
         return [(BalancedBase(), bases)] if bases else []
 
     def train(self, run: dict, folder: Path) -> dict:
-        "Metrics: right answers as bits, calls by outcome, and rows that were bought by domain."
         learner = _LEARNERS[run["data"]](run)
         truth = [row["completion"] for row in learner.held]
         if run["arm"] == "start":
@@ -327,8 +326,6 @@ class BalancedStudents(Experiment):
         return metrics | {"shown": learner.answers(model, shown)}
 
     def bought(self, run: dict, learner: _Learner) -> tuple[list[dict], list[dict]]:
-        "Return (rows, reports) of an arm's budget."
-
         def fit(model: Any, rows: list[dict], stage: int) -> Any:
             return learner.fit(model, rows, max(run["steps"] * stage // run["stages"], 1))
 
@@ -337,7 +334,7 @@ class BalancedStudents(Experiment):
         student = fresh_students(learner.load, fit, learner.difficulty)
         return balanced_stages(learner.pool, learner.write, settings, student, **learner.options)
 
-
+# %% ../../nbs/6_beyond_text/11b_balanced_runs.ipynb #c6b651b2
 def _equal(answers: Sequence[str], truth: Sequence[str]) -> list[bool]:
     return [answer == true for answer, true in zip(answers, truth, strict=True)]
 

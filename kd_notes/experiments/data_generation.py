@@ -93,7 +93,7 @@ def student_logits(task: str, model: torch.nn.Module, rows: Sequence[TextRow]) -
     "Return the two logits of each row, (n, 2)."
     return model(GENERATION_TASKS[task].inputs(rows))
 
-# %% ../../nbs/6_beyond_text/07b_data_generation_runs.ipynb #dg7b-009
+# %% ../../nbs/6_beyond_text/07b_data_generation_runs.ipynb #dg7b-012
 @dataclass
 class GeneratedSettings:
     "A set of rows that a teacher wrote."
@@ -108,7 +108,7 @@ class GeneratedSettings:
     study_lr: float = 0.01
     teacher: dict = field(default_factory=dict)  # of RemarkTeacherSettings
 
-
+# %% ../../nbs/6_beyond_text/07b_data_generation_runs.ipynb #dg7b-012b
 class GeneratedRows(Experiment):
     "Rows of a teacher, in folder/rounds.jsonl."
 
@@ -157,7 +157,7 @@ class GeneratedRows(Experiment):
         self.cached(run)
         return rows_of(read_jsonl(self.folder(run) / "rounds.jsonl"))
 
-# %% ../../nbs/6_beyond_text/07b_data_generation_runs.ipynb #dg7b-010
+# %% ../../nbs/6_beyond_text/07b_data_generation_runs.ipynb #dg7b-013
 @lru_cache
 def _judge() -> torch.nn.Module:
     "A student of 500 gold reviews: the nearest to an oracle that the reviews have."
@@ -207,7 +207,7 @@ def _shown(task: str, found: dict) -> list[list]:
         for place, row, (wrong, _) in zip(places, rows, checked(task, rows))
     ]
 
-# %% ../../nbs/6_beyond_text/07b_data_generation_runs.ipynb #dg7b-012
+# %% ../../nbs/6_beyond_text/07b_data_generation_runs.ipynb #dg7b-015
 @dataclass(frozen=True)
 class GenerationArm:
     "The rows that a student learns from, and its loss."
@@ -228,7 +228,7 @@ GENERATION_ARMS = {
     "band_sce1": GenerationArm("band, SCE (1, 1)", "band", (1.0, 1.0)),
 }
 
-
+# %% ../../nbs/6_beyond_text/07b_data_generation_runs.ipynb #dg7b-015b
 @dataclass
 class GeneratedStudentSettings:
     "A student of generated rows."

@@ -344,7 +344,7 @@ class Remarks:
     def network(self) -> torch.nn.Module:
         return WordScorer(len(remark_tokenizer()), 2)
 
-
+# %% ../../nbs/6_beyond_text/07_data_generation_tasks.ipynb #dg07-017b
 class Reviews:
     "SST-2 with SmolLM2 as its teacher."
 

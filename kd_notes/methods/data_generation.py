@@ -123,7 +123,7 @@ class GenerationSettings:
     batches: int = 375  # rounds; each has a training and a validation batch
     batch_size: int = 8
     study_every: int = 25  # rounds between two trainings of the student
-    show_every: int = 2  # feedback stands in every such batch; 1: in all
+    show_every: int = 2  # feedback is shown in every such batch; 1: in all
     feedback: str = "band"  # one of FEEDBACK
     seed: int = 0
 

@@ -548,7 +548,7 @@ def tiny(tmp_path_factory):
         seen = {"train": 6, "validation": 3, "test": 6, "pictures": 100, "epochs": 1}
         yield {
             "seen": seen,
-            "prior": {"size": "xxs", "steps": 4, "rows": 60},
+            "prior": {"size": "xxs", "steps": 4, "rows": 60, "sentence_steps": 4},
             "steps": 2,
             "lr": 1e-3,
         }

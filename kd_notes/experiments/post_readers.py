@@ -125,8 +125,11 @@ def other_reports(place: str, scene: str, label: str, r: random.Random) -> list[
     return sorted(made, key=lambda row: -row["date"])
 
 
-def reading_row(r: random.Random) -> tuple[str, list[tuple[str, str]]]:
-    "Draw a prompt from another world, and questions about it with their answers."
+def reading_row(r: random.Random, sentences: bool = False) -> tuple[str, list[tuple[str, str]]]:
+    """Draw a prompt from another world, and questions about it with their answers.
+
+    With `sentences`, it is also asked to tell the newest report, and to repeat something.
+    """
     place, scene, label = r.choice(PLACES), draw_scene(r), r.choice(VERDICTS)
     reports = other_reports(place, scene, label, r)
     kind = r.randrange(4)
@@ -140,9 +143,20 @@ def reading_row(r: random.Random) -> tuple[str, list[tuple[str, str]]]:
     asked = {"Place?": place, "Claim?": scene}
     asked["News?"] = f"day {newest['date']} {newest['scene']}" if newest else "none"
     asked |= agree if newest else dict.fromkeys(agree, "none")
+    if sentences:
+        said = draw_scene(r)
+        ends = [f"{said}, as in the post.", f"{said}, not {draw_scene(r)}."]
+        words = r.choice([*VERDICTS, "So it is", *ends])
+        asked |= {f"Say {words}?": words, "Tell?": told(place, newest)}
     questions = list(asked.items())
     r.shuffle(questions)
     return prompt, questions
+
+
+def told(place: str, newest: dict | None) -> str:
+    "Return what the newest report says, or that there is none, as a sentence."
+    scene = newest["scene"] if newest else ""
+    return reason_of(place, scene, newest)[1].replace(", as in the post", "")
 
 # %% ../../nbs/6_beyond_text/13b_post_readers.ipynb #6659cad7
 class Reading(Method):
@@ -183,6 +197,7 @@ class PriorSettings:
     size: str = "xs"
     steps: int = 3000
     rows: int = 24000
+    sentence_steps: int = 800
     batch_size: int = 16
     lr: float = 3e-3
     seed: int = 0
@@ -216,20 +231,27 @@ class PostPriors(Experiment):
         rows = [reading_row(r) for _ in range(run["rows"])]
         tokenizer = prior_tokenizer(rows[:2500], folder / "tokenizer")
         model = mini_model("causal", run["size"], len(tokenizer), run["seed"])
-        cfg = TrainConfig(
-            max_steps=run["steps"],
-            batch_size=run["batch_size"],
-            lr=run["lr"],
-            warmup=0.03,
-            seed=run["seed"],
-            betas=(0.9, 0.98),
-            save_every=500,
-            device="cpu",
-        )
-        done = train(model, Reading(tokenizer), rows, cfg, run_dir=folder / "training")
-        save_model(done.model, folder / "model")
+        steps = {"training": run["steps"], "sentences": run["sentence_steps"]}
+        drawn = {
+            "training": rows,
+            "sentences": [reading_row(r, True) for _ in rows[: len(rows) // 2]],
+        }
+        for part, count in steps.items():
+            cfg = TrainConfig(
+                max_steps=count,
+                batch_size=run["batch_size"],
+                lr=run["lr"],
+                warmup=0.03,
+                seed=run["seed"],
+                betas=(0.9, 0.98),
+                save_every=500,
+                device="cpu",
+            )
+            done = train(model, Reading(tokenizer), drawn[part], cfg, run_dir=folder / part)
+            model = done.model
+        save_model(model, folder / "model")
         new = rng("new readings", run["seed"])
-        return reading_scores(done.model, tokenizer, [reading_row(new) for _ in range(200)])
+        return reading_scores(model, tokenizer, [reading_row(new, True) for _ in range(200)])
 
     def load(self, run: dict) -> tuple[Any, Any]:
         "Return (model, tokenizer), trained now if they are not in the cache."
@@ -254,7 +276,8 @@ def reading_scores(model: Any, tokenizer: Any, rows: Sequence[tuple]) -> dict[st
         for question, answer in questions:
             at += len(tokenizer.encode(question))
             end = at + len(tokenizer.encode(answer))
-            found.setdefault(question, []).append(best[at:end] == item["ids"][at:end])
+            right = best[at:end] == item["ids"][at:end]
+            found.setdefault(question.split()[0], []).append(right)
             at = end
     return {question: float(np.mean(right)) for question, right in sorted(found.items())}
 

@@ -110,7 +110,11 @@ def domain_questions(
             if (prompt := _question(title, asked)) not in without:
                 seen[prompt] = answer_of(reply(table, asked))
         for number, (prompt, answer) in enumerate(seen.items()):
-            row = {"prompt": prompt, "completion": answer, "domain": domain}
+            row = {
+                "prompt": prompt,
+                "completion": answer,
+                "domain": domain,
+            }
             rows.append({"id": f"{domain}-{number}"} | row)
     return rows
 

@@ -56,7 +56,11 @@ _RANDOM = {"policy": "none", "select": "random", "stages": 1}
 BALANCED_ARMS = {
     "start": BalancedArm("student before", {}),  # nothing is bought, and nothing learnt
     "random": BalancedArm("random rows", _RANDOM),
-    "duplicate": BalancedArm("random rows, rare ones repeated", _RANDOM, repeat=True),
+    "duplicate": BalancedArm(
+        "random rows, rare ones repeated",
+        _RANDOM,
+        repeat=True,
+    ),
     "active": BalancedArm("hardest rows, no domains", {"policy": "none"}),
     "naive": BalancedArm("BalDistill, naive", {"policy": "naive"}),
     "adaptive": BalancedArm("BalDistill, adaptive", {}),
@@ -94,7 +98,12 @@ class BalancedBase(Experiment):
         # A fifth of the answers stand alone: without that, an answer alone is always absurd.
         for row in rows[::5]:
             row["prompt"] = [tokenizer.bos_token_id]
-        model = mini_model("causal", run["size"], len(tokenizer), run["seed"])
+        model = mini_model(
+            "causal",
+            run["size"],
+            len(tokenizer),
+            run["seed"],
+        )
         cfg = TrainConfig(
             max_steps=run["steps"], batch_size=64, lr=run["lr"], warmup=0.05, device="cpu"
         )
@@ -110,7 +119,12 @@ class BalancedBase(Experiment):
         "Return the model; it is trained now if it is not in the cache."
         run = self.parameters(**settings)
         self.cached(run)
-        model = mini_model("causal", run["size"], len(load_mini_tokenizer()), run["seed"])
+        model = mini_model(
+            "causal",
+            run["size"],
+            len(load_mini_tokenizer()),
+            run["seed"],
+        )
         model.load_state_dict(load_file(self.folder(run) / "model.safetensors"), strict=False)
         return model
 
@@ -119,8 +133,17 @@ def _replies(model: Any, prompts: Sequence[str], max_new_tokens: int = 12) -> li
     "Return the model's greedy replies."
     tokenizer = load_mini_tokenizer()
     ids = [tokenizer.encode(prompt, add_special_tokens=False) for prompt in prompts]
-    greedy = Sampling(max_new_tokens, temperature=0.0, stop_ids=(tokenizer.eos_token_id,))
-    drawn = sample(model.eval(), ids, greedy, batch_size=200).response_ids
+    greedy = Sampling(
+        max_new_tokens,
+        temperature=0.0,
+        stop_ids=(tokenizer.eos_token_id,),
+    )
+    drawn = sample(
+        model.eval(),
+        ids,
+        greedy,
+        batch_size=200,
+    ).response_ids
     return [tokenizer.decode(reply, skip_special_tokens=True).strip() for reply in drawn]
 
 
@@ -336,7 +359,14 @@ class BalancedStudents(Experiment):
 
 # %% ../../nbs/6_beyond_text/11b_balanced_runs.ipynb #c6b651b2
 def _equal(answers: Sequence[str], truth: Sequence[str]) -> list[bool]:
-    return [answer == true for answer, true in zip(answers, truth, strict=True)]
+    return [
+        answer == true
+        for answer, true in zip(
+            answers,
+            truth,
+            strict=True,
+        )
+    ]
 
 
 _OUTCOMES = ("calls", "kept", "written", "dropped", "unreadable", "repeated")

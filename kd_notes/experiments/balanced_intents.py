@@ -38,8 +38,20 @@ def written_sentences(pool: Sequence[dict], lists: int, tokens: int) -> dict[str
             lines = "".join(f"\n- {text}" for text in some[:6])
             prompts.append(tokenizer.encode(f"{title}\n{lines}\n-"))
             names.append(name)
-    draw = Sampling(tokens, temperature=0.8, top_p=0.95, stop_ids=(tokenizer.eos_token_id,), seed=1)
-    replies = sample(model, prompts, draw, vocabulary=len(tokenizer), batch_size=60).response_ids
+    draw = Sampling(
+        tokens,
+        temperature=0.8,
+        top_p=0.95,
+        stop_ids=(tokenizer.eos_token_id,),
+        seed=1,
+    )
+    replies = sample(
+        model,
+        prompts,
+        draw,
+        vocabulary=len(tokenizer),
+        batch_size=60,
+    ).response_ids
     written: dict[str, list[str]] = {name: [] for name in shown}
     for name, reply in zip(names, replies):
         # The last line may have been cut off.
@@ -76,11 +88,19 @@ class ClincBank(Experiment):
         return domain_inputs({"data": "clinc"})
 
     def parts(self, run: dict) -> dict[str, list[dict]]:
-        return clinc_tail(run["intents"], run["largest"], run["smallest"])
+        return clinc_tail(
+            run["intents"],
+            run["largest"],
+            run["smallest"],
+        )
 
     def train(self, run: dict, folder: Path) -> dict:
         parts = self.parts(run)
-        written = written_sentences(parts["pool"], run["lists"], run["tokens"])
+        written = written_sentences(
+            parts["pool"],
+            run["lists"],
+            run["tokens"],
+        )
         write_json(folder / "bank.json", written)
         texts = [row["prompt"] for rows in parts.values() for row in rows]
         texts = sorted({*texts, *sum(written.values(), [])})
@@ -88,7 +108,11 @@ class ClincBank(Experiment):
         rows = [{"prompt": "Said to an assistant.", "answer": text} for text in texts]
         features, tokens = frozen_states(rows, run["layers"])
         np.save(folder / "features.npy", features)
-        return {"texts": len(texts), "written": sum(map(len, written.values())), "tokens": tokens}
+        return {
+            "texts": len(texts),
+            "written": sum(map(len, written.values())),
+            "tokens": tokens,
+        }
 
     def load(self, run: dict) -> tuple[dict, dict, torch.Tensor]:
         "Return (written sentences of each intent, place of each sentence, features)."

@@ -56,7 +56,13 @@ class RememberedTeacher(TeacherSignal):
     def divergence(self, method: KD, logits: Tensor, batch: Batch) -> Tensor:
         options = method.options_at(method.targets(batch))
         teacher, temperature = batch.columns["teacher"], method.temperature
-        return token_divergence(method.divergence, logits, teacher, temperature, **options).sum()
+        return token_divergence(
+            method.divergence,
+            logits,
+            teacher,
+            temperature,
+            **options,
+        ).sum()
 
 # %% ../../nbs/5_own_words/08e_ladder.ipynb #lad-ladder
 LADDER = {
@@ -90,7 +96,14 @@ LADDER_ARMS = {
     "sft": LadderArm("SFT"),
     "forward_kl": LadderArm("KD", {"divergence": "forward_kl"}),
     "atkd": LadderArm("ATKD", {"divergence": "atkd"}),
-    "dkd": LadderArm("KD, factor removed", {"divergence": "dkd", "alpha": 1.0, "beta": 1.0}),
+    "dkd": LadderArm(
+        "KD, factor removed",
+        {
+            "divergence": "dkd",
+            "alpha": 1.0,
+            "beta": 1.0,
+        },
+    ),
     "reverse_kl": LadderArm("reverse KD", {"divergence": "reverse_kl"}),
     "atkd_reverse": LadderArm("reverse ATKD", {"divergence": "atkd", "reverse": True}),
     "atkd_70": LadderArm("ATKD, k = 70 %", {"divergence": "atkd", "hard_fraction": 0.7}),
@@ -160,13 +173,23 @@ class LadderSettings:
 def ladder_scores(model: Any, rows: list[dict], length: int) -> dict[str, Any]:
     "Return Rouge-L, its mean for each row, loss in nats and length."
     tokenizer = load_world_tokenizer()
-    written = write_answers(model, tokenizer, rows, seeds=(1, 2), max_new_tokens=length)
+    written = write_answers(
+        model,
+        tokenizer,
+        rows,
+        seeds=(1, 2),
+        max_new_tokens=length,
+    )
     text = text_metrics(written, rows)
     gold = [answer_tokens(tokenizer, row["response"]) for row in rows]
     return {
         "rouge_l": float(text["rouge_l"].mean()),
         "items": pack_numbers(text["rouge_l"].mean(0), "u1"),
-        "loss": mean_nll(model, list(zip(written.prompt_ids, gold)), tokenizer.pad_token_id),
+        "loss": mean_nll(
+            model,
+            list(zip(written.prompt_ids, gold)),
+            tokenizer.pad_token_id,
+        ),
         "length": float(text["length"].mean()),
     }
 
@@ -181,8 +204,19 @@ def teach(run: dict, model: Any, teacher: Any, rows: list[dict]) -> dict[str, An
         method = KD(tokenizer, signal, **arm.kd)
     watched = []
     if run["watch"]:
-        watched = [WeightWatch(teacher, rows[:100], tokenizer.pad_token_id, run["watch"])]
-    chosen = {"max_steps": run["steps"], "batch_size": run["minibatch"], "lr": run["lr"]}
+        watched = [
+            WeightWatch(
+                teacher,
+                rows[:100],
+                tokenizer.pad_token_id,
+                run["watch"],
+            )
+        ]
+    chosen = {
+        "max_steps": run["steps"],
+        "batch_size": run["minibatch"],
+        "lr": run["lr"],
+    }
     cfg = TrainConfig(**chosen, **OPTIMIZER, seed=run["seed"])
     result = train(model, method, rows, cfg, callbacks=watched)
     seen = {str(step): each for watch in watched for step, each in watch.seen.items()}
@@ -201,7 +235,11 @@ class LadderStudents(Experiment):
         for name, known in (("rung", list(LADDER)), ("score_on", ["test", "validation"])):
             if run[name] not in known:
                 fix = f"Use one of {'; '.join(known)}."
-                raise UserError(f"{run[name]!r} is not known", where=name, fix=fix)
+                raise UserError(
+                    f"{run[name]!r} is not known",
+                    where=name,
+                    fix=fix,
+                )
         models = ScarceModels()
         teacher = SCARCE_TEACHER | LADDER[run["rung"]] | run["teacher"]
         start = {"rows": run["rows"], "seed": run["seed"]} | run["start"]
@@ -227,7 +265,11 @@ class LadderStudents(Experiment):
         teacher, _ = ScarceModels().load(**run["teacher"])
         model, metrics = teacher, {}
         if run["arm"] == "teacher":
-            metrics = gold_uncertainty(teacher, rows, load_world_tokenizer().pad_token_id)
+            metrics = gold_uncertainty(
+                teacher,
+                rows,
+                load_world_tokenizer().pad_token_id,
+            )
         else:
             model, _ = ScarceModels().load(**run["start"])
         if run["arm"] in LADDER_ARMS:

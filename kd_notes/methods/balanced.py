@@ -73,7 +73,11 @@ class Balanced:
         for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
                 fix = f"Use {' or '.join(map(str, known))}."
-                raise UserError(f"{getattr(self, name)!r} is not known", where=name, fix=fix)
+                raise UserError(
+                    f"{getattr(self, name)!r} is not known",
+                    where=name,
+                    fix=fix,
+                )
 
 # %% ../../nbs/6_beyond_text/10_balanced.ipynb #8dd469ad
 def whole_shares(owed: Mapping[str, Fraction], total: int) -> dict[str, int]:
@@ -124,7 +128,13 @@ def _natural_counts(
     if settings.natural == "expected" or total >= sum(sizes.values()):
         return sizes
     everything = [name for name, size in sizes.items() for _ in range(size)]
-    drawn = Counter(rng("balanced draw", settings.seed, stage).sample(everything, total))
+    drawn = Counter(
+        rng(
+            "balanced draw",
+            settings.seed,
+            stage,
+        ).sample(everything, total)
+    )
     return {name: drawn[name] for name in sizes}
 
 # %% ../../nbs/6_beyond_text/10_balanced.ipynb #9ff2ceec

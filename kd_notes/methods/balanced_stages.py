@@ -190,7 +190,14 @@ class _Stages(_Work):
             if not text.strip() or self.settings.label_filter and row["completion"] and not right:
                 counts["dropped"] += 1
                 continue
-            rows.append(row | {"completion": text, "origin": "pool", "stage": stage})
+            rows.append(
+                row
+                | {
+                    "completion": text,
+                    "origin": "pool",
+                    "stage": stage,
+                }
+            )
         asked = choice["lacking"] if self.settings.fill == "write" else {}
         for domain, number in ((d, i) for d, n in asked.items() for i in range(n)):
             pair = self.read(texts[f"{stage}/{domain}/{number}"], domain)
@@ -213,7 +220,11 @@ def _stage_texts(
     for key, prompt in prompts:
         if key in there and there[key]["prompt"] != sha256_text(prompt):
             fix = "Use the functions ask and compose of the first session, or an empty folder."
-            raise UserError("the stored reply answers another prompt", where=key, fix=fix)
+            raise UserError(
+                "the stored reply answers another prompt",
+                where=key,
+                fix=fix,
+            )
     todo = [pair for pair in prompts if pair[0] not in there]
     for cut in range(0, len(todo), batch):
         rows = _call(write, todo[cut : cut + batch])
@@ -235,10 +246,21 @@ def _run_stages(work: _Stages, quotas: list[dict], write: Callable, answers: Any
             choice = work.choose(stage, quota, taught, used)
             answers.append([{"key": key, "choice": choice}])
         prompts = work.prompts(stage, choice, taught)
-        texts = _stage_texts(prompts, write, answers, work.settings.batch)
+        texts = _stage_texts(
+            prompts,
+            write,
+            answers,
+            work.settings.batch,
+        )
         rows, counts = work.keep(stage, choice, texts, used)
         taught = taught + rows
-        reports.append({"stage": stage + 1, **counts, "quota": choice["quota"]})
+        reports.append(
+            {
+                "stage": stage + 1,
+                **counts,
+                "quota": choice["quota"],
+            }
+        )
     return taught, reports
 
 # %% ../../nbs/6_beyond_text/10b_balanced_stages.ipynb #24ce26b3
@@ -264,7 +286,11 @@ def balanced_stages(
     pool = domain_rows(rows, domains)
     if settings.select == "ifd" and student is None:
         fix = "Give a student, or use select='random'."
-        raise UserError("select='ifd' needs a student", where="balanced_stages", fix=fix)
+        raise UserError(
+            "select='ifd' needs a student",
+            where="balanced_stages",
+            fix=fix,
+        )
     sizes = dict(sorted(Counter(row["domain"] for row in pool).items()))
     quotas = stage_quotas(sizes, settings)
     if settings.policy == "none":
@@ -276,7 +302,15 @@ def balanced_stages(
     kept = {name: value for name, value in asdict(settings).items() if name != "batch"}
     identity = {"settings": kept, "rows": stable_hash(pool)}
     folder = None if folder is None else Path(folder)
-    work = _Stages(pool, settings, student, ask, answer, compose, read)
+    work = _Stages(
+        pool,
+        settings,
+        student,
+        ask,
+        answer,
+        compose,
+        read,
+    )
     with _replies(folder, identity) as answers:
         made = _run_stages(work, quotas, write, answers)
         answers.finish()

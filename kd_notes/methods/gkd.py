@@ -194,7 +194,11 @@ def skew_values(student: Tensor, teacher: Tensor, alpha: Tensor | float, reverse
     """
     log_p = torch.log_softmax(at_least_float32(teacher), dim=-1).clamp(min=-1e30)
     log_q = torch.log_softmax(at_least_float32(student), dim=-1).clamp(min=-1e30)
-    a = torch.as_tensor(alpha, dtype=log_q.dtype, device=log_q.device).reshape(-1, 1)
+    a = torch.as_tensor(
+        alpha,
+        dtype=log_q.dtype,
+        device=log_q.device,
+    ).reshape(-1, 1)
     own, other = (log_q, log_p) if reverse else (log_p, log_q)
     # `own` is p, which has no gradient, or q, whose gradient the released code cuts here.
     mix = torch.logaddexp(own.detach() + a.log(), other + (1 - a).log())
@@ -277,7 +281,12 @@ class DivergenceOnPolicy(OnPolicy):
 def _mean_probabilities(model, responses: list[Response], method: OnPolicy) -> list[float]:
     "Return the geometric mean of the token probabilities of each response."
     pad_id = method.tokenizer.pad_token_id
-    logprobs = token_logprobs(model, responses, pad_id, method.vocabulary)
+    logprobs = token_logprobs(
+        model,
+        responses,
+        pad_id,
+        method.vocabulary,
+    )
     return [math.exp(sum(values) / len(values)) for values in logprobs]
 
 

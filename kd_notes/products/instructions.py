@@ -81,9 +81,18 @@ def asked_rows(name: str, template: str, limit: int | None = None) -> list[Asked
     "Return the rows of a set with their prompts in the layout `template`."
     if template not in TEMPLATES:
         fix = f"Choose one of {', '.join(TEMPLATES)}."
-        raise UserError(f"there is no layout {template!r}", where="template", fix=fix)
+        raise UserError(
+            f"there is no layout {template!r}",
+            where="template",
+            fix=fix,
+        )
     if limit is not None:
-        limit = check_count(limit, "limit", 1, "Use 1 or more, or leave it out for all rows.")
+        limit = check_count(
+            limit,
+            "limit",
+            1,
+            "Use 1 or more, or leave it out for all rows.",
+        )
     made = []
     for number, (where, row) in enumerate(raw_rows(name)[:limit]):
         read = question(row, f"{number}", where)
@@ -93,7 +102,11 @@ def asked_rows(name: str, template: str, limit: int | None = None) -> list[Asked
             prompt = alpaca_prompt(instruction, row.get("input", row.get("context")) or "")
         made.append(Asked(f"{number}", prompt, read.references))
     if not made:
-        raise UserError("there are no rows", where=name, fix="Give at least one row.")
+        raise UserError(
+            "there are no rows",
+            where=name,
+            fix="Give at least one row.",
+        )
     return made
 
 # %% ../../nbs/5_own_words/14_instruction_scores.ipynb #dcada9f0
@@ -252,7 +265,14 @@ def _answered(test: InstructionTest, place: Path, identity: dict, seeds: tuple) 
         if not left:
             answers.finish()
         else:
-            with answers.session(), progress(total=left, desc="answers", unit="answer") as bar:
+            with (
+                answers.session(),
+                progress(
+                    total=left,
+                    desc="answers",
+                    unit="answer",
+                ) as bar,
+            ):
                 for seed in (None, *seeds):
                     for batch in test.batches(seed, done):
                         answers.append(batch)

@@ -120,11 +120,22 @@ def words_of(row: TextRow) -> str:
 # %% ../../nbs/4_probabilities/23_row_steps.ipynb #518f3aab
 def _paraphrase(work: RowWork) -> list[TextRow]:
     if unknown := set(work.options) - {"copies"}:
-        raise UserError(f"{min(unknown)!r} is no option", where="rows", fix="Use copies=2.")
+        raise UserError(
+            f"{min(unknown)!r} is no option",
+            where="rows",
+            fix="Use copies=2.",
+        )
     s = work.request.settings
     name = shown_name(work.request.teacher)
     file = work.request.work / "paraphrases.jsonl"
-    more = paraphrase_rows(work.texts, work.write, file, seed=s.seed, name=name, **work.options)
+    more = paraphrase_rows(
+        work.texts,
+        work.write,
+        file,
+        seed=s.seed,
+        name=name,
+        **work.options,
+    )
     return [*work.texts, *more]
 
 
@@ -133,7 +144,11 @@ def _generate(work: RowWork) -> list[TextRow]:
     labels = tuple(dict.fromkeys(row.completion for row in shown))
     if len(labels) > 50:
         what = f"the rows have {len(labels)} different completions, and the teacher writes by label"
-        raise UserError(what, where="rows", fix="Use it for a task with labels.")
+        raise UserError(
+            what,
+            where="rows",
+            fix="Use it for a task with labels.",
+        )
     settings = work.made(
         GenerationSettings, batches=8, study_every=4, seed=work.request.settings.seed
     )
@@ -146,7 +161,11 @@ def _generate(work: RowWork) -> list[TextRow]:
         )
 
     made = generate_rows(
-        lambda prompts, stream: work.write(prompts, stream, chat=False),
+        lambda prompts, stream: work.write(
+            prompts,
+            stream,
+            chat=False,
+        ),
         study,
         WritingTask(labels),
         shown[:3],
@@ -160,13 +179,24 @@ def _generate(work: RowWork) -> list[TextRow]:
 def _balanced(work: RowWork) -> list[TextRow]:
     settings = work.made(Balanced, seed=work.request.settings.seed)
     pool = [
-        {"id": row.id, "prompt": words_of(row), "completion": row.completion}
+        {
+            "id": row.id,
+            "prompt": words_of(row),
+            "completion": row.completion,
+        }
         | {"domain": work.field(row, "domain")}
         for row in work.texts
     ]
 
     def learnt(rows: Sequence[dict]) -> list[TextRow]:
-        return [TextRow(row["id"], row["prompt"], row["completion"]).as_chat() for row in rows]
+        return [
+            TextRow(
+                row["id"],
+                row["prompt"],
+                row["completion"],
+            ).as_chat()
+            for row in rows
+        ]
 
     length = work.request.settings.max_new_tokens
     student = fresh_students(

@@ -45,7 +45,11 @@ class ArmValidation:
     def __init__(self, search: "Search", job: ArmJob):
         self.search = search
         self.job = job
-        self.method = job.method(search.tokenizer, search.family, 1.0)
+        self.method = job.method(
+            search.tokenizer,
+            search.family,
+            1.0,
+        )
         rows = search.splits.validation
         prefix = job.plan.prefix
         pairs = [Row(e.id, (("label", prefix + e.input, e.label),)) for e in rows]
@@ -69,20 +73,33 @@ class ArmValidation:
     def __call__(self, model: Any) -> dict[str, float]:
         student = self.search.student(self.job, model)
         examples = self.search.splits.validation
-        batches = length_batches(student, examples, self.search.request.settings.answer_batch)
+        batches = length_batches(
+            student,
+            examples,
+            self.search.request.settings.answer_batch,
+        )
         rows = [row for batch in batches for row in answer_batch(student, batch)]
         answers = {row["id"]: row["answer"] for row in rows}
         value = task_score(student.task, answers, examples)["value"]
         loss = self.label_loss(model.eval())
         answered = sum(answer is not None for answer in answers.values())
         share = answered / len(answers)
-        return {"score": value - TIE * loss, "value": value, "loss": loss, "answered": share}
+        return {
+            "score": value - TIE * loss,
+            "value": value,
+            "loss": loss,
+            "answered": share,
+        }
 
 # %% ../../nbs/3_reasons/12_stepwise_trials.ipynb #51cd2d70
 def _best_of(trials: list[dict]) -> dict | None:
     "Return the trial with the highest score, the first of equal ones; None if no trial has one."
     learnt = [trial for trial in trials if trial["score"] is not None]
-    return max(learnt, key=lambda trial: trial["score"], default=None)
+    return max(
+        learnt,
+        key=lambda trial: trial["score"],
+        default=None,
+    )
 
 # %% ../../nbs/3_reasons/12_stepwise_trials.ipynb #853b32b4
 @dataclass
@@ -234,7 +251,11 @@ def run_search(search: Search) -> dict[str, list[dict]]:
     for arm in search.jobs:
         if by_main(partial(search.best, arm)) is None:
             fix = "Try smaller learning rates."
-            raise UserError("no learning rate gave a finite loss", where=arm, fix=fix)
+            raise UserError(
+                "no learning rate gave a finite loss",
+                where=arm,
+                fix=fix,
+            )
     return trials
 
 
@@ -244,6 +265,15 @@ def answer_tests(search: Search, arm: str, examples: list[Example]) -> list[dict
     place = search.folder(arm, best["rate"]) / "model"
     model, _ = load_pretrained(place, device=search.request.settings.device)
     identity = {"arm": arm, "weights": weights_identity(str(place))}
-    student = search.student(search.jobs[arm], model.eval(), identity)
+    student = search.student(
+        search.jobs[arm],
+        model.eval(),
+        identity,
+    )
     file = search.request.work / arm / "test.jsonl"
-    return answer_file(student, examples, file, search.request.settings.answer_batch)
+    return answer_file(
+        student,
+        examples,
+        file,
+        search.request.settings.answer_batch,
+    )

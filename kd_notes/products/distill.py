@@ -33,7 +33,7 @@ from ..methods.logit_cache import write_cache
 
 # %% ../../nbs/4_probabilities/15_distill.ipynb #a31bd301
 from ..methods.data_selection import SelectedTeacher
-from ..methods.logit_kd import KD, OtherTokenizer
+from ..methods.logit_kd import as_signal, KD, OtherTokenizer, TeacherSignal
 from ..methods.prompts import check_teacher
 from ..methods.registry import METHODS
 from ..methods.seqkd import write_responses, Writing
@@ -113,6 +113,13 @@ def _answers(request: Request, pair: Pair, rows: list[TextRow]) -> list[TextRow]
     )
 
 
+def _signal(pair: Pair) -> TeacherSignal:
+    "Return the teacher's signal, on the selected rows alone if a step has selected any."
+    if pair.selected is None:
+        return as_signal(pair.teacher, pair.vocabulary)
+    return SelectedTeacher(pair.teacher, pair.selected, pair.vocabulary)
+
+
 def _on_policy_method(request: Request, pair: Pair, rows: int) -> Method:
     "Return a method that trains on the student's own text."
     has_corpus = bool(request.corpus)
@@ -184,11 +191,7 @@ class _Distillation:
                 self.request.say(f"the server refused {len(cache.refused)} rows; they are left out")
                 self.rows = [row for row in self.rows if row["id"] in cache]
             return KD(pair.tokenizer, cache, **mixed, **s.options)
-        if pair.selected is not None:
-            signal = SelectedTeacher(pair.teacher, pair.selected, pair.vocabulary)
-            return KD(pair.tokenizer, signal, objective, **live, **s.options)
-        shared = {"vocabulary": pair.vocabulary}
-        return KD(pair.tokenizer, pair.teacher, objective, **live, **shared, **s.options)
+        return KD(pair.tokenizer, _signal(pair), objective, **live, **s.options)
 
     def validation(self) -> Validation:
         """Return the validation on held-out rows.

@@ -102,9 +102,8 @@ class Pair:
         place = place_of(settings.device)
         teacher = request.teacher
         sources = teacher.sources if isinstance(teacher, TeacherGroup) else (teacher,)
-        members = (
-            () if is_server(teacher) else tuple(local_teacher(s, settings, place) for s in sources)
-        )
+        local = (source for source in sources if not is_server(source))
+        members = tuple(local_teacher(source, settings, place) for source in local)
         teacher, teacher_tokenizer = members[0] if members else (None, None)
         student = request.student
         if isinstance(student, str):

@@ -319,6 +319,13 @@ class OutFolder:
         facts = {"student": self.out.name, "training": name}
         return [bar, Tracker(self.tracker, config=facts, folder=self.out / "tracker", **named)]
 
+# %% ../../nbs/4_probabilities/19_distill_request.ipynb #811d3342
+def data_identity(data: Path | list[TextRow]) -> dict[str, str]:
+    "Return the name and the hash of a file of rows, or of rows."
+    if isinstance(data, Path):
+        return {"data": data.name, "data_sha256": sha256_file(data)}
+    return {"data": "rows", "data_sha256": stable_hash([asdict(row) for row in data])}
+
 # %% ../../nbs/4_probabilities/19_distill_request.ipynb #e09beb8e
 @dataclass(frozen=True)
 class Request(OutFolder):
@@ -351,11 +358,7 @@ class Request(OutFolder):
 
     def as_dict(self) -> dict:
         "Return all that decides the result as JSON data, without paths of this machine."
-        in_file = isinstance(self.data, Path)
-        content = None if in_file else [asdict(row) for row in self.data]
-        request = {
-            "data": self.data.name if in_file else "rows",
-            "data_sha256": sha256_file(self.data) if in_file else stable_hash(content),
+        request = data_identity(self.data) | {
             "teacher": shown_name(self.teacher),
             "teacher_weights": weights_identity(self.teacher),
             "teacher_layout": layout_identity(self.teacher),
@@ -369,7 +372,7 @@ class Request(OutFolder):
             request["teachers"] = self.teacher.identity()
         if self.files:
             request["files_sha256"] = dict(self.files)
-        if self.settings.rows and not in_file:
+        if self.settings.rows and not isinstance(self.data, Path):
             request["fields_sha256"] = stable_hash(self.extra())
         if self.corpus:
             request["corpus_sha256"] = stable_hash(list(self.corpus))

@@ -31,7 +31,12 @@ from ..methods.seqkd import responses_of, Writing
 from ..methods.server_teacher import is_server
 from .pair import Pair
 from .request import Request, shown_name, TeacherGroup
-from .settings import CROSS_OBJECTIVES, ON_POLICY, TEXT_OBJECTIVES
+from kd_notes.products.settings import (
+    CROSS_OBJECTIVES,
+    DistillSettings,
+    ON_POLICY,
+    TEXT_OBJECTIVES,
+)
 from ..runner.profiles import plain_settings
 from ..training.loop import train
 from ..training.method import SFT
@@ -90,22 +95,29 @@ class RowWork:
         return [texts[name] for name in names]
 
     def fitted(self, rows: Sequence[TextRow]) -> Any:
-        "Return a copy of the student after a finetuning on rows."
-        s = self.request.settings
-        steps = s.max_steps or max(1, round(s.epochs * len(rows) / s.batch_size))
-        shared = {"seed": s.seed, "precision": s.precision, "device": s.device}
-        cfg = TrainConfig(max_steps=steps, batch_size=s.batch_size, lr=s.lr, **shared)
-        method = SFT(self.pair.tokenizer)
-        student = copy.deepcopy(self.pair.student)
-        return train(student, method, self.pair.encode(list(rows)), cfg).model
+        return fitted_student(self.pair, self.request.settings, rows)
 
     def field(self, row: TextRow, name: str) -> Any:
-        "Return a field of a row as it was given. Raises UserError if it has none."
-        value = self.extra.get(row.id, {}).get(name)
-        if value is None:
-            fix = f'Give every row the field "{name}".'
-            raise UserError(f"the field {name!r} is missing", where=row.where or row.id, fix=fix)
-        return value
+        return given_field(self.extra, row, name)
+
+# %% ../../nbs/4_probabilities/23_row_steps.ipynb #9b598708
+def fitted_student(pair: Pair, s: DistillSettings, rows: Sequence[TextRow]) -> Any:
+    "Return a copy of the student after a finetuning on rows."
+    steps = s.max_steps or max(1, round(s.epochs * len(rows) / s.batch_size))
+    shared = {"seed": s.seed, "precision": s.precision, "device": s.device}
+    cfg = TrainConfig(max_steps=steps, batch_size=s.batch_size, lr=s.lr, **shared)
+    method = SFT(pair.tokenizer)
+    student = copy.deepcopy(pair.student)
+    return train(student, method, pair.encode(list(rows)), cfg).model
+
+
+def given_field(extra: Mapping[str, Mapping], row: TextRow, name: str) -> Any:
+    "Return a field of a row as it was given. Raises UserError if it has none."
+    value = extra.get(row.id, {}).get(name)
+    if value is None:
+        fix = f'Give every row the field "{name}".'
+        raise UserError(f"the field {name!r} is missing", where=row.where or row.id, fix=fix)
+    return value
 
 
 def words_of(row: TextRow) -> str:
@@ -307,7 +319,7 @@ def beside(data: Any, name: Any) -> Path:
     "Return the path of a file that is named relative to the file of rows."
     return (data.parent if isinstance(data, Path) else Path()) / str(name)
 
-
+# %% ../../nbs/4_probabilities/23_row_steps.ipynb #fa41785f
 def apply_row_step(
     request: Request,
     pair: Pair,

@@ -132,7 +132,7 @@ def _on_policy_method(request: Request, pair: Pair, rows: int) -> Method:
     other = {"corpus": request.corpus, "teacher_tokenizer": pair.teacher_tokenizer}
     return kind(pair.tokenizer, pair.teacher, config, **other)
 
-
+# %% ../../nbs/4_probabilities/15_distill.ipynb #02df5f8b
 def read_corpus(source: Path | str | Iterable[str] | None) -> tuple[str, ...]:
     """Return the texts of a list, a JSONL file (field `text`) or a text file.
 

@@ -16,16 +16,18 @@ import torch
 from helpers import TransformersServer
 from typer.testing import CliRunner
 
-from kd_notes.cli import app, plain_settings
+from kd_notes.cli import app
 from kd_notes.core import read_json, read_jsonl, sha256_file, UserError
 from kd_notes.data.task_file import OwnTask
 from kd_notes.models.mini import load_mini_tokenizer, mini_model
 from kd_notes.models.pretrained import load_pretrained, weights_hash
 from kd_notes.products.crate import command_of, run_crate, write_crate
 from kd_notes.products.distill import distill
+from kd_notes.products.request import deciding_settings
 from kd_notes.products.settings import distill_settings
 from kd_notes.products.share import export_student, public_files, push_student
 from kd_notes.products.stepwise import stepwise
+from kd_notes.runner.profiles import plain_settings
 from kd_notes.training.checkpoint import save_model
 
 TOK = load_mini_tokenizer()
@@ -331,7 +333,7 @@ def test_the_command_of_a_crate_makes_the_same_request(made):
     report = read_json(made / "student" / "report.json")
     words = command_of(report, "student")
     sets = [words[i + 1] for i, word in enumerate(words) if word == "--set"]
-    assert vars(distill_settings(**plain_settings(sets))) == report["settings"]
+    assert deciding_settings(distill_settings(**plain_settings(sets))) == report["settings"]
     assert words[:4] == ["kd-notes", "distill", "--data", "rows.jsonl"]
 
 

@@ -27,6 +27,8 @@ def command_of(report: dict, name: str) -> list[str]:
         words = ["--data", report["data"]]
         words += ["--teacher", report["teacher"], "--student", report["student"]]
         words += ["--objective", report["objective"]]
+        step = settings.pop("rows")
+        words += ["--rows", step] if step else []
     else:
         usual = asdict(stepwise_settings())
         words = ["--task", report["task"]["name"], "--input", "rows"]

@@ -27,7 +27,7 @@ def command_of(report: dict, name: str) -> list[str]:
         words = ["--data", report["data"]]
         words += ["--teacher", report["teacher"], "--student", report["student"]]
         words += ["--objective", report["objective"]]
-        step = settings.pop("rows")
+        step = settings.pop("rows", None)
         words += ["--rows", step] if step else []
     else:
         usual = asdict(stepwise_settings())

@@ -378,7 +378,7 @@ class RevisionStudents(Experiment):
             metrics["outcomes"] = pack_bits(right.tolist())
         return metrics
 
-
+# %% ../../nbs/6_beyond_text/09_label_revision_runs.ipynb #run-method
 def revision_method(
     arm: RevisionArm, task: RevisionTask, images: Images, logits: Tensor, run: dict
 ) -> tuple[ImageKD, dict]:

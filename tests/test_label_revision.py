@@ -12,6 +12,16 @@ import torch.nn.functional as F
 
 from kd_notes.core import read_jsonl, UserError
 from kd_notes.data.rows import read_rows
+from kd_notes.experiments.label_revision import (
+    REVISION_ARMS,
+    revision_method,
+    revision_task,
+    RevisionStudents,
+    RevisionTeachers,
+    selected_rows,
+    wrong_labels,
+)
+from kd_notes.experiments.images import LearnLabels
 from kd_notes.losses.divergences import forward_kl, get_divergence
 from kd_notes.losses.revision import label_revision, revise, revision_weight
 from kd_notes.methods.data_selection import (
@@ -435,3 +445,133 @@ def test_a_kill_in_the_middle_loses_no_paraphrase(tmp_path):
     rows = paraphrase_rows(numbered(), lambda p: calls.extend(p) or said(p), path, chunk=1)
     assert len(before) == 3 and read_jsonl(path)[:3] == before and len(calls) == 5
     assert [row.id for row in rows] == [f"row-{n}-said-0" for n in range(8)]
+
+
+# --- students ---------------------------------------------------------------------------------------------------------------------
+
+QUICK = {"rows": 40, "steps": 15, "teacher_steps": 20, "lr": 1e-2}
+
+
+def test_every_arm_trains_does_something_else_and_repeats(tmp_path, monkeypatch):
+    monkeypatch.setenv("KD_NOTES_CACHE", str(tmp_path / "one"))
+    students = RevisionStudents()
+    arms = [arm for arm in REVISION_ARMS if arm != "said"]
+    cells = {arm: {"arm": arm, "task": "crowded", **QUICK} for arm in arms}
+    found = students.run(cells, [0])
+    outcomes = {arm: runs[0]["outcomes"] for arm, runs in found.items()}
+    assert len(set(outcomes.values())) == len(arms), "two arms do the same"
+    assert found["ds"][0]["asked"] == found["ds_random"][0]["asked"] == 20
+    assert found["constant"][0]["beta"] == found["lr_all"][0]["beta"]
+    assert found["eta_50"][0]["beta"] < found["lr_all"][0]["beta"] < found["eta_95"][0]["beta"]
+    assert found["lr_all"][0]["beta"] < found["lr_wrong"][0]["beta"] < 1
+    monkeypatch.setenv("KD_NOTES_CACHE", str(tmp_path / "two"))
+    again = students.run({arm: cells[arm] for arm in ("lr_ds", "ds_random")}, [0])
+    assert all(runs[0]["outcomes"] == outcomes[arm] for arm, runs in again.items())
+
+
+def test_a_student_of_answers_and_of_its_paraphrases(tmp_path, monkeypatch):
+    "The writer is replaced by a stored run; nothing is asked of a language model."
+    from kd_notes.experiments import label_revision as module
+
+    monkeypatch.setenv("KD_NOTES_CACHE", str(tmp_path))
+    task = revision_task("science", 40, 0)
+    said = [
+        [a["answer"], f"in other words {a['answer']}", a["item"], a["score"]] for a in task.answers
+    ]
+
+    class Stored:
+        def parameters(self, **settings):
+            return settings
+
+        def cached(self, run):
+            return {"said": said}
+
+    monkeypatch.setattr(module, "RevisionSaid", Stored)
+    students = RevisionStudents()
+    run = students.parameters(arm="said", task="science", seed=0, temperature=2.0, **QUICK)
+    metrics = students.train(run, tmp_path)
+    assert metrics["rows"] == 80 and len(metrics["outcomes"]) > 100
+    pictures = students.parameters(arm="said", task="crowded", seed=0, **QUICK)
+    with pytest.raises(UserError, match="nobody writes pictures"):
+        students.train(pictures, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["crowded", "science"])
+def test_the_teacher_saw_other_rows_than_the_student_and_nobody_saw_the_test(name):
+    task = revision_task(name, 40, 3)
+    sets = [
+        {tuple(row.flatten().tolist()) for row in part.pixels}
+        for part in (task.student, task.teacher, task.validation, task.test)
+    ]
+    # answers are short, so that two people may write the same one
+    limit = 0 if name == "crowded" else 0.5
+    for other in sets[1:]:
+        assert len(sets[0] & other) <= limit * len(sets[0])
+    assert len(task.student.labels) == 40
+    assert not torch.equal(task.student.pixels, revision_task(name, 40, 4).student.pixels)
+
+
+def test_wrong_labels_are_as_many_as_asked_and_all_by_one_class():
+    labels = torch.arange(5000) % 10
+    wrong = wrong_labels(labels, 10, 0.3, 0)
+    moved = (wrong - labels) % 10
+    assert set(moved.tolist()) == {0, 1} and 0.27 < (moved == 1).double().mean() < 0.33
+    assert torch.equal(wrong_labels(labels, 10, 0.0, 0), labels)
+
+
+def loss_of(method, model, count=40):
+    batch = method.collate(list(range(count)))
+    counts, sums = method.token_counts(batch), method.loss_sums(model, batch)
+    return sum(method.loss_weights[t] * sums[t] / counts[t] for t in sums)
+
+
+@pytest.mark.parametrize("share, same_as", [(1.0, "ce_kd"), (0.0, "ce")])
+def test_on_pictures_all_rows_asked_is_kd_and_none_is_the_labels(share, same_as):
+    from kd_notes.experiments.label_revision import network
+
+    task = revision_task("crowded", 40, 0)
+    logits = 3 * torch.randn(40, 10, generator=torch.Generator().manual_seed(0))
+    run = RevisionStudents().parameters(arm="ds_random", task="crowded", share=share, **QUICK)
+    model = network(task, 0, wide=False)
+
+    def loss(arm):
+        method, _ = revision_method(REVISION_ARMS[arm], task, task.student, logits, run)
+        return loss_of(method, model).item()
+
+    wanted = loss("ce_kd")
+    if same_as == "ce":
+        wanted = 0.5 * loss_of(LearnLabels(task.student), model).item()
+    assert loss("ds_random") == pytest.approx(wanted, rel=1e-5)
+
+
+def test_the_score_of_a_row_is_the_gradient_of_its_teachers_term():
+    from kd_notes.experiments.label_revision import network
+
+    task = revision_task("crowded", 40, 0)
+    logits = 3 * torch.randn(40, 10, generator=torch.Generator().manual_seed(0))
+    run = RevisionStudents().parameters(arm="ds_product", task="crowded", scorer_lr=1e-9, **QUICK)
+    model, tau = network(task, 0, wide=False), run["temperature"]
+
+    def slope(loss):
+        return torch.cat(
+            [g.flatten() for g in torch.autograd.grad(loss, list(model.head.parameters()))]
+        )
+
+    held = slope(F.cross_entropy(model(task.validation.pixels), task.validation.labels))
+    scores = []
+    for i in range(40):
+        z = model(task.student.pixels[i : i + 1])
+        kd = tau**2 * forward_kl(z, logits[i : i + 1], temperature=tau)
+        scores.append((slope(kd) @ held).item())
+    found = selected_rows(task, logits, run, "product", tau)
+    assert len(set(found) & set(best_places(scores, 0.5))) >= 19  # one may lie on the edge
+
+
+def test_unknown_tasks_and_what_a_student_needs_first():
+    with pytest.raises(UserError, match="'crowded' or 'science'"):
+        revision_task("letters", 40, 0)
+    students = RevisionStudents()
+    run = students.parameters(arm="lr_all", task="crowded", seed=2, **QUICK)
+    [(kind, [teacher])] = students.before([run])
+    assert type(kind) is RevisionTeachers and teacher["seed"] == 2 and teacher["noise"] == 0.1
+    assert students.before([run | {"arm": "ce"}]) == []

@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save
 from torch import Tensor
 
-from ..core import rng, UserError
+from ..core import atomic_write, rng, UserError
 from ..data.answers import pack_bits
 from ..data.images import digits_checksum, Images, task_images
 from ..data.rows import TextRow
@@ -40,7 +41,7 @@ from kd_notes.methods.data_selection import (
     random_places,
 )
 from ..methods.scoring import PAD, Words, WordScorer
-from ..models.pretrained import freeze
+from ..models.pretrained import freeze, tensor_errors
 from ..training.batches import Batch, pad_rows
 
 # %% ../../nbs/6_beyond_text/09_label_revision_runs.ipynb #run-task
@@ -57,7 +58,10 @@ class RevisionTask(NamedTuple):
     encode: Any  # rows of text -> Images
 
 
-@lru_cache(maxsize=8)
+LONGEST = 36  # words of an answer, with its item; the embedded ones are shorter
+
+
+@lru_cache(maxsize=16)
 def revision_task(name: str, rows: int, seed: int) -> RevisionTask:
     "Return a task ('crowded' or 'science') with this many rows for the student, drawn by the seed."
     if name == "crowded":
@@ -76,8 +80,8 @@ def revision_task(name: str, rows: int, seed: int) -> RevisionTask:
     words = Words(others)
 
     def encode(answers: list[dict]) -> Images:
-        ids = pad_rows([[*words.encode(row)] for row in answers], PAD)
-        ids = F.pad(ids, (0, 42 - ids.shape[1]), value=PAD)
+        ids = pad_rows([words.encode(row)[:LONGEST] for row in answers], PAD)
+        ids = F.pad(ids, (0, LONGEST - ids.shape[1]), value=PAD)
         return Images(ids, torch.tensor([row["score"] for row in answers]))
 
     parts = [encode(part) for part in (own, others, validation, test)]
@@ -106,14 +110,14 @@ class RevisionTeacherSettings:
 
     task: str
     rows: int  # of the student, which the teacher does not see
-    noise: float = 0.4  # share of its labels that are wrong
+    noise: float = 0.1  # share of its labels that are wrong
     steps: int = 600
     lr: float = 4e-3
     seed: int = 0
 
 
 class RevisionTeachers(Experiment):
-    "Teachers; their logits of the student's rows are in folder/logits.pt."
+    "Teachers; their weights are in folder/model.safetensors."
 
     name = "revision_teacher"
     module = "experiments.label_revision"
@@ -122,20 +126,20 @@ class RevisionTeachers(Experiment):
     def inputs(self, run: dict) -> dict[str, str]:
         return {"digits of scikit-learn": digits_checksum()} if run["task"] == "crowded" else {}
 
-    def made(self, run: dict) -> torch.nn.Module:
-        "Train the teacher of a run."
+    def network(self, run: dict) -> torch.nn.Module:
+        "Return the untrained network of a teacher."
         task = revision_task(run["task"], run["rows"], run["seed"])
-        seen = task.teacher
-        labels = wrong_labels(seen.labels, task.classes, run["noise"], run["seed"])
-        model = network(task, 1000 + run["seed"], wide=True)
-        settings = {"max_steps": run["steps"], "lr": run["lr"], "seed": run["seed"]}
-        fit(model, LearnLabels(Images(seen.pixels, labels)), len(labels), **settings)
-        return freeze(model)
+        return network(task, 1000 + run["seed"], wide=True)
 
     def train(self, run: dict, folder: Path) -> dict:
         "Metrics: accuracy on the test, on the student's rows, and how sure it is there."
         task = revision_task(run["task"], run["rows"], run["seed"])
-        model = self.made(run).eval()
+        seen, model = task.teacher, self.network(run)
+        labels = wrong_labels(seen.labels, task.classes, run["noise"], run["seed"])
+        settings = {"max_steps": run["steps"], "lr": run["lr"], "seed": run["seed"]}
+        fit(model, LearnLabels(Images(seen.pixels, labels)), len(labels), **settings)
+        freeze(model).eval()
+        atomic_write(folder / "model.safetensors", save(model.state_dict()))
         right = right_answers(model, task.test)
         sure = model(task.student.pixels).softmax(-1).amax(-1)
         return {
@@ -145,11 +149,14 @@ class RevisionTeachers(Experiment):
             "own_confidence": sure.double().mean().item(),
         }
 
-
-@lru_cache(maxsize=4)
-def _teacher(task: str, rows: int, noise: float, steps: int, lr: float, seed: int):
-    run = {"task": task, "rows": rows, "noise": noise, "steps": steps, "lr": lr, "seed": seed}
-    return RevisionTeachers().made(run).eval()
+    def load(self, run: dict) -> torch.nn.Module:
+        "Return the teacher of a run, trained now if it is not cached."
+        self.cached(run)
+        path = self.folder(run) / "model.safetensors"
+        model = self.network(run)
+        with tensor_errors("the teacher cannot be read", path, "Delete its folder and run again."):
+            model.load_state_dict(load_file(path))
+        return freeze(model).eval()
 
 # %% ../../nbs/6_beyond_text/09_label_revision_runs.ipynb #run-arms
 @dataclass(frozen=True)
@@ -285,11 +292,11 @@ class RevisionSettings:
     task: str  # "crowded" or "science"
     rows: int = 160
     seed: int = 0  # of its rows, its weights, and its teacher
-    steps: int = 400
+    steps: int = 300
     temperature: float = 4.0
     share: float = 0.5  # of the rows whose teacher is asked, where they are selected
     scorer_lr: float = 1e-2  # of the student whose output layer scores the rows
-    noise: float = 0.4  # share of wrong labels of the teacher
+    noise: float = 0.1  # share of wrong labels of the teacher
     teacher_steps: int = 600
     new_tokens: int = optional(32)  # of a paraphrase
     score_on: str = "test"  # or "validation": no test is read
@@ -331,18 +338,26 @@ class RevisionStudents(Experiment):
     def modules(self, run: dict) -> list[str]:
         return REVISION_MODULES
 
+    def teacher(self, run: dict) -> dict:
+        "Return the parameters of a student's teacher, {} if it has none."
+        if not REVISION_ARMS[run["arm"]].divergence:
+            return {}
+        settings = {name: run[name] for name in ("task", "rows", "noise", "seed")}
+        return RevisionTeachers().parameters(steps=run["teacher_steps"], **settings)
+
     def before(self, runs: list[dict]) -> list[tuple[Experiment, list[dict]]]:
+        first = [(RevisionTeachers(), list(filter(None, map(self.teacher, runs))))]
         said = [run for run in runs if REVISION_ARMS[run["arm"]].paraphrases]
         names = ("rows", "seed", "new_tokens")
         wanted = [{name: run[name] for name in names if name in run} for run in said]
         kind = RevisionSaid()
-        return [(kind, [kind.parameters(**each) for each in wanted])] if wanted else []
+        first.append((kind, [kind.parameters(**each) for each in wanted]))
+        return [(kind, needed) for kind, needed in first if needed]
 
     def train(self, run: dict, folder: Path) -> dict:
         "Metrics: accuracy, of the untrained student and of its own rows, mean weight, rows asked."
         arm, seed = REVISION_ARMS[run["arm"]], run["seed"]
         task = revision_task(run["task"], run["rows"], seed)
-        settings = (run["noise"], run["teacher_steps"], 4e-3, seed)
         images = _augmented(task, run) if arm.paraphrases else task.student
         student = network(task, seed, wide=False)
         held = task.test if run["score_on"] == "test" else task.validation
@@ -352,7 +367,7 @@ class RevisionStudents(Experiment):
         if not arm.divergence:
             method = LearnLabels(images)
         else:
-            teacher = _teacher(run["task"], run["rows"], *settings)
+            teacher = RevisionTeachers().load(self.teacher(run))
             method, more = revision_method(arm, task, images, teacher(images.pixels), run)
             metrics |= more
         fit(student, method, len(images.labels), max_steps=run["steps"], lr=run["lr"], seed=seed)
@@ -361,12 +376,9 @@ class RevisionStudents(Experiment):
         metrics["own_accuracy"] = right_answers(student, task.student).double().mean().item()
         if run["score_on"] == "test":
             metrics["outcomes"] = pack_bits(right.tolist())
-            metrics["start_outcomes"] = pack_bits(
-                right_answers(network(task, seed, wide=False).eval(), held).tolist()
-            )
         return metrics
 
-
+# %% ../../nbs/6_beyond_text/09_label_revision_runs.ipynb #run-method
 def revision_method(
     arm: RevisionArm, task: RevisionTask, images: Images, logits: Tensor, run: dict
 ) -> tuple[ImageKD, dict]:

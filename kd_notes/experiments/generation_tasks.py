@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_model, save_model
 from torch import Tensor
 
+from kd_notes.checksums import verify_checksums
 from kd_notes.core import (
     append_jsonl,
     cache_dir,
@@ -261,24 +262,14 @@ def reviews(part: str, n: int) -> list[TextRow]:
         for row in read_jsonl(review_file("goemotions_dev.jsonl")):
             found = [label for label, names in FEELINGS.items() if row["labels"][0] in names]
             if len(row["labels"]) == 1 and found:
-                rows.append(
-                    TextRow(
-                        row["id"],
-                        row["text"],
-                        found[0],
-                    )
-                )
-    else:
-        lines = read_jsonl(review_file("sst2_dev.jsonl" if part == "test" else "sst2_train.jsonl"))
-        rows = [
-            TextRow(
-                row["id"],
-                row["text"],
-                row["label"],
-            )
-            for row in lines
-        ]
-    rng("reviews", part == "elsewhere").shuffle(rows)
+                rows.append(TextRow(row["id"], row["text"], found[0]))
+        rng("reviews", True).shuffle(rows)
+        # as many of each label, so that the most frequent label says nothing
+        both = [[row for row in rows if row.completion == x] for x in REVIEW_TASK.labels]
+        return [row for pair in zip(*both) for row in pair][:n]
+    lines = read_jsonl(review_file("sst2_dev.jsonl" if part == "test" else "sst2_train.jsonl"))
+    rows = [TextRow(row["id"], row["text"], row["label"]) for row in lines]
+    rng("reviews", False).shuffle(rows)
     start = 4000 if part == "validation" else 0
     return rows[start : start + n]
 
@@ -291,7 +282,10 @@ class KeptTexts:
         self.decoding = decoding
         self.path = cache_dir() / "generated" / f"{name}.jsonl" if name else None
         self.kept: dict[str, list[str]] = {}
-        for path in (data_dir() / "generated" / f"{name}.jsonl", self.path):
+        committed = data_dir() / "generated" / f"{name}.jsonl"
+        if name and committed.is_file():
+            verify_checksums(committed.parent, [committed.name])
+        for path in (committed, self.path):
             if name and path.is_file():
                 self.kept |= {row["key"]: row["texts"] for row in read_jsonl(path)}
 

@@ -342,6 +342,18 @@ def test_replies_that_are_no_question_or_known_ones_buy_nothing():
     assert report["calls"] == 15 and len(rows) == 13
 
 
+def test_a_row_whose_id_looks_like_a_written_one_keeps_its_reply(tmp_path):
+    rows = [{"id": "a/0", "prompt": "1 + 1", "completion": "2", "domain": "a"}]
+
+    def write(prompts):
+        return ["2" if p == "1 + 1" else " 7 + 9\nAnswer: 16" for p in prompts]
+
+    plan = Balanced(2, 1, select="random")
+    for _ in range(2):  # the second time from the file
+        made, _ = balanced_stages(rows, write, plan, folder=tmp_path)
+        assert [row["completion"] for row in made] == ["2", "16"]
+
+
 def test_nothing_is_written_if_the_teacher_must_not():
     plan = Balanced(15, 1, policy="naive", fill="nothing", label_filter=False)
     rows, (report,) = balanced_stages(POOL, teacher, plan, student)

@@ -155,7 +155,7 @@ class _Work:
     def prompts(self, stage: int, choice: dict, taught: list[dict]) -> list[tuple[str, str]]:
         "Return (key, prompt) for every call of a stage."
         by_id = {row["id"]: row for row in self.pool}
-        made = [(f"{stage}/{id}", self.ask(by_id[id])) for id in choice["rows"]]
+        made = [(f"{stage}/row/{id}", self.ask(by_id[id])) for id in choice["rows"]]
         if self.settings.fill == "nothing":
             return made
         for domain, count in choice["lacking"].items():
@@ -166,7 +166,7 @@ class _Work:
                 r = rng("balanced examples", self.settings.seed, stage, domain, number)
                 examples = r.sample(shown, min(self.settings.examples, len(shown)))
                 text = self.compose(domain, examples, f"{stage + 1}.{number + 1}")
-                made.append((f"{stage}/{domain}/{number}", text))
+                made.append((f"{stage}/new/{domain}/{number}", text))
         return made
 
 # %% ../../nbs/6_beyond_text/10b_balanced_stages.ipynb #b8ade87a
@@ -184,7 +184,7 @@ class _Stages(_Work):
         rows = []
         for id in choice["rows"]:
             row = by_id[id]
-            text = texts[f"{stage}/{id}"]
+            text = texts[f"{stage}/row/{id}"]
             used.add(row["prompt"])
             right = self.answer(text) == self.answer(row["completion"])
             if not text.strip() or self.settings.label_filter and row["completion"] and not right:
@@ -200,7 +200,7 @@ class _Stages(_Work):
             )
         asked = choice["lacking"] if self.settings.fill == "write" else {}
         for domain, number in ((d, i) for d, n in asked.items() for i in range(n)):
-            pair = self.read(texts[f"{stage}/{domain}/{number}"], domain)
+            pair = self.read(texts[f"{stage}/new/{domain}/{number}"], domain)
             if pair is None or pair[0] in used:
                 counts["unreadable" if pair is None else "repeated"] += 1
                 continue

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kd_notes.products.distill as distill_module
+import kd_notes.products.request as request_module
 from helpers import start_script
 from kd_notes.core import read_json, UserError
 from kd_notes.checksums import verify_checksums
@@ -671,7 +672,9 @@ def go(place, out, objective="forward_kl", student="layers:2", **more):
     )
 
 
-@pytest.mark.parametrize("objective", ["sft", "seqkd", "cached_forward_kl", "reverse_kl", "atkd"])
+@pytest.mark.parametrize(
+    "objective", ["sft", "seqkd", "cached_forward_kl", "reverse_kl", "atkd", "label_revision"]
+)
 def test_the_folder_loads_like_any_model(place, tmp_path, objective):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -726,13 +729,10 @@ def test_the_card_and_the_report_name_no_path_of_this_machine(place, tmp_path):
     ):
         assert str(place) not in (tmp_path / "out" / name).read_text(), name
     card = (tmp_path / "out" / "README.md").read_text()
-    assert (
-        "base_model: teacher" in card and "| untrained |" in card and "apply_chat_template" in card
-    )
+    assert "base_model" not in card and "| untrained |" in card and "apply_chat_template" in card
     go(place, tmp_path / "other", "seqkd", student=str(place / "foreign"))
-    assert (
-        "base_model: foreign" in (tmp_path / "other" / "README.md").read_text()
-    )  # what it was made from, not whom it listened to
+    # folders of this machine are no models of the hub
+    assert "base_model" not in (tmp_path / "other" / "README.md").read_text()
 
 
 def test_seqkd_learns_what_the_teacher_wrote_and_asks_it_once_per_prompt(
@@ -773,7 +773,7 @@ def test_options_are_refused_before_a_model_is_loaded(
     place, tmp_path, monkeypatch, objective, options
 ):
     monkeypatch.setattr(
-        distill_module, "load_teacher", lambda *a, **k: pytest.fail("the teacher was loaded")
+        request_module, "load_teacher", lambda *a, **k: pytest.fail("the teacher was loaded")
     )
     with pytest.raises(UserError):
         go(place, tmp_path / "out", objective, options=options)
@@ -781,7 +781,7 @@ def test_options_are_refused_before_a_model_is_loaded(
 
 def test_memory_is_announced_before_a_model_is_loaded(place, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
-        distill_module, "load_teacher", lambda *a, **k: pytest.fail("the teacher was loaded")
+        request_module, "load_teacher", lambda *a, **k: pytest.fail("the teacher was loaded")
     )
 
     def memory(student="layers:2", **settings):

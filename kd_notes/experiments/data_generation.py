@@ -161,7 +161,13 @@ class GeneratedRows(Experiment):
 @lru_cache
 def _judge() -> torch.nn.Module:
     "A student of 500 gold reviews: the nearest to an oracle that the reviews have."
-    return fit_student("reviews", reviews("train", 500), 0, 600, 0.003)
+    return fit_student(
+        "reviews",
+        reviews("train", 500),
+        0,
+        600,
+        0.003,
+    )
 
 
 def checked(task: str, rows: Sequence[TextRow]) -> list[tuple[bool, bool]]:
@@ -204,7 +210,11 @@ def _shown(task: str, found: dict) -> list[list]:
     rows = [TextRow(*found["validation"][place]) for place in places]
     return [
         [round(found["energies"][place], 2), row.completion, row.prompt, bool(wrong)]
-        for place, row, (wrong, _) in zip(places, rows, checked(task, rows))
+        for place, row, (wrong, _) in zip(
+            places,
+            rows,
+            checked(task, rows),
+        )
     ]
 
 # %% ../../nbs/6_beyond_text/07b_data_generation_runs.ipynb #dg7b-015
@@ -224,8 +234,16 @@ GENERATION_ARMS = {
     "lowest": GenerationArm("lowest energy", "lowest"),
     "top": GenerationArm("highest energy", "top"),
     "band": GenerationArm("band", "band"),
-    "band_sce": GenerationArm("band, SCE (0.01, 1)", "band", (0.01, 1.0)),
-    "band_sce1": GenerationArm("band, SCE (1, 1)", "band", (1.0, 1.0)),
+    "band_sce": GenerationArm(
+        "band, SCE (0.01, 1)",
+        "band",
+        (0.01, 1.0),
+    ),
+    "band_sce1": GenerationArm(
+        "band, SCE (1, 1)",
+        "band",
+        (1.0, 1.0),
+    ),
 }
 
 # %% ../../nbs/6_beyond_text/07b_data_generation_runs.ipynb #dg7b-015b

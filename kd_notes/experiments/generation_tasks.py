@@ -86,7 +86,11 @@ def draw_remark(r: random.Random, subject: str, label: str) -> str:
     things, *words = SUBJECTS[subject]
     said = _other(label) if TURNS & set(form.split()) else label
     last, first = words[LABELS.index(said)], words[LABELS.index(_other(label))]
-    return form.format(n=r.choice(things), a=r.choice(last), b=r.choice(first))
+    return form.format(
+        n=r.choice(things),
+        a=r.choice(last),
+        b=r.choice(first),
+    )
 
 # %% ../../nbs/6_beyond_text/07_data_generation_tasks.ipynb #dg07-006
 @lru_cache
@@ -118,7 +122,13 @@ def remarks(n: int, name: str, subjects: Sequence[str] | None = None) -> list[Te
     for number in range(n):
         subject = r.choice(subjects) if subjects else r.choices(NAMES, USUAL)[0]
         label = LABELS[number % 2]
-        rows.append(TextRow(f"{name}-{number}", draw_remark(r, subject, label), label))
+        rows.append(
+            TextRow(
+                f"{name}-{number}",
+                draw_remark(r, subject, label),
+                label,
+            )
+        )
     return rows
 
 # %% ../../nbs/6_beyond_text/07_data_generation_tasks.ipynb #dg07-009
@@ -157,7 +167,12 @@ def remark_tokenizer():
 
     words = {word for _, form in FORMS for word in form.split() if "{" not in word}
     words |= set(_word_facts()) | {*LABELS, "other", ":", ";"}
-    special = {"pad_token": "<pad>", "eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>"}
+    special = {
+        "pad_token": "<pad>",
+        "eos_token": "</s>",
+        "bos_token": "<s>",
+        "unk_token": "<unk>",
+    }
     ids = {word: i for i, word in enumerate([*special.values(), *sorted(words)])}
     inner = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -312,9 +327,18 @@ def mean_states(texts: Sequence[str]) -> Tensor:
     new = sorted({*texts} - _SEEN.keys(), key=lambda text: (len(text), text))
     for start in range(0, len(new), 32):
         part = new[start : start + 32]
-        batch = tokenizer(part, return_tensors="pt", padding=True, padding_side="right")
+        batch = tokenizer(
+            part,
+            return_tensors="pt",
+            padding=True,
+            padding_side="right",
+        )
         mask = batch.attention_mask
-        states = body(batch.input_ids, attention_mask=mask, output_hidden_states=True).hidden_states
+        states = body(
+            batch.input_ids,
+            attention_mask=mask,
+            output_hidden_states=True,
+        ).hidden_states
         weights = mask[..., None] / mask.sum(1)[:, None, None]
         both = torch.cat([states[LAYERS // 2], states[-1]], -1)
         for text, row in zip(part, (both * weights).sum(1)):
@@ -328,7 +352,14 @@ class Remarks:
     writing = REMARK_TASK
 
     def tests(self) -> dict[str, list[TextRow]]:
-        return {"usual": remarks(500, "test usual"), "rare": remarks(500, "test rare", RARE)}
+        return {
+            "usual": remarks(500, "test usual"),
+            "rare": remarks(
+                500,
+                "test rare",
+                RARE,
+            ),
+        }
 
     def validation(self) -> list[TextRow]:
         return remarks(200, "validation")
@@ -340,7 +371,12 @@ class Remarks:
         return remarks(3, f"exemplars {seed}", NAMES[:2])
 
     def write(self, run: dict) -> KeptTexts:
-        decoding = Decoding(max_new_tokens=14, temperature=1.0, stop=";", seed=run["seed"])
+        decoding = Decoding(
+            max_new_tokens=14,
+            temperature=1.0,
+            stop=";",
+            seed=run["seed"],
+        )
         teacher = RemarkTeachers().load(run["teacher"])
         return KeptTexts(lambda: teacher, decoding)
 
@@ -373,8 +409,16 @@ class Reviews:
         return [both[0][0], both[1][0], both[seed % 2][1]]
 
     def write(self, run: dict) -> KeptTexts:
-        sampling = {"temperature": 1.0, "top_k": 10, "seed": run["seed"]}
-        return KeptTexts(_smollm2, Decoding(max_new_tokens=28, stop="\n", **sampling), "reviews")
+        sampling = {
+            "temperature": 1.0,
+            "top_k": 10,
+            "seed": run["seed"],
+        }
+        return KeptTexts(
+            _smollm2,
+            Decoding(max_new_tokens=28, stop="\n", **sampling),
+            "reviews",
+        )
 
     def inputs(self, rows: Sequence[TextRow]) -> Tensor:
         return mean_states([row.prompt for row in rows])
@@ -383,7 +427,11 @@ class Reviews:
         width = 2 * _body()[0].config.hidden_size
         norm = torch.nn.LayerNorm(width, elementwise_affine=False)
         layers = (torch.nn.Dropout(0.2), torch.nn.Linear(width, 64), torch.nn.ReLU())
-        return torch.nn.Sequential(norm, *layers, torch.nn.Linear(64, 2))
+        return torch.nn.Sequential(
+            norm,
+            *layers,
+            torch.nn.Linear(64, 2),
+        )
 
 
 GENERATION_TASKS = {"remarks": Remarks(), "reviews": Reviews()}

@@ -39,7 +39,11 @@ class WritingTask:
         check_fields(self)
         if not self.labels or not all(isinstance(x, str) and x.strip() for x in self.labels):
             fix = "Name at least one label, each a text."
-            raise UserError("there are no labels to ask for", where="WritingTask", fix=fix)
+            raise UserError(
+                "there are no labels to ask for",
+                where="WritingTask",
+                fix=fix,
+            )
 
     def prompt(self, examples: Sequence[TextRow], label: str, different: bool = False) -> str:
         "Return the prompt for a row with this label, after the examples."
@@ -62,7 +66,11 @@ def energy(
     if not bool(wanted.any(1).all()):
         row = int((~wanted.any(1)).nonzero()[0])
         fix = "Give every row a completion."
-        raise UserError("a row has no target position", where=f"row {row} of the batch", fix=fix)
+        raise UserError(
+            "a row has no target position",
+            where=f"row {row} of the batch",
+            fix=fix,
+        )
     free = -at_least_float32(logits).logsumexp(-1)
     if padded:
         return free.mean(1)
@@ -131,10 +139,19 @@ class GenerationSettings:
         check_fields(self)
         for name in ("batches", "study_every", "show_every"):
             check_count(getattr(self, name), name, 1)
-        check_count(self.batch_size, "batch_size", 3, "A smaller batch has no band.")
+        check_count(
+            self.batch_size,
+            "batch_size",
+            3,
+            "A smaller batch has no band.",
+        )
         if self.feedback not in FEEDBACK:
             fix = f"Use one of: {', '.join(FEEDBACK)}."
-            raise UserError(f"{self.feedback!r} is not known", where="feedback", fix=fix)
+            raise UserError(
+                f"{self.feedback!r} is not known",
+                where="feedback",
+                fix=fix,
+            )
 
 # %% ../../nbs/6_beyond_text/06_data_generation.ipynb #dg06-020
 def _batch_of(
@@ -142,10 +159,24 @@ def _batch_of(
 ) -> list[TextRow]:
     "Let the teacher write a batch; empty texts are left out."
     labels = [task.labels[i % len(task.labels)] for i in range(size)]
-    texts = write([task.prompt(shown, label, different) for label in labels], name)
+    texts = write(
+        [
+            task.prompt(
+                shown,
+                label,
+                different,
+            )
+            for label in labels
+        ],
+        name,
+    )
     if len(texts) != size or not all(isinstance(text, str) for text in texts):
         fix = "Let it return one text for each prompt."
-        raise UserError(f"the teacher did not return {size} texts", where=name, fix=fix)
+        raise UserError(
+            f"the teacher did not return {size} texts",
+            where=name,
+            fix=fix,
+        )
     inputs = [task.read(text) for text in texts]
     rows = [
         TextRow(f"{name}-{i}", text, label, where=f"{name}, row {i}")
@@ -154,7 +185,11 @@ def _batch_of(
     ]
     if not rows:
         fix = "Look at the prompt's end, and at the text that ends a row."
-        raise UserError("the teacher wrote only empty rows", where=name, fix=fix)
+        raise UserError(
+            "the teacher wrote only empty rows",
+            where=name,
+            fix=fix,
+        )
     return rows
 
 
@@ -242,7 +277,11 @@ def generate_rows(
     shown = read_rows(exemplars, "exemplar")
     if not shown:
         fix = "Write two or three by hand."
-        raise UserError("there is no exemplar", where="exemplars", fix=fix)
+        raise UserError(
+            "there is no exemplar",
+            where="exemplars",
+            fix=fix,
+        )
     parts = (write, study, task, shown, settings)
     if path is None:
         loop = DataGeneration(*parts)
@@ -295,7 +334,11 @@ def _check_weights(alpha: float, beta: float) -> None:
     for name, value in {"alpha": alpha, "beta": beta}.items():
         if not 0 <= value < math.inf:
             fix = "Use 0 to switch a term off, or a number above."
-            raise UserError(f"{value} is not a weight", where=name, fix=fix)
+            raise UserError(
+                f"{value} is not a weight",
+                where=name,
+                fix=fix,
+            )
 
 # %% ../../nbs/6_beyond_text/06_data_generation.ipynb #dg06-035
 class SymmetricSFT(SFT):

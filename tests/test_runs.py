@@ -27,7 +27,7 @@ from kd_notes.runner.grid import (
     run_grid,
     sources_line,
 )
-from kd_notes.runner.workers import limit_threads
+from kd_notes.runner.workers import limit_threads, Worker
 from kd_notes.runner.runs import cached, read_manifest, read_run, Run, run_folder, run_status
 
 PI = "kd_notes.runner.runs:estimate_pi"
@@ -590,6 +590,19 @@ def test_workers_end_when_their_parent_is_killed(tmp_path, targets, cache):
     pids = {m["pid"] for f in folders if (m := read_manifest(f))}
     wait_for(lambda: not any(alive(pid) for pid in pids), seconds=10)
     assert all(run_status(f) in ("done", "killed", "absent") for f in folders)
+
+
+def test_a_worker_whose_parent_died_before_it_began_ends_too(cache):
+    "A parent that is killed while its worker starts: the worker's own question would name process 1."
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    process = subprocess.Popen(
+        [sys.executable, "-c", Worker.PROGRAM],
+        env=os.environ | {"KD_NOTES_PARENT": str(gone.pid)},
+        stdin=subprocess.PIPE,  # stays open, as of a pipe that another process has inherited
+    )
+    assert process.wait(timeout=60) == 1
+    process.stdin.close()
 
 
 # --- the record -------------------------------------------------------------------------------------------------------------------

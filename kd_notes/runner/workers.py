@@ -146,7 +146,9 @@ def worker_main() -> None:
     signal.signal(
         signal.SIGTERM, lambda *_: sys.exit(143)
     )  # a terminated run is recorded as 'killed'
-    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(
+        target=_end_with_parent, args=(int(os.environ["KD_NOTES_PARENT"]),), daemon=True
+    ).start()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # output of libraries must not mix with the answers
     # Line buffering keeps the order with standard error, and nothing is lost in a kill.
@@ -194,6 +196,7 @@ class Worker:
         self.cache = cache or cache_dir()
         settings = dict.fromkeys(THREADS, str(threads)) | {
             "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+            "KD_NOTES_PARENT": str(os.getpid()),  # it may die before the worker can ask for it
             "KD_NOTES_PROGRESS": "lines",
             "KD_NOTES_EXECUTOR": "local",  # a run's own grids do not wait for the cluster it is on
             "KD_NOTES_CACHE": str(self.cache),

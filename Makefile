@@ -15,7 +15,7 @@ PYTHON ?= $(shell for name in python3.14 python3.13 python3.12 python3.11; do \
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
-EXTRAS := train,teacher,hub,notebooks,serve,mmidr,peers,site,dev
+EXTRAS := train,teacher,hub,notebooks,cluster,serve,mmidr,peers,site,dev
 JOBS ?= 2
 
 .PHONY: help setup reproduce reproduce-all readme site pins test lint sync pytest notebooks smoke lab clean distclean
@@ -85,8 +85,12 @@ pytest: setup
 	@$(BIN)/python -m pytest -q -n 2 --dist loadfile tests --ignore tests/test_repository.py --ignore tests/test_readme.py
 
 smoke: setup
-	@echo "== smoke: every results notebook under papermill, profile smoke, empty cache"
-	@cache=$$(mktemp -d); trap 'rm -rf "$$cache"' EXIT; KD_NOTES_CACHE="$$cache" $(BIN)/kd-notes reproduce --all --profile smoke
+	@echo "== smoke: every results notebook under papermill, profile smoke, empty cache; two halves side by side"
+	@cache=$$(mktemp -d); trap 'rm -rf "$$cache"' EXIT; export KD_NOTES_CACHE="$$cache"; failed=0; \
+	  names=$$(ls nbs/results/*.ipynb | xargs -n 1 basename -s .ipynb); \
+	  $(BIN)/kd-notes reproduce $$(echo "$$names" | awk 'NR % 2') --profile smoke --jobs 1 & half=$$!; \
+	  $(BIN)/kd-notes reproduce $$(echo "$$names" | awk 'NR % 2 == 0') --profile smoke --jobs 1 || failed=1; \
+	  wait $$half || failed=1; exit $$failed
 
 clean:
 	rm -rf build dist runs _proc _docs .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -7,31 +7,20 @@ __all__ = []
 
 # %% ../nbs/7_engine_room/28_cli.ipynb #cdbafe8d
 import json
-import signal
-import sys
-import threading
 import time
-from contextlib import contextmanager
-from inspect import signature
 from pathlib import Path
-from typing import Annotated, Any, Iterable, Iterator, Sequence
+from typing import Annotated, Sequence
 
 import typer
 
 from .core import UserError
+from .products.commands import guard, product_commands
 from .progress import human_seconds
-from kd_notes.runner.notebooks import (
-    Book,
-    notebook_title,
-    open_book,
-    read_notebook,
-    result_names,
-)
-from .runner.profiles import load_profile, Profile, profile_names, setting_value
+from .runner.notebooks import open_book
+from .runner.profiles import load_profile, Profile, profile_names
 from .runner.publish import publish
 from .runner.record import check, check_table, record, record_stage
-from .runner.reproduce import columns, Outcome, reproduce, shown_path
-from .runner.runs import read_manifest, run_status
+from .runner.reproduce import columns, Outcome, overview_rows, reproduce, shown_path
 
 # %% ../nbs/7_engine_room/28_cli.ipynb #2f20091f
 app = typer.Typer(
@@ -51,63 +40,6 @@ Root = Annotated[
     Path | None, typer.Option("--root", help="Another book: a folder with nbs/ and data/.")
 ]
 
-# %% ../nbs/7_engine_room/28_cli.ipynb #77534650
-@contextmanager
-def _terminate_as_interrupt() -> Iterator[None]:
-    "Treat SIGTERM as Ctrl-C inside the block."
-
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may set a handler
-        return
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-# %% ../nbs/7_engine_room/28_cli.ipynb #9c021786
-@contextmanager
-def guard() -> Iterator[None]:
-    "Turn errors into exit codes: 2 and a message for a UserError, 130 for an interruption."
-    try:
-        with _terminate_as_interrupt():
-            yield
-    except UserError as e:
-        print(f"kd-notes: {e}", file=sys.stderr)
-        raise typer.Exit(2) from e
-    except KeyboardInterrupt as e:
-        words = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
-        kept = "Finished results are kept; the same command goes on from there"
-        print(f"\nkd-notes: interrupted. {kept}: {words}", file=sys.stderr)
-        raise typer.Exit(130) from e
-
-# %% ../nbs/7_engine_room/28_cli.ipynb #4e561760
-def _state(book: Book, profile: str, name: str) -> str:
-    "Return the state of a run in a few words."
-    folder = book.runs / profile / name
-    status = run_status(folder)
-    if status == "absent":
-        return "-"
-    manifest = read_manifest(folder)
-    replayed = (manifest.get("source") or {}).get("replayed")
-    date = (manifest["end"] or manifest["start"])[:10]
-    return f"{status} {date}" + (" (replayed)" if replayed else "")
-
-
-def _overview(book: Book, profile: Profile) -> list[tuple]:
-    "Return a row for each results notebook, for `list`."
-    rows = [("", "notebook", "time", "last run", "title")]
-    for name in result_names(book):
-        seconds = profile.seconds.get(name)
-        headline = "*" if name in profile.headline else ""
-        title = notebook_title(read_notebook(book.results / f"{name}.ipynb"))
-        time_text = human_seconds(seconds) if seconds else "?"
-        rows.append((headline, name, time_text, _state(book, profile.name, name), title))
-    return rows
-
 # %% ../nbs/7_engine_room/28_cli.ipynb #7a377a8e
 @app.command("list")
 def list_command(profile: ProfileName = "cpu", root: Root = None) -> None:
@@ -117,7 +49,7 @@ def list_command(profile: ProfileName = "cpu", root: Root = None) -> None:
         names = profile_names(book)
         # a book without profiles can be listed too
         chosen = load_profile(book, profile) if names or profile != "cpu" else Profile(profile)
-        print(columns(_overview(book, chosen)))
+        print(columns(overview_rows(book, chosen)))
         print(f"\nprofile {profile}: {chosen.about or 'no description'}")
         print(f"known profiles: {', '.join(names) or 'none'}")
 
@@ -134,6 +66,10 @@ def reproduce_command(
     names: Names = None,
     profile: ProfileName = "cpu",
     jobs: Annotated[int, typer.Option("--jobs", "-j", help="Training runs in parallel.")] = 1,
+    executor: Annotated[
+        str | None,
+        typer.Option(help="dask:tcp://host:port or dask:<scheduler file>: runs on a cluster."),
+    ] = None,
     source: Annotated[
         str,
         typer.Option(
@@ -155,7 +91,8 @@ def reproduce_command(
     with guard():
         start = time.monotonic()
         book = open_book(root)
-        options = {"jobs": jobs, "source": source, "force": force, "everything": everything}
+        options = {"jobs": jobs, "executor": executor, "source": source, "force": force}
+        options["everything"] = everything
         outcomes = reproduce(names or (), profile, sets=sets or (), book=book, **options)
         seconds = human_seconds(time.monotonic() - start)
         print(f"{_count_outcomes(outcomes)} in {seconds}; results in {shown_path(book.runs)}")
@@ -233,194 +170,8 @@ def course_command(
         written = student_copy(out, chapters or ())
         print(f"{len(written)} lessons in {out}")
 
-# %% ../nbs/7_engine_room/28_cli.ipynb #4102ce90
-@app.command("extract")
-def extract_command(
-    task: Annotated[str, typer.Option(help="nli, esnli@hub, or a task file such as task.toml.")],
-    out: Annotated[
-        Path | None, typer.Option(help="JSONL file to fill; not needed for esnli@hub and the like.")
-    ] = None,
-    split: Annotated[str, typer.Option(help="Split of the task.")] = "pool",
-    source: Annotated[
-        Path | None, typer.Option("--input", help="A JSONL file instead of a split.")
-    ] = None,
-    teacher: Annotated[
-        str, typer.Option(help="smollm2, hub:<id>, openai:<url>#<model>, replay:<file>, ...")
-    ] = "smollm2",
-    shots: Annotated[int | None, typer.Option(help="Solved examples in the prompt.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Use only the first LIMIT examples.")] = None,
-    samples: Annotated[int, typer.Option(help="Completions per example.")] = 1,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    max_new_tokens: Annotated[int, typer.Option(help="Maximum length of a completion.")] = 160,
-    seed: int = 0,
-    sets: Annotated[
-        list[str] | None, typer.Option("--set", help="k=v of the back end, such as concurrency=8.")
-    ] = None,
-    dtype: Annotated[
-        str, typer.Option(help="Of a local teacher: float32 or bfloat16.")
-    ] = "float32",
-) -> None:
-    "Let a teacher write rationales and labels for a split; a second call resumes."
-    with guard():
-        from kd_notes.experiments.extraction import extract_rationales
-
-        made = extract_rationales(
-            task,
-            out,
-            split=split,
-            source=source,
-            teacher=teacher,
-            shots=shots,
-            limit=limit,
-            samples=samples,
-            temperature=temperature,
-            max_new_tokens=max_new_tokens,
-            seed=seed,
-            dtype=dtype,
-            **plain_settings(sets or [], signature(extract_rationales).parameters),
-        )
-        print(json.dumps(made, indent=1))
-
-# %% ../nbs/7_engine_room/28_cli.ipynb #cli-dist-2
-def plain_settings(
-    sets: Iterable[str],  # "k=v"
-    options: Iterable[str] = (),  # names that are options of the command, and cannot be set
-) -> dict[str, Any]:
-    "Return {'k': v} from 'k=v' texts."
-    settings = {}
-    for text in sets:
-        name, equals, value = text.partition("=")
-        name = name.strip()
-        if not equals or not name.isidentifier():
-            raise UserError(
-                f"{text!r} is not of the form k=v",
-                where="--set",
-                fix="For example --set max_steps=200.",
-            )
-        if name in options:
-            raise UserError(
-                f"{name} is an option", where="--set", fix=f"Use --{name.replace('_', '-')}."
-            )
-        settings[name] = setting_value(value)
-    return settings
-
-# %% ../nbs/7_engine_room/28_cli.ipynb #cli-dist-4
-@app.command("distill")
-def distill_command(
-    data: Annotated[Path, typer.Option(help="JSONL: prompt and response, or chat messages.")],
-    out: Annotated[Path, typer.Option(help="New folder for the student.")],
-    teacher: Annotated[str, typer.Option(help="smollm2, hub:<id> or a folder.")] = "smollm2",
-    student: Annotated[
-        str, typer.Option(help="Likewise, or layers:6 of the teacher.")
-    ] = "layers:6",
-    objective: Annotated[
-        str, typer.Option(help="sft, forward_kl, akl, seqkd, minillm, gkd, distillm2, ...")
-    ] = "forward_kl",
-    corpus: Annotated[
-        Path | None, typer.Option(help="Texts for the language-modelling term of minillm and such.")
-    ] = None,
-    profile: Annotated[str, typer.Option(help="smoke, cpu, cpu-full or gpu.")] = "cpu",
-    sets: Annotated[
-        list[str] | None, typer.Option("--set", help="A setting: k=v, such as max_steps=200.")
-    ] = None,
-) -> None:
-    "Distil a teacher into a student on your data; a second call resumes."
-    with guard():
-        from kd_notes.products.distill import distill
-
-        settings = plain_settings(sets or [], signature(distill).parameters)
-        options = {"corpus": corpus, "profile": profile}
-        report = distill(data, teacher, student, objective, out, **options, **settings)
-        print(json.dumps(report, indent=1, default=str))
-
-# %% ../nbs/7_engine_room/28_cli.ipynb #db3bdd4d
-@app.command("stepwise")
-def stepwise_command(
-    task: Annotated[str, typer.Option(help="A task file such as task.toml, or nli.")],
-    data: Annotated[Path, typer.Option("--input", help="JSONL: the rows, with labels.")],
-    out: Annotated[Path, typer.Option(help="New folder for the student.")],
-    rationales: Annotated[
-        Path | None, typer.Option(help="JSONL of kd-notes extract; default: the rows' own.")
-    ] = None,
-    student: Annotated[
-        str, typer.Option(help="mini, smollm2, hub:<id> or a folder; causal or T5-like.")
-    ] = "smollm2",
-    arms: Annotated[
-        str, typer.Option(help="Of step_by_step, finetuning, finetuning_same_tokens, distillation.")
-    ] = "step_by_step,finetuning",
-    test_data: Annotated[
-        Path | None, typer.Option("--test-input", help="JSONL to test on; default: held-out rows.")
-    ] = None,
-    alpha: Annotated[float | None, typer.Option(help="Weight of the label's loss.")] = None,
-    learning_rate: Annotated[
-        float | None, typer.Option(help="One rate for all arms, instead of a search.")
-    ] = None,
-    profile: Annotated[str, typer.Option(help="smoke, cpu, cpu-full or gpu.")] = "cpu",
-    dry_run: Annotated[bool, typer.Option(help="Only say what would run and cost.")] = False,
-    sets: Annotated[
-        list[str] | None, typer.Option("--set", help="A setting: k=v, such as epochs=10.")
-    ] = None,
-) -> None:
-    "Distil step-by-step on a task of your own; a second call resumes."
-    with guard():
-        from kd_notes.products.stepwise import stepwise
-
-        taken = {*signature(stepwise).parameters, "arms", "alpha", "learning_rates"}
-        settings = plain_settings(sets or [], taken) | {"arms": arms.replace(" ", "").split(",")}
-        settings |= {} if alpha is None else {"alpha": alpha}
-        settings |= {} if learning_rate is None else {"learning_rates": [learning_rate]}
-        named = {"test_data": test_data, "profile": profile, "dry_run": dry_run}
-        report = stepwise(task, data, rationales, student, out, **named, **settings)
-        shown = ("rows", "arms", "differences", "references")
-        print(json.dumps(report if dry_run else {k: report[k] for k in shown}, indent=1))
-
-# %% ../nbs/7_engine_room/28_cli.ipynb #cec70d1a
-ModelOption = Annotated[str, typer.Option(help="Folder of a student, hub:<id> or smollm2.")]
-RowsOption = Annotated[Path, typer.Option("--input", help="JSONL: the rows.")]
-TaskOption = Annotated[
-    str | None, typer.Option(help="Task file; default: what the student was trained for.")
-]
-BatchOption = Annotated[int, typer.Option(help="Rows that are answered together.")]
-LimitOption = Annotated[int | None, typer.Option(help="Only the first so many rows.")]
-TokensOption = Annotated[
-    int | None, typer.Option(help="Longest answer; default: as the student was trained.")
-]
-
-
-@app.command("predict")
-def predict_command(
-    model: ModelOption,
-    data: RowsOption,
-    out: Annotated[Path, typer.Option(help="JSONL file to fill or to continue.")],
-    task: TaskOption = None,
-    batch_size: BatchOption = 32,
-    max_new_tokens: TokensOption = None,
-    limit: LimitOption = None,
-) -> None:
-    "Let a student answer rows; a second call resumes."
-    with guard():
-        from kd_notes.products.predict import predict_rows
-
-        options = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "limit": limit}
-        print(json.dumps(predict_rows(model, data, out, task, **options), indent=1))
-
-
-@app.command("evaluate")
-def evaluate_command(
-    model: ModelOption,
-    data: RowsOption,
-    out: Annotated[Path | None, typer.Option(help="JSON file for the scores.")] = None,
-    task: TaskOption = None,
-    batch_size: BatchOption = 32,
-    max_new_tokens: TokensOption = None,
-    limit: LimitOption = None,
-) -> None:
-    "Score a student on labelled rows: the task's metric with its interval, as JSON."
-    with guard():
-        from kd_notes.products.predict import evaluate_rows
-
-        options = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "limit": limit}
-        print(json.dumps(evaluate_rows(model, data, out, task, **options), indent=1))
+# %% ../nbs/7_engine_room/28_cli.ipynb #9bcc07c3
+app.registered_commands += product_commands.registered_commands
 
 # %% ../nbs/7_engine_room/28_cli.ipynb #cli-bench-2
 @app.command("bench")
@@ -471,3 +222,7 @@ def _some(names: Sequence[str] | None) -> Sequence[str]:
             fix="Name one or more; 'kd-notes list' shows them.",
         )
     return names
+
+# %% ../nbs/7_engine_room/28_cli.ipynb #d8732e06
+if __name__ == "__main__" and "__file__" in globals():
+    app(prog_name="kd-notes")

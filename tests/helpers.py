@@ -1,8 +1,13 @@
 """What several test files need."""
 
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
+from pathlib import Path
 
 import torch
 
@@ -25,3 +30,56 @@ def start_script(code: str) -> subprocess.Popen:
         stderr=subprocess.PIPE,
         start_new_session=True,
     )
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+class TransformersServer:
+    "`transformers serve` on a local folder, in a process of its own."
+
+    def __init__(self, folder, port=None):
+        self.folder, self.port = str(folder), port or free_port()
+        env = os.environ | {
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": "1",
+            "HF_HOME": str(Path(folder).parent / "hf"),
+        }
+        command = [
+            str(Path(sys.executable).with_name("transformers")),
+            "serve",
+            self.folder,
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(self.port),
+            "--device",
+            "cpu",
+            "--log-level",
+            "error",
+        ]
+        self.log = open(Path(folder).parent / f"server-{self.port}.log", "w+")
+        self.process = subprocess.Popen(command, env=env, stdout=self.log, stderr=subprocess.STDOUT)
+        self.url = f"http://127.0.0.1:{self.port}/v1"
+
+    def ready(self, seconds=180):
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            assert self.process.poll() is None, Path(self.log.name).read_text()[-2000:]
+            try:
+                if (
+                    urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=2).status
+                    == 200
+                ):
+                    return self
+            except OSError:
+                time.sleep(0.2)
+        raise AssertionError("the server did not start: " + Path(self.log.name).read_text()[-2000:])
+
+    def kill(self):
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+        self.log.close()

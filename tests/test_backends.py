@@ -2,18 +2,11 @@
 
 import copy
 import json
-import os
 import random
-import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
-import urllib.request
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import pytest
 import torch
@@ -32,7 +25,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from helpers import sharper
+from helpers import sharper, TransformersServer
 import kd_notes.generation.backends as backends_module
 import kd_notes.generation.engine as engine_module
 from kd_notes.generation.backends import (
@@ -545,59 +538,6 @@ def test_a_chat_template_is_applied_on_request(model, tok):
 # ---------------------------------------------------------------- a real server
 
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-class Server:
-    "`transformers serve` on a local folder, in a process of its own."
-
-    def __init__(self, folder, port=None):
-        self.folder, self.port = str(folder), port or free_port()
-        env = os.environ | {
-            "HF_HUB_OFFLINE": "1",
-            "OMP_NUM_THREADS": "1",
-            "HF_HOME": str(Path(folder).parent / "hf"),
-        }
-        command = [
-            str(Path(sys.executable).with_name("transformers")),
-            "serve",
-            self.folder,
-            "--host",
-            "127.0.0.1",
-            "--port",
-            str(self.port),
-            "--device",
-            "cpu",
-            "--log-level",
-            "error",
-        ]
-        self.log = open(Path(folder).parent / f"server-{self.port}.log", "w+")
-        self.process = subprocess.Popen(command, env=env, stdout=self.log, stderr=subprocess.STDOUT)
-        self.url = f"http://127.0.0.1:{self.port}/v1"
-
-    def ready(self, seconds=180):
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            assert self.process.poll() is None, Path(self.log.name).read_text()[-2000:]
-            try:
-                if (
-                    urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=2).status
-                    == 200
-                ):
-                    return self
-            except OSError:
-                time.sleep(0.2)
-        raise AssertionError("the server did not start: " + Path(self.log.name).read_text()[-2000:])
-
-    def kill(self):
-        self.process.send_signal(signal.SIGKILL)
-        self.process.wait()
-        self.log.close()
-
-
 @pytest.fixture(scope="module")
 def folder(model, tok, tmp_path_factory):
     folder = tmp_path_factory.mktemp("served") / "tiny"
@@ -615,7 +555,7 @@ def folder(model, tok, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(folder):
-    server = Server(folder).ready()
+    server = TransformersServer(folder).ready()
     yield server
     server.kill()
 
@@ -664,7 +604,7 @@ def test_what_a_server_refuses_is_not_tried_again(server):
 
 def test_a_server_killed_in_the_middle_keeps_what_it_answered_and_is_waited_for(folder):
     requests, decoding = prompts_of(30), Decoding(4)
-    server = Server(folder).ready()
+    server = TransformersServer(folder).ready()
     remote, first = (
         OpenAIBackend(server.url, server.folder, concurrency=2, retries=2, timeout=30),
         [],
@@ -682,7 +622,7 @@ def test_a_server_killed_in_the_middle_keeps_what_it_answered_and_is_waited_for(
     collected = []
     thread = threading.Thread(target=lambda: collected.extend(patient.generate(rest, decoding)))
     thread.start()  # while there is no server
-    again = Server(folder, server.port).ready()
+    again = TransformersServer(folder, server.port).ready()
     thread.join(120)
     again.kill()
     assert Counter(c.id for c in first + collected) == Counter(name for name, _ in requests)

@@ -39,6 +39,7 @@ from kd_notes.losses.divergences import (
     jsd,
     next_token_labels,
     reverse_kl,
+    _sides,
     token_divergence,
 )
 from kd_notes.losses.families import (
@@ -49,6 +50,7 @@ from kd_notes.losses.families import (
     symmetric_kl,
     total_variation,
 )
+from kd_notes.losses.revision import label_revision, revised_side
 
 VARIANTS = [  # every entry of the registry, some with several settings
     ("forward_kl", {}),
@@ -69,14 +71,19 @@ VARIANTS = [  # every entry of the registry, some with several settings
     ("renyi", {"alpha": 3.0}),
     ("adaptive_kl", {}),
     ("adaptive_kl", {"mu": 0.8, "boundary": "crossing-in-head"}),
+    ("adaptive_kl", {"flipped": True}),
     ("dkd", {}),
     ("dkd", {"alpha": 0.0, "beta": 1.0}),
     ("atkd", {}),
+    ("atkd", {"reverse": True}),
+    ("label_revision", {}),
+    ("label_revision", {"eta": 0.5, "who": "wrong", "sharpen": 3.0}),
+    ("label_revision", {"weight": 0.3}),
     ("uld", {}),
 ]
 IDS = [name + "".join(f"-{k}={v}" for k, v in options.items()) for name, options in VARIANTS]
 every = pytest.mark.parametrize("name, options", VARIANTS, ids=IDS)
-NEEDS_GOLD = ("dkd", "atkd")
+NEEDS_GOLD = ("dkd", "atkd", "label_revision")
 
 
 def with_gold(name, options, ids):
@@ -117,6 +124,7 @@ def test_the_registry_is_covered():
         "uld",
         "alpha_divergence",
         "renyi",
+        "label_revision",
     } <= set(DIVERGENCES)
 
 
@@ -137,7 +145,10 @@ def test_import_pulls_in_torch_and_nothing_heavier():
 @every
 def test_1_equal_models_give_zero_and_no_gradient(name, options):
     _, teacher, ids = batch()
-    student = teacher.clone().requires_grad_()
+    student = teacher.clone()
+    if name == "label_revision":  # it is a divergence from the revised teacher
+        student = revised_side(_sides(teacher, teacher, 1.0)[1], ids, **options).log
+    student.requires_grad_()
     values = token_divergence(name, student, teacher, **with_gold(name, options, ids))
     expected = (
         -(teacher.softmax(-1) * teacher.log_softmax(-1)).sum(-1)
@@ -205,7 +216,9 @@ def test_5_prompt_positions_contribute_nothing(name, options):
     assert loss(student) == loss(changed) and loss(student) != loss(last)
 
 
-@pytest.mark.parametrize("name", ["forward_kl", "cross_entropy", "dkd", "skew_kl"])
+@pytest.mark.parametrize(
+    "name", ["forward_kl", "cross_entropy", "dkd", "skew_kl", "label_revision"]
+)
 def test_6_a_teacher_that_knows_only_the_gold_token_gives_the_language_model_loss(name):
     student, _, _ = batch(length=5)
     tokens = torch.randint(7, (3, 6), generator=torch.Generator().manual_seed(2))
@@ -215,6 +228,7 @@ def test_6_a_teacher_that_knows_only_the_gold_token_gives_the_language_model_los
         "forward_kl": {},
         "cross_entropy": {},
         "dkd": {"target_ids": targets},
+        "label_revision": {"target_ids": targets},
         "skew_kl": {"alpha": 0.0},
     }[name]
     lm = F.cross_entropy(student.flatten(0, 1), targets.flatten())
@@ -374,12 +388,21 @@ def by_hand(name, p, q, o, g):
             total += p[j]
         gaps = [abs(x - y) for x, y in zip(p, q)]
         w = sum(gaps[j] for j in head) / sum(gaps)
+        w = 1 - w if o.get("flipped") else w
         return w * kl(p, q) + (1 - w) * kl(q, p)
     if name == "dkd":
         rest = lambda a: [x / (1 - a[g]) for j, x in enumerate(a) if j != g]  # noqa: E731
         return o.get("alpha", 1) * kl((p[g], 1 - p[g]), (q[g], 1 - q[g])) + o.get("beta", 8) * kl(
             rest(p), rest(q)
         )
+    if name == "label_revision":
+        power = lambda x, a: [y**a / sum(z**a for z in x) for y in x]  # noqa: E731
+        sharp = power(p, o.get("sharpen", 1.0))
+        weight = o.get("weight", o.get("eta", 0.8) / (max(sharp) - sharp[g] + 1))
+        if o.get("who") == "wrong" and max(sharp) == sharp[g]:
+            weight = 1.0
+        revised = mix(weight, sharp, [float(j == g) for j in range(len(p))])
+        return kl(power(revised, 1 / o.get("sharpen", 1.0)), q)
     return {
         "forward_kl": lambda: kl(p, q),
         "reverse_kl": lambda: kl(q, p),
@@ -399,7 +422,9 @@ def by_hand(name, p, q, o, g):
 
 
 @pytest.mark.parametrize(
-    "name, options", [v for v in VARIANTS if v[0] != "atkd"], ids=[i for i in IDS if i != "atkd"]
+    "name, options",
+    [v for v in VARIANTS if v[0] != "atkd"],
+    ids=[i for i in IDS if not i.startswith("atkd")],
 )  # see below
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 3.0])
 def test_the_definition_written_out(name, options, temperature):
@@ -416,7 +441,8 @@ def test_gradients_by_finite_differences(name, options):
     options = with_gold(name, options, ids)
     student.requires_grad_()
     if name == "adaptive_kl":  # its weight is a constant to the gradient
-        w = head_weight(student, teacher, **options)
+        w = head_weight(student, teacher, **{k: v for k, v in options.items() if k != "flipped"})
+        w = 1 - w if options.get("flipped") else w
         values = token_divergence(name, student, teacher, **options).sum()
         parts = (
             w * token_divergence("forward_kl", student, teacher)
@@ -477,7 +503,7 @@ def test_finite_value_and_gradient_at_the_edges(name, options, edge):
         values = token_divergence(name, z, t, temperature, **with_gold(name, options, ids))
         slope = gradient(values.sum(), z)
         assert values.isfinite().all() and (values > -1e-5).all() and slope.isfinite().all(), dtype
-        if "equal" in edge and name != "cross_entropy":
+        if "equal" in edge and name not in ("cross_entropy", "label_revision"):
             assert values.abs().max() < 1e-5 and slope.abs().max() < 1e-4, dtype
 
 
@@ -502,7 +528,8 @@ def test_a_token_that_only_one_side_bans(name, options, who):
         "symmetric_kl": True,
         "adaptive_kl": True,
         "dkd": forward,
-        "atkd": forward,
+        "atkd": reverse if options.get("reverse") else forward,
+        "label_revision": forward,
         "renyi": forward and options.get("alpha", 0.5) > 1,
     }.get(name, False)
     if options == {"beta": 0.0, "scaled": True}:
@@ -847,6 +874,86 @@ def test_akl_head_of_a_flat_teacher_needs_more_than_one_round():
             assert got[row] == pytest.approx((gap[inside].sum() / gap.sum()).item(), rel=1e-9)
 
 
+@pytest.mark.parametrize("boundary", ["official", "crossing-in-head"])
+def test_akl_is_the_fixed_mean_where_each_group_errs_one_way(boundary):
+    "The errors of a position sum to 0, so equal signs in each group make both gaps equal."
+    p = torch.tensor([0.3, 0.25, 0.2, 0.15, 0.1], dtype=torch.float64)
+    inside = 1 if boundary == "official" else 2
+    q = p.clone()
+    q[:inside] -= 0.09 / inside
+    q[inside:] += 0.09 / (5 - inside)
+    z = q.log().requires_grad_()
+    ours, mean = adaptive_kl(z, p.log(), boundary=boundary), symmetric_kl(z, p.log())
+    assert head_weight(z, p.log(), boundary=boundary).item() == pytest.approx(0.5, abs=1e-12)
+    assert torch.isclose(ours, mean) and torch.allclose(gradient(ours, z), gradient(mean, z))
+    # One error of the other sign in the tail, and it is the mean no more.
+    q[4] -= 0.05
+    q[inside] += 0.05
+    assert head_weight(q.log(), p.log(), boundary=boundary) < 0.49
+
+
+def test_akl_at_the_ends_is_one_of_the_two_kls():
+    student, teacher, _ = batch()
+    forward, reverse = forward_kl(student, teacher), reverse_kl(student, teacher)
+    assert torch.equal(adaptive_kl(student, teacher, mu=1.0), forward)
+    assert torch.equal(adaptive_kl(student, teacher, mu=1.0, flipped=True), reverse)
+    # The weights of a position sum to 1: with both orders every KL is counted once.
+    both = adaptive_kl(student, teacher) + adaptive_kl(student, teacher, flipped=True)
+    assert torch.isclose(both, forward + reverse)
+
+
+def test_akl_values_where_the_error_is_on_one_side_only():
+    p = torch.tensor([0.3, 0.2, 0.25, 0.15, 0.1], dtype=torch.float64)
+    shift = torch.tensor([0.05, -0.05])
+    head, tail = p.index_add(0, torch.tensor([0, 1]), shift.double()), p.clone()
+    tail[3:] += shift
+    in_head, in_tail, teacher = head.log(), tail.log(), p.log()
+    mine = partial(adaptive_kl, teacher_logits=teacher, mu=0.8)
+    assert torch.isclose(mine(in_head), forward_kl(in_head, teacher))
+    assert torch.isclose(mine(in_tail), reverse_kl(in_tail, teacher))
+    assert torch.isclose(mine(in_tail), (tail[3:] * (tail[3:] / p[3:]).log()).sum())
+
+
+def test_akl_boundaries_agree_exactly_where_a_prefix_holds_the_mass():
+    student, _, _ = batch(vocabulary=4)
+    for p, same in (([0.25, 0.5, 0.125, 0.125], True), ([0.25, 0.4375, 0.1875, 0.125], False)):
+        teacher = torch.tensor(p, dtype=torch.float64).log().expand(3, 4, 4)
+        weights = [
+            head_weight(student, teacher, boundary=b) for b in ("official", "crossing-in-head")
+        ]
+        # Of every row: the token that crosses moves its gap from the tail to the head.
+        moved = weights[1] - weights[0]
+        assert torch.allclose(*weights) if same else (moved > 1e-3).all()
+
+
+def test_akl_gives_a_banned_token_no_weight():
+    "The released code replaces an infinite logit by 0 before its softmax."
+    student, teacher, _ = batch()
+    banned = torch.full((3, 4, 1), -math.inf, dtype=torch.float64)
+    wide = [torch.cat([x, banned], -1) for x in (student, teacher)]
+    assert torch.allclose(head_weight(*wide), head_weight(student, teacher))
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "adaptive_kl"])
+def test_free_logits_reach_the_teacher(name):
+    "The toys of the AKL paper's notebooks: mixtures of two Gaussians over 50 bins, a long tail over 80."
+    x = torch.linspace(-5, 5, 50, dtype=torch.float64)
+    bell = lambda centre, width: torch.exp(-0.5 * ((x - centre) / width) ** 2)  # noqa: E731
+    tail = torch.exp(-0.5 * (torch.arange(80, dtype=torch.float64) * 1.25 / 16) ** 2)
+    toys = [(0.25 * bell(-2, 0.7) + 0.75 * bell(2, 0.9), 0.1, 200), (tail, 0.2, 300)]
+    for density, lr, steps in toys:
+        teacher = (density / density.sum()).log()
+        start = torch.rand(len(density), dtype=torch.float64, generator=torch.manual_seed(0))
+        z = start.clone().requires_grad_()
+        optimizer = torch.optim.Adam([z], lr=lr)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            token_divergence(name, z, teacher).backward()
+            optimizer.step()
+        off = [(each.softmax(-1) - teacher.exp()).abs().sum() for each in (z, start)]
+        assert off[0] < 0.05 < 0.2 < off[1]
+
+
 # --- ATKD -------------------------------------------------------------------------------------------------------------------------
 
 
@@ -919,6 +1026,96 @@ def test_atkd_without_a_split_is_the_kl_of_its_parts():
     )
 
 
+def parts_at(student, teacher, ids, mask):
+    "Target part, non-target part and uncertainty of the unmasked positions."
+    tkd, rest = (
+        token_divergence("dkd", student, teacher, target_ids=ids, alpha=a, beta=1 - a)[mask]
+        for a in (1.0, 0.0)
+    )
+    return tkd, rest, log_uncertainty(teacher, ids).exp()[mask]
+
+
+def test_atkd_with_its_factor_kept_and_equal_groups_is_half_of_two_kls():
+    "KL = TKD + (1 - p_g) DKD at every position, so with lambda = 0.5 the groups' means give the KL."
+    student, teacher, ids = batch()
+    mask = torch.ones(3, 4, dtype=torch.bool)
+    tkd, rest, unsure = parts_at(student, teacher, ids, mask)
+    kl = tkd + unsure * rest
+    assert torch.allclose(kl, token_divergence("forward_kl", student, teacher)[mask])
+    cut = easy_hard(unsure.log())
+    hard = unsure.log() >= cut.threshold
+    grouped = 0.5 * kl[~hard].mean() + 0.5 * kl[hard].mean()
+    sizes = torch.where(hard, len(kl) / (2 * cut.hard), len(kl) / (2 * cut.easy))
+    assert torch.isclose(grouped, (sizes * kl).mean())
+    assert (cut.easy, cut.hard) == (5, 7) and not torch.isclose(grouped, kl.mean())
+    even = torch.randperm(12, generator=torch.Generator().manual_seed(0)) < 6
+    assert torch.isclose(0.5 * kl[~even].mean() + 0.5 * kl[even].mean(), kl.mean())
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_atkd_parts_vanish_where_the_models_agree_about_them(reverse):
+    p = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+    same_gold = torch.tensor([0.5, 0.1, 0.4], dtype=torch.float64)
+    same_rest = torch.tensor([0.8, 0.12, 0.08], dtype=torch.float64)
+    ids = torch.zeros((), dtype=torch.long)
+    both = partial(atkd, teacher_logits=p.log(), target_ids=ids, reverse=reverse)
+    easy, hard = {"hard_fraction": 0.0, "easy_weight": 1.0}, {"hard_fraction": 1.0}
+    pair = (p, same_rest) if not reverse else (same_rest, p)
+    binary = sum(a * (a / b).log() for a, b in zip(*([x[0], 1 - x[0]] for x in pair)))
+    assert both(same_rest.log(), **easy).abs() < 1e-12  # only DKD counts there
+    assert torch.isclose(both(same_rest.log(), **hard), 0.8 * binary)  # TKD is left
+    assert torch.isclose(both(same_gold.log(), **easy), both(same_gold.log(), **hard) / 0.8)
+
+
+@pytest.mark.parametrize("sure", ["teacher", "student"])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_atkd_of_a_model_that_allows_only_the_gold_token(sure, reverse):
+    _, logits, ids = batch()
+    delta = torch.full_like(logits, -math.inf).scatter(-1, ids.unsqueeze(-1), 0.0)
+    student, teacher = (logits, delta) if sure == "teacher" else (delta, logits)
+    z = student.clone().requires_grad_()
+    values = token_divergence("atkd", z, teacher, target_ids=ids, reverse=reverse)
+    assert not values.isnan().any() and gradient(values.sum(), z).isfinite().all()
+    if (sure == "teacher") != reverse:  # the side in front: nothing to rank, and TKD = -log
+        gold = logits.log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+        assert torch.allclose(values, -0.8 * gold)  # its uncertainty is 0 everywhere: ties are hard
+    else:
+        assert values.isinf().all()
+
+
+def test_reverse_atkd_swaps_the_roles_and_ranks_by_the_student():
+    student, teacher, ids = batch()
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]]).bool()
+    tkd, rest, unsure = parts_at(teacher, student, ids, mask)  # of KL(q || p)
+    assert torch.allclose(
+        tkd + unsure * rest, token_divergence("reverse_kl", student, teacher)[mask]
+    )
+    hard = unsure >= unsure.median()
+    expected = 0.2 * rest[~hard].mean() + 0.8 * (tkd + rest)[hard].mean()
+    z, t = student.clone().requires_grad_(), teacher.clone().requires_grad_()
+    ours = atkd(z, t, mask, target_ids=ids, reverse=True)
+    assert torch.isclose(ours, expected)
+    ours.backward()
+    assert t.grad is None and z.grad[mask].any() and not z.grad[~mask].any()
+    cut = easy_hard(log_uncertainty(student, ids)[mask])
+    assert torch.isclose(
+        atkd(student, teacher, mask, target_ids=ids, reverse=True, split=cut), ours
+    )
+    assert not torch.isclose(atkd(student, teacher, mask, target_ids=ids), ours)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_padding_moves_no_position_across_the_cut(reverse):
+    student, teacher, ids = batch(rows=1, length=8)
+    plain = atkd(student, teacher, target_ids=ids, reverse=reverse)
+    mask = torch.tensor([[1] * 8 + [0] * 9])
+    for sure in (30.0, -30.0):  # padding about which the model is sure, or unsure
+        pads = torch.zeros(1, 9, 7, dtype=torch.float64).index_fill(-1, torch.tensor(0), sure)
+        wide = [torch.cat([x, pads], 1) for x in (student, teacher)]
+        padded = atkd(*wide, mask, target_ids=F.pad(ids, (0, 9), value=0), reverse=reverse)
+        assert torch.isclose(padded, plain)
+
+
 def test_targets_are_checked():
     student, teacher, ids = batch()
     with pytest.raises(UserError, match="-100"):
@@ -962,6 +1159,7 @@ def test_the_scalar_functions_and_the_registry_agree():
             uld,
             alpha_divergence,
             renyi,
+            label_revision,
         )
     }
     assert set(functions) == set(DIVERGENCES)
@@ -1022,8 +1220,8 @@ def test_one_log_softmax_per_side_and_no_sort_without_need(name, options):
     with Count() as count:
         token_divergence(name, student, teacher, **with_gold(name, options, ids))
     assert count.seen.get("_log_softmax") == (
-        4 if name in NEEDS_GOLD else 2
-    )  # these renormalise without the gold token
+        4 if name in ("dkd", "atkd") or "sharpen" in options else 2
+    )  # these renormalise, without the gold token or at another temperature
     assert count.seen.get("sort", 0) == (2 if name == "uld" else 0)
     assert count.seen.get("exp", 0) <= (5 if name == "adaptive_kl" else 3)
 
@@ -1490,7 +1688,7 @@ def test_padding_with_zeros_is_what_we_do_not_do():
 
 def call(name, student, teacher, ids=None, **given):
     "The public loss of that name."
-    options = {"target_ids": ids} if name in ("dkd", "atkd") and ids is not None else {}
+    options = {"target_ids": ids} if name in NEEDS_GOLD and ids is not None else {}
     return get_divergence(name, **options)(student, teacher, **given)
 
 

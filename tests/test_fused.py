@@ -42,7 +42,10 @@ OPTIONS = [
     ("renyi", {"alpha": 2.0}),
     ("adaptive_kl", {"mu": 0.4}),
     ("dkd", {}),
+    ("adaptive_kl", {"flipped": True}),
     ("atkd", {}),
+    ("atkd", {"reverse": True}),
+    ("label_revision", {"eta": 0.6, "sharpen": 1.5}),
     ("uld", {}),
 ]
 
@@ -71,7 +74,8 @@ def case(n=N, v=V, seed=0, dtype=torch.float64, scale=1.0):
 
 
 def with_targets(name, options, ids):
-    return options | ({"target_ids": ids} if name in ("dkd", "atkd") else {})
+    needs_gold = name in ("dkd", "atkd", "label_revision")
+    return options | ({"target_ids": ids} if needs_gold else {})
 
 
 def gradients(loss, inputs):
@@ -186,7 +190,7 @@ def test_leading_dimensions_and_frozen_parts():
 def test_student_equal_to_teacher_has_loss_zero_and_no_gradient():
     (_, _, _), (t, u, _), _, _ = case()
     h, w = t.clone().requires_grad_(), u.clone().requires_grad_()
-    for name in DIVERGENCES.keys() - {"cross_entropy", "dkd", "atkd"}:
+    for name in DIVERGENCES.keys() - {"cross_entropy", "dkd", "atkd", "label_revision"}:
         loss = fused_linear_divergence(h, w, t, u, name)
         assert (
             abs(loss.item()) < 1e-12 and max(g.abs().max() for g in gradients(loss, (h, w))) < 1e-12

@@ -588,3 +588,9 @@ def test_an_input_beyond_the_context_is_an_outcome_and_another_task_is_refused(p
     items[0]["thing"] = "another brick"
     with pytest.raises(UserError, match="has changed since it was answered"):
         predict_rows(place / "model", items, place / "said.jsonl", place / "task.toml")
+
+
+@pytest.mark.parametrize("ask", [evaluate_rows, lambda *given: predict_rows(*given, "out.jsonl")])
+def test_a_missing_file_is_named_before_a_model_is_loaded(ask):
+    with pytest.raises(UserError, match="rows.jsonl: there is no such file"):
+        ask("a model that does not exist", "no/rows.jsonl")

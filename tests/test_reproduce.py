@@ -25,6 +25,7 @@ import kd_notes.runner.record as record_module
 import kd_notes.runner.reproduce as reproduce_module
 from kd_notes.core import read_json, stable_hash, UserError, write_json
 from kd_notes.runner.grid import load_record, record_runs, run_grid
+from kd_notes.runner.profiles import plain_settings
 from kd_notes.runner.runs import read_manifest, run_status
 
 PARAMETERS = '''a = 2            # a whole number
@@ -1179,14 +1180,14 @@ class Stub:
     ],
 )
 def test_a_setting_of_the_command_line_has_the_value_that_is_meant(text, value):
-    [(name, found)] = cli_module.plain_settings([f"x={text}"]).items()
+    [(name, found)] = plain_settings([f"x={text}"]).items()
     assert name == "x" and found == value and type(found) is type(value)
 
 
 @pytest.mark.parametrize("text", ["x", "=3", "two words=3", "a.b=3", "", "1x=3"])
 def test_a_setting_without_a_name_or_value_is_refused(text):
     with pytest.raises(UserError, match="form k=v"):
-        cli_module.plain_settings([text])
+        plain_settings([text])
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,13 @@ from kd_notes.data.regime import (
 from kd_notes.data.regime import test_rows as regime_test
 from kd_notes.data.world import draw_split, load_corpus, load_world, load_world_tokenizer
 from kd_notes.experiments.base import UNTRAINED
+from kd_notes.experiments.ladder import (
+    LADDER,
+    LADDER_ARMS,
+    LadderStudents,
+    RememberedTeacher,
+    weight_profile,
+)
 from kd_notes.experiments.scarce_models import ScarceModels
 from kd_notes.experiments.scarce_world import (
     LOWEST_STEPS,
@@ -30,10 +37,13 @@ from kd_notes.experiments.scarce_world import (
     ScarceWorld,
 )
 from kd_notes.losses.divergences import forward_kl
+from kd_notes.methods.logit_kd import KD
 from kd_notes.methods.on_policy import minibatch_config
+from kd_notes.methods.prompts import encode_prompts
 from kd_notes.methods.registry import METHODS
 from kd_notes.methods.taid import TAID, TAIDConfig
 from kd_notes.models.mini import mini_model
+from kd_notes.products.settings import check_objective
 from kd_notes.runner.grid import ROW_LIMIT
 from kd_notes.training.batches import target_logits
 from kd_notes.training.loop import train
@@ -305,3 +315,53 @@ def test_a_rate_that_silences_the_student_is_an_answer_of_the_grid_and_an_error_
     with pytest.raises(UserError, match="silence"):
         run = world.parameters(arm="on_policy_kd", seed=0, lr=0.001, **few)
         scarce_world_module.distil_scarce(run, model, small(2), tmp_path / "b")
+
+
+# ---------------------------------------------------------------- the ladder of teachers
+
+
+@pytest.mark.parametrize("arm", [name for name, arm in LADDER_ARMS.items() if arm.kd])
+def test_a_remembered_teacher_gives_the_loss_and_gradient_of_a_live_one(arm):
+    teacher = mini_model("causal", "xs", len(TOKENIZER), seed=0).double()
+    student = mini_model("causal", "xxs", len(TOKENIZER), seed=1).double()
+    rows = encode_prompts(TOKENIZER, ROWS[:6])
+    found = []
+    for signal in (teacher, RememberedTeacher(teacher, TOKENIZER.pad_token_id)):
+        method = KD(TOKENIZER, signal, **LADDER_ARMS[arm].kd)
+        items = [method.encode(row) for row in rows]
+        student.zero_grad()
+        loss = method.loss_sums(student, method.collate([items[i] for i in (4, 0, 3)]))["kd"]
+        loss.backward()
+        found.append([loss.detach(), *(p.grad.clone() for p in student.parameters())])
+    for live, remembered in zip(*found):
+        assert torch.allclose(live, remembered, rtol=1e-6, atol=1e-9)
+
+
+def test_a_profile_of_weights_counts_every_token_and_finds_the_fixed_mean():
+    p = torch.tensor([0.6, 0.2, 0.1, 0.1], dtype=torch.float64)
+    one_way = torch.tensor([0.4, 0.25, 0.2, 0.15], dtype=torch.float64)  # head low, tail high
+    mixed = torch.tensor([0.5, 0.15, 0.25, 0.1], dtype=torch.float64)
+    seen = weight_profile(torch.stack([one_way, mixed, p]).log(), p.expand(3, 4).log())
+    for boundary in ("official", "crossing-in-head"):
+        assert sum(seen[boundary]["counts"]) == 3 and seen["sure"] == 1.0
+        assert seen[boundary]["half"] == pytest.approx(2 / 3, abs=1e-3)
+        assert seen[boundary]["below"] == pytest.approx(1 / 3, abs=1e-3)
+
+
+def test_the_ladder_differs_in_the_teacher_alone():
+    ladder = LadderStudents()
+    runs = [ladder.parameters(arm="atkd", seed=0, lr=0.01, rung=rung) for rung in LADDER]
+    assert len({json.dumps(run["teacher"]) for run in runs}) == len(LADDER) >= 4
+    assert len({json.dumps({**run, "teacher": 0, "rung": 0}) for run in runs}) == 1
+    assert runs[-1]["teacher"] == WORLD.parameters(arm="sft", seed=0, lr=0.01)["teacher"]
+    assert "losses.decoupled" in ladder.modules(runs[0])
+    for wrong in ({"rung": "xxl"}, {"score_on": "train"}, {"arm": "none"}):
+        with pytest.raises(UserError):
+            ladder.parameters(**{"arm": "atkd", "seed": 0} | wrong)
+
+
+def test_the_product_takes_the_options_of_both_losses():
+    assert check_objective("akl", {"flipped": True}) == "adaptive_kl"
+    assert check_objective("atkd", {"reverse": True, "hard_fraction": 0.7}) == "atkd"
+    with pytest.raises(UserError):
+        check_objective("akl", {"reverse": True})

@@ -33,7 +33,11 @@ def lexicon() -> dict:
 
 # %% ../../nbs/2_playground/06_grammar.ipynb #3519a72f
 SEED, VILLAGES = 2306, 40
-RANKED = {"trade": "trades", "sight": "sights", "food": "foods"}  # three values each, with weights
+RANKED = {
+    "trade": "trades",
+    "sight": "sights",
+    "food": "foods",
+}  # three values each, with weights
 SINGLE = {
     "land": "lands",
     "size": "sizes",
@@ -84,7 +88,11 @@ def words_of(text: str) -> list[str]:
 
 def text_of(words: Sequence[str]) -> str:
     "Join words into a text; END is left out."
-    return re.sub(r" ([.,?!:])", r"\1", " ".join(w for w in words if w != END))
+    return re.sub(
+        r" ([.,?!:])",
+        r"\1",
+        " ".join(w for w in words if w != END),
+    )
 
 # %% ../../nbs/2_playground/06_grammar.ipynb #04e26841
 @dataclass(frozen=True)
@@ -146,7 +154,14 @@ def with_fixed(pattern: str, fixed: Sequence[str], env: dict) -> Any:
     slot = fixed[0]
     rest = fixed[1:]
     return choice(
-        (w, with_fixed(pattern, rest, env | {slot: [(1.0, value)]} | _chosen(slot, value)))
+        (
+            w,
+            with_fixed(
+                pattern,
+                rest,
+                env | {slot: [(1.0, value)]} | _chosen(slot, value),
+            ),
+        )
         for w, value in options_of(slot, env)
     )
 
@@ -186,11 +201,23 @@ class Network:
         """
         if isinstance(node, Choice):
             return tuple(
-                (p * q, s) for p, x in node.options for q, s in self.build(x, after, split)
+                (p * q, s)
+                for p, x in node.options
+                for q, s in self.build(
+                    x,
+                    after,
+                    split,
+                )
             )
         for part in reversed(split(node) if isinstance(node, str) else node):
             after = (
-                self.add(part, after) if isinstance(node, str) else self.build(part, after, split)
+                self.add(part, after)
+                if isinstance(node, str)
+                else self.build(
+                    part,
+                    after,
+                    split,
+                )
             )
         return after
 
@@ -200,7 +227,11 @@ class Answers:
 
     def __init__(self, grammar: Any, split: Callable[[str], list] = words_of, end: Any = END):
         self.network = Network()
-        self.start = self.network.build(grammar, self.network.add(end, ()), split)
+        self.start = self.network.build(
+            grammar,
+            self.network.add(end, ()),
+            split,
+        )
         self.end = end
         self._steps = {}
         self._entropies = {}

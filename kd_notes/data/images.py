@@ -25,7 +25,11 @@ class Images(NamedTuple):
 
 
 # Which of scikit-learn's 1,797 digits, in a fixed random order, belong to a split.
-SPLITS = {"pool": slice(0, 1000), "validation": slice(1000, 1297), "test": slice(1297, 1797)}
+SPLITS = {
+    "pool": slice(0, 1000),
+    "validation": slice(1000, 1297),
+    "test": slice(1297, 1797),
+}
 
 
 @lru_cache
@@ -61,19 +65,44 @@ def _between(low: float, high: float, count: int, generator: torch.Generator) ->
 
 def _placed(digits: Images, count: int, side: int, generator: torch.Generator) -> Images:
     "Draw digits with replacement; turn, stretch and move each on a canvas of side by side pixels."
-    chosen = torch.randint(len(digits.labels), (count,), generator=generator)
+    chosen = torch.randint(
+        len(digits.labels),
+        (count,),
+        generator=generator,
+    )
     angle = _between(-0.25, 0.25, count, generator)  # radians
     stretch = _between(0.85, 1.25, count, generator)
     zoom = side / digits.pixels.shape[-1] / stretch
-    across, down = (zoom * _between(-0.15, 0.15, count, generator) for _ in range(2))
+    across, down = (
+        zoom
+        * _between(
+            -0.15,
+            0.15,
+            count,
+            generator,
+        )
+        for _ in range(2)
+    )
     cos, sin = zoom * angle.cos(), zoom * angle.sin()
     rows = [torch.stack(row, -1) for row in ((cos, -sin, across), (sin, cos, down))]
-    grid = F.affine_grid(torch.stack(rows, 1), [count, 1, side, side], align_corners=False)
-    pixels = F.grid_sample(digits.pixels[chosen].unsqueeze(1), grid, align_corners=False)
+    grid = F.affine_grid(
+        torch.stack(rows, 1),
+        [count, 1, side, side],
+        align_corners=False,
+    )
+    pixels = F.grid_sample(
+        digits.pixels[chosen].unsqueeze(1),
+        grid,
+        align_corners=False,
+    )
     return Images(pixels.squeeze(1), digits.labels[chosen])
 
 # %% ../../nbs/6_beyond_text/01_pictures.ipynb #img-crowded
-CROWDED = {"pool": 6000, "validation": 1000, "test": 1000}  # pictures of each split
+CROWDED = {
+    "pool": 6000,
+    "validation": 1000,
+    "test": 1000,
+}  # pictures of each split
 
 
 @lru_cache
@@ -100,5 +129,9 @@ def task_images(task: str, split: str) -> Images:
     for name, value, known in (("task", task, TASKS), ("split", split, SPLITS)):
         if value not in known:
             fix = f"Choose one of {', '.join(known)}."
-            raise UserError(f"{value!r} is not a {name} here", where="task_images", fix=fix)
+            raise UserError(
+                f"{value!r} is not a {name} here",
+                where="task_images",
+                fix=fix,
+            )
     return TASKS[task](split)

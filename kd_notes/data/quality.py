@@ -116,8 +116,22 @@ def near_duplicate_share(
     Keywords are those of `near_duplicates`.
     """
     if not a:
-        raise UserError("there is nothing to compare", where="a", fix="Give at least one example.")
-    return len({i for i, _, _ in near_duplicates(a, b, threshold, **how)}) / len(a)
+        raise UserError(
+            "there is nothing to compare",
+            where="a",
+            fix="Give at least one example.",
+        )
+    return len(
+        {
+            i
+            for i, _, _ in near_duplicates(
+                a,
+                b,
+                threshold,
+                **how,
+            )
+        }
+    ) / len(a)
 
 # %% ../../nbs/2_playground/04_quality.ipynb #c6469321
 def _words():
@@ -146,7 +160,11 @@ def _given():
     "Return a vectoriser for documents that are lists of features."
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    return TfidfVectorizer(analyzer=list, sublinear_tf=True, min_df=2)
+    return TfidfVectorizer(
+        analyzer=list,
+        sublinear_tf=True,
+        min_df=2,
+    )
 
 # %% ../../nbs/2_playground/04_quality.ipynb #03a3e2ef
 def _fit(x, y: np.ndarray):
@@ -203,7 +221,12 @@ def _class_probes(
     for view, read in views.items():
         for name, vectors in (("words", _words()), ("chars", _chars())):
             out[view + name] = _likeliest(
-                *_scores([read(ex) for ex in train], labels, [read(ex) for ex in test], vectors)
+                *_scores(
+                    [read(ex) for ex in train],
+                    labels,
+                    [read(ex) for ex in test],
+                    vectors,
+                )
             )
     return out
 
@@ -261,7 +284,12 @@ def _known_label(info: TaskInfo, train: list[Example], test: list[Example]) -> l
     If none is known, the first choice is predicted.
     """
     questions = [[split_input(info, ex.input)[0] for ex in xs] for xs in (train, test)]
-    classes, scores = _scores(questions[0], [ex.label for ex in train], questions[1], _words())
+    classes, scores = _scores(
+        questions[0],
+        [ex.label for ex in train],
+        questions[1],
+        _words(),
+    )
     column = {c: k for k, c in enumerate(classes)}
     return [
         max(ex.choices, key=lambda c: row[column[c]] if c in column else -math.inf)
@@ -277,7 +305,11 @@ def _choice_probes(
     return {
         "majority": [ex.choices[min(place, len(ex.choices) - 1)] for ex in test],
         "choices_only": _best_choice(_choice_features, train, test),
-        "pairs": _best_choice(lambda ex, i: _pair_features(info, ex, i), train, test),
+        "pairs": _best_choice(
+            lambda ex, i: _pair_features(info, ex, i),
+            train,
+            test,
+        ),
         "labels": _known_label(info, train, test),
     }
 
@@ -343,11 +375,25 @@ def _equation_probes(
     guesses = {"majority_template": [Counter(templates).most_common(1)[0][0]] * len(test)}
     for name, vectors in (("words", _words()), ("chars", _chars(4_000))):
         guesses[f"template_{name}"] = _likeliest(
-            *_scores(masked[0], templates, masked[1], vectors, top=50)
+            *_scores(
+                masked[0],
+                templates,
+                masked[1],
+                vectors,
+                top=50,
+            )
         )
     predictions = {
         "majority": [Counter(labels).most_common(1)[0][0]] * len(test),
-        "labels": _likeliest(*_scores(read[0], labels, read[1], _words(), top=100)),
+        "labels": _likeliest(
+            *_scores(
+                read[0],
+                labels,
+                read[1],
+                _words(),
+                top=100,
+            )
+        ),
     }
     for name, guess in guesses.items():
         predictions[name] = [fill_template(t, ex.input) for t, ex in zip(guess, test)]
@@ -377,7 +423,16 @@ def surface_probes(
     accuracies = {}
     for name, predictions in probes(info, train, test).items():
         pairs = zip(predictions, test, strict=True)
-        accuracies[name] = accuracy([is_correct(info.metric, p, ex.label) for p, ex in pairs])
+        accuracies[name] = accuracy(
+            [
+                is_correct(
+                    info.metric,
+                    p,
+                    ex.label,
+                )
+                for p, ex in pairs
+            ]
+        )
     return accuracies
 
 # %% ../../nbs/2_playground/04_quality.ipynb #503b994a

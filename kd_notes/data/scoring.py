@@ -83,7 +83,11 @@ NOTHING = ["i do not know", "no idea", "it just does", "we did this in class", "
 
 def _say(pattern: str, r: random.Random) -> str:
     "Choose one of the words in each pair of brackets."
-    return re.sub(r"\[(.*?)\]", lambda m: r.choice(m[1].split("|")), pattern)
+    return re.sub(
+        r"\[(.*?)\]",
+        lambda m: r.choice(m[1].split("|")),
+        pattern,
+    )
 
 
 def _misspelt(text: str, r: random.Random, share: float) -> str:
@@ -126,7 +130,15 @@ def science_answers(
                 score = grader.choice([s for s in (score - 1, score + 1) if 0 <= s < len(RUBRIC)])
             id = f"{item}.{seed}-{person}"
             who = f"{seed}-{person}"
-            rows.append({"id": id, "item": item, "person": who, "answer": answer, "score": score})
+            rows.append(
+                {
+                    "id": id,
+                    "item": item,
+                    "person": who,
+                    "answer": answer,
+                    "score": score,
+                }
+            )
     return rows
 
 # %% ../../nbs/6_beyond_text/03_scoring.ipynb #65e4e29b
@@ -167,7 +179,11 @@ def quadratic_kappa(
         check_scores([{"id": i, "score": int(s)} for i, s in enumerate(column)], labels)
     grid = np.arange(labels)
     weights = (grid[:, None] - grid[None]) ** 2
-    seen = np.histogram2d(*table, bins=[labels, labels], range=[[0, labels]] * 2)[0]
+    seen = np.histogram2d(
+        *table,
+        bins=[labels, labels],
+        range=[[0, labels]] * 2,
+    )[0]
     expected = np.outer(seen.sum(1), seen.sum(0)) / seen.sum()
     chance = (weights * expected).sum()
     return 1.0 if chance == 0 else float(1 - (weights * seen).sum() / chance)

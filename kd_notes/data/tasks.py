@@ -62,7 +62,11 @@ def all_in(world: str, names: list[str]) -> bool:
 def english(text: str) -> str:
     "Write 'an' before vowels and capitals at the start of sentences."
     text = re.sub(r"\b([Aa]) (?=[aeio]|um)", r"\1n ", text)
-    return re.sub(r"(^|[.?!] )([a-z])", lambda m: m[1] + m[2].upper(), text)
+    return re.sub(
+        r"(^|[.?!] )([a-z])",
+        lambda m: m[1] + m[2].upper(),
+        text,
+    )
 
 
 def noun_of(phrase: str) -> str:
@@ -70,7 +74,11 @@ def noun_of(phrase: str) -> str:
 
     A phrase of another kind is returned as it is.
     """
-    return re.sub(r"^(wearing|eating|with|next to|in|on|by) ", "", phrase)
+    return re.sub(
+        r"^(wearing|eating|with|next to|in|on|by) ",
+        "",
+        phrase,
+    )
 
 # %% ../../nbs/2_playground/03_tasks.ipynb #a55143bb
 def _nli_slots(r: random.Random, topics: dict, label: str) -> tuple[str, str, dict]:
@@ -102,8 +110,17 @@ def nli_example(r: random.Random, world: str) -> dict | None:
     r.shuffle(phrases)
     who = r.choice(f["subjects"])
     t = f["topics"][topic]
-    premise = r.choice(f["premises"]).format(n=who, a=phrases[0], b=phrases[1], c=phrases[2])
-    hypothesis = r.choice(t["hyp"]).format(S="The " + who, s="the " + who, v=kind)
+    premise = r.choice(f["premises"]).format(
+        n=who,
+        a=phrases[0],
+        b=phrases[1],
+        c=phrases[2],
+    )
+    hypothesis = r.choice(t["hyp"]).format(
+        S="The " + who,
+        s="the " + who,
+        v=kind,
+    )
     if label == "neutral":
         why = r.choice(f["unsaid"]).format(u=t["unsaid"].format(s="the " + who))
     else:
@@ -155,7 +172,11 @@ def anli_example(r: random.Random, world: str) -> dict | None:
     a, b = r.sample([f"{s} {city}" for s, (_, city, _) in zip(said, places)], 2)
     claim = r.choice([p for p in f["events"][event] if p not in said])
     premise = r.choice(f["premises"]).format(n=who, a=a, b=b)
-    hypothesis = r.choice(f["hypotheses"]).format(n=who, e=claim, v=there)
+    hypothesis = r.choice(f["hypotheses"]).format(
+        n=who,
+        e=claim,
+        v=there,
+    )
     if label == "neutral":
         why = r.choice(f["unsaid"]).format(a=places[0][1], b=places[1][1])
     else:
@@ -256,8 +277,19 @@ def svamp_example(r: random.Random, world: str) -> dict | None:
     }
 
 # %% ../../nbs/2_playground/03_tasks.ipynb #2fc22c84
-GENERATORS = {"nli": nli_example, "anli": anli_example, "cqa": cqa_example, "svamp": svamp_example}
-SIZES = {"teacher": 500, "pool": 2000, "unlabelled": 1000, "validation": 500, "test": 1000}
+GENERATORS = {
+    "nli": nli_example,
+    "anli": anli_example,
+    "cqa": cqa_example,
+    "svamp": svamp_example,
+}
+SIZES = {
+    "teacher": 500,
+    "pool": 2000,
+    "unlabelled": 1000,
+    "validation": 500,
+    "test": 1000,
+}
 SEED = 2305
 
 
@@ -270,7 +302,16 @@ def generate(
     facts(task)
     task_info(task)
     seen: set[str] = set()
-    return {split: _draw_split(task, split, n, seed, seen) for split, n in sizes.items()}
+    return {
+        split: _draw_split(
+            task,
+            split,
+            n,
+            seed,
+            seen,
+        )
+        for split, n in sizes.items()
+    }
 
 
 def _draw_split(task: str, split: str, n: int, seed: int, seen: set[str]) -> list[Example]:
@@ -282,7 +323,13 @@ def _draw_split(task: str, split: str, n: int, seed: int, seen: set[str]) -> lis
             continue
         seen.add(item["input"])
         item["choices"] = tuple(item.get("choices", ()))
-        rows.append(Example(id=f"{task}-{split}-{len(rows):04d}", task=task, **item))
+        rows.append(
+            Example(
+                id=f"{task}-{split}-{len(rows):04d}",
+                task=task,
+                **item,
+            )
+        )
     return rows
 
 # %% ../../nbs/2_playground/03_tasks.ipynb #8125d6e7

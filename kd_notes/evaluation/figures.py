@@ -52,7 +52,14 @@ def cell_text(value: Any) -> str:
     if value is None:
         return "–"
     if isinstance(value, Mapping) and {"value", "low", "high"} <= set(value):
-        return str(Estimate(value["value"], value["low"], value["high"], value.get("n", 0)))
+        return str(
+            Estimate(
+                value["value"],
+                value["low"],
+                value["high"],
+                value.get("n", 0),
+            )
+        )
     if isinstance(value, float):
         return f"{value:.4g}"
     return str(value)
@@ -192,7 +199,12 @@ def _draw_panel(ax, rows: Sequence[Mapping], styles: Mapping, xlabel: str, log: 
     ticks = sorted({r["x"] for r in rows})
     for k, arm in enumerate(arms):
         apart = 1 + 0.025 * (k - (len(arms) - 1) / 2) if log else 1.0
-        _draw_arm(ax, [r for r in rows if r["arm"] == arm], styles[arm], apart)
+        _draw_arm(
+            ax,
+            [r for r in rows if r["arm"] == arm],
+            styles[arm],
+            apart,
+        )
     if log:
         ax.set_xscale("log", base=2)
     if len(ticks) == 1:  # else the small gap between the arms would fill the axis
@@ -244,9 +256,27 @@ def accuracy_curve(
                 k: v.get(panel) if isinstance(v, Mapping) else v
                 for k, v in {"teacher": teacher, "majority": majority}.items()
             }
-            _draw_panel(ax, [r for r in rows if r.get("panel", "") == panel], styles, xlabel, log)
-            _reference(ax, pick["teacher"], teacher_label, (0, (8, 3)), "black")
-            _reference(ax, pick["majority"], "most frequent answer", ":", "#777777")
+            _draw_panel(
+                ax,
+                [r for r in rows if r.get("panel", "") == panel],
+                styles,
+                xlabel,
+                log,
+            )
+            _reference(
+                ax,
+                pick["teacher"],
+                teacher_label,
+                (0, (8, 3)),
+                "black",
+            )
+            _reference(
+                ax,
+                pick["majority"],
+                "most frequent answer",
+                ":",
+                "#777777",
+            )
             ax.set_title(panel)
         _finish(fig, axes, len(panels), title)
     return fig
@@ -287,7 +317,11 @@ class SavedFigure:
 
         image = base64.b64encode(self.png.read_bytes()).decode()
         bundle = {"image/png": image, "text/plain": f"Figure: {self.alt}"}
-        display(bundle, metadata={"image/png": {"alt": self.alt}}, raw=True)
+        display(
+            bundle,
+            metadata={"image/png": {"alt": self.alt}},
+            raw=True,
+        )
         text = html.escape(self.alt)
         details = f"<details><summary>Description of the figure</summary>{text}</details>"
         display({"text/html": details, "text/plain": self.alt}, raw=True)
@@ -305,9 +339,11 @@ def rows_to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
 
     columns = list(dict.fromkeys(key for row in rows for key in row))
     short = [{k: f"{x:.6g}" if isinstance(x, float) else x for k, x in row.items()} for row in rows]
-    return pandas.DataFrame(short, columns=columns, dtype=object).to_csv(
-        index=False, lineterminator="\n"
-    )
+    return pandas.DataFrame(
+        short,
+        columns=columns,
+        dtype=object,
+    ).to_csv(index=False, lineterminator="\n")
 
 # %% ../../nbs/2_playground/14_figures.ipynb #8cc22893
 def png_bytes(fig: Any) -> bytes:
@@ -362,7 +398,14 @@ def _draw_interval(ax, row: Mapping[str, Any], height: int, scale: float, style:
     "Draw one arm as a point with its interval."
     value = scale * row["value"]
     ends = [[value - scale * row["low"]], [scale * row["high"] - value]]
-    ax.errorbar(value, height, xerr=ends, fmt=style["marker"], color=style["color"], capsize=4)
+    ax.errorbar(
+        value,
+        height,
+        xerr=ends,
+        fmt=style["marker"],
+        color=style["color"],
+        capsize=4,
+    )
 
 
 def interval_plot(
@@ -381,13 +424,31 @@ def interval_plot(
     size = (3.2 + 3.4 * len(panels), 1.4 + 0.42 * len(arms))
     with rc_context(STYLE):
         fig = Figure(figsize=size, layout="constrained")
-        axes = np.ravel(fig.subplots(1, len(panels), sharey=True, sharex=sharex))
+        axes = np.ravel(
+            fig.subplots(
+                1,
+                len(panels),
+                sharey=True,
+                sharex=sharex,
+            )
+        )
         for ax, panel in zip(axes, panels):
             for row in rows:
                 if row.get("panel", "") == panel:
                     arm = row["arm"]
-                    _draw_interval(ax, row, arms.index(arm), scale, styles[arm])
-            ax.set(xlabel=xlabel, title=panel, yticks=range(len(arms)), yticklabels=arms)
+                    _draw_interval(
+                        ax,
+                        row,
+                        arms.index(arm),
+                        scale,
+                        styles[arm],
+                    )
+            ax.set(
+                xlabel=xlabel,
+                title=panel,
+                yticks=range(len(arms)),
+                yticklabels=arms,
+            )
             ax.set_ylim(len(arms) - 0.5, -0.5)
     return fig
 
@@ -405,7 +466,13 @@ def reliability_diagram(
     with rc_context(STYLE):
         fig = Figure(figsize=(6, 5.2), layout="constrained")
         ax = fig.subplots()
-        ax.plot([0, 1], [0, 1], color="#777777", lw=1.4, label="calibrated")
+        ax.plot(
+            [0, 1],
+            [0, 1],
+            color="#777777",
+            lw=1.4,
+            label="calibrated",
+        )
         for name, look in arm_styles(list(arms)).items():
             rows = arms[name]
             confidence = [row["confidence"] for row in rows]
@@ -414,7 +481,13 @@ def reliability_diagram(
             area = [20 + 1500 * row["n"] / answers for row in rows]
             point = {"color": look["color"], "marker": look["marker"]}
             ax.plot(confidence, accuracy, label=name, **point)
-            ax.scatter(confidence, accuracy, s=area, alpha=0.3, **point)
+            ax.scatter(
+                confidence,
+                accuracy,
+                s=area,
+                alpha=0.3,
+                **point,
+            )
         everything = [row for rows in arms.values() for row in rows]
         left = min(row["confidence"] for row in everything) - 0.05
         bottom = min(row["accuracy"] for row in everything) - 0.05

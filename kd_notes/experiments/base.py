@@ -183,7 +183,7 @@ class Experiment(_Stored):
         runs: Iterable[dict],  # from `parameters`
         *,
         desc: str = "",  # of the progress bar
-        **grid: Any,  # jobs, threads, source, force, run_dir and record_folder of `run_grid`
+        **grid: Any,  # jobs, executor, threads, source, force, run_dir, record_folder of `run_grid`
     ) -> list[dict]:
         """Return the result of every run in their order: trained, cached or replayed.
 

@@ -6,27 +6,42 @@
 __all__ = []
 
 # %% ../../nbs/3_reasons/05_extraction.ipynb #extr-imp
+import math
+import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ..checks import check_count
-from ..core import read_json, UserError, write_json
+from ..checks import check_count, check_fields
+from ..core import read_json, sha256_text, UserError, write_json
 from ..data.answers import accuracy, is_correct
-from ..data.examples import Example, load_jsonl, TaskInfo, TASKS
-from ..data.task_file import own_task, OwnTask, task_examples
+from ..data.examples import Example, example_from_row, load_jsonl, TaskInfo, TASKS
+from ..data.task_file import own_example, own_task, OwnTask, task_examples
 from ..evaluation.task_scores import task_score
 from .stepwise import info_of, task_split, teacher_file
-from ..generation.backends import open_backend
+from ..generation.backends import Backend, open_backend
+from kd_notes.generation.completions import (
+    AnswerFile,
+    Decoding,
+    manifest_path,
+    prompt_hash,
+    stream_jsonl,
+)
 from kd_notes.methods.rationales import (
+    check_examples,
     extract,
+    extraction_row,
     few_shot,
     Prompt,
     rationale_decoding,
     vote,
     ZERO_SHOT,
 )
+from ..progress import progress
 
 # %% ../../nbs/3_reasons/05_extraction.ipynb #extr-shots
 SHOTS = 6  # default number of solved examples in a prompt
@@ -79,21 +94,28 @@ def own_header(task: OwnTask) -> str:
 def own_question(
     task: OwnTask, source: Path | str | None, teacher: str, shots: int | None, seed: int
 ) -> tuple[OwnTask, list[Example], Prompt]:
-    """Return the task, rows and prompt of a task of your own.
+    "Return the task, rows and prompt of a task of your own."
+    prompt = own_prompt(task, source, teacher, shots, seed)
+    return task, task_examples(task, source), prompt
+
+
+def own_prompt(
+    task: OwnTask, source: Path | str | None, teacher: str, shots: int | None, seed: int
+) -> Prompt:
+    """Return the prompt of a task of your own.
 
     An adapted teacher knows the form, so its prompt has no shots.
     """
     if source is None:
         fix = "Give its rows, such as --input rows.jsonl."
         raise UserError("a task of your own has no splits", where="--input", fix=fix)
-    examples = task_examples(task, source)
     adapted = "+" in teacher
     if shots is None:
         shots = 0 if adapted else min(SHOTS, len(task.solved))
     header = own_header(task)
     if not shots:
-        return task, examples, ZERO_SHOT if adapted else Prompt(header)
-    return task, examples, few_shot(task, task.solved, shots, seed=seed, header=header)
+        return ZERO_SHOT if adapted else Prompt(header)
+    return few_shot(task, task.solved, shots, seed=seed, header=header)
 
 # %% ../../nbs/3_reasons/05_extraction.ipynb #extr-place
 def _student_place(task: str | OwnTask, split: str, source: Path | str | None) -> Path:
@@ -137,6 +159,272 @@ def _report(task: str, split: str, share: float, count: int) -> None:
     known = read_json(report) if report.is_file() else {}
     write_json(report, known | {f"{split}_accuracy": share, f"{split}_n": count})
 
+# %% ../../nbs/3_reasons/05_extraction.ipynb #3d6ae317
+WINDOW = 2000  # rows that are asked for together
+
+
+class Tally:
+    "What is kept of the rows of a file: which are there, and sums."
+
+    def __init__(self):
+        self.prompts: dict[int, int] = {}  # of each row (id and sample): its prompt's hash
+        self.outcomes: Counter = Counter()
+        self.sums = {"seconds": 0.0, "prompt_tokens": 0, "completion_tokens": 0}
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __contains__(self, key: int) -> bool:
+        return key in self.prompts
+
+    def append(self, row: dict) -> None:
+        self.prompts[row_key(row["id"], row.get("sample", 0))] = int(row["prompt_hash"], 16)
+        self.outcomes[row["outcome"]] += 1
+        for name in self.sums:
+            self.sums[name] += row[name]
+
+    def totals(self) -> dict:
+        "Return the totals of a manifest."
+        sums = self.sums | {"seconds": round(self.sums["seconds"], 2)}
+        return {"rows": len(self), "outcomes": dict(self.outcomes)} | sums
+
+
+def row_key(name: str, sample: int) -> int:
+    "Return 64 bits that stand for a row."
+    return int(sha256_text(f"{sample}/{name}")[:16], 16)
+
+
+def windows(rows: Iterable, size: int) -> Iterator[list]:
+    "Yield lists of at most `size` rows."
+    rows = iter(rows)
+    while part := list(islice(rows, size)):
+        yield part
+
+# %% ../../nbs/3_reasons/05_extraction.ipynb #d5764909
+def extract_stream(
+    examples: Iterable[Example],  # read once, a window at a time
+    backend: Backend,
+    decoding: Decoding,
+    out_path: Path | str,  # a .jsonl file; an incomplete one is resumed
+    *,
+    task: str,  # name of the examples' task
+    prompt: Prompt = ZERO_SHOT,
+    total: int | None = None,  # number of examples, for the progress bar
+    window: int = WINDOW,
+) -> Tally:
+    "Generate the rows that the file lacks and append each as it arrives, in bounded memory."
+    described = {"backend": backend.describe(), "decoding": decoding}
+    identity = {"task": [task], **described, "prompt": prompt.describe()}
+    tally = Tally()
+    seen: set[int] = set()
+    with AnswerFile(out_path, identity, Tally.totals, tally).open() as answers:
+        wanted = None if total is None else total * decoding.n - len(tally)
+        with answers.session(), progress(total=wanted, desc="rationales", unit="row") as bar:
+            for part in windows(examples, window):
+                _extract_window(part, seen, answers, backend, decoding, prompt, bar)
+    if not seen:
+        raise UserError("there are no examples", where="examples", fix="Check the file.")
+    return tally
+
+
+def _extract_window(part, seen, answers, backend, decoding, prompt, bar) -> None:
+    "Check the examples of a window and ask for those that the file lacks."
+    check_examples(part, prompt)
+    prompts = {example.id: prompt(example) for example in part}
+    for name, text in prompts.items():
+        if (key := row_key(name, 0)) in seen:
+            fix = "Give every example a different id: completions are joined by it."
+            raise UserError(f"the id {name!r} occurs twice", where="examples", fix=fix)
+        seen.add(key)
+        known = answers.rows.prompts.get(key)
+        if known is not None and known != int(prompt_hash(text), 16):
+            what = f"the input of {name!r} has changed since it was answered"
+            raise answers.manifest.refusal(what)
+    by_id = {example.id: example for example in part}
+    todo = [
+        (name, text)
+        for name, text in prompts.items()
+        if any(row_key(name, sample) not in answers.rows for sample in range(decoding.n))
+    ]
+    with _burst(answers) as keep:
+        for completion in backend.generate(todo, decoding) if todo else ():
+            name = completion.id
+            keep(extraction_row(by_id[name], completion, prompts[name]))
+            bar.update()
+
+# %% ../../nbs/3_reasons/05_extraction.ipynb #a81857d1
+@contextmanager
+def _burst(answers: AnswerFile) -> Iterator[Callable[[dict], None]]:
+    """Write rows that come within a fifth of a second together; each write waits for the disk.
+
+    What a kill can lose is a fifth of a second of answers, which are asked for again.
+    """
+    waiting: dict[int, dict] = {}
+    written = time.monotonic()
+
+    def flush() -> None:
+        nonlocal written
+        answers.append(list(waiting.values()))
+        waiting.clear()
+        written = time.monotonic()
+
+    def keep(row: dict) -> None:
+        key = row_key(row["id"], row.get("sample", 0))
+        if key not in answers.rows:
+            waiting[key] = row
+        if len(waiting) >= 256 or time.monotonic() - written > 0.2:
+            flush()
+
+    try:
+        yield keep
+    finally:
+        if waiting:
+            flush()
+
+# %% ../../nbs/3_reasons/05_extraction.ipynb #3ab39e1a
+@dataclass(frozen=True)
+class Rates:
+    "What a row costs, measured or given."
+
+    prompt_tokens: float  # of a row
+    completion_tokens: float
+    rows_per_second: float  # of all servers together
+    bytes: float = 1000.0  # of a row in the file
+    rows: int = 0  # that were measured; 0: given
+
+    def __post_init__(self):
+        check_fields(self)
+        for name in ("prompt_tokens", "completion_tokens", "rows_per_second", "bytes"):
+            if getattr(self, name) <= 0:
+                fix = "Give a number above 0."
+                raise UserError(f"{getattr(self, name)} is not possible", f"rate {name}", fix)
+
+
+def measured_rates(out: Path | str) -> Rates | None:
+    "Return the rates of the rows in a file; None if there are none or no session has ended."
+    out = Path(out)
+    if not out.is_file() or not manifest_path(out).is_file():
+        return None
+    manifest = read_json(manifest_path(out))
+    totals = manifest.get("totals") or {}
+    sessions = manifest.get("sessions") or []
+    rows = sum(session["rows"] for session in sessions)
+    seconds = sum(session["wall_seconds"] for session in sessions if session["rows"])
+    if not rows or not seconds or not totals.get("completion_tokens"):
+        return None
+    each = [totals[name] / totals["rows"] for name in ("prompt_tokens", "completion_tokens")]
+    return Rates(*each, rows / seconds, out.stat().st_size / totals["rows"], rows)
+
+
+def extraction_plan(count: int, rates: Rates, shard_rows: int = 50_000) -> dict:
+    "Return tokens, hours, files and memory of an extraction of `count` rows."
+    count = check_count(count, "rows", 1)
+    hours = count / rates.rows_per_second / 3600
+    return {
+        "rows": count,
+        "prompt_tokens": round(count * rates.prompt_tokens),
+        "completion_tokens": round(count * rates.completion_tokens),
+        "hours": round(hours, 2),
+        "hours_with_twice_the_servers": round(hours / 2, 2),
+        "shards": math.ceil(count / check_count(shard_rows, "shard_rows", 1)),
+        "rows_of_a_shard": min(count, shard_rows),
+        "gigabytes": round(count * rates.bytes / 1e9, 3),
+        # ids and hashes of a shard's rows, with --stream
+        "memory_megabytes": round(min(count, shard_rows) * 300 / 1e6, 1),
+        "from": f"{rates.rows} measured rows" if rates.rows else "given rates",
+    }
+
+# %% ../../nbs/3_reasons/05_extraction.ipynb #6c300770
+SAMPLE = 16  # rows that a plan measures
+
+# %% ../../nbs/3_reasons/05_extraction.ipynb #ab2bd595
+class _Asked:
+    "The rows, the task and the prompt of an extraction whose rows are read one by one."
+
+    def __init__(self, task, source, teacher: str, shots: int | None, seed: int, split: str):
+        self.own = is_own(task)
+        self.source = source
+        self.teacher = teacher
+        self.info = own_task(task) if self.own else info_of(task)
+        self.split = None if self.own or source else task_split(task, split)
+        if self.own:
+            self.prompt = own_prompt(self.info, source, teacher, shots, seed)
+        else:
+            self.prompt = teacher_prompt(task, split, teacher, shots, seed)
+
+    def examples(self, limit: int | None) -> Iterator[Example]:
+        "Yield the first examples, with the errors that reading all at once has."
+        if self.split is not None:
+            yield from self.split[:limit]
+            return
+        name = Path(self.source).stem
+        for number, row in enumerate(islice(stream_jsonl(self.source), limit)):
+            where = f"{self.source}, row {number + 1}"
+            if self.own:
+                yield own_example(self.info, row, f"{name}-{number}", where)
+            else:
+                yield example_from_row(row, self.info.name, where)
+
+    def count(self, limit: int | None) -> int:
+        "Return the number of rows, without keeping them."
+        if self.split is not None:
+            return len(self.split[:limit])
+        return sum(1 for _ in islice(stream_jsonl(self.source), limit))
+
+    def stream(self, place, decoding: Decoding, limit, dtype: str, options: dict) -> dict:
+        "Extract row by row and count; see `extract_stream`."
+        if decoding.n > 1:
+            fix = "Leave out --stream, or ask for one sample."
+            raise UserError("votes need all samples of a row", where="samples", fix=fix)
+        backend = open_backend(self.teacher, dtype=dtype, **options)
+        how = {"task": self.info.name, "prompt": self.prompt, "total": self.count(limit)}
+        tally = extract_stream(self.examples(limit), backend, decoding, place, **how)
+        share = _share_of_right(self.examples(limit), self.info, place)
+        outcomes = dict(tally.outcomes)
+        return {"file": str(place), "rows": len(tally), "outcomes": outcomes, "accuracy": share}
+
+# %% ../../nbs/3_reasons/05_extraction.ipynb #2c0ab841
+def planned(
+    asked: _Asked, place, decoding: Decoding, given: dict, limit, dtype, options: dict
+) -> dict:
+    "Return the plan; without given rates or rows in the file, extract a few rows first."
+    given = dict(given)
+    shard_rows = given.pop("shard_rows", 50_000)
+    count = given.pop("rows", None) or asked.count(limit)
+    if given:
+        return extraction_plan(count, _given_rates(given), shard_rows)
+    rates = measured_rates(place)
+    if rates is None:
+        backend = open_backend(asked.teacher, dtype=dtype, **options)
+        first = list(asked.examples(min(SAMPLE, limit or SAMPLE)))
+        extract_stream(first, backend, decoding, place, task=asked.info.name, prompt=asked.prompt)
+        rates = measured_rates(place)
+    if rates is None:
+        fix = "Give --rate prompt_tokens=..., completion_tokens=... and rows_per_second=..."
+        raise UserError("the server counts no tokens", where=str(place), fix=fix)
+    return extraction_plan(count * decoding.n, rates, shard_rows)
+
+# %% ../../nbs/3_reasons/05_extraction.ipynb #555a584a
+def _given_rates(given: dict) -> Rates:
+    "Return rates from their names, or raise UserError."
+    known = [field.name for field in fields(Rates)][:4]
+    wrong = sorted(set(given) - set(known)) or [n for n in known[:3] if n not in given]
+    if wrong:
+        fix = f"Give {', '.join(known[:3])}, and bytes if you know them."
+        raise UserError(f"the rate {wrong[0]!r} is unknown or missing", where="--rate", fix=fix)
+    return Rates(**given)
+
+
+def _share_of_right(examples: Iterable[Example], info: TaskInfo, place) -> float | None:
+    "Return the share of labels in the file that are right; None without gold labels."
+    gold = {row_key(example.id, 0): example.label for example in examples if example.label}
+    right = []
+    for row in stream_jsonl(place):
+        label = gold.get(row_key(row["id"], 0))
+        if label is not None:
+            right.append(is_correct(info.metric, row["label"], label))
+    return accuracy(right) if right else None
+
 # %% ../../nbs/3_reasons/05_extraction.ipynb #extr-fn
 def extract_rationales(
     task: str | Path | TaskInfo,  # nli, esnli@hub, a task file such as task.toml, or an object
@@ -152,7 +440,9 @@ def extract_rationales(
     max_new_tokens: int = 160,
     seed: int = 0,
     dtype: str = "float32",
-    **options: Any,  # of the back end, such as concurrency
+    stream: bool = False,  # for files larger than memory: no votes, and no score of a task file
+    plan: dict | None = None,  # only plan: {} measures rows, or it gives fields of `Rates`
+    **options: Any,  # of the back end, such as concurrency, or servers
 ) -> dict:
     """Let a teacher write rationales and labels; a second call resumes.
 
@@ -162,6 +452,13 @@ def extract_rationales(
     if limit is not None:
         fix = "Use 1 or more, or leave it out for all examples."
         limit = check_count(limit, "limit", 1, fix)
+    if stream or plan is not None:
+        asked = _Asked(task, source, teacher, shots, seed, split)
+        decoding = rationale_decoding(max_new_tokens, temperature=temperature, n=samples, seed=seed)
+        place = out or _student_place(own_task(task) if asked.own else task, split, source)
+        if plan is not None:
+            return planned(asked, place, decoding, plan, limit, dtype, options)
+        return asked.stream(place, decoding, limit, dtype, options)
     if is_own(task):
         task = own_task(task)
         info, examples, prompt = own_question(task, source, teacher, shots, seed)

@@ -80,7 +80,13 @@ class LearnLabels(Method):
 
     def loss_sums(self, model, batch: Batch) -> dict[str, Tensor]:
         smooth = {"label_smoothing": self.smoothing, "reduction": "sum"}
-        return {"loss": F.cross_entropy(model(batch["pixels"]), batch["labels"], **smooth)}
+        return {
+            "loss": F.cross_entropy(
+                model(batch["pixels"]),
+                batch["labels"],
+                **smooth,
+            )
+        }
 
 # %% ../../nbs/6_beyond_text/02_classic_kd.ipynb #img-signal
 class StoredLogits(TeacherSignal):
@@ -98,7 +104,13 @@ class StoredLogits(TeacherSignal):
     def divergence(self, method: KD, logits: Tensor, batch: Batch) -> Tensor:
         options = method.options_at(batch["labels"])
         teacher, temperature = batch.columns["teacher"], method.temperature
-        return token_divergence(method.divergence, logits, teacher, temperature, **options).sum()
+        return token_divergence(
+            method.divergence,
+            logits,
+            teacher,
+            temperature,
+            **options,
+        ).sum()
 
 # %% ../../nbs/6_beyond_text/02_classic_kd.ipynb #img-kd
 class ImageKD(KD):
@@ -108,7 +120,13 @@ class ImageKD(KD):
     """
 
     def __init__(self, images: Images, signal: TeacherSignal, *args: Any, **keywords: Any):
-        super().__init__(None, signal, *args, scale_t2=True, **keywords)
+        super().__init__(
+            None,
+            signal,
+            *args,
+            scale_t2=True,
+            **keywords,
+        )
         self.images = images
 
     def encode(self, row: int) -> int:
@@ -127,9 +145,20 @@ class ImageKD(KD):
 
     def loss_sums(self, model, batch: Batch) -> dict[str, Tensor]:
         logits = model(batch["pixels"])
-        sums = {"kd": self.scale * self.signal.divergence(self, logits, batch)}
+        sums = {
+            "kd": self.scale
+            * self.signal.divergence(
+                self,
+                logits,
+                batch,
+            )
+        }
         if "sft" in self.loss_weights:
-            sums["sft"] = F.cross_entropy(logits, batch["labels"], reduction="sum")
+            sums["sft"] = F.cross_entropy(
+                logits,
+                batch["labels"],
+                reduction="sum",
+            )
         return sums
 
 # %% ../../nbs/6_beyond_text/02_classic_kd.ipynb #img-shuffle
@@ -252,8 +281,17 @@ class _OnImages(Experiment):
 
 def fit(model: torch.nn.Module, method: Method, count: int, **config: Any) -> None:
     "Train a model on `count` pictures with the project's loop, at a rate that falls to zero."
-    settings = {"batch_size": min(64, count), "max_grad_norm": 0.0, "log_every": 1000}
-    cfg = TrainConfig(**settings, bucket=False, device="cpu", **config)
+    settings = {
+        "batch_size": min(64, count),
+        "max_grad_norm": 0.0,
+        "log_every": 1000,
+    }
+    cfg = TrainConfig(
+        **settings,
+        bucket=False,
+        device="cpu",
+        **config,
+    )
     train(model, method, range(count), cfg)
 
 # %% ../../nbs/6_beyond_text/02_classic_kd.ipynb #img-teacher-exp
@@ -267,7 +305,11 @@ class ImageTeachers(_OnImages):
         "Save folder/model.safetensors; metrics: accuracies, confidence, logits of twelve pictures."
         pool, test = (task_images(run["task"], split) for split in ("pool", "test"))
         model = self.network(run)
-        settings = {"max_steps": run["steps"], "lr": 4e-3, "seed": run["seed"]}
+        settings = {
+            "max_steps": run["steps"],
+            "lr": 4e-3,
+            "seed": run["seed"],
+        }
         fit(model, LearnLabels(pool), len(pool.labels), **settings)
         freeze(model)
         atomic_write(folder / "model.safetensors", save(model.state_dict()))
@@ -294,7 +336,11 @@ class ImageTeachers(_OnImages):
         self.cached(run)
         path = self.folder(run) / "model.safetensors"
         model = self.network(run)
-        with tensor_errors("the teacher cannot be read", path, "Delete its folder and run again."):
+        with tensor_errors(
+            "the teacher cannot be read",
+            path,
+            "Delete its folder and run again.",
+        ):
             model.load_state_dict(load_file(path))
         return freeze(model)
 
@@ -322,7 +368,15 @@ def image_method(arm: ImageArm, images: Images, teacher: Network | None, seed: i
     if arm.shuffled:
         logits = shuffle_wrong(logits, images.labels, seed)
     signal = StoredLogits(logits)
-    return FitNetsKD(images, signal) if arm.fitnets else ImageKD(images, signal, **arm.kd)
+    return (
+        FitNetsKD(images, signal)
+        if arm.fitnets
+        else ImageKD(
+            images,
+            signal,
+            **arm.kd,
+        )
+    )
 
 # %% ../../nbs/6_beyond_text/02_classic_kd.ipynb #img-student-exp
 class ImageStudents(_OnImages):

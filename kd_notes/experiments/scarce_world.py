@@ -72,6 +72,28 @@ SCARCE_ARMS = {
     "no_pt": ScarceArm("MiniLLM without language modelling", "minillm", _PPO | {"pt_weight": 0.0}),
 }
 
+# %% ../../nbs/5_own_words/08d_scarce_world.ipynb #b43dc6bd
+def _one(title: str, divergence: str, on_gold: bool = True, **options: Any) -> ScarceArm:
+    "Return an arm with one divergence, on gold text or on text of the student."
+    parts = {"parts": [{"divergence": divergence, "options": options}]}
+    if on_gold:
+        return ScarceArm(title, "reverse_kl_gold", _ONCE | parts)
+    return ScarceArm(title, "on_policy_kd", parts)
+
+
+SCARCE_ARMS |= {
+    "forward_kl": _one("forward KL", "forward_kl"),
+    "mean_kl": _one("mean of both KLs", "symmetric_kl"),
+    "akl": _one("AKL, crossing token in the tail", "adaptive_kl"),
+    "akl_crossing": _one(
+        "AKL, crossing token in the head", "adaptive_kl", boundary="crossing-in-head"
+    ),
+    "akl_flipped": _one("AKL, weights flipped", "adaptive_kl", flipped=True),
+    "atkd": _one("ATKD", "atkd"),
+    "atkd_reverse": _one("reverse ATKD", "atkd", reverse=True),
+    "on_policy_atkd": _one("on-policy ATKD, reverse", "atkd", on_gold=False, reverse=True),
+}
+
 # %% ../../nbs/5_own_words/08d_scarce_world.ipynb #024b1e71
 def scarce_rate(arm: str) -> float:
     """Return the learning rate chosen for an arm in data/chosen/scarce.json.

@@ -137,7 +137,12 @@ class ScoringTeacherSettings:
 
 LABELS = len(RUBRIC)
 SCORING_MODULES = ["experiments.scoring", "methods.scoring", "data.scoring"]
-TRAINING = {"batch_size": 32, "warmup": 0.05, "weight_decay": 0.01, "device": "cpu"}
+TRAINING = {
+    "batch_size": 32,
+    "warmup": 0.05,
+    "weight_decay": 0.01,
+    "device": "cpu",
+}
 
 
 def _member(run: dict, words: Words, rows: list[dict], features: Any, seed: int) -> WordScorer:
@@ -148,7 +153,12 @@ def _member(run: dict, words: Words, rows: list[dict], features: Any, seed: int)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = WordScorer(len(words), LABELS, 64, 192, features)
-    cfg = TrainConfig(max_steps=run["steps"], lr=run["lr"], seed=seed, **TRAINING)
+    cfg = TrainConfig(
+        max_steps=run["steps"],
+        lr=run["lr"],
+        seed=seed,
+        **TRAINING,
+    )
     return train(model, ScoringKD(LABELS, 0.0), rows, cfg).model
 
 # %% ../../nbs/6_beyond_text/05_scoring_students.ipynb #0845030d
@@ -232,7 +242,15 @@ def teacher_metrics(sets: AnswerSets, soft: dict[str, Any]) -> dict[str, Any]:
 def teacher_size(run: dict, words: int) -> int:
     "Return the parameters of one member and of the frozen layers below, without trained ones."
     features = torch.zeros(1, 2 * 576) if run["layers"] else None
-    size = run["members"] * count_parameters(WordScorer(words, LABELS, 64, 192, features))
+    size = run["members"] * count_parameters(
+        WordScorer(
+            words,
+            LABELS,
+            64,
+            192,
+            features,
+        )
+    )
     return size + (count_parameters(lower_layers(run["layers"])[0]) if run["layers"] else 0)
 
 
@@ -285,7 +303,13 @@ def new_student(run: dict, words: int) -> torch.nn.Module:
         if not SCORING_ARMS[run["arm"]].encoder:
             return WordScorer(words, LABELS)
         width = run.get("encoder_width", 52)
-        return EncoderScorer(words, LABELS, width, 4, width * 1200 // 312)
+        return EncoderScorer(
+            words,
+            LABELS,
+            width,
+            4,
+            width * 1200 // 312,
+        )
 
 # %% ../../nbs/6_beyond_text/05_scoring_students.ipynb #2feb3426
 class Scoring(Experiment):

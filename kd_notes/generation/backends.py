@@ -39,6 +39,7 @@ from kd_notes.generation.engine import (
     stop_lookup,
 )
 from .server import OpenAIBackend
+from .server_pool import ServerPool
 from ..models.pretrained import weights_hash
 
 # %% ../../nbs/7_engine_room/19_backends.ipynb #0dba2212
@@ -342,10 +343,13 @@ def open_backend(
     *,
     dtype: str = "float32",  # local models: "bfloat16" is 2 to 3 times faster with AMX
     device: str | None = None,
+    servers: Sequence[str] = (),  # base URLs of more servers of the same model, for openai:
     **options,  # those of the back end's class
 ) -> Backend:
     "Open the back end of a spec."
     spec = str(spec)
+    if servers:
+        return _open_pool(spec, servers, options)
     if spec.startswith(("openai:", "openai-chat:")):
         kind, _, rest = spec.partition(":")
         url, _, model = rest.rpartition("#")
@@ -378,6 +382,17 @@ def checked_options(kind: type, options: dict) -> dict:
             fix=f"It has {', '.join(known)}.",
         )
     return check_arguments(kind, options)
+
+
+def _open_pool(spec: str, servers: Sequence[str], options: dict) -> ServerPool:
+    "Return the pool of a spec's server and of more servers of its model."
+    kind, _, rest = spec.partition(":")
+    if kind not in ("openai", "openai-chat"):
+        fix = "Use --server with --teacher openai:<base-url>#<model>."
+        raise UserError(f"{spec!r} is not a model on a server", where="servers", fix=fix)
+    model = rest.rpartition("#")[2]
+    specs = [spec, *(f"{kind}:{url}#{model}" for url in servers)]
+    return ServerPool([open_backend(one, **options) for one in specs])
 
 
 def _open_local(spec: str, dtype: str, device: str | None, options: dict) -> LocalBackend:

@@ -8,6 +8,7 @@ __all__ = ['Decoding']
 # %% ../../nbs/7_engine_room/09_completions.ipynb #comp-03
 import re
 import time
+from codecs import BOM_UTF8
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, ExitStack
@@ -20,8 +21,8 @@ from kd_notes.core import (
     append_jsonl,
     cache_dir,
     folder_lock,
+    parse_json,
     read_json,
-    read_jsonl,
     sha256_text,
     to_jsonable,
     UserError,
@@ -253,6 +254,28 @@ def _only_writer(path: Path) -> Iterator[None]:
         yield
 
 # %% ../../nbs/7_engine_room/09_completions.ipynb #comp-26
+def stream_jsonl(path: Path | str) -> Iterator[dict]:
+    "Yield the rows of a JSONL file one by one; an error names file and line."
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                try:
+                    row = parse_json(line.removeprefix(BOM_UTF8).decode())
+                    if not isinstance(row, dict):
+                        raise ValueError(f"a {type(row).__name__} where an object was expected")
+                except ValueError as e:
+                    raise UserError(
+                        f"the row is not one JSON object ({e})",
+                        where=f"{path}:{number}",
+                        fix="Correct or delete that line.",
+                    ) from e
+                yield row
+    except OSError as e:
+        raise UserError(f"the file cannot be read ({e.strerror})", where=path) from e
+
+# %% ../../nbs/7_engine_room/09_completions.ipynb #ca3f49fe
 class AnswerFile:
     "A JSONL file of a teacher's answers that one job fills over several sessions."
 
@@ -260,12 +283,13 @@ class AnswerFile:
         self,
         path: Path | str,
         identity: dict,  # everything that decides the answers: teacher, settings, prompts
-        totals: Callable[[list[dict]], dict] = lambda rows: {"rows": len(rows)},
+        totals: Callable[[Any], dict] = lambda rows: {"rows": len(rows)},
+        rows: Any = None,  # what keeps the rows; None: a list. It has `append` and a length.
     ):
         self.path = Path(path)
         self.manifest = JobManifest(self.path, identity)
         self.totals = totals
-        self.rows: list[dict] = []  # all rows in the file
+        self.rows = [] if rows is None else rows  # all rows in the file
 
     @contextmanager
     def open(self) -> Iterator["AnswerFile"]:
@@ -274,13 +298,15 @@ class AnswerFile:
             self.manifest.read()
             if self.path.exists():
                 append_jsonl(self.path, [])  # repairs a half-written last line
-                self.rows = read_jsonl(self.path)
+                for row in stream_jsonl(self.path):
+                    self.rows.append(row)
             yield self
 
     def append(self, rows: Sequence[dict]) -> None:
         "Append rows: all of them or, when the disk is full, none."
         append_jsonl(self.path, rows)
-        self.rows += rows
+        for row in rows:
+            self.rows.append(row)
 
     def finish(self) -> None:
         "Mark a complete file as done if a kill came before the manifest's last update."

@@ -29,7 +29,11 @@ def roomy(part: torch.Tensor, width: int, free: int = SPARE) -> torch.Tensor:
 
     The columns of `part` end at `width`; the columns before them are zero, the free ones unset.
     """
-    out = part.new_empty(*part.shape[:2], width + free, part.shape[3])
+    out = part.new_empty(
+        *part.shape[:2],
+        width + free,
+        part.shape[3],
+    )
     start = width - part.shape[2]
     out[:, :, :start] = 0  # they are masked, but 0 * nan would still be nan
     out[:, :, start:width] = part
@@ -56,11 +60,19 @@ def _growing_layer() -> type:
             more = key_states.shape[2]
             if not self.is_initialized:
                 keys = roomy(key_states[:, :, :0], 0, more + SPARE)
-                self.load(keys, roomy(value_states[:, :, :0], 0, more + SPARE), 0)
+                self.load(
+                    keys,
+                    roomy(value_states[:, :, :0], 0, more + SPARE),
+                    0,
+                )
             used = self.keys.shape[2]
             if used + more > self.room[0].shape[2]:
                 keys = roomy(self.keys, used, more + SPARE)
-                self.load(keys, roomy(self.values, used, more + SPARE), used)
+                self.load(
+                    keys,
+                    roomy(self.values, used, more + SPARE),
+                    used,
+                )
             keys, values = self.room
             keys[:, :, used : used + more] = key_states
             values[:, :, used : used + more] = value_states
@@ -110,7 +122,12 @@ def forward(model, ids: torch.Tensor, **inputs) -> Scores:
         lambda module, args: seen.append(args[0])
     )
     try:
-        logits = model(input_ids=ids, use_cache=True, logits_to_keep=last, **inputs).logits
+        logits = model(
+            input_ids=ids,
+            use_cache=True,
+            logits_to_keep=last,
+            **inputs,
+        ).logits
     finally:
         hook.remove()
     return Scores(logits[:, -1], seen[-1][:, -1])
@@ -130,7 +147,12 @@ def _padded(tails: list[list[int]], device) -> tuple[torch.Tensor, torch.Tensor]
 def _stack(parts: list[torch.Tensor], width: int) -> torch.Tensor:
     "Stack the rows of all parts in one tensor with spare columns; each part ends at `width`."
     _, heads, _, dim = parts[0].shape
-    out = parts[0].new_empty(sum(map(len, parts)), heads, width + SPARE, dim)
+    out = parts[0].new_empty(
+        sum(map(len, parts)),
+        heads,
+        width + SPARE,
+        dim,
+    )
     for block, part in zip(out.split([len(part) for part in parts]), parts):
         start = width - part.shape[2]
         block[:, :, :start] = 0
@@ -209,15 +231,31 @@ def prefill(
     layers = []
     for keys, values in prefix:
         wide_keys, wide_values = (
-            roomy(part.expand(len(rows), -1, -1, -1), shared, ids.shape[1] + SPARE)
+            roomy(
+                part.expand(len(rows), -1, -1, -1),
+                shared,
+                ids.shape[1] + SPARE,
+            )
             for part in (keys, values)
         )
-        layers.append(_growing_layer()().load(wide_keys, wide_values, shared))
+        layers.append(
+            _growing_layer()().load(
+                wide_keys,
+                wide_values,
+                shared,
+            )
+        )
     cache = _new_cache(layers)
     scores = forward(
         model, ids, attention_mask=mask, position_ids=position[:, shared:], past_key_values=cache
     )
-    return DecodeBatch(rows, cache, mask, position[:, -1], ids[:, -1]), scores
+    return DecodeBatch(
+        rows,
+        cache,
+        mask,
+        position[:, -1],
+        ids[:, -1],
+    ), scores
 
 # %% ../../nbs/7_engine_room/18_engine.ipynb #dd05edf8
 def draws(seed: int, name: str, sample: int, count: int) -> torch.Tensor:
@@ -256,7 +294,11 @@ def greedy_tokens(scores: Scores, head: Any = None) -> torch.Tensor:
         # Twice as fast as argmax on a CPU, and no copy of the logits.
         return scores.logits.max(-1).indices
     ids = scores.logits.topk(4, dim=-1).indices
-    exact = torch.einsum("rkw,rw->rk", head.weight[ids].float(), scores.hidden.float())
+    exact = torch.einsum(
+        "rkw,rw->rk",
+        head.weight[ids].float(),
+        scores.hidden.float(),
+    )
     if getattr(head, "bias", None) is not None:
         exact = exact + head.bias[ids].float()
     return ids.gather(-1, exact.argmax(-1, keepdim=True))[:, 0]
@@ -269,7 +311,11 @@ def pick(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     "Return the token (rows,) at the position `draw` of the cumulative weights, and its share."
     total = weights.double().cumsum(-1)
-    place = torch.searchsorted(total, (draw * total[:, -1])[:, None], right=True)
+    place = torch.searchsorted(
+        total,
+        (draw * total[:, -1])[:, None],
+        right=True,
+    )
     place = place.clamp(max=total.shape[-1] - 1)
     share = weights.gather(-1, place).double() / total[:, -1:]
     return (place if ids is None else ids.gather(-1, place))[:, 0], share[:, 0]
@@ -290,18 +336,30 @@ def next_tokens(
         return greedy_tokens(scores, head)
     # Half precision is widened first; float64 stays float64.
     logits = at_least_float32(scores.logits) / decoding.temperature
-    weights, ids = truncate(torch.softmax(logits, dim=-1), decoding.top_k, decoding.top_p)
+    weights, ids = truncate(
+        torch.softmax(logits, dim=-1),
+        decoding.top_k,
+        decoding.top_p,
+    )
     return pick(weights, ids, next_draws(rows, weights.device))[0]
 
 # %% ../../nbs/7_engine_room/18_engine.ipynb #ends-01
 def end_tokens(model, tokenizer=None) -> tuple[int, ...]:
     "Return all ids that end a text: from generation config, tokenizer and chat template."
-    ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ids = getattr(
+        getattr(model, "generation_config", None),
+        "eos_token_id",
+        None,
+    )
     if ids is None:
         ids = getattr(model.config, "eos_token_id", None)
     named = list(ids) if isinstance(ids, (list, tuple)) else [ids]
     named.append(getattr(tokenizer, "eos_token_id", None))
-    if named[-1] is not None and getattr(tokenizer, "chat_template", None):
+    if named[-1] is not None and getattr(
+        tokenizer,
+        "chat_template",
+        None,
+    ):
         named.append(turn_end_id(tokenizer))
     return tuple(sorted({int(i) for i in named if i is not None}))
 
@@ -339,14 +397,24 @@ def prefix_cache(model, tokens: list[int]) -> list[tuple[torch.Tensor, torch.Ten
     if not tokens:
         return []
     cache = _new_cache()
-    forward(model, torch.tensor([tokens], device=model.device), past_key_values=cache)
+    forward(
+        model,
+        torch.tensor([tokens], device=model.device),
+        past_key_values=cache,
+    )
     return [(layer.keys, layer.values) for layer in cache.layers]
 
 # %% ../../nbs/7_engine_room/18_engine.ipynb #f391652f
 def has_sliding_window(model) -> bool:
     "Return True if a layer attends to the last columns only."
     kinds = getattr(model.config, "layer_types", None) or ()
-    return "sliding_attention" in kinds or bool(getattr(model.config, "sliding_window", None))
+    return "sliding_attention" in kinds or bool(
+        getattr(
+            model.config,
+            "sliding_window",
+            None,
+        )
+    )
 
 # %% ../../nbs/7_engine_room/18_engine.ipynb #loop-02
 PREFILL_TOKENS = 1024  # prompt tokens per pass; larger passes exceed the processor's caches

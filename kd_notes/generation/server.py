@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from email.utils import parsedate_to_datetime
 from queue import SimpleQueue
 from typing import Any
@@ -152,27 +152,39 @@ class _Connection:
 
     async def ask(self, client: Any, job: tuple, decoding: Decoding) -> Completion:
         "Return the completion of one request, or raise NoAnswer."
-        import openai
-
         name, sample, prompt = job
         seed = rng("decoding", decoding.seed, name, sample).getrandbits(31)
         body = self.body(prompt, decoding, seed)
+        start = time.perf_counter()
+        answer = await self.post(client, body)
+        seconds = round(time.perf_counter() - start, 4)
+        with another_form():
+            return completion_of(answer, job, decoding, seconds)
+
+    async def post(self, client: Any, body: dict) -> Any:
+        "Send a body and return the answer's, or raise NoAnswer."
+        import openai
+
         endpoint = client.chat.completions if self.chat else client.completions
         known = {key: body.pop(key) for key in ("model", "messages", "prompt") if key in body}
         # A server that sends a byte now and then would never reach the client's time-out.
         patience = (self.retries + 1) * (self.timeout + 120)
-        start = time.perf_counter()
         try:
             async with asyncio.timeout(patience):
                 response = await endpoint.with_raw_response.create(**known, extra_body=body)
         except (openai.OpenAIError, TimeoutError, ValueError) as e:
             raise no_answer(e) from e
-        seconds = round(time.perf_counter() - start, 4)
-        try:
-            answer = json.loads(response.http_response.content)
-            return completion_of(answer, job, decoding, seconds)
-        except (ValueError, LookupError, TypeError, AttributeError) as e:
-            raise NoAnswer(f"a response of another form ({e})") from e
+        with another_form():
+            return json.loads(response.http_response.content)
+
+
+@contextmanager
+def another_form() -> Iterator[None]:
+    "Raise NoAnswer where a response cannot be read."
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, AttributeError) as e:
+        raise NoAnswer(f"a response of another form ({e})") from e
 
 # %% ../../nbs/7_engine_room/10_server.ipynb #serv-38
 class _Reports:
@@ -392,7 +404,9 @@ class _Session:
         try:
             with suppress(asyncio.CancelledError):
                 self.loop.run_until_complete(self.task)
-        except Exception as e:  # raised in the caller's thread
+        except UserError as e:  # raised in the caller's thread
+            self.ledger.failure = e
+        except Exception as e:
             self.ledger.failure = self.backend.error(no_answer(e), "")
         finally:
             self.loop.close()

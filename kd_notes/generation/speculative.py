@@ -31,7 +31,11 @@ from ..training.batches import unwrapped
 def feed_block(model, batch: DecodeBatch, ids: Tensor) -> Tensor:
     "Feed `ids` (rows, n) and return their logits (rows, n, vocabulary)."
     batch.mask = torch.cat([batch.mask, batch.mask.new_ones(ids.shape)], dim=1)
-    position = batch.position[:, None] + torch.arange(1, ids.shape[1] + 1, device=ids.device)
+    position = batch.position[:, None] + torch.arange(
+        1,
+        ids.shape[1] + 1,
+        device=ids.device,
+    )
     batch.position = position[:, -1]
     return model(
         input_ids=ids,
@@ -52,7 +56,12 @@ def forget(batch: DecodeBatch, keep: Tensor) -> None:
     for layer in batch.cache.layers:
         kept = []
         for part in (layer.keys, layer.values):
-            index = order[:, None, :, None].expand(-1, part.shape[1], -1, part.shape[3])
+            index = order[:, None, :, None].expand(
+                -1,
+                part.shape[1],
+                -1,
+                part.shape[3],
+            )
             kept.append(roomy(part.gather(2, index), width))
         layer.load(*kept, width)
 
@@ -62,8 +71,16 @@ def limited(logits: Tensor, size: int, sampling: Sampling) -> Tensor:
     if sampling.temperature == 0:
         best = torch.nn.functional.one_hot(logits[..., :size].argmax(-1), size)
         return best.to(torch.promote_types(logits.dtype, torch.float32))
-    probabilities = log_softmax(logits, size, sampling.temperature).exp()
-    weights, ids = truncate(probabilities.flatten(0, -2), sampling.top_k, sampling.top_p)
+    probabilities = log_softmax(
+        logits,
+        size,
+        sampling.temperature,
+    ).exp()
+    weights, ids = truncate(
+        probabilities.flatten(0, -2),
+        sampling.top_k,
+        sampling.top_p,
+    )
     if ids is None:
         return probabilities
     weights = weights / weights.sum(-1, keepdim=True)
@@ -143,7 +160,12 @@ class _Speculation(_Interleaving):
         mine, q = prefill(self.student, rows)
         other, p = prefill(self.teacher, rows)
         first = self.propose(rows, q.logits, 0)[:, None]
-        self.judge(rows, q.logits[:, None], p.logits[:, None].to(q.logits.device), first)
+        self.judge(
+            rows,
+            q.logits[:, None],
+            p.logits[:, None].to(q.logits.device),
+            first,
+        )
         while alive := [i for i, row in enumerate(rows) if not row.finish]:
             if len(alive) < len(rows):
                 rows = [rows[i] for i in alive]
@@ -161,8 +183,17 @@ class _Speculation(_Interleaving):
             q.append(mine.feed(self.student).logits)
             proposed.append(self.propose(rows, q[-1], ahead))
             mine.last = proposed[-1]
-        p = feed_block(self.teacher, other, torch.stack(fed, 1).to(other.mask.device)).to(device)
-        count = self.judge(rows, torch.stack(q, 1), p, torch.stack(proposed, 1))
+        p = feed_block(
+            self.teacher,
+            other,
+            torch.stack(fed, 1).to(other.mask.device),
+        ).to(device)
+        count = self.judge(
+            rows,
+            torch.stack(q, 1),
+            p,
+            torch.stack(proposed, 1),
+        )
         keep = torch.arange(len(proposed), device=device) <= count[:, None]
         forget(mine, keep)
         forget(other, keep.to(other.mask.device))
@@ -183,23 +214,47 @@ def speculative(
     "Draw interleaved responses of student and teacher (SKD, arXiv 2410.11325, alg. 1)."
     rule = "0 (the teacher alone) or a positive whole number"
     require(is_count(top_k, 0), "top_k", top_k, rule)
-    require(is_count(block, 1), "block", block, "a whole number from 1")
+    require(
+        is_count(block, 1),
+        "block",
+        block,
+        "a whole number from 1",
+    )
     ngram = sampling.no_repeat_ngram
-    require(not ngram, "no_repeat_ngram", ngram, "0, the only value that speculation knows")
+    require(
+        not ngram,
+        "no_repeat_ngram",
+        ngram,
+        "0, the only value that speculation knows",
+    )
     start = time.perf_counter()
     models = [unwrapped(student), unwrapped(teacher)]
     size = shared_vocabulary(models, vocabulary)
     checked = check_prompts(models, prompts, sampling.max_new_tokens)
     rows = sampled_rows(checked, streams, sampling)
     for row in rows:
-        row.second = draws(sampling.seed, f"{row.id} again", row.sample, sampling.max_new_tokens)
+        row.second = draws(
+            sampling.seed,
+            f"{row.id} again",
+            row.sample,
+            sampling.max_new_tokens,
+        )
     order = sorted(rows, key=lambda row: -len(row.prompt))
     speculation = _Speculation(*models, top_k, block, size, sampling)
-    with ready(models, min(len(rows), batch_size), sampling.max_new_tokens):
+    with ready(
+        models,
+        min(len(rows), batch_size),
+        sampling.max_new_tokens,
+    ):
         for first in range(0, len(order), batch_size):
             speculation.write(order[first : first + batch_size])
     names = ("log_student", "log_teacher", "log_drawn")
     weight = models[0].get_output_embeddings().weight
-    rollout = rollout_of(rows, names, weight, {"all": time.perf_counter() - start})
+    rollout = rollout_of(
+        rows,
+        names,
+        weight,
+        {"all": time.perf_counter() - start},
+    )
     rollout.accepted = [row.accepted for row in rows]
     return rollout

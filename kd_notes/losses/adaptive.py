@@ -87,9 +87,11 @@ def _adaptive_kl(
     *,
     mu: float = 0.5,
     boundary: str = "official",
+    flipped: bool = False,
     floor: float | None = None,
 ) -> Tensor:
-    return _weighted_kl(student, teacher, _head_weight(student, teacher, mu, boundary), floor)
+    weight = _head_weight(student, teacher, mu, boundary)
+    return _weighted_kl(student, teacher, 1 - weight if flipped else weight, floor)
 
 # %% ../../nbs/4_probabilities/02_adaptive.ipynb #1287ba1b
 def adaptive_kl(
@@ -101,6 +103,7 @@ def adaptive_kl(
     mu: float = 0.5,  # teacher mass of the head; 1: forward KL
     # "official": the token that crosses mu is in the tail; "crossing-in-head": in the head
     boundary: str = "official",
+    flipped: bool = False,  # exchange the weights of forward and reverse KL: the paper's AKL-r
     floor: float | None = None,
     labels: Tensor | None = None,
     scale_t2: bool = False,
@@ -122,6 +125,7 @@ def adaptive_kl(
         denominator=denominator,
         mu=mu,
         boundary=boundary,
+        flipped=flipped,
         floor=floor,
     )
 

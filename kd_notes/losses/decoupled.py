@@ -170,7 +170,10 @@ def _atkd(
     easy_weight: float = 0.2,
     hard_fraction: float = 0.5,
     split: EasyHard | None = None,
+    reverse: bool = False,
 ) -> Tensor:
+    if reverse:
+        student, teacher = teacher, student
     tkd, dkd, uncertainty = _tkd_dkd(student, teacher, target_ids)
     if not dkd.numel():
         return dkd
@@ -192,6 +195,7 @@ def atkd(
     hard_fraction: float = 0.5,  # the paper's k
     # the cut of a larger scope; None: of the unmasked positions of this call
     split: EasyHard | None = None,
+    reverse: bool = False,  # KL(q || p) taken apart, with the student's uncertainty
     labels: Tensor | None = None,
     scale_t2: bool = False,
     denominator: Any = None,
@@ -213,4 +217,5 @@ def atkd(
         easy_weight=easy_weight,
         hard_fraction=hard_fraction,
         split=split,
+        reverse=reverse,
     )

@@ -99,6 +99,7 @@ ELSEWHERE = {
     "adaptive_kl": "adaptive",
     "dkd": "decoupled",
     "atkd": "decoupled",
+    "label_revision": "revision",
     "uld": "cross_tokenizer",
 }
 

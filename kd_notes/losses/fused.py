@@ -8,6 +8,7 @@ __all__ = ['TopK', 'Samples', 'fused_linear_divergence', 'fused_cross_entropy']
 # %% ../../nbs/4_probabilities/05b_fused_inside.ipynb #4b6a861e
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -674,13 +675,13 @@ def _positions(
     return flat if mask is None else _select(mask.reshape(-1), torch.Size([shape.numel()]), *flat)
 
 # %% ../../nbs/4_probabilities/05b_fused_inside.ipynb #7975d41b
-def _split_of_all(teacher: _Head, ids: Tensor, dtype: torch.dtype, fraction: float) -> Any:
+def _split_of_all(side: _Head, ids: Tensor, dtype: torch.dtype, fraction: float) -> Any:
     "Return ATKD's cut between easy and hard over all positions of the call."
     found = []
-    size = len(teacher.weight)
+    size = len(side.weight)
     for rows in _pieces(0, len(ids), 64):
         y = torch.empty(size, rows.stop - rows.start, dtype=dtype, device=ids.device)
-        _logits(teacher, rows, slice(0, size), y)
+        _logits(side, rows, slice(0, size), y)
         found.append(log_uncertainty(y.t(), ids[rows]))
     return easy_hard(torch.cat(found), fraction)
 
@@ -755,15 +756,18 @@ def _teacher(
 
 # %% ../../nbs/4_probabilities/05b_fused_inside.ipynb #eea526fc
 def _with_targets(
-    name: str, options: dict, ids: Tensor | None, teacher: Any, dtype: torch.dtype
+    name: str, options: dict, ids: Tensor | None, unsure: Any, dtype: torch.dtype
 ) -> dict:
-    "Return the options with the unmasked target ids and what depends on all of them."
+    """Return the options with the unmasked target ids and what depends on all of them.
+
+    `unsure` is the side whose uncertainty ATKD looks at.
+    """
     if ids is None:
         return options
-    options = options | {"target_ids": _check_ids("target_ids", ids, len(teacher.weight))}
+    options = options | {"target_ids": _check_ids("target_ids", ids, len(unsure.weight))}
     if name == "atkd" and options.get("split") is None and len(ids):
         options["split"] = _split_of_all(
-            teacher, options["target_ids"], dtype, options.get("hard_fraction", 0.5)
+            unsure, options["target_ids"], dtype, options.get("hard_fraction", 0.5)
         )
     return options
 
@@ -816,14 +820,16 @@ def fused_linear_divergence(
     teacher = _teacher(
         type(teacher_hidden), parts, teacher_weight, teacher_bias, sizes[1], products, other
     )
-    options = _with_targets(divergence, options, ids, teacher, sums)
+    of_student = partial(_make_head, size=sizes[0], dtype=products, **head)
+    own = (hidden, student_weight, student_bias)
+    unsure = of_student(*own) if options.get("reverse") else teacher
+    options = _with_targets(divergence, options, ids, unsure, sums)
     each = _each(len(hidden), denominator) * (temperature**2 if scale_t2 else 1)
 
-    def make(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> _Job:
-        student = _make_head(hidden, weight, bias, sizes[0], dtype=products, **head)
-        return _Job(student, teacher, divergence, options, each, chunk, sums)
+    def make(*inputs: Tensor | None) -> _Job:
+        return _Job(of_student(*inputs), teacher, divergence, options, each, chunk, sums)
 
-    return _Fused.apply(hidden, student_weight, student_bias, make, recompute)
+    return _Fused.apply(*own, make, recompute)
 
 # %% ../../nbs/4_probabilities/05b_fused_inside.ipynb #627cf621
 def fused_cross_entropy(

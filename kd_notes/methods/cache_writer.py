@@ -209,8 +209,8 @@ def teacher_logits(teacher, rows: list[dict], pad_id: int) -> list[Tensor]:
 
 # %% ../../nbs/4_probabilities/11_logit_cache.ipynb #f37735f4
 @dataclass(frozen=True)
-class _ShardMaker:
-    "A builder of the tensors in the file of a shard."
+class _RowMaker:
+    "What a teacher, local or on a server, gives of each row."
 
     teacher: Any
     recipe: Recipe
@@ -238,6 +238,22 @@ class _ShardMaker:
             )
         return kept
 
+    def distributions(self, rows: list[dict]) -> list[dict | None]:
+        "Return the stored part of each row's distributions; None where a server refused."
+        if hasattr(self.teacher, "score"):
+            return self.teacher.score([(row["prompt"], row["completion"]) for row in rows])
+        kept: dict[int, dict] = {}
+        lengths = [len(row["prompt"]) + len(row["completion"]) for row in rows]
+        for batch in length_batches(lengths, self.batch_tokens):
+            logits = teacher_logits(self.teacher, [rows[i] for i in batch], self.pad_id)
+            for i, z in zip(batch, logits):
+                kept[i] = self.compress(z[:, : self.vocab], rows[i]["id"])
+        return [kept[i] for i in range(len(rows))]
+
+# %% ../../nbs/4_probabilities/11_logit_cache.ipynb #f4ef7300
+class _ShardMaker(_RowMaker):
+    "A builder of the tensors in the file of a shard."
+
     def storage(self) -> dict[str, torch.dtype]:
         "Return {tensor of a shard with distributions: its dtype on disk}."
         ids = _id_dtype(self.vocab)
@@ -248,16 +264,10 @@ class _ShardMaker:
         value = {"counts": count} if self.recipe.power == 1 else {"weights": torch.float32}
         return {"ids": ids, **value, "unique": count, "entropy": torch.float32}
 
-    def tensors(self, rows: list[dict]) -> dict[str, Tensor]:
+    def tensors(self, rows: list[dict], kept: list[dict]) -> dict[str, Tensor]:
         "Return the distributions and ids of the rows, so that KD needs no other data."
-        kept: dict[int, dict] = {}
-        lengths = [len(row["prompt"]) + len(row["completion"]) for row in rows]
-        for batch in length_batches(lengths, self.batch_tokens):
-            logits = teacher_logits(self.teacher, [rows[i] for i in batch], self.pad_id)
-            for i, z in zip(batch, logits):
-                kept[i] = self.compress(z[:, : self.vocab], rows[i]["id"])
         tensors = {
-            key: torch.cat([kept[i][key] for i in range(len(rows))]).to(dtype)
+            key: torch.cat([row[key] for row in kept]).to(dtype)
             for key, dtype in self.storage().items()
         }
         # Format 1 names the two parts of a row source and target.
@@ -297,7 +307,7 @@ def _header(teacher, tokenizer, rows: list[dict], recipe: Recipe, layout: dict) 
     config = teacher.config
     last_id = max(tokenizer.get_vocab().values())
     name = config.name_or_path or type(teacher).__name__
-    dtype = str(next(teacher.parameters()).dtype).removeprefix("torch.")
+    dtype = str(teacher.dtype).removeprefix("torch.")
     hashes = [[row["id"], row_hash(row["prompt"], row["completion"])] for row in rows]
     return {
         "format": FORMAT,
@@ -325,6 +335,25 @@ def _check_space(folder: Path, recipe: Recipe, vocab: int, positions: int) -> No
             where=folder,
             fix="Choose a smaller k, mode='sampled', or another disk.",
         )
+
+# %% ../../nbs/4_probabilities/11_logit_cache.ipynb #ff9a2463
+def index_row(row: dict) -> list:
+    "Return what the index tells of a row: id, targets, hash."
+    digest = row_hash(row["prompt"], row["completion"])
+    return [row["id"], len(row["completion"]), digest]
+
+
+def answered(rows: list[dict], kept: list) -> tuple[list[dict], list[dict], list[str]]:
+    "Split a shard into the rows with their distributions and the ids that a server refused."
+    pairs = [(row, found) for row, found in zip(rows, kept) if found is not None]
+    refused = [row["id"] for row, found in zip(rows, kept) if found is None]
+    if not pairs:
+        raise UserError(
+            f"the server refused all {len(rows)} rows of a shard",
+            where=f"row {rows[0]['id']}",
+            fix="See its log: the rows may be too long for it.",
+        )
+    return [row for row, _ in pairs], [found for _, found in pairs], refused
 
 # %% ../../nbs/4_probabilities/11_logit_cache.ipynb #32bdda06
 @dataclass(frozen=True)
@@ -357,17 +386,16 @@ class _FolderWriter:
     def write_shard(self, number: int, rows: list[dict]) -> None:
         "Write the file, then its line in the index, both atomically."
         path = self.folder / f"shard-{number:05d}.safetensors"
-        data = save(self.maker.tensors(rows))
+        rows, kept, refused = answered(rows, self.maker.distributions(rows))
+        data = save(self.maker.tensors(rows, kept))
         atomic_write(path, data)
         entry = {
             "shard": number,
             "file": path.name,
             "bytes": len(data),
             "sha256": hashlib.sha256(data).hexdigest(),
-            "rows": [
-                [r["id"], len(r["completion"]), row_hash(r["prompt"], r["completion"])]
-                for r in rows
-            ],
+            "rows": [index_row(row) for row in rows],
+            **({"refused": refused} if refused else {}),
         }
         append_jsonl(self.folder / "index.jsonl", [entry])
 
@@ -388,6 +416,21 @@ class _FolderWriter:
                 bar.update(sizes[number])
 
 # %% ../../nbs/4_probabilities/11_logit_cache.ipynb #582d2568
+def check_recipe(teacher: Any, recipe: Recipe) -> None:
+    "Raise UserError for a recipe that several teachers, or one on a server, are not made for."
+    made_for = getattr(teacher, "temperature", recipe.temperature)
+    if made_for != recipe.temperature:
+        raise UserError(
+            f"the teacher was made for temperature {made_for:g}, not {recipe.temperature:g}",
+            where="Recipe.temperature",
+            fix="Give the mixture, or the teacher on a server, the temperature of the cache.",
+        )
+    if k := getattr(teacher, "top_k", 0):
+        if (recipe.mode, recipe.k) != ("topk", k):
+            problem = f"a teacher on a server gives its {k} most probable tokens"
+            raise UserError(problem, where="Recipe", fix=f"Use mode='topk' and k={k}.")
+
+
 @contextmanager
 def _evaluating(model) -> Iterator[None]:
     "Set evaluation mode inside the block, and restore the mode after it."
@@ -424,6 +467,7 @@ def write_shards(
             where="Recipe.k",
             fix="Choose a smaller k.",
         )
+    check_recipe(teacher, kept)
     maker = _ShardMaker(teacher, kept, head["vocab"], head["tokenizer"]["pad_id"], batch_tokens)
     writer = _FolderWriter(Path(folder), head, rows, maker)
     with folder_lock(folder, wait=False), _evaluating(teacher):

@@ -7,6 +7,7 @@ __all__ = ['Part', 'GKDConfig', 'GKD']
 
 # %% ../../nbs/5_own_words/04_gkd.ipynb #9c493b70
 import math
+import os
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Iterable
 
@@ -193,7 +194,11 @@ def skew_values(student: Tensor, teacher: Tensor, alpha: Tensor | float, reverse
     """
     log_p = torch.log_softmax(at_least_float32(teacher), dim=-1).clamp(min=-1e30)
     log_q = torch.log_softmax(at_least_float32(student), dim=-1).clamp(min=-1e30)
-    a = torch.as_tensor(alpha, dtype=log_q.dtype, device=log_q.device).reshape(-1, 1)
+    a = torch.as_tensor(
+        alpha,
+        dtype=log_q.dtype,
+        device=log_q.device,
+    ).reshape(-1, 1)
     own, other = (log_q, log_p) if reverse else (log_p, log_q)
     # `own` is p, which has no gradient, or q, whose gradient the released code cuts here.
     mix = torch.logaddexp(own.detach() + a.log(), other + (1 - a).log())
@@ -216,6 +221,7 @@ class DivergenceOnPolicy(OnPolicy):
     "A weighted sum of divergences per token, each on the responses of one source."
 
     Config = GKDConfig
+    loss_of_parts = True  # it is a sum of the parts, which may compare the teacher's top k
 
     @property
     def needs_teacher(self) -> bool:
@@ -267,7 +273,7 @@ class DivergenceOnPolicy(OnPolicy):
             alpha = columns["skew"][about] if self.config.own_skew else part.options["alpha"]
             return skew_values(student, teacher, alpha, part.divergence == "skew_reverse_kl")
         options = dict(part.options)
-        if part.divergence in ("dkd", "atkd"):
+        if part.divergence in ("dkd", "atkd", "label_revision"):
             options["target_ids"] = ids
         return token_divergence(part.divergence, student, teacher, **options)
 
@@ -275,7 +281,12 @@ class DivergenceOnPolicy(OnPolicy):
 def _mean_probabilities(model, responses: list[Response], method: OnPolicy) -> list[float]:
     "Return the geometric mean of the token probabilities of each response."
     pad_id = method.tokenizer.pad_token_id
-    logprobs = token_logprobs(model, responses, pad_id, method.vocabulary)
+    logprobs = token_logprobs(
+        model,
+        responses,
+        pad_id,
+        method.vocabulary,
+    )
     return [math.exp(sum(values) / len(values)) for values in logprobs]
 
 
@@ -334,6 +345,9 @@ class GKD(DivergenceOnPolicy):
             self.replay = (self.replay + own)[-self.config.capacity :]
         if self.config.own_skew:
             set_skew(responses, student, self)
+        alone = int(os.environ.get("WORLD_SIZE") or 1) == 1
+        if alone and hasattr(self.teacher, "prefetch"):  # all at once, not batch by batch
+            self.teacher.prefetch([(r.prompt, r.tokens) for r in responses])
 
     def on_validate(self, state: TrainState, metrics: dict) -> None:
         loss = metrics.get("loss", -metrics["score"])

@@ -135,13 +135,15 @@ class _CacheFolder:
         self.vocab = self.head["vocab"]
         self.index = read_index(self.folder)
         self.places = _places(self.folder, self.index)
+        self.refused = {name for entry in self.index.values() for name in entry.get("refused", ())}
         self._names = list(self.places)
         self._shards = _OpenShards(self.folder, self.index, keep_open)
 
     @property
     def complete(self) -> bool:
-        "Whether the cache has all rows that the writer was given."
-        return len(self.places) == self.head["rows"]["examples"]
+        "Whether the cache has all rows that the writer was given and the teacher answered."
+        there = len(self.places) + len(self.refused)
+        return there == self.head["rows"]["examples"]
 
     def check_origin(self, tokenizer=None, teacher: Any = None) -> None:
         "Raise UserError for a cache of another tokenizer or teacher."

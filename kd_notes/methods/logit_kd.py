@@ -107,6 +107,24 @@ def linear_head(model) -> torch.nn.Linear | None:
     return None if adapted_or_spread or not plain_logits(model) else head
 
 # %% ../../nbs/4_probabilities/07_logit_kd.ipynb #e0e5394c
+def check_live(model, temperature: float) -> None:
+    "Raise UserError for a teacher that lacks logits, or whose logits are for another temperature."
+    if hasattr(model, "top_k"):
+        raise UserError(
+            "a teacher on a server gives its most probable tokens only",
+            where="signal",
+            fix="Write a logit cache with it (cached_forward_kl), or use an on-policy method with "
+            "top_k.",
+        )
+    made_for = getattr(model, "temperature", temperature)
+    if made_for != temperature:
+        raise UserError(
+            f"the teachers are mixed at temperature {made_for}, not {temperature}",
+            where="temperature",
+            fix="Give TeacherMixture the temperature of the loss.",
+        )
+
+
 class LiveTeacher(TeacherSignal):
     "A frozen teacher in memory that shares the student's tokenizer."
 
@@ -120,6 +138,7 @@ class LiveTeacher(TeacherSignal):
 
     def check(self, method: "KD") -> None:
         get_divergence(method.divergence, **method.options)
+        check_live(self.model, method.temperature)
 
     def to(self, device: torch.device) -> None:
         self.model.to(device)

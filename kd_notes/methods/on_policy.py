@@ -6,7 +6,6 @@
 __all__ = ['minibatch_config', 'OnPolicy']
 
 # %% ../../nbs/5_own_words/02_on_policy.ipynb #d1f89644
-import os
 import warnings
 from abc import ABC, abstractmethod
 from contextlib import contextmanager
@@ -33,9 +32,11 @@ from kd_notes.methods.prompts import (
     check_completions,
     check_context,
     check_ids,
+    check_teacher,
     check_templates,
     encode_prompt,
     stop_ids,
+    where_answered,
     width,
 )
 from kd_notes.methods.rollouts import (
@@ -54,7 +55,9 @@ from kd_notes.methods.rollouts import (
 )
 from ..models.pretrained import freeze, weights_hash
 from ..training.batches import Batch, target_logits, target_positions
+from ..training.checkpoint import updated, whole_copy
 from ..training.method import Method
+from ..training.processes import processes
 from ..training.state import TrainConfig, TrainState
 
 # %% ../../nbs/5_own_words/02_on_policy.ipynb #82e1dcad
@@ -127,16 +130,13 @@ def minibatch_config(
 
     Betas are (0.9, 0.95), the weight decay is 1e-6, and the learning rate is constant after warmup.
     """
-    # accelerate launch, torchrun and notebook_launcher set LOCAL_RANK. WORLD_SIZE alone may be
-    # a cluster's.
-    launched = "LOCAL_RANK" in os.environ
-    processes = int(os.environ.get("WORLD_SIZE") or 1) if launched else 1
-    batch_size = batch_size or max(1, minibatch // processes)
-    accumulate, rest = divmod(minibatch, batch_size * processes)
+    number = processes()
+    batch_size = batch_size or max(1, minibatch // number)
+    accumulate, rest = divmod(minibatch, batch_size * number)
     if rest or not accumulate:
         raise UserError(
             f"{minibatch} responses are no whole number of batches of {batch_size} in "
-            f"{processes} processes",
+            f"{number} processes",
             where="minibatch",
             fix="Choose a minibatch that batch_size times processes divides.",
         )
@@ -242,6 +242,7 @@ def check_inputs(method: OnPolicyTerms, prompts: list[dict], student) -> int | N
 
     Returns the number of shared ids if the models' widths differ, else None.
     """
+    check_teacher(method)
     models = [model for model in (student, method.teacher) if model is not None]
     longest = method.config.max_new_tokens
     check_context(prompts, models, longest)
@@ -297,13 +298,12 @@ class RolloutPhase(OnPolicyTerms):
         check_dropout(self.config, state.cfg)
         prompts = [item | {"id": name} for name, item in zip(state.ids, state.items)]
         self.vocabulary = check_inputs(self, prompts, state.model)
-        self.seed = state.cfg.seed
+        self.seed, self.epoch = state.cfg.seed, None  # the epoch of the rows in the loop
         self.sampler = sampler_of(self, state.model)
+        self.twin = whole_copy(state)
         self.rollouts = Rollouts(prompts, self.config.rollouts, self.seed)
-        self.epoch = None  # of the rows in the loop
         self.epoch_steps = self.config.rollouts // state.effective_batch
-        # The loop orders the places of a rollout. All count as one token there, so that the
-        # order does not depend on the lengths of responses that are not written yet.
+        # All places of a rollout count as one token: the texts in them are not written yet.
         state.items = [RolloutRow([])] * self.config.rollouts
         state.sizes = [1] * self.config.rollouts
 
@@ -325,12 +325,13 @@ class RolloutPhase(OnPolicyTerms):
 
     def roll_out(self, state: TrainState, cycle: int) -> None:
         "Draw the responses of a cycle, in the precision of the loop."
-        write = partial(self.write, state.model)
+        student = state.model if self.twin is None else updated(self.twin, state.model)
+        write = partial(self.write, student)
         with torch.no_grad(), state.accelerator.autocast():
             written = self.rollouts.draw(cycle, self.sources, write, state.accelerator)
         responses = list(written.values())
         check_drawn(responses)
-        self.on_rollout(responses, state.model)
+        self.on_rollout(responses, student)
         self.rollouts.keep(cycle, written)
 
     def write(self, student, source: str, rows: list[dict], streams: list[str]) -> list[Response]:
@@ -425,7 +426,8 @@ class RolloutLoss(OnPolicyTerms):
             return student, None
         part = batch if self.config.pt_kd_ratio else without_texts(batch)
         with torch.no_grad():
-            return student, target_logits(self.teacher, part)[:, : self.vocabulary]
+            teacher = target_logits(self.teacher, part)[:, : self.vocabulary]
+            return student, where_answered(self.teacher, teacher, student)
 
 # %% ../../nbs/5_own_words/02_on_policy.ipynb #f855fef6
 class OnPolicy(RolloutPhase, RolloutLoss):

@@ -88,6 +88,8 @@ def check_completions(rows: Sequence[dict]) -> None:
 # %% ../../nbs/5_own_words/01a_prompts.ipynb #rollouts-check
 def width(model) -> int:
     "Return the number of logits of a model."
+    if hasattr(model, "logits_at_targets"):
+        return model.width
     return unwrapped(model).get_output_embeddings().weight.shape[0]
 
 
@@ -145,3 +147,41 @@ def check_templates(tokenizer, teacher_tokenizer) -> None:
             fix="Set tokenizer.chat_template = teacher_tokenizer.chat_template, so that the "
             "teacher reads the layout it knows.",
         )
+
+# %% ../../nbs/5_own_words/01a_prompts.ipynb #d4559412
+WRITES = ("teacher", "mixed", "speculative")  # sources for which the teacher draws tokens
+
+
+def check_teacher(method: Any) -> None:
+    "Raise UserError for what several teachers, or one on a server, cannot do for a method."
+    teacher = method.teacher
+    if not hasattr(teacher, "logits_at_targets"):
+        return
+    config = method.config
+    cycles = ((place, cycle) for cycle in range(8) for place in range(config.rollouts))
+    sources = {source for place in cycles for source in method.sources(*place)}
+    problem = ""
+    if sources & set(WRITES) and not hasattr(teacher, "parts_of"):
+        problem = "text of the teacher is needed, and this teacher only scores text"
+        fix = "Use text of the student or the data (gkd, on_policy_kd; minillm with alpha=0)."
+    elif config.pt_kd_ratio and not hasattr(teacher, "weights"):
+        problem = "pt_kd_ratio asks this teacher about texts of the corpus"
+        fix = "Set pt_kd_ratio=0, or use one local teacher."
+    elif k := getattr(teacher, "top_k", 0):
+        parts = [part for part in getattr(config, "parts", ()) if part.divergence != "nll"]
+        divided = getattr(method, "loss_of_parts", False)
+        if not divided or not parts or not all(1 <= part.top_k <= k for part in parts):
+            problem = f"a teacher on a server gives its {k} most probable tokens only"
+            fix = f"Use gkd or on_policy_kd, with parts whose top_k is at most {k}."
+    if problem:
+        raise UserError(problem, where=type(method).__name__, fix=fix)
+
+# %% ../../nbs/5_own_words/01a_prompts.ipynb #c9f8a2e9
+def where_answered(model: Any, teacher: Any, student: Any) -> Any:
+    """Return the teacher's logits (n, V), and the student's where a server refused.
+
+    There both are equal, and nothing is learnt.
+    """
+    if not hasattr(model, "top_k"):
+        return teacher
+    return teacher.where(~teacher.isnan(), student[: len(teacher)])

@@ -9,7 +9,7 @@ __all__ = ['token_logprobs', 'RolloutRow', 'response_batch', 'encode_corpus']
 import re
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any, Callable, Iterable, Iterator
 
@@ -73,7 +73,16 @@ def responses_of(rows: list[dict], rollout: Rollout, source: str) -> list[Respon
         of_tokens = {name: values[i] for name, values in kept.items()}
         tokens = rollout.response_ids[i]
         finished = rollout.finished[i]
-        responses.append(Response(row["id"], row["prompt"], tokens, source, finished, **of_tokens))
+        responses.append(
+            Response(
+                row["id"],
+                row["prompt"],
+                tokens,
+                source,
+                finished,
+                **of_tokens,
+            )
+        )
     return responses
 
 # %% ../../nbs/5_own_words/01b_rollouts.ipynb #rollouts-gold
@@ -81,7 +90,12 @@ def gold_responses(rows: list[dict], max_new_tokens: int) -> list[Response]:
     "Return the completions of the data as responses, cut at `max_new_tokens`."
     check_completions(rows)
     return [
-        Response(row["id"], row["prompt"], row["completion"][:max_new_tokens], "gold")
+        Response(
+            row["id"],
+            row["prompt"],
+            row["completion"][:max_new_tokens],
+            "gold",
+        )
         for row in rows
     ]
 
@@ -199,6 +213,8 @@ class Sampler:
         "Draw a response to each row."
         if source == "gold":
             return gold_responses(rows, self.sampling.max_new_tokens)
+        if source != "student" and hasattr(self.teacher, "parts_of"):
+            return self._by_teacher(source, student, rows, streams)
         prompts = [row["prompt"] for row in rows]
         options = {
             "streams": streams,
@@ -216,6 +232,15 @@ class Sampler:
             rollout = sample(model, prompts, self.sampling, role=source, **options)
         return responses_of(rows, rollout, source)
 
+    def _by_teacher(self, source: str, student, rows: list[dict], streams: list[str]) -> list:
+        "Draw the responses of each of several routed teachers."
+        written: dict[int, Response] = {}
+        for model, part in self.teacher.parts_of([row["prompt"] for row in rows]):
+            one = replace(self, teacher=model)
+            chosen = ([rows[i] for i in part], [streams[i] for i in part])
+            written |= zip(part, one.write(source, student, *chosen))
+        return [written[i] for i in range(len(rows))]
+
 # %% ../../nbs/5_own_words/01b_rollouts.ipynb #rollouts-helpers
 @contextmanager
 def _prompts_by_name(rows: list[dict]) -> Iterator[None]:
@@ -227,7 +252,11 @@ def _prompts_by_name(rows: list[dict]) -> Iterator[None]:
         if error.where.startswith("prompt "):
             numbers = [int(i) for i in re.findall(r"prompt (\d+)", error.where)]
         where = named([rows[i] for i in numbers]) if numbers else error.where
-        raise type(error)(error.what, where=where, fix=error.fix) from error
+        raise type(error)(
+            error.what,
+            where=where,
+            fix=error.fix,
+        ) from error
 
 
 @contextmanager
@@ -237,7 +266,11 @@ def errors_at_step(step: int) -> Iterator[None]:
         yield
     except UserError as error:
         where = f"step {step}, {error.where}" if error.where else f"step {step}"
-        raise type(error)(error.what, where=where, fix=error.fix) from error
+        raise type(error)(
+            error.what,
+            where=where,
+            fix=error.fix,
+        ) from error
 
 
 def across_processes(accelerator, wanted: list, write: Callable[[list], dict]) -> dict:
@@ -333,7 +366,13 @@ def add_texts(batch: Batch, texts: list[list[int]], pad_id: int) -> Batch:
         parts = []
         for part in (batch, more):
             missing = wide - part[name].shape[1]
-            parts.append(torch.nn.functional.pad(part[name], (0, missing), value=fill))
+            parts.append(
+                torch.nn.functional.pad(
+                    part[name],
+                    (0, missing),
+                    value=fill,
+                )
+            )
         inputs[name] = torch.cat(parts)
     index, ids = target_positions(inputs)
     columns = batch.columns | {"target_index": index, "target_ids": ids}

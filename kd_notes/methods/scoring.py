@@ -68,7 +68,11 @@ class WordScorer(torch.nn.Module):
         features: Tensor | None = None,  # (answers, F)
     ):
         super().__init__()
-        self.embed = torch.nn.Embedding(words, width, padding_idx=PAD)
+        self.embed = torch.nn.Embedding(
+            words,
+            width,
+            padding_idx=PAD,
+        )
         self.near = torch.nn.Conv1d(width, hidden, 3, padding=1)
         self.gate = torch.nn.Linear(width, hidden)
         self.register_buffer("features", features, persistent=False)
@@ -86,7 +90,11 @@ class WordScorer(torch.nn.Module):
             seen = self.features[input_ids[:, 0]]
             parts.append(self.read(self.dropout(seen)).relu())
             input_ids = input_ids[:, 1:]
-        input_ids = F.pad(input_ids, (0, 1), value=PAD)  # a convolution needs a word, if empty
+        input_ids = F.pad(
+            input_ids,
+            (0, 1),
+            value=PAD,
+        )  # a convolution needs a word, if empty
         mask = (input_ids != PAD)[:, 1:, None]
         vectors = self.dropout(self.embed(input_ids))
         item = vectors[:, 0]
@@ -112,14 +120,22 @@ class EncoderScorer(torch.nn.Module):
         longest: int = 64,
     ):
         super().__init__()
-        self.embed = torch.nn.Embedding(words, width, padding_idx=PAD)
+        self.embed = torch.nn.Embedding(
+            words,
+            width,
+            padding_idx=PAD,
+        )
         self.place = torch.nn.Embedding(longest, width)
         for table in (self.embed, self.place):
             torch.nn.init.normal_(table.weight, std=0.02)
         layer = torch.nn.TransformerEncoderLayer(
             width, heads, inner, dropout=0.1, activation="gelu", batch_first=True
         )
-        self.layers = torch.nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+        self.layers = torch.nn.TransformerEncoder(
+            layer,
+            layers,
+            enable_nested_tensor=False,
+        )
         self.norm = torch.nn.LayerNorm(width)
         self.head = torch.nn.Linear(width, labels)
 
@@ -248,7 +264,13 @@ def out_of_fold(rows: Sequence[dict], teach: Teach, k: int = 5, seed: int = 0) -
     for fold in range(k):
         places = [i for i, f in enumerate(folds) if f == fold]
         predict = teach([row for row, f in zip(rows, folds) if f != fold])
-        found |= dict(zip(places, predict([rows[i] for i in places]), strict=True))
+        found |= dict(
+            zip(
+                places,
+                predict([rows[i] for i in places]),
+                strict=True,
+            )
+        )
     return _with_soft(rows, np.array([found[i] for i in range(len(rows))]))
 
 

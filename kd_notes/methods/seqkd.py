@@ -57,7 +57,7 @@ def _ends(teacher, tokenizer) -> tuple[int, ...]:
     return tuple(sorted(ends))
 
 
-def _answers(teacher, tokenizer, rows: Sequence[TextRow], writing: Writing) -> list[dict]:
+def responses_of(teacher, tokenizer, rows: Sequence[TextRow], writing: Writing) -> list[dict]:
     "Return {'id', 'response', 'whole'} for each row; whole: it ended with an end token."
     prompts = [prompt_ids(row.prompt, tokenizer, writing.system, row.where) for row in rows]
     stop_ids = _ends(teacher, tokenizer)
@@ -120,7 +120,7 @@ def write_responses(
             with answers.session():
                 for start in progress(starts, desc="teacher's answers", unit=f"x{chunk}"):
                     part = todo[start : start + chunk]
-                    answers.append(_answers(teacher, tokenizer, part, writing))
+                    answers.append(responses_of(teacher, tokenizer, part, writing))
         else:
             answers.finish()
         done = {line["id"]: line for line in answers.rows}

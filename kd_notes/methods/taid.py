@@ -46,6 +46,7 @@ class TAID(GKD):
     "Forward KL to softmax((1 - t) student + t teacher); t rises from `t_start` to `t_end`."
 
     Config = TAIDConfig
+    loss_of_parts = False  # the mixture of logits is over the whole vocabulary
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)

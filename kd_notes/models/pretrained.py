@@ -86,8 +86,10 @@ def weights_hash(source: Any) -> str:  # a model, or the folder of one
     """Return 16 hex digits of the weights: names, shapes and values; tied weights once.
 
     A model loaded in float32 has the hash of its bfloat16 file. If the precision matters, as for a
-    run that is resumed, compare the dtype too.
+    run that is resumed, compare the dtype too. A model with a `fingerprint` is known by that.
     """
+    if hasattr(source, "fingerprint"):
+        return stable_hash(source.fingerprint)
     named = _named_weights(source)
     return stable_hash({name: [list(t.shape), tensor_hash(t)] for name, t in named})
 

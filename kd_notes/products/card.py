@@ -16,8 +16,7 @@ from .settings import OBJECTIVES
 _CARD = """---
 library_name: transformers
 pipeline_tag: text-generation
-base_model: {base}
-tags:
+{base}tags:
 - knowledge-distillation
 - {tags}
 ---
@@ -59,6 +58,14 @@ teacher and data apply.
 _FACTS = "student teacher objective data rows held_out steps parameters".split()
 
 # %% ../../nbs/4_probabilities/18_distill_card.ipynb #5aaac4e8
+def base_model_line(origin: str) -> str:
+    "Return the card's line with the base model; empty for one that is not on the hub."
+    names = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+    if origin.startswith("hub:") or origin in names:
+        return f"base_model: {names.get(origin, origin.removeprefix('hub:'))}\n"
+    return ""
+
+
 def model_card(name: str, report: dict) -> str:
     "Return the text of the folder's README.md."
     results = report["results"]
@@ -69,13 +76,12 @@ def model_card(name: str, report: dict) -> str:
         values = [f"{measured[n]:.4g}" if n in measured else "" for n in names]
         table.append(f"| {model} | " + " | ".join(values) + " |")
     cut_from_teacher = report["student"].startswith("layers:")
-    origin = report["teacher"] if cut_from_teacher else report["student"]
-    hub_names = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+    origin = report.get("base", report["teacher"]) if cut_from_teacher else report["student"]
     settings = report["settings"].items()
     lines = [f"- {key}: {value}" for key, value in settings if value not in (None, {}, 0)]
     return _CARD.format(
         name=name,
-        base=hub_names.get(origin, origin.removeprefix("hub:")),
+        base=base_model_line(origin),
         tags=report["objective"].replace("_", "-"),
         head=" | ".join(names),
         rule="|---" * len(names),
@@ -100,7 +106,7 @@ def with_bits_per_byte(measured: dict, rows: list[dict], tokenizer) -> dict:
 # %% ../../nbs/4_probabilities/18_distill_card.ipynb #e2066ffb
 def curves_figure(
     rows: Sequence[dict],  # per validation: step, perplexity and, with one tokenizer, forward_kl
-    teacher: float,  # the teacher's perplexity
+    teacher: float | None,  # the teacher's perplexity; None: unknown
 ):
     "Plot held-out KL and perplexity against optimiser steps; a matplotlib Figure."
     from matplotlib import rc_context
@@ -118,7 +124,8 @@ def curves_figure(
             ax.plot(steps, [row[name] for row in rows], **look)
             ax.set(xlabel="optimiser steps", ylabel=label, yscale="log", title="held-out rows")
             ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        ax.axhline(teacher, color="black", linestyle="--", label="teacher")
+        if teacher is not None:
+            ax.axhline(teacher, color="black", linestyle="--", label="teacher")
         handles = ax.get_legend_handles_labels()
         fig.legend(*handles, loc="outside lower center", ncols=2, frameon=False)
     return fig

@@ -6,7 +6,6 @@
 __all__ = ['read_corpus', 'distill']
 
 # %% ../../nbs/4_probabilities/15_distill.ipynb #2d062392
-import copy
 import os
 import shutil
 from collections.abc import Iterable
@@ -14,8 +13,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from kd_notes.core import (
     atomic_write,
@@ -26,28 +23,47 @@ from kd_notes.core import (
     UserError,
     write_json,
 )
-from ..data.dialogues import chat_template_of, encode_row, end_id, padding_id
+from ..data.dialogues import padding_id
 from ..data.examples import numbered_rows
-from ..data.rows import read_rows, TextRow
+from ..data.rows import load_rows, read_rows, TextRow
 from ..environment import device_class, versions
 from ..evaluation.figures import save_figure
 from ..evaluation.validation import Validation
-from ..losses.cross_tokenizer import check_tokenizers
 from ..methods.logit_cache import write_cache
-from ..methods.logit_kd import KD, OtherTokenizer
+
+# %% ../../nbs/4_probabilities/15_distill.ipynb #a31bd301
+from ..methods.data_selection import SelectedTeacher
+from ..methods.logit_kd import as_signal, KD, OtherTokenizer, TeacherSignal
+from ..methods.prompts import check_teacher
 from ..methods.registry import METHODS
 from ..methods.seqkd import write_responses, Writing
-from ..models.layer_drop import make_student
+from kd_notes.methods.server_teacher import (
+    check_same_server,
+    is_server,
+    served_numbers,
+)
 from kd_notes.models.pretrained import (
     place_of,
-    check_vocabulary,
-    context_of,
     count_parameters,
-    load_teacher,
     merge_adapters,
 )
+
+# %% ../../nbs/4_probabilities/15_distill.ipynb #dist-imports-2
+from .pair import check_rows, Pair
 from .card import curves_figure, model_card, with_bits_per_byte
-from .request import expected_memory, main_process, Request, shown_name
+from kd_notes.products.request import (
+    check_teachers,
+    expected_memory,
+    one_teacher,
+    read_teachers,
+    Request,
+    shown_name,
+    TeacherGroup,
+    with_routes,
+)
+from .row_steps import apply_row_step, check_row_step
+
+# %% ../../nbs/4_probabilities/15_distill.ipynb #6453351a
 from kd_notes.products.settings import (
     check_libraries,
     check_objective,
@@ -60,99 +76,19 @@ from kd_notes.products.settings import (
     TEXT_OBJECTIVES,
     train_config,
 )
-from ..training.checkpoint import save_model
+from ..training.checkpoint import last_checkpoint, save_model, whole_model
 from ..training.loop import train
 from ..training.method import Method, SFT
-from ..training.state import Progress
-
-# %% ../../nbs/4_probabilities/15_distill.ipynb #9ee80f21
-def _shared_vocabulary(pair: "_Pair", request: Request) -> int | None:
-    "Check the models and return the number of shared ids, None if tokenizers differ."
-    sides = (
-        (pair.teacher, pair.teacher_tokenizer, request.teacher),
-        (pair.student, pair.tokenizer, request.student),
-    )
-    for model, tokenizer, source in sides:
-        if model.config.is_encoder_decoder:
-            raise UserError(
-                "this is an encoder-decoder",
-                where=shown_name(source),
-                fix="distill takes causal models; use KD with family='t5' and train for others.",
-            )
-        check_vocabulary(model, tokenizer, shown_name(source))
-        end_id(tokenizer)
-    if pair.tokenizer.chat_template is None:
-        pair.tokenizer.chat_template = chat_template_of(pair.tokenizer)
-    try:
-        return check_tokenizers(pair.tokenizer, pair.teacher_tokenizer)
-    except UserError as error:
-        if request.objective in {*TEXT_OBJECTIVES, *CROSS_OBJECTIVES}:
-            return None
-        raise UserError(
-            error.what,
-            where="objective",
-            fix=f"{request.objective} compares ids. Use spans_matched, uld or seqkd.",
-        ) from error
-
-
-def _check_rows(pair: "_Pair", rows: list[TextRow], objective: str) -> None:
-    "Encode all rows for both sides, and look for tokens that the teacher does not have."
-    pair.encode(rows, pair.teacher_tokenizer)
-    if pair.vocabulary is None or pair.tokenizer is pair.teacher_tokenizer:
-        pair.encode(rows)
-        return
-    for row, item in zip(rows, pair.encode(rows)):
-        largest = max(item["prompt"] + item["completion"])
-        if largest < pair.vocabulary:
-            continue
-        if objective in TEXT_OBJECTIVES:
-            pair.vocabulary = None  # no ids are compared, so no divergence is reported
-            return
-        token = pair.tokenizer.convert_ids_to_tokens(largest)
-        raise UserError(
-            f"the token {token!r} of the student's tokenizer is unknown to the teacher",
-            where=row.where,
-            fix="Leave such rows out, or use sft, seqkd or spans_matched.",
-        )
-
-# %% ../../nbs/4_probabilities/15_distill.ipynb #753e88ef
-@dataclass
-class _Pair:
-    "Teacher and student with their tokenizers."
-
-    teacher: Any
-    teacher_tokenizer: Any
-    student: Any
-    tokenizer: Any
-    system: str | None
-    max_length: int = 0
-    vocabulary: int | None = None  # number of shared ids; None: ids are not compared
-
-    @classmethod
-    def load(cls, request: Request) -> "_Pair":
-        settings = request.settings
-        place = place_of(settings.device)
-        teacher = request.teacher
-        if isinstance(teacher, str):
-            teacher = load_teacher(teacher, dtype=settings.dtype, device=place)
-        teacher, teacher_tokenizer = teacher
-        teacher.to(place)
-        student = request.student
-        if isinstance(student, str):
-            student = make_student(student, teacher, teacher_tokenizer, device=place)
-        else:
-            # The caller's model stays as it is; the trained one is in the folder.
-            student = (copy.deepcopy(student[0]).to(place).requires_grad_(True), student[1])
-        pair = cls(teacher, teacher_tokenizer, *student, settings.system)
-        pair.vocabulary = _shared_vocabulary(pair, request)
-        pair.max_length = context_of(pair.student, teacher, limit=settings.max_length)
-        return pair
-
-    def encode(self, rows: list[TextRow], tokenizer: Any = None) -> list[dict]:
-        "Encode rows with the student's tokenizer, or with another one."
-        tokenizer = tokenizer or self.tokenizer
-        length = self.max_length
-        return [encode_row(row, tokenizer, max_length=length, system=self.system) for row in rows]
+from kd_notes.training.processes import (
+    by_main,
+    check_shared_folder,
+    connect_processes,
+    main_first,
+    main_process,
+    processes,
+    shared_batch,
+)
+from ..training.state import check_trackers
 
 # %% ../../nbs/4_probabilities/15_distill.ipynb #8b5f40ff
 def _with_system(row: TextRow, system: str | None) -> TextRow:
@@ -162,7 +98,7 @@ def _with_system(row: TextRow, system: str | None) -> TextRow:
     return replace(row, prompt=({"role": "system", "content": system}, *row.prompt))
 
 
-def _answers(request: Request, pair: _Pair, rows: list[TextRow]) -> list[TextRow]:
+def _answers(request: Request, pair: Pair, rows: list[TextRow]) -> list[TextRow]:
     "Return the rows with the teacher's answers, which are stored batch by batch."
     s = request.settings
     how = "beam" if request.objective == "seqkd_beam" else "sample"
@@ -177,15 +113,26 @@ def _answers(request: Request, pair: _Pair, rows: list[TextRow]) -> list[TextRow
     )
 
 
-def _on_policy_method(request: Request, pair: _Pair, rows: int) -> Method:
+def _signal(pair: Pair) -> TeacherSignal:
+    "Return the teacher's signal, on the selected rows alone if a step has selected any."
+    if pair.selected is None:
+        return as_signal(pair.teacher, pair.vocabulary)
+    return SelectedTeacher(pair.teacher, pair.selected, pair.vocabulary)
+
+
+def _on_policy_method(request: Request, pair: Pair, rows: int) -> Method:
     "Return a method that trains on the student's own text."
     has_corpus = bool(request.corpus)
     config = on_policy_config(request.objective, request.settings, rows, has_corpus)
+    if is_server(request.teacher) and hasattr(config, "parts"):
+        # A part that names no number of tokens takes what the server gives.
+        parts = [replace(part, top_k=part.top_k or pair.teacher.top_k) for part in config.parts]
+        config = replace(config, parts=tuple(parts))
     kind = METHODS[request.objective][0]
     other = {"corpus": request.corpus, "teacher_tokenizer": pair.teacher_tokenizer}
     return kind(pair.tokenizer, pair.teacher, config, **other)
 
-
+# %% ../../nbs/4_probabilities/15_distill.ipynb #02df5f8b
 def read_corpus(source: Path | str | Iterable[str] | None) -> tuple[str, ...]:
     """Return the texts of a list, a JSONL file (field `text`) or a text file.
 
@@ -212,7 +159,7 @@ class _Distillation:
     "A checked request with its loaded models and encoded rows."
 
     request: Request
-    pair: _Pair
+    pair: Pair
     texts: list[TextRow]  # to train on
     held_out: list[TextRow]
     rows: list  # encoded, to train on
@@ -240,9 +187,11 @@ class _Distillation:
             recipe = {"k": s.top_k, "temperature": s.temperature}
             folder = self.request.work / "logits"
             cache = write_cache(folder, pair.teacher, pair.tokenizer, self.rows, **recipe)
+            if cache.refused:
+                self.request.say(f"the server refused {len(cache.refused)} rows; they are left out")
+                self.rows = [row for row in self.rows if row["id"] in cache]
             return KD(pair.tokenizer, cache, **mixed, **s.options)
-        shared = {"vocabulary": pair.vocabulary}
-        return KD(pair.tokenizer, pair.teacher, objective, **live, **shared, **s.options)
+        return KD(pair.tokenizer, _signal(pair), objective, **live, **s.options)
 
     def validation(self) -> Validation:
         """Return the validation on held-out rows.
@@ -250,7 +199,7 @@ class _Distillation:
         It includes the teacher if both models have one tokenizer.
         """
         pair = self.pair
-        teacher = None if pair.vocabulary is None else pair.teacher
+        teacher = None if pair.vocabulary is None else pair.judge
         plain = teacher is None or self.request.objective == "sft"
         # what chooses the best weights: of an on-policy method the KL that it lowers
         score = "reverse_kl" if self.request.objective in ON_POLICY else "forward_kl"
@@ -276,9 +225,12 @@ def _references(job: _Distillation, check: Validation) -> dict:
         tokenizer = pair.teacher_tokenizer
         rows = pair.encode(job.held_out, tokenizer)
         batch_size = job.request.settings.batch_size
-        own = Validation(rows, padding_id(tokenizer), batch_size=batch_size)
+        if pair.judge is None:
+            numbers = served_numbers(pair.teacher, rows)
+        else:
+            numbers = Validation(rows, padding_id(tokenizer), batch_size=batch_size)(pair.judge)
         references = {
-            "teacher": _measured(job, own(pair.teacher), tokenizer),
+            "teacher": _measured(job, numbers, tokenizer) if numbers else {},
             "untrained": _measured(job, check(pair.student), pair.tokenizer),
         }
         write_json(file, references)
@@ -296,7 +248,7 @@ def _leave(job: _Distillation, model, report: dict, history: list[dict]) -> None
     curve += [{"step": r["step"]} | r["validation"] for r in history if "validation" in r]
     shared = [name for name in curve[-1] if name in results["student"] and name in curve[0]]
     points = [{name: row[name] for name in ("step", *shared)} for row in curve]
-    figure = curves_figure(points, results["teacher"]["perplexity"])
+    figure = curves_figure(points, results["teacher"].get("perplexity"))
     save_figure(figure, request.out, "curves", points)
     atomic_write(request.out / "README.md", model_card(request.out.name, report))
     shutil.copyfile(request.work / "train" / "metrics.jsonl", request.out / "metrics.jsonl")
@@ -305,28 +257,35 @@ def _leave(job: _Distillation, model, report: dict, history: list[dict]) -> None
 
 # %% ../../nbs/4_probabilities/15_distill.ipynb #849c0609
 def _run(job: _Distillation) -> dict:
-    "Prepare, train, measure and write; return the report."
-    from accelerate import PartialState
-
+    "Prepare, train, measure and write; return the report, {} in all but the main process."
     request = job.request
+    started = request.started()
     pair = job.pair
-    # The other processes find everything prepared.
-    with PartialState(cpu=request.settings.device == "cpu").main_process_first():
+    with main_first():  # the other processes find everything prepared
         check = job.validation()
         references = _references(job, check)
         method = job.method()
     cfg = train_config(request.settings, len(job.rows))
     parameters = count_parameters(pair.student)
-    pair.teacher = None  # frees its memory, unless the method needs it
-    batch = cfg.batch_size * cfg.gradient_accumulation_steps
+    pair.teacher = pair.judge = None  # frees its memory, unless the method needs it
+    pair.members = ()
+    batch = request.settings.batch_size * request.settings.gradient_accumulation_steps
+    among = f" shared by {processes()} processes" if processes() > 1 else ""
     request.say(
-        f"{request.objective}, {cfg.max_steps} steps of {batch} rows, {parameters:,} parameters"
+        f"{request.objective}, {cfg.max_steps} steps of {batch} rows{among}, "
+        f"{parameters:,} parameters"
     )
     folder = request.work / "train"
-    bar = [Progress(request.objective)]
-    options = {"run_dir": folder, "validate": check, "callbacks": bar}
+    if kept := last_checkpoint(folder):
+        request.say(f"goes on from {kept.name}")
+    watchers = request.callbacks(request.objective)
+    options = {"run_dir": folder, "validate": check, "callbacks": watchers}
     result = train(pair.student, method, job.rows, cfg, **options)
-    student = _measured(job, check(result.model), pair.tokenizer)
+    place = place_of(request.settings.device)
+    model = whole_model(result.model, request.work / "whole", pair.tokenizer, place)
+    if not main_process():
+        return {}
+    student = _measured(job, check(model), pair.tokenizer)
     report = request.as_dict() | {
         "rows": len(job.rows),
         "held_out": len(job.held_out),
@@ -338,43 +297,27 @@ def _run(job: _Distillation) -> dict:
         "results": references | {"student": student},
         "versions": versions(),
         "device": device_class(),
+        "started": started,
+        "ended": request.now(),
     }
-    if main_process():
-        _leave(job, result.model, report, result.history)
-        before = references["untrained"]["perplexity"]
-        goal = references["teacher"]["perplexity"]
-        request.say(
-            f"perplexity {before:.4g} -> {student['perplexity']:.4g} (teacher {goal:.4g}); "
-            f"the student is in {request.out}"
-        )
+    if isinstance(request.teacher, TeacherGroup):
+        report["base"] = shown_name(request.teacher.sources[0])
+    _leave(job, model, report, result.history)
+    before = references["untrained"]["perplexity"]
+    goal = references["teacher"].get("perplexity")
+    request.say(
+        f"perplexity {before:.4g} -> {student['perplexity']:.4g}"
+        f"{'' if goal is None else f' (teacher {goal:.4g})'}; the student is in {request.out}"
+    )
     return report
 
 # %% ../../nbs/4_probabilities/15_distill.ipynb #74feb532
-def _source(model: Any, tokenizer: Any, name: str) -> str | tuple:
-    "Return a spec as text, or (model, tokenizer)."
-    if isinstance(model, torch.nn.Module):
-        if tokenizer is None:
-            raise UserError(
-                f"the {name} is a model object without a tokenizer",
-                where=name,
-                fix=f"Pass {name}=(model, tokenizer), or tokenizer=...",
-            )
-        return model, tokenizer
-    if isinstance(model, (tuple, list)) and len(model) == 2:
-        return _source(*model, name)
-    if not isinstance(model, (str, os.PathLike)):
-        raise UserError(
-            f"the {name} cannot be a {type(model).__name__}",
-            where=name,
-            fix="Pass smollm2, hub:<id>, a folder, or (model, tokenizer).",
-        )
-    return str(model)
-
-
 def _start(request: Request) -> _Distillation:
     "Load and check everything before anything is computed."
     settings = request.settings
-    texts, held_out = hold_out(request.rows(), settings.validation, settings.seed)
+    check_teachers(request)
+    everything = request.rows()
+    texts, held_out = hold_out(everything, settings.validation, settings.seed)
     if memory := expected_memory(request):
         total = memory["total"] / 1e9
         activations = memory["activations"] / 1e9
@@ -382,20 +325,47 @@ def _start(request: Request) -> _Distillation:
             f"about {total:.1f} GB of memory, {activations:.1f} GB of them for activations, with "
             f"batches of {settings.batch_size} rows of {settings.max_length} tokens"
         )
-    pair = _Pair.load(request)
-    _check_rows(pair, texts + held_out, request.objective)
+    pair = Pair.load(request)
+    asked = request.as_dict()
+
+    def begin() -> None:
+        if not pair.members:
+            check_same_server(pair.teacher, request.work / "probe.json")
+        write_json(request.out / "request.json", asked)
+        request.started()
+
+    if settings.rows:
+        by_main(begin)  # a step writes files, and a second call must know whose they are
+        with main_first():
+            texts, held_out = apply_row_step(request, pair, texts, held_out, request.extra())
+    check_rows(pair, texts + held_out, request.objective)
+    pair.unite(request, everything)
     rows = pair.encode(texts)
+    if request.objective in ON_POLICY:
+        check_teacher(_on_policy_method(request, pair, len(rows)))
     cut = sum(not row["whole"] for row in rows)
     note = f"; {cut} completions are cut at {pair.max_length} tokens" if cut else ""
     request.say(f"{len(rows)} rows to train on, {len(held_out)} held out{note}")
-    if main_process():
-        write_json(request.out / "request.json", request.as_dict())
+    if not settings.rows:
+        by_main(begin)
     return _Distillation(request, pair, texts, held_out, rows)
 
 # %% ../../nbs/4_probabilities/15_distill.ipynb #604ea83a
+def _with_routes(group: TeacherGroup, raw: Any, rows: Any, settings: Any) -> TeacherGroup:
+    "Return the group with the teacher's name of each row."
+    n = settings.n or None
+    if isinstance(rows, Path):
+        raw = [row for _, row in numbered_rows(rows)]
+        rows = load_rows(rows, n, chat=True)
+    return with_routes(group, raw[:n], rows[:n], settings.route)
+
+
+#| export
+
+# %% ../../nbs/4_probabilities/15_distill.ipynb #8ba2bc7a
 def distill(
     data: Path | str | Iterable,  # JSONL, or rows of any shape that `read_row` takes
-    teacher: Any,  # smollm2, hub:<id>, a folder, or (model, tokenizer)
+    teacher: Any,  # smollm2, hub:<id>, a folder, (model, tokenizer), openai:<url>#<model>, several
     student: Any,  # likewise, or layers:6 or layers:0,9,29 of the teacher
     objective: str = "forward_kl",  # a key of OBJECTIVES
     out: Path | str = "student",  # a new folder, or the folder of a killed call to resume
@@ -403,31 +373,44 @@ def distill(
     tokenizer: Any = None,  # of model objects that come without one
     corpus: Path | str | Iterable[str] | None = None,  # see `read_corpus`; on-policy objectives
     profile: str = "cpu",  # a key of PROFILES
+    tracker: Any = None,  # trackio, tensorboard, ..., an object with log(row, step), or a list
     **settings: Any,  # fields of DistillSettings
 ) -> dict:
     """Distil, evaluate and save a student, and return the report.
 
-    The same call resumes after a kill.
+    The same call resumes after a kill. Under torchrun or accelerate launch the processes share
+    each step, and the first writes and returns the report.
     """
     if objective in ON_POLICY:
         settings = ON_POLICY_DEFAULTS | settings
     chosen = distill_settings(profile, **settings)
+    shared_batch(chosen.batch_size, chosen.gradient_accumulation_steps)  # an error, before anything
     objective = check_objective(objective, chosen.options)
     texts = read_corpus(corpus)
     if texts and objective not in ON_POLICY:
         fix = f"Leave it out, or use one of {', '.join(ON_POLICY)}."
         raise UserError(f"{objective} reads no corpus", where="corpus", fix=fix)
     check_libraries(chosen.lora)
+    trackers = None if tracker is None else check_trackers(tracker)
     in_file = isinstance(data, (str, os.PathLike))
-    rows = Path(data) if in_file else read_rows(data, chat=True)
-    sources = (_source(teacher, tokenizer, "teacher"), _source(student, tokenizer, "student"))
-    request = Request(rows, *sources, objective, Path(out), chosen, texts)
+    raw = data if in_file else list(data)
+    rows = Path(data) if in_file else read_rows(raw, chat=True)
+    teachers = read_teachers(teacher, tokenizer, chosen.route)
+    if chosen.route:
+        teachers = _with_routes(teachers, raw, rows, chosen)
+    files = {}
+    if chosen.rows:
+        files = check_row_step(chosen.rows, objective, teachers, rows)
+    sources = (teachers, one_teacher(student, tokenizer, "student"))
+    request = Request(rows, *sources, objective, Path(out), chosen, texts, trackers, files, raw)
     try:
         request.out.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise disk_error(e, request.out) from e
+    connect_processes(chosen.device)
     with folder_lock(request.out, wait=False) if main_process() else nullcontext():
-        if report := request.finished():
+        check_shared_folder(request.out)
+        if report := by_main(request.finished):
             request.say("finished already")
-            return report
+            return report if main_process() else {}
         return _run(_start(request))

@@ -6,6 +6,7 @@
 __all__ = ['predict_rows', 'evaluate_rows']
 
 # %% ../../nbs/3_reasons/09_predict.ipynb #571049d4
+import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -96,6 +97,13 @@ def load_student(
     return Student(model.eval(), tokenizer, task, known.get("prefix", ""), longest, identity)
 
 # %% ../../nbs/3_reasons/09_predict.ipynb #84e3a60c
+def check_present(data: Any) -> None:
+    "Raise UserError for the name of a file that is not there, before a model is loaded."
+    if isinstance(data, (str, os.PathLike)) and not Path(data).is_file():
+        fix = "Check the name and the folder."
+        raise UserError("there is no such file", where=data, fix=fix)
+
+
 def length_batches(
     student: Student, examples: list[Example], batch_size: int
 ) -> Iterator[list[Example]]:
@@ -186,6 +194,7 @@ def predict_rows(
     Returns {'file', 'rows', 'outcomes'}. In the file, `answer` is null if the text is not an
     answer that the task allows; this is an outcome, not an error.
     """
+    check_present(data)
     student = load_student(model, task, max_new_tokens, device)
     examples = task_examples(student.task, data, limit)
     rows = answer_file(student, examples, out, batch_size)
@@ -208,6 +217,7 @@ def evaluate_rows(
     Returns {metric, value, low, high, n, answered, outcomes, model}. The 95 % interval is a
     bootstrap over rows. Raises UserError if a row has no label.
     """
+    check_present(data)
     student = load_student(model, task, max_new_tokens, device)
     examples = task_examples(student.task, data, limit)
     unlabelled = [example.id for example in examples if not example.label]

@@ -8,30 +8,162 @@ __all__ = []
 # %% ../../nbs/4_probabilities/19_distill_request.ipynb #9fa397b4
 import json
 import os
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime, UTC
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 
-from ..core import read_json, sha256_file, stable_hash, to_jsonable, UserError
+from kd_notes.core import (
+    read_json,
+    sha256_file,
+    stable_hash,
+    to_jsonable,
+    UserError,
+    write_json,
+)
 from ..data.dialogues import chat_template_of
+from ..data.examples import numbered_rows
 from ..data.rows import load_rows, TextRow
+from ..methods.server_teacher import is_server, open_server_teacher, ServerTeacher
+from ..methods.several_teachers import mixture_weights
 from ..models.layer_drop import shorter_config
-from ..models.pretrained import load_part, resolve_model, weights_hash
-from .settings import DistillSettings, TEXT_OBJECTIVES
+from ..models.pretrained import load_part, load_teacher, resolve_model, weights_hash
+from kd_notes.products.settings import (
+    CROSS_OBJECTIVES,
+    DistillSettings,
+    ON_POLICY,
+    TEXT_OBJECTIVES,
+)
 from ..training.memory import memory_estimate
-from ..training.state import TrainConfig
+from ..training.processes import main_process
+from ..training.state import Callback, Progress, Tracker, TrainConfig
+
+# %% ../../nbs/4_probabilities/19_distill_request.ipynb #793baaaf
+@dataclass(frozen=True)
+class TeacherGroup:
+    "Several teachers: a mixture with weights, or one for each value of a field of the rows."
+
+    sources: tuple  # specs, or (model, tokenizer)
+    weights: tuple[float, ...] = ()  # of a mixture
+    names: tuple[str, ...] = ()  # of the teachers of a route
+    routes: tuple[str, ...] = ()  # the name that each row has in its field
+
+    def __str__(self) -> str:
+        shown = [shown_name(source) for source in self.sources]
+        if self.names:
+            return "; ".join(f"{name}: {model}" for name, model in zip(self.names, shown))
+        return " and ".join(f"{model} ({w:g})" for model, w in zip(shown, self.weights))
+
+    def identity(self) -> dict:
+        "Return what decides the distributions, without the models."
+        routes = stable_hash(list(self.routes)) if self.names else None
+        return {"weights": list(self.weights), "names": list(self.names), "routes": routes}
+
+
+def one_teacher(model: Any, tokenizer: Any = None, name: str = "teacher") -> str | tuple:
+    "Return a spec as text, or (model, tokenizer)."
+    if isinstance(model, torch.nn.Module):
+        if tokenizer is None:
+            raise UserError(
+                f"the {name} is a model object without a tokenizer",
+                where=name,
+                fix=f"Pass {name}=(model, tokenizer), or tokenizer=...",
+            )
+        return model, tokenizer
+    if isinstance(model, (tuple, list)) and len(model) == 2:
+        return one_teacher(*model, name)
+    if not isinstance(model, (str, os.PathLike)):
+        raise UserError(
+            f"the {name} cannot be a {type(model).__name__}",
+            where=name,
+            fix="Pass smollm2, hub:<id>, a folder, or (model, tokenizer).",
+        )
+    return str(model)
+
+# %% ../../nbs/4_probabilities/19_distill_request.ipynb #1f2fbe19
+def is_group(teacher: Any) -> bool:
+    "Return True for a mapping of names, or a list of more than one teacher."
+    if isinstance(teacher, Mapping):
+        return True
+    if not isinstance(teacher, (list, tuple)):
+        return False
+    return all(isinstance(one, (str, os.PathLike, list, tuple)) for one in teacher)
+
+
+def _weighted(one: Any) -> tuple[Any, float | None]:
+    "Split (teacher, weight) or 'spec=0.7' into both; the weight is None if there is none."
+    if isinstance(one, (list, tuple)) and len(one) == 2 and isinstance(one[1], (int, float)):
+        return one[0], float(one[1])
+    spec, equals, weight = str(one).rpartition("=") if isinstance(one, str) else ("", "", "")
+    try:
+        return (spec, float(weight)) if equals else (one, None)
+    except ValueError:
+        return one, None
+
+
+def read_teachers(teacher: Any, tokenizer: Any, route: str | None) -> Any:
+    "Return a spec, (model, tokenizer), or a TeacherGroup without its routes."
+    if not is_group(teacher):
+        if route:
+            fix = "Name each teacher: law=<spec>, or a dictionary."
+            raise UserError("a route needs several teachers", where="setting route", fix=fix)
+        return one_teacher(teacher, tokenizer)
+    if isinstance(teacher, (list, tuple)) and len(teacher) == 1 and not route:
+        return one_teacher(teacher[0], tokenizer)
+    if route:
+        return _routed(teacher, tokenizer, route)
+    if isinstance(teacher, Mapping):
+        fix = "Say which field of the rows names the teacher, such as route='domain'."
+        raise UserError("teachers with names need a route", where="setting route", fix=fix)
+    pairs = [_weighted(one) for one in teacher]
+    given = [weight for _, weight in pairs if weight is not None]
+    if given and len(given) < len(pairs):
+        fix = "Give every teacher a weight, or none."
+        raise UserError(f"{len(given)} of {len(pairs)} teachers have weights", "teacher", fix)
+    weights = tuple(mixture_weights(given or None, len(pairs)))
+    return TeacherGroup(tuple(one_teacher(one, tokenizer) for one, _ in pairs), weights)
+
+
+def _routed(teacher: Any, tokenizer: Any, route: str) -> TeacherGroup:
+    "Return the teachers of a route from a mapping or from 'name=spec' texts."
+    if not isinstance(teacher, Mapping):
+        parts = [str(one).partition("=") for one in teacher]
+        if wrong := [one for one, equals, spec in parts if not (equals and spec)]:
+            fix = f"With route={route} write <value>=<spec>, such as law=hub:org/model."
+            raise UserError(f"the teacher {wrong[0]!r} has no name", where="teacher", fix=fix)
+        if len({name for name, *_ in parts}) < len(parts):
+            fix = "Give each value of the field one teacher."
+            raise UserError("two teachers have the same name", where="teacher", fix=fix)
+        teacher = {name: spec for name, _, spec in parts}
+    sources = tuple(one_teacher(one, tokenizer) for one in teacher.values())
+    return TeacherGroup(sources, names=tuple(map(str, teacher)))
+
+# %% ../../nbs/4_probabilities/19_distill_request.ipynb #dac557bb
+def with_routes(group: TeacherGroup, raw: Sequence, rows: list[TextRow], route: str) -> Any:
+    "Return the group with the name in the field of each row; `raw` are the rows as given."
+    names = []
+    for given, row in zip(raw, rows):
+        value = given.get(route) if isinstance(given, Mapping) else getattr(given, route, None)
+        if value is None or str(value) not in group.names:
+            problem = f"the field {route!r} is missing"
+            if value is not None:
+                problem = f"there is no teacher for {route} {value!r}"
+            fix = f"There are teachers for {', '.join(group.names)}."
+            raise UserError(problem, where=row.where or row.id, fix=fix)
+        names.append(str(value))
+    return replace(group, routes=tuple(names))
 
 # %% ../../nbs/4_probabilities/19_distill_request.ipynb #0edca397
-def main_process() -> bool:
-    "Return True in the process that writes, among those of `accelerate launch`."
-    return int(os.environ.get("RANK", "0")) == 0
-
-
 def shown_name(source: Any) -> str:
     "Return the name of a model or data source without folders of this machine."
+    if isinstance(source, TeacherGroup):
+        return str(source)
+    if is_server(source):
+        return "openai:" + source.rpartition("#")[2]
     if isinstance(source, tuple):
         source = source[0]
     if isinstance(source, torch.nn.Module):
@@ -40,8 +172,15 @@ def shown_name(source: Any) -> str:
     return Path(text).name if os.sep in text and not text.startswith("hub:") else text
 
 
-def weights_identity(source: Any) -> str | None:
-    "Return a hash of the weights; for a hub model its commit in the local cache."
+def weights_identity(source: Any) -> Any:
+    """Return a hash of the weights; for a hub model its commit in the local cache.
+
+    Of several teachers it is a list. A server tells its host only.
+    """
+    if isinstance(source, TeacherGroup):
+        return [weights_identity(one) for one in source.sources]
+    if is_server(source):
+        return f"served by {urlsplit(source.removeprefix('openai:')).hostname}"
     if isinstance(source, tuple):
         return weights_hash(source[0])
     if source.startswith("layers:"):
@@ -61,11 +200,15 @@ _LAYOUT_FILES = (
 ).split()
 
 
-def layout_identity(source: Any) -> str | None:
+def layout_identity(source: Any) -> Any:
     """Return a hash of the configs, the tokenizer and the chat template.
 
-    None if the hash of the weights already covers them.
+    None if the hash of the weights already covers them. Of several teachers it is a list.
     """
+    if isinstance(source, TeacherGroup):
+        return [layout_identity(one) for one in source.sources]
+    if is_server(source):
+        return None
     if isinstance(source, tuple):
         return stable_hash([_configs(source[0]), _layout_of(source[1])])
     if source.startswith("layers:") or not Path(place := resolve_model(source)).is_dir():
@@ -95,6 +238,11 @@ def _layout_of(tokenizer: Any) -> list:
     return [cut, ends, chat_template_of(tokenizer)]
 
 # %% ../../nbs/4_probabilities/19_distill_request.ipynb #e740dc4d
+def deciding_settings(settings: Any) -> dict:
+    "Return the settings that decide a result: `fsdp` only says where the weights lie."
+    return {name: value for name, value in asdict(settings).items() if name != "fsdp"}
+
+
 def changed_names(before: dict, now: dict) -> list[str]:
     "Return what differs between two requests; of the settings, which."
     keys = dict.fromkeys((*now, *before))
@@ -123,7 +271,7 @@ def finished_report(out: Path, request: Callable[[], dict], what: str) -> dict |
                 where=out,
                 fix="Choose another folder, or delete this one.",
             )
-    elif any(path.name != ".lock" for path in out.iterdir()):
+    elif any(path.name not in (".lock", ".processes") for path in out.iterdir()):
         raise UserError(
             f"the folder is not empty, and what is in it is not {what}",
             where=out,
@@ -137,6 +285,7 @@ class OutFolder:
     "What the requests of all products share: the folder `out` that they fill."
 
     out: Path
+    tracker: Any  # as `Tracker` takes it, or None; it decides nothing
 
     @property
     def work(self) -> Path:
@@ -148,18 +297,58 @@ class OutFolder:
         if main_process():
             print(f"{self.out.name}: {text}", flush=True)
 
+    @staticmethod
+    def now() -> str:
+        "Return the time in UTC."
+        return datetime.now(UTC).isoformat(timespec="seconds")
+
+    def started(self) -> str:
+        "Return when the first of the calls that fill this folder began, in UTC."
+        file = self.work / "started.json"
+        if main_process() and not file.is_file():
+            write_json(file, self.now())
+        return read_json(file) if file.is_file() else self.now()
+
+    def callbacks(self, name: str) -> list[Callback]:
+        "Return what watches a training of this name: a progress bar, and the trackers."
+        bar = Progress(name)
+        if self.tracker is None or not main_process():
+            return [bar]
+        title = f"{self.out.name} {name}"
+        named = {kind: {"name": title} for kind in ("trackio", "wandb")}
+        facts = {"student": self.out.name, "training": name}
+        return [bar, Tracker(self.tracker, config=facts, folder=self.out / "tracker", **named)]
+
+# %% ../../nbs/4_probabilities/19_distill_request.ipynb #811d3342
+def data_identity(data: Path | list[TextRow]) -> dict[str, str]:
+    "Return the name and the hash of a file of rows, or of rows."
+    if isinstance(data, Path):
+        return {"data": data.name, "data_sha256": sha256_file(data)}
+    return {"data": "rows", "data_sha256": stable_hash([asdict(row) for row in data])}
+
 # %% ../../nbs/4_probabilities/19_distill_request.ipynb #e09beb8e
 @dataclass(frozen=True)
 class Request(OutFolder):
     "The arguments of a distillation and the folder that it fills."
 
     data: Path | list[TextRow]
-    teacher: str | tuple  # a spec, or (model, tokenizer)
+    teacher: str | tuple | TeacherGroup  # a spec, (model, tokenizer), or several
     student: str | tuple
     objective: str
     out: Path
     settings: DistillSettings
     corpus: tuple[str, ...] = ()  # texts of the language-modelling term
+    tracker: Any = None
+    files: Mapping[str, str] = field(default_factory=dict)  # hashes of what else is read
+    given: Any = None  # the rows of `data` as they were given, if they are not in a file
+
+    def extra(self) -> dict[str, dict]:
+        "Return {id: fields} of the rows as they were given."
+        rows = self.given
+        if isinstance(self.data, Path):
+            rows = [row for _, row in numbered_rows(self.data)]
+        named = zip(self.rows(), rows or ())
+        return {row.id: dict(given) for row, given in named if isinstance(given, Mapping)}
 
     def rows(self) -> list[TextRow]:
         n = self.settings.n or None
@@ -169,11 +358,7 @@ class Request(OutFolder):
 
     def as_dict(self) -> dict:
         "Return all that decides the result as JSON data, without paths of this machine."
-        in_file = isinstance(self.data, Path)
-        content = None if in_file else [asdict(row) for row in self.data]
-        request = {
-            "data": self.data.name if in_file else "rows",
-            "data_sha256": sha256_file(self.data) if in_file else stable_hash(content),
+        request = data_identity(self.data) | {
             "teacher": shown_name(self.teacher),
             "teacher_weights": weights_identity(self.teacher),
             "teacher_layout": layout_identity(self.teacher),
@@ -181,8 +366,14 @@ class Request(OutFolder):
             "student_weights": weights_identity(self.student),
             "student_layout": layout_identity(self.student),
             "objective": self.objective,
-            "settings": asdict(self.settings),
+            "settings": deciding_settings(self.settings),
         }
+        if isinstance(self.teacher, TeacherGroup):
+            request["teachers"] = self.teacher.identity()
+        if self.files:
+            request["files_sha256"] = dict(self.files)
+        if self.settings.rows and not isinstance(self.data, Path):
+            request["fields_sha256"] = stable_hash(self.extra())
         if self.corpus:
             request["corpus_sha256"] = stable_hash(list(self.corpus))
         return to_jsonable(request)
@@ -194,8 +385,47 @@ class Request(OutFolder):
         """
         return finished_report(self.out, self.as_dict, "a distillation")
 
+# %% ../../nbs/4_probabilities/19_distill_request.ipynb #31f4c607
+def local_teacher(source: str | tuple, settings: Any, place: torch.device) -> tuple:
+    "Return (model, tokenizer) of a local teacher on its device."
+    if isinstance(source, str):
+        source = load_teacher(source, dtype=settings.dtype, device=place)
+    source[0].to(place)
+    return source
+
+
+def served_teacher(request: Request, tokenizer: Any) -> ServerTeacher:
+    "Open a teacher on a server for the student's tokenizer."
+    s = request.settings
+    softened = s.temperature if request.objective == "cached_forward_kl" else 1.0
+    return open_server_teacher(request.teacher, tokenizer, s.top_k, softened, **(s.server or {}))
+
+
+def check_teachers(request: Request) -> None:
+    "Raise UserError for an objective or a student that these teachers do not allow."
+    served, several = is_server(request.teacher), isinstance(request.teacher, TeacherGroup)
+    if several and any(map(is_server, request.teacher.sources)):
+        fix = "Serve one teacher, or load all of them here."
+        raise UserError("of several teachers none may be on a server", where="teacher", fix=fix)
+    if not (served or several):
+        return
+    problem = ""
+    fix = "Use a divergence between the models, cached_forward_kl, or an on-policy objective."
+    if request.objective in CROSS_OBJECTIVES or request.objective.startswith("seqkd"):
+        problem = f"{request.objective} needs one local teacher"
+    elif served and request.objective not in {"sft", "cached_forward_kl", *ON_POLICY}:
+        problem = f"a teacher on a server gives no whole distribution for {request.objective}"
+        fix = "Use cached_forward_kl, gkd or on_policy_kd."
+    elif served and str(request.student).startswith("layers:"):
+        problem = "a teacher on a server has no layers to cut a student from"
+        fix = "Name a student: a folder or hub:<id> with the teacher's tokenizer."
+    if problem:
+        raise UserError(problem, where="teacher", fix=fix)
+
 # %% ../../nbs/4_probabilities/19_distill_request.ipynb #2aef66de
-def _config_of(source: str | tuple):
+def _config_of(source: str | tuple | TeacherGroup):
+    if isinstance(source, TeacherGroup):
+        source = source.sources[0]
     return source[0].config if isinstance(source, tuple) else load_part(source, "config")
 
 
@@ -226,5 +456,5 @@ def expected_memory(request: Request) -> dict[str, int] | None:
     )
     needs_teacher = request.objective not in TEXT_OBJECTIVES
     length = settings.max_length or 512
-    teacher = teacher_config if needs_teacher else None
+    teacher = teacher_config if needs_teacher else None  # of several, the first
     return memory_estimate(config, cfg, length=length, teacher=teacher)

@@ -8,7 +8,6 @@ __all__ = ['OBJECTIVES', 'check_objective']
 # %% ../../nbs/4_probabilities/17_distill_settings.ipynb #00522be4
 import importlib.util
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -18,9 +17,20 @@ from ..core import rng, UserError
 from ..losses.divergences import DIVERGENCES, get_divergence
 from ..methods.on_policy import OnPolicyConfig
 from ..methods.registry import METHODS
+from ..training.processes import shared_batch
 from ..training.state import TrainConfig
 
 # %% ../../nbs/4_probabilities/17_distill_settings.ipynb #72443aba
+def check_fsdp(fsdp: bool, lora: dict | None) -> None:
+    "Raise UserError for adapters on split weights, which could not be merged at the end."
+    if fsdp and lora:
+        raise UserError(
+            "adapters and split weights do not go together here",
+            where="setting fsdp",
+            fix="Leave fsdp out: an adapter needs little memory for its optimizer.",
+        )
+
+
 @dataclass(frozen=True)
 class DistillSettings:
     "The settings of `distill`."
@@ -29,8 +39,8 @@ class DistillSettings:
     validation: float = 0.1  # share (below 1) or number of rows that are held out, at most 200
     epochs: float = 3.0  # passes over the training rows
     max_steps: int = 0  # optimiser steps; 0: as `epochs` says
-    batch_size: int = 8
-    gradient_accumulation_steps: int = 1
+    batch_size: int = 8  # rows of a minibatch; several processes share the rows of a step
+    gradient_accumulation_steps: int = 1  # minibatches per step
     lr: float = 5e-4
     warmup: float = 0.05  # share of the steps
     weight_decay: float = 0.01
@@ -40,7 +50,7 @@ class DistillSettings:
     max_length: int = 512  # tokens of prompt and completion; 0: the models' context
     system: str | None = None  # system message for rows that have none; None: the template's
     evaluations: int = 5  # during training
-    top_k: int = 64  # of the logit cache
+    top_k: int = 64  # of the logit cache, and of a teacher on a server
     max_new_tokens: int = 128  # of the teacher's answers (seqkd)
     top_p: float = 1.0  # of the teacher's answers
     width: int = 5  # of the beam (seqkd_beam)
@@ -50,9 +60,14 @@ class DistillSettings:
     device: str | None = None
     lora: dict | None = None  # train adapters only; they are merged before saving
     gradient_checkpointing: bool = False
+    rows: str | None = None  # what is done with the rows first, such as paraphrase:copies=2
+    route: str | None = None  # field of the rows that names the teacher, if there are several
+    server: dict | None = None  # of a teacher on a server: concurrency, timeout, retries, ...
+    fsdp: bool = False  # under torchrun: split weights and optimizer over the processes
 
     def __post_init__(self):
         check_fields(self)
+        check_fsdp(self.fsdp, self.lora)
         for name in ("n", "max_steps", "max_length", "evaluations"):
             check_count(getattr(self, name), name, 0)
         counts = ("batch_size", "gradient_accumulation_steps", "top_k", "max_new_tokens", "width")
@@ -152,8 +167,7 @@ def on_policy_config(name: str, s: "DistillSettings", rows: int, corpus: bool) -
 
     They are the published ones, with the options and what the run decides.
     """
-    minibatch = train_config(s, rows).batch_size * s.gradient_accumulation_steps
-    minibatch *= int(os.environ.get("WORLD_SIZE", "1"))
+    minibatch = s.batch_size * s.gradient_accumulation_steps
     changes = {
         "max_new_tokens": s.max_new_tokens,
         # as many prompts as there are, in whole minibatches, at most the papers' 256
@@ -254,13 +268,12 @@ def hold_out(rows: Sequence, validation: float, seed: int = 0) -> tuple[list, li
 def train_config(settings: DistillSettings, rows: int) -> TrainConfig:
     "Return the settings of the training loop for this number of rows."
     s = settings
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    per_step = s.batch_size * s.gradient_accumulation_steps * processes
+    per_step = s.batch_size * s.gradient_accumulation_steps
     steps = s.max_steps or max(1, math.ceil(s.epochs * rows / per_step))
     return TrainConfig(
         max_steps=steps,
-        batch_size=s.batch_size,
-        gradient_accumulation_steps=s.gradient_accumulation_steps,
+        **shared_batch(s.batch_size, s.gradient_accumulation_steps),
+        fsdp=s.fsdp,
         lr=s.lr,
         warmup=min(s.warmup, steps),
         seed=s.seed,

@@ -11,6 +11,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,14 @@ from .stepwise_card import student_card, validation_figure
 from .stepwise_plan import PLANS, stepwise_settings
 from .stepwise_request import run_cost, StepwiseRequest
 from .stepwise_trials import answer_tests, run_search, Search
+from kd_notes.training.processes import (
+    by_main,
+    check_shared_folder,
+    connect_processes,
+    main_process,
+    shared_batch,
+)
+from ..training.state import check_trackers
 
 # %% ../../nbs/3_reasons/14_stepwise_product.ipynb #6682bd70
 def _teacher_score(search: Search) -> dict:
@@ -82,6 +91,8 @@ def _report(search: Search, trials: dict[str, list[dict]]) -> tuple[dict, dict[s
         "references": references | _teacher_score(search),
         "versions": versions(),
         "device": device_class(),
+        "started": request.started(),
+        "ended": request.now(),
     }
     return report, answers
 
@@ -158,9 +169,18 @@ def _student_source(student: Any) -> str | tuple:
 
 
 def _finish(request: StepwiseRequest) -> dict:
-    "Prepare, train, answer, write the folder and return the report."
+    """Prepare, train, answer, write the folder and return the report.
+
+    All processes train; the main one does the rest, and the others return {}.
+    """
     search = Search.prepare(request)
-    write_json(request.out / "request.json", request.as_dict())
+    asked = request.as_dict()
+
+    def begin() -> None:
+        write_json(request.out / "request.json", asked)
+        request.started()
+
+    by_main(begin)
     counts = (
         f"{len(search.splits.train)} rows to learn, {len(search.splits.validation)} to validate"
     )
@@ -168,6 +188,8 @@ def _finish(request: StepwiseRequest) -> dict:
     for why, number in search.splits.left_out.items():
         request.say(f"{number} rows left out: {why}")
     trials = run_search(search)
+    if not main_process():
+        return {}
     report, answers = _report(search, trials)
     _leave(search, report, answers)
     for found in report["arms"].values():
@@ -188,30 +210,34 @@ def stepwise(
     test_data: Path | str | Iterable | None = None,  # labelled rows; None: a share of `data`
     profile: str = "cpu",  # a key of STEPWISE_PROFILES
     dry_run: bool = False,  # only say what would run and cost
+    tracker: Any = None,  # trackio, tensorboard, ..., an object with log(row, step), or a list
     **settings: Any,  # fields of StepwiseSettings
 ) -> dict:
     """Train a step-by-step student and its rivals, evaluate and save them; return a report.
 
     Loss: alpha * CE(label | "predict: " + x) + (1 - alpha) * CE(rationale | "explain: " + x)
     (Hsieh et al. 2023). The same call resumes an interrupted run. A different call on the same
-    folder is an error.
+    folder is an error. Under torchrun or accelerate launch the processes share each step, and the
+    first writes and returns the report.
     """
     chosen = stepwise_settings(profile, **settings)
+    shared_batch(chosen.batch_size, chosen.gradient_accumulation_steps)  # an error, before anything
     asked = own_task(task)
     more = {"rouge_score": "notebooks"} if asked.scored_by == "rouge_l" else {}
     check_libraries(chosen.lora, "stepwise", **more)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        fix = "Start it as one process, without accelerate launch or torchrun."
-        raise UserError("stepwise trains in one process", where="WORLD_SIZE", fix=fix)
+    trackers = None if tracker is None else check_trackers(tracker)
     file = None if rationales is None else Path(rationales)
     sources = (asked, _rows_or_path(data), file, _student_source(student), Path(out))
-    request = StepwiseRequest(*sources, chosen, _rows_or_path(test_data))
+    request = StepwiseRequest(*sources, chosen, _rows_or_path(test_data), trackers)
     if dry_run:
         return run_cost(request)
     request.out.mkdir(parents=True, exist_ok=True)
-    with folder_lock(request.out, wait=False):
-        if report := request.finished():
-            shutil.rmtree(request.work, ignore_errors=True)  # a kill came after the report
+    connect_processes(chosen.device)
+    with folder_lock(request.out, wait=False) if main_process() else nullcontext():
+        check_shared_folder(request.out)
+        if report := by_main(request.finished):
+            if main_process():
+                shutil.rmtree(request.work, ignore_errors=True)  # a kill came after the report
             request.say("finished already")
-            return report
+            return report if main_process() else {}
         return _finish(request)

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..evaluation.figures import arm_styles, STYLE
+from .card import base_model_line
 
 # %% ../../nbs/3_reasons/13_stepwise_card.ipynb #0f004a46
 _STEPWISE_CARD = """---
@@ -79,14 +80,6 @@ def score_table(scores: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _base_model(student: str) -> str:
-    "Return the card's line that names the base model."
-    names = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
-    if student.startswith("hub:") or student in names:
-        return f"base_model: {names.get(student, student.removeprefix('hub:'))}\n"
-    return ""
-
-
 def student_card(name: str, report: Mapping[str, Any], arm: str, asked: Mapping[str, Any]) -> str:
     "Return the README.md for an arm's student; `asked` is its student.json."
     found = report["arms"][arm]
@@ -100,7 +93,7 @@ def student_card(name: str, report: Mapping[str, Any], arm: str, asked: Mapping[
     return _STEPWISE_CARD.format(
         name=name,
         pipeline="text2text-generation" if seq2seq else "text-generation",
-        base=_base_model(report["student"]),
+        base=base_model_line(report["student"]),
         task=report["task"]["name"],
         student=report["student"],
         title=found["title"],

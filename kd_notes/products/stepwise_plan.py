@@ -19,7 +19,7 @@ from ..data.examples import Example
 from ..data.task_file import OwnTask
 from ..methods.rationales import Parsed, parse_for, vote
 from ..methods.step_by_step import PREDICT, Row, step_rows
-from .settings import profile_settings
+from .settings import check_fsdp, profile_settings
 
 # %% ../../nbs/3_reasons/10_stepwise_plan.ipynb #0b3ae535
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class StepwiseSettings:
     widen: int = 1  # times that the grid grows where the best rate is at its edge
     epochs: float = 5.0  # passes over the training rows
     max_steps: int = 0  # optimiser steps; 0: as `epochs` says
-    batch_size: int = 16
+    batch_size: int = 16  # rows of a minibatch; several processes share the rows of a step
     gradient_accumulation_steps: int = 1  # minibatches per step
     warmup: float = 0.05  # share of the steps
     weight_decay: float = 0.01
@@ -92,9 +92,11 @@ class StepwiseSettings:
     device: str | None = None
     lora: dict | None = None  # train adapters only; they are merged before saving
     gradient_checkpointing: bool = False
+    fsdp: bool = False  # under torchrun: split weights and optimizer over the processes
 
     def __post_init__(self) -> None:
         check_fields(self)
+        check_fsdp(self.fsdp, self.lora)
         rates = tuple(typed(rate, float, "learning_rates") for rate in self.learning_rates)
         object.__setattr__(self, "learning_rates", rates)
         _check_settings(self)

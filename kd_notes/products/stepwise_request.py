@@ -24,7 +24,13 @@ from ..methods.step_by_step import Row, StepByStep
 from ..models.layer_drop import layer_drop, shorter_config
 from ..models.mini import load_mini_tokenizer, mini_model
 from ..models.pretrained import load_part, load_pretrained, place_of
-from .request import finished_report, OutFolder, shown_name, weights_identity
+from kd_notes.products.request import (
+    deciding_settings,
+    finished_report,
+    OutFolder,
+    shown_name,
+    weights_identity,
+)
 from kd_notes.products.stepwise_plan import (
     learnt_rows,
     PLANS,
@@ -97,6 +103,7 @@ class StepwiseRequest(OutFolder):
     out: Path
     settings: StepwiseSettings
     test: Path | list | None = None
+    tracker: Any = None
 
     def rates(self) -> tuple[float, ...]:
         "Return the learning rates to try, in rising order."
@@ -122,7 +129,7 @@ class StepwiseRequest(OutFolder):
             "test": _digest(self.test),
             "student": shown_name(self.student),
             "student_weights": weights,
-            "settings": asdict(self.settings),
+            "settings": deciding_settings(self.settings),
         }
         return to_jsonable(request)
 

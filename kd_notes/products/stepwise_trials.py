@@ -8,6 +8,7 @@ __all__ = []
 # %% ../../nbs/3_reasons/12_stepwise_trials.ipynb #7cc00c6b
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from ..core import read_json, UserError, write_json
 from ..data.examples import Example
 from ..evaluation.task_scores import task_score
 from ..methods.step_by_step import Row
-from ..models.pretrained import context_of, count_parameters, load_pretrained, merge_adapters
+from ..models.pretrained import context_of, count_parameters, load_pretrained
 from .predict import answer_batch, answer_file, length_batches, Student
 from .request import weights_identity
 from .stepwise_plan import Splits
@@ -28,9 +29,10 @@ from kd_notes.products.stepwise_request import (
     student_tokenizer,
     StepwiseRequest,
 )
-from ..training.checkpoint import save_model
+from ..training.checkpoint import save_whole
 from ..training.loop import train
-from ..training.state import Progress, TrainConfig
+from ..training.processes import by_main, main_process, shared_batch
+from ..training.state import TrainConfig
 
 # %% ../../nbs/3_reasons/12_stepwise_trials.ipynb #fd9a89a7
 TIE = 1e-6  # weight of the loss beside the score
@@ -43,7 +45,11 @@ class ArmValidation:
     def __init__(self, search: "Search", job: ArmJob):
         self.search = search
         self.job = job
-        self.method = job.method(search.tokenizer, search.family, 1.0)
+        self.method = job.method(
+            search.tokenizer,
+            search.family,
+            1.0,
+        )
         rows = search.splits.validation
         prefix = job.plan.prefix
         pairs = [Row(e.id, (("label", prefix + e.input, e.label),)) for e in rows]
@@ -67,20 +73,33 @@ class ArmValidation:
     def __call__(self, model: Any) -> dict[str, float]:
         student = self.search.student(self.job, model)
         examples = self.search.splits.validation
-        batches = length_batches(student, examples, self.search.request.settings.answer_batch)
+        batches = length_batches(
+            student,
+            examples,
+            self.search.request.settings.answer_batch,
+        )
         rows = [row for batch in batches for row in answer_batch(student, batch)]
         answers = {row["id"]: row["answer"] for row in rows}
         value = task_score(student.task, answers, examples)["value"]
         loss = self.label_loss(model.eval())
         answered = sum(answer is not None for answer in answers.values())
         share = answered / len(answers)
-        return {"score": value - TIE * loss, "value": value, "loss": loss, "answered": share}
+        return {
+            "score": value - TIE * loss,
+            "value": value,
+            "loss": loss,
+            "answered": share,
+        }
 
 # %% ../../nbs/3_reasons/12_stepwise_trials.ipynb #51cd2d70
 def _best_of(trials: list[dict]) -> dict | None:
     "Return the trial with the highest score, the first of equal ones; None if no trial has one."
     learnt = [trial for trial in trials if trial["score"] is not None]
-    return max(learnt, key=lambda trial: trial["score"], default=None)
+    return max(
+        learnt,
+        key=lambda trial: trial["score"],
+        default=None,
+    )
 
 # %% ../../nbs/3_reasons/12_stepwise_trials.ipynb #853b32b4
 @dataclass
@@ -126,21 +145,21 @@ class Search:
         "Train an arm with a rate, or return the stored result; a second call resumes."
         folder = self.folder(arm, rate)
         file = folder / "trial.json"
-        if not file.is_file():
+        if not by_main(file.is_file):
             made, model = _train(self, self.jobs[arm], rate, folder / "run")
-            if _best_of([*self.done(arm), made]) is made:
-                save_model(merge_adapters(model), folder / "model", self.tokenizer)
-            write_json(file, made)
-        shutil.rmtree(folder / "run", ignore_errors=True)
-        self.tidy(arm)
-        return read_json(file)
+            if by_main(lambda: _best_of([*self.done(arm), made]) is made):
+                save_whole(model, folder / "model", self.tokenizer)
+            if main_process():
+                write_json(file, made)
+        return by_main(lambda: self.tidy(arm) or read_json(file))
 
     def tidy(self, arm: str) -> None:
-        "Delete the models of finished trials except the best."
+        "Delete the runs of finished trials, and their models except the best."
         best = self.best(arm)
         for trial in self.done(arm):
-            if best is not None and trial["rate"] != best["rate"]:
-                shutil.rmtree(self.folder(arm, trial["rate"]) / "model", ignore_errors=True)
+            other = best is not None and trial["rate"] != best["rate"]
+            for name in ["run"] + ["model"] * other:
+                shutil.rmtree(self.folder(arm, trial["rate"]) / name, ignore_errors=True)
 
 # %% ../../nbs/3_reasons/12_stepwise_trials.ipynb #38d0d98d
 def trial_config(search: Search, job: ArmJob, rate: float, model: Any) -> TrainConfig:
@@ -148,8 +167,8 @@ def trial_config(search: Search, job: ArmJob, rate: float, model: Any) -> TrainC
     s = search.request.settings
     return TrainConfig(
         max_steps=job.steps,
-        batch_size=s.batch_size,
-        gradient_accumulation_steps=s.gradient_accumulation_steps,
+        **shared_batch(s.batch_size, s.gradient_accumulation_steps),
+        fsdp=s.fsdp,
         lr=rate,
         warmup=min(s.warmup, job.steps),
         weight_decay=s.weight_decay,
@@ -177,7 +196,7 @@ def _train(search: Search, job: ArmJob, rate: float, run_dir: Path) -> tuple[dic
     options = {
         "run_dir": run_dir,
         "validate": ArmValidation(search, job),
-        "callbacks": [Progress(f"{job.arm}, rate {rate:.3g}")],
+        "callbacks": search.request.callbacks(f"{job.arm}, rate {rate:.3g}"),
     }
     facts = {"arm": job.arm, "rate": rate, "parameters": count_parameters(model)}
     try:
@@ -222,7 +241,7 @@ def run_search(search: Search) -> dict[str, list[dict]]:
         for arm in search.jobs:
             for rate in rates:
                 search.trial(arm, rate)
-            trials[arm] = [t for t in search.done(arm) if t["rate"] in rates]
+            trials[arm] = [t for t in by_main(partial(search.done, arm)) if t["rate"] in rates]
         edges = {_at_edge(found) for found in trials.values()} - {""}
         if not edges or growth == request.settings.widen:
             break
@@ -230,9 +249,13 @@ def run_search(search: Search) -> dict[str, list[dict]]:
         rates = [float(f"{rates[0] / factor:.3g}")] * ("low" in edges) + rates
         rates += [float(f"{rates[-1] * factor:.3g}")] * ("high" in edges)
     for arm in search.jobs:
-        if search.best(arm) is None:
+        if by_main(partial(search.best, arm)) is None:
             fix = "Try smaller learning rates."
-            raise UserError("no learning rate gave a finite loss", where=arm, fix=fix)
+            raise UserError(
+                "no learning rate gave a finite loss",
+                where=arm,
+                fix=fix,
+            )
     return trials
 
 
@@ -242,6 +265,15 @@ def answer_tests(search: Search, arm: str, examples: list[Example]) -> list[dict
     place = search.folder(arm, best["rate"]) / "model"
     model, _ = load_pretrained(place, device=search.request.settings.device)
     identity = {"arm": arm, "weights": weights_identity(str(place))}
-    student = search.student(search.jobs[arm], model.eval(), identity)
+    student = search.student(
+        search.jobs[arm],
+        model.eval(),
+        identity,
+    )
     file = search.request.work / arm / "test.jsonl"
-    return answer_file(student, examples, file, search.request.settings.answer_batch)
+    return answer_file(
+        student,
+        examples,
+        file,
+        search.request.settings.answer_batch,
+    )

@@ -22,6 +22,7 @@ from typing import Any, Iterable, Mapping
 
 from ..core import read_json, UserError, write_json
 from ..progress import human_seconds, progress
+from .cluster import EXECUTOR
 from .notebooks import Book
 
 # %% ../../nbs/7_engine_room/23_execute.ipynb #23d63e2d
@@ -225,6 +226,7 @@ class Plan:
     cells: int
     seconds: float | None  # predicted
     fresh: bool  # True if a finished run with this key and source exists
+    executor: str = "local"  # of the notebook's grids, see `runner.cluster.scheduler_of`
 
     @property
     def title(self) -> str:
@@ -256,7 +258,7 @@ def _run_process(book: Book, plan: Plan) -> dict:
         encoding="utf-8",
         errors="replace",
         start_new_session=True,
-        env=os.environ | jupyter_settings(folder / ".jupyter"),
+        env=os.environ | jupyter_settings(folder / ".jupyter") | {EXECUTOR: plan.executor},
     )
     with progress(total=plan.cells, desc=plan.title, unit="cell") as bar:
         code = _wait(process, folder, bar)

@@ -25,6 +25,7 @@ from kd_notes.core import (
     write_json,
 )
 from ..progress import progress
+from .cluster import Cluster, scheduler_of
 from .code import code_hash, run_key
 from .runs import _finished, read_manifest, run_folder, run_status
 from .workers import Pool, _run_here, Task
@@ -193,7 +194,7 @@ class Planner:
         checksums = self.checksums(params) or {}
         key = run_key(self.stage, params, modules, checksums, self.threads)
         manifest = {"checksums": checksums, "code": code_hash(*modules, tables=False)}
-        return Task(self.stage, self.target, params, key, manifest | self.facts(params))
+        return Task(self.stage, self.target, params, key, manifest | self.facts(params), modules)
 
     def plan(self, params_list: list[dict], record: dict[str, dict]) -> dict[str, Task]:
         "Return {hash of the parameters: task}, in order, without duplicates."
@@ -275,9 +276,13 @@ def _check_options(jobs: int, threads: int, source: str, force: bool) -> None:
         )
 
 
-def _run_all(tasks: list[Task], jobs: int, threads: int, force: bool, desc: str) -> Iterator:
+def _run_all(
+    tasks: list[Task], jobs: int, threads: int, force: bool, desc: str, executor: str | None
+) -> Iterator:
     "Yield (task, outcome) of every task as it ends, and show a progress bar."
-    if jobs == 1:
+    if scheduler := scheduler_of(executor):
+        events = Cluster(tasks, scheduler, threads, force).events()
+    elif jobs == 1:
         events = _run_here(tasks, threads, force)
     else:
         events = Pool(tasks, jobs, threads, force).events()
@@ -303,7 +308,8 @@ def run_grid(
     facts: Callable[[dict], dict] | None = None,  # more fields of a run's manifest, see MANIFEST
     prepare: Callable[[list[dict]], Any]
     | None = None,  # called with the parameters of the runs to do
-    jobs: int = 1,  # number of processes
+    jobs: int = 1,  # number of processes of this machine
+    executor: str | None = None,  # 'local' or 'dask:<scheduler>', see `scheduler_of`
     threads: int = 1,  # of each run
     source: str = "train",  # train, cache or record
     force: bool = False,  # run again even if the cache has the run
@@ -317,6 +323,7 @@ def run_grid(
     fail do not stop the others; a GridError names them after the last run.
     """
     _check_options(jobs, threads, source, force)
+    scheduler_of(executor)  # a wrong name is told before anything is done
     record = load_record(stage, record_folder) if source == "record" else {}
     modules = modules if callable(modules) else list(modules)
     facts = facts or (lambda params: {})
@@ -336,7 +343,7 @@ def run_grid(
     if todo and prepare:
         prepare([task.params for task in todo])
     failures = []
-    for task, outcome in _run_all(todo, jobs, threads, force, desc or stage):
+    for task, outcome in _run_all(todo, jobs, threads, force, desc or stage, executor):
         if "error" in outcome:
             failures.append((task, outcome))
         else:

@@ -107,6 +107,29 @@ def setting_value(text: str) -> Any:
         return ast.literal_eval(text)
     return text
 
+# %% ../../nbs/7_engine_room/22_profiles.ipynb #cli-dist-2
+def plain_settings(
+    sets: Iterable[str],  # "k=v"
+    options: Iterable[str] = (),  # names that are options of the command, and cannot be set
+) -> dict[str, Any]:
+    "Return {'k': v} from 'k=v' texts."
+    settings = {}
+    for text in sets:
+        name, equals, value = text.partition("=")
+        name = name.strip()
+        if not equals or not name.isidentifier():
+            raise UserError(
+                f"{text!r} is not of the form k=v",
+                where="--set",
+                fix="For example --set max_steps=200.",
+            )
+        if name in options:
+            raise UserError(
+                f"{name} is an option", where="--set", fix=f"Use --{name.replace('_', '-')}."
+            )
+        settings[name] = setting_value(value)
+    return settings
+
 # %% ../../nbs/7_engine_room/22_profiles.ipynb #f86d95d3
 def parse_sets(
     sets: Iterable[str],  # "k=v" or "notebook.k=v"

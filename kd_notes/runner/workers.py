@@ -19,7 +19,7 @@ import threading
 import time
 import traceback
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Callable, Iterator
 
@@ -67,6 +67,7 @@ class Task:
     params: dict
     key: str
     manifest: dict
+    modules: list[str] = field(default_factory=list)  # that compute it, as the key names them
 
     def short(self) -> str:
         "Describe the task in a few words, for messages."
@@ -87,9 +88,30 @@ def find_target(name: str) -> Callable[[dict, Path], dict]:
         ) from e
 
 # %% ../../nbs/7_engine_room/05b_workers.ipynb #edd4c3fb
-def _outcome(task: Task, force: bool) -> dict:
-    "Run a task and return its result, or {'error', 'traceback'}."
+def other_inputs(task: Task) -> list[str]:
+    """Return the inputs that differ here from those of the task's key.
+
+    Only a target that is a method of an experiment can be asked for its inputs.
+    """
+    module, _, path = task.target.partition(":")
+    owner = find_target(f"{module}:{path.rpartition('.')[0]}") if "." in path else None
+    here = owner().inputs(task.params) if hasattr(owner, "inputs") else {}
+    wanted = task.manifest.get("checksums") or {}
+    return [name for name in here if here[name] != wanted.get(name)]
+
+
+def _outcome(task: Task, force: bool, check: bool = False) -> dict:
+    """Run a task and return its result, or {'error', 'traceback'}.
+
+    With `check`, a task is refused if the inputs of this machine are not those of its key.
+    """
     try:
+        if check and (names := other_inputs(task)):
+            raise UserError(
+                "the data of this machine are not those that the run was planned with",
+                where=", ".join(names),
+                fix="Give all machines the same data.",
+            )
         target = find_target(task.target)
         return _execute(task.stage, task.params, target, task.key, force, **task.manifest)
     except Exception as e:
@@ -133,7 +155,7 @@ def worker_main() -> None:
         order = json.loads(line)
         task = Task(**order["task"])
         with _output_to(run_folder(task.stage, task.key) / "log.txt"):
-            outcome = _outcome(task, order["force"])
+            outcome = _outcome(task, order["force"], order["check"])
         answers.write(json.dumps(outcome) + "\n")
         answers.flush()
 
@@ -168,11 +190,13 @@ class Worker:
 
     PROGRAM = "from kd_notes.runner.workers import worker_main; worker_main()"
 
-    def __init__(self, threads: int):
+    def __init__(self, threads: int, cache: Path | None = None):
+        self.cache = cache or cache_dir()
         settings = dict.fromkeys(THREADS, str(threads)) | {
             "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
             "KD_NOTES_PROGRESS": "lines",
-            "KD_NOTES_CACHE": str(cache_dir()),
+            "KD_NOTES_EXECUTOR": "local",  # a run's own grids do not wait for the cluster it is on
+            "KD_NOTES_CACHE": str(self.cache),
             "TOKENIZERS_PARALLELISM": "false",
         }
         self.noise = tempfile.TemporaryFile()
@@ -190,9 +214,9 @@ class Worker:
     def alive(self) -> bool:
         return self.process.poll() is None
 
-    def run(self, task: Task, force: bool) -> dict:
+    def run(self, task: Task, force: bool, check: bool = False) -> dict:
         "Return the outcome of a task. A worker that dies gives an outcome with an error."
-        order = {"task": asdict(task), "force": force}
+        order = {"task": asdict(task), "force": force, "check": check}
         answer = ""
         with suppress(BrokenPipeError, ValueError):
             self.process.stdin.write(json.dumps(order) + "\n")
@@ -208,7 +232,7 @@ class Worker:
             cause = f"killed by signal {-code} (9 is often a lack of memory)"
         self.noise.seek(0)
         text = self.noise.read().decode(errors="replace")
-        log = run_folder(task.stage, task.key) / "log.txt"
+        log = self.cache / "runs" / task.stage / task.key / "log.txt"
         if log.exists():
             text += log.read_text(errors="replace")
         return {"error": f"its process was {cause}", "traceback": text[-4000:]}

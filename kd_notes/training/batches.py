@@ -165,6 +165,8 @@ def plain_logits(model) -> bool:
 
     A model that scales or caps its logits, before the head or after it, is called as a whole.
     """
+    if hasattr(model, "logits_at_targets"):
+        return False  # several teachers in one, or a teacher on a server
     model = unwrapped(model)
     config = model.config
     if config.is_encoder_decoder:
@@ -177,7 +179,7 @@ def plain_logits(model) -> bool:
         model._plain_logits = _head_is_last(model)
     return model._plain_logits
 
-
+# %% ../../nbs/7_engine_room/11_batches.ipynb #a1984c61
 @torch.compiler.disable
 @torch.no_grad()
 def _head_is_last(model) -> bool:
@@ -249,8 +251,10 @@ def target_states(model, batch: Batch | dict) -> Tensor:
 def target_logits(model, batch: Batch | dict) -> Tensor:
     """Return the logits (n, V) at the n target positions of a batch.
 
-    The model may be wrapped by PEFT.
+    The model may be wrapped by PEFT, or have a method `logits_at_targets(batch)` of its own.
     """
+    if hasattr(model, "logits_at_targets"):
+        return model.logits_at_targets(batch)
     if plain_logits(model):
         return unwrapped(model).get_output_embeddings()(target_states(model, batch))
     logits = model(**_inputs(model, batch), use_cache=False).logits

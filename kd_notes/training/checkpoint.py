@@ -6,6 +6,7 @@
 __all__ = ['last_checkpoint', 'save_model']
 
 # %% ../../nbs/7_engine_room/16_checkpoint.ipynb #f52ee672
+import copy
 import json
 import math
 import os
@@ -22,8 +23,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..core import atomic_write, read_json, read_jsonl, stable_hash, UserError, write_json
-from ..models.pretrained import tensor_errors
+from ..models.pretrained import load_pretrained, merge_adapters, tensor_errors
 from .method import describe_weights
+from .processes import main_process
 from .state import trainable, TrainState
 
 # %% ../../nbs/7_engine_room/16_checkpoint.ipynb #1da3fdf4
@@ -310,3 +312,43 @@ def save_model(model, folder: Path | str, tokenizer=None) -> Path:
         shutil.rmtree(part, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
     return folder
+
+# %% ../../nbs/7_engine_room/16_checkpoint.ipynb #whole-model
+def is_sharded(model: torch.nn.Module) -> bool:
+    return any(hasattr(p, "full_tensor") for p in model.parameters())
+
+
+def save_whole(model: Any, folder: Path, tokenizer: Any) -> None:
+    "Save a model with merged adapters and whole weights; of several processes the first writes."
+    if is_sharded(model):
+        save_model(model, folder, tokenizer)
+    elif main_process():
+        save_model(merge_adapters(model), folder, tokenizer)
+
+
+def whole_model(model: Any, folder: Path, tokenizer: Any, device: torch.device | str) -> Any:
+    """Return a model whose weights are not split over processes; of one that is not, itself.
+
+    All processes join the parts, the first one writes them to `folder`, and only there is the
+    model read again: the others get None.
+    """
+    if not is_sharded(model):
+        return model
+    save_model(model, folder, tokenizer)
+    if torch.distributed.get_rank():
+        return None
+    return load_pretrained(folder, device=device)[0]
+
+# %% ../../nbs/7_engine_room/16_checkpoint.ipynb #rollout-twin
+def whole_copy(state: TrainState) -> Any:
+    "Return a copy of a student whose weights will be split, or None for any other."
+    split = state.cfg.fsdp and state.accelerator.num_processes > 1
+    return copy.deepcopy(state.model).requires_grad_(False) if split else None
+
+
+@torch.no_grad()
+def updated(twin: Any, model: Any) -> Any:
+    "Return the whole copy with the weights that the split model has now."
+    for mine, p in zip(twin.parameters(), model.parameters(), strict=True):
+        mine.copy_(whole_tensor(p))
+    return twin

@@ -6,8 +6,6 @@
 __all__ = []
 
 # %% ../../nbs/7_engine_room/15_setup.ipynb #0df0d28a
-import atexit
-import gc
 import os
 from pathlib import Path
 from typing import Iterable
@@ -19,6 +17,7 @@ from ..core import first_line, seed_everything, UserError
 from .batches import Batch, plain_logits
 from .checkpoint import run_identity
 from .method import Method
+from .processes import connect_processes
 from .state import Callback, TrainConfig, TrainState, WeightAverage
 
 # %% ../../nbs/7_engine_room/15_setup.ipynb #9718c0ad
@@ -33,16 +32,6 @@ class Objective(torch.nn.Module):
         return self.method.loss_sums(self.model, batch)
 
 # %% ../../nbs/7_engine_room/15_setup.ipynb #c2ce2bee
-def _end_group() -> None:
-    """End the process group at exit, while Python still runs.
-
-    A gloo thread that frees its last work later would abort a finished run.
-    """
-    gc.collect()  # DistributedDataParallel is in a reference cycle and holds the group
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
 def make_accelerator(cfg: TrainConfig):
     """Make the Accelerator of a run.
 
@@ -57,6 +46,7 @@ def make_accelerator(cfg: TrainConfig):
             where="FSDP of Accelerate",
             fix="Launch with configs/ddp.yaml and train with TrainConfig(fsdp=True).",
         )
+    connect_processes(cfg.device)
     # Accelerate has one global state per process; an earlier run may have had another device or precision.
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     accelerator = Accelerator(mixed_precision=cfg.precision, cpu=cfg.device == "cpu")
@@ -67,9 +57,6 @@ def make_accelerator(cfg: TrainConfig):
             where="TrainConfig.precision",
             fix="Use 'bf16' or 'no' on this machine.",
         )
-    if accelerator.num_processes > 1:
-        atexit.unregister(_end_group)  # registered once, however many runs
-        atexit.register(_end_group)
     return accelerator
 
 # %% ../../nbs/7_engine_room/15_setup.ipynb #9685280c

@@ -8,6 +8,7 @@ __all__ = ['TrainConfig', 'Callback', 'Tracker']
 # %% ../../nbs/7_engine_room/13_state.ipynb #e20c198a
 import math
 import time
+import warnings
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any, Iterator
 import torch
 
 from ..checks import check_fields, typed
-from ..core import append_jsonl, UserError
+from ..core import append_jsonl, first_line, missing_library, UserError
 from ..progress import progress
 from .batches import PackedItems
 from .method import Method
@@ -293,41 +294,108 @@ class Progress(Callback):
         if self.bar is not None:
             self.bar.close()
 
+# %% ../../nbs/7_engine_room/13_state.ipynb #1e960274
+def tracker_name(tracker: Any) -> str:
+    return tracker if isinstance(tracker, str) else type(tracker).__name__
+
+
+def check_trackers(log_with: Any) -> list:
+    "Return trackers as a list. Raises UserError for one that is unknown or not installed."
+    from accelerate.tracking import get_available_trackers, LOGGER_TYPE_TO_CLASS
+
+    found = list(log_with) if isinstance(log_with, (list, tuple)) else [log_with]
+    for tracker in found:
+        if not isinstance(tracker, str):
+            if not callable(getattr(tracker, "log", None)):
+                what = f"a {type(tracker).__name__} has no method log(row, step)"
+                raise UserError(what, where="tracker", fix="Give it one, or pass a name.")
+            continue
+        known = sorted(map(str, LOGGER_TYPE_TO_CLASS))
+        if tracker not in known:
+            fix = f"Known are {', '.join(known)}."
+            raise UserError(f"{tracker!r} is not a tracker", where="tracker", fix=fix)
+        if tracker not in map(str, get_available_trackers()):
+            raise missing_library(ModuleNotFoundError(name=tracker))
+    return found
+
+
+def _opened(tracker: Any, folder: Any, project: str, config: dict, options: dict) -> Any:
+    "Start a tracker; return what takes its rows."
+    from accelerate.tracking import GeneralTracker, LOGGER_TYPE_TO_CLASS
+
+    if isinstance(tracker, str):
+        kind = LOGGER_TYPE_TO_CLASS[tracker]
+        place = [folder] if kind.requires_logging_directory else []
+        tracker = kind(project, *place, **options.get(tracker, {}))
+    if isinstance(tracker, GeneralTracker):
+        tracker.start()
+        tracker.store_init_configuration(config)
+    return tracker
+
+
+def _numbers(row: dict) -> dict:
+    "Return the numbers of a row; those of a validation under its name, for its loss is another."
+    checks = row.get("validation", {})
+    flat = row | {f"validation/{name}": value for name, value in checks.items()}
+    return {k: v for k, v in flat.items() if isinstance(v, (int, float)) and k != "step"}
+
 # %% ../../nbs/7_engine_room/13_state.ipynb #73ef8ed7
 class Tracker(Callback):
-    """A callback that sends every row of the history to trackers through Accelerate.
+    """A callback that sends every row of the history to trackers.
 
-    A resumed run may repeat the rows after its checkpoint.
+    A tracker is a name that Accelerate knows, an `accelerate.tracking.GeneralTracker`, or an object
+    with `log(row, step)`. One that fails is switched off with a warning; the training goes on. A
+    resumed run may repeat the rows after its checkpoint.
     """
 
     def __init__(
-        self, log_with: Any, project: str = "kd_notes", config: dict | None = None, **options: Any
+        self,
+        log_with: Any,  # a tracker or a list of them
+        project: str = "kd_notes",
+        config: dict | None = None,  # shown beside the settings of the training
+        folder: Path | str | None = None,  # for trackers that write files; None: run_dir
+        **options: Any,  # for Accelerate's trackers by name, such as trackio={"name": "first"}
     ):
-        self.log_with = log_with
-        self.project = project
-        self.config = config
+        self.trackers = check_trackers(log_with)
+        self.project, self.config, self.folder = project, config or {}, folder
         self.options = options
-        self.sent = 0
+        self.open, self.sent = [], 0
+
+    @contextmanager
+    def _forgiving(self, name: str) -> Iterator[None]:
+        "Warn about an error in the block."
+        try:
+            yield
+        except Exception as error:  # trackers raise whatever their servers do
+            self.open = [(other, way) for other, way in self.open if other != name]
+            what = f"the tracker {name} is switched off, the training goes on"
+            warnings.warn(f"{what} ({type(error).__name__}: {first_line(error)})", stacklevel=3)
 
     def on_start(self, state: TrainState) -> None:
-        from accelerate.tracking import filter_trackers
-
-        state.accelerator.log_with = filter_trackers(self.log_with, state.run_dir)
-        plain = (bool, int, float, str)
-        settings = {name: v for name, v in asdict(state.cfg).items() if isinstance(v, plain)}
-        state.accelerator.init_trackers(self.project, settings | (self.config or {}), self.options)
         self.sent = len(state.history)
+        self.open = []
+        if not state.accelerator.is_main_process:
+            return
+        plain = (bool, int, float, str)
+        shown = {name: v for name, v in asdict(state.cfg).items() if isinstance(v, plain)}
+        shown |= self.config
+        for tracker in self.trackers:
+            name = tracker_name(tracker)
+            with self._forgiving(name):
+                folder = self.folder or state.run_dir
+                way = _opened(tracker, folder, self.project, shown, self.options)
+                self.open.append((name, way))
 
     def on_step(self, state: TrainState) -> None:
         for row in state.history[self.sent :]:
-            flat = row | row.get("validation", {})
-            state.accelerator.log(
-                {k: v for k, v in flat.items() if isinstance(v, (int, float)) and k != "step"},
-                step=row["step"],
-            )
+            numbers = _numbers(row)
+            for name, way in self.open:
+                with self._forgiving(name):
+                    way.log(numbers, step=row["step"])
         self.sent = len(state.history)
 
     def on_end(self, state: TrainState) -> None:
         self.on_step(state)
-        for tracker in state.accelerator.trackers:
-            tracker.finish()
+        for name, way in self.open:
+            with self._forgiving(name):
+                getattr(way, "finish", lambda: None)()

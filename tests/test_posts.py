@@ -25,6 +25,7 @@ from kd_notes.experiments.misinformation import (
     POST_ARMS,
     RULINGS,
     student_rows,
+    two_task_row,
     view,
 )
 from kd_notes.experiments.post_readers import (
@@ -575,6 +576,14 @@ def test_a_run_that_makes_no_sense_is_refused(tiny):
         Misinformation().parameters(arm="psychic", seed=0, **tiny)
     with pytest.raises(UserError, match="no set to score on"):
         Misinformation().parameters(arm="full", seed=0, score_on="train", **tiny)
+
+
+def test_the_two_tasks_of_a_row_differ_in_the_last_words_of_the_prompt():
+    row = two_task_row(TextRow("p", "Is it so?\nAnswer:\n", "true", "It was so."))
+    assert row.pairs == (
+        ("label", "Is it so?\nAnswer:\n", "true"),
+        ("rationale", "Is it so?\nReason:\n", "It was so."),
+    )
 
 
 def test_the_likeliest_label_is_that_of_the_smallest_loss(tiny):

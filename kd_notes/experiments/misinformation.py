@@ -23,7 +23,7 @@ from .base import Experiment, optional
 from .post_readers import PostPriors, PostsSeen, RuleTeacher
 from ..generation.sampling import greedy
 from ..methods.evidence import evidence_rows, EvidenceStore, instruction, parse_answer, Seen
-from ..methods.step_by_step import EXPLAIN, PREDICT, StepByStep
+from ..methods.step_by_step import Row, StepByStep
 from ..models.pretrained import load_pretrained
 from ..training.loop import train
 from ..training.method import SFT
@@ -168,6 +168,17 @@ def start_student(run: dict) -> tuple[Any, Any]:
     return load_pretrained(run["size"]) if "size" in run else PostPriors().load(run["prior"])
 
 
+def asks_reason(prompt: str) -> str:
+    "Return a prompt that asks for the reason. A causal student reads the task last, not first."
+    return prompt.removesuffix("Answer:\n") + "Reason:\n"
+
+
+def two_task_row(row: TextRow) -> Row:
+    "Return the label task and the reason task of a row."
+    label = ("label", row.prompt, row.completion)
+    return Row(row.id, (label, ("rationale", asks_reason(row.prompt), row.rationale)))
+
+
 def fit_student(run: dict, model: Any, tokenizer: Any, rows: list[TextRow]) -> Any:
     "Train adapters on the rows of an arm."
     two = POST_ARMS[run["arm"]].form == "two tasks"
@@ -177,7 +188,7 @@ def fit_student(run: dict, model: Any, tokenizer: Any, rows: list[TextRow]) -> A
         lora["targets"] = upper_layers(model)
     given = {name: run[name] for name in ("lr", "seed", "batch_size")}
     cfg = TrainConfig(max_steps=run["steps"], warmup=0.05, lora=lora, device="cpu", **given)
-    return train(model, method, rows, cfg)
+    return train(model, method, [two_task_row(row) for row in rows] if two else rows, cfg)
 
 
 def student_answers(run: dict, model: Any, tokenizer: Any, prompts: list[str]) -> list[str]:
@@ -185,8 +196,8 @@ def student_answers(run: dict, model: Any, tokenizer: Any, prompts: list[str]) -
     form = POST_ARMS[run["arm"]].form
     if form != "two tasks":
         return write_answers(model, tokenizer, prompts, 6 if form == "label" else 36)
-    labels = write_answers(model, tokenizer, [PREDICT + p for p in prompts], 6)
-    reasons = write_answers(model, tokenizer, [EXPLAIN + p for p in prompts], 32)
+    labels = write_answers(model, tokenizer, prompts, 6)
+    reasons = write_answers(model, tokenizer, [asks_reason(p) for p in prompts], 32)
     return [f"{label}. {reason}" for label, reason in zip(labels, reasons)]
 
 # %% ../../nbs/6_beyond_text/14_misinformation.ipynb #89c57b7a

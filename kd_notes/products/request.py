@@ -143,7 +143,7 @@ def _routed(teacher: Any, tokenizer: Any, route: str) -> TeacherGroup:
     return TeacherGroup(sources, names=tuple(map(str, teacher)))
 
 # %% ../../nbs/4_probabilities/19_distill_request.ipynb #dac557bb
-def with_routes(group: TeacherGroup, raw: Sequence, rows: list[TextRow], route: str) -> Any:
+def _with_routes(group: TeacherGroup, raw: Sequence, rows: list[TextRow], route: str) -> Any:
     "Return the group with the name in the field of each row; `raw` are the rows as given."
     names = []
     for given, row in zip(raw, rows):
@@ -342,13 +342,23 @@ class Request(OutFolder):
     files: Mapping[str, str] = field(default_factory=dict)  # hashes of what else is read
     given: Any = None  # the rows of `data` as they were given, if they are not in a file
 
+    def raw(self) -> Sequence:
+        "Return the rows as they were given; there may be more of them than `rows` takes."
+        if isinstance(self.data, Path):
+            return [row for _, row in numbered_rows(self.data)]
+        return self.given or ()
+
     def extra(self) -> dict[str, dict]:
         "Return {id: fields} of the rows as they were given."
-        rows = self.given
-        if isinstance(self.data, Path):
-            rows = [row for _, row in numbered_rows(self.data)]
-        named = zip(self.rows(), rows or ())
+        named = zip(self.rows(), self.raw())
         return {row.id: dict(given) for row, given in named if isinstance(given, Mapping)}
+
+    def routed(self) -> "Request":
+        "Return the request with the teacher's name of each row, if a field names it."
+        if not self.settings.route:
+            return self
+        named = (self.raw(), self.rows(), self.settings.route)
+        return replace(self, teacher=_with_routes(self.teacher, *named))
 
     def rows(self) -> list[TextRow]:
         n = self.settings.n or None

@@ -301,6 +301,7 @@ def _run(job: _Distillation) -> dict:
     }
     if isinstance(request.teacher, TeacherGroup):
         report["base"] = shown_name(request.teacher.sources[0])
+        report["teacher_options"] = request.teacher.options()
     _leave(job, model, report, result.history)
     before = references["untrained"]["perplexity"]
     goal = references["teacher"].get("perplexity")

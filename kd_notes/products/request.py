@@ -58,6 +58,13 @@ class TeacherGroup:
             return "; ".join(f"{name}: {model}" for name, model in zip(self.names, shown))
         return " and ".join(f"{model} ({w:g})" for model, w in zip(shown, self.weights))
 
+    def options(self) -> list[str]:
+        "Return what follows each --teacher on a command line."
+        shown = [shown_name(source) for source in self.sources]
+        if self.names:
+            return [f"{name}={model}" for name, model in zip(self.names, shown)]
+        return [f"{model}={weight}" for model, weight in zip(shown, self.weights)]
+
     def identity(self) -> dict:
         "Return what decides the distributions, without the models."
         routes = stable_hash(list(self.routes)) if self.names else None

@@ -57,6 +57,7 @@ from kd_notes.products.request import (
     one_teacher,
     read_teachers,
     Request,
+    routed,
     shown_name,
     TeacherGroup,
 )
@@ -389,7 +390,7 @@ def distill(
         files = check_row_step(chosen.rows, objective, teachers, rows)
     sources = (teachers, one_teacher(student, tokenizer, "student"))
     asked = Request(rows, *sources, objective, Path(out), chosen, texts, trackers, files, raw)
-    request = asked.routed()
+    request = routed(asked)
     try:
         request.out.mkdir(parents=True, exist_ok=True)
     except OSError as e:

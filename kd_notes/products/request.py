@@ -149,21 +149,6 @@ def _routed(teacher: Any, tokenizer: Any, route: str) -> TeacherGroup:
     sources = tuple(one_teacher(one, tokenizer) for one in teacher.values())
     return TeacherGroup(sources, names=tuple(map(str, teacher)))
 
-# %% ../../nbs/4_probabilities/19_distill_request.ipynb #dac557bb
-def _with_routes(group: TeacherGroup, raw: Sequence, rows: list[TextRow], route: str) -> Any:
-    "Return the group with the name in the field of each row; `raw` are the rows as given."
-    names = []
-    for given, row in zip(raw, rows):
-        value = given.get(route) if isinstance(given, Mapping) else getattr(given, route, None)
-        if value is None or str(value) not in group.names:
-            problem = f"the field {route!r} is missing"
-            if value is not None:
-                problem = f"there is no teacher for {route} {value!r}"
-            fix = f"There are teachers for {', '.join(group.names)}."
-            raise UserError(problem, where=row.where or row.id, fix=fix)
-        names.append(str(value))
-    return replace(group, routes=tuple(names))
-
 # %% ../../nbs/4_probabilities/19_distill_request.ipynb #0edca397
 def shown_name(source: Any) -> str:
     "Return the name of a model or data source without folders of this machine."
@@ -360,13 +345,6 @@ class Request(OutFolder):
         named = zip(self.rows(), self.raw())
         return {row.id: dict(given) for row, given in named if isinstance(given, Mapping)}
 
-    def routed(self) -> "Request":
-        "Return the request with the teacher's name of each row, if a field names it."
-        if not self.settings.route:
-            return self
-        named = (self.raw(), self.rows(), self.settings.route)
-        return replace(self, teacher=_with_routes(self.teacher, *named))
-
     def rows(self) -> list[TextRow]:
         n = self.settings.n or None
         if isinstance(self.data, Path):
@@ -387,8 +365,7 @@ class Request(OutFolder):
         }
         if isinstance(self.teacher, TeacherGroup):
             request["teachers"] = self.teacher.identity()
-        if self.files:
-            request["files_sha256"] = dict(self.files)
+        request |= {"files_sha256": dict(self.files)} if self.files else {}
         if self.settings.rows and not isinstance(self.data, Path):
             request["fields_sha256"] = stable_hash(self.extra())
         if self.corpus:
@@ -401,6 +378,23 @@ class Request(OutFolder):
         Raises UserError if the folder holds something else.
         """
         return finished_report(self.out, self.as_dict, "a distillation")
+
+# %% ../../nbs/4_probabilities/19_distill_request.ipynb #dac557bb
+def routed(request: Request) -> Request:
+    "Return the request with the teacher's name of each row, if a field names it."
+    group, route, names = request.teacher, request.settings.route, []
+    if not route:
+        return request
+    for given, row in zip(request.raw(), request.rows()):
+        value = given.get(route) if isinstance(given, Mapping) else getattr(given, route, None)
+        if value is None or str(value) not in group.names:
+            problem = f"the field {route!r} is missing"
+            if value is not None:
+                problem = f"there is no teacher for {route} {value!r}"
+            fix = f"There are teachers for {', '.join(group.names)}."
+            raise UserError(problem, where=row.where or row.id, fix=fix)
+        names.append(str(value))
+    return replace(request, teacher=replace(group, routes=tuple(names)))
 
 # %% ../../nbs/4_probabilities/19_distill_request.ipynb #31f4c607
 def local_teacher(source: str | tuple, settings: Any, place: torch.device) -> tuple:

@@ -91,25 +91,27 @@ class RowWork:
             texts = {row["id"]: row["text"] for row in answers.rows}
         return [texts[name] for name in names]
 
-    def fitted(self, rows: Sequence[TextRow]) -> Any:
-        "Return a copy of the student after a finetuning on rows."
-        s = self.request.settings
-        steps = s.max_steps or max(1, round(s.epochs * len(rows) / s.batch_size))
-        shared = {"seed": s.seed, "precision": s.precision, "device": s.device}
-        cfg = TrainConfig(max_steps=steps, batch_size=s.batch_size, lr=s.lr, **shared)
-        method = SFT(self.pair.tokenizer)
-        student = copy.deepcopy(self.pair.student)
-        return train(student, method, self.pair.encode(list(rows)), cfg).model
-
-    def field(self, row: TextRow, name: str) -> Any:
-        "Return a field of a row as it was given. Raises UserError if it has none."
-        value = self.extra.get(row.id, {}).get(name)
-        if value is None:
-            fix = f'Give every row the field "{name}".'
-            raise UserError(f"the field {name!r} is missing", where=row.where or row.id, fix=fix)
-        return value
-
 # %% ../../nbs/4_probabilities/23_row_steps.ipynb #9b598708
+def fitted(work: RowWork, rows: Sequence[TextRow]) -> Any:
+    "Return a copy of the student after a finetuning on rows."
+    s = work.request.settings
+    steps = s.max_steps or max(1, round(s.epochs * len(rows) / s.batch_size))
+    shared = {"seed": s.seed, "precision": s.precision, "device": s.device}
+    cfg = TrainConfig(max_steps=steps, batch_size=s.batch_size, lr=s.lr, **shared)
+    method = SFT(work.pair.tokenizer)
+    student = copy.deepcopy(work.pair.student)
+    return train(student, method, work.pair.encode(list(rows)), cfg).model
+
+
+def field_of(work: RowWork, row: TextRow, name: str) -> Any:
+    "Return a field of a row as it was given. Raises UserError if it has none."
+    value = work.extra.get(row.id, {}).get(name)
+    if value is None:
+        fix = f'Give every row the field "{name}".'
+        raise UserError(f"the field {name!r} is missing", where=row.where or row.id, fix=fix)
+    return value
+
+
 def words_of(row: TextRow) -> str:
     "Return the prompt of a row as text. Raises UserError for a chat of several messages."
     if isinstance(row.prompt, str):
@@ -150,7 +152,7 @@ def _generate(work: RowWork) -> list[TextRow]:
     )
 
     def study(rows: list[TextRow]) -> Callable:
-        model = work.fitted([row.as_chat() for row in rows])
+        model = fitted(work, [row.as_chat() for row in rows])
         method = SFT(work.pair.tokenizer)
         return lambda more: row_energies(
             model, method, work.pair.encode([row.as_chat() for row in more])
@@ -180,7 +182,7 @@ def _balanced(work: RowWork) -> list[TextRow]:
             "prompt": words_of(row),
             "completion": row.completion,
         }
-        | {"domain": work.field(row, "domain")}
+        | {"domain": field_of(work, row, "domain")}
         for row in work.texts
     ]
 
@@ -197,7 +199,7 @@ def _balanced(work: RowWork) -> list[TextRow]:
     length = work.request.settings.max_new_tokens
     student = fresh_students(
         lambda: copy.deepcopy(work.pair.student),
-        lambda model, rows, stage: work.fitted(learnt(rows)),
+        lambda model, rows, stage: fitted(work, learnt(rows)),
         lambda model, rows: own_answer_ifd(
             model, work.pair.tokenizer, [row.prompt for row in learnt(rows)], length
         ),
@@ -242,7 +244,7 @@ def _evidence(work: RowWork) -> list[TextRow]:
     everything = [*work.texts, *work.held_out]
     posts = [
         SimpleNamespace(
-            id=row.id, date=work.field(row, "date"), text=words_of(row), label=row.completion
+            id=row.id, date=field_of(work, row, "date"), text=words_of(row), label=row.completion
         )
         for row in everything
     ]

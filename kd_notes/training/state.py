@@ -367,8 +367,7 @@ class Tracker(Callback):
         try:
             yield
         except Exception as error:  # trackers raise whatever their servers do
-            # two trackers may have one name
-            self.open = [pair for pair in self.open if pair[1] is not way]
+            self.open = [pair for pair in self.open if pair[1] is not way]  # names may be equal
             what = f"the tracker {name} is switched off, the training goes on"
             warnings.warn(f"{what} ({type(error).__name__}: {first_line(error)})", stacklevel=3)
 

@@ -12,6 +12,27 @@ from pathlib import Path
 import torch
 
 
+# a task file, with two solved examples
+TOML = """
+name = "colours"
+labels = ["red", "green"]
+template = "Thing: {thing}"
+label_field = "colour"
+metric = "accuracy"
+instruction = "Which colour has the thing?"
+
+[[examples]]
+thing = "a ripe cherry"
+colour = "red"
+rationale = "Ripe cherries are red."
+
+[[examples]]
+thing = "a blade of grass"
+colour = "green"
+rationale = "Grass is green."
+"""
+
+
 def sharper(model, seed: int = 0, scale: float = 2.0, dtype: torch.dtype = torch.float32):
     "Random weights large enough that distributions are not flat and greedy choices are not near-ties; frozen."
     generator = torch.Generator().manual_seed(seed)

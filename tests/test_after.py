@@ -17,16 +17,17 @@ from helpers import TransformersServer
 from typer.testing import CliRunner
 
 from kd_notes.cli import app
-from kd_notes.core import read_json, read_jsonl, sha256_file, UserError
+from kd_notes.core import read_json, read_jsonl, sha256_file, to_jsonable, UserError
 from kd_notes.data.task_file import OwnTask
 from kd_notes.models.mini import load_mini_tokenizer, mini_model
 from kd_notes.models.pretrained import load_pretrained, weights_hash
 from kd_notes.products.crate import command_of, run_crate, write_crate
 from kd_notes.products.distill import distill
-from kd_notes.products.request import deciding_settings
-from kd_notes.products.settings import distill_settings
+from kd_notes.products.request import deciding_settings, read_teachers
+from kd_notes.products.settings import distill_settings, ON_POLICY, ON_POLICY_DEFAULTS
 from kd_notes.products.share import export_student, public_files, push_student
 from kd_notes.products.stepwise import stepwise
+from kd_notes.products.stepwise_plan import stepwise_settings
 from kd_notes.runner.profiles import plain_settings
 from kd_notes.training.checkpoint import save_model
 
@@ -103,7 +104,8 @@ def test_a_tracker_that_fails_is_switched_off_and_the_others_go_on(made, tmp_pat
             **QUICK,
         )
     assert (tmp_path / "out" / "report.json").is_file()
-    assert len(broken.rows) == 1 < len(fine.rows)
+    steps = [row["step"] for row in read_jsonl(tmp_path / "out" / "metrics.jsonl")]
+    assert len(broken.rows) == 1 and [step for step, _ in fine.rows] == steps
 
 
 def test_a_tracker_sees_every_trial_of_stepwise(tmp_path):
@@ -335,6 +337,42 @@ def test_the_command_of_a_crate_makes_the_same_request(made):
     sets = [words[i + 1] for i, word in enumerate(words) if word == "--set"]
     assert deciding_settings(distill_settings(**plain_settings(sets))) == report["settings"]
     assert words[:4] == ["kd-notes", "distill", "--data", "rows.jsonl"]
+
+
+@pytest.mark.parametrize(
+    "objective, teachers, given",
+    [
+        ("gkd", ["hub:a=0.7", "hub:b=0.3"], {"lr": 5e-4}),
+        ("minillm", ["law=hub:a", "art=hub:b"], {"route": "domain"}),
+        ("forward_kl", ["hub:a", "hub:b", "hub:c"], {}),
+    ],
+)
+def test_the_command_of_a_crate_names_each_teacher_and_the_rate(objective, teachers, given):
+    group = read_teachers(teachers, None, given.get("route"))
+    defaults = ON_POLICY_DEFAULTS if objective in ON_POLICY else {}
+    settings = distill_settings(**defaults | given)
+    report = {"data": "rows.jsonl", "teacher": str(group), "teacher_options": group.options()}
+    report |= {"student": "hub:s", "objective": objective, "corpus_sha256": "0"}
+    words = command_of(report | {"settings": deciding_settings(settings)}, "student")
+    said = [(words[i], words[i + 1]) for i in range(2, len(words), 2)]
+    read = read_teachers(
+        [value for name, value in said if name == "--teacher"], None, settings.route
+    )
+    assert (read.sources, read.weights, read.names) == (group.sources, group.weights, group.names)
+    sets = plain_settings([value for name, value in said if name == "--set"])
+    assert distill_settings(**defaults | sets) == settings
+    assert ("--corpus", "corpus") in said
+
+
+def test_the_rates_of_a_crate_can_be_given_to_stepwise():
+    settings = stepwise_settings(learning_rates=[1e-3, 1e-2])
+    report = {"arms": {}, "task": {"name": "nli"}, "rationales": None, "test": None}
+    report |= {"student": "mini", "settings": to_jsonable(deciding_settings(settings))}
+    words = command_of(report, "out")[1:]
+    taken = command(*words, "--set", "validation=-1")  # the rates are read, and then this is wrong
+    assert taken.exit_code == 2 and "validation" in taken.output, taken.output
+    twice = command(*words, "--learning-rate", "0.1")
+    assert twice.exit_code == 2 and "rates to search, and one" in twice.output
 
 
 def test_the_library_of_ro_crate_reads_it(made):

@@ -5,7 +5,9 @@ import subprocess
 import sys
 
 import pytest
+from typer.testing import CliRunner
 
+from kd_notes.cli import app
 from kd_notes.core import read_jsonl, UserError
 from kd_notes.evaluation.text import rouge_l
 from kd_notes.models.mini import load_mini_tokenizer, mini_model
@@ -134,6 +136,12 @@ def test_an_encoder_decoder_is_refused(rows, tmp_path):
     save_model(mini_model("t5", "xs", len(tok), seed=0), tmp_path / "t5", tok)
     with pytest.raises(UserError, match="encoder-decoder"):
         evaluate_instructions(tmp_path / "t5", rows, **SHORT)
+
+
+def test_a_task_is_no_option_of_instructions(rows):
+    words = ["evaluate", "--model", "x", "--input", str(rows), "--template", "alpaca"]
+    done = CliRunner().invoke(app, [*words, "--task", "task.toml"])
+    assert done.exit_code == 2 and "instructions have no task" in done.output
 
 
 def test_the_command_scores_a_model_in_the_layout_of_the_hub(hub):

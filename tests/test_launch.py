@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import TOML
 from safetensors.torch import load_file
 
 from kd_notes.core import read_json, read_jsonl, UserError
@@ -58,18 +59,6 @@ KINDS = {
     "minillm": ("minillm", False),
     "minillm_fsdp": ("minillm", True),
 }
-TASK = """
-name = "colours"
-labels = ["red", "green"]
-template = "Thing: {thing}"
-label_field = "colour"
-metric = "accuracy"
-instruction = "Which colour has the thing?"
-[[examples]]
-thing = "a ripe cherry"
-colour = "red"
-rationale = "Ripe cherries are red."
-"""
 
 
 def distilled(place: Path, kind: str, name: str) -> dict:
@@ -130,7 +119,7 @@ def place(tmp_path_factory):
         )
     for file, rows in (("rows", texts), ("things", questions)):
         (folder / f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "task.toml").write_text(TASK)
+    (folder / "task.toml").write_text(TOML)
     all_kinds(folder, "one")
     program = folder / "program.py"
     program.write_text(

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import start_script
+from helpers import start_script, TOML
 from typer.testing import CliRunner
 
 from kd_notes.cli import app
@@ -29,24 +29,6 @@ from kd_notes.products.stepwise_request import StepwiseRequest
 from kd_notes.products.stepwise_trials import run_search, Search
 from kd_notes.training.checkpoint import save_model
 
-TOML = """
-name = "colours"
-labels = ["red", "green"]
-template = "Thing: {thing}"
-label_field = "colour"
-metric = "accuracy"
-instruction = "Which colour has the thing?"
-
-[[examples]]
-thing = "a ripe cherry"
-colour = "red"
-rationale = "Ripe cherries are red."
-
-[[examples]]
-thing = "a blade of grass"
-colour = "green"
-rationale = "Grass is green."
-"""
 WORDS = {"red": "brick", "green": "leaf"}
 
 

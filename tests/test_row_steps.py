@@ -130,6 +130,7 @@ def test_a_killed_step_goes_on_without_asking_twice(teacher, tmp_path, monkeypat
         ("evidence", {}, "no file of reports"),
         ("evidence:reports=nothing.jsonl", {}, "nothing.jsonl"),
         ("generate:batch_size=2", {}, "batch_size"),
+        ("evidence:reports=nothing.jsonl,top=3", {}, "'top' is no option"),
     ],
 )
 def test_a_wrong_step_is_one_sentence(teacher, tmp_path, step, more, message):
@@ -141,3 +142,15 @@ def test_rows_without_a_domain_are_named(teacher, tmp_path):
     rows = [{key: row[key] for key in ("id", "prompt", "response")} for row in ROWS]
     with pytest.raises(UserError, match="the field 'domain' is missing"):
         run(teacher, tmp_path / "a", "balanced:budget=6,stages=2", rows)
+
+
+@pytest.mark.parametrize("step", ["generate", "balanced:budget=6"])
+def test_a_step_that_trains_is_refused_in_a_launch_of_several_processes(
+    teacher, tmp_path, monkeypatch, step
+):
+    "One process alone would wait for the others forever."
+    for name, value in (("LOCAL_RANK", "0"), ("RANK", "0"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="trains in one process"):
+        run(teacher, tmp_path / "a", step)
+    assert not (tmp_path / "a").exists()

@@ -140,6 +140,11 @@ def extract_command(
         print(json.dumps(made, indent=1))
 
 # %% ../../nbs/7_engine_room/28b_product_commands.ipynb #de11e5ed
+FolderOption = Annotated[Path, typer.Option(help="New folder for the student.")]
+ProfileOption = Annotated[str, typer.Option(help="smoke, cpu, cpu-full or gpu.")]
+SetsOption = Annotated[
+    list[str] | None, typer.Option("--set", help="A setting: k=v, such as max_steps=200.")
+]
 TrackerOption = Annotated[
     list[str] | None,
     typer.Option("--tracker", help="trackio, tensorboard, wandb, ...; may be repeated."),
@@ -153,7 +158,7 @@ HubOption = Annotated[
 @product_commands.command("distill")
 def distill_command(
     data: Annotated[Path, typer.Option(help="JSONL: prompt and response, or chat messages.")],
-    out: Annotated[Path, typer.Option(help="New folder for the student.")],
+    out: FolderOption,
     teacher: Annotated[
         list[str] | None,
         typer.Option(
@@ -176,12 +181,10 @@ def distill_command(
             help="First paraphrase, generate, balanced, select or evidence; see the book."
         ),
     ] = None,
-    profile: Annotated[str, typer.Option(help="smoke, cpu, cpu-full or gpu.")] = "cpu",
+    profile: ProfileOption = "cpu",
     trackers: TrackerOption = None,
     hub: HubOption = None,
-    sets: Annotated[
-        list[str] | None, typer.Option("--set", help="A setting: k=v, such as max_steps=200.")
-    ] = None,
+    sets: SetsOption = None,
 ) -> None:
     "Distil a teacher into a student on your data; a second call resumes."
     with guard():
@@ -201,7 +204,7 @@ def distill_command(
 def stepwise_command(
     task: Annotated[str, typer.Option(help="A task file such as task.toml, or nli.")],
     data: Annotated[Path, typer.Option("--input", help="JSONL: the rows, with labels.")],
-    out: Annotated[Path, typer.Option(help="New folder for the student.")],
+    out: FolderOption,
     rationales: Annotated[
         Path | None, typer.Option(help="JSONL of kd-notes extract; default: the rows' own.")
     ] = None,
@@ -218,23 +221,25 @@ def stepwise_command(
     learning_rate: Annotated[
         float | None, typer.Option(help="One rate for all arms, instead of a search.")
     ] = None,
-    profile: Annotated[str, typer.Option(help="smoke, cpu, cpu-full or gpu.")] = "cpu",
+    profile: ProfileOption = "cpu",
     dry_run: Annotated[bool, typer.Option(help="Only say what would run and cost.")] = False,
     trackers: TrackerOption = None,
     hub: HubOption = None,
-    sets: Annotated[
-        list[str] | None, typer.Option("--set", help="A setting: k=v, such as epochs=10.")
-    ] = None,
+    sets: SetsOption = None,
 ) -> None:
     "Distil step-by-step on a task of your own; a second call resumes."
     with guard():
         from kd_notes.products.share import pushed
         from kd_notes.products.stepwise import stepwise
 
-        taken = {*signature(stepwise).parameters, "arms", "alpha", "learning_rates"}
+        taken = {*signature(stepwise).parameters, "arms", "alpha"}
         settings = plain_settings(sets or [], taken) | {"arms": arms.replace(" ", "").split(",")}
         settings |= {} if alpha is None else {"alpha": alpha}
-        settings |= {} if learning_rate is None else {"learning_rates": [learning_rate]}
+        if learning_rate is not None:
+            if "learning_rates" in settings:
+                fix = "Leave --learning-rate out."
+                raise UserError("there are rates to search, and one", where="--set", fix=fix)
+            settings["learning_rates"] = [learning_rate]
         named = {"test_data": test_data, "profile": profile, "dry_run": dry_run}
         named["tracker"] = trackers or None
         with pushed(None if dry_run else hub, out):
@@ -305,6 +310,11 @@ def evaluate_command(
             options["max_new_tokens"] = max_new_tokens
             found = evaluate_rows(model, data, out, task, **options)
         else:
+            if task is not None:
+                fix = (
+                    "Leave --task out; without --template, rows of a file are scored by their task."
+                )
+                raise UserError("instructions have no task", where="--task", fix=fix)
             options |= {"template": template or "chat", "samples": samples}
             if max_new_tokens is not None:
                 options["max_new_tokens"] = max_new_tokens

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core import read_json, sha256_file, UserError, write_json
-from .settings import distill_settings
+from .settings import distill_settings, ON_POLICY, ON_POLICY_DEFAULTS
 from .share import check_secrets, public_files
 from .stepwise_plan import stepwise_settings
 
@@ -23,10 +23,13 @@ def command_of(report: dict, name: str) -> list[str]:
     kind = "stepwise" if "arms" in report else "distill"
     settings = dict(report["settings"])
     if kind == "distill":
-        usual = asdict(distill_settings())
+        objective = report["objective"]
+        usual = asdict(distill_settings(**ON_POLICY_DEFAULTS if objective in ON_POLICY else {}))
         words = ["--data", report["data"]]
-        words += ["--teacher", report["teacher"], "--student", report["student"]]
-        words += ["--objective", report["objective"]]
+        for teacher in report.get("teacher_options", [report["teacher"]]):
+            words += ["--teacher", teacher]
+        words += ["--student", report["student"], "--objective", objective]
+        words += ["--corpus", "corpus"] if "corpus_sha256" in report else []
         step = settings.pop("rows", None)
         words += ["--rows", step] if step else []
     else:

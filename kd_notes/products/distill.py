@@ -25,7 +25,7 @@ from kd_notes.core import (
 )
 from ..data.dialogues import padding_id
 from ..data.examples import numbered_rows
-from ..data.rows import load_rows, read_rows, TextRow
+from ..data.rows import read_rows, TextRow
 from ..environment import device_class, versions
 from ..evaluation.figures import save_figure
 from ..evaluation.validation import Validation
@@ -57,9 +57,9 @@ from kd_notes.products.request import (
     one_teacher,
     read_teachers,
     Request,
+    routed,
     shown_name,
     TeacherGroup,
-    with_routes,
 )
 from .row_steps import apply_row_step, check_row_step
 
@@ -302,6 +302,7 @@ def _run(job: _Distillation) -> dict:
     }
     if isinstance(request.teacher, TeacherGroup):
         report["base"] = shown_name(request.teacher.sources[0])
+        report["teacher_options"] = request.teacher.options()
     _leave(job, model, report, result.history)
     before = references["untrained"]["perplexity"]
     goal = references["teacher"].get("perplexity")
@@ -329,9 +330,9 @@ def _start(request: Request) -> _Distillation:
     asked = request.as_dict()
 
     def begin() -> None:
+        write_json(request.out / "request.json", asked)  # first: it says whose the rest is
         if not pair.members:
             check_same_server(pair.teacher, request.work / "probe.json")
-        write_json(request.out / "request.json", asked)
         request.started()
 
     if settings.rows:
@@ -349,18 +350,6 @@ def _start(request: Request) -> _Distillation:
     if not settings.rows:
         by_main(begin)
     return _Distillation(request, pair, texts, held_out, rows)
-
-# %% ../../nbs/4_probabilities/15_distill.ipynb #604ea83a
-def _with_routes(group: TeacherGroup, raw: Any, rows: Any, settings: Any) -> TeacherGroup:
-    "Return the group with the teacher's name of each row."
-    n = settings.n or None
-    if isinstance(rows, Path):
-        raw = [row for _, row in numbered_rows(rows)]
-        rows = load_rows(rows, n, chat=True)
-    return with_routes(group, raw[:n], rows[:n], settings.route)
-
-
-#| export
 
 # %% ../../nbs/4_probabilities/15_distill.ipynb #8ba2bc7a
 def distill(
@@ -396,13 +385,12 @@ def distill(
     raw = data if in_file else list(data)
     rows = Path(data) if in_file else read_rows(raw, chat=True)
     teachers = read_teachers(teacher, tokenizer, chosen.route)
-    if chosen.route:
-        teachers = _with_routes(teachers, raw, rows, chosen)
     files = {}
     if chosen.rows:
         files = check_row_step(chosen.rows, objective, teachers, rows)
     sources = (teachers, one_teacher(student, tokenizer, "student"))
-    request = Request(rows, *sources, objective, Path(out), chosen, texts, trackers, files, raw)
+    asked = Request(rows, *sources, objective, Path(out), chosen, texts, trackers, files, raw)
+    request = routed(asked)
     try:
         request.out.mkdir(parents=True, exist_ok=True)
     except OSError as e:

@@ -6,7 +6,6 @@
 __all__ = ['evaluate_instructions']
 
 # %% ../../nbs/5_own_words/14_instruction_scores.ipynb #7764d30b
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +33,7 @@ from ..generation.completions import AnswerFile
 from ..generation.engine import end_tokens
 from ..generation.sampling import sample, Sampling
 from ..models.pretrained import context_of, load_pretrained
+from .predict import answers_beside
 from .request import shown_name, weights_identity
 from ..progress import progress
 
@@ -235,10 +235,8 @@ def evaluate_instructions(
         "prompts": stable_hash([[row.id for row in rows], prompts, max_prompt]),
         "max_new_tokens": max_new_tokens,
     }
-    with tempfile.TemporaryDirectory() as kept:
-        place = Path(kept) / "scores" if out is None else Path(out)
-        place = place.with_name(place.name.removesuffix(".json") + ".answers.jsonl")
-        answers = _answered(test, place, identity, EVAL_SEEDS[:samples])
+    with answers_beside(out) as file:
+        answers = _answered(test, file, identity, EVAL_SEEDS[:samples])
     sampled = [f"seed {seed}" for seed in EVAL_SEEDS[:samples]]
     found = {
         "set": shown_name(name),

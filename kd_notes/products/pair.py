@@ -60,12 +60,11 @@ def shared_vocabulary(pair: "Pair", request: Request) -> int | None:
 
 def check_rows(pair: "Pair", rows: list[TextRow], objective: str) -> None:
     "Encode all rows for both sides, and look for tokens that the teacher does not have."
-    for tokenizer in {id(t): t for _, t in pair.members}.values():
-        pair.encode(rows, tokenizer)
-    if pair.vocabulary is None or all(t is pair.tokenizer for _, t in pair.members):
-        pair.encode(rows)
+    tokenizers = {id(t): t for t in (*(t for _, t in pair.members), pair.tokenizer)}
+    encoded = {name: pair.encode(rows, tokenizer) for name, tokenizer in tokenizers.items()}
+    if pair.vocabulary is None or len(tokenizers) == 1:
         return
-    for row, item in zip(rows, pair.encode(rows)):
+    for row, item in zip(rows, encoded[id(pair.tokenizer)]):
         largest = max(item["prompt"] + item["completion"])
         if largest < pair.vocabulary:
             continue

@@ -10,6 +10,7 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -174,6 +175,14 @@ def answer_file(
     return [rows[example.id] for example in examples]
 
 
+@contextmanager
+def answers_beside(out: Path | str | None) -> Iterator[Path]:
+    "Yield the file of answers beside a file of scores; without one, a file that is deleted."
+    with tempfile.TemporaryDirectory() as scratch:
+        scores = Path(scratch, "scores.json") if out is None else Path(out)
+        yield scores.with_name(scores.name.removesuffix(".json") + ".answers.jsonl")
+
+
 def _totals(rows: list[dict]) -> dict:
     return {"rows": len(rows), "outcomes": dict(Counter(row["outcome"] for row in rows))}
 
@@ -225,10 +234,8 @@ def evaluate_rows(
         what = f"{len(unlabelled)} of {len(examples)} rows have no label, first {unlabelled[0]!r}"
         fix = f"Give every row the field {student.task.label_field!r}."
         raise UserError(what, where=f"task {student.task.name}", fix=fix)
-    with tempfile.TemporaryDirectory() as scratch:
-        kept = Path(scratch) if out is None else Path(out).parent
-        name = "scores" if out is None else Path(out).name.removesuffix(".json")
-        rows = answer_file(student, examples, kept / f"{name}.answers.jsonl", batch_size)
+    with answers_beside(out) as file:
+        rows = answer_file(student, examples, file, batch_size)
     score = task_score(student.task, {row["id"]: row["answer"] for row in rows}, examples)
     found = score | {"outcomes": _totals(rows)["outcomes"], **student.identity}
     if out is not None:

@@ -58,6 +58,13 @@ class TeacherGroup:
             return "; ".join(f"{name}: {model}" for name, model in zip(self.names, shown))
         return " and ".join(f"{model} ({w:g})" for model, w in zip(shown, self.weights))
 
+    def options(self) -> list[str]:
+        "Return what follows each --teacher on a command line."
+        shown = [shown_name(source) for source in self.sources]
+        if self.names:
+            return [f"{name}={model}" for name, model in zip(self.names, shown)]
+        return [f"{model}={weight}" for model, weight in zip(shown, self.weights)]
+
     def identity(self) -> dict:
         "Return what decides the distributions, without the models."
         routes = stable_hash(list(self.routes)) if self.names else None
@@ -141,21 +148,6 @@ def _routed(teacher: Any, tokenizer: Any, route: str) -> TeacherGroup:
         teacher = {name: spec for name, _, spec in parts}
     sources = tuple(one_teacher(one, tokenizer) for one in teacher.values())
     return TeacherGroup(sources, names=tuple(map(str, teacher)))
-
-# %% ../../nbs/4_probabilities/19_distill_request.ipynb #dac557bb
-def with_routes(group: TeacherGroup, raw: Sequence, rows: list[TextRow], route: str) -> Any:
-    "Return the group with the name in the field of each row; `raw` are the rows as given."
-    names = []
-    for given, row in zip(raw, rows):
-        value = given.get(route) if isinstance(given, Mapping) else getattr(given, route, None)
-        if value is None or str(value) not in group.names:
-            problem = f"the field {route!r} is missing"
-            if value is not None:
-                problem = f"there is no teacher for {route} {value!r}"
-            fix = f"There are teachers for {', '.join(group.names)}."
-            raise UserError(problem, where=row.where or row.id, fix=fix)
-        names.append(str(value))
-    return replace(group, routes=tuple(names))
 
 # %% ../../nbs/4_probabilities/19_distill_request.ipynb #0edca397
 def shown_name(source: Any) -> str:
@@ -342,12 +334,15 @@ class Request(OutFolder):
     files: Mapping[str, str] = field(default_factory=dict)  # hashes of what else is read
     given: Any = None  # the rows of `data` as they were given, if they are not in a file
 
+    def raw(self) -> Sequence:
+        "Return the rows as they were given; there may be more of them than `rows` takes."
+        if isinstance(self.data, Path):
+            return [row for _, row in numbered_rows(self.data)]
+        return self.given or ()
+
     def extra(self) -> dict[str, dict]:
         "Return {id: fields} of the rows as they were given."
-        rows = self.given
-        if isinstance(self.data, Path):
-            rows = [row for _, row in numbered_rows(self.data)]
-        named = zip(self.rows(), rows or ())
+        named = zip(self.rows(), self.raw())
         return {row.id: dict(given) for row, given in named if isinstance(given, Mapping)}
 
     def rows(self) -> list[TextRow]:
@@ -370,8 +365,7 @@ class Request(OutFolder):
         }
         if isinstance(self.teacher, TeacherGroup):
             request["teachers"] = self.teacher.identity()
-        if self.files:
-            request["files_sha256"] = dict(self.files)
+        request |= {"files_sha256": dict(self.files)} if self.files else {}
         if self.settings.rows and not isinstance(self.data, Path):
             request["fields_sha256"] = stable_hash(self.extra())
         if self.corpus:
@@ -384,6 +378,23 @@ class Request(OutFolder):
         Raises UserError if the folder holds something else.
         """
         return finished_report(self.out, self.as_dict, "a distillation")
+
+# %% ../../nbs/4_probabilities/19_distill_request.ipynb #dac557bb
+def routed(request: Request) -> Request:
+    "Return the request with the teacher's name of each row, if a field names it."
+    group, route, names = request.teacher, request.settings.route, []
+    if not route:
+        return request
+    for given, row in zip(request.raw(), request.rows()):
+        value = given.get(route) if isinstance(given, Mapping) else getattr(given, route, None)
+        if value is None or str(value) not in group.names:
+            problem = f"the field {route!r} is missing"
+            if value is not None:
+                problem = f"there is no teacher for {route} {value!r}"
+            fix = f"There are teachers for {', '.join(group.names)}."
+            raise UserError(problem, where=row.where or row.id, fix=fix)
+        names.append(str(value))
+    return replace(request, teacher=replace(group, routes=tuple(names)))
 
 # %% ../../nbs/4_probabilities/19_distill_request.ipynb #31f4c607
 def local_teacher(source: str | tuple, settings: Any, place: torch.device) -> tuple:

@@ -33,13 +33,13 @@ from .pair import Pair
 from .request import Request, shown_name, TeacherGroup
 from kd_notes.products.settings import (
     CROSS_OBJECTIVES,
-    DistillSettings,
     ON_POLICY,
     TEXT_OBJECTIVES,
 )
 from ..runner.profiles import plain_settings
 from ..training.loop import train
 from ..training.method import SFT
+from ..training.processes import processes
 from ..training.state import TrainConfig
 
 # %% ../../nbs/4_probabilities/23_row_steps.ipynb #7b6115b2
@@ -59,10 +59,6 @@ class RowWork:
 
     def made(self, kind: type, **defaults: Any) -> Any:
         "Return the step's settings, a dataclass, with the given options."
-        known = [each.name for each in fields(kind)]
-        if unknown := set(self.options) - set(known):
-            fix = f"Options are {', '.join(known)}."
-            raise UserError(f"{min(unknown)!r} is no option", where="rows", fix=fix)
         try:
             return kind(**defaults | self.options)
         except TypeError as error:
@@ -85,7 +81,8 @@ class RowWork:
         names = [f"{number}-{prompt_hash(prompt)}" for number, prompt in enumerate(prompts)]
         asked = dict(zip(names, prompts))
         with AnswerFile(self.request.work / "written.jsonl", identity).open() as answers:
-            todo = [name for name in names if name not in {row["id"] for row in answers.rows}]
+            done = {row["id"] for row in answers.rows}
+            todo = [name for name in names if name not in done]
             with answers.session():
                 for start in range(0, len(todo), CHUNK):
                     part = todo[start : start + CHUNK]
@@ -94,26 +91,21 @@ class RowWork:
             texts = {row["id"]: row["text"] for row in answers.rows}
         return [texts[name] for name in names]
 
-    def fitted(self, rows: Sequence[TextRow]) -> Any:
-        return fitted_student(self.pair, self.request.settings, rows)
-
-    def field(self, row: TextRow, name: str) -> Any:
-        return given_field(self.extra, row, name)
-
 # %% ../../nbs/4_probabilities/23_row_steps.ipynb #9b598708
-def fitted_student(pair: Pair, s: DistillSettings, rows: Sequence[TextRow]) -> Any:
+def fitted(work: RowWork, rows: Sequence[TextRow]) -> Any:
     "Return a copy of the student after a finetuning on rows."
+    s = work.request.settings
     steps = s.max_steps or max(1, round(s.epochs * len(rows) / s.batch_size))
     shared = {"seed": s.seed, "precision": s.precision, "device": s.device}
     cfg = TrainConfig(max_steps=steps, batch_size=s.batch_size, lr=s.lr, **shared)
-    method = SFT(pair.tokenizer)
-    student = copy.deepcopy(pair.student)
-    return train(student, method, pair.encode(list(rows)), cfg).model
+    method = SFT(work.pair.tokenizer)
+    student = copy.deepcopy(work.pair.student)
+    return train(student, method, work.pair.encode(list(rows)), cfg).model
 
 
-def given_field(extra: Mapping[str, Mapping], row: TextRow, name: str) -> Any:
+def field_of(work: RowWork, row: TextRow, name: str) -> Any:
     "Return a field of a row as it was given. Raises UserError if it has none."
-    value = extra.get(row.id, {}).get(name)
+    value = work.extra.get(row.id, {}).get(name)
     if value is None:
         fix = f'Give every row the field "{name}".'
         raise UserError(f"the field {name!r} is missing", where=row.where or row.id, fix=fix)
@@ -131,12 +123,6 @@ def words_of(row: TextRow) -> str:
 
 # %% ../../nbs/4_probabilities/23_row_steps.ipynb #518f3aab
 def _paraphrase(work: RowWork) -> list[TextRow]:
-    if unknown := set(work.options) - {"copies"}:
-        raise UserError(
-            f"{min(unknown)!r} is no option",
-            where="rows",
-            fix="Use copies=2.",
-        )
     s = work.request.settings
     name = shown_name(work.request.teacher)
     file = work.request.work / "paraphrases.jsonl"
@@ -166,7 +152,7 @@ def _generate(work: RowWork) -> list[TextRow]:
     )
 
     def study(rows: list[TextRow]) -> Callable:
-        model = work.fitted([row.as_chat() for row in rows])
+        model = fitted(work, [row.as_chat() for row in rows])
         method = SFT(work.pair.tokenizer)
         return lambda more: row_energies(
             model, method, work.pair.encode([row.as_chat() for row in more])
@@ -196,7 +182,7 @@ def _balanced(work: RowWork) -> list[TextRow]:
             "prompt": words_of(row),
             "completion": row.completion,
         }
-        | {"domain": work.field(row, "domain")}
+        | {"domain": field_of(work, row, "domain")}
         for row in work.texts
     ]
 
@@ -213,7 +199,7 @@ def _balanced(work: RowWork) -> list[TextRow]:
     length = work.request.settings.max_new_tokens
     student = fresh_students(
         lambda: copy.deepcopy(work.pair.student),
-        lambda model, rows, stage: work.fitted(learnt(rows)),
+        lambda model, rows, stage: fitted(work, learnt(rows)),
         lambda model, rows: own_answer_ifd(
             model, work.pair.tokenizer, [row.prompt for row in learnt(rows)], length
         ),
@@ -231,8 +217,6 @@ def _balanced(work: RowWork) -> list[TextRow]:
 
 # %% ../../nbs/4_probabilities/23_row_steps.ipynb #f9007154
 def _select(work: RowWork) -> list[TextRow]:
-    if unknown := set(work.options) - {"share"}:
-        raise UserError(f"{min(unknown)!r} is no option", where="rows", fix="Use share=0.5.")
     file = work.request.work / "selected.json"
     if not file.is_file():
         s, pair = work.request.settings, work.pair
@@ -260,7 +244,7 @@ def _evidence(work: RowWork) -> list[TextRow]:
     everything = [*work.texts, *work.held_out]
     posts = [
         SimpleNamespace(
-            id=row.id, date=work.field(row, "date"), text=words_of(row), label=row.completion
+            id=row.id, date=field_of(work, row, "date"), text=words_of(row), label=row.completion
         )
         for row in everything
     ]
@@ -275,13 +259,18 @@ def _evidence(work: RowWork) -> list[TextRow]:
     return [made[row.id] for row in work.texts if row.id in made]
 
 # %% ../../nbs/4_probabilities/23_row_steps.ipynb #a07524db
-ROW_STEPS = {
-    "paraphrase": _paraphrase,
-    "generate": _generate,
-    "balanced": _balanced,
-    "select": _select,
-    "evidence": _evidence,
+def _names(kind: type) -> tuple[str, ...]:
+    return tuple(each.name for each in fields(kind))
+
+
+ROW_STEPS = {  # the function and the options of each step
+    "paraphrase": (_paraphrase, ("copies",)),
+    "generate": (_generate, _names(GenerationSettings)),
+    "balanced": (_balanced, _names(Balanced)),
+    "select": (_select, ("share",)),
+    "evidence": (_evidence, ("reports", "k", "tell", "first", "leak")),
 }
+TRAINING_STEPS = ("generate", "balanced")  # they train copies of the student
 
 
 def read_row_step(text: str) -> tuple[str, dict]:
@@ -291,7 +280,11 @@ def read_row_step(text: str) -> tuple[str, dict]:
         fix = f"Choose one of {', '.join(ROW_STEPS)}."
         raise UserError(f"there is no step {name!r}", where="rows", fix=fix)
     parts = [part.strip() for part in options.split(",") if part.strip()]
-    return name, plain_settings(parts, ())
+    given, known = plain_settings(parts), ROW_STEPS[name][1]
+    if unknown := given.keys() - set(known):
+        fix = f"Options of {name} are {', '.join(known)}."
+        raise UserError(f"{min(unknown)!r} is no option", where="rows", fix=fix)
+    return name, given
 
 
 def check_row_step(text: str, objective: str, teacher: Any, data: Any) -> dict[str, str]:
@@ -303,6 +296,9 @@ def check_row_step(text: str, objective: str, teacher: Any, data: Any) -> dict[s
     if isinstance(teacher, TeacherGroup) or is_server(teacher):
         fix = "Use one local teacher."
         raise UserError(f"{name} needs a teacher that writes here", where="rows", fix=fix)
+    if name in TRAINING_STEPS and processes() > 1:  # the main process alone takes the step
+        fix = "Start it as one process, without accelerate launch or torchrun."
+        raise UserError(f"{name} trains in one process", where="rows", fix=fix)
     others = {*TEXT_OBJECTIVES, *CROSS_OBJECTIVES, *ON_POLICY, "cached_forward_kl"}
     if name == "select" and objective in others:
         fix = "Use a divergence of the teacher's probabilities, such as forward_kl."
@@ -337,7 +333,7 @@ def apply_row_step(
         kept = [[_row(row) for row in part] for part in read_json(file)]
         return kept[0], kept[1]
     work = RowWork(request, pair, list(texts), list(held_out), extra, options)
-    made = ROW_STEPS[name](work)
+    made = ROW_STEPS[name][0](work)
     if not made or not work.held_out:
         raise UserError("no rows are left", where="rows", fix="Give more rows, or another step.")
     write_json(file, [[asdict(row) for row in part] for part in (made, work.held_out)])

@@ -29,7 +29,7 @@ from kd_notes.core import (
     write_json,
 )
 from ..models.pretrained import tensor_errors
-from .request import main_process
+from ..training.processes import main_process
 
 # %% ../../nbs/4_probabilities/20_share.ipynb #abaf5ed9
 PUBLIC = (

@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/7_engine_room/15b_many_processes.ipynb #mp-imp
 import atexit
+import gc
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -33,8 +34,6 @@ def main_process() -> bool:
 
 def end_group() -> None:
     "Leave the others. A thread of gloo that frees its last work after Python would abort the process."
-    import gc
-
     gc.collect()  # DistributedDataParallel is in a reference cycle and holds the group
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

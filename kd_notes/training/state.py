@@ -362,12 +362,12 @@ class Tracker(Callback):
         self.open, self.sent = [], 0
 
     @contextmanager
-    def _forgiving(self, name: str) -> Iterator[None]:
-        "Warn about an error in the block."
+    def _forgiving(self, name: str, way: Any = None) -> Iterator[None]:
+        "Warn about an error in the block, and use `way` no longer."
         try:
             yield
         except Exception as error:  # trackers raise whatever their servers do
-            self.open = [(other, way) for other, way in self.open if other != name]
+            self.open = [pair for pair in self.open if pair[1] is not way]  # names may be equal
             what = f"the tracker {name} is switched off, the training goes on"
             warnings.warn(f"{what} ({type(error).__name__}: {first_line(error)})", stacklevel=3)
 
@@ -390,7 +390,7 @@ class Tracker(Callback):
         for row in state.history[self.sent :]:
             numbers = _numbers(row)
             for name, way in self.open:
-                with self._forgiving(name):
+                with self._forgiving(name, way):
                     way.log(numbers, step=row["step"])
         self.sent = len(state.history)
 

@@ -18,9 +18,8 @@ from torch import Tensor
 from ..checks import check_count
 from ..core import rng, stable_hash, UserError
 from ..data.rows import TextRow
-from ..generation.completions import AnswerFile
+from ..generation.completions import AnswerFile, texts_of
 from .logit_kd import KD, linear_head, LiveTeacher
-from ..progress import progress
 from ..training.batches import Batch, target_logits, target_states
 
 # %% ../../nbs/6_beyond_text/08b_data_selection.ipynb #sel-influence-code
@@ -212,17 +211,6 @@ def _with_text(row: TextRow, text: str, name: str) -> TextRow:
     last = dict(row.prompt[-1], content=text)
     return replace(row, id=name, prompt=(*row.prompt[:-1], last))
 
-
-def _asked(write: Callable[[list[str]], list[str]], prompts: list[str]) -> list[str]:
-    texts = list(write(prompts))
-    if len(texts) != len(prompts) or not all(isinstance(text, str) for text in texts):
-        raise UserError(
-            f"the teacher gave {len(texts)} texts for {len(prompts)} prompts, or not only texts",
-            where="write",
-            fix="The callable returns one text for each prompt, in their order.",
-        )
-    return [" ".join(text.split()) for text in texts]
-
 # %% ../../nbs/6_beyond_text/08b_data_selection.ipynb #sel-paraphrase-2
 def paraphrase_rows(
     rows: Sequence[TextRow],
@@ -246,17 +234,16 @@ def paraphrase_rows(
             ask = ASKS[(first + copy) % len(ASKS)]
             jobs.append((f"{row.id}-said-{copy}", row, ask.format(text=_text_of(row))))
     identity = {"teacher": name, "asked": stable_hash([[id, ask] for id, _, ask in jobs])}
+
+    def said_of(part: list[tuple[str, str]]) -> list[dict]:
+        texts = texts_of(write, [ask for _, ask in part])
+        return [{"id": id, "text": " ".join(t.split())} for (id, _), t in zip(part, texts)]
+
     with AnswerFile(path, identity).open() as answers:
         there = {line["id"] for line in answers.rows}
         todo = [(id, ask) for id, _, ask in jobs if id not in there]
-        if not todo:
-            answers.finish()
-        else:
-            with answers.session():
-                for start in progress(range(0, len(todo), chunk), desc="paraphrases"):
-                    part = todo[start : start + chunk]
-                    texts = _asked(write, [ask for _, ask in part])
-                    answers.append([{"id": i, "text": t} for (i, _), t in zip(part, texts)])
+        parts = [todo[start : start + chunk] for start in range(0, len(todo), chunk)]
+        answers.fill(parts, said_of, desc="paraphrases")
         said = {line["id"]: line["text"] for line in answers.rows}
     kept, seen = [], {" ".join(_text_of(row).lower().split()) for row in rows}
     for id, row, ask in jobs:

@@ -20,6 +20,7 @@ from ..core import rng, stable_hash, UserError
 from ..data.rows import read_rows, TextRow
 from ..generation.completions import open_answers, texts_of
 from ..losses.divergences import at_least_float32, IGNORED
+from ..models.pretrained import evaluating
 from ..training.batches import Batch, target_logits, target_positions
 from ..training.method import SFT
 
@@ -82,17 +83,15 @@ def row_energies(
     model, method: SFT, rows: Sequence, batch_size: int = 64
 ) -> list[float]:  # rows of any shape that `read_row` takes
     "Return the energy of each row's completion under a student, which is left as it was."
-    training = model.training
-    model.eval()
     items = [method.encode(row) for row in rows]
     found: list[float] = []
-    for start in range(0, len(items), batch_size):
-        part = items[start : start + batch_size]
-        batch = method.collate(part).to(next(model.parameters()).device)
-        free = -at_least_float32(target_logits(model, batch)).logsumexp(-1)
-        for values in free.split([len(item["completion"]) for item in part]):
-            found.append(values.mean().item())
-    model.train(training)
+    with evaluating(model):
+        for start in range(0, len(items), batch_size):
+            part = items[start : start + batch_size]
+            batch = method.collate(part).to(next(model.parameters()).device)
+            free = -at_least_float32(target_logits(model, batch)).logsumexp(-1)
+            for values in free.split([len(item["completion"]) for item in part]):
+                found.append(values.mean().item())
     return found
 
 # %% ../../nbs/6_beyond_text/06_data_generation.ipynb #dg06-016

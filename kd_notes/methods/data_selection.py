@@ -20,6 +20,7 @@ from ..core import rng, stable_hash, UserError
 from ..data.rows import TextRow
 from ..generation.completions import AnswerFile, texts_of
 from .logit_kd import KD, linear_head, LiveTeacher
+from ..models.pretrained import evaluating
 from ..training.batches import Batch, target_logits, target_states
 
 # %% ../../nbs/6_beyond_text/08b_data_selection.ipynb #sel-influence-code
@@ -69,7 +70,7 @@ def head_curvature(
         spread = spread * weights[:, None, None]
     rows = torch.einsum("ncd,ni->cdin", spread, x)
     full = torch.einsum("cdin,nj->cidj", rows, x).reshape(size, size) / len(x)
-    return full + ridge * torch.eye(size, dtype=x.dtype)
+    return full + ridge * torch.eye(size, dtype=x.dtype, device=x.device)
 
 # %% ../../nbs/6_beyond_text/08b_data_selection.ipynb #sel-choose
 def best_places(scores: Sequence[float], share: float) -> list[int]:
@@ -168,8 +169,6 @@ def row_influence(
     if not held_out:
         fix = "Hold out some rows; the training rows cannot judge themselves."
         raise UserError("there are no held-out rows", where="row_influence", fix=fix)
-    training = student.training
-    student.eval()
 
     def parts(rows: Sequence, errors: Callable):
         "Return the input of the head, the errors and the tokens of each row, batch by batch."
@@ -182,14 +181,14 @@ def row_influence(
             yield (states if head.bias is None else _with_one(states)).float(), wrong, lengths
 
     gradient = tokens = 0
-    for states, errors, lengths in parts(held_out, _label_errors):
-        gradient = gradient + errors.T @ states
-        tokens += sum(lengths)
     scores: list[float] = []
-    for states, errors, lengths in parts(rows, _teacher_errors):
-        values = ((errors @ (gradient / tokens)) * states).sum(-1)
-        scores += [float(part.mean()) for part in values.split(lengths)]
-    student.train(training)
+    with evaluating(student):
+        for states, errors, lengths in parts(held_out, _label_errors):
+            gradient = gradient + errors.T @ states
+            tokens += sum(lengths)
+        for states, errors, lengths in parts(rows, _teacher_errors):
+            values = ((errors @ (gradient / tokens)) * states).sum(-1)
+            scores += [float(part.mean()) for part in values.split(lengths)]
     return scores
 
 # %% ../../nbs/6_beyond_text/08b_data_selection.ipynb #sel-paraphrase

@@ -362,6 +362,17 @@ def freeze(model):
     return model.eval().requires_grad_(False)
 
 
+@contextmanager
+def evaluating(model) -> Iterator[None]:
+    "Set evaluation mode inside the block, and restore the mode after it."
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
 def merge_adapters(model):
     """Merge LoRA adapters into the weights of the model, and return it.
 

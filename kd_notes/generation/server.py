@@ -385,18 +385,24 @@ class _Session:
         self.loop = asyncio.new_event_loop()
         self.task = self.loop.create_task(self._ask_all())
 
-    def run(self) -> Iterator[Completion]:
-        "Yield completions; raise the error that ended the work."
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        "Ask inside the block, and stop at its end."
         # A daemon thread: a server that hangs must not keep the program from ending.
         thread = threading.Thread(target=self._work, name="kd_notes server", daemon=True)
         thread.start()
         try:
-            while (completion := self.ledger.results.get()) is not None:
-                yield completion
+            yield
         finally:
             with suppress(RuntimeError):  # the loop may be closed already
                 self.loop.call_soon_threadsafe(self.task.cancel)
             thread.join(timeout=5)
+
+    def run(self) -> Iterator[Completion]:
+        "Yield completions; raise the error that ended the work."
+        with self.running():
+            while (completion := self.ledger.results.get()) is not None:
+                yield completion
         if self.ledger.failure:
             raise self.ledger.failure
 

@@ -10,7 +10,7 @@ import asyncio
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack
 from queue import SimpleQueue
 from typing import Any
 
@@ -150,12 +150,10 @@ class ServerPool:
 
     def _run(self, sessions: list[_PoolSession], work: _WorkList) -> Iterator[Completion]:
         running = len(sessions)
-        threads = []
-        for session in sessions:
-            threads.append(threading.Thread(target=session._work, daemon=True))
-            threads[-1].start()
         said: set[int] = set()
-        try:
+        with ExitStack() as stack:
+            for session in sessions:
+                stack.enter_context(session.running())
             while running:
                 completion = work.results.get()
                 if completion is not None:
@@ -163,10 +161,5 @@ class ServerPool:
                     continue
                 running -= 1
                 say_who_left(sessions, said, running)
-        finally:
-            for session, thread in zip(sessions, threads):
-                with suppress(RuntimeError):  # the loop may be closed already
-                    session.loop.call_soon_threadsafe(session.task.cancel)
-                thread.join(timeout=5)
         if work.take() is not _WorkList.DONE:
             raise next(s.ledger.failure for s in reversed(sessions) if s.ledger.failure)

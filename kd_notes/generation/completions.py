@@ -18,10 +18,10 @@ from typing import Any
 
 from ..checks import check_fields
 from kd_notes.core import (
+    _jsonl_row,
     append_jsonl,
     cache_dir,
     folder_lock,
-    parse_json,
     read_json,
     sha256_text,
     to_jsonable,
@@ -260,19 +260,8 @@ def stream_jsonl(path: Path | str) -> Iterator[dict]:
     try:
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                try:
-                    row = parse_json(line.removeprefix(BOM_UTF8).decode())
-                    if not isinstance(row, dict):
-                        raise ValueError(f"a {type(row).__name__} where an object was expected")
-                except ValueError as e:
-                    raise UserError(
-                        f"the row is not one JSON object ({e})",
-                        where=f"{path}:{number}",
-                        fix="Correct or delete that line.",
-                    ) from e
-                yield row
+                if line.strip():
+                    yield _jsonl_row(line.removeprefix(BOM_UTF8), f"{path}:{number}")
     except OSError as e:
         raise UserError(f"the file cannot be read ({e.strerror})", where=path) from e
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from ..core import UserError
 from .completions import check_requests, Completion, Decoding
-from .server import _Ledger, NoAnswer, OpenAIBackend, _Session
+from .server import _Ledger, NoAnswer, OpenAIBackend, running, _Session
 
 # %% ../../nbs/7_engine_room/10b_server_pool.ipynb #c28c2c1c
 class _WorkList:
@@ -149,17 +149,17 @@ class ServerPool:
         return self._run(sessions, work)
 
     def _run(self, sessions: list[_PoolSession], work: _WorkList) -> Iterator[Completion]:
-        running = len(sessions)
+        left = len(sessions)
         said: set[int] = set()
         with ExitStack() as stack:
             for session in sessions:
-                stack.enter_context(session.running())
-            while running:
+                stack.enter_context(running(session))
+            while left:
                 completion = work.results.get()
                 if completion is not None:
                     yield completion
                     continue
-                running -= 1
-                say_who_left(sessions, said, running)
+                left -= 1
+                say_who_left(sessions, said, left)
         if work.take() is not _WorkList.DONE:
             raise next(s.ledger.failure for s in reversed(sessions) if s.ledger.failure)

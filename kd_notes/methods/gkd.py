@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..core import rng, UserError
-from ..losses.divergences import at_least_float32, DIVERGENCES, token_divergence
+from ..losses.divergences import _options, at_least_float32, DIVERGENCES, token_divergence
 from ..losses.sparse import coarse_logits, SUPPORTED
 from .on_policy import from_source, OnPolicy, OnPolicyConfig, Term
 from .rollouts import Response, SOURCES, token_logprobs
@@ -274,7 +274,7 @@ class DivergenceOnPolicy(OnPolicy):
             alpha = columns["skew"][about] if self.config.own_skew else part.options["alpha"]
             return skew_values(student, teacher, alpha, part.divergence == "skew_reverse_kl")
         options = dict(part.options)
-        if part.divergence in ("dkd", "atkd", "label_revision"):
+        if "target_ids" in _options(DIVERGENCES[part.divergence]):
             options["target_ids"] = ids
         return token_divergence(part.divergence, student, teacher, **options)
 
@@ -345,8 +345,7 @@ class GKD(DivergenceOnPolicy):
         if self.config.own_skew:
             set_skew(responses, student, self)
         if hasattr(self.teacher, "prefetch"):
-            # One process asks for all at once; of several, each asks for its own batches.
-            asked = responses if processes() == 1 else []
+            asked = responses if processes() == 1 else []  # several ask batch by batch
             self.teacher.prefetch([(r.prompt, r.tokens) for r in asked])
 
     def on_validate(self, state: TrainState, metrics: dict) -> None:

@@ -411,6 +411,18 @@ def _write_all(f, data: bytes) -> None:
     os.fsync(f.fileno())
 
 # %% ../nbs/7_engine_room/01_core.ipynb #8a799acb
+def _jsonl_row(line: bytes, where: str) -> dict:
+    try:
+        # decoded line by line: a kill may cut a multi-byte character in two
+        row = parse_json(line.decode())
+        if not isinstance(row, dict):
+            raise ValueError(f"a {type(row).__name__} where an object {{...}} was expected")
+        return row
+    except ValueError as e:
+        fix = "Correct or delete that line."
+        raise UserError(f"the row is not one JSON object ({e})", where=where, fix=fix) from e
+
+
 def read_jsonl(
     path: Path | str,
     *,
@@ -426,19 +438,11 @@ def read_jsonl(
         if not line.strip():
             continue
         try:
-            # decoded line by line: a kill may cut a multi-byte character in two
-            row = parse_json(line.decode())
-            if not isinstance(row, dict):
-                raise ValueError(f"a {type(row).__name__} where an object {{...}} was expected")
-        except ValueError as e:
+            rows.append(_jsonl_row(line, f"{path}:{number}"))
+        except UserError:
             if repair_tail and number == len(lines):
                 break
-            raise UserError(
-                f"the row is not one JSON object ({e})",
-                where=f"{path}:{number}",
-                fix="Correct or delete that line.",
-            ) from e
-        rows.append(row)
+            raise
     return rows
 
 # %% ../nbs/7_engine_room/01_core.ipynb #f175a5ad

@@ -388,7 +388,7 @@ def test_empty_rows_are_left_out_and_a_teacher_that_writes_none_is_an_error():
     assert len(generate_rows(some, study, TASK, EXEMPLARS, wanted)) == 2 * 14
     with pytest.raises(UserError, match="only empty rows"):
         generate_rows(lambda p, s: ["\nx"] * len(p), study, TASK, EXEMPLARS, wanted)
-    with pytest.raises(UserError, match="did not return 8 texts"):
+    with pytest.raises(UserError, match="train 0: the teacher returned 1 texts for 8 prompts"):
         generate_rows(lambda p, s: ["x"], study, TASK, EXEMPLARS, wanted)
     with pytest.raises(UserError, match="0 energies for 8 rows"):
         generate_rows(write, lambda rows: lambda others: [], TASK, EXEMPLARS, wanted)

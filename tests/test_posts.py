@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from kd_notes.core import read_jsonl, rng, UserError
+from kd_notes.core import read_json, read_jsonl, rng, UserError
 from kd_notes.data.answers import unpack_bits
 from kd_notes.data.posts import draw_posts, open_picture, picture_of, PLACES, VERDICTS
 from kd_notes.data.rows import TextRow
@@ -36,6 +36,7 @@ from kd_notes.experiments.post_readers import (
     reading_scores,
     RuleTeacher,
 )
+from kd_notes.generation.completions import manifest_path
 from kd_notes.methods.evidence import (
     evidence_rows,
     EvidenceStore,
@@ -208,6 +209,17 @@ def test_what_other_eyes_have_seen_is_refused(tmp_path):
         read_pictures(pictures, lambda image: "b", path=tmp_path / "seen.jsonl", identity="two")
 
 
+def test_pictures_that_were_all_read_begin_no_session(tmp_path):
+    from PIL import Image
+
+    file = tmp_path / "seen.jsonl"
+    pictures = {"p": lambda: Image.new("RGB", (9, 9))}
+    for _ in range(2):
+        assert read_pictures(pictures, lambda image: "a", path=file)["p"].sign == "a"
+    manifest = read_json(manifest_path(file))
+    assert [one["rows"] for one in manifest["sessions"]] == [1] and manifest["status"] == "done"
+
+
 # --- evidence ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -313,6 +325,12 @@ def test_a_label_outside_the_three_is_refused_before_the_teacher_is_asked(world)
     assert "post q" in str(error.value) and ", ".join(VERDICTS) in str(error.value)
     with pytest.raises(UserError, match="'end'"):
         evidence_rows([], {}, EvidenceStore(world[1]), list, first="end")
+
+
+@pytest.mark.parametrize("write", [lambda prompts: [], lambda prompts: [None] * len(prompts)])
+def test_a_teacher_that_returns_something_else_is_named(world, write):
+    with pytest.raises(UserError, match="one text for each prompt"):
+        evidence_rows(world[0]["train"][:2], {}, EvidenceStore(world[1]), write)
 
 
 # --- adapters ---------------------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from kd_notes.methods.gkd import GKD, GKDConfig, Part
 from kd_notes.methods.logit_cache import LogitCache, write_cache
 from kd_notes.methods.logit_kd import KD
 from kd_notes.methods.minillm import MiniLLM, MiniLLMConfig
+from kd_notes.methods.rollouts import Response, response_batch, RolloutRow
 from kd_notes.methods.server_teacher import open_server_teacher, tail_of
 from kd_notes.methods.several_teachers import RoutedTeachers, TeacherMixture
 from kd_notes.models.mini import load_mini_tokenizer, mini_model
@@ -250,8 +251,6 @@ def test_a_refused_response_teaches_nothing(serve, teacher):
     batch = causal_batch(texts, 0)
     assert target_logits(remote, batch)[2:].isnan().all()
     model = student()
-    from kd_notes.methods.rollouts import Response, response_batch, RolloutRow
-
     rows = [RolloutRow([Response(str(i), *text, "student")]) for i, text in enumerate(texts)]
     for row in rows:
         row.responses[0].log_student = [0.0] * len(row.responses[0].tokens)
@@ -262,6 +261,50 @@ def test_a_refused_response_teaches_nothing(serve, teacher):
     other = torch.autograd.grad(alone["reverse_kl"], model.lm_head.weight)[0]
     torch.testing.assert_close(grads, other, atol=1e-5, rtol=1e-4)
     assert response_batch and remote.refused
+
+
+def test_rows_of_finished_shards_are_forgotten(serve, tmp_path):
+    remote = opened(serve())
+    cache = write_cache(tmp_path / "c", remote, TOK, ROWS, k=8, shard_tokens=1)
+    assert len(cache) == 8 and len(remote.known) == 1
+
+
+def test_known_rows_need_no_session(serve, monkeypatch):
+    remote = opened(serve())
+    remote.prefetch([([5, 6], [7, 8])])
+    monkeypatch.setattr(remote.server, "scores", lambda rows: pytest.fail("asked again"))
+    assert target_logits(remote, causal_batch([([5, 6], [7, 8])], 0)).shape == (2, V)
+
+
+@pytest.mark.parametrize(
+    "launch, there",
+    [
+        ({}, 2),
+        ({"WORLD_SIZE": "4"}, 2),  # a cluster's own variable
+        ({"WORLD_SIZE": "4", "LOCAL_RANK": "0"}, 0),
+    ],
+)
+def test_one_process_asks_for_a_rollout_at_once(serve, monkeypatch, launch, there):
+    remote = opened(serve())
+    method = GKD(TOK, remote, GKDConfig(parts=(Part("reverse_kl", top_k=8),)))
+    remote.prefetch([([1, 2], [3])])
+    for name in ("WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in launch.items():
+        monkeypatch.setenv(name, value)
+    texts = [([5, 6], [7, 8]), ([9, 10], [11])]
+    method.on_rollout([Response(str(i), *text, "student") for i, text in enumerate(texts)], None)
+    assert len(remote.known) == there
+
+
+@pytest.mark.parametrize("tokens", [None, 5, "abc", [1.5]])
+def test_a_tokenize_of_another_kind_tells_nothing(serve, tokens):
+    server = serve()
+    answer = server.answer
+    server.answer = lambda path, asked: (
+        (200, {"tokens": tokens}) if path == "/tokenize" else answer(path, asked)
+    )
+    assert opened(server).width == V
 
 
 # ---------------------------------------------------------------- the product
@@ -453,27 +496,12 @@ def test_distill_from_several(pairs, tmp_path, objective):
     with pytest.raises(UserError, match="another teacher"):
         other = [(pairs[0], 0.6), (pairs[1], 0.4)]
         distill(ROWS, other, (student(), TOK), objective, out, **call)
-    routed = distill(
-        ROWS,
-        {"law": pairs[0], "art": pairs[1]},
-        (student(), TOK),
-        objective,
-        tmp_path / "routed",
-        route="domain",
-        **QUICK,
-    )
+    named = ({"law": pairs[0], "art": pairs[1]}, (student(), TOK), objective, tmp_path / "routed")
+    routed = distill(ROWS, *named, route="domain", **QUICK)
     assert routed["teachers"]["names"] == ["law", "art"]
     moved = [row | {"domain": "law"} for row in ROWS]
     with pytest.raises(UserError, match="another teachers"):
-        distill(
-            moved,
-            {"law": pairs[0], "art": pairs[1]},
-            (student(), TOK),
-            objective,
-            tmp_path / "routed",
-            route="domain",
-            **QUICK,
-        )
+        distill(moved, *named, route="domain", **QUICK)
 
 
 def test_one_teacher_for_all_rows_equals_distill_from_it(pairs, tmp_path):

@@ -8,9 +8,9 @@ import threading
 import time
 from datetime import datetime, timedelta, timezone
 from email.utils import format_datetime
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from json_server import JsonServer
 
 from kd_notes.core import read_json, read_jsonl, UserError
 from kd_notes.data.examples import Example
@@ -27,41 +27,19 @@ LABELS = ("entailment", "neutral", "contradiction")
 GOOD = "The sentence says so.\nAnswer: neutral"
 
 
-class Server:
+class Server(JsonServer):
     "An OpenAI-compatible server; `answer(body, call)` returns status, headers and body."
 
     def __init__(self, answer):
+        self.answer = answer
         self.calls = []
         self.times = []
+        super().__init__()
 
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_POST(handler):
-                asked = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
-                self.calls.append(asked)
-                self.times.append(time.monotonic())
-                status, headers, out = answer(asked, len(self.calls))
-                data = out if isinstance(out, bytes) else json.dumps(out).encode()
-                handler.send_response(status)
-                standard = {"Content-Type": "application/json", "Content-Length": str(len(data))}
-                for key, value in (standard | headers).items():
-                    handler.send_header(key, value)
-                handler.end_headers()
-                handler.wfile.write(data)
-
-            def log_message(handler, *args):
-                pass
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.http.daemon_threads = True
-        self.http.handle_error = lambda *args: None  # a client that left
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
-        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
-
-    def close(self):
-        self.http.shutdown()
-        self.http.server_close()
+    def respond(self, path, asked):
+        self.calls.append(asked)
+        self.times.append(time.monotonic())
+        return self.answer(asked, len(self.calls))
 
 
 @pytest.fixture

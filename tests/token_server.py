@@ -1,14 +1,13 @@
 """A small HTTP server that speaks vLLM's and llama.cpp's form of token log-probabilities, with a real model behind it."""
 
-import json
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import torch
+from json_server import JsonServer
 
 
-class TokenServer:
+class TokenServer(JsonServer):
     "Serves a causal model; `calls` are the bodies of the requests to /v1/completions."
 
     def __init__(self, model, tokenizer, form="vllm", most=64, temperature=True, tokenize=True):
@@ -23,33 +22,12 @@ class TokenServer:
         self.alters = lambda ids: ids  # what a gateway makes of the ids
         self.slow = 0.0
         self.lock = threading.Lock()
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_POST(handler):
-                size = int(handler.headers["Content-Length"])
-                status, out = self.answer(handler.path, json.loads(handler.rfile.read(size)))
-                data = json.dumps(out).encode()
-                handler.send_response(status)
-                handler.send_header("Content-Type", "application/json")
-                handler.send_header("Content-Length", str(len(data)))
-                handler.end_headers()
-                handler.wfile.write(data)
-
-            def log_message(handler, *args):
-                pass
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.http.daemon_threads = True
-        self.http.handle_error = lambda *args: None  # a client that left
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
-        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
+        super().__init__()
         self.spec = f"openai:{self.url}#tiny"
 
-    def close(self):
-        self.http.shutdown()
-        self.http.server_close()
+    def respond(self, path, asked):
+        status, out = self.answer(path, asked)
+        return status, {}, out
 
     def answer(self, path, asked):
         if path == "/tokenize" and self.tokenize:

@@ -11,17 +11,17 @@ import time
 from codecs import BOM_UTF8
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, ExitStack
+from contextlib import AbstractContextManager, contextmanager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ..checks import check_fields
 from kd_notes.core import (
+    _jsonl_row,
     append_jsonl,
     cache_dir,
     folder_lock,
-    parse_json,
     read_json,
     sha256_text,
     to_jsonable,
@@ -29,6 +29,7 @@ from kd_notes.core import (
     write_json,
 )
 from ..environment import environment
+from ..progress import progress
 
 # %% ../../nbs/7_engine_room/09_completions.ipynb #comp-06
 def require(ok: bool, name: str, value: Any, rule: str) -> None:
@@ -259,24 +260,55 @@ def stream_jsonl(path: Path | str) -> Iterator[dict]:
     try:
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                try:
-                    row = parse_json(line.removeprefix(BOM_UTF8).decode())
-                    if not isinstance(row, dict):
-                        raise ValueError(f"a {type(row).__name__} where an object was expected")
-                except ValueError as e:
-                    raise UserError(
-                        f"the row is not one JSON object ({e})",
-                        where=f"{path}:{number}",
-                        fix="Correct or delete that line.",
-                    ) from e
-                yield row
+                if line.strip():
+                    yield _jsonl_row(line.removeprefix(BOM_UTF8), f"{path}:{number}")
     except OSError as e:
         raise UserError(f"the file cannot be read ({e.strerror})", where=path) from e
 
+# %% ../../nbs/7_engine_room/09_completions.ipynb #65c31e8a
+def texts_of(
+    write: Callable,  # the teacher: prompts -> texts
+    prompts: list[str],
+    *more: Any,  # its other arguments
+    where: str = "write",
+) -> list[str]:
+    "Return the teacher's texts. Raises UserError if it returns anything but one text for each prompt."
+    texts = list(write(prompts, *more))
+    if len(texts) != len(prompts) or not all(isinstance(text, str) for text in texts):
+        raise UserError(
+            f"the teacher returned {len(texts)} texts for {len(prompts)} prompts, or not only texts",
+            where=where,
+            fix="Let it return one text for each prompt, in their order.",
+        )
+    return texts
+
+
+class Answers:
+    "A teacher's answers in memory: the part of an `AnswerFile` that needs no file."
+
+    def __init__(self):
+        self.rows: list[dict] = []
+
+    def append(self, rows: Sequence[dict]) -> None:
+        self.rows += rows
+
+    def finish(self) -> None:
+        "There is no file to mark as done."
+
+    def session(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def fill(self, parts: Sequence, ask: Callable[[Any], list[dict]], **bar: Any) -> None:
+        "Append the rows of each part of the work that is left, with a progress bar if it has a name."
+        if not parts:
+            self.finish()
+            return
+        with self.session():
+            for part in progress(parts, **bar) if bar else parts:
+                self.append(ask(part))
+
 # %% ../../nbs/7_engine_room/09_completions.ipynb #ca3f49fe
-class AnswerFile:
+class AnswerFile(Answers):
     "A JSONL file of a teacher's answers that one job fills over several sessions."
 
     def __init__(
@@ -329,3 +361,13 @@ class AnswerFile:
             entry["wall_seconds"] = round(time.time() - start, 2)
             sessions = self.manifest.content["sessions"] + [entry]
             self.manifest.update(status=status, totals=self.totals(self.rows), sessions=sessions)
+
+# %% ../../nbs/7_engine_room/09_completions.ipynb #b08431b0
+@contextmanager
+def open_answers(path: Path | str | None, identity: dict) -> Iterator[Answers]:
+    "Open the answers of a job, in a file if it has one."
+    if path is None:
+        yield Answers()
+        return
+    with AnswerFile(path, identity).open() as answers:
+        yield answers

@@ -387,16 +387,9 @@ class _Session:
 
     def run(self) -> Iterator[Completion]:
         "Yield completions; raise the error that ended the work."
-        # A daemon thread: a server that hangs must not keep the program from ending.
-        thread = threading.Thread(target=self._work, name="kd_notes server", daemon=True)
-        thread.start()
-        try:
+        with running(self):
             while (completion := self.ledger.results.get()) is not None:
                 yield completion
-        finally:
-            with suppress(RuntimeError):  # the loop may be closed already
-                self.loop.call_soon_threadsafe(self.task.cancel)
-            thread.join(timeout=5)
         if self.ledger.failure:
             raise self.ledger.failure
 
@@ -434,6 +427,20 @@ class _Session:
                 self.ledger.fail(job, trouble)
 
 # %% ../../nbs/7_engine_room/10_server.ipynb #serv-39
+@contextmanager
+def running(session: _Session) -> Iterator[None]:
+    "Let a session ask inside the block, and stop it at the end."
+    # A daemon thread: a server that hangs must not keep the program from ending.
+    thread = threading.Thread(target=session._work, name="kd_notes server", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        with suppress(RuntimeError):  # the loop may be closed already
+            session.loop.call_soon_threadsafe(session.task.cancel)
+        thread.join(timeout=5)
+
+
 async def until_done(workers: list[asyncio.Task], ledger: _Ledger) -> None:
     "Wait for all workers; after a failure give unfinished requests ten seconds."
     while waiting := [worker for worker in workers if not worker.done()]:

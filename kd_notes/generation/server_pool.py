@@ -10,13 +10,13 @@ import asyncio
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack
 from queue import SimpleQueue
 from typing import Any
 
 from ..core import UserError
 from .completions import check_requests, Completion, Decoding
-from .server import _Ledger, NoAnswer, OpenAIBackend, _Session
+from .server import _Ledger, NoAnswer, OpenAIBackend, running, _Session
 
 # %% ../../nbs/7_engine_room/10b_server_pool.ipynb #c28c2c1c
 class _WorkList:
@@ -149,24 +149,17 @@ class ServerPool:
         return self._run(sessions, work)
 
     def _run(self, sessions: list[_PoolSession], work: _WorkList) -> Iterator[Completion]:
-        running = len(sessions)
-        threads = []
-        for session in sessions:
-            threads.append(threading.Thread(target=session._work, daemon=True))
-            threads[-1].start()
+        left = len(sessions)
         said: set[int] = set()
-        try:
-            while running:
+        with ExitStack() as stack:
+            for session in sessions:
+                stack.enter_context(running(session))
+            while left:
                 completion = work.results.get()
                 if completion is not None:
                     yield completion
                     continue
-                running -= 1
-                say_who_left(sessions, said, running)
-        finally:
-            for session, thread in zip(sessions, threads):
-                with suppress(RuntimeError):  # the loop may be closed already
-                    session.loop.call_soon_threadsafe(session.task.cancel)
-                thread.join(timeout=5)
+                left -= 1
+                say_who_left(sessions, said, left)
         if work.take() is not _WorkList.DONE:
             raise next(s.ledger.failure for s in reversed(sessions) if s.ledger.failure)

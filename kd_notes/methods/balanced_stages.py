@@ -8,15 +8,14 @@ __all__ = ['balanced_stages']
 # %% ../../nbs/6_beyond_text/10b_balanced_stages.ipynb #92146804
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ..core import rng, sha256_text, stable_hash, UserError
 from ..data.rows import read_row
-from ..generation.completions import AnswerFile
+from ..generation.completions import Answers, open_answers, texts_of
 from .balanced import Balanced, stage_quotas, Student
 from .rationales import split_answer
 
@@ -78,36 +77,9 @@ def final_answer(text: str) -> str:
     return (text if found is None else found).strip()
 
 # %% ../../nbs/6_beyond_text/10b_balanced_stages.ipynb #f144cc09
-class _Memory:
-    "Replies that are not stored."
-
-    def __init__(self):
-        self.rows: list[dict] = []
-
-    def append(self, rows: Sequence[dict]) -> None:
-        self.rows += rows
-
-    def finish(self) -> None:
-        "There is no file to mark as done."
-
-
-@contextmanager
-def _replies(folder: Path | None, identity: dict) -> Iterator[Any]:
-    "Open the teacher's replies, in folder/replies.jsonl if there is a folder."
-    if folder is None:
-        yield _Memory()
-        return
-    with AnswerFile(folder / "replies.jsonl", identity).open() as answers:
-        yield answers
-
-
 def _call(write: Callable[[list[str]], list[str]], todo: Sequence[tuple[str, str]]) -> list[dict]:
     "Return the teacher's replies to (key, prompt) pairs as rows of the file."
-    texts = list(write([prompt for _, prompt in todo]))
-    if len(texts) != len(todo) or not all(isinstance(text, str) for text in texts):
-        fix = "write(prompts) returns one text for each prompt, in their order."
-        what = f"the teacher returned {len(texts)} replies to {len(todo)} prompts, or not text"
-        raise UserError(what, where="write", fix=fix)
+    texts = texts_of(write, [prompt for _, prompt in todo])
     return [
         {"key": key, "prompt": sha256_text(prompt), "text": text}
         for (key, prompt), text in zip(todo, texts)
@@ -213,7 +185,7 @@ class _Stages(_Work):
 
 # %% ../../nbs/6_beyond_text/10b_balanced_stages.ipynb #9fbf54d7
 def _stage_texts(
-    prompts: list[tuple[str, str]], write: Callable, answers: Any, batch: int
+    prompts: list[tuple[str, str]], write: Callable, answers: Answers, batch: int
 ) -> dict[str, str]:
     "Return {key: reply}; calls that the file does not hold yet are made batch by batch."
     there = {row["key"]: row for row in answers.rows}
@@ -233,7 +205,7 @@ def _stage_texts(
     return {key: there[key]["text"] for key, _ in prompts}
 
 
-def _run_stages(work: _Stages, quotas: list[dict], write: Callable, answers: Any) -> tuple:
+def _run_stages(work: _Stages, quotas: list[dict], write: Callable, answers: Answers) -> tuple:
     "Return (rows to learn, one report for each stage)."
     taught: list[dict] = []
     used: set[str] = set()
@@ -301,7 +273,7 @@ def balanced_stages(
         quotas = [{"": sum(quota.values())} for quota in quotas]
     kept = {name: value for name, value in asdict(settings).items() if name != "batch"}
     identity = {"settings": kept, "rows": stable_hash(pool)}
-    folder = None if folder is None else Path(folder)
+    file = None if folder is None else Path(folder) / "replies.jsonl"
     work = _Stages(
         pool,
         settings,
@@ -311,7 +283,7 @@ def balanced_stages(
         compose,
         read,
     )
-    with _replies(folder, identity) as answers:
+    with open_answers(file, identity) as answers:
         made = _run_stages(work, quotas, write, answers)
         answers.finish()
     return made

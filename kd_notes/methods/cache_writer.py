@@ -9,8 +9,7 @@ __all__ = ['bytes_per_position']
 import hashlib
 import math
 import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,7 @@ from kd_notes.core import (
 )
 from ..data.dialogues import encode_row, is_encoded
 from ..losses.sparse import draw_samples, draw_uniforms, DRAWS, keep_top_k, MODES, ROWS
-from ..models.pretrained import weights_hash
+from ..models.pretrained import evaluating, weights_hash
 from ..progress import progress
 from ..training.batches import causal_batch, seq2seq_batch, target_logits
 
@@ -241,7 +240,9 @@ class _RowMaker:
     def distributions(self, rows: list[dict]) -> list[dict | None]:
         "Return the stored part of each row's distributions; None where a server refused."
         if hasattr(self.teacher, "score"):
-            return self.teacher.score([(row["prompt"], row["completion"]) for row in rows])
+            pairs = [(row["prompt"], row["completion"]) for row in rows]
+            self.teacher.prefetch(pairs)  # forgets the rows of other shards
+            return self.teacher.score(pairs)
         kept: dict[int, dict] = {}
         lengths = [len(row["prompt"]) + len(row["completion"]) for row in rows]
         for batch in length_batches(lengths, self.batch_tokens):
@@ -431,17 +432,6 @@ def check_recipe(teacher: Any, recipe: Recipe) -> None:
             raise UserError(problem, where="Recipe", fix=f"Use mode='topk' and k={k}.")
 
 
-@contextmanager
-def _evaluating(model) -> Iterator[None]:
-    "Set evaluation mode inside the block, and restore the mode after it."
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
-
-
 def write_shards(
     folder: Path | str,
     teacher,  # a Hugging Face model, on its device and in its dtype
@@ -470,6 +460,6 @@ def write_shards(
     check_recipe(teacher, kept)
     maker = _ShardMaker(teacher, kept, head["vocab"], head["tokenizer"]["pad_id"], batch_tokens)
     writer = _FolderWriter(Path(folder), head, rows, maker)
-    with folder_lock(folder, wait=False), _evaluating(teacher):
+    with folder_lock(folder, wait=False), evaluating(teacher):
         writer.claim()
         writer.write_missing()

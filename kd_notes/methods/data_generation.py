@@ -18,8 +18,9 @@ from torch import Tensor
 from ..checks import check_count, check_fields
 from ..core import rng, stable_hash, UserError
 from ..data.rows import read_rows, TextRow
-from ..generation.completions import AnswerFile
+from ..generation.completions import open_answers, texts_of
 from ..losses.divergences import at_least_float32, IGNORED
+from ..models.pretrained import evaluating
 from ..training.batches import Batch, target_logits, target_positions
 from ..training.method import SFT
 
@@ -82,17 +83,15 @@ def row_energies(
     model, method: SFT, rows: Sequence, batch_size: int = 64
 ) -> list[float]:  # rows of any shape that `read_row` takes
     "Return the energy of each row's completion under a student, which is left as it was."
-    training = model.training
-    model.eval()
     items = [method.encode(row) for row in rows]
     found: list[float] = []
-    for start in range(0, len(items), batch_size):
-        part = items[start : start + batch_size]
-        batch = method.collate(part).to(next(model.parameters()).device)
-        free = -at_least_float32(target_logits(model, batch)).logsumexp(-1)
-        for values in free.split([len(item["completion"]) for item in part]):
-            found.append(values.mean().item())
-    model.train(training)
+    with evaluating(model):
+        for start in range(0, len(items), batch_size):
+            part = items[start : start + batch_size]
+            batch = method.collate(part).to(next(model.parameters()).device)
+            free = -at_least_float32(target_logits(model, batch)).logsumexp(-1)
+            for values in free.split([len(item["completion"]) for item in part]):
+                found.append(values.mean().item())
     return found
 
 # %% ../../nbs/6_beyond_text/06_data_generation.ipynb #dg06-016
@@ -159,25 +158,8 @@ def _batch_of(
 ) -> list[TextRow]:
     "Let the teacher write a batch; empty texts are left out."
     labels = [task.labels[i % len(task.labels)] for i in range(size)]
-    texts = write(
-        [
-            task.prompt(
-                shown,
-                label,
-                different,
-            )
-            for label in labels
-        ],
-        name,
-    )
-    if len(texts) != size or not all(isinstance(text, str) for text in texts):
-        fix = "Let it return one text for each prompt."
-        raise UserError(
-            f"the teacher did not return {size} texts",
-            where=name,
-            fix=fix,
-        )
-    inputs = [task.read(text) for text in texts]
+    prompts = [task.prompt(shown, label, different) for label in labels]
+    inputs = [task.read(text) for text in texts_of(write, prompts, name, where=name)]
     rows = [
         TextRow(f"{name}-{i}", text, label, where=f"{name}, row {i}")
         for i, (text, label) in enumerate(zip(inputs, labels))
@@ -282,26 +264,16 @@ def generate_rows(
             where="exemplars",
             fix=fix,
         )
-    parts = (write, study, task, shown, settings)
-    if path is None:
-        loop = DataGeneration(*parts)
-        while len(loop.rounds) < settings.batches:
-            loop.next_round()
-        return rows_of(loop.rounds)
     job = {
         "teacher": teacher,
         "task": asdict(task),
         "settings": asdict(settings),
         "exemplars": stable_hash(_stored(shown)),
     }
-    with AnswerFile(path, job).open() as file:
-        loop = DataGeneration(*parts, rounds=file.rows)
-        if len(loop.rounds) < settings.batches:
-            with file.session():
-                while len(loop.rounds) < settings.batches:
-                    file.append([loop.next_round()])
-        else:
-            file.finish()
+    with open_answers(path, job) as answers:
+        loop = DataGeneration(write, study, task, shown, settings, answers.rows)
+        left = range(len(answers.rows), settings.batches)
+        answers.fill(left, lambda number: [loop.next_round()])
     return rows_of(loop.rounds)
 
 # %% ../../nbs/6_beyond_text/06_data_generation.ipynb #dg06-032

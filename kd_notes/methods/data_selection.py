@@ -18,9 +18,9 @@ from torch import Tensor
 from ..checks import check_count
 from ..core import rng, stable_hash, UserError
 from ..data.rows import TextRow
-from ..generation.completions import AnswerFile
+from ..generation.completions import AnswerFile, texts_of
 from .logit_kd import KD, linear_head, LiveTeacher
-from ..progress import progress
+from ..models.pretrained import evaluating
 from ..training.batches import Batch, target_logits, target_states
 
 # %% ../../nbs/6_beyond_text/08b_data_selection.ipynb #sel-influence-code
@@ -70,7 +70,7 @@ def head_curvature(
         spread = spread * weights[:, None, None]
     rows = torch.einsum("ncd,ni->cdin", spread, x)
     full = torch.einsum("cdin,nj->cidj", rows, x).reshape(size, size) / len(x)
-    return full + ridge * torch.eye(size, dtype=x.dtype)
+    return full + ridge * torch.eye(size, dtype=x.dtype, device=x.device)
 
 # %% ../../nbs/6_beyond_text/08b_data_selection.ipynb #sel-choose
 def best_places(scores: Sequence[float], share: float) -> list[int]:
@@ -169,8 +169,6 @@ def row_influence(
     if not held_out:
         fix = "Hold out some rows; the training rows cannot judge themselves."
         raise UserError("there are no held-out rows", where="row_influence", fix=fix)
-    training = student.training
-    student.eval()
 
     def parts(rows: Sequence, errors: Callable):
         "Return the input of the head, the errors and the tokens of each row, batch by batch."
@@ -183,14 +181,14 @@ def row_influence(
             yield (states if head.bias is None else _with_one(states)).float(), wrong, lengths
 
     gradient = tokens = 0
-    for states, errors, lengths in parts(held_out, _label_errors):
-        gradient = gradient + errors.T @ states
-        tokens += sum(lengths)
     scores: list[float] = []
-    for states, errors, lengths in parts(rows, _teacher_errors):
-        values = ((errors @ (gradient / tokens)) * states).sum(-1)
-        scores += [float(part.mean()) for part in values.split(lengths)]
-    student.train(training)
+    with evaluating(student):
+        for states, errors, lengths in parts(held_out, _label_errors):
+            gradient = gradient + errors.T @ states
+            tokens += sum(lengths)
+        for states, errors, lengths in parts(rows, _teacher_errors):
+            values = ((errors @ (gradient / tokens)) * states).sum(-1)
+            scores += [float(part.mean()) for part in values.split(lengths)]
     return scores
 
 # %% ../../nbs/6_beyond_text/08b_data_selection.ipynb #sel-paraphrase
@@ -211,17 +209,6 @@ def _with_text(row: TextRow, text: str, name: str) -> TextRow:
         return replace(row, id=name, prompt=text)
     last = dict(row.prompt[-1], content=text)
     return replace(row, id=name, prompt=(*row.prompt[:-1], last))
-
-
-def _asked(write: Callable[[list[str]], list[str]], prompts: list[str]) -> list[str]:
-    texts = list(write(prompts))
-    if len(texts) != len(prompts) or not all(isinstance(text, str) for text in texts):
-        raise UserError(
-            f"the teacher gave {len(texts)} texts for {len(prompts)} prompts, or not only texts",
-            where="write",
-            fix="The callable returns one text for each prompt, in their order.",
-        )
-    return [" ".join(text.split()) for text in texts]
 
 # %% ../../nbs/6_beyond_text/08b_data_selection.ipynb #sel-paraphrase-2
 def paraphrase_rows(
@@ -246,17 +233,16 @@ def paraphrase_rows(
             ask = ASKS[(first + copy) % len(ASKS)]
             jobs.append((f"{row.id}-said-{copy}", row, ask.format(text=_text_of(row))))
     identity = {"teacher": name, "asked": stable_hash([[id, ask] for id, _, ask in jobs])}
+
+    def said_of(part: list[tuple[str, str]]) -> list[dict]:
+        texts = texts_of(write, [ask for _, ask in part])
+        return [{"id": id, "text": " ".join(t.split())} for (id, _), t in zip(part, texts)]
+
     with AnswerFile(path, identity).open() as answers:
         there = {line["id"] for line in answers.rows}
         todo = [(id, ask) for id, _, ask in jobs if id not in there]
-        if not todo:
-            answers.finish()
-        else:
-            with answers.session():
-                for start in progress(range(0, len(todo), chunk), desc="paraphrases"):
-                    part = todo[start : start + chunk]
-                    texts = _asked(write, [ask for _, ask in part])
-                    answers.append([{"id": i, "text": t} for (i, _), t in zip(part, texts)])
+        parts = [todo[start : start + chunk] for start in range(0, len(todo), chunk)]
+        answers.fill(parts, said_of, desc="paraphrases")
         said = {line["id"]: line["text"] for line in answers.rows}
     kept, seen = [], {" ".join(_text_of(row).lower().split()) for row in rows}
     for id, row, ask in jobs:

@@ -28,7 +28,7 @@ from kd_notes.data.posts import (
     VERDICTS,
 )
 from ..data.rows import TextRow
-from ..generation.completions import AnswerFile
+from ..generation.completions import open_answers, texts_of
 from ..training.batches import Batch, causal_batch, target_nll
 from ..training.method import SFT
 
@@ -253,7 +253,6 @@ def read_pictures(
     for id, picture in pictures.items():
         if isinstance(picture, (str, Path)):
             opened(id)
-    done: dict[str, Seen] = {}
 
     def look(ids: Sequence[str]) -> list[dict]:
         images = [opened(id) for id in ids]
@@ -261,25 +260,13 @@ def read_pictures(
         found = zip(ids, map(read, images), captions, strict=True)
         return [{"id": id, "sign": sign, "caption": words} for id, sign, words in found]
 
-    def rest() -> Iterable[list[str]]:
-        ids = [id for id in pictures if id not in done]
-        return (ids[i : i + batch] for i in range(0, len(ids), batch))
-
-    def keep(rows: Sequence[Mapping]) -> None:
-        done.update({row["id"]: Seen(row["sign"], row["caption"]) for row in rows})
-
-    if path is None:
-        for ids in rest():
-            keep(look(ids))
-        return {id: done[id] for id in pictures}
-    file = AnswerFile(path, {"pictures": stable_hash(sorted(pictures)), "read": identity})
-    with file.open():
-        keep(file.rows)
-        with file.session():
-            for ids in rest():
-                file.append(rows := look(ids))
-                keep(rows)
-    return {id: done[id] for id in pictures}
+    job = {"pictures": stable_hash(sorted(pictures)), "read": identity}
+    with open_answers(path, job) as answers:
+        there = {row["id"] for row in answers.rows}
+        left = [id for id in pictures if id not in there]
+        answers.fill([left[i : i + batch] for i in range(0, len(left), batch)], look)
+        seen = {row["id"]: Seen(row["sign"], row["caption"]) for row in answers.rows}
+    return {id: seen[id] for id in pictures}
 
 # %% ../../nbs/6_beyond_text/13_evidence.ipynb #3e426f17
 def evidence_rows(
@@ -309,9 +296,9 @@ def evidence_rows(
         query = f"{post.text} {found.sign} {found.caption}"
         evidence = store.search(query, None if leak else post.date, k)
         parts.append((post, found.sign, found.caption, evidence))
-    answers = write([instruction(*part, part[0].label if tell else "") for part in parts])
+    prompts = [instruction(*part, part[0].label if tell else "") for part in parts]
     rows = []
-    for part, answer in zip(parts, answers, strict=True):
+    for part, answer in zip(parts, texts_of(write, prompts)):
         label, reason = parse_answer(answer)
         label = part[0].label if tell else label
         text = f"{reason} So it is {label}." if first == "reason" else f"{label}. {reason}"

@@ -7,7 +7,6 @@ __all__ = ['Part', 'GKDConfig', 'GKD']
 
 # %% ../../nbs/5_own_words/04_gkd.ipynb #9c493b70
 import math
-import os
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Iterable
 
@@ -15,10 +14,12 @@ import torch
 from torch import Tensor
 
 from ..core import rng, UserError
-from ..losses.divergences import at_least_float32, DIVERGENCES, token_divergence
+from ..losses.divergences import _options, at_least_float32, DIVERGENCES, token_divergence
 from ..losses.sparse import coarse_logits, SUPPORTED
 from .on_policy import from_source, OnPolicy, OnPolicyConfig, Term
 from .rollouts import Response, SOURCES, token_logprobs
+from ..models.pretrained import evaluating
+from ..training.processes import processes
 from ..training.state import TrainState
 
 # %% ../../nbs/5_own_words/04_gkd.ipynb #53a37089
@@ -273,7 +274,7 @@ class DivergenceOnPolicy(OnPolicy):
             alpha = columns["skew"][about] if self.config.own_skew else part.options["alpha"]
             return skew_values(student, teacher, alpha, part.divergence == "skew_reverse_kl")
         options = dict(part.options)
-        if part.divergence in ("dkd", "atkd", "label_revision"):
+        if "target_ids" in _options(DIVERGENCES[part.divergence]):
             options["target_ids"] = ids
         return token_divergence(part.divergence, student, teacher, **options)
 
@@ -292,20 +293,18 @@ def _mean_probabilities(model, responses: list[Response], method: OnPolicy) -> l
 
 def set_skew(responses: list[Response], student, method: DivergenceOnPolicy) -> None:
     "Set `skew` of fresh responses (DistiLLM-2, section 3.3)."
-    training = student.training
-    student.eval()  # as in sampling: dropout would change the probabilities
     sides = (("teacher", method.teacher, student), ("student", student, method.teacher))
     for source, own, other in sides:
         written = [response for response in responses if response.source == source]
         parts = [part for part in method.config.parts if part.source == source]
         base = parts[0].options["alpha"]
-        likely = _mean_probabilities(own, written, method)
-        unlikely = _mean_probabilities(other, written, method)
+        with evaluating(student):  # as in sampling: dropout would change the probabilities
+            likely = _mean_probabilities(own, written, method)
+            unlikely = _mean_probabilities(other, written, method)
         gaps = [a - b for a, b in zip(likely, unlikely)]
         reference = method.reference_gap.setdefault(source, sum(gaps) / len(gaps))
         for response, gap in zip(written, gaps):
             response.skew = min(max(1 - (1 - base) * reference / (gap + 1e-5), 0.01), base)
-    student.train(training)
 
 # %% ../../nbs/5_own_words/04_gkd.ipynb #gkd-class
 class GKD(DivergenceOnPolicy):
@@ -345,9 +344,9 @@ class GKD(DivergenceOnPolicy):
             self.replay = (self.replay + own)[-self.config.capacity :]
         if self.config.own_skew:
             set_skew(responses, student, self)
-        alone = int(os.environ.get("WORLD_SIZE") or 1) == 1
-        if alone and hasattr(self.teacher, "prefetch"):  # all at once, not batch by batch
-            self.teacher.prefetch([(r.prompt, r.tokens) for r in responses])
+        if hasattr(self.teacher, "prefetch"):
+            asked = responses if processes() == 1 else []  # several ask batch by batch
+            self.teacher.prefetch([(r.prompt, r.tokens) for r in asked])
 
     def on_validate(self, state: TrainState, metrics: dict) -> None:
         loss = metrics.get("loss", -metrics["score"])

@@ -8,6 +8,7 @@ __all__ = ['Writing', 'write_responses']
 # %% ../../nbs/4_probabilities/09_seqkd.ipynb #3a04d585
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from ..checks import check_count, check_fields
@@ -27,7 +28,6 @@ from ..generation.completions import AnswerFile
 from ..generation.engine import end_tokens
 from ..generation.sampling import sample, Sampling
 from ..models.pretrained import load_teacher, vocabulary_size, weights_hash
-from ..progress import progress
 
 # %% ../../nbs/4_probabilities/09_seqkd.ipynb #e8d6afd5
 @dataclass(frozen=True)
@@ -115,14 +115,9 @@ def write_responses(
     with AnswerFile(path, job).open() as answers:
         there = {line["id"] for line in answers.rows}
         todo = [row for row in rows if row.id not in there]
-        starts = range(0, len(todo), chunk)
-        if todo:
-            with answers.session():
-                for start in progress(starts, desc="teacher's answers", unit=f"x{chunk}"):
-                    part = todo[start : start + chunk]
-                    answers.append(responses_of(teacher, tokenizer, part, writing))
-        else:
-            answers.finish()
+        parts = [todo[start : start + chunk] for start in range(0, len(todo), chunk)]
+        ask = partial(responses_of, teacher, tokenizer, writing=writing)
+        answers.fill(parts, ask, desc="teacher's answers", unit=f"x{chunk}")
         done = {line["id"]: line for line in answers.rows}
     answered = []
     for row in rows:

@@ -194,16 +194,12 @@ def first_scores(server: LogprobServer, ids: list[int]) -> tuple[list[TokenScore
         if not session.ledger.set_aside:
             raise
         trouble = session.ledger.set_aside[-1][1]
-        if trouble.status < 400 or trouble.status in (401, 402, 403, 404, 408, 429):
+        if not 400 <= trouble.status < 500 or trouble.status in (401, 402, 403, 404, 408, 429):
             raise
-        return [], error if trouble.status < 500 else _raise(error)
+        return [], error
     if isinstance(found, Completion):
         return [], UserError(found.error or "refused", where=server.base_url, fix="See its log.")
     return [found], None
-
-
-def _raise(error: UserError) -> None:
-    raise error
 
 
 def find_form(server: LogprobServer, ids: list[int]) -> TokenScores:
@@ -259,12 +255,11 @@ def server_tokens(server: LogprobServer, text: str) -> list[int] | None:
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:
         answer = httpx.post(f"{root}/tokenize", json=body, headers=headers, timeout=20)
-        tokens = answer.json()["tokens"]
+        tokens = list(answer.json()["tokens"])
     except (httpx.HTTPError, ValueError, LookupError, TypeError):
         return None
-    if answer.status_code != 200 or not all(type(token) is int for token in tokens):
-        return None
-    return tokens
+    known = answer.status_code == 200 and all(type(token) is int for token in tokens)
+    return tokens if known else None
 
 
 def other_pieces(tokenizer: Any, pieces: dict[int, str]) -> tuple | None:
@@ -319,10 +314,11 @@ class _ScoredRows(torch.nn.Module):
         "Return ids, log_probs, tail and chosen of rows (prompt, completion); None: refused."
         keys = [(tuple(prompt), tuple(completion)) for prompt, completion in rows]
         missing = [key for key in dict.fromkeys(keys) if key not in self.known]
-        asked = [(list(prompt), list(completion)) for prompt, completion in missing]
         parts = defaultdict(list)
-        for part in self.server.scores(asked):
-            parts[missing[int(part.id)]].append(part)
+        if missing:  # a session has its own thread and client
+            asked = [(list(prompt), list(completion)) for prompt, completion in missing]
+            for part in self.server.scores(asked):
+                parts[missing[int(part.id)]].append(part)
         for key, found in parts.items():
             self.known[key] = self._joined(key, found)
         return [self.known[key] for key in keys]

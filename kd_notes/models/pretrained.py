@@ -356,12 +356,23 @@ def load_pretrained(
     model.name_or_path = model.config.name_or_path = name
     return model.to(place_of(device)), tokenizer
 
-# %% ../../nbs/2_playground/09_pretrained.ipynb #4a238291
+# %% ../../nbs/2_playground/09_pretrained.ipynb #854b7194
 def freeze(model):
     "Set evaluation mode, disable gradients, and return the model."
     return model.eval().requires_grad_(False)
 
 
+@contextmanager
+def evaluating(model) -> Iterator[None]:
+    "Set evaluation mode inside the block, and restore the mode after it."
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+# %% ../../nbs/2_playground/09_pretrained.ipynb #4a238291
 def merge_adapters(model):
     """Merge LoRA adapters into the weights of the model, and return it.
 

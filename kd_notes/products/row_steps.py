@@ -83,11 +83,13 @@ class RowWork:
         with AnswerFile(self.request.work / "written.jsonl", identity).open() as answers:
             done = {row["id"] for row in answers.rows}
             todo = [name for name in names if name not in done]
-            with answers.session():
-                for start in range(0, len(todo), CHUNK):
-                    part = todo[start : start + CHUNK]
-                    texts = self.write([asked[name] for name in part], f"{part[0]}")
-                    answers.append([{"id": i, "text": text} for i, text in zip(part, texts)])
+            parts = [todo[start : start + CHUNK] for start in range(0, len(todo), CHUNK)]
+
+            def ask(part: list[str]) -> list[dict]:
+                texts = self.write([asked[name] for name in part], part[0])
+                return [{"id": id, "text": text} for id, text in zip(part, texts)]
+
+            answers.fill(parts, ask)
             texts = {row["id"]: row["text"] for row in answers.rows}
         return [texts[name] for name in names]
 

@@ -531,6 +531,9 @@ def test_what_is_missing_is_said(monkeypatch, tmp_path):
         GeneratedRows().parameters(task="jokes", arm="band", seed=0)
     with pytest.raises(UserError, match="there is no arm"):
         GeneratedRows().parameters(task="remarks", arm="best", seed=0)
+    with pytest.raises(UserError, match="'tset' is no set to score on"):
+        wrong = {"arm": "band", "seed": 0, "lr": 0.1, "written": 0, "score_on": "tset"}
+        GeneratedStudents().parameters(task="remarks", **wrong)
     monkeypatch.delenv("KD_NOTES_DATA", raising=False)
     with pytest.raises(UserError, match="sst2_train.jsonl is not part of this package"):
         real_inputs("reviews")

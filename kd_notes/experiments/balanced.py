@@ -307,10 +307,9 @@ class BalancedStudents(Experiment):
     Settings = BalancedSettings
 
     def complete(self, run: dict) -> dict:
-        if run["data"] not in _LEARNERS or run["score_on"] not in ("test", "validation"):
-            what = f"{run['data']!r} scored on {run['score_on']!r} is not known"
-            fix = "Use data='questions' or 'clinc', and score_on='test' or 'validation'."
-            raise UserError(what, where="BalancedStudents", fix=fix)
+        if run["data"] not in _LEARNERS:
+            fix = f"Use one of {', '.join(_LEARNERS)}."
+            raise UserError(f"there are no rows {run['data']!r}", where="data", fix=fix)
         return run
 
     def inputs(self, run: dict) -> dict[str, str]:

@@ -52,6 +52,7 @@ def complete_parameters(kind: type, given: dict, where: str) -> dict:
 # %% ../../nbs/7_engine_room/07_base.ipynb #base-unt
 # Arms without training, for comparison: the teacher, and the student before distillation.
 UNTRAINED = {"teacher": "teacher", "start": "student before distillation"}
+SCORED = ("test", "validation")  # what the setting score_on may be, where an experiment has it
 
 # %% ../../nbs/7_engine_room/07_base.ipynb #base-work
 def work_done(method: Any, result: Any) -> dict[str, int]:
@@ -109,7 +110,14 @@ class _Contract(ABC):
                 where=self.name,
                 fix=f"Choose one of {', '.join(self.arms)}.",
             )
-        return self.complete(complete_parameters(self.Settings, settings, self.name))
+        run = complete_parameters(self.Settings, settings, self.name)
+        if run.get("score_on", "test") not in SCORED:
+            raise UserError(
+                f"{run['score_on']!r} is no set to score on",
+                where="score_on",
+                fix=f"Use {' or '.join(map(repr, SCORED))}.",
+            )
+        return self.complete(run)
 
     def complete(self, run: dict) -> dict:
         "Fill in the parameters that depend on other ones."

@@ -33,7 +33,6 @@ from kd_notes.experiments.generation_tasks import (
     real_inputs,
     remark_tokenizer,
     remarks,
-    review_file,
     SUBJECTS,
     true_label,
 )
@@ -538,7 +537,8 @@ def test_what_is_missing_is_said(monkeypatch, tmp_path):
     with pytest.raises(UserError, match="sst2_train.jsonl is not part of this package"):
         real_inputs("reviews")
     monkeypatch.setenv("KD_NOTES_DATA", str(tmp_path))
-    with pytest.raises(UserError, match="not here"):
-        review_file("sst2_dev.jsonl")
+    (tmp_path / "sst2_train.jsonl").write_text("", encoding="utf-8")
+    with pytest.raises(UserError, match="sst2_dev.jsonl is not .*not here.*goemotions_dev.jsonl"):
+        real_inputs("reviews")
     assert real_inputs("remarks") == {}
     assert {arm.feedback for arm in GENERATION_ARMS.values()} == {*FEEDBACK, ""}

@@ -25,7 +25,7 @@ from kd_notes.data.domains import (
     tail_sizes,
 )
 from kd_notes.experiments.balanced import BalancedBase, BalancedStudents
-from kd_notes.experiments.balanced_intents import IntentHead
+from kd_notes.experiments.balanced_intents import ClincBank, IntentHead
 from kd_notes.methods.balanced import (
     Balanced,
     fresh_students,
@@ -573,6 +573,16 @@ def test_a_start_is_read_back_as_it_was_trained_and_damage_is_one_clear_error(
     (bases.folder(run) / "model.safetensors").write_bytes(b"half a file")
     with pytest.raises(UserError, match="model.safetensors: the model cannot be read"):
         bases.model(run)
+
+
+def test_starts_and_the_bank_of_sentences_are_made_before_the_students():
+    students = BalancedStudents()
+    asked = {"questions": {"base": {"steps": 3}}, "clinc": {"largest": 30, "smallest": 2}}
+    runs = [students.parameters(arm="active", data=d, **more) for d, more in asked.items()]
+    (base, starts), (bank, banks) = students.before(runs)
+    assert isinstance(base, BalancedBase) and starts == [base.parameters(steps=3)]
+    assert isinstance(bank, ClincBank) and banks == [bank.parameters(largest=30, smallest=2)]
+    assert students.before([]) == []
 
 
 def test_settings_of_the_experiment_are_checked():

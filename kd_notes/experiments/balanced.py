@@ -26,7 +26,7 @@ from kd_notes.data.domains import (
     tail_sizes,
 )
 from .base import Experiment, ModelRuns, optional
-from .balanced_intents import IntentHead, Intents
+from .balanced_intents import bank_of, ClincBank, IntentHead, Intents
 from ..generation.sampling import sample, Sampling
 from kd_notes.methods.balanced import (
     Balanced,
@@ -300,7 +300,9 @@ class BalancedStudents(Experiment):
 
     def before(self, runs: list[dict]) -> list[tuple[Experiment, list[dict]]]:
         bases = [BalancedBase().parameters(**r["base"]) for r in runs if r["data"] == "questions"]
-        return [(BalancedBase(), bases)] if bases else []
+        banks = [bank_of(run) for run in runs if run["data"] == "clinc"]
+        needed = [(BalancedBase(), bases), (ClincBank(), banks)]
+        return [(kind, some) for kind, some in needed if some]
 
     def train(self, run: dict, folder: Path) -> dict:
         learner = _LEARNERS[run["data"]](run)

@@ -140,14 +140,19 @@ class IntentHead(torch.nn.Module):
         return self.head(self.dropout(states))
 
 
+def bank_of(run: dict) -> dict:
+    "Return the parameters of the bank that a student's run needs."
+    names = ("intents", "largest", "smallest", "layers")
+    return ClincBank().parameters(**{name: run[name] for name in names if name in run})
+
+
 class Intents:
     "The intents as labels, the states of all sentences, and how a network learns them."
 
     def __init__(self, run: dict):
         self.run = run
         kind = ClincBank()
-        names = ("intents", "largest", "smallest", "layers")
-        bank = kind.parameters(**{name: run[name] for name in names if name in run})
+        bank = bank_of(run)
         self.parts = kind.parts(bank)
         self.written, self.places, features = kind.load(bank)
         self.names = sorted(self.written)

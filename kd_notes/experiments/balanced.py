@@ -301,8 +301,7 @@ class BalancedStudents(Experiment):
     def before(self, runs: list[dict]) -> list[tuple[Experiment, list[dict]]]:
         bases = [BalancedBase().parameters(**r["base"]) for r in runs if r["data"] == "questions"]
         banks = [bank_of(run) for run in runs if run["data"] == "clinc"]
-        needed = [(BalancedBase(), bases), (ClincBank(), banks)]
-        return [(kind, some) for kind, some in needed if some]
+        return [pair for pair in ((BalancedBase(), bases), (ClincBank(), banks)) if pair[1]]
 
     def train(self, run: dict, folder: Path) -> dict:
         learner = _LEARNERS[run["data"]](run)

@@ -122,6 +122,12 @@ class ClincBank(Experiment):
         features = torch.from_numpy(np.load(folder / "features.npy")).float()
         return read_json(folder / "bank.json"), places, features
 
+# %% ../../nbs/6_beyond_text/11_balanced_intents.ipynb #bank-of
+def bank_of(run: dict) -> dict:
+    "Return the parameters of the bank that a student's run needs."
+    names = ("intents", "largest", "smallest", "layers")
+    return ClincBank().parameters(**{name: run[name] for name in names if name in run})
+
 # %% ../../nbs/6_beyond_text/11_balanced_intents.ipynb #b0f990ec
 class IntentHead(torch.nn.Module):
     "One hidden layer over frozen states: (B, 1) places in the features -> (B, intents)."
@@ -138,12 +144,6 @@ class IntentHead(torch.nn.Module):
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         states = self.hidden(self.dropout(self.features[input_ids[:, 0]])).relu()
         return self.head(self.dropout(states))
-
-
-def bank_of(run: dict) -> dict:
-    "Return the parameters of the bank that a student's run needs."
-    names = ("intents", "largest", "smallest", "layers")
-    return ClincBank().parameters(**{name: run[name] for name in names if name in run})
 
 
 class Intents:

@@ -24,8 +24,8 @@ from kd_notes.data.domains import (
     noisy_teacher,
     tail_sizes,
 )
-from kd_notes.experiments.balanced import BalancedStudents
-from kd_notes.experiments.balanced_intents import IntentHead
+from kd_notes.experiments.balanced import BalancedBase, BalancedStudents
+from kd_notes.experiments.balanced_intents import ClincBank, IntentHead
 from kd_notes.methods.balanced import (
     Balanced,
     fresh_students,
@@ -552,6 +552,37 @@ def test_every_arm_gets_the_same_calls_and_learns_from_them(tmp_path, monkeypatc
             assert made["written"] == 0
         if arm == "naive":
             assert made["written"] > 0
+
+
+def test_a_start_is_read_back_as_it_was_trained_and_damage_is_one_clear_error(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setenv("KD_NOTES_CACHE", str(tmp_path))
+    bases = BalancedBase()
+    run = bases.parameters(steps=1, size="xxs")
+    keep, trained = BalancedBase.keep, []
+
+    def remembered(self, model, folder):
+        trained.append(model)
+        keep(self, model, folder)
+
+    monkeypatch.setattr(BalancedBase, "keep", remembered)
+    read = bases.model(run)
+    assert all(map(torch.equal, read.parameters(), trained[0].parameters()))
+    assert bases.model(run) is not read and len(trained) == 1
+    (bases.folder(run) / "model.safetensors").write_bytes(b"half a file")
+    with pytest.raises(UserError, match="model.safetensors: the model cannot be read"):
+        bases.model(run)
+
+
+def test_starts_and_the_bank_of_sentences_are_made_before_the_students():
+    students = BalancedStudents()
+    asked = {"questions": {"base": {"steps": 3}}, "clinc": {"largest": 30, "smallest": 2}}
+    runs = [students.parameters(arm="active", data=d, **more) for d, more in asked.items()]
+    (base, starts), (bank, banks) = students.before(runs)
+    assert isinstance(base, BalancedBase) and starts == [base.parameters(steps=3)]
+    assert isinstance(bank, ClincBank) and banks == [bank.parameters(largest=30, smallest=2)]
+    assert students.before([]) == []
 
 
 def test_settings_of_the_experiment_are_checked():

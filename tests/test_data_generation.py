@@ -33,7 +33,6 @@ from kd_notes.experiments.generation_tasks import (
     real_inputs,
     remark_tokenizer,
     remarks,
-    review_file,
     SUBJECTS,
     true_label,
 )
@@ -531,11 +530,15 @@ def test_what_is_missing_is_said(monkeypatch, tmp_path):
         GeneratedRows().parameters(task="jokes", arm="band", seed=0)
     with pytest.raises(UserError, match="there is no arm"):
         GeneratedRows().parameters(task="remarks", arm="best", seed=0)
+    with pytest.raises(UserError, match="'tset' is no set to score on"):
+        wrong = {"arm": "band", "seed": 0, "lr": 0.1, "written": 0, "score_on": "tset"}
+        GeneratedStudents().parameters(task="remarks", **wrong)
     monkeypatch.delenv("KD_NOTES_DATA", raising=False)
     with pytest.raises(UserError, match="sst2_train.jsonl is not part of this package"):
         real_inputs("reviews")
     monkeypatch.setenv("KD_NOTES_DATA", str(tmp_path))
-    with pytest.raises(UserError, match="not here"):
-        review_file("sst2_dev.jsonl")
+    (tmp_path / "sst2_train.jsonl").write_text("", encoding="utf-8")
+    with pytest.raises(UserError, match="sst2_dev.jsonl is not .*not here.*goemotions_dev.jsonl"):
+        real_inputs("reviews")
     assert real_inputs("remarks") == {}
     assert {arm.feedback for arm in GENERATION_ARMS.values()} == {*FEEDBACK, ""}

@@ -363,6 +363,9 @@ def test_a_plan_from_given_rates_asks_no_server(task):
     done = CliRunner().invoke(app, [*call, *rates, "--rate", "rows_per_second=8"])
     plan = json.loads(done.stdout)
     assert plan["rows"] == 40 and plan["prompt_tokens"] == 20_000 and plan["from"] == "given rates"
+    three = [*call, *rates, "--rate", "rows_per_second=8", "--samples", "3", "--temperature", "1"]
+    plan = json.loads(CliRunner().invoke(app, three).stdout)
+    assert plan["rows"] == 120 and plan["completion_tokens"] == 7200  # a sample is a row
     assert not (task / "a.jsonl").exists()
     wrong = CliRunner().invoke(app, [*call, *rates])
     assert wrong.exit_code == 2 and "'rows_per_second' is unknown or missing" in wrong.output

@@ -6,13 +6,13 @@
 __all__ = []
 
 # %% ../../nbs/6_beyond_text/10c_domains.ipynb #edbde279
-import os
 import random
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
-from kd_notes.core import read_jsonl, rng, sha256_file, UserError
+from kd_notes.core import read_jsonl, rng, sha256_file
+from kd_notes.data.public import folder_files
 
 # %% ../../nbs/6_beyond_text/10c_domains.ipynb #7e689e92
 # Domain -> what is asked, and what it is asked about: each is one token of the mini tokenizer.
@@ -168,22 +168,9 @@ def noisy_teacher(noise: float, seed: int = 0) -> Callable[[list[str]], list[str
     return lambda prompts: [one(prompt) for prompt in prompts]
 
 # %% ../../nbs/6_beyond_text/10c_domains.ipynb #5d48ef05
-def clinc_files() -> tuple[Path, Path]:
+def clinc_files() -> list[Path]:
     "Return the files of CLINC150. Raises UserError if they are not here."
-    folder = os.environ.get("KD_NOTES_DATA")
-    place = Path(folder or ".").expanduser()
-    paths = (
-        place / "clinc150_imbalanced_train.jsonl",
-        place / "clinc150_imbalanced_val.jsonl",
-    )
-    if not folder or not all(path.is_file() for path in paths):
-        raise UserError(
-            "the intents of CLINC150 are not part of this package, and they are not here",
-            where=place if folder else "KD_NOTES_DATA",
-            fix=f"Set this variable to a folder with {paths[0].name} and {paths[1].name}: one JSON "
-            "object a line with text and label.",
-        )
-    return paths
+    return folder_files("clinc150_imbalanced_train.jsonl", "clinc150_imbalanced_val.jsonl")
 
 
 def clinc_tail(intents: int, largest: int, smallest: int) -> dict[str, list[dict]]:

@@ -51,6 +51,21 @@ def _folder_files(spec: RealSet, folder: Path | str | None = None) -> dict[str, 
             )
     return paths
 
+# %% ../../nbs/2_playground/05_public.ipynb #own-files
+def folder_files(*names: str, fields: str = "text and label") -> list[Path]:
+    "Return the paths of files in KD_NOTES_DATA. Raises UserError if one of them is not here."
+    folder = os.environ.get("KD_NOTES_DATA")
+    paths = [Path(folder or ".").expanduser() / name for name in names]
+    absent = [path for path in paths if not folder or not path.is_file()]
+    if absent:
+        raise UserError(
+            f"{absent[0].name} is not part of this package, and it is not here",
+            where=absent[0] if folder else "KD_NOTES_DATA",
+            fix=f"Set this variable to a folder with {' and '.join(names)}: "
+            f"one JSON object a line with {fields}.",
+        )
+    return paths
+
 # %% ../../nbs/2_playground/05_public.ipynb #3820d1b8
 def _hub_target(spec: RealSet) -> tuple[str, dict]:
     "Return the arguments of datasets.load_dataset: a hub id, or a folder in KD_NOTES_HUB."

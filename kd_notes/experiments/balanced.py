@@ -7,14 +7,14 @@ __all__ = []
 
 # %% ../../nbs/6_beyond_text/11b_balanced_runs.ipynb #fd1b6d66
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.torch import load_file, save
 
-from ..core import atomic_write, UserError
+from ..core import UserError
 from ..data.answers import pack_bits
 from kd_notes.data.domains import (
     answer_of,
@@ -25,8 +25,8 @@ from kd_notes.data.domains import (
     noisy_teacher,
     tail_sizes,
 )
-from .base import Experiment, optional
-from .balanced_intents import IntentHead, Intents
+from .base import Experiment, ModelRuns, optional
+from .balanced_intents import bank_of, ClincBank, IntentHead, Intents
 from ..generation.sampling import sample, Sampling
 from kd_notes.methods.balanced import (
     Balanced,
@@ -80,7 +80,7 @@ class BalancedBaseSettings:
     seed: int = 0
 
 
-class BalancedBase(Experiment):
+class BalancedBase(ModelRuns):
     "A mini model that has read questions and reasons about other things, in model.safetensors."
 
     name = "balanced_base"
@@ -98,35 +98,19 @@ class BalancedBase(Experiment):
         # A fifth of the answers stand alone: without that, an answer alone is always absurd.
         for row in rows[::5]:
             row["prompt"] = [tokenizer.bos_token_id]
-        model = mini_model(
-            "causal",
-            run["size"],
-            len(tokenizer),
-            run["seed"],
-        )
+        model = self.network(run)
         cfg = TrainConfig(
             max_steps=run["steps"], batch_size=64, lr=run["lr"], warmup=0.05, device="cpu"
         )
         train(model, method, rows, cfg)
-        weights = {name: tensor.clone() for name, tensor in model.named_parameters()}
-        atomic_write(folder / "model.safetensors", save(weights))
+        self.keep(model, folder)
         return {
             "parameters": count_parameters(model),
             "right": _share(model, list_rows(100, seed=7)),
         }
 
-    def load(self, **settings: Any) -> Any:
-        "Return the model; it is trained now if it is not in the cache."
-        run = self.parameters(**settings)
-        self.cached(run)
-        model = mini_model(
-            "causal",
-            run["size"],
-            len(load_mini_tokenizer()),
-            run["seed"],
-        )
-        model.load_state_dict(load_file(self.folder(run) / "model.safetensors"), strict=False)
-        return model
+    def network(self, run: dict) -> Any:
+        return mini_model("causal", run["size"], len(load_mini_tokenizer()), run["seed"])
 
 # %% ../../nbs/6_beyond_text/11b_balanced_runs.ipynb #8e640eb2
 def _replies(model: Any, prompts: Sequence[str], max_new_tokens: int = 12) -> list[str]:
@@ -202,14 +186,8 @@ def _questions(run: dict) -> _Learner:
     tests["validation"] = domain_questions(dict.fromkeys(names, 15), "validation", held)
     held |= {row["prompt"] for row in tests["validation"]}
     sizes = tail_sizes(run["largest"], run["smallest"], names)
-    base = BalancedBase().load(**run["base"])
-
-    def load() -> Any:
-        model = mini_model(
-            "causal", BalancedBase().parameters(**run["base"])["size"], len(tokenizer), 0
-        )
-        model.load_state_dict(base.state_dict())
-        return model
+    bases = BalancedBase()
+    base = bases.model(bases.parameters(**run["base"]))
 
     def fit(model: Any, rows: list[dict], steps: int) -> Any:
         cfg = TrainConfig(
@@ -236,7 +214,7 @@ def _questions(run: dict) -> _Learner:
         domain_questions(sizes, run["seed"], held),
         tests[run["score_on"]],
         write,
-        load,
+        lambda: deepcopy(base),
         fit,
         difficulty,
         answers,
@@ -307,10 +285,9 @@ class BalancedStudents(Experiment):
     Settings = BalancedSettings
 
     def complete(self, run: dict) -> dict:
-        if run["data"] not in _LEARNERS or run["score_on"] not in ("test", "validation"):
-            what = f"{run['data']!r} scored on {run['score_on']!r} is not known"
-            fix = "Use data='questions' or 'clinc', and score_on='test' or 'validation'."
-            raise UserError(what, where="BalancedStudents", fix=fix)
+        if run["data"] not in _LEARNERS:
+            fix = f"Use one of {', '.join(_LEARNERS)}."
+            raise UserError(f"there are no rows {run['data']!r}", where="data", fix=fix)
         return run
 
     def inputs(self, run: dict) -> dict[str, str]:
@@ -323,7 +300,8 @@ class BalancedStudents(Experiment):
 
     def before(self, runs: list[dict]) -> list[tuple[Experiment, list[dict]]]:
         bases = [BalancedBase().parameters(**r["base"]) for r in runs if r["data"] == "questions"]
-        return [(BalancedBase(), bases)] if bases else []
+        banks = [bank_of(run) for run in runs if run["data"] == "clinc"]
+        return [pair for pair in ((BalancedBase(), bases), (ClincBank(), banks)) if pair[1]]
 
     def train(self, run: dict, folder: Path) -> dict:
         learner = _LEARNERS[run["data"]](run)

@@ -122,6 +122,12 @@ class ClincBank(Experiment):
         features = torch.from_numpy(np.load(folder / "features.npy")).float()
         return read_json(folder / "bank.json"), places, features
 
+# %% ../../nbs/6_beyond_text/11_balanced_intents.ipynb #bank-of
+def bank_of(run: dict) -> dict:
+    "Return the parameters of the bank that a student's run needs."
+    names = ("intents", "largest", "smallest", "layers")
+    return ClincBank().parameters(**{name: run[name] for name in names if name in run})
+
 # %% ../../nbs/6_beyond_text/11_balanced_intents.ipynb #b0f990ec
 class IntentHead(torch.nn.Module):
     "One hidden layer over frozen states: (B, 1) places in the features -> (B, intents)."
@@ -146,8 +152,7 @@ class Intents:
     def __init__(self, run: dict):
         self.run = run
         kind = ClincBank()
-        names = ("intents", "largest", "smallest", "layers")
-        bank = kind.parameters(**{name: run[name] for name in names if name in run})
+        bank = bank_of(run)
         self.parts = kind.parts(bank)
         self.written, self.places, features = kind.load(bank)
         self.names = sorted(self.written)

@@ -52,6 +52,7 @@ def complete_parameters(kind: type, given: dict, where: str) -> dict:
 # %% ../../nbs/7_engine_room/07_base.ipynb #base-unt
 # Arms without training, for comparison: the teacher, and the student before distillation.
 UNTRAINED = {"teacher": "teacher", "start": "student before distillation"}
+SCORED = ("test", "validation")  # what the setting score_on may be, where an experiment has it
 
 # %% ../../nbs/7_engine_room/07_base.ipynb #base-work
 def work_done(method: Any, result: Any) -> dict[str, int]:
@@ -109,7 +110,14 @@ class _Contract(ABC):
                 where=self.name,
                 fix=f"Choose one of {', '.join(self.arms)}.",
             )
-        return self.complete(complete_parameters(self.Settings, settings, self.name))
+        run = complete_parameters(self.Settings, settings, self.name)
+        if run.get("score_on", "test") not in SCORED:
+            raise UserError(
+                f"{run['score_on']!r} is no set to score on",
+                where="score_on",
+                fix=f"Use {' or '.join(map(repr, SCORED))}.",
+            )
+        return self.complete(run)
 
     def complete(self, run: dict) -> dict:
         "Fill in the parameters that depend on other ones."
@@ -223,3 +231,30 @@ class Experiment(_Stored):
         for (cell, _), result in zip(runs, self.results([run for _, run in runs], **grid)):
             metrics[cell].append(result["metrics"])
         return metrics
+
+# %% ../../nbs/7_engine_room/07_base.ipynb #base-model
+class ModelRuns(Experiment):
+    "A family whose runs are models, with their weights in folder/model.safetensors."
+
+    @abstractmethod
+    def network(self, run: dict) -> Any:
+        "Return the network of a run before its training."
+
+    def keep(self, model: Any, folder: Path) -> None:
+        "Write the weights of a trained model; shared ones are written once."
+        from safetensors.torch import save_model
+
+        save_model(model, str(folder / "model.safetensors"))
+
+    def model(self, run: dict) -> Any:
+        "Return the model of a run, trained now if it is not in the cache."
+        from safetensors.torch import load_model
+
+        from kd_notes.models.pretrained import tensor_errors
+
+        self.cached(run)
+        path = self.folder(run) / "model.safetensors"
+        model = self.network(run)
+        with tensor_errors("the model cannot be read", path, "Delete its folder and run again."):
+            load_model(model, str(path))
+        return model

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kd_notes.core import read_jsonl, UserError
 from kd_notes.data.answers import pack_bits
+from kd_notes.data.images import Images
 from kd_notes.data.rows import TextRow
 from kd_notes.experiments.base import Experiment
 from kd_notes.experiments.generation_tasks import (
@@ -28,6 +29,7 @@ from kd_notes.experiments.generation_tasks import (
     reviews,
     true_label,
 )
+from kd_notes.experiments.images import LearnLabels
 from kd_notes.methods.data_generation import (
     energy,
     FEEDBACK,
@@ -39,29 +41,18 @@ from kd_notes.methods.data_generation import (
 from kd_notes.models.pretrained import count_parameters
 from kd_notes.training.batches import Batch
 from kd_notes.training.loop import train
-from kd_notes.training.method import Method
 from kd_notes.training.state import TrainConfig
 
 # %% ../../nbs/6_beyond_text/07b_data_generation_runs.ipynb #dg7b-005
-class LearnRows(Method):
+class LearnRows(LearnLabels):
     "Symmetric cross-entropy of the labels of rows. An item is the number of a row."
 
     def __init__(self, inputs: Tensor, labels: Tensor, alpha: float, beta: float):
-        self.inputs, self.labels = inputs, labels
+        super().__init__(Images(inputs, labels))  # a picture, there, is any tensor with a class
         self.alpha, self.beta = alpha, beta
 
-    def num_tokens(self, item: int) -> int:
-        return 1
-
-    def collate(self, items: list[int]) -> Batch:
-        rows = torch.tensor(items)
-        return Batch({"inputs": self.inputs[rows], "labels": self.labels[rows]})
-
-    def token_counts(self, batch: Batch) -> dict[str, int]:
-        return {"loss": len(batch["labels"])}
-
     def loss_sums(self, model, batch: Batch) -> dict[str, Tensor]:
-        logits = model(batch["inputs"])
+        logits = model(batch["pixels"])
         weights = (self.alpha, self.beta)
         return {"loss": symmetric_cross_entropy(logits, batch["labels"], *weights).sum()}
 

@@ -390,7 +390,7 @@ def planned(
     "Return the plan; without given rates or rows in the file, extract a few rows first."
     given = dict(given)
     shard_rows = given.pop("shard_rows", 50_000)
-    count = given.pop("rows", None) or asked.count(limit)
+    count = (given.pop("rows", None) or asked.count(limit)) * decoding.n
     if given:
         return extraction_plan(count, _given_rates(given), shard_rows)
     rates = measured_rates(place)
@@ -402,7 +402,7 @@ def planned(
     if rates is None:
         fix = "Give --rate prompt_tokens=..., completion_tokens=... and rows_per_second=..."
         raise UserError("the server counts no tokens", where=str(place), fix=fix)
-    return extraction_plan(count * decoding.n, rates, shard_rows)
+    return extraction_plan(count, rates, shard_rows)
 
 # %% ../../nbs/3_reasons/05_extraction.ipynb #555a584a
 def _given_rates(given: dict) -> Rates:

@@ -6,7 +6,6 @@
 __all__ = []
 
 # %% ../../nbs/6_beyond_text/07_data_generation_tasks.ipynb #dg07-002
-import os
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_model, save_model
 from torch import Tensor
 
 from kd_notes.checksums import verify_checksums
@@ -27,17 +25,17 @@ from kd_notes.core import (
     rng,
     sha256_file,
     stable_hash,
-    UserError,
 )
+from kd_notes.data.public import folder_files
 from kd_notes.data.rows import TextRow
-from kd_notes.experiments.base import Experiment
+from kd_notes.experiments.base import ModelRuns
 from kd_notes.experiments.scoring import lower_layers
 from kd_notes.generation.backends import LocalBackend, open_backend
 from kd_notes.generation.completions import Decoding
 from kd_notes.methods.data_generation import WritingTask
 from kd_notes.methods.scoring import WordScorer
 from kd_notes.models.mini import mini_model
-from kd_notes.models.pretrained import count_parameters, tensor_errors
+from kd_notes.models.pretrained import count_parameters
 from kd_notes.training.batches import pad_rows
 from kd_notes.training.loop import train
 from kd_notes.training.method import SFT
@@ -190,11 +188,11 @@ class RemarkTeacherSettings:
     size: str = "xs"
 
 
-class RemarkTeachers(Experiment):
+class RemarkTeachers(ModelRuns):
     "Teachers of the embedded world, in folder/model.safetensors."
 
     name = "generation_teacher"
-    module = "experiments.data_generation"
+    module = "experiments.generation_tasks"
     Settings = RemarkTeacherSettings
 
     def train(self, run: dict, folder: Path) -> dict:
@@ -207,7 +205,7 @@ class RemarkTeachers(Experiment):
         settings = {"max_steps": run["steps"], "batch_size": 32, "lr": 3e-3, "warmup": 0.05}
         cfg = TrainConfig(**settings, schedule="cosine", seed=run["seed"], device="cpu")
         train(model, SFT(remark_tokenizer()), pages, cfg)
-        save_model(model, str(folder / "model.safetensors"))
+        self.keep(model, folder)
         return {"parameters": count_parameters(model)}
 
     def network(self, run: dict) -> torch.nn.Module:
@@ -215,12 +213,7 @@ class RemarkTeachers(Experiment):
 
     def load(self, run: dict) -> LocalBackend:
         "Return a teacher from the cache, or train it now."
-        self.cached(run)
-        path = self.folder(run) / "model.safetensors"
-        model = self.network(run)
-        with tensor_errors("the teacher cannot be read", path, "Delete its folder and run again."):
-            load_model(model, str(path))
-        return LocalBackend(model, remark_tokenizer(), name="remarks")
+        return LocalBackend(self.model(run), remark_tokenizer(), name="remarks")
 
 # %% ../../nbs/6_beyond_text/07_data_generation_tasks.ipynb #dg07-013
 REVIEW_TASK = WritingTask(
@@ -235,31 +228,24 @@ FEELINGS = {
 REVIEW_FILES = ("sst2_train.jsonl", "sst2_dev.jsonl", "goemotions_dev.jsonl")
 
 
-def review_file(name: str) -> Path:
-    "Return a file of KD_NOTES_DATA. Raises UserError if it is not here."
-    folder = os.environ.get("KD_NOTES_DATA")
-    path = Path(folder or ".").expanduser() / name
-    if not folder or not path.is_file():
-        raise UserError(
-            f"{name} is not part of this package, and it is not here",
-            where=path if folder else "KD_NOTES_DATA",
-            fix="Set this variable to a folder with it: one JSON object a line, with text and label.",
-        )
-    return path
+def review_files() -> list[Path]:
+    "Return the files of REVIEW_FILES. Raises UserError if one of them is not here."
+    return folder_files(*REVIEW_FILES, fields="id, text, and label (goemotions: labels)")
 
 
 def real_inputs(task: str) -> dict[str, str]:
     "Return {file: checksum} of a task's real files."
-    names = REVIEW_FILES if task == "reviews" else ()
-    return {name: sha256_file(review_file(name)) for name in names}
+    paths = review_files() if task == "reviews" else ()
+    return {path.name: sha256_file(path) for path in paths}
 
 
 @lru_cache
 def reviews(part: str, n: int) -> list[TextRow]:
     "Return n sentences of SST-2 ('train', 'validation', 'test') or of GoEmotions ('elsewhere')."
+    train, test, elsewhere = review_files()
     if part == "elsewhere":
         rows = []
-        for row in read_jsonl(review_file("goemotions_dev.jsonl")):
+        for row in read_jsonl(elsewhere):
             found = [label for label, names in FEELINGS.items() if row["labels"][0] in names]
             if len(row["labels"]) == 1 and found:
                 rows.append(TextRow(row["id"], row["text"], found[0]))
@@ -267,7 +253,7 @@ def reviews(part: str, n: int) -> list[TextRow]:
         # as many of each label, so that the most frequent label says nothing
         both = [[row for row in rows if row.completion == x] for x in REVIEW_TASK.labels]
         return [row for pair in zip(*both) for row in pair][:n]
-    lines = read_jsonl(review_file("sst2_dev.jsonl" if part == "test" else "sst2_train.jsonl"))
+    lines = read_jsonl(test if part == "test" else train)
     rows = [TextRow(row["id"], row["text"], row["label"]) for row in lines]
     rng("reviews", False).shuffle(rows)
     start = 4000 if part == "validation" else 0

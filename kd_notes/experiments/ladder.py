@@ -24,25 +24,24 @@ from .scarce_models import OPTIMIZER, SCARCE_TEACHER, ScarceModels
 from .scarce_world import short
 from ..losses.adaptive import head_weight
 from ..losses.decoupled import log_uncertainty
-from ..losses.divergences import ELSEWHERE, get_divergence, token_divergence
-from ..methods.logit_kd import KD, TeacherSignal
+from ..losses.divergences import ELSEWHERE
+from ..methods.logit_kd import KD, LiveTeacher
 from ..methods.prompts import encode_prompts
-from ..models.pretrained import count_parameters, freeze
+from ..models.pretrained import count_parameters
 from ..training.batches import Batch, causal_batch, target_logits
 from ..training.loop import train
 from ..training.state import Callback, TrainConfig
 
 # %% ../../nbs/5_own_words/08e_ladder.ipynb #lad-remember
-class RememberedTeacher(TeacherSignal):
+class RememberedTeacher(LiveTeacher):
     "A frozen teacher that reads every row once, when it is encoded."
 
+    fused_by_default = False
+
     def __init__(self, model: Any, pad_id: int):
-        self.model = freeze(model)
+        super().__init__(model)
         self.pad_id = pad_id
         self.said: dict[str, Tensor] = {}  # logits (n, V) at the targets of a row, by its id
-
-    def check(self, method: KD) -> None:
-        get_divergence(method.divergence, **method.options)
 
     @torch.no_grad()
     def encode(self, item: dict, row: Any, method: KD) -> dict:
@@ -54,15 +53,10 @@ class RememberedTeacher(TeacherSignal):
         return {"teacher": torch.cat([self.said[item["id"]] for item in items])}
 
     def divergence(self, method: KD, logits: Tensor, batch: Batch) -> Tensor:
-        options = method.options_at(method.targets(batch))
-        teacher, temperature = batch.columns["teacher"], method.temperature
-        return token_divergence(
-            method.divergence,
-            logits,
-            teacher,
-            temperature,
-            **options,
-        ).sum()
+        return self.against(method, logits, batch.columns["teacher"], method.targets(batch))
+
+    def fused_arguments(self, method: KD, batch: Batch) -> None:
+        return None
 
 # %% ../../nbs/5_own_words/08e_ladder.ipynb #lad-ladder
 LADDER = {
@@ -232,14 +226,9 @@ class LadderStudents(Experiment):
     Settings = LadderSettings
 
     def complete(self, run: dict) -> dict:
-        for name, known in (("rung", list(LADDER)), ("score_on", ["test", "validation"])):
-            if run[name] not in known:
-                fix = f"Use one of {'; '.join(known)}."
-                raise UserError(
-                    f"{run[name]!r} is not known",
-                    where=name,
-                    fix=fix,
-                )
+        if run["rung"] not in LADDER:
+            fix = f"Use one of {'; '.join(LADDER)}."
+            raise UserError(f"{run['rung']!r} is not known", where="rung", fix=fix)
         models = ScarceModels()
         teacher = SCARCE_TEACHER | LADDER[run["rung"]] | run["teacher"]
         start = {"rows": run["rows"], "seed": run["seed"]} | run["start"]

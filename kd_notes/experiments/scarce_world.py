@@ -207,12 +207,6 @@ class ScarceWorld(Experiment):
         elif SCARCE_ARMS[run["arm"]].from_corpus:
             start["steps"] = 0
             steps = round(20 * run["rows"] / run["minibatch"])
-        if run["score_on"] not in ("test", "validation"):
-            raise UserError(
-                f"{run['score_on']!r} is no set to score on",
-                where="score_on",
-                fix="Use 'test' or 'validation'.",
-            )
         return run | {
             "steps": steps,
             "lr": scarce_rate(run["arm"]) if run["lr"] is None else run["lr"],

@@ -6,7 +6,6 @@
 __all__ = []
 
 # %% ../../nbs/6_beyond_text/14_misinformation.ipynb #4a62e18c
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from ..core import read_jsonl, rng, sha256_file, UserError
 from ..data.answers import pack_bits
 from ..data.posts import Post, VERDICTS
+from ..data.public import folder_files
 from ..data.rows import TextRow
 from .base import Experiment, optional
 from .post_readers import PostPriors, PostsSeen, RuleTeacher
@@ -259,15 +259,14 @@ RULINGS = {
 }
 
 
+def liar_file() -> Path:
+    "Return the path of the claims. Raises UserError if KD_NOTES_DATA does not hold them."
+    return folder_files("liar_plus_val.jsonl", fields="claim, justification and label")[0]
+
+
 def liar_rows() -> list[dict]:
     "Return the claims with their justifications. Raises UserError if the file is not here."
-    path = Path(os.environ.get("KD_NOTES_DATA", "")).expanduser() / "liar_plus_val.jsonl"
-    if not path.is_file():
-        raise UserError(
-            "the claims of LIAR-PLUS are not part of this package, and they are not here",
-            where="KD_NOTES_DATA",
-            fix="Set this variable to a folder with liar_plus_val.jsonl.",
-        )
+    path = liar_file()
     rows = read_jsonl(path)
     if unknown := {row["label"] for row in rows} - RULINGS.keys():
         raise UserError(
@@ -294,9 +293,7 @@ class LiarReading(Experiment):
     Settings = LiarSettings
 
     def inputs(self, run: dict) -> dict[str, str]:
-        liar_rows()
-        path = Path(os.environ["KD_NOTES_DATA"]).expanduser() / "liar_plus_val.jsonl"
-        return {"liar_plus_val.jsonl": sha256_file(path)}
+        return {"liar_plus_val.jsonl": sha256_file(liar_file())}
 
     def modules(self, run: dict) -> list[str]:
         return [self.module, "experiments.scoring"]

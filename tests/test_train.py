@@ -1421,6 +1421,8 @@ def test_memory_estimate_knows_the_settings():
         2 * plain["activations"], rel=0.02
     )
     assert estimate(teacher=shape)["teacher"] > plain["weights"] > plain["teacher"] == 0
+    assert estimate(teacher=[shape, shape])["teacher"] == 2 * estimate(teacher=shape)["teacher"]
+    assert estimate(teacher=[]) == plain
 
 
 PEAK = """

@@ -38,7 +38,7 @@ from kd_notes.data.dialogues import (
 )
 from kd_notes.data.rows import load_rows, read_row, TextRow
 from kd_notes.products.distill import distill
-from kd_notes.products.request import expected_memory, Request
+from kd_notes.products.request import expected_memory, Request, TeacherGroup
 from kd_notes.products.settings import distill_settings, hold_out, OBJECTIVES
 from kd_notes.evaluation.validation import Validation
 from kd_notes.experiments.equal_time import (
@@ -784,13 +784,18 @@ def test_memory_is_announced_before_a_model_is_loaded(place, tmp_path, monkeypat
         request_module, "load_teacher", lambda *a, **k: pytest.fail("the teacher was loaded")
     )
 
-    def memory(student="layers:2", **settings):
-        parts = (place / "chats.jsonl", str(place / "teacher"), student, "forward_kl", tmp_path)
+    def memory(student="layers:2", teacher=str(place / "teacher"), **settings):
+        parts = (place / "chats.jsonl", teacher, student, "forward_kl", tmp_path)
         return expected_memory(Request(*parts, distill_settings("cpu", **settings)))
 
     assert memory()["total"] > memory(batch_size=1)["total"] > memory()["weights"] > 0
-    assert memory()["teacher"] > 0
+    one = memory()["teacher"]
+    assert one > 0
     assert memory(student="nowhere") is None
+    twice = TeacherGroup((str(place / "teacher"),) * 2, (0.5, 0.5))
+    assert memory(teacher=twice)["teacher"] == 2 * one
+    half = TeacherGroup((str(place / "teacher"), "openai:http://127.0.0.1:1/v1#far"), (0.5, 0.5))
+    assert memory(teacher=half)["teacher"] == one  # a server's memory is not ours
 
 
 def test_distill_on_the_command_line(place, tmp_path):

@@ -434,10 +434,14 @@ def check_teachers(request: Request) -> None:
         raise UserError(problem, where="teacher", fix=fix)
 
 # %% ../../nbs/4_probabilities/19_distill_request.ipynb #2aef66de
-def _config_of(source: str | tuple | TeacherGroup):
-    if isinstance(source, TeacherGroup):
-        source = source.sources[0]
+def _config_of(source: str | tuple):
     return source[0].config if isinstance(source, tuple) else load_part(source, "config")
+
+
+def _teacher_configs(teacher: str | tuple | TeacherGroup) -> list:
+    "Return the configs of the teachers in this process's memory: all but those on a server."
+    sources = teacher.sources if isinstance(teacher, TeacherGroup) else [teacher]
+    return [_config_of(source) for source in sources if not is_server(source)]
 
 
 def expected_memory(request: Request) -> dict[str, int] | None:
@@ -451,8 +455,8 @@ def expected_memory(request: Request) -> dict[str, int] | None:
     if isinstance(student, str):
         kind, _, layers = student.partition(":")
     try:
-        teacher_config = _config_of(request.teacher)
-        config = _config_of(request.teacher if kind == "layers" else student)
+        teachers = _teacher_configs(request.teacher)
+        config = teachers[0] if kind == "layers" else _config_of(student)
     except UserError:
         return None  # loading the models will raise the error
     if kind == "layers" and layers.replace(",", "").isdigit():
@@ -467,5 +471,5 @@ def expected_memory(request: Request) -> dict[str, int] | None:
     )
     needs_teacher = request.objective not in TEXT_OBJECTIVES
     length = settings.max_length or 512
-    teacher = teacher_config if needs_teacher else None  # of several, the first
+    teacher = teachers if needs_teacher else None
     return memory_estimate(config, cfg, length=length, teacher=teacher)

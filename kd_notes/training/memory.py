@@ -80,7 +80,7 @@ def memory_estimate(
     *,
     length: int,  # tokens of a row
     targets: int | None = None,  # target tokens of a row; None: all but the first
-    teacher=None,  # config of a teacher
+    teacher=None,  # config of a teacher, or a list of those that are in memory together
     processes: int = 1,  # with cfg.fsdp they share the weights
 ) -> dict[str, int]:
     """Estimate the bytes on one process before anything is loaded.
@@ -101,10 +101,11 @@ def memory_estimate(
     share = processes if cfg.fsdp else 1
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     teacher_bytes = 0
-    if teacher is not None:
-        frozen = _weightless(teacher, torch.device("meta"))
-        teacher_bytes = sum(p.nbytes for p in frozen.parameters())
-        teacher_bytes += positions * 4 * teacher.get_text_config().vocab_size
+    several = isinstance(teacher, (list, tuple))
+    for each in teacher if several else [teacher] if teacher is not None else []:
+        frozen = _weightless(each, torch.device("meta"))
+        teacher_bytes += sum(p.nbytes for p in frozen.parameters())
+        teacher_bytes += positions * 4 * each.get_text_config().vocab_size
     parts = {
         "weights": sum(p.nbytes for p in model.parameters()) // share,
         "gradients": trained // share,

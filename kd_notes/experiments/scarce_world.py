@@ -89,6 +89,11 @@ SCARCE_ARMS |= {
         "AKL, crossing token in the head", "adaptive_kl", boundary="crossing-in-head"
     ),
     "akl_flipped": _one("AKL, weights flipped", "adaptive_kl", flipped=True),
+    "sft_akl": ScarceArm(
+        "SFT + 0.1 AKL",
+        "reverse_kl_gold",
+        _ONCE | {"parts": [{"divergence": "nll"}, {"divergence": "adaptive_kl", "weight": 0.1}]},
+    ),
     "atkd": _one("ATKD", "atkd"),
     "atkd_reverse": _one("reverse ATKD", "atkd", reverse=True),
     "on_policy_atkd": _one("on-policy ATKD, reverse", "atkd", on_gold=False, reverse=True),

@@ -391,7 +391,7 @@ def test_reported_table_and_tags():
     assert len({(r["artefact"], r["row"], r["dataset"]) for r in rows}) == len(rows)
 
 
-@pytest.mark.parametrize("paper", ["dss", "minillm", "akl", "classic"])
+@pytest.mark.parametrize("paper", ["dss", "minillm", "akl", "atkd", "classic"])
 def test_no_reported_number_is_from_memory_or_there_twice(paper):
     rows = statistics_module.reported(paper)
     assert not [r for r in rows if r["tag"] == "M" or "memory" in r["note"]]

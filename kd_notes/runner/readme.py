@@ -155,6 +155,12 @@ def _our_rows() -> list[FrontRow]:
             "Adaptive weights beat both KLs and their fixed mean (AKL, Table 1)",
             paper_values("akl", "Table 1", "AKL, GPT-2"),
         ),
+        FrontRow(
+            "atkd",
+            "A larger teacher can make a worse student under KD, and ATKD mends that (Fig. 1)",
+            "gain over KD: up to "
+            + paper_values("atkd", "abstract", "ATKD", "{value:g} points on average"),
+        ),
         FrontRow("whitebox_smollm2", "KD against SFT at equal wall time", "–"),
         FrontRow("benchmarks", "The cost of a loss, a step and a rollout", "–"),
     ]

@@ -247,7 +247,8 @@ class Misinformation(Experiment):
             honest = view(POST_ARMS["full"], asked, seen, store, run["k"])
             dated = answer_metrics(asked, student_answers(run, done.model, tokenizer, honest))
             metrics |= {f"dated: {name}": value for name, value in dated.items()}
-        return metrics | {"texts": answers[:8], "tokens": done.tokens}
+        shown = [text[:120] for text in answers[:8]]  # a recorded run must fit in its row
+        return metrics | {"texts": shown, "tokens": done.tokens}
 
 # %% ../../nbs/6_beyond_text/14_misinformation.ipynb #8acd2e16
 RULINGS = {

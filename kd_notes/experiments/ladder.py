@@ -104,6 +104,11 @@ LADDER_ARMS = {
     "atkd_easy": LadderArm("ATKD, λ = 0.9", {"divergence": "atkd", "easy_weight": 0.9}),
     "akl": LadderArm("AKL", {"divergence": "adaptive_kl"}),
 }
+_HALF = {"sft_weight": 0.5}  # half of the loss is the cross-entropy of the gold text
+LADDER_ARMS |= {
+    f"{name}_sft": LadderArm(f"{LADDER_ARMS[name].title} + SFT", LADDER_ARMS[name].kd | _HALF)
+    for name in ("forward_kl", "atkd", "dkd", "atkd_70", "atkd_easy")
+}
 
 # %% ../../nbs/5_own_words/08e_ladder.ipynb #lad-watch
 BINS = 10  # of the histogram of weights, from 0 to 1

@@ -99,6 +99,27 @@ SCARCE_ARMS |= {
     "on_policy_atkd": _one("on-policy ATKD, reverse", "atkd", on_gold=False, reverse=True),
 }
 
+
+def _half(title: str, divergence: str, on_gold: bool = True, **options: Any) -> ScarceArm:
+    """Return an arm whose loss is half cross-entropy of the gold text, half a divergence.
+
+    The divergence is on gold text, or on gold text and text of the student in turn.
+    """
+    part = {"divergence": divergence, "weight": 0.5, "options": options}
+    parts = {"parts": [{"divergence": "nll", "source": "gold", "weight": 0.5}, part]}
+    if on_gold:
+        return ScarceArm(title, "reverse_kl_gold", _ONCE | parts)
+    return ScarceArm(title, "gkd", parts)
+
+
+SCARCE_ARMS |= {
+    "atkd_sft": _half("ATKD + SFT", "atkd"),
+    "reverse_kl_sft": _half("reverse KL + SFT", "reverse_kl"),
+    "atkd_reverse_sft": _half("reverse ATKD + SFT", "atkd", reverse=True),
+    "gkd_reverse_sft": _half("GKD with reverse KL + SFT", "reverse_kl", on_gold=False),
+    "gkd_atkd_sft": _half("GKD with reverse ATKD + SFT", "atkd", on_gold=False, reverse=True),
+}
+
 # %% ../../nbs/5_own_words/08d_scarce_world.ipynb #024b1e71
 def scarce_rate(arm: str) -> float:
     """Return the learning rate chosen for an arm in data/chosen/scarce.json.

@@ -182,6 +182,71 @@ def held_out_rows(run: dict, tokenizer: Any) -> list[dict]:
     fitting = [r for r in encoded if len(r["prompt"] + r["completion"]) <= run["max_length"]]
     return fitting[: run["held_out"]]
 
+# %% ../../nbs/5_own_words/09b_healed.ipynb #heal-curve
+def _short(measured: dict) -> dict[str, float]:
+    "Return what the curve tells of a model."
+    return {name: round(measured[name], 4) for name in ("perplexity", "forward_kl", "reverse_kl")}
+
+
+def _curve(history: list[dict]) -> list[list[float]]:
+    "Return [step, tokens read, seconds of training, perplexity, forward KL, reverse KL] a check."
+    points = []
+    tokens, seconds = 0, 0.0
+    for row in history:
+        if "loss" in row:
+            tokens, seconds = row["tokens"], row["seconds"]
+        if "validation" in row:
+            points.append([row["step"], tokens, seconds, *_short(row["validation"]).values()])
+    return points
+
+# %% ../../nbs/5_own_words/09b_healed.ipynb #heal-fit
+def _config(run: dict) -> TrainConfig:
+    "Return the loop's settings; a run is checked and saved at the points of its curve."
+    every = max(1, run["steps"] // run["checks"])
+    settings = {
+        "warmup": 0.05,
+        "schedule": "cosine",
+        "weight_decay": 0.01,
+        "betas": (0.9, 0.98),
+        "seed": run["seed"],
+        "log_every": 1,
+        "eval_every": every,
+        "save_every": every,
+    } | run["train"]
+    return TrainConfig(
+        max_steps=run["steps"], batch_size=run["batch_size"], lr=run["lr"], **settings
+    )
+
+
+def heal(run: dict, folder: Path) -> dict:
+    "Cut a student, train it and save it in folder/model; return its curve and its cost."
+    teacher, tokenizer = _open(run)
+    rows = healing_rows(run, tokenizer)
+    cache = teacher_cache(run, teacher, tokenizer, rows)
+    student, _ = make_student(f"layers:{run['layers']}", teacher, tokenizer)
+    measure = Validation(held_out_rows(run, tokenizer), tokenizer.pad_token_id, teacher)
+    own = measure(teacher)
+    del teacher
+
+    def validate(model: Any) -> dict:
+        with _autocast(run):
+            return measure(model)
+
+    before = validate(student)
+    method = KD(tokenizer, cache, sft_weight=run["sft_weight"])
+    hooks = {"run_dir": folder / "train", "validate": validate}
+    result = train(student, method, rows, _config(run), **hooks)
+    save_model(result.model, folder / "model", tokenizer)
+    return {
+        "teacher": _short(own),
+        "curve": [[0, 0, 0.0, *_short(before).values()], *_curve(result.history)],
+        "rows": len(rows),
+        "targets": sum(len(row["completion"]) for row in rows),
+        "tokens": result.tokens,
+        "train_seconds": round(result.seconds, 1),
+        "parameters": count_parameters(result.model),
+    }
+
 # %% ../../nbs/5_own_words/09b_healed.ipynb #heal-class
 class Healed(Experiment):
     "Students cut from a teacher and trained on its distributions; the model is in folder/model."
@@ -210,48 +275,8 @@ class Healed(Experiment):
         return self.folder(run, threads) / "model"
 
     def train(self, run: dict, folder: Path) -> dict:
-        "Return perplexity and divergences of the student, their curve, and what it cost."
-        teacher, tokenizer = _open(run)
-        rows = healing_rows(run, tokenizer)
-        cache = teacher_cache(run, teacher, tokenizer, rows)
-        student, _ = make_student(f"layers:{run['layers']}", teacher, tokenizer)
-        measure = Validation(held_out_rows(run, tokenizer), tokenizer.pad_token_id, teacher)
-        own = measure(teacher)
-        del teacher
-
-        def validate(model: Any) -> dict:
-            with _autocast(run):
-                return measure(model)
-
-        settings = {
-            "warmup": 0.05,
-            "schedule": "cosine",
-            "weight_decay": 0.01,
-            "betas": (0.9, 0.98),
-            "seed": run["seed"],
-            "log_every": 1,
-            "eval_every": max(1, run["steps"] // run["checks"]),
-            "save_every": max(1, run["steps"] // run["checks"]),
-        } | run["train"]
-        cfg = TrainConfig(
-            max_steps=run["steps"], batch_size=run["batch_size"], lr=run["lr"], **settings
-        )
-        method = KD(tokenizer, cache, sft_weight=run["sft_weight"])
-        before = validate(student)
-        hooks = {"run_dir": folder / "train", "validate": validate}
-        result = train(student, method, rows, cfg, **hooks)
-        save_model(result.model, folder / "model", tokenizer)
-        last = [row["validation"] for row in result.history if "validation" in row][-1]
-        return {
-            "teacher": _short(own),
-            "curve": [[0, 0, 0.0, *_short(before).values()], *_curve(result.history)],
-            "rows": len(rows),
-            "targets": sum(len(row["completion"]) for row in rows),
-            "tokens": result.tokens,
-            "train_seconds": round(result.seconds, 1),
-            "parameters": count_parameters(result.model),
-            **_short(last),
-        }
+        "Return the curve of a student and its cost, see `heal`."
+        return heal(run, folder)
 
 # %% ../../nbs/5_own_words/09b_healed.ipynb #heal-pair
 def healing_of(run: dict) -> dict | None:
@@ -261,20 +286,3 @@ def healing_of(run: dict) -> dict | None:
         return None
     settings = run.get("healed") or {}
     return Healed().parameters(teacher=run["teacher"], layers=layers, **settings)
-
-# %% ../../nbs/5_own_words/09b_healed.ipynb #heal-curve
-def _short(measured: dict) -> dict[str, float]:
-    "Return what the curve tells of a model."
-    return {name: round(measured[name], 4) for name in ("perplexity", "forward_kl", "reverse_kl")}
-
-
-def _curve(history: list[dict]) -> list[list[float]]:
-    "Return [step, tokens read, seconds of training, perplexity, forward KL, reverse KL] a check."
-    points = []
-    tokens, seconds = 0, 0.0
-    for row in history:
-        if "loss" in row:
-            tokens, seconds = row["tokens"], row["seconds"]
-        if "validation" in row:
-            points.append([row["step"], tokens, seconds, *_short(row["validation"]).values()])
-    return points

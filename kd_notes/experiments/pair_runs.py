@@ -61,6 +61,7 @@ class PairSettings:
     evaluate: list = field(default_factory=lambda: ["prompts"])  # sets, see `load_set`
     score_rows: int = 0  # of each set; 0: all
     score_seeds: int = 5
+    shown: int = optional(0)  # embedded test prompts whose greedy answers are kept
 
 
 # The defaults alone, without arm and seed
@@ -134,6 +135,7 @@ RULES: dict[str, Rule] = {
         f"a list of {SET_NAMES}",
     ),
     "score_rows": _whole(0),
+    "shown": _whole(0),
     "score_seeds": (lambda value: value in _SEEDS, f"from 1 to {len(EVAL_SEEDS)}"),
 }
 

@@ -239,11 +239,11 @@ class _Phase(Experiment):
     "The common part of the three phases."
 
     module = "experiments.pretrained_pairs"
-    input_settings = ("data", "evaluate", "corpus", "teacher", "student", "healed")
+    input_settings = ("data", "evaluate", "corpus", "teacher", "student", "healed", "shown")
 
     def inputs(self, run: dict) -> dict[str, str]:
         "Return the SHA-256 of the sets on this machine and of the models."
-        sets = {run["data"], *run.get("evaluate", ())}
+        sets = {run["data"], *run.get("evaluate", ()), *(["prompts"] if "shown" in run else [])}
         files = set_files([*sets, run.get("corpus") or ""])
         sums = {name: sha256_file(real_file(name)) for name in files}
         if "prompts" in sets:
@@ -355,6 +355,14 @@ def pair_method(run: dict, teacher, teacher_tokenizer, tokenizer) -> OnPolicy:
     )
 
 
+def shown_answers(run: dict, model, tokenizer) -> list[str]:
+    "Return greedy answers to the first embedded test prompts: rows of others may not be printed."
+    rows = run_rows(run | {"score_rows": run["shown"]}, "test", tokenizer, "prompts")
+    prompts = [row["prompt"] for row in rows]
+    options = {"max_new_tokens": run["max_new_tokens"], "temperature": 0.0}
+    return sample_answers(model, tokenizer, prompts, seeds=(1,), **options).texts[0]
+
+
 def _autocast(run: dict):
     "Return the autocast context of a run, for evaluation."
     place = place_of(run["train"].get("device"))
@@ -396,20 +404,9 @@ def train_third_phase(
 # %% ../../nbs/5_own_words/09_pretrained_pairs.ipynb #check-inputs
 # Settings that decide the inputs of a run
 _READ = (
-    "teacher",
-    "student",
-    "data",
-    "template",
-    "system",
-    "train_rows",
-    "valid_rows",
-    "max_prompt",
-    "max_new_tokens",
-    "corpus",
-    "corpus_rows",
-    "evaluate",
-    "score_rows",
-)
+    "teacher student data template system train_rows valid_rows max_prompt max_new_tokens corpus "
+    "corpus_rows evaluate score_rows"
+).split()
 
 
 def check_inputs(runs: Sequence[dict]) -> None:
@@ -487,4 +484,6 @@ class PretrainedPairs(_Phase):
             for name, (rows, too_long) in tests.items():
                 scores = set_metrics(model, teacher, tokenizer, rows, seeds, new_tokens, ngram)
                 sets[name] = scores | {"left_out": too_long}
+            if run.get("shown"):
+                spent["answers"] = shown_answers(run, model, tokenizer)
         return {"sets": sets, "parameters": count_parameters(model), **spent}

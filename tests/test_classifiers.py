@@ -304,6 +304,7 @@ def test_a_student_can_leave_its_machine(place, tmp_path):
         ([{"prompt": "Why?", "answer": "so"}], {"max_new_tokens": 5}, "has no max_new_tokens"),
         ([{"prompt": "Why?", "answer": "so"}], {"batch_size": 0}, "batch_size"),
         ([], {}, "no rows"),
+        (["Why?"], {}, "row 0: a row cannot be a str"),
     ],
 )
 def test_rows_that_cannot_be_answered_are_one_sentence(place, tmp_path, rows, options, match):
@@ -332,7 +333,11 @@ def refused(out, match, call):
         ({"answer": 5}, {}, "'answer' is no text"),
         ({"prompt": None}, {}, "'prompt' is missing"),
         ({"id": "ice.1-0"}, {}, "already used at .*answers.jsonl:2"),
-        ({"score": 3}, {}, "training rows have the score 3, and each of the 2 folds needs one"),
+        (
+            {"score": 3},
+            {},
+            "too few training rows have the score 3 .[01] different, and each of the 2 folds",
+        ),
     ],
 )
 def test_an_answer_that_cannot_be_used_is_named(tmp_path, change, settings, match):

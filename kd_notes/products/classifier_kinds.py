@@ -150,7 +150,7 @@ class Answers(Classifier):
     def read(row: Mapping, where: str, place: Path, look: Mapping[str, Any]) -> dict:
         made = {name: _text(row, name, where, Answers.shape) for name in ("prompt", "answer")}
         content = stable_hash(made)
-        group = str(row.get("person") or content)
+        group = content if row.get("person") is None else str(row["person"])
         made |= {"item": stable_hash(made["prompt"])[:8], "content": content}
         return made | {"group": group, "person": group}
 
@@ -326,8 +326,11 @@ def read_given(
     numbered = numbered_rows(data) if in_file else [(f"row {i}", r) for i, r in enumerate(data)]
     rows: dict[str, dict] = {}
     for number, (where, row) in enumerate(numbered[: n or None]):
+        if not isinstance(row, Mapping):
+            what = f"a row cannot be a {type(row).__name__}"
+            raise UserError(what, where=where, fix=f"Give {kind.shape}.")
         made = kind.read(row, where, data.parent if in_file else Path(), look)
-        id = str(row.get("id", f"row-{number}"))
+        id = f"row-{number}" if row.get("id") is None else str(row["id"])
         if id in rows:
             what = f"the id {id!r} was already used at {rows[id]['where']}"
             raise UserError(what, where=where, fix="Give every row a different id.")
@@ -355,11 +358,13 @@ def check_classes(rows: list[dict], splits: dict, kind: Any, least: int) -> None
         raise UserError(what, where="data", fix="Give rows of two classes or more.")
     for label, target in sorted(present.items()):
         if seen[label] < least:
-            what = f"{seen[label]} different training rows have the {kind.target} {target!r}"
+            what = f"no training row has the {kind.target} {target!r}"
             fix = "Give more such rows, or leave them out."
             if least > 1:
-                what += f", and each of the {least} folds needs one"
-                fix = f"Give more such rows, or fewer folds: --set folds={max(2, seen[label])}."
+                what = f"too few training rows have the {kind.target} {target!r} ({seen[label]} "
+                what += f"different, and each of the {least} folds needs one)"
+            if seen[label] > 1:
+                fix = f"Give more such rows, or fewer folds: --set folds={seen[label]}."
             raise UserError(what, where="data", fix=fix)
 
 # %% ../../nbs/6_beyond_text/15_classifier_kinds.ipynb #clk-measure

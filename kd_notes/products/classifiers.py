@@ -354,6 +354,23 @@ def one_teacher(teacher: Any, objective: str) -> str:
         raise UserError(f"{objective} trains its own teacher", where="teacher", fix=fix)
     return "a larger network"
 
+# %% ../../nbs/6_beyond_text/16_classifiers.ipynb #cls-finish
+def _finish(run: Run, asked: dict) -> dict:
+    "Train, compare, write the folder and return the report."
+    request, started = run.request, run.request.started()
+    counts = {name: len(rows) for name, rows in run.splits.items()}
+    request.say(f"{counts['train']} rows to learn, {counts['validation']} to choose a rate")
+    found, model, answers = compare(run)
+    report = asked | found | {"versions": versions(), "device": device_class()}
+    report |= {"started": started, "ended": request.now()}
+    leave(run, report, model, answers)
+    for name, each in report["results"].items():
+        request.say(
+            f"{name}: accuracy {score_text(each['accuracy'])} on {counts['test']} test rows"
+        )
+    request.say(f"the student is in {request.out}")
+    return report
+
 # %% ../../nbs/6_beyond_text/16_classifiers.ipynb #cls-call
 NAMED = ("id", "content", "group", "target")  # of a row: all that a result depends on
 
@@ -402,23 +419,6 @@ def distill_classifier(
             return report
         write_json(run.request.out / "request.json", asked)
         return _finish(run, asked)
-
-
-def _finish(run: Run, asked: dict) -> dict:
-    "Train, compare, write the folder and return the report."
-    request, started = run.request, run.request.started()
-    counts = {name: len(rows) for name, rows in run.splits.items()}
-    request.say(f"{counts['train']} rows to learn, {counts['validation']} to choose a rate")
-    found, model, answers = compare(run)
-    report = asked | found | {"versions": versions(), "device": device_class()}
-    report |= {"started": started, "ended": request.now()}
-    leave(run, report, model, answers)
-    for name, each in report["results"].items():
-        request.say(
-            f"{name}: accuracy {score_text(each['accuracy'])} on {counts['test']} test rows"
-        )
-    request.say(f"the student is in {request.out}")
-    return report
 
 # %% ../../nbs/6_beyond_text/16_classifiers.ipynb #cls-predict
 def is_classifier(model: Path | str) -> bool:

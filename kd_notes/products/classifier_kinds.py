@@ -41,7 +41,7 @@ class ClassifierSettings:
     max_steps: int = 1000  # of each student
     teacher_steps: int = 1000  # of each network of the teacher
     batch_size: int = 32
-    learning_rates: tuple = (0.001, 0.003, 0.01)  # one grid for every student
+    learning_rates: tuple = (0.001, 0.003, 0.01, 0.03)  # one grid for every student
     teacher_lr: float = 0.002
     label_smoothing: float = 0.1  # of a control without a teacher; 0: no control
     seed: int = 0  # of the splits, the weights and the batches
@@ -83,6 +83,9 @@ class AnswerSettings(ClassifierSettings):
 class PictureSettings(ClassifierSettings):
     "Labels of pictures: a large network teaches a small one."
 
+    batch_size: int = 64
+    learning_rates: tuple = (0.003, 0.01, 0.03, 0.1)
+    teacher_lr: float = 0.004
     temperature: float = 4.0
     sft_weight: float = 0.1  # of the labels beside the divergence
     divergence: str = "forward_kl"  # or dkd, with options
@@ -133,6 +136,7 @@ class Classifier:
     target: str  # field of the row that it learns
     shape: str  # of a row, for error messages
     Settings: type
+    training: dict  # of the loop, as in the experiments that measured the method
 
     def __init__(self, config: dict):
         self.config = config
@@ -145,6 +149,7 @@ class Answers(Classifier):
     target = "score"
     shape = '{"id", "prompt", "answer", "score"}, with "person" if one has written several'
     Settings = AnswerSettings
+    training = {"warmup": 0.05, "weight_decay": 0.01}
 
     @staticmethod
     def read(row: Mapping, where: str, place: Path, look: Mapping[str, Any]) -> dict:
@@ -240,6 +245,7 @@ class Pictures(Classifier):
     target = "label"
     shape = '{"id", "image", "label"}; image is the path of a picture'
     Settings = PictureSettings
+    training = {"max_grad_norm": 0.0, "bucket": False}
 
     @staticmethod
     def read(row: Mapping, where: str, place: Path, look: Mapping[str, Any]) -> dict:
@@ -296,7 +302,7 @@ _SMOKE = {"max_steps": 10, "teacher_steps": 10, "learning_rates": (0.01,)}
 PROFILES = {  # the networks are as small on every machine
     "smoke": _SMOKE,
     "cpu": {},
-    "cpu-full": {"learning_rates": (0.0003, 0.001, 0.003, 0.01, 0.03)},
+    "cpu-full": {"learning_rates": (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)},
     "gpu": {},
 }
 

@@ -129,13 +129,12 @@ class Run:
             batch_size=min(self.request.settings.batch_size, len(items)),
             lr=rate,
             seed=seed,
-            warmup=0.05,
-            weight_decay=0.01,
             log_every=every,
             eval_every=every,
             save_every=max(50, steps // 4),
             keep_best=validate is not None,
             device="cpu",
+            **self.kind.training,
         )
         watched = {"callbacks": self.request.callbacks(name), "validate": validate}
         return train(model, method, items, cfg, run_dir=self.request.work / name, **watched)

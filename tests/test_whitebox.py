@@ -673,7 +673,8 @@ def go(place, out, objective="forward_kl", student="layers:2", **more):
 
 
 @pytest.mark.parametrize(
-    "objective", ["sft", "seqkd", "cached_forward_kl", "reverse_kl", "atkd", "label_revision"]
+    "objective",
+    ["sft", "seqkd", "cached_forward_kl", "reverse_kl", "dkd", "atkd", "akl", "label_revision"],
 )
 def test_the_folder_loads_like_any_model(place, tmp_path, objective):
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -7,10 +7,11 @@ __all__ = ['curves_figure']
 
 # %% ../../nbs/4_probabilities/18_distill_card.ipynb #d2199ed9
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from ..evaluation.figures import OKABE_ITO, STYLE
-from .settings import OBJECTIVES
+from .settings import CLASSIFIERS, OBJECTIVES
 
 # %% ../../nbs/4_probabilities/18_distill_card.ipynb #a2cd27a9
 _CARD = """---
@@ -129,3 +130,84 @@ def curves_figure(
         handles = ax.get_legend_handles_labels()
         fig.legend(*handles, loc="outside lower center", ncols=2, frameon=False)
     return fig
+
+# %% ../../nbs/4_probabilities/18_distill_card.ipynb #crd-classifier
+_CLASSIFIER_CARD = """---
+library_name: kd_notes
+pipeline_tag: {pipeline}
+tags:
+- knowledge-distillation
+- {tag}
+---
+
+# {name}
+
+{what}, made from {data} with kd_notes. It has {parameters:,} parameters, its teacher ({teacher}) {smaller} times as many. One row takes
+{student_ms:.3g} ms on one core, and {teacher_ms:.3g} ms with the teacher.
+
+## Evaluation
+
+On {test} test rows that no choice was made on, with 95 % intervals over rows. The students have the same network, the same rows and the same
+rates to choose from; *alone* and *smoothing* have no teacher. The most frequent label alone has an accuracy of {floor:.3f}.
+
+| model | accuracy | macro-F1 |{kappa} learning rate |
+|---|---|---|{rule}---|
+{table}
+
+Differences in accuracy:
+
+{differences}
+
+## Use
+
+```
+kd-notes predict --model {name} --input rows.jsonl --out answers.jsonl
+```
+
+A row is {shape}.
+
+## Settings
+
+{settings}
+
+## Limits
+
+Measured on rows of one file and nothing else. One seed: the intervals cover the choice of test rows, not the luck of a training. The student
+inherits the errors of data and teacher. Their licences apply.
+"""
+
+# %% ../../nbs/4_probabilities/18_distill_card.ipynb #crd-classifier-text
+def score_text(score: Mapping[str, Any]) -> str:
+    "Return a score with its interval, such as '0.812 [0.774, 0.851]'."
+    return f"{score['value']:.3f} [{score['low']:.3f}, {score['high']:.3f}]"
+
+
+def classifier_card(name: str, report: dict, shape: str) -> str:
+    "Return the README.md of a small classifier; `shape` says what its rows have."
+    scored = report["objective"] == "scoring"
+    lines = []
+    for model, found in report["results"].items():
+        cells = [model, score_text(found["accuracy"]), score_text(found["macro_f1"])]
+        cells += [f"{found['kappa']:.3f}"] if scored else []
+        lines.append("| " + " | ".join([*cells, f"{found.get('learning_rate', '')}"]) + " |")
+    gaps = [f"- {name}: {score_text(gap)}" for name, gap in report["differences"].items()]
+    return _CLASSIFIER_CARD.format(
+        pipeline="text-classification" if scored else "image-classification",
+        tag=report["objective"].replace("_", "-"),
+        name=name,
+        what=CLASSIFIERS[report["objective"]].capitalize(),
+        data=report["data"],
+        parameters=report["results"]["student"]["parameters"],
+        smaller=report["times_smaller"],
+        teacher=report["teacher"],
+        student_ms=report["milliseconds"]["student"],
+        teacher_ms=report["milliseconds"]["teacher"],
+        test=report["rows"]["test"],
+        floor=report["most_frequent"]["value"],
+        kappa=" quadratic kappa |" if scored else "",
+        rule="---|" if scored else "",
+        table="\n".join(lines),
+        differences="\n".join(gaps),
+        shape=shape,
+        settings="\n".join(f"- {key}: {value}" for key, value in report["settings"].items()),
+    )

@@ -157,20 +157,33 @@ HubOption = Annotated[
 # %% ../../nbs/7_engine_room/28b_product_commands.ipynb #cli-dist-4
 @product_commands.command("distill")
 def distill_command(
-    data: Annotated[Path, typer.Option(help="JSONL: prompt and response, or chat messages.")],
+    data: Annotated[
+        Path,
+        typer.Option(
+            "--data",
+            "--input",
+            help="JSONL: prompt and response, or chat messages; for scoring prompt, answer and "
+            "score; for classic_kd image (a path) and label.",
+        ),
+    ],
     out: FolderOption,
     teacher: Annotated[
         list[str] | None,
         typer.Option(
-            help="smollm2, hub:<id>, a folder, openai:<url>#<model>; again for several: "
-            "<spec>=<weight>, or <value>=<spec> with --set route=<field>."
+            help="smollm2 (default), hub:<id>, a folder, openai:<url>#<model>; again for several: "
+            "<spec>=<weight>, or <value>=<spec> with --set route=<field>. Scoring takes smollm2 or "
+            "words."
         ),
     ] = None,
     student: Annotated[
-        str, typer.Option(help="Likewise, or layers:6 of the teacher.")
-    ] = "layers:6",
+        str | None, typer.Option(help="Likewise, or layers:6 (default) of the teacher.")
+    ] = None,
     objective: Annotated[
-        str, typer.Option(help="sft, forward_kl, akl, seqkd, minillm, gkd, distillm2, ...")
+        str,
+        typer.Option(
+            help="sft, forward_kl, dkd, atkd, akl, label_revision, seqkd, minillm, gkd, ...; scoring "
+            "for a grader of answers, classic_kd for a reader of pictures."
+        ),
     ] = "forward_kl",
     corpus: Annotated[
         Path | None, typer.Option(help="Texts for the language-modelling term of minillm and such.")
@@ -193,9 +206,8 @@ def distill_command(
 
         settings = plain_settings(sets or [], {*signature(distill).parameters, "rows"})
         options = {"corpus": corpus, "profile": profile, "tracker": trackers or None, "rows": rows}
-        teachers = teacher or ["smollm2"]
         with pushed(hub, out):
-            report = distill(data, teachers, student, objective, out, **options, **settings)
+            report = distill(data, teacher or None, student, objective, out, **options, **settings)
         if report:  # of several processes, the first has one
             print(json.dumps(report, indent=1, default=str))
 
@@ -268,7 +280,9 @@ TokensOption = Annotated[
 def predict_command(
     model: ModelOption,
     data: RowsOption,
-    out: Annotated[Path, typer.Option(help="JSONL file to fill or to continue.")],
+    out: Annotated[
+        Path, typer.Option("--out", "--output", help="JSONL file to fill or to continue.")
+    ],
     task: TaskOption = None,
     batch_size: BatchOption = 32,
     max_new_tokens: TokensOption = None,

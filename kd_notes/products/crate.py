@@ -13,7 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from ..core import read_json, sha256_file, UserError, write_json
-from .settings import distill_settings, ON_POLICY, ON_POLICY_DEFAULTS
+from .classifier_kinds import classifier_settings
+from kd_notes.products.settings import (
+    CLASSIFIERS,
+    distill_settings,
+    ON_POLICY,
+    ON_POLICY_DEFAULTS,
+)
 from .share import check_secrets, public_files
 from .stepwise_plan import stepwise_settings
 
@@ -22,7 +28,12 @@ def command_of(report: dict, name: str) -> list[str]:
     "Return the words of the command that makes the student with this report."
     kind = "stepwise" if "arms" in report else "distill"
     settings = dict(report["settings"])
-    if kind == "distill":
+    if report.get("objective") in CLASSIFIERS:
+        objective = report["objective"]
+        usual = asdict(classifier_settings(objective))
+        words = ["--data", report["data"], "--objective", objective]
+        words += ["--teacher", report["teacher"]] if objective == "scoring" else []
+    elif kind == "distill":
         objective = report["objective"]
         usual = asdict(distill_settings(**ON_POLICY_DEFAULTS if objective in ON_POLICY else {}))
         words = ["--data", report["data"]]

@@ -51,6 +51,7 @@ from kd_notes.models.pretrained import (
 # %% ../../nbs/4_probabilities/15_distill.ipynb #dist-imports-2
 from .pair import check_rows, Pair
 from .card import curves_figure, model_card, with_bits_per_byte
+from .classifiers import distill_classifier
 from kd_notes.products.request import (
     check_teachers,
     expected_memory,
@@ -67,6 +68,7 @@ from .row_steps import apply_row_step, check_row_step
 from kd_notes.products.settings import (
     check_libraries,
     check_objective,
+    CLASSIFIERS,
     CROSS_OBJECTIVES,
     distill_settings,
     hold_out,
@@ -354,8 +356,9 @@ def _start(request: Request) -> _Distillation:
 # %% ../../nbs/4_probabilities/15_distill.ipynb #8ba2bc7a
 def distill(
     data: Path | str | Iterable,  # JSONL, or rows of any shape that `read_row` takes
-    teacher: Any,  # smollm2, hub:<id>, a folder, (model, tokenizer), openai:<url>#<model>, several
-    student: Any,  # likewise, or layers:6 or layers:0,9,29 of the teacher
+    # smollm2 (if None), hub:<id>, a folder, (model, tokenizer), openai:<url>#<model>, several
+    teacher: Any = None,
+    student: Any = None,  # likewise, or layers:6 (if None) or layers:0,9,29 of the teacher
     objective: str = "forward_kl",  # a key of OBJECTIVES
     out: Path | str = "student",  # a new folder, or the folder of a killed call to resume
     *,
@@ -370,6 +373,13 @@ def distill(
     The same call resumes after a kill. Under torchrun or accelerate launch the processes share
     each step, and the first writes and returns the report.
     """
+    if objective in CLASSIFIERS:
+        refused = {"student": student, "tokenizer": tokenizer, "corpus": corpus}
+        refused["rows"] = settings.pop("rows", None)
+        named = {"profile": profile, "tracker": tracker}
+        return distill_classifier(data, teacher, objective, out, refused, **named, **settings)
+    teacher = "smollm2" if teacher is None else teacher
+    student = "layers:6" if student is None else student
     if objective in ON_POLICY:
         settings = ON_POLICY_DEFAULTS | settings
     chosen = distill_settings(profile, **settings)

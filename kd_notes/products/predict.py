@@ -22,6 +22,7 @@ from ..evaluation.task_scores import read_answer, task_score
 from ..generation.completions import AnswerFile, prompt_hash
 from ..methods.step_by_step import predict
 from ..models.pretrained import context_of, load_pretrained
+from .classifiers import classify_rows, is_classifier, score_classifier
 from .request import shown_name, weights_identity
 from ..progress import progress
 
@@ -103,6 +104,14 @@ def check_present(data: Any) -> None:
     if isinstance(data, (str, os.PathLike)) and not Path(data).is_file():
         fix = "Check the name and the folder."
         raise UserError("there is no such file", where=data, fix=fix)
+
+
+def check_plain(task: Any, max_new_tokens: int | None) -> None:
+    "Raise UserError for options that a small classifier does not have."
+    for name, value in {"task": task, "max_new_tokens": max_new_tokens}.items():
+        if value is not None:
+            fix = "Leave it out: the student answers with one of the labels that it has learnt."
+            raise UserError(f"a classifier has no {name}", where=name, fix=fix)
 
 
 def length_batches(
@@ -204,6 +213,10 @@ def predict_rows(
     answer that the task allows; this is an outcome, not an error.
     """
     check_present(data)
+    if is_classifier(model):
+        check_plain(task, max_new_tokens)
+        rows = classify_rows(model, data, out, _totals, batch_size, limit)
+        return {"file": str(out), **_totals(rows)}
     student = load_student(model, task, max_new_tokens, device)
     examples = task_examples(student.task, data, limit)
     rows = answer_file(student, examples, out, batch_size)
@@ -227,6 +240,12 @@ def evaluate_rows(
     bootstrap over rows. Raises UserError if a row has no label.
     """
     check_present(data)
+    if is_classifier(model):
+        check_plain(task, max_new_tokens)
+        found = score_classifier(model, data, limit)
+        if out is not None:
+            write_json(out, found)
+        return found
     student = load_student(model, task, max_new_tokens, device)
     examples = task_examples(student.task, data, limit)
     unlabelled = [example.id for example in examples if not example.label]

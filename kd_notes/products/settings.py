@@ -158,6 +158,10 @@ ON_POLICY = {
     "fdistill_js": "both skewed to the half, on both texts (f-distill)",
     "fdistill_tvd": "total variation on both texts (f-distill)",
 }
+CLASSIFIERS = {
+    "scoring": "a grader of short answers that learns scores and a teacher's probabilities",
+    "classic_kd": "a reader of pictures that learns labels and a larger network's probabilities",
+}
 ON_POLICY_DEFAULTS = {"lr": 5e-5}  # instead of the default, where no rate is given
 ALIASES = {"akl": "adaptive_kl"}
 
@@ -193,6 +197,7 @@ OBJECTIVES = (
     | {"cached_forward_kl": "forward KL from logits that the teacher gave once"}
     | {n: f"{n.replace('_', ' ').replace('kl', 'KL')} between teacher and student" for n in _LIVE}
     | ON_POLICY
+    | CLASSIFIERS
 )
 
 

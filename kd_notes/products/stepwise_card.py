@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..evaluation.figures import arm_styles, STYLE
-from .card import base_model_line
+from .card import base_model_line, score_text
 
 # %% ../../nbs/3_reasons/13_stepwise_card.ipynb #0f004a46
 _STEPWISE_CARD = """---
@@ -62,11 +62,6 @@ made = model.generate(**ids, max_new_tokens={new_tokens}, do_sample=False)
 Measured on rows of one file and nothing else. One seed: the interval covers the choice of test rows, not the luck of a training. The
 student inherits the errors and biases of data and teacher. Their licences apply.
 """
-
-
-def score_text(score: Mapping[str, Any]) -> str:
-    "Return a score with its interval, such as '0.812 [0.774, 0.851]'."
-    return f"{score['value']:.3f} [{score['low']:.3f}, {score['high']:.3f}]"
 
 # %% ../../nbs/3_reasons/13_stepwise_card.ipynb #e7eb6696
 def score_table(scores: Mapping[str, Any]) -> str:

@@ -109,7 +109,8 @@ def _half(title: str, divergence: str, on_gold: bool = True, **options: Any) -> 
     parts = {"parts": [{"divergence": "nll", "source": "gold", "weight": 0.5}, part]}
     if on_gold:
         return ScarceArm(title, "reverse_kl_gold", _ONCE | parts)
-    return ScarceArm(title, "gkd", parts)
+    # By example, so that every minibatch has gold text for the cross-entropy.
+    return ScarceArm(title, "gkd", parts | {"coin": "example"})
 
 
 SCARCE_ARMS |= {

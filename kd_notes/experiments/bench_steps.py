@@ -286,6 +286,7 @@ def our_onpolicy(
     from kd_notes.data.dialogues import load_prompts, prompt_ids
 
     student, large, tokenizer = pair_models(teacher)
+    student.eval()  # as our on-policy methods: no dropout, and a shared beginning is read once
     ids = [prompt_ids(row.prompt, tokenizer) for row in load_prompts("train")[:prompts]]
     loss = get_divergence("reverse_kl")
     with reused_memory():  # as `train` does

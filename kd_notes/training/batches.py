@@ -238,7 +238,7 @@ def shared_beginning(model, inputs: dict[str, Tensor], index: Tensor) -> int:
     length = min(int(same), int((index % ids.shape[1]).min()))
     return length if length >= SHARED_FROM and _can_share(unwrapped(model)) else 0
 
-
+# %% ../../nbs/7_engine_room/11_batches.ipynb #shared-can
 def _can_share(model) -> bool:
     "Return True if keys and values of a beginning are the same in every row, and it pays."
     config = model.config
@@ -254,7 +254,7 @@ def _can_share(model) -> bool:
         model._shares_beginning = _same_when_shared(model)
     return model._shares_beginning
 
-
+# %% ../../nbs/7_engine_room/11_batches.ipynb #shared-way-fn
 @torch.no_grad()
 def _same_when_shared(model) -> bool:
     "Read two rows of four tokens both ways to test if the hidden states agree."
@@ -262,7 +262,7 @@ def _same_when_shared(model) -> bool:
     try:
         whole = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, 2:]
         after, _ = _states_after(model.base_model, ids, torch.tensor([2, 7]), 2)
-    except (AttributeError, RuntimeError, TypeError, ValueError):
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
         return False  # a model without a cache of keys and values
     return whole.shape == after.shape and torch.allclose(whole, after, rtol=1e-3, atol=1e-4)
 

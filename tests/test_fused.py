@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -230,7 +231,29 @@ def test_masked_positions_are_never_computed(monkeypatch):
         lambda head, rows, *a: (seen.append(head.hidden[rows].shape[0]), original(head, rows, *a)),
     )
     fused_linear_divergence(h, w, t, u, mask=mask)
-    assert set(seen) == {int(mask.sum())}
+    aligned = fused_module.ALIGNED  # positions of zeros fill the last product up
+    assert set(seen) == {-(-int(mask.sum()) // aligned) * aligned}
+
+
+@pytest.mark.parametrize("name", ["reverse_kl", "jsd"])
+@pytest.mark.parametrize("n", [1, 15, 16, 17, 37])
+def test_padding_to_whole_products_changes_nothing(name, n, monkeypatch):
+    "Positions of zeros are appended; 23 ids fit with 32 positions, so 37 take two chunks."
+    monkeypatch.setitem(fused_module.BUDGET, "cpu", 2 * 23 * 32 * 8)
+    draw = torch.Generator().manual_seed(n)
+    h, t = (torch.randn(n, 5, dtype=torch.float64, generator=draw) for _ in range(2))
+    w, u = (torch.randn(23, 5, dtype=torch.float64, generator=draw) for _ in range(2))
+    b, c = (torch.randn(23, dtype=torch.float64, generator=draw) for _ in range(2))
+    inputs = [x.requires_grad_() for x in (h, w, b)]
+    ours = fused_linear_divergence(h, w, t, u, name, student_bias=b, teacher_bias=c)
+    assert_same(ours, get_divergence(name)(h @ w.t() + b, t @ u.t() + c), inputs)
+
+
+def test_chunks_are_even_and_whole_products():
+    for n in (0, 1, 16, 171, 512, 2048):
+        chunk = fused_module._even_chunk(n, 256)
+        assert chunk % fused_module.ALIGNED == 0 and 0 < chunk <= 256
+    assert fused_module._even_chunk(512, 240) == 176  # three of 171, rounded up
 
 
 def test_a_denominator_makes_micro_batches_add_up():
@@ -641,14 +664,21 @@ def test_uld_counts_the_ids_it_is_told_to():
     torch.testing.assert_close(fused_linear_divergence(h, w, t, u, "uld", vocab_size=30), want)
 
 
-def test_import_is_light():
-    code = "import sys, kd_notes.losses.fused; print([m for m in ('transformers', 'pandas', 'matplotlib', 'scipy') if m in sys.modules])"
+def test_the_losses_import_torch_and_two_small_libraries():
+    "Beside this package and the standard library, which `sys.stdlib_module_names` lists."
+    losses = sorted(path.stem for path in Path(fused_module.__file__).parent.glob("[a-z]*.py"))
+    names = ", ".join(["kd_notes.losses", *(f"kd_notes.losses.{name}" for name in losses)])
+    code = f"""
+import sys, torch
+top = lambda: {{m.partition(".")[0] for m in sys.modules}} - set(sys.stdlib_module_names)
+before = top()
+import {names}
+print(sorted(top() - before))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert (
-        subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        == "[]"
-    )
+        "fused" in losses and done.stdout.strip() == "['filelock', 'kd_notes', 'platformdirs']"
+    )  # of core, 5 ms
 
 
 @pytest.mark.parametrize("name", ["reverse_kl", "jsd", "dkd"])

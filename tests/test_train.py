@@ -34,6 +34,7 @@ from kd_notes.training.batches import (
     target_logits,
     target_nll,
     target_positions,
+    target_states,
 )
 from kd_notes.methods.logit_kd import KD
 from kd_notes.models.pretrained import _merge_adapter, merge_adapters
@@ -495,6 +496,71 @@ def test_target_logits_equal_the_full_models(name, build):
     torch.testing.assert_close(target_logits(model, batch), full, atol=1e-10, rtol=1e-10)
     nll = target_nll(model, batch).mean().float()  # a model computes its loss in float32
     torch.testing.assert_close(nll, own.loss.float(), atol=1e-5, rtol=1e-5)
+
+
+BEGINNING = [5, 9, 3, 7] * 5  # 20 tokens that all prompts share
+
+
+def alike(rows: int = 4):
+    "Return a batch of rows of several lengths that begin alike."
+    ends = [([10 + i], [20 + j for j in range(1 + 2 * i)]) for i in range(rows)]
+    return causal_batch([(BEGINNING + prompt, completion) for prompt, completion in ends], 0)
+
+
+def gradients_of(model, batch):
+    model.zero_grad()
+    states = target_states(model, batch)
+    (states * states.detach().cos()).sum().backward()
+    return [states.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize(
+    "name, build", list(other_architectures()), ids=lambda x: x if isinstance(x, str) else ""
+)
+def test_a_shared_beginning_read_once_gives_the_same_states_and_gradients(name, build, monkeypatch):
+    if name.startswith("t5"):
+        pytest.skip("an encoder-decoder reads whole rows")
+    torch.manual_seed(0)
+    model = build().double().eval()
+    batch = alike()
+    plain = gradients_of(model, batch)
+    read = []
+    model.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: read.append(tuple(kwargs["input_ids"].shape)),
+        with_kwargs=True,
+    )
+    monkeypatch.setattr(batches_module, "SHARED_MODELS", 0)
+    fast = gradients_of(model, batch)
+    if getattr(model.config, "sliding_window", None) is None:
+        assert read[-2:] == [(1, 20), (4, 7)]  # 28 columns; the last one predicts nothing
+    for a, b in zip(fast, plain, strict=True):  # norms and positions round to float32
+        torch.testing.assert_close(a, b, atol=1e-12 + 1e-6 * float(b.abs().max()), rtol=0)
+
+
+def test_the_beginning_is_shared_only_where_that_is_right(monkeypatch):
+    torch.manual_seed(0)
+    model = dict(other_architectures())["qwen2"]().eval()
+    batch = alike()
+    inputs = {"input_ids": batch["input_ids"]}
+    index = target_positions(batch).index
+    assert batches_module.shared_beginning(model, inputs, index) == 0  # a small model
+    monkeypatch.setattr(batches_module, "SHARED_MODELS", 0)
+    assert batches_module.shared_beginning(model, inputs, index) == 20
+    early = torch.cat([torch.tensor([17]), index])  # a target in the beginning
+    assert batches_module.shared_beginning(model, inputs, early) == 17
+    two = alike(2)
+    few = batches_module.shared_beginning(
+        model, {"input_ids": two["input_ids"]}, target_positions(two).index
+    )
+    assert few == 0
+    masked = inputs | {"attention_mask": batch["attention_mask"]}
+    assert batches_module.shared_beginning(model, masked, index) == 0  # padding on the left
+    monkeypatch.setenv("KD_NOTES_CPU_KERNELS", "0")
+    assert batches_module.shared_beginning(model, inputs, index) == 0
+    monkeypatch.delenv("KD_NOTES_CPU_KERNELS")
+    assert batches_module.shared_beginning(model.train(), inputs, index) == 0  # dropout
+    model.eval().config.sliding_window = 8
+    assert batches_module.shared_beginning(model, inputs, index) == 0
 
 
 # ---------------------------------------------------------------- kills, resumes, checkpoints

@@ -286,6 +286,7 @@ def our_onpolicy(
     from kd_notes.data.dialogues import load_prompts, prompt_ids
 
     student, large, tokenizer = pair_models(teacher)
+    student.eval()  # as our on-policy methods: no dropout, and a shared beginning is read once
     ids = [prompt_ids(row.prompt, tokenizer) for row in load_prompts("train")[:prompts]]
     loss = get_divergence("reverse_kl")
     with reused_memory():  # as `train` does
@@ -364,3 +365,45 @@ def trl_onpolicy(
             train_dataset=data,
             processing_class=tokenizer,
         ).train()
+
+# %% ../../nbs/7_engine_room/21_bench_steps.ipynb #extr-fn
+def few_shot_prompts(prompts: int) -> list[str]:
+    "Return prompts of different questions of svamp, behind the same solved examples."
+    from kd_notes.data.examples import load_split
+    from kd_notes.experiments.extraction import teacher_prompt
+
+    shown = teacher_prompt("svamp", "pool", "smollm2", None, 0)
+    return [shown(example) for example in load_split("svamp", "pool")[:prompts]]
+
+
+def our_extraction(
+    step: Callable, teacher: str = "smollm2", prompts: int = 64, new_tokens: int = 32
+) -> None:
+    "Complete all prompts with our local back end."
+    from kd_notes.generation.backends import LocalBackend
+    from kd_notes.generation.completions import Decoding
+
+    _, large, tokenizer = pair_models(teacher)
+    backend = LocalBackend(large, tokenizer, revision="bench", batch_size=prompts)
+    requests = [(str(i), text) for i, text in enumerate(few_shot_prompts(prompts))]
+    while True:
+        step(sum(1 for _ in backend.generate(requests, Decoding(new_tokens))))
+
+
+def generate_extraction(
+    step: Callable, teacher: str = "smollm2", prompts: int = 64, new_tokens: int = 32
+) -> None:
+    "Complete all prompts with `generate` of transformers."
+    _, large, tokenizer = pair_models(teacher)
+    tokenizer.padding_side = "left"
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    asked = few_shot_prompts(prompts)
+    while True:
+        inputs = tokenizer(asked, return_tensors="pt", padding=True)
+        read = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        with torch.inference_mode():
+            made = large.generate(**read, max_new_tokens=new_tokens, do_sample=False)
+        texts = tokenizer.batch_decode(
+            made[:, read["input_ids"].shape[1] :], skip_special_tokens=True
+        )
+        step(len(texts))

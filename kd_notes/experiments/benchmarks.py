@@ -23,6 +23,8 @@ import torch
 from ..core import UserError
 from .bench_loss import bench, missing, quartiles, reason
 from kd_notes.experiments.bench_steps import (
+    generate_extraction,
+    our_extraction,
     our_loop,
     our_onpolicy,
     our_pair,
@@ -38,6 +40,7 @@ STEPS: dict[str, dict[str, Callable]] = {
     "loop": {"ours": our_loop, "padded loop": padded_loop},
     "pair": {"ours": our_pair, "Trainer": trainer_pair},
     "on-policy": {"ours": our_onpolicy, "TRL": trl_onpolicy},
+    "extraction": {"ours": our_extraction, "generate": generate_extraction},
 }
 
 # %% ../../nbs/7_engine_room/20_benchmarks.ipynb #ef919fe6
@@ -283,6 +286,27 @@ def bench_onpolicy(
     )
     return turn_rows({"part": "on-policy", "case": teacher}, *found)
 
+
+def _bench_extraction(
+    teacher: str = "smollm2",
+    prompts: int = 64,
+    new_tokens: int = 32,
+    turns: int = 3,
+    count: int = 1,
+    **how: Any,
+) -> list[dict]:
+    "Measure the SPEED of completing few-shot prompts relative to `generate` of transformers."
+    found = in_turns(
+        "extraction",
+        turns=turns,
+        count=count,
+        teacher=teacher,
+        prompts=prompts,
+        new_tokens=new_tokens,
+        **how,
+    )
+    return turn_rows({"part": "extraction", "case": teacher}, *found)
+
 # %% ../../nbs/7_engine_room/20_benchmarks.ipynb #596ca6a7
 TIME_BAR, MEMORY_BAR = 1.4, 250
 LEAST = {
@@ -291,6 +315,7 @@ LEAST = {
     ("loop", "variable length", SPEED): 1.3,
     ("pair", "smollm2", SPEED): 1.5,
     ("on-policy", "smollm2", SPEED): 1.5,
+    ("extraction", "smollm2", SPEED): 2.0,
 }
 
 # %% ../../nbs/7_engine_room/20_benchmarks.ipynb #8c443e07
@@ -375,3 +400,5 @@ def measure(
         yield from bench_pair(teacher, turns=turns, gemm=gemm, **how)
     if "on-policy" in parts:
         yield from bench_onpolicy(teacher, turns=turns, gemm=gemm, **how)
+    if "extraction" in parts:
+        yield from _bench_extraction(teacher, turns=turns, gemm=gemm, **how)

@@ -222,6 +222,21 @@ BLOCK = 4096  # entries of the vocabulary in one product
 STRIP = 2**18  # numbers in one in-place pass
 
 
+ALIGNED = (
+    16  # positions; a matrix product into rows of another length takes up to 1.7 times as long
+)
+
+
+def _aligned(positions: int) -> int:
+    "Round up to a multiple of ALIGNED."
+    return math.ceil(positions / ALIGNED) * ALIGNED
+
+
+def _even_chunk(n: int, fit: int) -> int:
+    "Return the aligned size of the fewest chunks, of similar size, with at most `fit` positions."
+    return _aligned(math.ceil(n / math.ceil(n / fit))) if n else ALIGNED
+
+
 def _pieces(start: int, stop: int, size: int) -> Iterator[slice]:
     return (slice(a, min(a + size, stop)) for a in range(start, stop, size))
 
@@ -248,25 +263,22 @@ class _Work:
             // 16
             * 16,
         )
-        chunk = min(job.chunk or fit, max(n, 1))
-        self.chunk = chunk if job.chunk else math.ceil(n / math.ceil(n / chunk)) if n else 1
+        self.chunk = min(job.chunk or _even_chunk(n, fit), max(n, 1))
         self.block, self.strip = (
             (BLOCK, max(16, STRIP // self.chunk))
             if device.type == "cpu"
             else (max(heights), max(heights))
         )
         self.arrays = [
-            big_zeros(h, self.chunk, dtype=job.dtype, device=device)
+            big_zeros(h, _aligned(self.chunk), dtype=job.dtype, device=device)
             for h in (*heights, 3 * min(self.strip, max(heights)))
         ]
 
     def of(self, positions: int) -> list[Tensor]:
         "Return x, y, t and s for a chunk of `positions` positions."
+        width = _aligned(positions)
         return [
-            a
-            if positions == self.chunk
-            else a.view(-1)[: len(a) * positions].view(len(a), positions)
-            for a in self.arrays
+            a.view(-1)[: len(a) * width].view(len(a), width)[:, :positions] for a in self.arrays
         ]
 
 # %% ../../nbs/4_probabilities/05b_fused_inside.ipynb #878acf80
@@ -508,13 +520,16 @@ class _Gradients:
         self.job = job
         self.outer = head.cap or 1.0
 
-    def add(self, rows: slice, slope: _Slope, work: _Work) -> None:
-        "Add the contribution of a chunk."
+    def add(self, rows: slice, slope: _Slope, work: _Work, real: int) -> None:
+        "Add the contribution of a chunk, of which `real` positions are not padding."
         head = self.job.student
         c = slope.c * self.job.weight * self.outer
         c = torch.as_tensor(c, dtype=self.job.dtype, device=head.hidden.device).expand(
             slope.y.shape[1]
         )
+        if real < len(c):
+            c = c.clone()
+            c[real:] = 0
         hidden = (head.hidden[rows] * c[:, None]).to(head.hidden.dtype)
         for v in _pieces(0, len(slope.y), work.block):
             for u in _pieces(v.start, v.stop, work.strip):
@@ -555,21 +570,35 @@ def _way(job: _Job) -> Callable:
     return _by_rule if job.name in RULES else _by_density
 
 # %% ../../nbs/4_probabilities/05b_fused_inside.ipynb #22ee7197
+def _with_padding(job: _Job) -> _Job:
+    "Append positions of zeros on both sides, up to a multiple of ALIGNED."
+
+    def padded(head: _Head) -> _Head:
+        extra = -len(head.hidden) % ALIGNED
+        return head._replace(hidden=torch.nn.functional.pad(head.hidden, (0, 0, 0, extra)))
+
+    return job._replace(student=padded(job.student), teacher=padded(job.teacher))
+
+
 def _run(job: _Job, wanted: tuple[bool, ...], size: int) -> tuple[Tensor, list[Tensor | None]]:
     "Return the loss and its gradients for hidden states, weight (`size` rows) and bias."
-    work = _Work(job)
     way = _way(job)
     n = len(job.student.hidden)
+    if job.chunk is None and way in (_by_rule, _by_density):
+        job = _with_padding(job)
+    work = _Work(job)
     total = 0.0
     grads = _Gradients(job, wanted, size)
-    for rows in _pieces(0, n, work.chunk):
+    for rows in _pieces(0, len(job.student.hidden), work.chunk):
         arrays = work.of(rows.stop - rows.start)
         values, slope = way(job, rows, arrays, work)
-        total = total + values.sum()
+        total = total + values[: n - rows.start].sum()
         if any(wanted):
-            grads.add(rows, slope._replace(tanh=arrays[2] if len(arrays[2]) else None), work)
+            slope = slope._replace(tanh=arrays[2] if len(arrays[2]) else None)
+            grads.add(rows, slope, work, n - rows.start)
     loss = torch.as_tensor(total * job.weight, dtype=job.dtype, device=job.student.hidden.device)
-    return loss, [grads.hidden, grads.weight, grads.bias]
+    hidden = None if grads.hidden is None else grads.hidden[:n]
+    return loss, [hidden, grads.weight, grads.bias]
 
 # %% ../../nbs/4_probabilities/05b_fused_inside.ipynb #e07ddaf3
 class _Fused(torch.autograd.Function):

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..core import rng, UserError
+from ..environment import cpu_kernels_on
 from ..losses.divergences import at_least_float32, IGNORED
 
 # %% ../../nbs/7_engine_room/11_batches.ipynb #a1a38044
@@ -212,6 +213,71 @@ def _head_is_last(model) -> bool:
     same_logits = torch.equal(logits.to(seen["given"].dtype), seen["given"])
     return same_logits and torch.equal(hidden, seen["read"])
 
+# %% ../../nbs/7_engine_room/11_batches.ipynb #shared-fn
+SHARED_FROM = 16  # tokens that all rows share; fewer are not worth a pass of their own
+SHARED_MODELS = 2_000_000  # weights; smaller models are not faster
+
+
+@torch.compiler.disable
+def shared_beginning(model, inputs: dict[str, Tensor], index: Tensor) -> int:
+    """Count the leading tokens of all rows that are to be read once; 0: read the rows whole.
+
+    `index` (n,) are the positions in B*L that are needed; all of them come later.
+    """
+    ids = inputs.get("input_ids")
+    simple = set(inputs) == {"input_ids"} and ids.device.type == "cpu" and len(index)
+    if (
+        not simple
+        or isinstance(ids, FakeTensor)
+        or len(ids) < 4
+        or ids.shape[1] <= SHARED_FROM
+        or not cpu_kernels_on()
+    ):
+        return 0
+    same = (ids == ids[:1]).all(0).long().cumprod(0).sum()
+    length = min(int(same), int((index % ids.shape[1]).min()))
+    return length if length >= SHARED_FROM and _can_share(unwrapped(model)) else 0
+
+# %% ../../nbs/7_engine_room/11_batches.ipynb #shared-can
+def _can_share(model) -> bool:
+    "Return True if keys and values of a beginning are the same in every row, and it pays."
+    config = model.config
+    if model.training or isinstance(next(model.parameters()), FakeTensor):
+        return False
+    if getattr(config, "sliding_window", None) or config.is_encoder_decoder:
+        return False
+    if set(getattr(config, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
+        return False
+    if sum(p.numel() for p in model.parameters()) < SHARED_MODELS:
+        return False
+    if not hasattr(model, "_shares_beginning"):
+        model._shares_beginning = _same_when_shared(model)
+    return model._shares_beginning
+
+# %% ../../nbs/7_engine_room/11_batches.ipynb #shared-way-fn
+@torch.no_grad()
+def _same_when_shared(model) -> bool:
+    "Read two rows of four tokens both ways to test if the hidden states agree."
+    ids = torch.tensor([[0, 1, 2, 3], [0, 1, 3, 2]], device=model.device)
+    try:
+        whole = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, 2:]
+        after, _ = _states_after(model.base_model, ids, torch.tensor([2, 7]), 2)
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+        return False  # a model without a cache of keys and values
+    return whole.shape == after.shape and torch.allclose(whole, after, rtol=1e-3, atol=1e-4)
+
+
+def _states_after(base, ids: Tensor, index: Tensor, shared: int) -> tuple[Tensor, Tensor]:
+    "Return the hidden states (B, rest, D) after the first `shared` tokens, and `index` in them."
+    rows, width = ids.shape
+    row, column = index // width, index % width
+    end = int(column.max()) + 1  # later columns predict nothing
+    cache = base(input_ids=ids[:1, :shared], use_cache=True).past_key_values
+    cache.batch_repeat_interleave(rows)
+    rest = ids[:, shared:end]
+    hidden = base(input_ids=rest, past_key_values=cache, use_cache=True).last_hidden_state
+    return hidden, row * (end - shared) + column - shared
+
 # %% ../../nbs/7_engine_room/11_batches.ipynb #5dc06a51
 def _inputs(model, batch: Batch | dict) -> dict[str, Tensor]:
     "Return the model's inputs for its logits: everything but the labels."
@@ -244,8 +310,13 @@ def target_states(model, batch: Batch | dict) -> Tensor:
     The model may be wrapped by PEFT.
     """
     base = unwrapped(model).base_model
-    hidden = base(**_inputs(model, batch), use_cache=False).last_hidden_state
-    return hidden.flatten(0, 1).index_select(0, _positions(model, batch).index)
+    inputs = _inputs(model, batch)
+    index = _positions(model, batch).index
+    if shared := shared_beginning(model, inputs, index):
+        hidden, index = _states_after(base, inputs["input_ids"], index, shared)
+    else:
+        hidden = base(**inputs, use_cache=False).last_hidden_state
+    return hidden.flatten(0, 1).index_select(0, index)
 
 # %% ../../nbs/7_engine_room/11_batches.ipynb #42465b20
 def target_logits(model, batch: Batch | dict) -> Tensor:

@@ -56,7 +56,10 @@ def _make_head(
     )
     if bias is not None:
         bias = bias.detach()[:size].to(torch.promote_types(dtype, torch.float32)) * factor
-    return _Head(hidden.detach().to(dtype) * factor, weight.detach()[:size], bias, factor, cap)
+    hidden = hidden.detach().to(dtype)
+    if factor != 1:  # otherwise no copy
+        hidden = hidden * factor
+    return _Head(hidden, weight.detach()[:size], bias, factor, cap)
 
 # %% ../../nbs/4_probabilities/05b_fused_inside.ipynb #edd765f3
 def _product(out: Tensor, a: Tensor, b: Tensor, add: bool = False) -> None:
@@ -520,30 +523,31 @@ class _Gradients:
         self.job = job
         self.outer = head.cap or 1.0
 
-    def add(self, rows: slice, slope: _Slope, work: _Work, real: int) -> None:
-        "Add the contribution of a chunk, of which `real` positions are not padding."
+    def add(self, rows: slice, slope: _Slope, work: _Work, hidden: Tensor) -> None:
+        "Add the contribution of a chunk; slope and `hidden` may have more positions: padding."
         head = self.job.student
         c = slope.c * self.job.weight * self.outer
         c = torch.as_tensor(c, dtype=self.job.dtype, device=head.hidden.device).expand(
             slope.y.shape[1]
         )
-        if real < len(c):
+        count = rows.stop - rows.start
+        if count < len(c):
             c = c.clone()
-            c[real:] = 0
-        hidden = (head.hidden[rows] * c[:, None]).to(head.hidden.dtype)
+            c[count:] = 0
+        hidden = (hidden * c[:, None]).to(hidden.dtype)
         for v in _pieces(0, len(slope.y), work.block):
             for u in _pieces(v.start, v.stop, work.strip):
                 _finish(slope, u)
             self._products(rows, v, slope.y[v], hidden, c)
         if self.hidden is not None:
-            self.hidden[rows] *= c[:, None] * head.factor
+            self.hidden[rows] *= c[:count, None] * head.factor
 
     def _products(self, rows: slice, v: slice, y: Tensor, hidden: Tensor, c: Tensor) -> None:
         low = y.to(hidden.dtype)
         if self.hidden is not None:
             _product(
                 self.hidden[rows],
-                low.t(),
+                low[:, : rows.stop - rows.start].t(),
                 self.job.student.weight[v].to(hidden.dtype),
                 add=v.start > 0,
             )
@@ -570,12 +574,12 @@ def _way(job: _Job) -> Callable:
     return _by_rule if job.name in RULES else _by_density
 
 # %% ../../nbs/4_probabilities/05b_fused_inside.ipynb #22ee7197
-def _with_padding(job: _Job) -> _Job:
-    "Append positions of zeros on both sides, up to a multiple of ALIGNED."
+def _padded_part(job: _Job, rows: slice) -> _Job:
+    "Return the job of these positions, with zeros appended up to a multiple of ALIGNED."
+    extra = -(rows.stop - rows.start) % ALIGNED
 
     def padded(head: _Head) -> _Head:
-        extra = -len(head.hidden) % ALIGNED
-        return head._replace(hidden=torch.nn.functional.pad(head.hidden, (0, 0, 0, extra)))
+        return head._replace(hidden=torch.nn.functional.pad(head.hidden[rows], (0, 0, 0, extra)))
 
     return job._replace(student=padded(job.student), teacher=padded(job.teacher))
 
@@ -584,21 +588,23 @@ def _run(job: _Job, wanted: tuple[bool, ...], size: int) -> tuple[Tensor, list[T
     "Return the loss and its gradients for hidden states, weight (`size` rows) and bias."
     way = _way(job)
     n = len(job.student.hidden)
-    if job.chunk is None and way in (_by_rule, _by_density):
-        job = _with_padding(job)
     work = _Work(job)
     total = 0.0
     grads = _Gradients(job, wanted, size)
-    for rows in _pieces(0, len(job.student.hidden), work.chunk):
-        arrays = work.of(rows.stop - rows.start)
-        values, slope = way(job, rows, arrays, work)
-        total = total + values[: n - rows.start].sum()
+    for rows in _pieces(0, n, work.chunk):
+        count = rows.stop - rows.start
+        part, place = job, rows
+        if count % ALIGNED and way in (_by_rule, _by_density):
+            part = _padded_part(job, rows)
+            place = slice(0, _aligned(count))
+        arrays = work.of(place.stop - place.start)
+        values, slope = way(part, place, arrays, work)
+        total = total + values[:count].sum()
         if any(wanted):
             slope = slope._replace(tanh=arrays[2] if len(arrays[2]) else None)
-            grads.add(rows, slope, work, n - rows.start)
+            grads.add(rows, slope, work, part.student.hidden[place])
     loss = torch.as_tensor(total * job.weight, dtype=job.dtype, device=job.student.hidden.device)
-    hidden = None if grads.hidden is None else grads.hidden[:n]
-    return loss, [hidden, grads.weight, grads.bias]
+    return loss, [grads.hidden, grads.weight, grads.bias]
 
 # %% ../../nbs/4_probabilities/05b_fused_inside.ipynb #e07ddaf3
 class _Fused(torch.autograd.Function):

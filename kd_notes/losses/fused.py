@@ -223,11 +223,7 @@ class _Job(NamedTuple):
 BUDGET = {"cpu": 96 * 2**20, "cuda": 768 * 2**20}  # bytes for the arrays of a chunk
 BLOCK = 4096  # entries of the vocabulary in one product
 STRIP = 2**18  # numbers in one in-place pass
-
-
-ALIGNED = (
-    16  # positions; a matrix product into rows of another length takes up to 1.7 times as long
-)
+ALIGNED = 16  # positions; products into rows of other lengths take up to 1.7 times as long
 
 
 def _aligned(positions: int) -> int:

@@ -57,8 +57,7 @@ def _make_head(
     if bias is not None:
         bias = bias.detach()[:size].to(torch.promote_types(dtype, torch.float32)) * factor
     hidden = hidden.detach().to(dtype)
-    if factor != 1:  # otherwise no copy
-        hidden = hidden * factor
+    hidden = hidden if factor == 1 else hidden * factor  # 1: without a copy
     return _Head(hidden, weight.detach()[:size], bias, factor, cap)
 
 # %% ../../nbs/4_probabilities/05b_fused_inside.ipynb #edd765f3
@@ -255,13 +254,9 @@ class _Work:
             len(job.teacher.weight) if isinstance(job.teacher, _Head) else 0,
             size if job.student.cap else 0,
         ]
-        fit = max(
-            16,
-            BUDGET.get(device.type, BUDGET["cuda"])
-            // (sum(heights) * job.dtype.itemsize)
-            // 16
-            * 16,
-        )
+        position = sum(heights) * job.dtype.itemsize  # bytes
+        fit = BUDGET.get(device.type, BUDGET["cuda"]) // position
+        fit = max(ALIGNED, fit // ALIGNED * ALIGNED)
         self.chunk = min(job.chunk or _even_chunk(n, fit), max(n, 1))
         self.block, self.strip = (
             (BLOCK, max(16, STRIP // self.chunk))

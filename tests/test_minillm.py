@@ -1288,6 +1288,14 @@ def test_gkd_without_the_students_words_is_supervised_kd():
     torch.testing.assert_close(sums["jsd"] / counts["jsd"], jsd(*logits, beta=0.1))
 
 
+def test_a_part_of_one_source_needs_a_coin_by_example():
+    parts = [{"divergence": "nll", "source": "gold"}, {"divergence": "reverse_kl"}]
+    with pytest.raises(UserError, match="no tokens for the parts of gold"):
+        make("gkd", share=0.5, parts=parts)
+    for fits in ({"coin": "example"}, {"share": 1.0}):
+        assert make("gkd", **{"share": 0.5} | fits, parts=parts).config.parts[0].source == "gold"
+
+
 def test_gkds_coin_is_tossed_per_batch_or_per_example():
     batch = make("gkd", share=0.3)
     assert all(len({batch.sources(s, c) for s in range(16)}) == 1 for c in range(50))

@@ -116,6 +116,13 @@ class GKDConfig(OnPolicyConfig):
 
     def __post_init__(self):
         self.parts = read_parts(self.parts)
+        named = sorted({part.source for part in self.parts} - {"any"})
+        if named and self.coin == "batch" and 0 < self.share < 1:
+            raise UserError(
+                f"a batch of one source has no tokens for the parts of {' and '.join(named)}",
+                where="coin",
+                fix='Use coin="example", or parts of any source.',
+            )
         super().__post_init__()
 
     def sampler_options(self) -> dict[str, Any]:

@@ -48,7 +48,7 @@ def test_spreads_come_from_groups_that_differ_in_their_seed_alone(tmp_path):
         ("repetition/teacher/xs", "repetition"),
         ("ece_bias/kd", "ece"),
         ("reverse_kl/student/sft/xs", "reverse_kl"),
-        ("floor/nli", None),
+        ("labels/nli", None),
         ("lossless/kd", None),
     ],
 )

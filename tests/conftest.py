@@ -1,7 +1,16 @@
 "What every test process needs before its first test."
 
+import os
 import signal
+
+import pytest
 
 # A shell that starts a suite in the background leaves Ctrl-C ignored, and every child inherits that.
 # The tests of interruptions send the signal to such children, so it must mean what it usually does.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_runtest_setup(item):
+    "A test of the real sets is skipped where they are not."
+    if item.get_closest_marker("real_data") and not os.environ.get("KD_NOTES_DATA"):
+        pytest.skip("KD_NOTES_DATA does not name a folder with the real sets")

@@ -266,46 +266,26 @@ def bench_pair(
     return turn_rows({"part": "pair", "case": teacher}, *found)
 
 
-def bench_onpolicy(
-    teacher: str = "smollm2",
-    prompts: int = 8,
-    new_tokens: int = 32,
+def _bench_writing(
+    part: str,
+    teacher: str,
+    prompts: int,
+    new_tokens: int,
     turns: int = 3,
     count: int = 1,
     **how: Any,
+) -> list[dict]:
+    "Measure the SPEED of a part of STEPS that writes answers to prompts, relative to its peer."
+    sizes = {"teacher": teacher, "prompts": prompts, "new_tokens": new_tokens}
+    found = in_turns(part, turns=turns, count=count, **sizes, **how)
+    return turn_rows({"part": part, "case": teacher}, *found)
+
+
+def bench_onpolicy(
+    teacher: str = "smollm2", prompts: int = 8, new_tokens: int = 32, **how: Any
 ) -> list[dict]:
     "Measure the SPEED of an on-policy step relative to TRL's, and the parts of both."
-    found = in_turns(
-        "on-policy",
-        turns=turns,
-        count=count,
-        teacher=teacher,
-        prompts=prompts,
-        new_tokens=new_tokens,
-        **how,
-    )
-    return turn_rows({"part": "on-policy", "case": teacher}, *found)
-
-
-def _bench_extraction(
-    teacher: str = "smollm2",
-    prompts: int = 64,
-    new_tokens: int = 32,
-    turns: int = 3,
-    count: int = 1,
-    **how: Any,
-) -> list[dict]:
-    "Measure the SPEED of completing few-shot prompts relative to `generate` of transformers."
-    found = in_turns(
-        "extraction",
-        turns=turns,
-        count=count,
-        teacher=teacher,
-        prompts=prompts,
-        new_tokens=new_tokens,
-        **how,
-    )
-    return turn_rows({"part": "extraction", "case": teacher}, *found)
+    return _bench_writing("on-policy", teacher, prompts, new_tokens, **how)
 
 # %% ../../nbs/7_engine_room/20_benchmarks.ipynb #596ca6a7
 TIME_BAR, MEMORY_BAR = 1.4, 250
@@ -401,4 +381,4 @@ def measure(
     if "on-policy" in parts:
         yield from bench_onpolicy(teacher, turns=turns, gemm=gemm, **how)
     if "extraction" in parts:
-        yield from _bench_extraction(teacher, turns=turns, gemm=gemm, **how)
+        yield from _bench_writing("extraction", teacher, 64, 32, turns=turns, gemm=gemm, **how)

@@ -30,7 +30,7 @@ from kd_notes.experiments.instruction_sets import (
 from ..methods.logit_cache import LogitCache, write_cache
 from ..methods.logit_kd import KD
 from ..models.layer_drop import make_student
-from ..models.mini import load_mini_tokenizer, mini_model
+from ..models.mini import load_mini_tokenizer, mini_model, SIZES
 from kd_notes.models.pretrained import (
     count_parameters,
     find_smollm2,
@@ -148,15 +148,28 @@ class HealingSettings:
     train: dict = field(default_factory=dict)  # of TrainConfig, such as {"precision": "bf16"}
 
 # %% ../../nbs/5_own_words/09b_healed.ipynb #heal-open
-def _open(run: dict) -> tuple[Any, Any]:
-    "Return (teacher, tokenizer), frozen; mini:<size> has random weights, for tests."
-    kind, _, size = run["teacher"].partition(":")
-    device = run["train"].get("device")
+def open_mini(spec: str, seed: int, device: str | None) -> tuple[Any, Any] | None:
+    "Return (model, tokenizer) of mini:<size>, with random weights; None for another spec."
+    kind, _, size = spec.partition(":")
     if kind != "mini":
-        return load_teacher(run["teacher"], dtype=run["teacher_dtype"], device=device)
+        return None
+    if size not in SIZES["causal"]:
+        raise UserError(
+            f"there is no mini model {size!r}",
+            where=spec,
+            fix=f"Sizes are {', '.join(SIZES['causal'])}.",
+        )
     tokenizer = load_mini_tokenizer()
-    model = mini_model("causal", size, len(tokenizer), seed=0).to(place_of(device))
-    return freeze(model), tokenizer
+    model = mini_model("causal", size, len(tokenizer), seed=seed)
+    return model.to(place_of(device)), tokenizer
+
+
+def _open(run: dict) -> tuple[Any, Any]:
+    "Return (teacher, tokenizer), frozen."
+    device = run["train"].get("device")
+    if (mini := open_mini(run["teacher"], 0, device)) is None:
+        return load_teacher(run["teacher"], dtype=run["teacher_dtype"], device=device)
+    return freeze(mini[0]), mini[1]
 
 
 def teacher_cache(run: dict, teacher: Any, tokenizer: Any, rows: list[dict]) -> LogitCache:
@@ -164,11 +177,12 @@ def teacher_cache(run: dict, teacher: Any, tokenizer: Any, rows: list[dict]) -> 
     names = ("teacher", "teacher_dtype", "top_k", "train")
     decides = stable_hash([[run[name] for name in names], [row["completion"] for row in rows]])
     folder = cache_dir() / "healed" / f"logits-{decides}"
-    with _autocast(run):
+    with autocast_of(run):
         return write_cache(folder, teacher, tokenizer, rows, k=run["top_k"])
 
 
-def _autocast(run: dict) -> Any:
+def autocast_of(run: dict) -> Any:
+    "Return the autocast context of a run, for what its training loop does not read."
     place = place_of(run["train"].get("device"))
     enabled = run["train"].get("precision") == "bf16"
     return torch.autocast(place.type, torch.bfloat16, enabled=enabled)
@@ -229,7 +243,7 @@ def heal(run: dict, folder: Path) -> dict:
     del teacher
 
     def validate(model: Any) -> dict:
-        with _autocast(run):
+        with autocast_of(run):
             return measure(model)
 
     before = validate(student)
@@ -248,7 +262,27 @@ def heal(run: dict, folder: Path) -> dict:
     }
 
 # %% ../../nbs/5_own_words/09b_healed.ipynb #heal-class
-class Healed(Experiment):
+def spec_checksums(spec: str) -> dict[str, str]:
+    "Return the SHA-256 of the files of a local model: weights, config, tokenizer."
+    files: list[Path] = []
+    if spec == "smollm2":
+        files = [find_smollm2()]
+    elif (Path(spec) / "config.json").is_file():
+        files = sorted([*Path(spec).glob("*.safetensors"), *Path(spec).glob("*.json")])
+    return {f"{Path(spec).name}/{file.name}": sha256_file(file) for file in files}
+
+
+class ModelFolders(Experiment):
+    "Runs that leave a model in the folder `model` of their own."
+
+    def model(self, run: dict) -> Path:
+        "Return the folder with the model of a run; the run is made now if it is missing."
+        threads = torch.get_num_threads()
+        self.results([run], threads=threads)
+        return self.folder(run, threads) / "model"
+
+
+class Healed(ModelFolders):
     "Students cut from a teacher and trained on its distributions; the model is in folder/model."
 
     name = "healed"
@@ -263,16 +297,7 @@ class Healed(Experiment):
         sums = {name: sha256_file(real_file(name)) for name in files}
         for name, checksum in verify_checksums(data_dir() / "prompts").items():
             sums[f"prompts/{name}"] = checksum
-        weights = Path(run["teacher"]) / "model.safetensors"
-        if run["teacher"] == "smollm2":
-            weights = find_smollm2()
-        return sums | ({"teacher": sha256_file(weights)} if weights.is_file() else {})
-
-    def model(self, run: dict) -> Path:
-        "Return the folder of a healed model; it is trained now if it is missing."
-        threads = torch.get_num_threads()
-        self.results([run], threads=threads)
-        return self.folder(run, threads) / "model"
+        return sums | spec_checksums(run["teacher"])
 
     def train(self, run: dict, folder: Path) -> dict:
         "Return the curve of a student and its cost, see `heal`."

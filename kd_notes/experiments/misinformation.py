@@ -211,9 +211,6 @@ class Misinformation(Experiment):
     Settings = PostSettings
 
     def complete(self, run: dict) -> dict:
-        if run["score_on"] not in ("test", "validation"):
-            what, fix = f"{run['score_on']!r} is no set to score on", "Use 'test' or 'validation'."
-            raise UserError(what, where="score_on", fix=fix)
         seen = PostsSeen().parameters(**run["seen"])
         prior = {} if "size" in run else PostPriors().parameters(**run["prior"])
         return run | {"seen": seen, "prior": prior}

@@ -18,7 +18,14 @@ from ..data.dialogues import PLAIN_TEMPLATE, prompt_ids
 from ..evaluation.divergence import kl_per_position
 from ..evaluation.text import EVAL_SEEDS, rouge_l, sample_answers, text_metrics
 from .base import Experiment, method_modules, UNTRAINED, work_done
-from .healed import Healed, healing_of
+from kd_notes.experiments.healed import (
+    autocast_of,
+    Healed,
+    healing_of,
+    ModelFolders,
+    open_mini,
+    spec_checksums,
+)
 from kd_notes.experiments.instruction_sets import (
     corpus_texts,
     is_hub,
@@ -41,17 +48,15 @@ from ..methods.on_policy import minibatch_config, OnPolicy
 from ..methods.registry import METHODS, onpolicy_method
 from ..methods.prompts import encode_prompts
 from ..models.layer_drop import make_student
-from ..models.mini import load_mini_tokenizer, mini_model, SIZES
+from ..models.mini import load_mini_tokenizer
 from kd_notes.models.pretrained import (
     context_of,
     count_parameters,
-    find_smollm2,
     freeze,
     load_part,
     load_pretrained,
     load_teacher,
     merge_adapters,
-    place_of,
 )
 from ..training.checkpoint import save_model
 from ..training.loop import train, TrainResult
@@ -104,22 +109,6 @@ def run_rows(run: dict, split: str, tokenizer, name: str | None = None) -> list[
     return fitting_rows(run, split, tokenizer, name)[0]
 
 # %% ../../nbs/5_own_words/09_pretrained_pairs.ipynb #caab4499
-def _mini(spec: str, seed: int, device: str | None) -> tuple[Any, Any] | None:
-    "Return (model, tokenizer) of mini:<size>, None for another spec."
-    kind, _, size = spec.partition(":")
-    if kind != "mini":
-        return None
-    if size not in SIZES["causal"]:
-        raise UserError(
-            f"there is no mini model {size!r}",
-            where=spec,
-            fix=f"Sizes are {', '.join(SIZES['causal'])}.",
-        )
-    tokenizer = load_mini_tokenizer()
-    model = mini_model("causal", size, len(tokenizer), seed=seed)
-    return model.to(place_of(device)), tokenizer
-
-
 def _with_template(tokenizer, run: dict):
     "Return the tokenizer, with Alpaca's template if the run asks for it."
     if run["template"] == "alpaca":
@@ -134,7 +123,7 @@ def open_teacher(run: dict, trainable: bool = False) -> tuple[Any, Any]:
     """
     device = run["train"].get("device")
     spec = run["teacher"]
-    opened = _mini(spec, 0, device)
+    opened = open_mini(spec, 0, device)
     if opened is None and trainable:
         opened = load_pretrained(spec, device=device)
     elif opened is None:
@@ -149,7 +138,7 @@ def open_student(run: dict, teacher, teacher_tokenizer) -> tuple[Any, Any]:
     Its tokenizer must be the teacher's.
     """
     device = run["train"].get("device")
-    opened = _mini(run["student"], run["seed"], device)
+    opened = open_mini(run["student"], run["seed"], device)
     if healing := healing_of(run):
         opened = load_pretrained(Healed().model(healing), device=device)
     elif opened is None:
@@ -225,17 +214,7 @@ def sft_phase(
     }
 
 # %% ../../nbs/5_own_words/09_pretrained_pairs.ipynb #aa932e53
-def spec_checksums(spec: str) -> dict[str, str]:
-    "Return the SHA-256 of the files of a local model: weights, config, tokenizer."
-    files: list[Path] = []
-    if spec == "smollm2":
-        files = [find_smollm2()]
-    elif (Path(spec) / "config.json").is_file():
-        files = sorted([*Path(spec).glob("*.safetensors"), *Path(spec).glob("*.json")])
-    return {f"{Path(spec).name}/{file.name}": sha256_file(file) for file in files}
-
-
-class _Phase(Experiment):
+class _Phase(ModelFolders):
     "The common part of the three phases."
 
     module = "experiments.pretrained_pairs"
@@ -254,12 +233,6 @@ class _Phase(Experiment):
         if healing is not None:
             sums |= Healed().inputs(healing)
         return sums | spec_checksums(run["teacher"]) | spec_checksums(run.get("student", ""))
-
-    def model(self, run: dict) -> Path:
-        "Return the folder with the model of this phase; run the phase if it is missing."
-        threads = torch.get_num_threads()
-        self.results([run], threads=threads)
-        return self.folder(run, threads) / "model"
 
 # %% ../../nbs/5_own_words/09_pretrained_pairs.ipynb #06dedc7b
 class PairTeachers(_Phase):
@@ -362,13 +335,6 @@ def shown_answers(run: dict, model, tokenizer) -> list[str]:
     options = {"max_new_tokens": run["max_new_tokens"], "temperature": 0.0}
     return sample_answers(model, tokenizer, prompts, seeds=(1,), **options).texts[0]
 
-
-def _autocast(run: dict):
-    "Return the autocast context of a run, for evaluation."
-    place = place_of(run["train"].get("device"))
-    enabled = run["train"].get("precision") == "bf16"
-    return torch.autocast(place.type, torch.bfloat16, enabled=enabled)
-
 # %% ../../nbs/5_own_words/09_pretrained_pairs.ipynb #e1726cbd
 def train_third_phase(
     run: dict, student, tokenizer, teacher, teacher_tokenizer, folder: Path
@@ -391,7 +357,7 @@ def train_third_phase(
     cfg = minibatch_config(run["minibatch"], run["steps"], run["lr"], micro_batch, **settings)
 
     def validate(model) -> dict:
-        with _autocast(run):
+        with autocast_of(run):
             written = sample_answers(
                 model, tokenizer, prompts, seeds=(1,), max_new_tokens=run["max_new_tokens"]
             )
@@ -480,7 +446,7 @@ class PretrainedPairs(_Phase):
         sets = {}
         seeds = EVAL_SEEDS[: run["score_seeds"]]
         new_tokens = run["max_new_tokens"]
-        with _autocast(run):
+        with autocast_of(run):
             for name, (rows, too_long) in tests.items():
                 scores = set_metrics(model, teacher, tokenizer, rows, seeds, new_tokens, ngram)
                 sets[name] = scores | {"left_out": too_long}

@@ -322,12 +322,6 @@ class Scoring(Experiment):
     Settings = ScoringSettings
 
     def complete(self, run: dict) -> dict:
-        if run["score_on"] not in ("test", "validation"):
-            raise UserError(
-                f"{run['score_on']!r} is no set to score on",
-                where="score_on",
-                fix="Use 'test' or 'validation'.",
-            )
         soft = SCORING_ARMS[run["arm"]].soft
         wanted = {"data": run["data"], "people": run["people"]} | run["teacher"]
         teacher = ScoringTeachers().parameters(**wanted) if soft in ("inside", "outside") else {}

@@ -388,12 +388,6 @@ class Stepwise(Experiment):
     input_settings = ("task", "split", "size")
 
     def complete(self, run: dict) -> dict:
-        if run["score_on"] not in ("validation", "test"):
-            raise UserError(
-                f"{run['score_on']!r} is not a split to score on",
-                where="score_on",
-                fix="Use 'validation' or 'test'.",
-            )
         rate = run["lr"] or PRETRAINED_RATE
         if not run["lr"] and not is_pretrained(run["size"]):
             rate = chosen_rate(run["arm"], run["task"], run["family"])

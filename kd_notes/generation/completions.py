@@ -10,7 +10,7 @@ import re
 import time
 from codecs import BOM_UTF8
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -339,6 +339,17 @@ class AnswerFile(Answers):
         append_jsonl(self.path, rows)
         for row in rows:
             self.rows.append(row)
+
+    def unanswered(self, asked: Mapping[str, str]) -> set[str]:
+        """Return which of these ids have no answer yet, from {id: hash of what is asked}.
+
+        Raises UserError if the question of an answer has changed.
+        """
+        for row in self.rows:
+            if row["prompt_hash"] != asked.get(row["id"], row["prompt_hash"]):
+                what = f"the input of {row['id']!r} has changed since it was answered"
+                raise self.manifest.refusal(what)
+        return asked.keys() - {row["id"] for row in self.rows}
 
     def finish(self) -> None:
         "Mark a complete file as done if a kill came before the manifest's last update."

@@ -464,12 +464,8 @@ def classify_rows(
         ]
 
     with AnswerFile(out, identity, totals).open() as answers:
-        for row in answers.rows:
-            if row["prompt_hash"] != asked.get(row["id"], row["prompt_hash"]):
-                what = f"the input of {row['id']!r} has changed since it was answered"
-                raise answers.manifest.refusal(what)
-        done = {row["id"] for row in answers.rows}
-        left = [row for row in rows if row["id"] not in done]
+        unanswered = answers.unanswered(asked)
+        left = [row for row in rows if row["id"] in unanswered]
         parts = [left[start : start + batch_size] for start in range(0, len(left), batch_size)]
         answers.fill(parts, answer)
         made = {row["id"]: row for row in answers.rows}

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,6 @@ from ..methods.step_by_step import predict
 from ..models.pretrained import context_of, load_pretrained
 from .classifiers import classify_rows, is_classifier, score_classifier
 from .request import shown_name, weights_identity
-from ..progress import progress
 
 # %% ../../nbs/3_reasons/09_predict.ipynb #4f9c0b12
 @dataclass(frozen=True)
@@ -165,21 +165,10 @@ def answer_file(
     }
     asked = {example.id: prompt_hash(student.prefix + example.input) for example in examples}
     with AnswerFile(out, identity, _totals).open() as answers:
-        for row in answers.rows:
-            if row["prompt_hash"] != asked.get(row["id"], row["prompt_hash"]):
-                what = f"the input of {row['id']!r} has changed since it was answered"
-                raise answers.manifest.refusal(what)
-        have = {row["id"] for row in answers.rows}
-        if asked.keys() <= have:
-            answers.finish()
-        else:
-            left = len(asked.keys() - have)
-            with answers.session(), progress(total=left, desc="answers", unit="row") as bar:
-                for batch in length_batches(student, examples, batch_size):
-                    todo = [example for example in batch if example.id not in have]
-                    if todo:
-                        answers.append(answer_batch(student, todo))
-                        bar.update(len(todo))
+        left = answers.unanswered(asked)
+        todo = [example for example in examples if example.id in left]
+        parts = list(length_batches(student, todo, batch_size))
+        answers.fill(parts, partial(answer_batch, student), desc="answers", unit="batch")
         rows = {row["id"]: row for row in answers.rows}
     return [rows[example.id] for example in examples]
 

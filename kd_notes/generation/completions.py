@@ -340,17 +340,6 @@ class AnswerFile(Answers):
         for row in rows:
             self.rows.append(row)
 
-    def unanswered(self, asked: Mapping[str, str]) -> set[str]:
-        """Return which of these ids have no answer yet, from {id: hash of what is asked}.
-
-        Raises UserError if the question of an answer has changed.
-        """
-        for row in self.rows:
-            if row["prompt_hash"] != asked.get(row["id"], row["prompt_hash"]):
-                what = f"the input of {row['id']!r} has changed since it was answered"
-                raise self.manifest.refusal(what)
-        return asked.keys() - {row["id"] for row in self.rows}
-
     def finish(self) -> None:
         "Mark a complete file as done if a kill came before the manifest's last update."
         if self.rows and self.manifest.content["status"] != "done":
@@ -382,3 +371,15 @@ def open_answers(path: Path | str | None, identity: dict) -> Iterator[Answers]:
         return
     with AnswerFile(path, identity).open() as answers:
         yield answers
+
+
+def unanswered(answers: AnswerFile, asked: Mapping[str, str]) -> set[str]:
+    """Return which of these ids have no answer yet, from {id: hash of what is asked}.
+
+    Raises UserError if the question of an answer has changed.
+    """
+    for row in answers.rows:
+        if row["prompt_hash"] != asked.get(row["id"], row["prompt_hash"]):
+            what = f"the input of {row['id']!r} has changed since it was answered"
+            raise answers.manifest.refusal(what)
+    return asked.keys() - {row["id"] for row in answers.rows}

@@ -36,7 +36,7 @@ from ..evaluation.cost import ratio_in_turns, time_in_turns
 from ..evaluation.task_scores import most_frequent, score_difference
 from ..experiments import scoring
 from ..experiments.images import Guided, ImageKD, LearnLabels, StoredStates
-from ..generation.completions import AnswerFile
+from ..generation.completions import AnswerFile, unanswered
 from ..methods.scoring import out_of_fold, person_folds, score_probabilities, ScoringKD
 from ..models.pretrained import count_parameters, freeze, tensor_errors, weights_hash
 from .card import classifier_card, score_text
@@ -464,8 +464,8 @@ def classify_rows(
         ]
 
     with AnswerFile(out, identity, totals).open() as answers:
-        unanswered = answers.unanswered(asked)
-        left = [row for row in rows if row["id"] in unanswered]
+        missing = unanswered(answers, asked)
+        left = [row for row in rows if row["id"] in missing]
         parts = [left[start : start + batch_size] for start in range(0, len(left), batch_size)]
         answers.fill(parts, answer)
         made = {row["id"]: row for row in answers.rows}

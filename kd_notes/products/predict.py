@@ -20,7 +20,7 @@ from ..core import read_json, UserError, write_json
 from ..data.examples import Example, TaskInfo
 from ..data.task_file import own_task, OwnTask, task_examples
 from ..evaluation.task_scores import read_answer, task_score
-from ..generation.completions import AnswerFile, prompt_hash
+from ..generation.completions import AnswerFile, prompt_hash, unanswered
 from ..methods.step_by_step import predict
 from ..models.pretrained import context_of, load_pretrained
 from .classifiers import classify_rows, is_classifier, score_classifier
@@ -165,7 +165,7 @@ def answer_file(
     }
     asked = {example.id: prompt_hash(student.prefix + example.input) for example in examples}
     with AnswerFile(out, identity, _totals).open() as answers:
-        left = answers.unanswered(asked)
+        left = unanswered(answers, asked)
         todo = [example for example in examples if example.id in left]
         parts = list(length_batches(student, todo, batch_size))
         answers.fill(parts, partial(answer_batch, student), desc="answers", unit="batch")

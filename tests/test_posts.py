@@ -41,10 +41,12 @@ from kd_notes.methods.evidence import (
     evidence_rows,
     EvidenceStore,
     instruction,
+    load_seeing,
     parse_answer,
     PictureSFT,
     read_pictures,
     Seen,
+    seen_answers,
     SignReader,
     train_captioner,
     write_captions,
@@ -261,6 +263,8 @@ class TextPost:
         ([], "is empty"),
         ([{"id": "a", "text": "news"}], "date missing"),
         ([{"id": "a", "date": 3, "text": ""}], "text missing"),
+        ([{"id": "a", "date": 3, "text": "the x"}], "no text of the store has a word"),
+        ([{"id": "a", "date": d, "text": "Alder"} for d in (3, "3")], "'3' cannot be compared"),
     ],
 )
 def test_a_store_that_cannot_be_used_is_refused(texts, what):
@@ -269,8 +273,20 @@ def test_a_store_that_cannot_be_used_is_refused(texts, what):
 
 
 def test_dates_that_cannot_be_compared_are_refused(world):
-    with pytest.raises(UserError, match="cannot be compared"):
-        EvidenceStore(world[1]).search("Alder", before="2026-03-12")
+    for query in ("Alder", "a word of no report"):
+        with pytest.raises(UserError, match="cannot be compared"):
+            EvidenceStore(world[1]).search(query, before="2026-03-12")
+
+
+def test_a_text_of_day_0_with_the_id_0_is_a_text():
+    found = EvidenceStore([{"id": 0, "date": 0, "text": "news from Alder"}]).search("Alder", 1)
+    assert [row["id"] for row in found] == [0]
+
+
+@pytest.mark.parametrize("k", [-1, "many", 1.5, None])
+def test_a_number_of_texts_that_is_none_is_refused(world, k):
+    with pytest.raises(UserError, match="setting k"):
+        EvidenceStore(world[1]).search("Alder", k=k)
 
 
 @pytest.mark.parametrize(
@@ -447,6 +463,41 @@ def test_a_student_can_tell_pictures_apart_by_their_pixels_alone():
         batch = method.collate([method.encode(row) for row in rows])
         nats = method.loss_sums(done.model.eval(), batch)["loss"].item() / len(rows)
     assert nats < 0.5 * np.log(2)
+
+
+def test_a_vision_language_model_is_loaded_taught_with_adapters_and_asked(tmp_path):
+    "The whole path of a hub model: a folder in its layout, LoRA, merged weights, answers."
+    from PIL import Image
+
+    model, processor = tiny_llava()
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "base")
+    model, processor = load_seeing(tmp_path / "base")
+    rows = [
+        {"id": c, "prompt": "Say:\n", "completion": label, "image": Image.new("RGB", (64, 48), c)}
+        for c, label in (("red", "true"), ("blue", "false"))
+    ]
+    assert seen_answers(model, processor, rows, new=3) != ["true", "false"]
+    lora = {"r": 8, "alpha": 16, "targets": "all-linear"}
+    cfg = TrainConfig(max_steps=200, batch_size=2, lr=1e-2, lora=lora, device="cpu")
+    student = merge_adapters(train(model, PictureSFT(processor), rows, cfg).model)
+    for part in (student, processor):
+        part.save_pretrained(tmp_path / "student")
+    again = load_seeing(tmp_path / "student")
+    assert seen_answers(*again, rows, new=3) == ["true", "false"]
+    with pytest.raises(UserError, match="post blind"):
+        seen_answers(*again, [{"id": "blind", "prompt": "Say:\n", "image": "nowhere.png"}])
+
+
+def test_a_model_that_sees_nothing_is_refused(tmp_path):
+    model, tokenizer = base_model()
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "text")
+    for source, what in (("text", "no vision-language model"), ("empty", "not a model")):
+        (tmp_path / source).mkdir(exist_ok=True)
+        with pytest.raises(UserError, match=what) as error:
+            load_seeing(tmp_path / source)
+        assert source in str(error.value)
 
 
 def test_a_picture_of_a_row_that_does_not_open_is_named():

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core import missing_library, rng, stable_hash, UserError
+from ..checks import check_count
+from ..core import first_line, missing_library, rng, stable_hash, UserError
 from kd_notes.data.posts import (
     COLOURS,
     COUNTS,
@@ -29,6 +30,7 @@ from kd_notes.data.posts import (
 )
 from ..data.rows import TextRow
 from ..generation.completions import open_answers, texts_of
+from ..models.pretrained import evaluating, resolve_model
 from ..training.batches import Batch, causal_batch, target_nll
 from ..training.method import SFT
 
@@ -139,7 +141,7 @@ def write_captions(model: Captioner, images: Sequence) -> list[str]:
 class EvidenceStore:
     """Dated texts, searched by BM25.
 
-    Raises UserError for an empty store and for a text without a date.
+    Raises UserError for an empty store, a text without a date, and dates of two kinds.
     """
 
     def __init__(self, texts: Sequence[Mapping[str, Any]]):  # with id, date and text
@@ -155,7 +157,7 @@ class EvidenceStore:
                 fix="Give at least one text with id, date and text.",
             )
         for number, row in enumerate(self.texts):
-            if missing := [name for name in ("id", "date", "text") if not row.get(name)]:
+            if missing := [n for n in ("id", "date", "text") if row.get(n) in (None, "")]:
                 raise UserError(
                     f"{', '.join(missing)} missing",
                     where=f"evidence, row {number}",
@@ -165,26 +167,39 @@ class EvidenceStore:
         self.tokens = lambda texts: bm25s.tokenize(
             texts, return_ids=False, show_progress=False, stopwords="en"
         )
-        self.index.index(self.tokens([row["text"] for row in self.texts]), show_progress=False)
+        words = self.tokens([row["text"] for row in self.texts])
+        if not any(words):
+            fix = "Give texts of whole words; letters alone are not searched."
+            raise UserError("no text of the store has a word", where="evidence", fix=fix)
+        self.index.index(words, show_progress=False)
+        for row in self.texts:
+            self.check_date(row["date"])
+
+    def check_date(self, date: Any) -> None:
+        "Raise UserError for a date that cannot be compared with those of the store."
+        try:
+            max(date, self.texts[0]["date"])
+        except TypeError as e:
+            raise UserError(
+                f"the date {date!r} cannot be compared with the dates of the store",
+                where="evidence",
+                fix="Write all dates alike: days as whole numbers, or texts such as 2026-03-12.",
+            ) from e
 
     def search(self, query: str, before: Any = None, k: int = 3) -> list[dict]:
         """Return the at most k best texts that are dated before a day, newest first.
 
         `before=None` searches everything, later texts too: the leak. Equal scores go by date.
         """
+        check_count(k, "k", 0)
+        if before is not None:
+            self.check_date(before)
         scores = self.index.get_scores(self.tokens([query])[0])
-        try:
-            known = [
-                (-score, row["date"], row)
-                for score, row in zip(scores.tolist(), self.texts)
-                if score > 0 and (before is None or row["date"] < before)
-            ]
-        except TypeError as e:
-            raise UserError(
-                f"the date {before!r} cannot be compared with the dates of the store",
-                where="evidence",
-                fix="Write all dates alike: days as whole numbers, or texts such as 2026-03-12.",
-            ) from e
+        known = [
+            (-score, row["date"], row)
+            for score, row in zip(scores.tolist(), self.texts)
+            if score > 0 and (before is None or row["date"] < before)
+        ]
         best = sorted(known, key=lambda found: found[:2])[:k]
         return [row for *_, row in sorted(best, key=lambda found: found[1], reverse=True)]
 
@@ -310,6 +325,13 @@ def evidence_rows(
     return rows, len(posts) - len(rows)
 
 # %% ../../nbs/6_beyond_text/13_evidence.ipynb #786e23d1
+def picture_inputs(processor: Any, row: Mapping[str, Any]) -> Any:
+    "Return the inputs of a vision-language model for the prompt and the picture of a row."
+    image = open_picture(row["image"], f"post {row['id']}")
+    text = f"{processor.image_token}\n{row['prompt']}"
+    return processor(images=[image], text=[text], return_tensors="pt")
+
+
 class PictureSFT(SFT):
     """Cross-entropy of a completion, given a prompt and a picture, for vision-language models.
 
@@ -322,9 +344,7 @@ class PictureSFT(SFT):
         self.processor = processor
 
     def encode(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        image = open_picture(row["image"], f"post {row['id']}")
-        text = f"{self.processor.image_token}\n{row['prompt']}"
-        read = self.processor(images=[image], text=[text], return_tensors="pt")
+        read = picture_inputs(self.processor, row)
         learnt = self.tokenizer.encode(row["completion"], add_special_tokens=False)
         ids = {"prompt": read.pop("input_ids")[0].tolist()}
         ids["completion"] = [*learnt, self.tokenizer.eos_token_id]
@@ -344,3 +364,36 @@ class PictureSFT(SFT):
 
     def loss_sums(self, model: Any, batch: Batch) -> dict[str, Tensor]:
         return {"loss": target_nll(model, batch).sum()}
+
+# %% ../../nbs/6_beyond_text/13_evidence.ipynb #seeing01
+def load_seeing(spec: str | Path) -> tuple[Any, Any]:
+    "Return (model, processor) of a vision-language model: hub:<id> or a folder."
+    from safetensors import SafetensorError
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    source = resolve_model(spec)
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(
+            source, dtype=torch.float32, use_safetensors=True
+        )
+        processor = AutoProcessor.from_pretrained(source)
+    except (OSError, ValueError, SafetensorError) as e:
+        raise UserError(
+            f"this is no vision-language model that can be loaded: {first_line(e)}",
+            where=spec,
+            fix="Name one whose processor takes a text and an image, such as a LLaVA.",
+        ) from e
+    return model, processor
+
+
+@torch.no_grad()
+def seen_answers(model: Any, processor: Any, rows: Sequence[Mapping], new: int = 48) -> list[str]:
+    "Return the greedy answers of a vision-language model to rows with 'id', 'prompt' and 'image'."
+    answers = []
+    with evaluating(model):
+        for row in rows:
+            read = picture_inputs(processor, row).to(model.device)
+            written = model.generate(**read, max_new_tokens=new, do_sample=False)[0]
+            reply = written[read["input_ids"].shape[1] :]
+            answers.append(processor.tokenizer.decode(reply, skip_special_tokens=True).strip())
+    return answers

@@ -1,11 +1,14 @@
 """Steps in front of a distillation: what comes out of them, and what stops them."""
 
 import json
+import sys
 
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
-from kd_notes.core import read_json, UserError
+from kd_notes.cli import app
+from kd_notes.core import append_jsonl, read_json, UserError
 from kd_notes.models.mini import load_mini_tokenizer, mini_model
 from kd_notes.products import row_steps
 from kd_notes.products.distill import distill
@@ -22,6 +25,22 @@ ROWS = [
 def teacher():
     tok = load_mini_tokenizer()
     return mini_model("causal", "xs", len(tok), seed=0), tok
+
+
+POSTS = [
+    {"id": f"p{i}", "prompt": f"The bridge {i} is closed.", "response": label, "date": 10 + i}
+    for i, label in enumerate(["true", "false", "unverified"] * 8)
+]
+REPORTS = [{"id": "e", "date": 3, "text": "The bridge 0 is closed for repairs."}]
+
+
+@pytest.fixture
+def posts(tmp_path):
+    "The path of a file of posts, one with a picture, beside reports.jsonl."
+    Image.new("RGB", (64, 64), "white").save(tmp_path / "a.png")
+    append_jsonl(tmp_path / "posts.jsonl", [POSTS[0] | {"image": "a.png"}, *POSTS[1:]])
+    append_jsonl(tmp_path / "reports.jsonl", REPORTS)
+    return tmp_path / "posts.jsonl"
 
 
 def run(teacher, out, step, rows=ROWS, objective="forward_kl", **more):
@@ -62,29 +81,117 @@ def test_generated_rows_have_the_labels_of_the_given_ones(teacher, tmp_path):
     assert 8 < report["rows"] <= 8 + 2 * 4
 
 
-def test_posts_become_instructions_with_evidence(teacher, tmp_path, capsys, monkeypatch):
-    Image.new("RGB", (64, 64), "white").save(tmp_path / "a.png")
-    posts = [
-        {"id": f"p{i}", "prompt": f"The bridge {i} is closed.", "response": label, "date": 10 + i}
-        | ({"image": "a.png"} if i == 0 else {})
-        for i, label in enumerate(["true", "false", "unverified"] * 2)
-    ]
-    file = tmp_path / "posts.jsonl"
-    file.write_text("".join(json.dumps(post) + "\n" for post in posts))
-    reports = [{"id": "e", "date": 3, "text": "The bridge 0 is closed for repairs."}]
-    (tmp_path / "reports.jsonl").write_text("".join(json.dumps(r) + "\n" for r in reports))
+def says(text, asked=None, most=10**9):
+    "A teacher that writes this, and keeps what it was asked; it is interrupted after `most`."
+
+    def write(self, prompts, stream="", chat=True):
+        if asked is not None:
+            asked.extend(prompts)
+            if len(asked) > most:
+                raise KeyboardInterrupt
+        return [text] * len(prompts)
+
+    return write
+
+
+def test_posts_become_instructions_with_evidence(teacher, tmp_path, posts, monkeypatch):
+    kept = {}
+    inner = row_steps.write_json
     monkeypatch.setattr(
-        row_steps.RowWork,
-        "write",
-        lambda self, prompts, stream="": ["true. The report says so." for _ in prompts],
+        row_steps,
+        "write_json",
+        lambda file, made: (kept.update({file.name: made}), inner(file, made)),
     )
+    monkeypatch.setattr(row_steps.RowWork, "write", says("true. The report says so."))
     step = "evidence:reports=reports.jsonl"
-    run(teacher, tmp_path / "out", step, file, "sft")
+    run(teacher, tmp_path / "out", step, posts, "sft")
+    train, held_out = kept["rows.json"]
+    made = {row["id"]: row for row in train + held_out}
+    assert len(made) == 24 and len(held_out) == 2
+    prompt = made["p3"]["prompt"][0]["content"]
+    assert "Post of day 13: The bridge 3 is closed." in prompt and "Day 3: The bridge 0" in prompt
+    # the label is the row's, which the teacher was told
+    assert made["p4"]["completion"] == "false. The report says so."
     request = read_json(tmp_path / "out" / "request.json")
     assert set(request["files_sha256"]) == {"reports"}
-    (tmp_path / "reports.jsonl").write_text(json.dumps(reports[0] | {"text": "Other."}) + "\n")
+    append_jsonl(tmp_path / "reports.jsonl", [REPORTS[0] | {"id": "f", "text": "Other."}])
     with pytest.raises(UserError, match="another files_sha256"):
-        run(teacher, tmp_path / "out", step, file, "sft")
+        run(teacher, tmp_path / "out", step, posts, "sft")
+
+
+def test_a_killed_search_for_evidence_asks_for_no_verdict_twice(
+    teacher, tmp_path, posts, monkeypatch
+):
+    step, asked, later = "evidence:reports=reports.jsonl,tell=no", [], []
+    monkeypatch.setattr(row_steps.RowWork, "write", says("true. So it is.", asked, most=16))
+    with pytest.raises(KeyboardInterrupt):
+        run(teacher, tmp_path / "out", step, posts, "sft")
+    monkeypatch.setattr(row_steps.RowWork, "write", says("false. So it is.", later))
+    report = run(teacher, tmp_path / "out", step, posts, "sft")
+    assert len(asked[:16] + later) == len(set(asked[:16] + later)) == 24
+    assert report["rows"] + report["held_out"] == 24
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"date": None}, "posts.jsonl:6: the field 'date' is missing"),
+        ({"date": "2026-03-12"}, "'2026-03-12' cannot be compared"),
+        ({"response": "mostly true"}, "posts.jsonl:6: there is no label 'mostly true'"),
+        ({"image": "nothing.png"}, "posts.jsonl:6, .*nothing.png: the image does not open"),
+        ({"image": "posts.jsonl"}, "posts.jsonl:6, .*: the image does not open"),
+    ],
+)
+def test_a_post_that_cannot_be_used_is_named_and_its_correction_needs_no_other_folder(
+    teacher, tmp_path, posts, monkeypatch, change, message
+):
+    monkeypatch.setattr(row_steps.RowWork, "write", says("true. So it is."))
+    good = posts.read_text().splitlines(True)
+    wrong = json.dumps(POSTS[5] | change) + "\n"
+    posts.write_text("".join([*good[:5], wrong, *good[6:]]))
+    step = "evidence:reports=reports.jsonl"
+    with pytest.raises(UserError, match=message):
+        run(teacher, tmp_path / "out", step, posts, "sft")
+    assert not [file for file in (tmp_path / "out").iterdir() if file.name != ".lock"]
+    posts.write_text("".join(good))
+    assert run(teacher, tmp_path / "out", step, posts, "sft")["rows"] == 22
+
+
+@pytest.mark.parametrize("library", ["rapidocr", "bm25s"])
+def test_a_missing_library_of_a_step_is_named_before_anything(
+    teacher, tmp_path, posts, monkeypatch, library
+):
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(UserError, match=f"{library} is not installed.*mmidr"):
+        run(teacher, tmp_path / "out", "evidence:reports=reports.jsonl", posts, "sft")
+    assert not (tmp_path / "out" / "request.json").exists()
+
+
+@pytest.mark.parametrize(
+    "step, objective",
+    [
+        ("paraphrase", "sft"),
+        ("generate:batches=1,batch_size=4,study_every=1", "forward_kl"),
+        ("balanced:budget=6,stages=2,policy=none,label_filter=no", "seqkd"),
+        ("select:share=0.5", "forward_kl"),
+        ("evidence:reports=reports.jsonl", "sft"),
+    ],
+)
+def test_each_step_on_the_command_line(teacher, tmp_path, posts, monkeypatch, step, objective):
+    for part in teacher:
+        part.save_pretrained(tmp_path / "teacher")
+    append_jsonl(tmp_path / "rows.jsonl", ROWS)
+    data = posts if step.startswith("evidence") else tmp_path / "rows.jsonl"
+    words = ["distill", "--data", data, "--teacher", tmp_path / "teacher", "--student", "layers:1"]
+    words += ["--objective", objective, "--rows", step, "--out", tmp_path / "out"]
+    for setting in QUICK.items():
+        words += ["--set", "{}={}".format(*setting)]
+    if step.startswith("evidence"):
+        monkeypatch.setattr(row_steps.RowWork, "write", says("true. So it is."))
+    for told in ("the student is in", "finished already"):
+        done = CliRunner().invoke(app, [str(word) for word in words])
+        assert done.exit_code == 0 and told in done.output, done.output
+    assert read_json(tmp_path / "out" / "report.json")["settings"]["rows"] == step
 
 
 def test_a_killed_step_goes_on_without_asking_twice(teacher, tmp_path, monkeypatch):
@@ -123,11 +230,17 @@ def test_a_killed_step_goes_on_without_asking_twice(teacher, tmp_path, monkeypat
     [
         ("balance", {}, "no step 'balance'"),
         ("balanced", {}, "budget"),
-        ("balanced:budget=0", {}, "budget"),
+        ("balanced:budget=0", {}, "setting budget: 0 is not a whole number from 5"),
+        ("balanced:budget=6,policy=fair", {}, "policy: 'fair' is not known"),
         ("balanced:budget=4,stages=2,polices=1", {}, "'polices' is no option"),
         ("select", {"objective": "sft"}, "asks the teacher about all rows"),
         ("select:part=1", {}, "'part' is no option"),
-        ("evidence", {}, "no file of reports"),
+        ("evidence", {}, "evidence needs reports"),
+        ("evidence:reports=reports.jsonl,k=-1", {}, "setting k: -1 is not a whole number"),
+        ("evidence:reports=reports.jsonl,tell=maybe", {}, "setting tell: 'maybe'"),
+        ("evidence:reports=reports.jsonl,first=end", {}, "first: 'end' is not known"),
+        ("paraphrase:copies=0", {}, "copies"),
+        ("select:share=2", {}, "share: 2 is not a share"),
         ("evidence:reports=nothing.jsonl", {}, "nothing.jsonl"),
         ("generate:batch_size=2", {}, "batch_size"),
         ("evidence:reports=nothing.jsonl,top=3", {}, "'top' is no option"),
@@ -136,12 +249,14 @@ def test_a_killed_step_goes_on_without_asking_twice(teacher, tmp_path, monkeypat
 def test_a_wrong_step_is_one_sentence(teacher, tmp_path, step, more, message):
     with pytest.raises(UserError, match=message):
         run(teacher, tmp_path / "a", step, **more)
+    assert not (tmp_path / "a").exists()
 
 
 def test_rows_without_a_domain_are_named(teacher, tmp_path):
     rows = [{key: row[key] for key in ("id", "prompt", "response")} for row in ROWS]
     with pytest.raises(UserError, match="the field 'domain' is missing"):
         run(teacher, tmp_path / "a", "balanced:budget=6,stages=2", rows)
+    assert not (tmp_path / "a" / "request.json").exists()
 
 
 @pytest.mark.parametrize("step", ["generate", "balanced:budget=6"])

@@ -62,7 +62,7 @@ from kd_notes.products.request import (
     shown_name,
     TeacherGroup,
 )
-from .row_steps import apply_row_step, check_row_step
+from .row_steps import apply_row_step, check_row_step, open_row_step
 
 # %% ../../nbs/4_probabilities/15_distill.ipynb #6453351a
 from kd_notes.products.settings import (
@@ -321,6 +321,7 @@ def _start(request: Request) -> _Distillation:
     check_teachers(request)
     everything = request.rows()
     texts, held_out = hold_out(everything, settings.validation, settings.seed)
+    step = open_row_step(request, texts, held_out)
     if memory := expected_memory(request):
         total = memory["total"] / 1e9
         activations = memory["activations"] / 1e9
@@ -337,10 +338,10 @@ def _start(request: Request) -> _Distillation:
             check_same_server(pair.teacher, request.work / "probe.json")
         request.started()
 
-    if settings.rows:
+    if step:
         by_main(begin)  # a step writes files, and a second call must know whose they are
         with main_first():
-            texts, held_out = apply_row_step(request, pair, texts, held_out, request.extra())
+            texts, held_out = apply_row_step(step, pair)
     check_rows(pair, texts + held_out, request.objective)
     pair.unite(request, everything)
     rows = pair.encode(texts)
@@ -349,7 +350,7 @@ def _start(request: Request) -> _Distillation:
     cut = sum(not row["whole"] for row in rows)
     note = f"; {cut} completions are cut at {pair.max_length} tokens" if cut else ""
     request.say(f"{len(rows)} rows to train on, {len(held_out)} held out{note}")
-    if not settings.rows:
+    if not step:
         by_main(begin)
     return _Distillation(request, pair, texts, held_out, rows)
 

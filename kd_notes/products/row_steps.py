@@ -8,24 +8,26 @@ __all__ = []
 # %% ../../nbs/4_probabilities/23_row_steps.ipynb #e5aef078
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, MISSING, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from ..checks import check_count, check_fields
 from ..core import read_json, sha256_file, stable_hash, UserError, write_json
 from ..data.examples import numbered_rows
+from ..data.posts import open_picture, VERDICTS
 from ..data.rows import TextRow
 from ..generation.completions import AnswerFile, prompt_hash
 from ..methods.balanced import Balanced, fresh_students, own_answer_ifd
-from ..methods.balanced_stages import balanced_stages
+from ..methods.balanced_stages import balanced_stages, domain_rows
 from kd_notes.methods.data_generation import (
     generate_rows,
     GenerationSettings,
     row_energies,
     WritingTask,
 )
-from ..methods.data_selection import paraphrase_rows, row_influence, select_rows
+from ..methods.data_selection import best_places, paraphrase_rows, row_influence, select_rows
 from ..methods.logit_kd import KD
 from ..methods.seqkd import responses_of, Writing
 from ..methods.server_teacher import is_server
@@ -51,19 +53,13 @@ class RowWork:
     "The rows of a request, and what a step may use to change them."
 
     request: Request
-    pair: Pair
+    name: str  # of the step
+    options: Any  # its settings
     texts: list[TextRow]  # to train on
     held_out: list[TextRow]
     extra: Mapping[str, Mapping]  # id -> the row's fields as they were given
-    options: dict
-
-    def made(self, kind: type, **defaults: Any) -> Any:
-        "Return the step's settings, a dataclass, with the given options."
-        try:
-            return kind(**defaults | self.options)
-        except TypeError as error:
-            fix = "Give it, as in balanced:budget=200."
-            raise UserError(str(error).split("() ")[-1], where="rows", fix=fix) from error
+    found: dict = field(default_factory=dict)  # what the step has read of the rows
+    pair: Pair | None = None  # the models, from when they are loaded
 
     def write(self, prompts: Sequence[str], stream: str = "", chat: bool = True) -> list[str]:
         "Return the teacher's texts; `stream` names the random numbers."
@@ -134,12 +130,12 @@ def _paraphrase(work: RowWork) -> list[TextRow]:
         file,
         seed=s.seed,
         name=name,
-        **work.options,
+        copies=work.options.copies,
     )
     return [*work.texts, *more]
 
 
-def _generate(work: RowWork) -> list[TextRow]:
+def _read_labels(work: RowWork) -> None:
     shown = [replace(row, prompt=words_of(row)) for row in work.texts]
     labels = tuple(dict.fromkeys(row.completion for row in shown))
     if len(labels) > 50:
@@ -149,9 +145,10 @@ def _generate(work: RowWork) -> list[TextRow]:
             where="rows",
             fix="Use it for a task with labels.",
         )
-    settings = work.made(
-        GenerationSettings, batches=8, study_every=4, seed=work.request.settings.seed
-    )
+    work.found = {"shown": shown, "labels": labels}
+
+
+def _generate(work: RowWork) -> list[TextRow]:
 
     def study(rows: list[TextRow]) -> Callable:
         model = fitted(work, [row.as_chat() for row in rows])
@@ -167,26 +164,24 @@ def _generate(work: RowWork) -> list[TextRow]:
             chat=False,
         ),
         study,
-        WritingTask(labels),
-        shown[:3],
-        settings,
+        WritingTask(work.found["labels"]),
+        work.found["shown"][:3],
+        work.options,
         path=work.request.work / "generated.jsonl",
         teacher=shown_name(work.request.teacher),
     )
     return [*work.texts, *(row.as_chat() for row in made)]
 
 # %% ../../nbs/4_probabilities/23_row_steps.ipynb #3580b787
+def _read_domains(work: RowWork) -> None:
+    pool = []
+    for row in work.texts:
+        given = {"id": row.id, "prompt": words_of(row), "completion": row.completion}
+        pool.append(given | {"domain": str(field_of(work, row, "domain"))})
+    work.found = {"pool": domain_rows(pool)}
+
+
 def _balanced(work: RowWork) -> list[TextRow]:
-    settings = work.made(Balanced, seed=work.request.settings.seed)
-    pool = [
-        {
-            "id": row.id,
-            "prompt": words_of(row),
-            "completion": row.completion,
-        }
-        | {"domain": field_of(work, row, "domain")}
-        for row in work.texts
-    ]
 
     def learnt(rows: Sequence[dict]) -> list[TextRow]:
         return [
@@ -207,7 +202,11 @@ def _balanced(work: RowWork) -> list[TextRow]:
         ),
     )
     rows, reports = balanced_stages(
-        pool, work.write, settings, student, folder=work.request.work / "balanced"
+        work.found["pool"],
+        work.write,
+        work.options,
+        student,
+        folder=work.request.work / "balanced",
     )
     counts = {name: sum(report[name] for report in reports) for name in ("calls", "dropped")}
     if not rows:
@@ -228,7 +227,7 @@ def _select(work: RowWork) -> list[TextRow]:
         )
         rows = [pair.encode(part) for part in (work.texts, work.held_out)]
         scores = row_influence(pair.student, method, *rows, batch_size=s.batch_size)
-        ids = select_rows(work.texts, lambda _: scores, **work.options)
+        ids = select_rows(work.texts, lambda _: scores, work.options.share)
         write_json(file, sorted(ids))
     work.pair.selected = frozenset(read_json(file))
     chosen = f"{len(work.pair.selected)} of {len(work.texts)}"
@@ -236,24 +235,38 @@ def _select(work: RowWork) -> list[TextRow]:
     return work.texts
 
 
-def _evidence(work: RowWork) -> list[TextRow]:
-    from kd_notes.methods.evidence import evidence_rows, EvidenceStore, read_pictures
+def _read_posts(work: RowWork) -> None:
+    from kd_notes.methods.evidence import EvidenceStore, SignReader
 
-    options = dict(work.options)
-    data = work.request.data
-    reports = beside(data, options.pop("reports"))
-    store = EvidenceStore([row for _, row in numbered_rows(reports)])
-    everything = [*work.texts, *work.held_out]
-    posts = [
-        SimpleNamespace(
-            id=row.id, date=field_of(work, row, "date"), text=words_of(row), label=row.completion
-        )
-        for row in everything
-    ]
-    images = {row.id: work.extra[row.id].get("image") for row in everything}
-    pictures = {id: beside(data, image) for id, image in images.items() if image}
-    seen = read_pictures(pictures, path=work.request.work / "seen.jsonl") if pictures else {}
-    rows, left = evidence_rows(posts, seen, store, work.write_once, **{"tell": True} | options)
+    data, options = work.request.data, work.options
+    store = EvidenceStore([row for _, row in numbered_rows(beside(data, options.reports))])
+    posts = []
+    pictures = {}
+    for row in (*work.texts, *work.held_out):
+        where, date, given = row.where or row.id, field_of(work, row, "date"), work.extra[row.id]
+        if not options.leak:
+            store.check_date(date)
+        if options.tell and row.completion not in VERDICTS:
+            fix = f"Use one of {', '.join(VERDICTS)}."
+            raise UserError(f"there is no label {row.completion!r:.60}", where=where, fix=fix)
+        about = {"date": date, "text": words_of(row), "label": row.completion}
+        posts.append(SimpleNamespace(id=row.id, **about))
+        if image := given.get("image"):
+            pictures[row.id] = beside(data, image)
+            open_picture(pictures[row.id], where)
+    work.found = {"store": store, "posts": posts, "pictures": pictures}
+    work.found["read"] = SignReader() if pictures else None
+
+
+def _evidence(work: RowWork) -> list[TextRow]:
+    from kd_notes.methods.evidence import evidence_rows, read_pictures
+
+    found, seen = work.found, {}
+    if found["pictures"]:
+        file = work.request.work / "seen.jsonl"
+        seen = read_pictures(found["pictures"], found["read"], path=file)
+    options = {k: v for k, v in asdict(work.options).items() if k != "reports"}
+    rows, left = evidence_rows(found["posts"], seen, found["store"], work.write_once, **options)
     if left:
         work.request.say(f"{left} posts are left out: the teacher's answer has no label")
     made = {row.id: row.as_chat() for row in rows}
@@ -261,32 +274,74 @@ def _evidence(work: RowWork) -> list[TextRow]:
     return [made[row.id] for row in work.texts if row.id in made]
 
 # %% ../../nbs/4_probabilities/23_row_steps.ipynb #a07524db
-def _names(kind: type) -> tuple[str, ...]:
-    return tuple(each.name for each in fields(kind))
+@dataclass(frozen=True)
+class ParaphraseOptions:
+    copies: int = 1
+
+    def __post_init__(self):
+        check_fields(self)
+        check_count(self.copies, "copies", 1)
 
 
-ROW_STEPS = {  # the function and the options of each step
-    "paraphrase": (_paraphrase, ("copies",)),
-    "generate": (_generate, _names(GenerationSettings)),
-    "balanced": (_balanced, _names(Balanced)),
-    "select": (_select, ("share",)),
-    "evidence": (_evidence, ("reports", "k", "tell", "first", "leak")),
+@dataclass(frozen=True)
+class SelectOptions:
+    share: float = 0.5
+
+    def __post_init__(self):
+        check_fields(self)
+        best_places([], self.share)  # an error, before anything
+
+
+@dataclass(frozen=True)
+class EvidenceOptions:
+    reports: str  # file of dated texts, named relative to the file of rows
+    k: int = 3
+    tell: bool = True
+    first: str = "label"
+    leak: bool = False
+
+    def __post_init__(self):
+        check_fields(self)
+        check_count(self.k, "k", 0)
+        if self.first not in ("label", "reason"):
+            fix = "Use label or reason."
+            raise UserError(f"{self.first!r} is not known", where="first", fix=fix)
+
+
+# Of each step: what reads the rows, before anything is written; what changes them; its settings.
+ROW_STEPS: dict[str, tuple] = {
+    "paraphrase": (None, _paraphrase, ParaphraseOptions),
+    "generate": (_read_labels, _generate, GenerationSettings),
+    "balanced": (_read_domains, _balanced, Balanced),
+    "select": (None, _select, SelectOptions),
+    "evidence": (_read_posts, _evidence, EvidenceOptions),
 }
 TRAINING_STEPS = ("generate", "balanced")  # they train copies of the student
+FEW = {"generate": {"batches": 8, "study_every": 4}}  # instead of the defaults of the experiments
 
-
-def read_row_step(text: str) -> tuple[str, dict]:
-    "Return (name, options) of a step such as balanced:budget=200,stages=4."
+# %% ../../nbs/4_probabilities/23_row_steps.ipynb #rowread1
+def read_row_step(text: str, seed: int = 0) -> tuple[str, Any]:
+    "Return (name, settings) of a step such as balanced:budget=200,stages=4."
     name, _, options = text.partition(":")
     if name not in ROW_STEPS:
         fix = f"Choose one of {', '.join(ROW_STEPS)}."
         raise UserError(f"there is no step {name!r}", where="rows", fix=fix)
     parts = [part.strip() for part in options.split(",") if part.strip()]
-    given, known = plain_settings(parts), ROW_STEPS[name][1]
-    if unknown := given.keys() - set(known):
+    known = {each.name: each for each in fields(ROW_STEPS[name][2])}
+    given = plain_settings(parts)
+    if unknown := given.keys() - known.keys():
         fix = f"Options of {name} are {', '.join(known)}."
         raise UserError(f"{min(unknown)!r} is no option", where="rows", fix=fix)
-    return name, given
+    needed = (each.name for each in known.values() if each.default is MISSING)
+    if lacking := next((each for each in needed if each not in given), ""):
+        fix = f"Give it, as in {name}:{lacking}={'reports.jsonl' if name == 'evidence' else 200}."
+        raise UserError(f"{name} needs {lacking}", where="rows", fix=fix)
+    for part in parts:  # a text such as none stays one
+        option, _, value = part.partition("=")
+        if known[option.strip()].type is str:
+            given[option.strip()] = value.strip().strip("'\"")
+    seeded = {"seed": seed} if "seed" in known else {}
+    return name, ROW_STEPS[name][2](**seeded | FEW.get(name, {}) | given)
 
 
 def check_row_step(text: str, objective: str, teacher: Any, data: Any) -> dict[str, str]:
@@ -307,10 +362,7 @@ def check_row_step(text: str, objective: str, teacher: Any, data: Any) -> dict[s
         raise UserError(f"{objective} asks the teacher about all rows", where="rows", fix=fix)
     if name != "evidence":
         return {}
-    if "reports" not in options:
-        fix = "Give one: evidence:reports=reports.jsonl."
-        raise UserError("there is no file of reports", where="rows", fix=fix)
-    return {"reports": sha256_file(beside(data, options["reports"]))}
+    return {"reports": sha256_file(beside(data, options.reports))}
 
 
 def beside(data: Any, name: Any) -> Path:
@@ -318,28 +370,38 @@ def beside(data: Any, name: Any) -> Path:
     return (data.parent if isinstance(data, Path) else Path()) / str(name)
 
 # %% ../../nbs/4_probabilities/23_row_steps.ipynb #fa41785f
-def apply_row_step(
-    request: Request,
-    pair: Pair,
-    texts: list[TextRow],
-    held_out: list[TextRow],
-    extra: Mapping[str, Mapping],  # id -> the row's fields as they were given
-) -> tuple[list[TextRow], list[TextRow]]:
-    """Return the rows to train on and those that are held out, after the request's step.
+def open_row_step(
+    request: Request, texts: list[TextRow], held_out: list[TextRow]
+) -> RowWork | None:
+    """Read what the request's step needs of the rows, and of what they name.
+
+    Raises UserError for a row that it cannot use, before anything is loaded or written.
+    """
+    if not request.settings.rows:
+        return None
+    name, options = read_row_step(request.settings.rows, request.settings.seed)
+    work = RowWork(request, name, options, list(texts), list(held_out), request.extra())
+    if read := ROW_STEPS[name][0]:
+        read(work)
+    return work
+
+
+def apply_row_step(work: RowWork, pair: Pair) -> tuple[list[TextRow], list[TextRow]]:
+    """Return the rows to train on and those that are held out, after a step.
 
     They are stored; a second call reads them.
     """
-    name, options = read_row_step(request.settings.rows)
+    request, name, before = work.request, work.name, len(work.texts)
+    work.pair = pair
     file = request.work / "rows.json"
     if file.is_file() and name != "select":
         kept = [[_row(row) for row in part] for part in read_json(file)]
         return kept[0], kept[1]
-    work = RowWork(request, pair, list(texts), list(held_out), extra, options)
-    made = ROW_STEPS[name][0](work)
+    made = ROW_STEPS[name][1](work)
     if not made or not work.held_out:
         raise UserError("no rows are left", where="rows", fix="Give more rows, or another step.")
     write_json(file, [[asdict(row) for row in part] for part in (made, work.held_out)])
-    request.say(f"{name}: {len(texts)} rows became {len(made)}")
+    request.say(f"{name}: {before} rows became {len(made)}")
     return made, work.held_out
 
 

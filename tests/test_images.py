@@ -114,6 +114,43 @@ def test_kd_on_pictures_is_the_formula_of_hinton(some, teacher_logits, temperatu
     assert float(loss_of(method, model).detach()) == pytest.approx(float(wanted.detach()), rel=1e-5)
 
 
+class FreeLogits(torch.nn.Module):
+    "A model whose logits are its parameters, whatever the pictures."
+
+    def __init__(self, logits: torch.Tensor):
+        super().__init__()
+        self.logits = torch.nn.Parameter(logits.clone())
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.logits
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0, 100.0])
+def test_the_gradient_of_kd_is_t_times_the_difference_of_the_softened_rows(
+    some, teacher_logits, temperature
+):
+    "T^2 (q - p) / T, over the number of pictures; for high T the distance of centred logits."
+    model = FreeLogits(torch.randn(32, 10, generator=torch.Generator().manual_seed(2)))
+    method = ImageKD(some, StoredLogits(teacher_logits), temperature=temperature)
+    loss_of(method, model).backward()
+    z = model.logits.detach()
+    q, p = ((x / temperature).softmax(-1) for x in (z, teacher_logits))
+    assert torch.allclose(model.logits.grad, temperature * (q - p) / 32, atol=1e-6)
+    if temperature == 100.0:
+        apart = z - teacher_logits
+        apart = apart - apart.mean(-1, keepdim=True)
+        near = torch.linalg.vector_norm(32 * model.logits.grad - apart / 10)
+        assert near < 0.05 * torch.linalg.vector_norm(apart / 10)
+
+
+def test_a_cold_teacher_names_its_first_choice(some, teacher_logits):
+    model = Network(8, [16, 16], 0)
+    method = ImageKD(some, StoredLogits(teacher_logits), temperature=0.01)
+    choice = teacher_logits.argmax(-1)
+    wanted = 1e-4 * F.cross_entropy(model(some.pixels) / 0.01, choice)
+    assert float(loss_of(method, model).detach()) == pytest.approx(float(wanted.detach()), rel=1e-3)
+
+
 def test_a_teacher_of_certain_labels_teaches_the_labels(some):
     certain = 50.0 * F.one_hot(some.labels, 10).float()
     model = Network(8, [16, 16], 0)
@@ -199,6 +236,18 @@ def test_hints_are_half_the_squared_distance_per_feature(some):
     assert float(loss.detach()) == pytest.approx(float(wanted.detach()), rel=1e-5)
 
 
+def test_hints_of_an_equal_network_through_the_identity_cost_nothing(some):
+    student = Network(8, [16, 16], 0)
+    guided = Guided(student, 16, 0)
+    with torch.no_grad():
+        guided.regressor.weight.copy_(torch.eye(16))
+        guided.regressor.bias.zero_()
+    loss = loss_of(ImageKD(some, StoredStates(student.hidden(some.pixels, 1))), guided)
+    loss.backward()
+    assert float(loss.detach()) == 0
+    assert all(not p.grad.any() for p in guided.parameters() if p.grad is not None)
+
+
 def test_hints_train_the_lower_half_and_leave_the_rest(some):
     student = Network(8, [16] * 6, 0)
     before = {name: p.clone() for name, p in student.named_parameters()}
@@ -229,6 +278,8 @@ def test_every_arm_trains_and_equal_runs_are_equal(tmp_path, monkeypatch):
     cells = {arm: {"arm": arm, **QUICK} for arm in IMAGE_ARMS}
     found = students.run(cells, [0])
     assert all(0.1 < runs[0]["accuracy"] <= 1 for runs in found.values())
+    # the regressor of FitNets is no part of the student
+    assert len({runs[0]["parameters"] for runs in found.values()}) == 1
     outcomes = {arm: runs[0]["outcomes"] for arm, runs in found.items()}
     assert len(set(outcomes.values())) == len(outcomes), "two arms do the same"
     monkeypatch.setenv("KD_NOTES_CACHE", str(tmp_path / "two"))

@@ -273,6 +273,18 @@ def test_a_teacher_as_sure_as_the_label_only_scales_the_loss():
     assert total.item() == pytest.approx(5 * sums["hard"].item(), rel=1e-6)
 
 
+@pytest.mark.parametrize("weight, term", [(0.0, "hard"), (1e6, "soft")])
+def test_at_the_ends_of_the_weight_one_of_the_two_terms_is_the_loss(weight, term):
+    method = ScoringKD(3, weight)
+    model = free_logits(torch.randn(1, 3, generator=torch.Generator().manual_seed(3)))
+    batch = method.collate([method.encode({"ids": [0], "score": 2, "soft": [0.7, 0.2, 0.1]})])
+    sums = method.loss_sums(model, batch)
+    total = sum(method.loss_weights[name] * value for name, value in sums.items())
+    log_f = model.logits.detach()[0].log_softmax(0)
+    alone = {"hard": -log_f[2], "soft": -(torch.tensor([0.7, 0.2, 0.1]) * log_f).sum()}[term]
+    assert total.item() / max(weight, 1.0) == pytest.approx(alone.item(), rel=1e-5)
+
+
 def test_minimum_with_free_logits_is_the_mixture():
     model = free_logits(torch.zeros(1, 3))
     cfg = TrainConfig(max_steps=400, batch_size=1, lr=0.1, schedule="cosine", device="cpu")

@@ -597,6 +597,12 @@ def test_arms_differ_in_the_prompt_and_share_the_teacher(world):
         assert [r.prompt for r in rows(arm)] != [r.prompt for r in full]
     assert not any("Day" in row.prompt for row in rows("no_evidence"))
     assert not any("Sign:" in r.prompt or "Picture:" in r.prompt for r in rows("no_picture"))
+    parts = {"sign_only": ("Picture:",), "caption_only": ("Sign:",), "picture_only": ("stand",)}
+    for arm, hidden in parts.items():
+        own = [row.prompt.split("\nDay")[0] for row in rows(arm)]  # without the evidence
+        assert [row.completion for row in rows(arm)] == [r.completion for r in full]
+        for word in ("Picture:", "Sign:", "stand"):
+            assert any(word in prompt for prompt in own) is (word not in hidden)
     assert {row.completion for row in rows("label")} == set(VERDICTS)
     assert all(
         r.completion in VERDICTS and r.rationale == f.rationale

@@ -7,7 +7,7 @@ __all__ = []
 
 # %% ../../nbs/6_beyond_text/14_misinformation.ipynb #4a62e18c
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ class PostArm:
     evidence: str = "dated"  # or "none", "shuffled" (of another post), "leak" (of later days too)
     sign: bool = True
     caption: bool = True
+    text: bool = True  # of the post
     form: str = "label first"  # or "label", "reason first", "two tasks"
     told: bool = True  # whether the teacher was told the right label
 
@@ -54,6 +55,9 @@ POST_ARMS = {
     "shuffled": PostArm("evidence of another post", evidence="shuffled"),
     "leak": PostArm("evidence of later days too", evidence="leak"),
     "no_picture": PostArm("no picture", sign=False, caption=False),
+    "sign_only": PostArm("of the picture the sign alone", caption=False),
+    "caption_only": PostArm("of the picture the caption alone", sign=False),
+    "picture_only": PostArm("picture without the post's text", text=False),
     "start": PostArm("student before distillation"),
     "teacher": PostArm("teacher, not told"),
 }
@@ -75,10 +79,11 @@ def view(
     for post in posts:
         looked = seen[post.id]
         sign, caption = looked.sign * arm.sign, looked.caption * arm.caption
-        query = f"{post.text} {sign} {caption}"
+        shown = post if arm.text else replace(post, text="")
+        query = f"{shown.text} {sign} {caption}"
         before = None if arm.evidence == "leak" else post.date
         texts = [] if arm.evidence == "none" else store.search(query, before, k)
-        found.append((post, sign, caption, texts))
+        found.append((shown, sign, caption, texts))
     texts = [part[3] for part in found]
     if arm.evidence == "shuffled":
         texts = other_evidence(texts, seed=len(posts))

@@ -331,6 +331,99 @@ def test_the_crate_describes_the_run(made):
     assert run_crate(made / "student") == crate  # it does not describe itself
 
 
+LAB = "A Lab <https://lab.example>"
+
+
+def test_a_crate_keeps_the_rules_of_its_profile(made):
+    "What Process Run Crate 0.5 and RO-Crate 1.1 require and recommend, without their validator."
+    graph = run_crate(made / "student", LAB)["@graph"]
+    entities = {entity["@id"]: entity for entity in graph}
+    assert all(entity["@type"] and entity["name"] for entity in graph[1:])
+    about, root, run = entities["ro-crate-metadata.json"], entities["./"], entities["#run"]
+    assert about["about"] == {"@id": "./"} and about["conformsTo"]["@id"].endswith("/crate/1.1")
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", root["datePublished"]) and root["description"]
+    for link in (root["license"], root["conformsTo"]):
+        assert entities[link["@id"]]["@type"] == "CreativeWork"
+    assert root["mentions"] == {"@id": "#run"}
+    files = {name for name, entity in entities.items() if entity["@type"] == "File"}
+    assert {link["@id"] for link in root["hasPart"]} == files
+    assert all((made / "student" / name).is_file() for name in files)
+    software = [entity for entity in graph if entity["@type"] == "SoftwareApplication"]
+    assert {entity["name"] for entity in software} >= {"kd_notes", "python", "torch"}
+    for entity in software:
+        assert entity["url"] == entity["@id"] and entity["url"].startswith("http"), entity
+        assert entity["version"] and "softwareVersion" not in entity, entity
+    assert entities[run["instrument"]["@id"]]["name"] == "kd_notes"
+    assert run["actionStatus"] == "http://schema.org/CompletedActionStatus"
+    assert run["object"] and run["result"] and run["description"]
+    assert run["agent"] == root["author"] == root["publisher"] == {"@id": "https://lab.example"}
+    lab = {"@id": "https://lab.example", "@type": "Organization", "name": "A Lab"}
+    assert entities["https://lab.example"] == lab | {"url": "https://lab.example"}
+
+
+def test_a_crate_names_nobody_unasked(made):
+    graph = run_crate(made / "student")["@graph"]
+    assert not {"agent", "author", "publisher"} & {key for entity in graph for key in entity}
+    assert not [entity for entity in graph if entity["@type"] in ("Person", "Organization")]
+
+
+@pytest.mark.parametrize("text", ["A Lab", "<https://lab.example>", "A Lab <lab>", ""])
+def test_an_organization_has_a_name_and_an_address(made, text):
+    failed = command("crate", str(made / "student"), "--organization", text)
+    assert failed.exit_code == 2 and "A Lab <https://lab.example>" in failed.output
+
+
+def test_a_crate_has_the_address_of_this_project(made):
+    settings = (Path(__file__).parent.parent / "settings.ini").read_text()
+    [home] = re.findall(r"^git_url = (.*)$", settings, re.M)
+    graph = run_crate(made / "student")["@graph"]
+    assert [entity["url"] for entity in graph if entity.get("name") == "kd_notes"] == [home]
+
+
+def contexts_of_crates(cache: Path) -> None:
+    "Fill the validator's cache with the contexts, as the library of RO-Crate brings them."
+    rocrate = pytest.importorskip("rocrate")
+    requests_cache = pytest.importorskip("requests_cache")
+    file = Path(rocrate.__file__).parent / "data" / "ro-crate.jsonld"
+    run_terms = {"@context": {"sha256": "https://w3id.org/ro/terms/workflow-run#sha256"}}
+    contexts = {
+        "https://w3id.org/ro/crate/1.1/context": read_json(file),
+        "https://w3id.org/ro/terms/workflow-run/context": run_terms,
+    }
+    session = requests_cache.CachedSession(str(cache), backend="sqlite", expire_after=-1)
+    for url, context in contexts.items():
+        request = requests_cache.CachedRequest(method="GET", url=url)
+        answer = {
+            "url": url,
+            "status_code": 200,
+            "headers": {"Content-Type": "application/ld+json"},
+        }
+        session.cache.save_response(
+            requests_cache.CachedResponse(
+                request=request, content=json.dumps(context).encode(), **answer
+            )
+        )
+    session.close()
+
+
+@pytest.mark.parametrize("lab, unmet", [(LAB, set()), (None, {"agent", "author", "publisher"})])
+def test_the_validator_of_ro_crate_accepts_it(made, tmp_path, lab, unmet):
+    "What is required, and what is recommended but for the names that nobody gave."
+    services = pytest.importorskip("rocrate_validator.services")
+    contexts_of_crates(tmp_path / "contexts")
+    write_crate(made / "student", lab)
+    settings = services.ValidationSettings(
+        rocrate_uri=made / "student",
+        profile_identifier="process-run-crate",
+        requirement_severity="RECOMMENDED",
+        offline=True,
+        cache_path=tmp_path / "contexts",
+    )
+    issues = services.validate(settings).get_issues()
+    found = {str(issue.violatingProperty).rpartition("/")[2] for issue in issues}
+    assert found == unmet, [issue.message for issue in issues]
+
+
 def test_the_command_of_a_crate_makes_the_same_request(made):
     report = read_json(made / "student" / "report.json")
     words = command_of(report, "student")

@@ -372,9 +372,14 @@ def push_command(
 
 
 @product_commands.command("crate")
-def crate_command(folder: FolderArgument) -> None:
+def crate_command(
+    folder: FolderArgument,
+    organization: Annotated[
+        str | None, typer.Option(help='Who ran it, such as "A Lab <https://lab.example>".')
+    ] = None,
+) -> None:
     "Describe the run that made a student as a Process Run Crate (RO-Crate)."
     with guard():
         from kd_notes.products.crate import write_crate
 
-        print(write_crate(folder))
+        print(write_crate(folder, organization))

@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/4_probabilities/21_crate.ipynb #b0599d9e
+import re
 import shlex
 from dataclasses import asdict
 from datetime import datetime, UTC
@@ -64,20 +65,17 @@ CONTEXT = [
     "https://w3id.org/ro/crate/1.1/context",
     "https://w3id.org/ro/terms/workflow-run/context",
 ]
+PROFILE_ENTITY = {
+    "@id": PROFILE,
+    "@type": "CreativeWork",
+    "name": "Process Run Crate",
+    "version": "0.5",
+}
 LICENCE = {
     "@id": "#licence",
     "@type": "CreativeWork",
     "name": "Licences of the inputs",
     "description": "The licences of the data and of the models that went in apply.",
-}
-_FORMATS = {
-    ".json": "application/json",
-    ".jsonl": "application/jsonl",
-    ".csv": "text/csv",
-    ".md": "text/markdown",
-    ".png": "image/png",
-    ".jinja": "text/plain",
-    ".txt": "text/plain",
 }
 
 
@@ -114,6 +112,21 @@ def _inputs(report: dict) -> list[dict]:
     return found
 
 # %% ../../nbs/4_probabilities/21_crate.ipynb #e275ca3a
+# The profile wants each software under its address, and that address as its url.
+_HOMES = {
+    "kd_notes": "https://localhost/kd_notes",  # git_url of settings.ini
+    "python": "https://www.python.org",
+    "torch": "https://pytorch.org",
+    "transformers": "https://huggingface.co/docs/transformers",
+    "tokenizers": "https://huggingface.co/docs/tokenizers",
+    "accelerate": "https://huggingface.co/docs/accelerate",
+    "peft": "https://huggingface.co/docs/peft",
+    "numpy": "https://numpy.org",
+    "nbdev": "https://nbdev.fast.ai",
+    "papermill": "https://papermill.readthedocs.io",
+}
+
+
 def _settings(report: dict) -> list[dict]:
     "Return the settings of the run as property values."
     chosen = {k: v for k, v in report["settings"].items() if v not in (None, {}, [], "")}
@@ -131,23 +144,29 @@ def _settings(report: dict) -> list[dict]:
 
 def _software(report: dict) -> list[dict]:
     "Return kd_notes, then the libraries that it ran with."
-    made = [
-        {
-            "@id": f"#{name}",
-            "@type": "SoftwareApplication",
-            "name": name,
-            "version": version,
-            "softwareVersion": version,
-        }
-        for name, version in report["versions"].items()
-        if version
-    ]
+    made = []
+    for name, version in report["versions"].items():
+        if version:
+            home = _HOMES.get(name)
+            entity = {"@id": home or f"#{name}", "@type": "SoftwareApplication", "name": name}
+            made.append(entity | {"version": version} | ({"url": home} if home else {}))
     own = [entity for entity in made if entity["name"] == "kd_notes"]
     others = [entity for entity in made if entity["name"] != "kd_notes"]
     own[0]["softwareRequirements"] = _link(others)
     return own + others
 
 # %% ../../nbs/4_probabilities/21_crate.ipynb #658c445a
+_FORMATS = {
+    ".json": "application/json",
+    ".jsonl": "application/jsonl",
+    ".csv": "text/csv",
+    ".md": "text/markdown",
+    ".png": "image/png",
+    ".jinja": "text/plain",
+    ".txt": "text/plain",
+}
+
+
 def _outputs(files: list[Path]) -> list[dict]:
     "Return the files of the folder with their sizes and hashes."
     return [
@@ -162,9 +181,20 @@ def _outputs(files: list[Path]) -> list[dict]:
         for path in files
     ]
 
+# %% ../../nbs/4_probabilities/21_crate.ipynb #c4a7e019
+def _organization(text: str) -> dict:
+    "Return the organization that is written as `A Lab <https://lab.example>`."
+    found = re.fullmatch(r"\s*([^<>]*[^<>\s])\s*<(https?://[^<>\s]+)>\s*", text)
+    if not found:
+        fix = 'Write it so: "A Lab <https://lab.example>".'
+        raise UserError("no organization with its address", where=repr(text), fix=fix)
+    name, url = found.groups()
+    return {"@id": url, "@type": "Organization", "name": name, "url": url}
+
 # %% ../../nbs/4_probabilities/21_crate.ipynb #91e3820b
-def run_crate(folder: Path | str) -> dict:
-    "Return the crate of a finished folder as JSON-LD."
+def run_crate(folder: Path | str, organization: str | None = None) -> dict:
+    "Return the crate of a finished folder as JSON-LD; who ran it, if that is said."
+    maker = [] if organization is None else [_organization(organization)]
     folder = Path(folder)
     files = [path for path in public_files(folder) if path.name != CRATE_FILE]
     check_secrets(files)
@@ -183,11 +213,11 @@ def run_crate(folder: Path | str) -> dict:
         "@type": "CreateAction",
         "name": f"The run that made {name}",
         "description": shlex.join(command_of(report, name)),
-        "instrument": {"@id": "#kd_notes"},
+        "instrument": {"@id": software[0]["@id"]},
         "object": _link(inputs),
         "result": _link(outputs),
         "endTime": ended,
-        "actionStatus": {"@id": "http://schema.org/CompletedActionStatus"},
+        "actionStatus": "http://schema.org/CompletedActionStatus",
     }
     if "started" in report:
         action["startTime"] = report["started"]
@@ -202,22 +232,18 @@ def run_crate(folder: Path | str) -> dict:
         "hasPart": _link(outputs),
         "mentions": {"@id": "#run"},
     }
+    if maker:
+        [action["agent"]] = [root["author"]] = [root["publisher"]] = _link(maker)
     about = {
         "@id": CRATE_FILE,
         "@type": "CreativeWork",
         "about": {"@id": "./"},
         "conformsTo": {"@id": "https://w3id.org/ro/crate/1.1"},
     }
-    profile = {
-        "@id": PROFILE,
-        "@type": "CreativeWork",
-        "name": "Process Run Crate",
-        "version": "0.5",
-    }
-    graph = [about, root, profile, LICENCE, action, *software, *inputs, *outputs]
+    graph = [about, root, PROFILE_ENTITY, LICENCE, action, *maker, *software, *inputs, *outputs]
     return {"@context": CONTEXT, "@graph": graph}
 
 # %% ../../nbs/4_probabilities/21_crate.ipynb #640dbfb7
-def write_crate(folder: Path | str) -> Path:
+def write_crate(folder: Path | str, organization: str | None = None) -> Path:
     "Write ro-crate-metadata.json into a finished folder and return its path."
-    return write_json(Path(folder) / CRATE_FILE, run_crate(folder))
+    return write_json(Path(folder) / CRATE_FILE, run_crate(folder, organization))

@@ -329,11 +329,25 @@ GOLD = torch.tensor(1)
         ("adaptive_kl", {"boundary": "crossing-in-head"}, 0.541094),
         ("dkd", {"target_ids": GOLD, "alpha": 1.0, "beta": 0.0}, 0.102312),
         ("dkd", {"target_ids": GOLD, "alpha": 0.0, "beta": 1.0}, 0.619910),
+        ("atkd", {"target_ids": GOLD}, 0.8 * (0.102312 + 0.619910)),  # one position is a hard one
+        ("atkd", {"target_ids": GOLD, "hard_fraction": 0.0}, 0.2 * 0.619910),
     ],
 )
 def test_fixture_1(name, options, expected):
     assert token_divergence(name, Z_S, Z_T, **options).item() == pytest.approx(expected, abs=1e-6)
     assert get_divergence(name, **options)(Z_S, Z_T).item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_fixture_1_of_label_revision():
+    side = _sides(Z_T, Z_T, 1.0)[1]
+    revised = revised_side(side, GOLD, eta=0.8).log.exp()
+    wanted = [0.366112, 0.566112, 0.049548, 0.018228]
+    assert revised.tolist() == pytest.approx(wanted, abs=1e-6)
+    weight = 0.568573
+    constant = revised_side(side, GOLD, weight=weight).log.exp()
+    assert constant.tolist() == pytest.approx(wanted, abs=1e-6)
+    value = sum(p * math.log(p / q) for p, q in zip(wanted, Z_S.softmax(-1).tolist()))
+    assert label_revision(Z_S, Z_T, target_ids=GOLD).item() == pytest.approx(value, abs=1e-5)
 
 
 def test_fixture_1_temperature_uncertainty_and_gradients():
@@ -1102,6 +1116,22 @@ def test_reverse_atkd_swaps_the_roles_and_ranks_by_the_student():
         atkd(student, teacher, mask, target_ids=ids, reverse=True, split=cut), ours
     )
     assert not torch.isclose(atkd(student, teacher, mask, target_ids=ids), ours)
+
+
+@pytest.mark.parametrize("shape", [(7,), (1, 7), (1, 1, 7), (1, 3, 7)])
+def test_atkd_of_one_row_or_one_position_keeps_its_shape_and_its_inputs(shape):
+    "The released code squeezes, and masks its loss in place."
+    student, teacher, ids = (x.flatten(0, 1) for x in batch())
+    student, teacher = (x[: math.prod(shape[:-1])].reshape(shape) for x in (student, teacher))
+    ids = ids[: math.prod(shape[:-1])].reshape(shape[:-1])
+    before = student.clone(), teacher.clone(), ids.clone()
+    values = token_divergence("atkd", student, teacher, target_ids=ids)
+    assert values.shape == shape[:-1]
+    for now, then in zip((student, teacher, ids), before):
+        assert torch.equal(now, then)
+    twice = [torch.stack([x, x]) for x in (student, teacher, ids)]
+    repeated = atkd(*twice[:2], target_ids=twice[2])
+    assert torch.isclose(repeated, atkd(student, teacher, target_ids=ids))
 
 
 @pytest.mark.parametrize("reverse", [False, True])

@@ -81,6 +81,45 @@ def test_generated_rows_have_the_labels_of_the_given_ones(teacher, tmp_path):
     assert 8 < report["rows"] <= 8 + 2 * 4
 
 
+def test_the_examples_of_a_generated_row_are_of_different_labels(teacher, tmp_path, monkeypatch):
+    asked = []
+
+    def write(self, prompts, stream="", chat=True):
+        asked.extend(prompts)
+        return [f"Is {stream} {place} odd?" for place in range(len(prompts))]
+
+    monkeypatch.setattr(row_steps.RowWork, "write", write)
+    rows = sorted(ROWS, key=lambda row: row["response"])  # all of one label first
+    rows[0] = rows[0] | {"prompt": "Is 0\n\neven?"}
+    run(teacher, tmp_path / "a", "generate:batches=1,batch_size=4,study_every=1", rows, "sft")
+    shown = [line for line in asked[0].split("\n") if line]
+    assert [line.split(":")[0] for line in shown] == ["no", "yes", "no", "no"]
+
+
+def test_a_killed_generation_goes_on_to_the_same_rows(teacher, tmp_path, monkeypatch):
+    "Of a round that was written down nothing is asked again."
+    streams = []
+
+    def write(self, prompts, stream="", chat=True):
+        if stream == "validation 2" and streams.count(stream) == 0:
+            streams.append(stream)
+            raise KeyboardInterrupt
+        streams.append(stream)
+        return [f"Is {stream} {sum(map(ord, prompt))} odd?" for prompt in prompts]
+
+    monkeypatch.setattr(row_steps.RowWork, "write", write)
+    step = "generate:batches=4,batch_size=4,study_every=2,show_every=1"
+    with pytest.raises(KeyboardInterrupt):
+        run(teacher, tmp_path / "a", step, objective="symmetric_cross_entropy")
+    before = len(streams)
+    stopped = run(teacher, tmp_path / "a", step, objective="symmetric_cross_entropy")
+    kinds = [(kind, number) for number in (2, 3) for kind in ("train", "validation")]
+    assert streams[before:] == [f"{kind} {number}" for kind, number in kinds]
+    whole = run(teacher, tmp_path / "b", step, objective="symmetric_cross_entropy")
+    assert stopped["rows"] == whole["rows"] == 8 + 4 * 8
+    assert stopped["results"] == whole["results"]
+
+
 def says(text, asked=None, most=10**9):
     "A teacher that writes this, and keeps what it was asked; it is interrupted after `most`."
 
@@ -244,12 +283,19 @@ def test_a_killed_step_goes_on_without_asking_twice(teacher, tmp_path, monkeypat
         ("evidence:reports=nothing.jsonl", {}, "nothing.jsonl"),
         ("generate:batch_size=2", {}, "batch_size"),
         ("evidence:reports=nothing.jsonl,top=3", {}, "'top' is no option"),
+        ("generate:batches=0", {}, "batches"),
+        ("generate:feedback=best", {}, "'best' is not known"),
+        ("select:share=2", {}, "not a share"),
+        ("select:share=half", {}, "not a share"),
+        ("select:share=0", {"sft_weight": 0.0}, "nothing to learn"),
+        ("paraphrase:copies=0", {}, "copies"),
+        ("paraphrase:copies=4", {}, "at most 3"),
     ],
 )
 def test_a_wrong_step_is_one_sentence(teacher, tmp_path, step, more, message):
     with pytest.raises(UserError, match=message):
         run(teacher, tmp_path / "a", step, **more)
-    assert not (tmp_path / "a").exists()
+    assert not (tmp_path / "a").exists()  # so that the corrected call may use it
 
 
 def test_rows_without_a_domain_are_named(teacher, tmp_path):

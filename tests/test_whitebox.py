@@ -674,7 +674,17 @@ def go(place, out, objective="forward_kl", student="layers:2", **more):
 
 @pytest.mark.parametrize(
     "objective",
-    ["sft", "seqkd", "cached_forward_kl", "reverse_kl", "dkd", "atkd", "akl", "label_revision"],
+    [
+        "sft",
+        "symmetric_cross_entropy",
+        "seqkd",
+        "cached_forward_kl",
+        "reverse_kl",
+        "dkd",
+        "atkd",
+        "akl",
+        "label_revision",
+    ],
 )
 def test_the_folder_loads_like_any_model(place, tmp_path, objective):
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -768,6 +778,19 @@ def test_seqkd_learns_what_the_teacher_wrote_and_asks_it_once_per_prompt(
         ("sft", {"beta": 0.5}),
         ("reverse_kl", {"beta": 0.5}),
         ("uld", {"alpha": 1}),
+        ("akl", {"mu": 2}),
+        ("akl", {"boundary": "mine"}),
+        ("atkd", {"hard_fraction": 2}),
+        ("atkd", {"easy_weight": -1}),
+        ("atkd", {"split": 1}),
+        ("atkd", {"target_ids": [1]}),
+        ("label_revision", {"eta": 1.0}),
+        ("label_revision", {"who": "some"}),
+        ("gkd", {"parts": [{"divergence": "atkd", "options": {"hard_fraction": 2}}]}),
+        ("gkd", {"parts": [{"divergence": "atkd", "options": {"hard": 0.2}}]}),
+        ("symmetric_cross_entropy", {"alpha": -1}),
+        ("symmetric_cross_entropy", {"alpha": 0, "beta": 0}),
+        ("symmetric_cross_entropy", {"gamma": 1}),
     ],
 )
 def test_options_are_refused_before_a_model_is_loaded(
@@ -778,6 +801,7 @@ def test_options_are_refused_before_a_model_is_loaded(
     )
     with pytest.raises(UserError):
         go(place, tmp_path / "out", objective, options=options)
+    assert not (tmp_path / "out").exists()  # so that the corrected call may use it
 
 
 def test_memory_is_announced_before_a_model_is_loaded(place, tmp_path, monkeypatch, capsys):

@@ -311,6 +311,8 @@ def _check_weights(alpha: float, beta: float) -> None:
                 where=name,
                 fix=fix,
             )
+    if not alpha and not beta:
+        raise UserError("no term is left", where="alpha, beta", fix="Give one of them a weight.")
 
 # %% ../../nbs/6_beyond_text/06_data_generation.ipynb #dg06-035
 class SymmetricSFT(SFT):

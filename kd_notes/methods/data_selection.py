@@ -75,7 +75,7 @@ def head_curvature(
 # %% ../../nbs/6_beyond_text/08b_data_selection.ipynb #sel-choose
 def best_places(scores: Sequence[float], share: float) -> list[int]:
     "Return the places of the highest scores, in order: round(share * n) of them."
-    if not 0 <= share <= 1:
+    if isinstance(share, str) or not 0 <= share <= 1:
         fix = "Use 0 to ask the teacher nowhere, 1 to ask everywhere, or a number between."
         raise UserError(f"{share!r} is not a share of the rows", where="share", fix=fix)
     scores = [float(score) for score in scores]
@@ -199,6 +199,14 @@ ASKS = (
 )
 
 
+def check_copies(copies: int) -> None:
+    "Raise UserError for a number of paraphrases that no row can have."
+    check_count(copies, "copies", 1)
+    if copies > len(ASKS):
+        fix = f"Use at most {len(ASKS)}: each copy has a request of its own."
+        raise UserError(f"{copies} copies of a row", where="copies", fix=fix)
+
+
 def _text_of(row: TextRow) -> str:
     return row.prompt if isinstance(row.prompt, str) else row.prompt[-1]["content"]
 
@@ -222,10 +230,7 @@ def paraphrase_rows(
     name: str = "",  # of the teacher, so that another one does not continue its file
 ) -> list[TextRow]:
     "Return paraphrases of the rows' prompts, with the rows' completions."
-    check_count(copies, "copies", 1)
-    if copies > len(ASKS):
-        fix = f"Use at most {len(ASKS)}: each copy has a request of its own."
-        raise UserError(f"{copies} copies of a row", where="copies", fix=fix)
+    check_copies(copies)
     jobs = []
     for row in rows:
         first = rng("paraphrase", seed, row.id).randrange(len(ASKS))

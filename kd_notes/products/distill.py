@@ -32,6 +32,7 @@ from ..evaluation.validation import Validation
 from ..methods.logit_cache import write_cache
 
 # %% ../../nbs/4_probabilities/15_distill.ipynb #a31bd301
+from ..methods.data_generation import SymmetricSFT
 from ..methods.data_selection import SelectedTeacher
 from ..methods.logit_kd import as_signal, KD, OtherTokenizer, TeacherSignal
 from ..methods.prompts import check_teacher
@@ -183,6 +184,8 @@ class _Distillation:
             return _on_policy_method(self.request, pair, len(self.texts))
         if objective.startswith("seqkd"):
             self.rows = pair.encode(_answers(self.request, pair, self.texts))
+        if objective == "symmetric_cross_entropy":
+            return SymmetricSFT(pair.tokenizer, **s.options)
         if objective in TEXT_OBJECTIVES:
             return SFT(pair.tokenizer)
         if objective == "cached_forward_kl":
@@ -202,7 +205,8 @@ class _Distillation:
         """
         pair = self.pair
         teacher = None if pair.vocabulary is None else pair.judge
-        plain = teacher is None or self.request.objective == "sft"
+        labels = ("sft", "symmetric_cross_entropy")
+        plain = teacher is None or self.request.objective in labels
         # what chooses the best weights: of an on-policy method the KL that it lowers
         score = "reverse_kl" if self.request.objective in ON_POLICY else "forward_kl"
         return Validation(
@@ -398,7 +402,7 @@ def distill(
     teachers = read_teachers(teacher, tokenizer, chosen.route)
     files = {}
     if chosen.rows:
-        files = check_row_step(chosen.rows, objective, teachers, rows)
+        files = check_row_step(chosen, objective, teachers, rows)
     sources = (teachers, one_teacher(student, tokenizer, "student"))
     asked = Request(rows, *sources, objective, Path(out), chosen, texts, trackers, files, raw)
     request = routed(asked)

@@ -424,7 +424,7 @@ def check_teachers(request: Request) -> None:
     fix = "Use a divergence between the models, cached_forward_kl, or an on-policy objective."
     if request.objective in CROSS_OBJECTIVES or request.objective.startswith("seqkd"):
         problem = f"{request.objective} needs one local teacher"
-    elif served and request.objective not in {"sft", "cached_forward_kl", *ON_POLICY}:
+    elif served and request.objective not in {*TEXT_OBJECTIVES, "cached_forward_kl", *ON_POLICY}:
         problem = f"a teacher on a server gives no whole distribution for {request.objective}"
         fix = "Use cached_forward_kl, gkd or on_policy_kd."
     elif served and str(request.student).startswith("layers:"):

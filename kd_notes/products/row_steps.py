@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/4_probabilities/23_row_steps.ipynb #e5aef078
 import copy
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, MISSING, replace
 from pathlib import Path
@@ -27,7 +28,13 @@ from kd_notes.methods.data_generation import (
     row_energies,
     WritingTask,
 )
-from ..methods.data_selection import best_places, paraphrase_rows, row_influence, select_rows
+from kd_notes.methods.data_selection import (
+    best_places,
+    check_copies,
+    paraphrase_rows,
+    row_influence,
+    select_rows,
+)
 from ..methods.logit_kd import KD
 from ..methods.seqkd import responses_of, Writing
 from ..methods.server_teacher import is_server
@@ -35,6 +42,7 @@ from .pair import Pair
 from .request import Request, shown_name, TeacherGroup
 from kd_notes.products.settings import (
     CROSS_OBJECTIVES,
+    DistillSettings,
     ON_POLICY,
     TEXT_OBJECTIVES,
 )
@@ -134,6 +142,18 @@ def _paraphrase(work: RowWork) -> list[TextRow]:
     )
     return [*work.texts, *more]
 
+# %% ../../nbs/4_probabilities/23_row_steps.ipynb #row-generate-code
+def examples_of(rows: Sequence[TextRow], count: int = 3) -> list[TextRow]:
+    "Return rows of different completions, as far as there are any, each prompt on one line."
+    met: Counter = Counter()
+    turns = []
+    for row in rows:
+        turns.append(met[row.completion])
+        met[row.completion] += 1
+    order = sorted(range(len(rows)), key=turns.__getitem__)
+    chosen = [rows[place] for place in order[:count]]
+    return [replace(row, prompt=" ".join(row.prompt.split())) for row in chosen]
+
 
 def _read_labels(work: RowWork) -> None:
     shown = [replace(row, prompt=words_of(row)) for row in work.texts]
@@ -165,7 +185,7 @@ def _generate(work: RowWork) -> list[TextRow]:
         ),
         study,
         WritingTask(work.found["labels"]),
-        work.found["shown"][:3],
+        examples_of(work.found["shown"]),
         work.options,
         path=work.request.work / "generated.jsonl",
         teacher=shown_name(work.request.teacher),
@@ -280,7 +300,7 @@ class ParaphraseOptions:
 
     def __post_init__(self):
         check_fields(self)
-        check_count(self.copies, "copies", 1)
+        check_copies(self.copies)
 
 
 @dataclass(frozen=True)
@@ -344,12 +364,14 @@ def read_row_step(text: str, seed: int = 0) -> tuple[str, Any]:
     return name, ROW_STEPS[name][2](**seeded | FEW.get(name, {}) | given)
 
 
-def check_row_step(text: str, objective: str, teacher: Any, data: Any) -> dict[str, str]:
-    """Return the hashes of the files that a step reads.
+def check_row_step(
+    settings: DistillSettings, objective: str, teacher: Any, data: Any
+) -> dict[str, str]:
+    """Return the hashes of the files that the step of these settings reads.
 
     Raises UserError for a step that is unknown, or that this request cannot take.
     """
-    name, options = read_row_step(text)
+    name, options = read_row_step(settings.rows or "")
     if isinstance(teacher, TeacherGroup) or is_server(teacher):
         fix = "Use one local teacher."
         raise UserError(f"{name} needs a teacher that writes here", where="rows", fix=fix)
@@ -360,6 +382,10 @@ def check_row_step(text: str, objective: str, teacher: Any, data: Any) -> dict[s
     if name == "select" and objective in others:
         fix = "Use a divergence of the teacher's probabilities, such as forward_kl."
         raise UserError(f"{objective} asks the teacher about all rows", where="rows", fix=fix)
+    if name == "select" and not options.share and not settings.sft_weight:
+        what = "without teacher and without completions there is nothing to learn"
+        fix = "Choose a share or an sft_weight above 0."
+        raise UserError(what, where="rows", fix=fix)
     if name != "evidence":
         return {}
     return {"reports": sha256_file(beside(data, options.reports))}

@@ -8,13 +8,17 @@ __all__ = ['OBJECTIVES', 'check_objective']
 # %% ../../nbs/4_probabilities/17_distill_settings.ipynb #00522be4
 import importlib.util
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
+
+import torch
 
 from ..checks import check_arguments, check_count, check_fields
 from ..core import rng, UserError
 from ..losses.divergences import DIVERGENCES, get_divergence
+from ..methods.data_generation import symmetric_cross_entropy
 from ..methods.on_policy import OnPolicyConfig
 from ..methods.registry import METHODS
 from ..training.processes import shared_batch
@@ -129,6 +133,8 @@ def distill_settings(
 # %% ../../nbs/4_probabilities/17_distill_settings.ipynb #cfd0d37d
 TEXT_OBJECTIVES = {
     "sft": "cross-entropy of the completions in the data",
+    "symmetric_cross_entropy": "cross-entropy of the completions in the data and its reverse, which "
+    "wrong completions pull less",
     "seqkd": "cross-entropy of responses that the teacher samples",
     "seqkd_beam": "cross-entropy of responses that the teacher finds by beam search",
 }
@@ -189,6 +195,37 @@ def on_policy_config(name: str, s: "DistillSettings", rows: int, corpus: bool) -
             fix=f"They are the fields of {type(make(**changes)).__name__}.",
         ) from error
 
+# %% ../../nbs/4_probabilities/17_distill_settings.ipynb #dist-values-code
+def _check_numbers(function: Callable, options: dict) -> None:
+    "Raise UserError for options that are not of their annotated type."
+    for option, value in check_arguments(function, options).items():
+        if isinstance(options[option], str) and not isinstance(value, str):
+            fix = "Give a number without quotation marks."
+            raise UserError(f"{options[option]!r} is text", where=f"setting {option}", fix=fix)
+
+
+def check_options(divergence: str, options: dict) -> None:
+    "Raise UserError for options that a divergence does not have or cannot take."
+    loss = get_divergence(divergence, **options)
+    if given := sorted(options.keys() & {"target_ids", "split"}):
+        what = "it is no setting: the training finds it in each batch"
+        raise UserError(what, where=f"setting {given[0]}", fix="Leave it out.")
+    function = DIVERGENCES[divergence]
+    _check_numbers(getattr(function, "of_sides", function), options)
+    position = torch.zeros(1, 2)
+    with warnings.catch_warnings():  # the training will warn
+        warnings.simplefilter("ignore")
+        loss(position, position, labels=torch.tensor([0]))
+
+
+def check_symmetric(options: dict) -> None:
+    "Raise UserError for options that symmetric cross-entropy does not have or cannot take."
+    if unknown := sorted(options.keys() - {"alpha", "beta"}):
+        fix = "It knows: alpha, beta."
+        raise UserError(f"there is no option {unknown[0]!r}", where="options", fix=fix)
+    _check_numbers(symmetric_cross_entropy, options)
+    symmetric_cross_entropy(torch.zeros(1, 2), torch.tensor([0]), **options)
+
 # %% ../../nbs/4_probabilities/17_distill_settings.ipynb #d1c5b6f8
 _LIVE = [name for name in DIVERGENCES if name != "uld"]
 OBJECTIVES = (
@@ -204,9 +241,11 @@ OBJECTIVES = (
 def check_objective(name: str, options: dict | None = None) -> str:  # options: of the divergence
     """Return the objective's name (adaptive_kl for akl).
 
-    Raises UserError for an unknown objective or an option that it does not have.
+    Raises UserError for an unknown objective, and for an option that it does not have or whose
+    value is impossible.
     """
     name = ALIASES.get(name, name)
+    options = options or {}
     if name not in OBJECTIVES:
         raise UserError(
             f"{name!r} is not an objective",
@@ -214,17 +253,14 @@ def check_objective(name: str, options: dict | None = None) -> str:  # options: 
             fix=f"Choose one of {', '.join(OBJECTIVES)}.",
         )
     if name in ON_POLICY:
-        on_policy_config(name, DistillSettings(options=options or {}), 8, corpus=True)
-        return name
-    divergence = "forward_kl" if name == "cached_forward_kl" else name
-    if divergence in DIVERGENCES and name not in CROSS_OBJECTIVES:
-        get_divergence(divergence, **(options or {}))
-        function = DIVERGENCES[divergence]
-        read = check_arguments(getattr(function, "of_sides", function), options or {})
-        for option, value in read.items():
-            if isinstance(options[option], str) and not isinstance(value, str):
-                fix = "Give a number without quotation marks."
-                raise UserError(f"{options[option]!r} is text", where=f"setting {option}", fix=fix)
+        config = on_policy_config(name, DistillSettings(options=options), 8, corpus=True)
+        for part in getattr(config, "parts", ()):
+            if part.divergence in DIVERGENCES:
+                check_options(part.divergence, part.options)
+    elif name == "symmetric_cross_entropy":
+        check_symmetric(options)
+    elif name in DIVERGENCES and name not in CROSS_OBJECTIVES or name == "cached_forward_kl":
+        check_options("forward_kl" if name == "cached_forward_kl" else name, options)
     elif options:
         raise UserError(
             f"{name} has no options, and {', '.join(sorted(options))} was given",

@@ -1,6 +1,7 @@
 """Steps in front of a distillation: what comes out of them, and what stops them."""
 
 import json
+import math
 import sys
 
 import pytest
@@ -12,6 +13,7 @@ from kd_notes.core import append_jsonl, read_json, UserError
 from kd_notes.models.mini import load_mini_tokenizer, mini_model
 from kd_notes.products import row_steps
 from kd_notes.products.distill import distill
+from kd_notes.training.checkpoint import save_model
 
 QUICK = {"max_steps": 2, "max_new_tokens": 6, "batch_size": 2, "device": "cpu", "validation": 2}
 ROWS = [
@@ -45,6 +47,45 @@ def posts(tmp_path):
 
 def run(teacher, out, step, rows=ROWS, objective="forward_kl", **more):
     return distill(rows, teacher, "layers:1", objective, out, rows=step, **QUICK | more)
+
+
+ATKD_PART = '{"divergence": "atkd", "options": {"reverse": true}}'
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ("--objective akl", {"options": '{"boundary": "crossing-in-head"}'}),
+        ("--objective akl", {"sft_weight": "0.91"}),
+        ("--objective atkd", {"options": '{"reverse": true, "hard_fraction": 0.7}'}),
+        ("--objective gkd", {"options": '{"parts": [' + ATKD_PART + "]}"}),
+        ("--objective symmetric_cross_entropy", {"options": '{"alpha": 0.1, "beta": 1.0}'}),
+        ("--rows generate:batches=1,batch_size=4 --objective symmetric_cross_entropy", {}),
+        ("--objective label_revision", {"options": '{"eta": 0.9, "who": "wrong"}'}),
+        ("--rows select:share=0.5 --objective label_revision", {"temperature": "2.0"}),
+        ("--rows paraphrase:copies=2", {}),
+    ],
+)
+def test_each_method_is_a_command(teacher, tmp_path, monkeypatch, words, said):
+    "The commands of the lessons, on a file of rows."
+    from typer.testing import CliRunner
+
+    from kd_notes.cli import app
+
+    monkeypatch.chdir(tmp_path)
+    save_model(teacher[0], tmp_path / "teacher", teacher[1])
+    rows = "".join(json.dumps(row) + "\n" for row in ROWS)
+    (tmp_path / "rows.jsonl").write_text(rows, encoding="utf-8")
+    command = f"distill --data rows.jsonl --teacher teacher --student layers:1 --out a {words}"
+    sets = [f"{name}={value}" for name, value in (QUICK | said).items()]
+    done = CliRunner().invoke(app, command.split() + [w for s in sets for w in ("--set", s)])
+    assert done.exit_code == 0, done.output
+    report = read_json(tmp_path / "a" / "report.json")
+    assert report["steps"] == 2 and report["rows"] >= 8
+    student = report["results"]["student"]["nll"]
+    assert math.isfinite(student) and student != report["results"]["untrained"]["nll"]
+    written = json.loads(said["options"]) if "options" in said else {}
+    assert report["settings"]["options"] == written
 
 
 def test_paraphrases_come_beside_the_rows_and_keep_their_completions(

@@ -116,6 +116,12 @@ def _answers(request: Request, pair: Pair, rows: list[TextRow]) -> list[TextRow]
     )
 
 
+def _text_method(request: Request, pair: Pair) -> Method:
+    "Return a method that learns completions without a teacher's probabilities."
+    kind = SymmetricSFT if request.objective == "symmetric_cross_entropy" else SFT
+    return kind(pair.tokenizer, **request.settings.options)
+
+
 def _signal(pair: Pair) -> TeacherSignal:
     "Return the teacher's signal, on the selected rows alone if a step has selected any."
     if pair.selected is None:
@@ -184,10 +190,8 @@ class _Distillation:
             return _on_policy_method(self.request, pair, len(self.texts))
         if objective.startswith("seqkd"):
             self.rows = pair.encode(_answers(self.request, pair, self.texts))
-        if objective == "symmetric_cross_entropy":
-            return SymmetricSFT(pair.tokenizer, **s.options)
         if objective in TEXT_OBJECTIVES:
-            return SFT(pair.tokenizer)
+            return _text_method(self.request, pair)
         if objective == "cached_forward_kl":
             recipe = {"k": s.top_k, "temperature": s.temperature}
             folder = self.request.work / "logits"

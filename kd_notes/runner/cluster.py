@@ -191,9 +191,13 @@ def say(text: str) -> None:
 
 
 def ask_workers(client: Any, function: Any, *arguments: Any) -> dict[str, Any]:
-    "Return {worker: function(*arguments)} of all workers that are there now."
+    "Return {worker: function(*arguments)} of the workers that are there and do not leave meanwhile."
     try:
-        return client.run(function, *arguments)
+        answers = client.run(function, *arguments, on_error="return")
+        for error in answers.values():
+            if isinstance(error, Exception) and not isinstance(error, OSError):
+                raise error
+        return {worker: a for worker, a in answers.items() if not isinstance(a, OSError)}
     except Exception as error:  # dask raises whatever a worker could not do
         raise UserError(
             f"a worker cannot run kd_notes ({first_line(error)})",

@@ -7,9 +7,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
-from shutil import which
 
-import dask
 import pytest
 from test_reproduce import make_book, standard
 
@@ -25,7 +23,7 @@ from kd_notes.runner.workers import Task
 PI = "kd_notes.runner.runs:estimate_pi"
 
 TARGETS = """
-import os, subprocess, time
+import os, time
 from pathlib import Path
 from kd_notes.core import append_jsonl, read_jsonl, write_json
 
@@ -48,15 +46,6 @@ def deadly(params, folder):
     note(params)
     os.kill(os.getppid(), 9)
     time.sleep(60)
-
-def end_job(params, folder):
-    "Run 0 cancels its own SLURM job once."
-    note(params)
-    if params["seed"] == 0 and not (folder / "ended").exists():
-        (folder / "ended").touch()
-        subprocess.run(["scancel", os.environ["SLURM_JOB_ID"]])
-        time.sleep(60)
-    return {"seed": params["seed"]}
 
 def leave(address, dask_worker):
     "Ends the dask worker with this address; the others are here."
@@ -360,35 +349,3 @@ results = run_grid("pi", "{PI}", [{{"draws": 10, "seed": 0}}], modules=["runner.
     assert read_manifest(run)["status"] == "done"
     assert (run / "log.txt").is_file()  # a process of the cluster's made it, not the notebook's
     assert reproduce(**options)[0].status == "unchanged"  # the executor is not in the key
-
-
-def test_slurm_jobs_are_workers_and_a_cancelled_one_is_replaced(tmp_path, cache, monkeypatch):
-    jobqueue = pytest.importorskip("dask_jobqueue", reason="dask-jobqueue is not installed")
-    if not which("sinfo") or subprocess.run("sinfo").returncode:
-        pytest.skip("no SLURM answers here")
-    (tmp_path / "lib").mkdir()
-    (tmp_path / "lib" / "cluster_targets.py").write_text(TARGETS)
-    monkeypatch.syspath_prepend(str(tmp_path / "lib"))
-    paths = [str(tmp_path / "lib"), os.environ.get("PYTHONPATH", "")]
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
-    monkeypatch.chdir(tmp_path)  # the output of jobs
-    grid = grid_of(tmp_path, range(2))
-    cluster = jobqueue.SLURMCluster(
-        cores=1,
-        processes=1,
-        memory="1GB",
-        walltime="00:05:00",
-        scheduler_options={"dashboard_address": ":0", "host": "127.0.0.1"},
-    )
-    soon = {"distributed.deploy.lost-worker-timeout": "1s"}  # not 15
-    with dask.config.set(soon), cluster:
-        cluster.adapt(minimum_jobs=1, maximum_jobs=1)
-        where = f"dask:{cluster.scheduler_address}"
-        results = run_grid("s", "cluster_targets:end_job", grid, modules=["core"], executor=where)
-    assert [r["metrics"]["seed"] for r in results] == [0, 1]
-    assert Counter(call["seed"] for call in calls(tmp_path)) == {0: 2, 1: 1}
-    assert len({call["dask"] for call in calls(tmp_path)}) == 2  # of two jobs
-    attempts = [read_manifest(run_folder("s", r["key"]))["attempts"] for r in results]
-    assert attempts == [2, 1]
-    cached = run_grid("s", "cluster_targets:end_job", grid, modules=["core"], source="cache")
-    assert [r["key"] for r in cached] == [r["key"] for r in results]

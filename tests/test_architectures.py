@@ -5,11 +5,15 @@ import warnings
 
 import pytest
 import torch
+from test_tokenizers import tokenizer_of
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+from kd_notes.data.examples import Example
 from kd_notes.losses.divergences import token_divergence
 from kd_notes.methods.logit_kd import KD
 from kd_notes.methods.logit_kd import linear_head
+from kd_notes.methods.step_by_step import predict
+from kd_notes.products.stepwise_request import new_student
 from kd_notes.training.batches import (
     plain_logits,
     seq2seq_batch,
@@ -118,9 +122,9 @@ class Rows(SFT):
         return example
 
 
-def tiny(name, dtype=torch.float32):
+def tiny(name, dtype=torch.float32, **changes):
     kind, settings, _ = FAMILIES[name]
-    config = AutoConfig.for_model(kind, **settings)
+    config = AutoConfig.for_model(kind, **settings | changes)
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     torch.manual_seed(0)
     with warnings.catch_warnings(), contextlib.redirect_stderr(None):
@@ -219,3 +223,35 @@ def test_a_decoder_is_trained_from_the_token_it_starts_with(name):
     for said, (_, wanted) in zip(made.tolist(), rows):
         assert said[0] == model.config.decoder_start_token_id
         assert said[1 : 1 + len(wanted)] == wanted
+
+
+def greedy_of(model, tokenizer, family, rows):
+    examples = [Example(str(i), "nli", text) for i, text in enumerate(rows)]
+    made = predict(model, tokenizer, examples, prefix="", family=family, max_new_tokens=8)
+    return [made[example.id] for example in examples]
+
+
+@pytest.mark.parametrize("name, family", [("Llama", "causal"), ("BART", "t5")])
+def test_answers_do_not_depend_on_penalties_and_forced_tokens_of_a_config(name, family):
+    "A student learns without them: BART's forced first token would be one that it never read."
+    tokenizer = tokenizer_of()
+    tokenizer.pad_token = None
+    model = tiny(name, vocab_size=len(tokenizer))
+    rows = ["the cat", "the dog ran after the red ball", "sky"]
+    plain = greedy_of(model, tokenizer, family, rows)
+    stored = model.generation_config
+    changes = {
+        "repetition_penalty": 5.0,
+        "no_repeat_ngram_size": 2,
+        "min_length": 6,
+        "num_beams": 2,
+    }
+    changes |= {"forced_bos_token_id": 7, "suppress_tokens": list(range(20, 200))}
+    for setting, value in changes.items():
+        setattr(stored, setting, value)
+    assert greedy_of(model, tokenizer, family, rows) == plain
+    assert model.generation_config is stored and stored.num_beams == 2
+    student = new_student((model, tokenizer), 0, 0, "cpu")[0].generation_config
+    start = model.config.decoder_start_token_id if family == "t5" else None
+    assert (student.num_beams or 1, student.forced_bos_token_id) == (1, None)
+    assert student.eos_token_id == stored.eos_token_id and student.decoder_start_token_id == start

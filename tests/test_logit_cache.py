@@ -722,6 +722,16 @@ def test_another_teacher_is_refused(tmp_path, teacher):
         assert LogitCache(tmp_path / "cache", teacher=right).complete
 
 
+def test_the_same_weights_with_another_config_are_another_teacher(tmp_path, teacher):
+    write(tmp_path, teacher)
+    other = copy.deepcopy(teacher)
+    other.config.final_logit_softcapping = 2.0
+    with pytest.raises(UserError, match="another teacher"):
+        write(tmp_path, other)
+    other.config = copy.deepcopy(teacher.config)
+    assert write(tmp_path, other).complete
+
+
 @pytest.mark.parametrize("family", ["causal", "t5"])
 def test_weights_hash_of_a_model_and_of_its_folder(tmp_path, family):
     "Tied weights count once in both; bfloat16 weights hash like their float32 copies; one changed number changes it."

@@ -8,6 +8,7 @@ import torch
 
 from kd_notes.core import UserError
 from kd_notes.data.examples import Example
+from kd_notes.data.rows import TextRow
 from kd_notes.losses.divergences import token_divergence
 from kd_notes.methods.gkd import GKD, GKDConfig, Part, top_k_logits
 from kd_notes.methods.health import (
@@ -21,7 +22,13 @@ from kd_notes.methods.health import (
 from kd_notes.methods.minillm import MiniLLM, MiniLLMConfig, set_advantages
 from kd_notes.methods.on_policy import OnPolicy, OnPolicyConfig, Term
 from kd_notes.methods.prompts import check_templates, encode_prompt, stop_ids
-from kd_notes.methods.rollouts import Response, response_batch, RolloutRow, Rollouts
+from kd_notes.methods.rollouts import (
+    gold_responses,
+    Response,
+    response_batch,
+    RolloutRow,
+    Rollouts,
+)
 from kd_notes.models.mini import load_mini_tokenizer
 from kd_notes.training.loop import train
 from kd_notes.training.state import TrainConfig
@@ -126,6 +133,71 @@ def test_every_end_of_both_generation_configs_stops_a_response():
     ended = {r.tokens[-1] for r in responses if r.finished}
     assert ended == {0, 3, 4}
     assert all(not {0, 3, 4} & set(r.tokens[:-1]) for r in responses)
+
+
+def test_ids_beyond_the_tokenizer_are_never_drawn():
+    "Student and teacher are padded alike; what the rows of the padding say was never trained."
+    from kd_notes.models.mini import mini_model
+
+    tokenizer = load_mini_tokenizer()
+    known = len(tokenizer)
+    student, teacher = (mini_model("causal", "xs", known + 64, seed=s) for s in (0, 1))
+    with torch.no_grad():
+        student.lm_head.weight[known:] = 100 * student.lm_head.weight[:64]
+    method = GKD(tokenizer, teacher, GKDConfig(rollouts=8, max_new_tokens=8))
+    train(student, method, list(SHAPES.values())[:1], config(1, batch_size=8, lr=1e-9))
+    drawn = [r for row in method.rollouts.responses for r in row if r.source == "student"]
+    assert drawn and max(token for r in drawn for token in r.tokens) < known
+
+
+def test_a_tokenizer_without_padding_trains_on_its_own_text():
+    from kd_notes.models.mini import mini_model
+
+    tokenizer = load_mini_tokenizer()
+    tokenizer.pad_token = None
+    student, teacher = (mini_model("causal", "xs", len(tokenizer), seed=s) for s in (0, 1))
+    method = GKD(tokenizer, teacher, GKDConfig(rollouts=4, max_new_tokens=4))
+    assert train(student, method, list(SHAPES.values())[:1], config(1)).steps == 1
+
+
+def test_a_teacher_in_training_mode_speaks_without_dropout():
+    found = []
+    for training in (False, True):
+        teacher = toy(1)
+        teacher.transformer.drop.p = 0.5
+        method = GKD(Ids(), teacher, GKDConfig(rollouts=4, max_new_tokens=4))
+        teacher.train(training)  # after the method was made
+        found.append(train(toy(0), method, ROWS, config(1)).history[0]["loss"])
+    assert found[0] == found[1]
+
+
+def test_a_checkpoint_of_a_teacher_in_another_precision_is_refused(tmp_path):
+    settings = GKDConfig(rollouts=4, max_new_tokens=4)
+    half = toy(1).bfloat16()
+    cfg = config(2, save_every=1)
+    train(toy(0), GKD(Ids(), half.float(), settings), ROWS, cfg, run_dir=tmp_path)
+    with pytest.raises(UserError, match="a run with other method"):
+        train(toy(0), GKD(Ids(), half.bfloat16(), settings), ROWS, cfg, run_dir=tmp_path)
+
+
+def test_a_checkpoint_of_a_student_with_other_ends_is_refused(tmp_path):
+    method = GKD(Ids(), toy(1), GKDConfig(rollouts=4, max_new_tokens=4))
+    cfg = config(2, save_every=1)
+    train(toy(0), method, ROWS, cfg, run_dir=tmp_path)
+    with pytest.raises(UserError, match="a run with other student"):
+        train(toy(0, ends=[0, 3]), method, ROWS, cfg, run_dir=tmp_path)
+
+
+def test_a_completion_that_was_cut_has_no_end_to_learn():
+    tokenizer = load_mini_tokenizer()
+    cut = encode_prompt(tokenizer, TextRow("a", "A dog?", "Yes, it", whole=False))
+    assert cut["completion"][-1] != tokenizer.eos_token_id
+    row = {"id": "a", "prompt": [1, 2], "completion": [2, 1, 3, 0]}
+    finished = [
+        gold_responses([row | more], n)[0].finished
+        for more, n in (({}, 4), ({}, 3), ({"whole": False}, 4))
+    ]
+    assert finished == [True, False, False]
 
 
 def test_a_teacher_that_never_ends_as_the_student_does_is_refused():

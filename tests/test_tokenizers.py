@@ -16,6 +16,8 @@ from kd_notes.data.dialogues import (
     start_ids,
     turn_end_id,
 )
+from kd_notes.methods.prompts import encode_prompt
+from kd_notes.methods.rollouts import encode_corpus
 from kd_notes.methods.seqkd import write_responses, Writing
 from kd_notes.models.pretrained import check_vocabulary, vocabulary_size
 
@@ -245,3 +247,60 @@ def test_of_named_templates_the_default_is_meant(tmp_path):
     without = tokenizer_of(template={"tool_use": TURNS, "rag": TURNS})
     with pytest.raises(UserError, match="tool_use, rag.*default"):
         encode_row(CHAT, without)
+
+
+# --- prompt and completion --------------------------------------------------------------------------------------------------------------
+
+
+def with_spaces(kind):
+    "A tokenizer that puts a space before every text, as Llama 2's (Metaspace) or RoBERTa's (bytes)."
+    tokenizer = tokenizer_of()
+    if kind == "bytes":
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+        return tokenizer
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=kind)
+    bpe.decoder = decoders.Metaspace(prepend_scheme=kind)
+    texts = [*TEXTS, "\n=:.,!?", "assistant user", "the cat\nsat: "]
+    trainer = trainers.BpeTrainer(vocab_size=200, special_tokens=SPECIALS, show_progress=False)
+    bpe.train_from_iterator(texts, trainer)
+    named = {"eos_token": "</s>", "pad_token": "<pad>", "bos_token": "<s>"}
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, **named)
+
+
+@pytest.mark.parametrize("kind", ["always", "first", "bytes", "none"])
+def test_a_completion_that_begins_with_a_space_has_one(kind):
+    "The tokenizer's own space takes its place."
+    tokenizer = tokenizer_of() if kind == "none" else with_spaces(kind)
+    row = {"prompt": "the cat", "completion": " sat"}
+    encoded = encode_row(row, tokenizer)
+    whole = tokenizer.encode("the cat sat", add_special_tokens=False)
+    assert encoded["prompt"] + encoded["completion"] == [*whole, 2]
+    assert encode_prompt(tokenizer, row)["completion"] == encoded["completion"]
+
+
+def test_spaces_of_two_tokenizers_are_compared_at_the_same_places():
+    method = KD(with_spaces("always"), OtherTokenizer(llama(300), tokenizer_of()), "spans_uld")
+    item = method.encode({"id": "a", "prompt": "the cat", "completion": " sat on"})
+    assert item["ends"][-1] == item["teacher_ends"][-1] and 4 in item["ends"]
+
+
+def test_the_end_of_a_turn_follows_the_end_token():
+    template = "{% for m in messages %}{{ m['role'] + m['content'] + eos_token }}{% endfor %}"
+    tokenizer = tokenizer_of(template=template)
+    assert turn_end_id(tokenizer) == 2
+    tokenizer.eos_token = "<turn_end>"
+    assert turn_end_id(tokenizer) == 3
+
+
+@pytest.mark.parametrize("wrong", ["1/0", "messages[0]['content'] + 3", "messages[9].x.y"])
+def test_whatever_a_template_raises_is_one_clear_error(wrong):
+    tokenizer = tokenizer_of(template="{% for m in messages %}{{ " + wrong + " }}{% endfor %}")
+    with pytest.raises(UserError, match="chat template refuses"):
+        encode_row(CHAT, tokenizer)
+
+
+def test_a_corpus_text_begins_as_its_tokenizer_begins_it():
+    ids = encode_corpus(tokenizer_of(bos=True), ["the cat sat"], 20)[0]
+    assert (ids[0], ids.count(1), ids[-1]) == (1, 1, 2)
+    assert encode_corpus(tokenizer_of(), ["the cat sat"], 20)[0] == ids[1:]

@@ -1,5 +1,6 @@
 """The training loop: numbers, invariances, kills and resumes, bad data. Real models, real processes, real kills."""
 
+import copy
 import json
 import math
 import os
@@ -12,6 +13,7 @@ import textwrap
 import time
 from itertools import islice
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -27,6 +29,7 @@ from kd_notes.core import read_jsonl, UserError
 from kd_notes.models.layer_drop import layer_drop
 from kd_notes.models.mini import mini_model
 from kd_notes.training.batches import (
+    Batch,
     batch_order,
     causal_batch,
     micro_batches,
@@ -41,7 +44,7 @@ from kd_notes.models.pretrained import _merge_adapter, merge_adapters
 from kd_notes.training.checkpoint import last_checkpoint, rng_state, save_model, set_rng_state
 from kd_notes.training.loop import train
 from kd_notes.training.setup import add_lora
-from kd_notes.training.method import SFT
+from kd_notes.training.method import Method, SFT
 from kd_notes.training.state import Callback, lr_factor, TrainConfig
 
 torch.set_num_threads(1)
@@ -794,6 +797,83 @@ def test_the_precision_of_a_teacher_belongs_to_its_description():
     half.signal.model.bfloat16()
     widened.signal.model.bfloat16().float()
     assert half.identity() != widened.identity()
+
+
+def with_rotation(model, theta):
+    "Return a copy with the same weights and another rotation of its positions."
+    config = copy.deepcopy(model.config)
+    config.rope_parameters = {"rope_type": "default", "rope_theta": theta}
+    other = type(model)(config)
+    other.load_state_dict(model.state_dict())
+    return other
+
+
+@pytest.mark.parametrize(
+    "change", ["the student's config", "the teacher's config", "what is frozen"]
+)
+def test_a_checkpoint_of_the_same_weights_that_compute_or_learn_something_else_is_refused(
+    tmp_path, change
+):
+    def resumed(theta=None, of_teacher=None, frozen=False):
+        method = kd_rows()
+        if of_teacher:
+            method.signal.model = with_rotation(method.signal.model, of_teacher)
+        student = mini_model("causal", "xs", VOCAB, 0)
+        student = with_rotation(student, theta) if theta else student
+        if frozen:
+            student.get_input_embeddings().requires_grad_(False)
+        cfg = config(max_steps=4, save_every=2)
+        return train(student, method, EXAMPLES[:24], cfg, run_dir=tmp_path)
+
+    resumed()
+    assert resumed().steps == 4
+    changes = {"theta": 3.0}, {"of_teacher": 3.0}, {"frozen": True}
+    names = ["the student's config", "the teacher's config", "what is frozen"]
+    with pytest.raises(UserError, match="a run with other"):
+        resumed(**changes[names.index(change)])
+
+
+class Vectors(Method):
+    "Rows of many numbers instead of ids."
+
+    def collate(self, items):
+        return Batch({"x": torch.stack([torch.as_tensor(item["x"]) for item in items])})
+
+    def token_counts(self, batch):
+        return {"loss": len(batch["x"])}
+
+    def loss_sums(self, model, batch):
+        return {"loss": model(batch["x"]).square().sum()}
+
+
+@pytest.mark.parametrize("kind", [torch.Tensor, np.ndarray])
+def test_long_tensors_in_rows_are_told_apart_by_all_their_numbers(tmp_path, kind):
+    "As text, torch and numpy abbreviate them: the middle is left out."
+    first, second = torch.zeros(4, 2000), torch.zeros(4, 2000)
+    second[:, 500:1500] = 1.0
+
+    def resumed(values):
+        rows = [{"x": x.numpy() if kind is np.ndarray else x} for x in values]
+        torch.manual_seed(0)
+        model = nn.Linear(2000, 1)
+        return train(model, Vectors(), rows, config(save_every=2), run_dir=tmp_path)
+
+    resumed(first)
+    assert resumed(first).steps == 12
+    with pytest.raises(UserError, match="a run with other examples"):
+        resumed(second)
+
+
+def test_adapters_outside_of_the_layers_are_refused():
+    "Their virtual tokens are added by PEFT's wrapper, which targets are not computed with."
+    from peft import get_peft_model, PromptTuningConfig
+
+    soft = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    adapted = get_peft_model(mini_model("causal", "xs", VOCAB, 0), soft)
+    with pytest.raises(UserError, match="prompt tuning, which is not supported"):
+        train(adapted, Rows(), EXAMPLES[:8], config(max_steps=1))
+    with pytest.raises(UserError, match="prompt tuning, which is not supported"):
+        target_logits(adapted, Rows().collate(EXAMPLES[:2]))
 
 
 @pytest.mark.parametrize("targets", [["lm_head"], ["q_proj", "lm_head"], ["embed_tokens"]])

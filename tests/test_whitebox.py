@@ -61,7 +61,7 @@ from kd_notes.experiments.instruction_sets import (
 from kd_notes.methods.logit_kd import KD, OtherTokenizer
 from kd_notes.methods.seqkd import write_responses, Writing
 from kd_notes.models.layer_drop import make_student
-from kd_notes.models.pretrained import context_of, load_teacher
+from kd_notes.models.pretrained import context_of, load_pretrained, load_teacher
 
 TOK = load_mini_tokenizer()
 V = len(TOK)
@@ -990,6 +990,51 @@ def test_answers_of_a_teacher_with_other_ends_are_not_continued(tmp_path, teache
     other_end.generation_config.eos_token_id = [5]
     with pytest.raises(UserError, match="ends"):
         write_responses(path, other_end, TOK, asked, Writing("greedy", 4))
+
+
+def with_window(model, window=2):
+    "Return a copy with the same weights that computes something else."
+    config = copy.deepcopy(model.config)
+    config.rope_parameters = {"rope_type": "default", "rope_theta": float(window)}
+    other = type(model)(config)
+    other.load_state_dict(model.state_dict())
+    return other.eval()
+
+
+def test_answers_of_the_same_weights_with_another_config_are_not_continued(tmp_path, teacher):
+    path, asked = tmp_path / "a.jsonl", dialogues(2)
+    write_responses(path, teacher, TOK, asked, Writing("greedy", 4))
+    with pytest.raises(UserError, match="config"):
+        write_responses(path, with_window(teacher), TOK, asked, Writing("greedy", 4))
+
+
+def test_what_the_caller_has_frozen_stays_as_it_is(teacher, tmp_path):
+    rows = [{"prompt": f"say {i}", "response": f"it is {i}"} for i in range(12)]
+    student = mini_model("causal", "xs", V, seed=2)
+    frozen = student.model.layers[0].requires_grad_(False).state_dict()
+    before = {name: value.clone() for name, value in frozen.items()}
+    distill(rows, (teacher, TOK), (student, TOK), "forward_kl", tmp_path / "out", **QUICK)
+    made = load_pretrained(tmp_path / "out", device="cpu")[0].model
+    after = made.layers[0].state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    name = "mlp.up_proj.weight"
+    assert not torch.equal(
+        made.layers[1].state_dict()[name], student.model.layers[1].state_dict()[name]
+    )
+
+
+def test_an_adapted_student_learns_in_its_adapter_alone(teacher, tmp_path):
+    from peft import get_peft_model, LoraConfig
+
+    rows = [{"prompt": f"say {i}", "response": f"it is {i}"} for i in range(12)]
+    student = mini_model("causal", "xs", V, seed=2)
+    untouched = student.model.layers[0].mlp.up_proj.weight.detach().clone()
+    adapted = get_peft_model(student, LoraConfig(r=2, target_modules=["q_proj"]))
+    distill(rows, (teacher, TOK), (adapted, TOK), "forward_kl", tmp_path / "out", **QUICK)
+    made = load_pretrained(tmp_path / "out", device="cpu")[0].model.layers[0]
+    assert torch.equal(made.mlp.up_proj.weight, untouched)
+    before = student.model.layers[0].self_attn.q_proj.base_layer.weight
+    assert not torch.equal(made.self_attn.q_proj.weight, before)
 
 
 LONG = {

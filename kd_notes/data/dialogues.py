@@ -20,7 +20,7 @@ def start_ids(tokenizer) -> list[int]:
 
     Llama's and Gemma's tokenizers do.
     """
-    start = tokenizer.bos_token_id
+    start = getattr(tokenizer, "bos_token_id", None)
     if start is None or tokenizer.encode("a")[:1] != [start]:
         return []
     return [start]
@@ -74,19 +74,24 @@ def chat_template_of(tokenizer) -> str:
     return start + PLAIN_TEMPLATE
 
 
-@lru_cache(maxsize=64)  # rendering a template for every row would double the time of encoding
-def _turn_end(tokenizer, template: str) -> int:
-    """Return the special token that the template writes after an assistant message.
-
-    If it writes none, return the end token.
-    """
+def template_errors() -> tuple[type[Exception], ...]:
+    "Return what a chat template may raise: it computes, so Python's own errors too."
     from jinja2 import TemplateError
 
+    return TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError
+
+
+@lru_cache(maxsize=64)  # rendering a template for every row would double the time of encoding
+def _turn_end(tokenizer, template: str, written: tuple) -> int:
+    """Return the special token that the template writes after an assistant message.
+
+    If it writes none, return the end token. `written` are the tokenizer's tokens that it may write.
+    """
     words = "KDNOTES"
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": words}]
     try:
         text = tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False)
-    except (TemplateError, KeyError, ValueError):
+    except template_errors():
         return end_id(tokenizer)
     behind = tokenizer.encode(text.rpartition(words)[2].lstrip(), add_special_tokens=False)
     added = tokenizer.added_tokens_decoder
@@ -97,7 +102,8 @@ def _turn_end(tokenizer, template: str) -> int:
 
 def turn_end_id(tokenizer) -> int:
     "Return the token that ends an assistant message in the chat template."
-    return _turn_end(tokenizer, chat_template_of(tokenizer))
+    written = (tokenizer.bos_token, tokenizer.eos_token)
+    return _turn_end(tokenizer, chat_template_of(tokenizer), written)
 
 # %% ../../nbs/4_probabilities/06_dialogues.ipynb #b303a691
 def prompt_ids(
@@ -110,8 +116,6 @@ def prompt_ids(
 
     A text is encoded as it is; messages are laid out by the chat template.
     """
-    from jinja2 import TemplateError
-
     if isinstance(prompt, str):
         return start_ids(tokenizer) + tokenizer.encode(prompt, add_special_tokens=False)
     messages = list(prompt)
@@ -125,7 +129,7 @@ def prompt_ids(
             add_generation_prompt=True,
             return_dict=False,
         )
-    except TemplateError as error:
+    except template_errors() as error:
         raise UserError(
             f"the model's chat template refuses these messages: {error}",
             where=where,
@@ -133,6 +137,29 @@ def prompt_ids(
         ) from error
 
 # %% ../../nbs/4_probabilities/06_dialogues.ipynb #ea9e0f03
+_SPACES = ("\u2581", "\u0120")  # how tokenizers write a space: SentencePiece's and byte-level ones
+
+
+def _begins_with_space(tokenizer) -> bool:
+    "Return True if the tokenizer puts a space before every text, as Llama 2's does."
+    first = tokenizer.convert_ids_to_tokens(tokenizer.encode("a", add_special_tokens=False)[:1])
+    return bool(first) and first[0].startswith(_SPACES)
+
+
+def own_space(tokenizer, completion: str) -> int:
+    """Return 1 if the tokenizer's own space takes the place of the completion's first, else 0.
+
+    SentencePiece's tokenizers would write both, and the text would have two.
+    """
+    return int(completion.startswith(" ") and _begins_with_space(tokenizer))
+
+
+def completion_ids(row: TextRow, tokenizer) -> list[int]:
+    "Return the ids of a row's completion, without an end token."
+    text = row.completion[own_space(tokenizer, row.completion) :]
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
 def is_encoded(row: Any) -> bool:
     "Return True for a row whose prompt and completion are lists of ids."
     if not isinstance(row, dict):
@@ -170,7 +197,7 @@ def encode_row(
             where=place,
             fix="Shorten it or drop the row; raise max_length if the models' contexts allow.",
         )
-    completion = tokenizer.encode(row.completion, add_special_tokens=False)
+    completion = completion_ids(row, tokenizer)
     if row.whole:
         completion.append(last)
     room = max_length - len(prompt) if max_length else len(completion)

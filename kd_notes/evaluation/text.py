@@ -21,9 +21,11 @@ from torch import Tensor
 
 from ..core import missing_library, UserError
 from ..data.answers import exact_match
+from ..generation.engine import end_tokens
 from ..generation.sampling import check_lengths, sample, Sampling
 from ..losses.divergences import at_least_float32
-from ..training.batches import causal_batch, target_logits
+from ..models.pretrained import vocabulary_size
+from ..training.batches import causal_batch, target_logits, unwrapped
 from ..data.rows import read_row
 
 # %% ../../nbs/2_playground/11_text.ipynb #ffeaf9e9
@@ -358,13 +360,12 @@ def sample_answers(
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_p=top_p,
-            stop_ids=(tokenizer.eos_token_id,),
+            stop_ids=end_tokens(unwrapped(model), tokenizer),
             seed=seed,
             no_repeat_ngram=no_repeat_ngram,
         )
-        rollout = sample(
-            model, prompt_ids, sampling, vocabulary=len(tokenizer), batch_size=batch_size
-        )
+        known = vocabulary_size(tokenizer)
+        rollout = sample(model, prompt_ids, sampling, vocabulary=known, batch_size=batch_size)
         out.response_ids.append(rollout.response_ids)
         out.texts.append(
             [

@@ -30,12 +30,13 @@ from ..training.batches import causal_batch, target_logits, target_positions, un
 
 # %% ../../nbs/5_own_words/12_beam.ipynb #89ecc400
 @contextmanager
-def _plain_generation(model) -> Iterator[None]:
-    "Replace the model's generation config, whose repetition penalty would apply."
+def plain_generation(model) -> Iterator[None]:
+    "Replace the model's generation config: its penalties and forced tokens would apply."
     from transformers import GenerationConfig
 
     stored = model.generation_config
-    model.generation_config = GenerationConfig()
+    starts = {name: getattr(stored, name) for name in ("bos_token_id", "decoder_start_token_id")}
+    model.generation_config = GenerationConfig(**starts)
     try:
         yield
     finally:
@@ -65,7 +66,7 @@ def _beam_search(
         rest = torch.log_softmax(logs[:, :size], dim=-1)
         return torch.nn.functional.pad(rest, (0, logs.shape[-1] - size), value=-math.inf)
 
-    with _plain_generation(model):
+    with plain_generation(model):
         made = model.generate(
             input_ids=torch.tensor(padded, device=model.device),
             attention_mask=torch.tensor(mask, device=model.device),

@@ -20,7 +20,7 @@ from ..checks import check_count, check_fields
 from ..core import rng, UserError
 from ..data.dialogues import end_id, prompt_ids
 from ..generation.sampling import sample, Sampling
-from ..models.pretrained import evaluating, weights_hash
+from ..models.pretrained import evaluating, vocabulary_size, weights_hash
 from ..training.batches import causal_batch, target_nll
 
 # %% ../../nbs/6_beyond_text/10_balanced.ipynb #c8238da8
@@ -163,7 +163,9 @@ def own_answer_ifd(
     ids = [prompt_ids(prompt, tokenizer, None, "prompt") for prompt in prompts]
     end = end_id(tokenizer)
     sampling = Sampling(max_new_tokens, temperature=0.0, stop_ids=(end,))
-    drawn = sample(model, ids, sampling, vocabulary=len(tokenizer), batch_size=batch_size)
+    drawn = sample(
+        model, ids, sampling, vocabulary=vocabulary_size(tokenizer), batch_size=batch_size
+    )
     answers = [[token for token in answer if token != end] for answer in drawn.response_ids]
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else end
     with evaluating(model):

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core import UserError
-from ..data.dialogues import encode_row, is_encoded, padding_id
+from ..data.dialogues import encode_row, is_encoded, own_space, padding_id
 from ..data.rows import read_row, TextRow
 from kd_notes.losses.cross_tokenizer import (
     align_spans,
@@ -141,7 +141,7 @@ class LiveTeacher(TeacherSignal):
         check_live(self.model, method.temperature)
 
     def to(self, device: torch.device) -> None:
-        self.model.to(device)
+        freeze(self.model.to(device))  # the caller may have switched its mode
 
     def divergence(self, method: "KD", logits: Tensor, batch: Batch | dict) -> Tensor:
         with torch.no_grad():
@@ -355,7 +355,9 @@ def _spans(items: list[dict], divergence: str) -> Tensor:
 
 def _completion_ends(tokenizer, row: TextRow, item: dict) -> list[int]:
     "Return the position in the text where each token of the completion ends."
-    ids, ends = token_ends(tokenizer, row.completion, eos=row.whole)
+    skipped = own_space(tokenizer, row.completion)
+    ids, ends = token_ends(tokenizer, row.completion[skipped:], eos=row.whole)
+    ends = [end + skipped if end >= 0 else end for end in ends]
     size = len(item["completion"])
     # The last token may end a chat message instead of a text.
     text = size - 1 if row.whole and size == len(ids) else size
@@ -400,7 +402,7 @@ class OtherTokenizer(TeacherSignal):
             self.matches = matching_tokens(method.tokenizer, self.tokenizer)
 
     def to(self, device: torch.device) -> None:
-        self.model.to(device)
+        freeze(self.model.to(device))
 
     def encode(self, item: dict, row: Any, method: "KD") -> dict:
         if "teacher_prompt" in item:

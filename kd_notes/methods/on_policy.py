@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..core import UserError
+from ..data.dialogues import padding_id
 from ..generation.sampling import Sampling
 from ..losses.cross_tokenizer import check_tokenizers
 from ..losses.divergences import at_least_float32, token_divergence
@@ -53,10 +54,10 @@ from kd_notes.methods.rollouts import (
     SOURCES,
     without_texts,
 )
-from ..models.pretrained import freeze, weights_hash
+from ..models.pretrained import freeze, vocabulary_size
 from ..training.batches import Batch, target_logits, target_positions
 from ..training.checkpoint import updated, whole_copy
-from ..training.method import Method
+from ..training.method import describe_weights, Method
 from ..training.processes import processes
 from ..training.state import TrainConfig, TrainState
 
@@ -240,7 +241,7 @@ def check_corpus(config: OnPolicyConfig, corpus: list) -> None:
 def check_inputs(method: OnPolicyTerms, prompts: list[dict], student) -> int | None:
     """Check prompts, completions and corpus before training.
 
-    Returns the number of shared ids if the models' widths differ, else None.
+    Returns how many ids may be drawn and are compared; None if the models have no others.
     """
     check_teacher(method)
     models = [model for model in (student, method.teacher) if model is not None]
@@ -265,7 +266,13 @@ def check_inputs(method: OnPolicyTerms, prompts: list[dict], student) -> int | N
             fix="If both use one tokenizer and only the padding differs, pass teacher_tokenizer. "
             "If not, train on text that the teacher wrote (SeqKD).",
         )
-    vocabulary = method.shared if differ else None
+    if differ:
+        vocabulary = method.shared
+    elif hasattr(method.tokenizer, "get_vocab"):
+        known = vocabulary_size(method.tokenizer)
+        vocabulary = known if known < widths[0] else None  # what is beyond is padding
+    else:
+        vocabulary = None
     check_ids(read, models, vocabulary)
     return vocabulary
 
@@ -376,12 +383,12 @@ class RolloutLoss(OnPolicyTerms):
         responses = [response for row in items for response in row.responses]
         exact = getattr(self.teacher, "dtype", None) == torch.float64
         dtype = torch.float64 if exact else torch.float32
-        batch = response_batch(responses, self.tokenizer.pad_token_id, dtype)
+        batch = response_batch(responses, padding_id(self.tokenizer), dtype)
         batch.columns |= response_health(responses)
         numbers = [self.numbers.setdefault(r.id, len(self.numbers)) for r in responses]
         batch.columns["example"] = torch.tensor(numbers)
         texts = [row.text for row in items if row.text]
-        return add_texts(batch, texts, self.tokenizer.pad_token_id)
+        return add_texts(batch, texts, padding_id(self.tokenizer))
 
     def token_counts(self, batch: Batch) -> dict[str, int]:
         columns = batch.columns
@@ -474,7 +481,7 @@ class OnPolicy(RolloutPhase, RolloutLoss):
 
     def identity(self) -> list:
         "Return settings, corpus and teacher, without what a schedule changes."
-        teacher = None if self.teacher is None else weights_hash(self.teacher)
+        teacher = None if self.teacher is None else describe_weights(self.teacher)
         return [type(self).__name__, asdict(self.config), self.corpus, teacher]
 
     def encode(self, row: Any) -> dict:
@@ -488,4 +495,4 @@ class OnPolicy(RolloutPhase, RolloutLoss):
 
     def to(self, device: torch.device) -> None:
         if self.teacher is not None:
-            self.teacher.to(device)
+            freeze(self.teacher.to(device))  # the caller may have switched its mode

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ..core import UserError
-from ..data.dialogues import end_id, prompt_ids, turn_end_id
+from ..data.dialogues import completion_ids, end_id, prompt_ids, turn_end_id
 from ..data.rows import read_row
 from ..generation.engine import end_tokens
 from ..generation.sampling import check_lengths
@@ -30,10 +30,11 @@ def _is_encoded(row: Any) -> bool:
 
 
 def encode_prompt(tokenizer, row: Any, number: int | str = "") -> dict:
-    """Encode a row as {'id', 'prompt', 'completion'} with lists of ids.
+    """Encode a row as {'id', 'prompt', 'completion', 'whole'} with lists of ids.
 
-    The completion is None if the row has none.
+    The completion is None if the row has none. One that is not whole was cut, and has no end.
     """
+    whole = True
     if _is_encoded(row):
         name = str(row.get("id", number))
         prompt = row["prompt"]
@@ -45,7 +46,8 @@ def encode_prompt(tokenizer, row: Any, number: int | str = "") -> dict:
         prompt = prompt_ids(text.prompt, tokenizer, where=f"example {name}")
         completion = None
         if text.completion:
-            completion = tokenizer.encode(text.completion, add_special_tokens=False)
+            completion = completion_ids(text, tokenizer)
+        whole = text.whole
         end = end_id(tokenizer) if isinstance(text.prompt, str) else turn_end_id(tokenizer)
     if not prompt:
         raise UserError(
@@ -53,9 +55,9 @@ def encode_prompt(tokenizer, row: Any, number: int | str = "") -> dict:
             where=f"example {name}".strip(),
             fix="Give every example a prompt of at least one token.",
         )
-    if completion and completion[-1] != end:
+    if completion and whole and completion[-1] != end:
         completion = [*completion, end]
-    return {"id": name, "prompt": prompt, "completion": completion}
+    return {"id": name, "prompt": prompt, "completion": completion, "whole": whole}
 
 
 def encode_prompts(tokenizer, rows: Iterable) -> list[dict]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..core import rng, UserError
+from ..data.dialogues import end_id, prompt_ids
 from kd_notes.generation.sampling import (
     Rollout,
     sample,
@@ -95,6 +96,7 @@ def gold_responses(rows: list[dict], max_new_tokens: int) -> list[Response]:
             row["prompt"],
             row["completion"][:max_new_tokens],
             "gold",
+            row.get("whole", True) and len(row["completion"]) <= max_new_tokens,
         )
         for row in rows
     ]
@@ -397,7 +399,7 @@ def encode_corpus(tokenizer, texts: Iterable, length: int) -> list[list[int]]:
     rows = []
     for text in texts:
         if not isinstance(text, list):
-            text = [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
+            text = [*prompt_ids(text, tokenizer), end_id(tokenizer)]
         if len(text) > 1:
             rows.append(text[:length])
     return rows

@@ -19,8 +19,9 @@ from ..generation.engine import end_tokens
 from ..losses.cross_tokenizer import check_tokenizers
 from ..losses.divergences import at_least_float32, IGNORED
 from .prompts import width
-from ..models.pretrained import context_of, freeze, weights_hash
+from ..models.pretrained import context_of, freeze
 from ..training.batches import Batch, target_logits, target_positions
+from ..training.method import describe_weights
 
 # %% ../../nbs/4_probabilities/12c_several_teachers.ipynb #2bd09a3e
 class Several(torch.nn.Module):
@@ -90,7 +91,7 @@ class TeacherMixture(Several):
     @property
     def fingerprint(self) -> list:
         "What decides the distributions; see `weights_hash`."
-        hashes = [weights_hash(model) for model in self.models]
+        hashes = [describe_weights(model) for model in self.models]
         return ["mixture", hashes, self.weights, self.temperature]
 
     @torch.no_grad()
@@ -148,7 +149,7 @@ class RoutedTeachers(Several):
     def fingerprint(self) -> list:
         "What decides the distributions; see `weights_hash`."
         routes = stable_hash(sorted(map(list, self.numbers.items())))
-        return ["routed", [weights_hash(model) for model in self.models], routes]
+        return ["routed", [describe_weights(model) for model in self.models], routes]
 
     def number_of(self, prompt: Sequence[int]) -> int:
         "Return the number of the teacher that answers for a prompt."

@@ -17,6 +17,7 @@ from ..core import UserError
 from ..data.dialogues import end_id, padding_id, start_ids
 from ..data.examples import Example
 from ..data.rows import read_row
+from ..generation.beam import plain_generation
 from ..generation.sampling import check_lengths
 from kd_notes.training.batches import (
     Batch,
@@ -64,12 +65,11 @@ def step_rows(examples: Iterable) -> list[Row]:  # of any shape that `read_row` 
 def _source_ids(tokenizer, prompt: str, family: str) -> list[int]:
     """Return the ids of a prompt, the same in training and in use.
 
-    T5's encoder reads an end token, a causal model its tokenizer's start token, if it has one.
+    They begin with the start token that the tokenizer puts there, if it does; an encoder also reads
+    an end token.
     """
-    ids = tokenizer.encode(prompt, add_special_tokens=False)
-    if family == "t5":
-        return ids + [end_id(tokenizer)]
-    return start_ids(tokenizer) + ids
+    ids = start_ids(tokenizer) + tokenizer.encode(prompt, add_special_tokens=False)
+    return ids + [end_id(tokenizer)] if family == "t5" else ids
 
 # %% ../../nbs/3_reasons/02_step_by_step.ipynb #111fc682
 class StepByStep(Method):
@@ -145,7 +145,7 @@ def predict(
     ids = {e.id: _source_ids(tokenizer, prefix + e.input, family) for e in examples}
     order = sorted(ids, key=lambda i: len(ids[i]))
     out = {}
-    pad = tokenizer.pad_token_id
+    pad = padding_id(tokenizer)
     check_lengths([model], {f"example {i}": len(ids[i]) for i in reversed(order)}, max_new_tokens)
     for start in range(0, len(order), batch_size):
         names = order[start : start + batch_size]
@@ -158,14 +158,15 @@ def predict(
         mask = [
             o + [0] * len(f) if family == "t5" else [0] * len(f) + o for o, f in zip(ones, fill)
         ]
-        made = model.generate(
-            input_ids=torch.tensor(rows, device=model.device),
-            do_sample=False,
-            attention_mask=torch.tensor(mask, device=model.device),
-            max_new_tokens=max_new_tokens,
-            pad_token_id=pad,
-            eos_token_id=tokenizer.eos_token_id,
-        )
+        with plain_generation(model):
+            made = model.generate(
+                input_ids=torch.tensor(rows, device=model.device),
+                do_sample=False,
+                attention_mask=torch.tensor(mask, device=model.device),
+                max_new_tokens=max_new_tokens,
+                pad_token_id=pad,
+                eos_token_id=tokenizer.eos_token_id,
+            )
         texts = tokenizer.batch_decode(
             made if family == "t5" else made[:, width:], skip_special_tokens=True
         )

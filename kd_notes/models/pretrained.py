@@ -6,8 +6,10 @@
 __all__ = ['count_parameters', 'vocabulary_size', 'check_vocabulary', 'load_pretrained', 'load_teacher']
 
 # %% ../../nbs/2_playground/09_pretrained.ipynb #a2551f12
+import copy
 import hashlib
 import importlib.metadata
+import json
 import os
 import shutil
 import uuid
@@ -92,6 +94,20 @@ def weights_hash(source: Any) -> str:  # a model, or the folder of one
         return stable_hash(source.fingerprint)
     named = _named_weights(source)
     return stable_hash({name: [list(t.shape), tensor_hash(t)] for name, t in named})
+
+
+_ORIGIN = ("transformers_version", "_name_or_path", "name_or_path")
+
+
+def plain_configs(model: Any) -> list[dict]:
+    """Return the configs of a model, without what says where it comes from.
+
+    The same weights compute something else with another rotation, window or cap.
+    """
+    configs = [getattr(model, name, None) for name in ("config", "generation_config")]
+    readable = [config for config in configs if hasattr(config, "to_json_string")]
+    found = [json.loads(config.to_json_string()) for config in readable]
+    return [{k: v for k, v in config.items() if k not in _ORIGIN} for config in found]
 
 # %% ../../nbs/2_playground/09_pretrained.ipynb #fbb647a7
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -360,6 +376,17 @@ def load_pretrained(
 def freeze(model):
     "Set evaluation mode, disable gradients, and return the model."
     return model.eval().requires_grad_(False)
+
+
+def trainable_copy(model, place: torch.device):
+    """Return a copy of a model to train.
+
+    What the caller has frozen stays frozen, unless it is the whole model.
+    """
+    copied = copy.deepcopy(model).to(place)
+    if not any(p.requires_grad for p in copied.parameters()):
+        copied.requires_grad_(True)
+    return copied
 
 
 @contextmanager

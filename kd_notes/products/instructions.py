@@ -32,7 +32,7 @@ from kd_notes.experiments.instruction_sets import (
 from ..generation.completions import AnswerFile
 from ..generation.engine import end_tokens
 from ..generation.sampling import sample, Sampling
-from ..models.pretrained import context_of, load_pretrained
+from ..models.pretrained import context_of, load_pretrained, vocabulary_size
 from .predict import answers_beside
 from .request import shown_name, weights_identity
 from ..progress import progress
@@ -159,7 +159,7 @@ class InstructionTest:
                 [prompts[id][: self.max_prompt] for id in ids],
                 self.sampling(seed),
                 streams=ids,
-                vocabulary=len(self.tokenizer),
+                vocabulary=vocabulary_size(self.tokenizer),
                 batch_size=self.batch_size,
             )
             texts = self.tokenizer.batch_decode(rollout.response_ids, skip_special_tokens=True)

@@ -6,7 +6,6 @@
 __all__ = []
 
 # %% ../../nbs/4_probabilities/15c_pair.ipynb #858af293
-import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +16,7 @@ from ..losses.cross_tokenizer import check_tokenizers
 from ..methods.server_teacher import is_server
 from ..methods.several_teachers import RoutedTeachers, TeacherMixture
 from ..models.layer_drop import make_student
-from ..models.pretrained import check_vocabulary, context_of, place_of
+from ..models.pretrained import check_vocabulary, context_of, place_of, trainable_copy
 from kd_notes.products.request import (
     local_teacher,
     Request,
@@ -109,7 +108,7 @@ class Pair:
             student = make_student(student, teacher, teacher_tokenizer, device=place)
         else:
             # The caller's model stays as it is; the trained one is in the folder.
-            student = (copy.deepcopy(student[0]).to(place).requires_grad_(True), student[1])
+            student = (trainable_copy(student[0], place), student[1])
         pair = cls(teacher, teacher_tokenizer, *student, settings.system)
         pair.members, pair.sources, pair.judge = members, sources, teacher
         if not members:

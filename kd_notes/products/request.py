@@ -31,7 +31,13 @@ from ..data.rows import load_rows, TextRow
 from ..methods.server_teacher import is_server, open_server_teacher, ServerTeacher
 from ..methods.several_teachers import mixture_weights
 from ..models.layer_drop import shorter_config
-from ..models.pretrained import load_part, load_teacher, resolve_model, weights_hash
+from kd_notes.models.pretrained import (
+    load_part,
+    load_teacher,
+    plain_configs,
+    resolve_model,
+    weights_hash,
+)
 from kd_notes.products.settings import (
     CROSS_OBJECTIVES,
     DistillSettings,
@@ -202,19 +208,11 @@ def layout_identity(source: Any) -> Any:
     if is_server(source):
         return None
     if isinstance(source, tuple):
-        return stable_hash([_configs(source[0]), _layout_of(source[1])])
+        return stable_hash([plain_configs(source[0]), _layout_of(source[1])])
     if source.startswith("layers:") or not Path(place := resolve_model(source)).is_dir():
         return None
     files = [Path(place) / name for name in _LAYOUT_FILES]
     return stable_hash({file.name: sha256_file(file) for file in files if file.is_file()})
-
-
-def _configs(model: torch.nn.Module) -> list[dict]:
-    "Return the configs of a model without their origin."
-    configs = [model.config, getattr(model, "generation_config", None)]
-    plain = [json.loads(config.to_json_string()) for config in configs if config is not None]
-    origin = ("transformers_version", "_name_or_path", "name_or_path")
-    return [{k: v for k, v in config.items() if k not in origin} for config in plain]
 
 
 def _layout_of(tokenizer: Any) -> list:

@@ -6,7 +6,6 @@
 __all__ = []
 
 # %% ../../nbs/3_reasons/11_stepwise_request.ipynb #dc58f785
-import copy
 import math
 import os
 import statistics
@@ -23,7 +22,7 @@ from ..data.task_file import OwnTask, task_examples
 from ..methods.step_by_step import Row, StepByStep
 from ..models.layer_drop import layer_drop, shorter_config
 from ..models.mini import load_mini_tokenizer, mini_model
-from ..models.pretrained import load_part, load_pretrained, place_of
+from ..models.pretrained import load_part, load_pretrained, place_of, trainable_copy
 from kd_notes.products.request import (
     deciding_settings,
     finished_report,
@@ -80,16 +79,26 @@ def student_config(student: str | tuple, layers: int, tokenizer: Any) -> Any:
     return shorter_config(config, layers) if layers and not config.is_encoder_decoder else config
 
 
+def _decoded_plainly(model: Any) -> Any:
+    "Leave out penalties and forced tokens: the student learns and is measured without them."
+    from transformers import GenerationConfig
+
+    names = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+    kept = {name: getattr(model.generation_config, name) for name in names}
+    model.generation_config = GenerationConfig(**kept)
+    return model
+
+
 def new_student(student: str | tuple, layers: int, seed: int, device: str | None) -> tuple:
     "Return (model, tokenizer) in float32, ready for training; model objects are copied."
     place = place_of(device)
     if isinstance(student, tuple):
-        return copy.deepcopy(student[0]).to(place).requires_grad_(True), student[1]
+        return _decoded_plainly(trainable_copy(student[0], place)), student[1]
     if mini := mini_spec(student):
         tokenizer = load_mini_tokenizer()
         return mini_model(*mini, len(tokenizer), seed=seed).to(place), tokenizer
     model, tokenizer = load_pretrained(student, device=place)
-    return (layer_drop(model, layers) if layers else model), tokenizer
+    return _decoded_plainly(layer_drop(model, layers) if layers else model), tokenizer
 
 # %% ../../nbs/3_reasons/11_stepwise_request.ipynb #7a5161bc
 @dataclass(frozen=True)

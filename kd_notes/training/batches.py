@@ -157,8 +157,17 @@ _LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "l
 
 
 def unwrapped(model):
-    "Return the model inside a PEFT wrapper, or the model itself."
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    """Return the model inside a PEFT wrapper, or the model itself.
+
+    Raises UserError for an adapter outside of the layers: they alone would compute something else.
+    """
+    if not hasattr(model, "get_base_model"):
+        return model
+    if getattr(model.active_peft_config, "is_prompt_learning", False):
+        kind = model.active_peft_config.peft_type.value.replace("_", " ").lower()
+        fix = "Use LoRA, whose weights are inside of the layers."
+        raise UserError(f"the model was adapted by {kind}, which is not supported", "model", fix)
+    return model.get_base_model()
 
 
 def plain_logits(model) -> bool:

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..core import atomic_write, read_json, read_jsonl, stable_hash, UserError, write_json
-from ..models.pretrained import load_pretrained, merge_adapters, tensor_errors
+from ..models.pretrained import load_pretrained, merge_adapters, tensor_errors, tensor_hash
 from .method import describe_weights
 from .processes import main_process
 from .state import trainable, TrainState
@@ -178,20 +178,23 @@ _FREE = ("save_every", "log_every", "device", "compile", "fsdp", "keep_memory")
 _PRODUCT = ("batch_size", "gradient_accumulation_steps")
 
 
+def _hashed(value: Any) -> Any:
+    "Return a value that is no JSON as text, which abbreviates no tensor and no array."
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
+        value = torch.from_numpy(value)
+    if isinstance(value, Tensor):
+        return [str(value.dtype), list(value.shape), tensor_hash(value)]
+    return str(value)
+
+
 def run_identity(state: TrainState) -> dict[str, str]:
     "Return hashes of what decides a run: examples, method, and initial weights."
-    items = json.dumps(list(state.items), default=str, sort_keys=True)
-    config = getattr(state.model, "config", None)
-    options = {} if config is None else vars(config)
-    dropout = {
-        name: value
-        for name, value in options.items()
-        if "drop" in name and isinstance(value, (int, float))
-    }
+    items = json.dumps(list(state.items), default=_hashed, sort_keys=True)
+    learning = [name for name, p in state.model.named_parameters() if p.requires_grad]
     return {
         "examples": stable_hash([state.ids, state.sizes, items]),
         "method": stable_hash([state.method.identity(), dict(state.method.loss_weights)]),
-        "student": stable_hash([describe_weights(state.model), dropout]),
+        "student": stable_hash([describe_weights(state.model), learning]),
     }
 
 

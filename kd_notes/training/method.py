@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..data.dialogues import encode_row, padding_id
 from ..losses.fused import fused_cross_entropy
-from ..models.pretrained import tensor_hash, weights_hash
+from ..models.pretrained import plain_configs, tensor_hash, weights_hash
 from kd_notes.training.batches import (
     Batch,
     causal_batch,
@@ -29,8 +29,9 @@ from kd_notes.training.batches import (
 
 # %% ../../nbs/7_engine_room/12_method.ipynb #described
 def describe_weights(model: torch.nn.Module) -> list:
-    "Return the hash of a model's weights and their dtypes, which decide a run's numbers."
-    return [weights_hash(model), [str(p.dtype) for p in model.parameters()]]
+    "Return a model's hash, dtypes and configs, which decide a run's numbers."
+    dtypes = [str(p.dtype) for p in model.parameters()]
+    return [weights_hash(model), dtypes, plain_configs(model)]
 
 
 def _described(value: Any) -> Any:

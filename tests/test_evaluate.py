@@ -286,6 +286,12 @@ def test_damaged_numbers_are_refused(text):
         ("8 × 9", "8 * 9"), ("8 x 9", "8 * 9"), ("72 ÷ 9", "72 / 9"), ("8 – 3", "8 - 3"), ("3 x", "3"),
         ("3 cats and 4 dogs", None), ("", None), ("dollars", None), ("1,2345", None), (None, None), ("42 43", None),
         ("5 or 6", None), ("5–6", None), ("5 and a half", None), ("5 hundred thousand", None), ("5M", None), ("10:30", None),
+        ("twelve", "12"), ("Twenty-one pears.", "21"), ("one hundred and five", "105"), ("zero", "0"), ("two thousand", "2000"),
+        ("a dozen", "12"), ("minus 5", "-5"), ("negative twelve", "-12"), ("There are 12 pears.", "12"), ("The total cost is $1,200.", "1200"),
+        ("It is twelve", "12"), ("12\u200b", "12"), ("\ufeff12", "12"), ("🍎 12", "12"), ("12 °C", "12"), ("[12]", "12"), ("\\boxed{[12]}", "12"),
+        ("1.5 x 10^6", "1500000"), ("2 and 1/2", "(2 + 1/2)"), ("\\frac{-3}{4}", "-3/4"), ("\\dfrac34", "3/4"), ("1~234", "1234"),
+        ("12/0", None), ("nineteen ninety", None), ("one of the two", None), ("It is not 12", None), ("at least 12", None),
+        ("two pears and three plums", None), ("twelve and a half", None), ("There are 5 or 6", None),
         ("2^3", None), ("1, 2, 3", None), ("0x10", None), ("nan", None), ("1e999", None), ("the 5", None), ("not 5", None),
     ],
 )  # fmt: skip

@@ -1131,3 +1131,23 @@ def test_unicode_words():
         "мир",
     ]
     assert unicode_words("") == [] == unicode_words("... !")
+
+
+@pytest.mark.parametrize("text", ["😀😀", "!!!", "½", "γ"])
+def test_a_reference_without_a_word_that_rouge_reads_is_warned_of(text):
+    with pytest.warns(UserWarning, match="blind to 1 of 1"):
+        rouge_l([text], [[text]])
+
+
+def test_words_are_compared_in_one_normal_form_and_emoji_are_words():
+    assert rouge_l(["caf\u00e9 😀"], [["cafe\u0301 😀"]], tokenizer=unicode_words)[0] == 1.0
+    assert unicode_words("ok 😀😡") == ["ok", "😀", "😡"]
+
+
+@pytest.mark.parametrize("score", [rouge_l, exact_matches])
+@pytest.mark.parametrize(
+    "predictions, references", [(["a"], ["abc"]), ([None], [["a"]]), (["a"], [[None]]), ([5], [["5"]]), (["a"], [[]])]
+)  # fmt: skip
+def test_what_is_no_text_is_named_by_its_item(score, predictions, references):
+    with pytest.raises(UserError, match="item 0"):
+        score(predictions, references)

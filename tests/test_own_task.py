@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from kd_notes.cli import app
 from kd_notes.core import read_json, read_jsonl, UserError
-from kd_notes.data.examples import TaskInfo
+from kd_notes.data.examples import Example, TaskInfo
 from kd_notes.data.task_file import OwnTask, read_task, task_examples
 from kd_notes.evaluation.task_scores import macro_f1, read_answer, score_difference, task_score
 from kd_notes.experiments.extraction import extract_rationales, own_question
@@ -576,3 +576,42 @@ def test_an_input_beyond_the_context_is_an_outcome_and_another_task_is_refused(p
 def test_a_missing_file_is_named_before_a_model_is_loaded(ask):
     with pytest.raises(UserError, match="rows.jsonl: there is no such file"):
         ask("a model that does not exist", "no/rows.jsonl")
+
+
+# ---------------------------------------------------------------- ids, labels and names
+
+
+def test_zero_is_an_id(place):
+    rows = [{"thing": "a", "id": 0}, {"thing": "b", "id": 1}, {"thing": "c", "id": None}]
+    assert [e.id for e in task_examples(place / "task.toml", rows)] == ["0", "1", "colours-2"]
+    with pytest.raises(UserError, match="'0' was already used"):
+        task_examples(place / "task.toml", [{"thing": "a", "id": 0}, {"thing": "b", "id": "0"}])
+
+
+@pytest.mark.parametrize("labels", ['["yes ", "yes"]', '["é", "e\u0301"]', '["Ja", "ja"]'])
+def test_labels_that_cannot_be_told_apart_are_refused(tmp_path, labels):
+    (tmp_path / "t.toml").write_text(f'name = "t"\nlabels = {labels}\n')
+    with pytest.raises(UserError, match="occurs twice"):
+        read_task(tmp_path / "t.toml")
+
+
+def test_blanks_around_a_label_are_no_part_of_it(tmp_path):
+    (tmp_path / "t.toml").write_text('name = "t-blank"\nlabels = ["yes ", " no"]\n')
+    task = read_task(tmp_path / "t.toml")
+    assert task.labels == ("yes", "no")
+    assert task_examples(task, [{"input": "a", "label": "yes "}])[0].label == "yes"
+
+
+@pytest.mark.parametrize(
+    "line, said", [('name = "../x"', "name a task"), ('name = "a\\nb"', "name a task"), ('name = "t"\nlabel_field = ""', "label_field")]
+)  # fmt: skip
+def test_names_that_cannot_be_used_are_refused(tmp_path, line, said):
+    (tmp_path / "t.toml").write_text(f'{line}\nlabels = ["yes", "no"]\n')
+    with pytest.raises(UserError, match=said):
+        read_task(tmp_path / "t.toml")
+
+
+def test_a_text_task_in_another_script_is_measured():
+    task = OwnTask("reply", "reply", score="rouge_l")
+    rows = [Example("1", "reply", "问", "你好世界"), Example("2", "reply", "问", "привет мир")]
+    assert task_score(task, {"1": "你好世界", "2": "привет мир"}, rows)["value"] == 1.0

@@ -222,7 +222,9 @@ def test_no_text_breaks_the_parser(text, finish, equation):
         ("7", "7"),
         ("__import__('os').system('true')", None),
         ("3 / 0", None),
-        ("three", None),
+        ("three", "3"),
+        ("one of the two", None),
+        ("several", None),
         ("9**9**9", None),
         ("x = 3 + 4", "3 + 4"),
         ("= 7", "7"),
@@ -916,3 +918,59 @@ def test_an_answer_with_no_word_behind_it_is_not_taken_from_the_next_example():
     assert parse_completion(text, labels=PLACES).outcome == "no_label"
     text = " Herons eat fish.\n\nQuestion: Where is a lamp?\nReasoning: Old.\nAnswer: attic"
     assert parse_completion(text, labels=PLACES).outcome == "no_label"
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["Answer: pond - there is water", "Answer: 2. pond", "Answer: [pond]", "Answer: {pond}", "Answer: It is pond."]
+    + ["Answer: The label is pond.", "Answer - pond", "Answer is pond", "Thus the label is pond.", "Answer:\n\npond"]
+    + ["Answer: pond\u200b", "Answer: ｐｏｎｄ", "Answer: pond ✅", "✅ Answer: pond", "Answer: 🟡 pond"]
+    + ["Answer: <b>pond</b>", "<b>Answer:</b> pond", "\\textbf{Answer:} pond", "\nAnswer: pond", "\n\n**Answer**\n\npond"],
+)  # fmt: skip
+def test_an_answer_in_other_dress_is_that_answer(line):
+    parsed = parse_completion(f"Herons eat fish.\n{line}", labels=PLACES)
+    assert parsed == Parsed("ok", "Herons eat fish.", "pond")
+
+
+@pytest.mark.parametrize(
+    "written, label",
+    [
+        ("(B)", "B"), ("B)", "B"), ("b.", "B"), ("**B**", "B"), ("\\boxed{B}", "B"), ("The answer is (B).", "B"),
+        ("B: because it swims", "B"), ("Option B", None), ("B or C", None), ("D", None), ("A, not B", None),
+    ],
+)  # fmt: skip
+def test_letters_as_labels(written, label):
+    assert clean_label(written, ["A", "B", "C"]) == label
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        ("C", "C++", "C#"), ("entailment", "not entailment"), ("positive", "very positive"), ("1", "2", "10"),
+        ("*", "**"), ("a, b", "a"), ("e\u0301t\u00e9", "hiver"), ("-1", "1"), ("1.0", "1"), ("I", "II", "III"),
+        ("(a)", "(b)"), ("yes.", "no."), ("because", "since"), ("😀", "😡"), ("Ja", "Nein"), ("$", "€"), ("N/A", "n"),
+    ],
+)  # fmt: skip
+def test_every_label_can_be_met(labels):
+    assert [clean_label(label, labels) for label in labels] == list(labels)
+
+
+def test_a_label_is_met_in_another_normal_form():
+    assert clean_label("\u00e9t\u00e9", ["e\u0301te\u0301", "hiver"]) == "e\u0301te\u0301"
+
+
+def test_blank_lines_inside_an_answer_do_not_end_it_but_the_next_example_does():
+    text = "**Premise.** Herons.\n\nThey eat fish.\n\n**Answer:** pond\n\nIs there more?"
+    assert parse_completion(text, labels=PLACES).label == "pond"
+    assert parse_completion(text, labels=PLACES).rationale == "**Premise.** Herons. They eat fish."
+    cut = parse_completion("Herons eat fish.\n\nAnd they", "length", labels=PLACES)
+    assert cut.outcome == "truncated"
+
+
+def test_a_value_that_does_not_exist_is_no_answer():
+    assert parse_completion("So.\nAnswer: 12/0", metric="equation").outcome == "label_not_allowed"
+
+
+def test_control_tokens_are_no_part_of_a_rationale():
+    text = "<|begin_of_solution|>Herons eat fish.\nAnswer: pond<|end_of_solution|>"
+    assert parse_completion(text, labels=PLACES) == Parsed("ok", "Herons eat fish.", "pond")

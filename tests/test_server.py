@@ -2,6 +2,7 @@
 
 import json
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -10,10 +11,13 @@ from datetime import datetime, timedelta, timezone
 from email.utils import format_datetime
 
 import pytest
+from helpers import free_port
 from json_server import JsonServer
 
 from kd_notes.core import read_json, read_jsonl, UserError
 from kd_notes.data.examples import Example
+from kd_notes.experiments.extraction import extract_stream
+from kd_notes.generation.backends import open_backend
 from kd_notes.generation.completions import (
     completion_row,
     Decoding,
@@ -118,7 +122,9 @@ def test_an_answer_that_used_up_its_limit_is_cut_whatever_the_server_calls_it(
 @pytest.mark.parametrize(
     "reason",
     ["abort", "cancelled", "timeout", "interrupted", "network_error", "pause_turn", "repetition"]
-    + ["insufficient_system_resource", "malformed_function_call", "FinishReason.MAX_TOKENS"],
+    + ["insufficient_system_resource", "malformed_function_call", "FinishReason.MAX_TOKENS"]
+    + ["failed", "deadline_exceeded", "kv_cache_full", "modelUnloaded", "userStopped", "OTHER"]
+    + ["input_too_long", "contextLengthReached", "disconnect"],
 )
 def test_an_answer_that_something_ended_is_cut_though_tokens_were_left(serve, reason):
     server = serve(lambda body, n: (200, {}, chat("Sixty.\nAnswer: 12", reason, (5, 8))))
@@ -156,6 +162,12 @@ def test_without_reason_and_count_the_length_of_the_text_decides(serve, used, fi
         "<|START_THINKING|>A number.\n\n<|END_THINKING|>",
         "<|begin_of_thought|>A number.\n\n<|end_of_thought|>",
         "<unused94>thought\nA number.\n\n<unused95>",
+        "<mm:think>A number.\n\n</mm:think>",
+        "<think >A number.\n\n</think >",
+        "<|think|>A number.\n\n<|/think|>",
+        "<scratchpad>A number.\n\n</scratchpad>",
+        "<think>A <think>number.</think>\n\nStill.</think>",
+        "analysisA number.\n\nassistantfinal",
     ],
 )
 def test_thoughts_are_neither_rationale_nor_a_place_to_stop(serve, tmp_path, thoughts):
@@ -222,6 +234,8 @@ def test_content_without_a_text_is_an_empty_answer(serve, content):
         {},
         {"completion_tokens": "many"},
         {"completion_tokens": {}},
+        {"completion_tokens": float("inf")},
+        {"completion_tokens": -1},
         {"prompt_tokens": None},
     ],
 )
@@ -285,6 +299,25 @@ def test_half_a_character_in_a_prompt_is_an_error_that_names_the_request(serve):
         list(backend(server).generate([("a", "so"), ("b", "so \ud83d")], Decoding(4)))
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    "answer",
+    ["One thing.\n\nAnswer: neutral", "**Reasoning:**\n\nOne thing.\n\n**Answer:**\n\nneutral\n\nDone."],
+)  # fmt: skip
+def test_a_chat_may_put_blank_lines_into_its_answer(serve, tmp_path, answer, stream):
+    server = serve(lambda body, n: (200, {}, chat(answer)))
+    path = tmp_path / "a.jsonl"
+    how = (backend(server), rationale_decoding(32), path)
+    if stream:
+        extract_stream(examples(2), *how, task="nli")
+    else:
+        extract(examples(2), *how)
+    rows = read_jsonl(path)
+    assert [(r["outcome"], r["rationale"], r["label"]) for r in rows] == [
+        ("ok", "One thing.", "neutral")
+    ] * 2
+
+
 # ---------------------------------------------------------------- a request that is refused
 
 
@@ -303,6 +336,12 @@ def test_half_a_character_in_a_prompt_is_an_error_that_names_the_request(serve):
         (200, chat(None, None)),
         (200, chat("I", "content_filter")),
         (200, chat("", "SAFETY")),
+        (200, chat("I cannot.", "guardrail_intervened")),
+        (200, chat("", "MODEL_ARMOR")),
+        (200, chat("", "ERROR_TOXIC")),
+        (400, error("This model's maximum context length is 4096 tokens.", type="BadRequestError")),
+        (400, error("the request exceeds the available context size", code=400)),
+        (422, {"error": "`inputs` tokens + `max_new_tokens` must be <= 4096"}),
         (200, chat(None, "stop", refusal="I can't help with that.")),
     ],
 )
@@ -445,6 +484,168 @@ def test_an_interrupted_program_ends_though_a_request_waits_for_its_next_attempt
     process.send_signal(signal.SIGINT)
     _, rest = process.communicate(timeout=30)
     assert rest.strip().endswith("KeyboardInterrupt") and "pending" not in rest
+
+
+@pytest.mark.parametrize("status", [501, 505])
+def test_what_a_server_will_never_do_is_asked_for_once(serve, status):
+    server = serve(lambda body, n: (status, {}, error("not implemented")))
+    with pytest.raises(UserError, match="not implemented"):
+        one(server, retries=6)
+    assert len(server.calls) == 1
+
+
+class Socket:
+    "A server that hangs up on some requests without an answer."
+
+    def __init__(self, hangs_up):
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}/v1"
+        self.hangs_up = hangs_up
+        threading.Thread(target=self.serve, daemon=True).start()
+
+    def serve(self):
+        while True:
+            try:
+                connection, _ = self.listener.accept()
+            except OSError:
+                return
+            with connection:
+                asked = connection.recv(1 << 16)
+                while b"}]" not in asked and (more := connection.recv(1 << 16)):
+                    asked += more
+                if self.hangs_up(asked):
+                    continue
+                body = json.dumps(chat(GOOD)).encode()
+                head = b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Type: application/json\r\n"
+                connection.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+
+    def close(self):
+        self.listener.close()
+
+
+def test_a_row_at_which_the_server_hangs_up_is_an_outcome_of_that_row(tmp_path):
+    server = Socket(lambda asked: b"number 1." in asked)
+    path = tmp_path / "a.jsonl"
+    extract(examples(4), backend(server, retries=0), rationale_decoding(32), path)
+    assert outcomes(path) == {f"e{i}": "refused" if i == 1 else "ok" for i in range(4)}
+    server.close()
+
+
+def test_what_the_network_said_is_told():
+    asked = OpenAIBackend(f"http://127.0.0.1:{free_port()}/v1", "m", retries=0)
+    with pytest.raises(UserError, match="Errno|refused|failed"):
+        list(asked.generate([("a", "x")], Decoding(4)))
+
+
+def test_requests_that_are_all_too_long_are_an_error_after_some(serve):
+    server = serve(lambda body, n: (400, {}, error("maximum context length is 5 tokens")))
+    made = []
+    with pytest.raises(UserError, match="maximum context length"):
+        for completion in backend(server).generate(
+            [(str(i), "so") for i in range(60)], Decoding(4)
+        ):
+            made.append(completion.finish)
+    assert set(made) == {"refused"} and len(server.calls) <= 24
+
+
+@pytest.mark.parametrize(
+    "body, words",
+    [
+        (b"<html><style>p {}</style><title>Attention Required!</title></html>", "403: Attention Required!"),
+        ([{"error": {"code": 403, "message": "quota of the project"}}], "403: quota of the project"),
+    ],
+)  # fmt: skip
+def test_pages_and_lists_of_errors_are_told_in_words(serve, body, words):
+    with pytest.raises(UserError, match=words):
+        one(serve(lambda asked, n: (403, {}, body)), retries=0)
+
+
+# ---------------------------------------------------------------- keys and addresses
+
+
+class Addressed(Server):
+    "A server that remembers the paths and the keys that it was asked with."
+
+    def respond(self, path, asked):
+        self.paths = [*getattr(self, "paths", []), path]
+        return super().respond(path, asked)
+
+
+@pytest.mark.parametrize(
+    "given, asked",
+    [
+        ("/v1", "/v1/chat/completions"), ("/v1/", "/v1/chat/completions"), ("", "/chat/completions"),
+        ("/v1/chat/completions", "/v1/chat/completions"), ("/v1/completions/", "/v1/chat/completions"),
+        ("/openai/deployments/d?api-version=1", "/openai/deployments/d/chat/completions?api-version=1"),
+        ("/v1/?a=1&b=x%20y", "/v1/chat/completions?a=1&b=x+y"), ("/v1 ", "/v1/chat/completions"),
+    ],
+)  # fmt: skip
+def test_addresses_as_people_write_them(given, asked):
+    server = Addressed(lambda body, n: (200, {}, chat("so")))
+    url = server.url.removesuffix("/v1") + given
+    (made,) = OpenAIBackend(url, "m", chat=True, retries=0).generate([("a", "x")], Decoding(4))
+    assert made.text == "so" and server.paths[0].replace("%20", "+") == asked
+    server.close()
+
+
+def test_what_stands_in_an_address_is_not_told(serve):
+    server = serve(lambda body, n: (400, {}, error("no")))
+    asked = OpenAIBackend(f"{server.url}?key=hidden", "m", retries=0)
+    with pytest.raises(UserError) as caught:
+        list(asked.generate([("a", "x")], Decoding(4)))
+    assert "hidden" not in str(caught.value) + repr(asked) + json.dumps(asked.describe())
+
+
+@pytest.mark.parametrize(
+    "url", ["http://[::1/v1", "http://h:abc/v1", "http://h:99999/v1", "http:///v1"]
+)
+def test_an_address_that_is_none_is_one_clear_error(url):
+    with pytest.raises(UserError, match="base URL"):
+        OpenAIBackend(url, "m")
+
+
+def test_a_models_name_may_hold_a_hash():
+    made = open_backend("openai-chat:http://127.0.0.1:9/v1#org/model#main")
+    assert (made.base_url, made.name) == ("http://127.0.0.1:9/v1", "org/model#main")
+
+
+def test_the_spec_says_whether_it_is_a_chat():
+    assert open_backend("openai-chat:http://127.0.0.1:9/v1#m", chat=True).chat
+    with pytest.raises(UserError, match="chat"):
+        open_backend("openai:http://127.0.0.1:9/v1#m", chat="yes")
+
+
+@pytest.mark.parametrize("key", ["sk-secret\n", " sk-secret\r\n"])
+def test_a_key_from_a_file_works(serve, monkeypatch, key):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    server = serve(
+        lambda body, n: (200, {}, chat("so")) if n == 1 else (401, {}, error("bad key sk-secret"))
+    )
+    assert one(server, retries=0).text == "so"
+    with pytest.raises(UserError, match=r"bad key \*\*\*"):
+        one(server, retries=0)
+
+
+@pytest.mark.parametrize("key", ["sk-s\u00e9cret", "\ufeffsk-secret", "sk-secret\nX: y"])
+def test_a_key_that_no_header_can_hold_is_named_by_its_variable_and_not_shown(
+    serve, monkeypatch, key
+):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    server = serve(lambda body, n: (200, {}, chat("so")))
+    with pytest.raises(UserError, match="OPENAI_API_KEY") as caught:
+        one(server, retries=0)
+    assert "cret" not in str(caught.value) and not server.calls
+
+
+def test_a_blank_key_is_none(serve, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", " ")
+    assert one(serve(lambda body, n: (200, {}, chat("so")))).text == "so"
+
+
+def test_a_key_in_place_of_its_variable_is_not_shown():
+    with pytest.raises(UserError, match="key_env") as caught:
+        OpenAIBackend("http://127.0.0.1:9/v1", "m", key_env="sk-secret")
+    assert "secret" not in str(caught.value)
 
 
 # ---------------------------------------------------------------- other parameters

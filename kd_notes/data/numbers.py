@@ -8,6 +8,7 @@ __all__ = []
 # %% ../../nbs/2_playground/02b_numbers.ipynb #b0e0c6c5
 import re
 import unicodedata
+from collections.abc import Sequence
 from decimal import Decimal
 
 from .answers import equation_value, EquationError
@@ -25,8 +26,10 @@ def _ascii(char: str) -> str:
         return str(unicodedata.digit(char))
     if kind == "Sc":
         return "$"  # any currency
-    if kind == "Zs":
+    if kind == "Zs" or kind == "So" and char != "°":  # a picture in front of a number
         return " "
+    if kind == "Cf":
+        return ""  # invisible
     form = unicodedata.decomposition(char)
     if form.startswith("<fraction>"):
         return " " + unicodedata.normalize("NFKC", char).replace("\N{FRACTION SLASH}", "/")
@@ -43,7 +46,8 @@ def ascii_numbers(text: str) -> str:
 
 # %% ../../nbs/2_playground/02b_numbers.ipynb #81880459
 _LATEX = [
-    (r"\\[dt]?frac\{(\d+)\}\{(\d+)\}", r" \1/\2"),
+    (r"\\[dt]?frac(?:\{(-?\d+)\}|(\d))(?:\{(\d+)\}|(\d))", r" \1\2/\3\4"),
+    (r"(?<=\d)~(?=\d)", " "),
     (r"\\(?:boxed|text|textbf|mathrm|mathbf|mbox)\{([^{}]*)\}", r"\1"),
     (r"\\times|\\cdot", "*"),
     (r"\\div", "/"),
@@ -63,6 +67,8 @@ def without_markup(text: str) -> str:
         for pattern, plain in _LATEX:
             text = re.sub(pattern, plain, text)
         text = text.strip(_MARKS)
+        if text[:1] + text[-1:] in ("[]", "{}", "<>") and not re.search(r"[\[\]{}<>]", text[1:-1]):
+            text = text[1:-1]
     return text
 
 # %% ../../nbs/2_playground/02b_numbers.ipynb #ac552235
@@ -76,12 +82,12 @@ _NUMBER = re.compile(
       | (?P<dots>\d{1,3}(?:\.\d{3})+,\d+|\d{1,3}(?:\.\d{3}){2,})
       | (?P<spaced>\d{1,3}(?:[ '_]\d{3})+(?:[.,]\d+)?)
       | (?P<comma>0,\d+|\d+,\d{1,2})
-      | (?P<mixed>\d+\ +\d+/\d+)
+      | (?P<mixed>\d+\ +(?:and\ +)?\d+/\d+)
       | (?P<fraction>\d+/\d+)
       | (?P<plain>\d+\.?\d*|\.\d+)
     )
     (?![\d/]|[.,'_]\d)
-    (?:[eE](?P<exponent>[-+]?\d{1,2})|\s*\*\s*10\^\{?(?P<power>[-+]?\d{1,2})\}?)?
+    (?:[eE](?P<exponent>[-+]?\d{1,2})|\s*[*x]\s*10\^\{?(?P<power>[-+]?\d{1,2})\}?)?
     (?P<scale>\s*(?:hundred|thousand|million|billion|trillion|dozen|lakh|crore|mn|bn)\b|[kKMB]\b)?
     (?P<rest>.*)
     """,
@@ -98,12 +104,61 @@ _SCALES = {
 }
 _SCALES |= {"crore": 10**7, "billion": 10**9, "bn": 10**9, "trillion": 10**12, "dozen": 12}
 _REST = re.compile(  # a unit, words or punctuation, without another number
-    r"\s*[$%]?(?:[.,;:!?]?\s+\D*|[.,;:!?]+|[^\W\d_]{1,5}(?:/[^\W\d_]{1,5})?\W*|\s*[^\W\d_]{1,4}\^[23]\D*)?\s*"
+    r"\s*[$%]?(?:[.,;:!?]?\s+\D*|[.,;:!?]+|[^\W\d_]{1,5}(?:/[^\W\d_]{1,5})?\W*|\s*[^\W\d_]{1,4}\^[23]\D*|\s*°\s*[CFK]?\W*)?\s*"
 )
 _CHANGES = re.compile(  # words behind a number that make it another one
     r"\b(?:hundred|thousand|million|billion|trillion|dozen|lakh|crore|half|quarter|third|or)s?\b",
     re.IGNORECASE,
 )
+
+
+_LEAD = re.compile(  # "There are", "The total is"; what follows must be the number itself
+    r"""
+    \A(?:(?:so|thus|hence|therefore|then),?\s+)?
+    (?:(?:(?:there|it|this|that|he|she|they|we|i|you)|(?:the|his|her|their|its)(?:\s+[^\W\d_]+){1,5}?)\s+)?
+    (?:(?:is|are|was|were|has|have|had|equals?|costs?|makes?|comes\s+to|will\s+(?:be|have)|would\s+be)\s+)+
+    """,
+    re.VERBOSE | re.IGNORECASE,
+)
+_MINUS = re.compile(r"\A(?:minus|negative)\s+(?=\w)", re.IGNORECASE)
+_ONES = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
+_ONES += "fifteen sixteen seventeen eighteen nineteen"
+_TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
+_SMALL = {word: number for number, word in enumerate(_ONES.split())}
+_SMALL |= {word: 10 * number for number, word in enumerate(_TENS.split(), 2)}
+_LARGE = {"hundred": 100, "dozen": 12, "thousand": 10**3, "million": 10**6, "billion": 10**9}
+_ONE_WORD = rf"\b(?:{'|'.join([*_SMALL, *_LARGE])})\b"
+_WORDS = re.compile(
+    rf"(?:an?\s+(?=hundred|dozen|thousand|million))?({_ONE_WORD}(?:(?:\s+and\s+|[\s-]+){_ONE_WORD})*)(.*)",
+    re.IGNORECASE | re.DOTALL,
+)
+
+
+def _ends_there(rest: str) -> bool:
+    "Return True if what follows a number does not make it another one."
+    return bool(_REST.fullmatch(rest)) and not _CHANGES.search(rest)
+
+
+def _in_words(text: str) -> str | None:
+    "Return a number in English words as digits, or None: 'twenty-one pears' gives '21'."
+    match = _WORDS.match(text)
+    if match is None or not _ends_there(match[2]) or re.search(_ONE_WORD, match[2], re.IGNORECASE):
+        return None
+    if len(match[2].split()) > 3 or re.match(r"\s+(?:of|way)\b", match[2]):
+        return None  # "one of the two", "one may think that ..."
+    total = group = 0
+    for word in re.findall(_ONE_WORD, match[1].lower()):
+        if word in _SMALL:
+            tens = group % 100
+            if tens and (tens < 20 or tens % 10 or _SMALL[word] > 9):
+                return None  # "nineteen ninety"
+            group += _SMALL[word]
+        elif word in ("hundred", "dozen"):
+            group = (group or 1) * _LARGE[word]
+        else:
+            total += (group or 1) * _LARGE[word]
+            group = 0
+    return str(total + group)
 
 
 def _mantissa(match: re.Match) -> str:
@@ -115,7 +170,7 @@ def _mantissa(match: re.Match) -> str:
     if kind == "dots":
         return digits.replace(".", "").replace(",", ".")
     if kind == "mixed":
-        whole, part = digits.split()
+        whole, *_, part = digits.split()
         return f"({whole} + {part})"
     if kind in ("spaced", "comma"):
         return re.sub("[ '_]", "", digits).replace(",", ".")
@@ -138,24 +193,75 @@ def _scaled(digits: str, match: re.Match) -> str | None:
     return format(number.normalize(), "f")
 
 
-def written_number(text: str) -> str | None:
-    """Return the number at the start of a text as an expression, or None.
-
-    For example '$1,234.50' gives '1234.50', '42 dollars' '42', '5 million' '5000000' and
-    '3½' '(3 + 1/2)'.
-    """
-    if not isinstance(text, str):
-        return None
-    plain = without_markup(ascii_numbers(text))
-    expression = re.sub(r"(?<=\d) x (?=\d)", " * ", plain)
-    try:
-        equation_value(expression)
-        return expression
-    except EquationError:
-        pass
-    match = _NUMBER.match(plain)
-    if match is None or not _REST.fullmatch(match["rest"]) or _CHANGES.search(match["rest"]):
+def _in_digits(text: str) -> str | None:
+    "Return the number at the start of a text in ASCII digits, or None."
+    match = _NUMBER.match(text)
+    if match is None or not _ends_there(match["rest"]):
         return None
     number = _scaled(_mantissa(match), match)
     negative = "-" in (match["sign"], match["minus"])
     return f"-{number}" if number and negative else number
+
+
+def written_number(text: str) -> str | None:
+    """Return the number at the start of a text as an expression, or None.
+
+    For example '$1,234.50' gives '1234.50', '42 dollars' '42', '5 million' '5000000',
+    'twelve' '12', 'There are 42.' '42' and '3½' '(3 + 1/2)'.
+    """
+    if not isinstance(text, str):
+        return None
+    plain = _LEAD.sub("", without_markup(ascii_numbers(text)), count=1)
+    plain = _MINUS.sub("-", plain)
+    sign = "-" if plain.startswith("-") else ""
+    expression = re.sub(r"(?<=\d) x (?=\d)", " * ", plain)
+    words = _in_words(plain.removeprefix(sign).strip())
+    for found in (expression, _in_digits(plain), words and sign + words):
+        if _has_value(found):
+            return found
+    return None
+
+
+def _has_value(expression: str | None) -> bool:
+    try:
+        equation_value(expression)
+        return True
+    except EquationError:
+        return False
+
+# %% ../../nbs/2_playground/02b_numbers.ipynb #4c1be2a1
+_BEFORE_LABEL = re.compile(
+    r"^(?:(?:it|this) is|(?:(?:the|my) )?(?:(?:final|correct) )?(?:answer|label|choice|option) is)\b:?\s+",
+    re.IGNORECASE,
+)
+_OPTION = re.compile(r"^(?:[(\[]?[a-z][).:\]]\s*|[(\[]?\d{1,2}[).:\]]\s+)")  # "(b)", "2." in front
+
+
+def folded(text: str) -> str:
+    "Return a text for comparison: on one line, without case, width and invisible characters."
+    text = " ".join(text.split())
+    text = unicodedata.normalize("NFKC", text).casefold()
+    words = "".join(
+        c for c in text if unicodedata.category(c) not in ("Cf", "So") and c != "\ufe0f"
+    )
+    return words.strip() or text.strip()
+
+
+def _label_with_reason(text: str, known: dict[str, str]) -> str | None:
+    "Return the label in front of a comma or a bracket with its reason, unless another is named."
+    first = re.split(r"\s*[,;:(—–.]\s*|\s-\s|\s+(?:because|since|as)\s", text, maxsplit=1)[0]
+    meant = {label for label, form in known.items() if form == without_markup(first)}
+    others = {label for label, form in known.items() if re.search(rf"\b{re.escape(form)}\b", text)}
+    return meant.pop() if len(meant) == 1 and others <= meant else None
+
+
+def meant_label(text: str, labels: Sequence[str]) -> str | None:
+    "Return the label that an answer on one line means, or None."
+    plain = _BEFORE_LABEL.sub("", without_markup(text).strip("$ "), count=1)
+    bare = _OPTION.sub("", folded(plain).rstrip(". "))
+    known = {label: folded(label) for label in labels}
+    # What is written comes first: the labels C and C# differ by what looks like markup.
+    for form in (text, text.rstrip(". "), plain, without_markup(bare), plain.strip("()[]. ")):
+        if meant := [label for label in labels if known[label] == folded(form)]:
+            return meant[0] if len(meant) == 1 else None
+    return _label_with_reason(bare, known) or _label_with_reason(folded(plain), known)

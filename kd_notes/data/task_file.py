@@ -17,7 +17,7 @@ from typing import Any
 
 from ..checks import check_count
 from ..core import encoded, read_text, UserError
-from .numbers import written_number
+from .numbers import folded, written_number
 from kd_notes.data.examples import (
     check_label,
     Example,
@@ -95,7 +95,9 @@ def field_text(value: Any, name: str, where: str) -> str:
     if isinstance(value, (int, float)) and value == value and abs(value) != float("inf"):
         return _number_text(value)
     if not isinstance(value, str):
-        kind = "null" if value is None else f"a {type(value).__name__}"
+        kind = f"a {type(value).__name__}"
+        if value is None or isinstance(value, float):
+            kind = "null" if value is None else str(value)  # nan or inf
         fix = "Give it text, a number, true or false, or a list of these."
         raise UserError(f"the field {name!r} is {kind}", where=where, fix=fix)
     encoded(value, f"{where}, field {name!r}")
@@ -107,8 +109,9 @@ def shown_input(template: str, row: Mapping[str, Any], where: str) -> str:
     names = template_fields(template)
     for name in names:
         if row.get(name) is None:
-            hint = nearest(name, row)
-            have = ", ".join(map(str, row)) or "none"
+            filled = [str(field) for field, value in row.items() if value is not None]
+            hint = nearest(name, filled)
+            have = ", ".join(filled) or "none"
             raise UserError(
                 f"the template shows the field {name!r}, which the row lacks",
                 where=where,
@@ -157,8 +160,9 @@ def own_example(task: OwnTask, row: Any, id: str, where: str) -> Example:
     if task.choices and len(choices) < 2:
         fix = "Every row of a task with labels = 'choice' needs a list of at least two choices."
         raise UserError("the row has no choices", where=where, fix=fix)
+    own_id = row.get("id")
     example = Example(
-        id=str(row.get("id") or id),
+        id=id if own_id is None or own_id == "" else str(own_id),  # 0 is an id
         task=task.name,
         input=shown_input(task.template, row, where),
         label=_label(task, row, where),
@@ -227,6 +231,9 @@ def _check_keys(content: Mapping[str, Any], where: str) -> None:
         if not isinstance(value, _KEYS[key]):
             what = f"{key} should be {_KIND_NAMES[_KEYS[key]]}, not {value!r:.40}"
             raise UserError(what, where=where, fix="Correct it; texts stand in quotation marks.")
+    if "label_field" in content and not content["label_field"].strip():
+        fix = "Name the field of a row that holds the label, or leave it out for label."
+        raise UserError("label_field is empty", where=where, fix=fix)
     for key in ("name", "labels"):
         if not content.get(key):
             fix = 'A task needs at least name = "..." and labels = [...].'
@@ -250,9 +257,8 @@ def _check_labels(labels: Any, where: str) -> None:
     if wrong:
         fix = "Put every label in quotation marks."
         raise UserError(f"the label {wrong[0]!r} is not text", where=where, fix=fix)
-    twice = [
-        label for label in labels if [x.casefold() for x in labels].count(label.casefold()) > 1
-    ]
+    read = [folded(label) for label in labels]
+    twice = [label for label, form in zip(labels, read) if read.count(form) > 1]
     if twice or len(labels) < 2:
         what = f"the label {twice[0]!r} occurs twice" if twice else "there is only one label"
         raise UserError(what, where=where, fix="Give at least two labels, each once.")
@@ -326,13 +332,16 @@ def read_task(path: Path | str) -> OwnTask:
     number = labels == "number"
     score = content.get("metric", "numeric_match" if number else "accuracy")
     _check_score(score, labels, where)
+    if not content["name"].isprintable() or {*content["name"]} & {*"/\\"}:
+        fix = "Use letters, digits, spaces, - and _: files are named after it."
+        raise UserError(f"{content['name']!r} cannot name a task", where=where, fix=fix)
     if content["name"] in TASKS and not isinstance(TASKS[content["name"]], OwnTask):
         what = f"the name {content['name']!r} belongs to a task of the book"
         raise UserError(what, where=where, fix="Choose another name.")
     task = OwnTask(
         name=content["name"],
         title=content.get("title", content["name"]),
-        labels=None if isinstance(labels, str) else tuple(labels),
+        labels=None if isinstance(labels, str) else tuple(label.strip() for label in labels),
         metric=SCORES[score],
         choices=labels == "choice",
         template=content.get("template", "{input}"),

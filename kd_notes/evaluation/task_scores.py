@@ -17,7 +17,7 @@ from ..data.answers import is_correct
 from ..data.examples import Example
 from ..data.task_file import OwnTask
 from .statistics import hierarchical_bootstrap, paired
-from .text import rouge_l
+from .text import _unseen, rouge_l, unicode_words
 from ..methods.rationales import clean_label, one_line
 
 # %% ../../nbs/3_reasons/08_task_scores.ipynb #b27fca71
@@ -46,7 +46,11 @@ def item_scores(
     _check_answered(answers, examples)
     given = [answers[example.id] for example in examples]
     if task.scored_by == "rouge_l":
-        return rouge_l([text or "" for text in given], [[example.label] for example in examples])
+        known = [[example.label] for example in examples]
+        # The official tokenizer knows a-z and 0-9; where it is blind, words of any script count.
+        blind = any(_unseen(example.label) for example in examples)
+        words = unicode_words if blind else None
+        return rouge_l([text or "" for text in given], known, tokenizer=words)
     return np.array(
         [
             float(label is not None and is_correct(task.metric, label, one_line(example.label)))

@@ -51,6 +51,20 @@ def _same_number(predictions: Sequence, references: Sequence) -> None:
         )
 
 # %% ../../nbs/2_playground/11_text.ipynb #881d37b3
+def _check_texts(predictions: Sequence, references: Sequence) -> None:
+    "Raise UserError unless there is a text, and a list of texts to compare it with, for each item."
+    _same_number(predictions, references)
+    for i, (text, known) in enumerate(zip(predictions, references)):
+        what = ""
+        if not isinstance(text, str):
+            what = f"the prediction is no text ({text!r:.40})"
+        elif isinstance(known, str) or not known or not all(isinstance(ref, str) for ref in known):
+            what = "there is no list of references"
+        if what:
+            fix = "Give each item a text (empty for no answer) and a list with at least one text."
+            raise UserError(what, where=f"item {i}", fix=fix)
+
+
 # Scripts that write no spaces between words: each letter counts as a token.
 _SPACELESS = re.compile(
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]"
@@ -64,9 +78,12 @@ def unicode_words(text: str) -> list[str]:
     """
     words = []
     open_word = False
-    for char in text.lower():
+    for char in unicodedata.normalize("NFC", text.lower()):
         kind = unicodedata.category(char)[0]
-        if kind not in "LNM":  # no letter, number or combining mark
+        if unicodedata.category(char) == "So":  # an emoji
+            words.append(char)
+            open_word = False
+        elif kind not in "LNM":  # no letter, number or combining mark
             open_word = False
         elif kind == "M" and words:
             words[-1] += char
@@ -91,15 +108,20 @@ def _scorer_of(tokenizer: Callable[[str], list[str]]):
     return RougeScorer(["rougeL"], tokenizer=_Tokenizer(tokenizer))
 
 
-def _warn_if_blind(references: Sequence[Sequence[str]]) -> None:
-    """Warn if the official tokenizer drops more than half of a reference's letters.
+def _unseen(text: str) -> bool:
+    """Return True if the official tokenizer drops more than half of a text's letters.
 
-    That tokenizer knows a-z and 0-9 only.
+    That tokenizer knows a-z and 0-9 only; a text of other signs alone gives it no word at all.
     """
+    letters = sum(map(len, unicode_words(text)))
+    seen = len(re.findall("[a-z0-9]", text.lower()))
+    return 2 * seen < letters or not seen and bool(text.strip())
+
+
+def _warn_if_blind(references: Sequence[Sequence[str]]) -> None:
+    "Warn if the official tokenizer is blind to a reference."
     texts = [text for known in references if not isinstance(known, str) for text in known]
-    letters = [sum(map(len, unicode_words(text))) for text in texts]
-    seen = [len(re.findall("[a-z0-9]", text.lower())) for text in texts]
-    blind = sum(2 * few < all_of_them for few, all_of_them in zip(seen, letters))
+    blind = sum(map(_unseen, texts))
     if blind:
         warnings.warn(
             f"Rouge-L's official tokenizer reads a-z and 0-9 alone: it is blind to {blind} of {len(texts)} "
@@ -119,18 +141,12 @@ def rouge_l(
 
     Raises UserError for an item without a reference.
     """
-    _same_number(predictions, references)
+    _check_texts(predictions, references)
     scorer = _rouge_scorer(stem) if tokenizer is None else _scorer_of(tokenizer)
     out = []
     if tokenizer is None:
         _warn_if_blind(references)
-    for i, (text, known) in enumerate(zip(predictions, references)):
-        if isinstance(known, str) or not known:
-            raise UserError(
-                "there is no list of references",
-                where=f"item {i}",
-                fix="Give each item a list with at least one text.",
-            )
+    for text, known in zip(predictions, references):
         out.append(max(scorer.score(ref, text)["rougeL"].fmeasure for ref in known))
     return np.array(out)
 
@@ -177,7 +193,7 @@ def exact_matches(predictions: Sequence[str], references: Sequence[Sequence[str]
 
     White space at the ends is ignored.
     """
-    _same_number(predictions, references)
+    _check_texts(predictions, references)
     return [
         any(exact_match(text, ref) for ref in known) for text, known in zip(predictions, references)
     ]

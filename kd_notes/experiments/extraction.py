@@ -38,6 +38,7 @@ from kd_notes.methods.rationales import (
     few_shot,
     Prompt,
     rationale_decoding,
+    spoken,
     vote,
     ZERO_SHOT,
 )
@@ -247,7 +248,7 @@ def _extract_window(part, seen, answers, backend, decoding, prompt, bar) -> None
         if any(row_key(name, sample) not in answers.rows for sample in range(decoding.n))
     ]
     with _burst(answers) as keep:
-        for completion in backend.generate(todo, decoding) if todo else ():
+        for completion in backend.generate(todo, spoken(backend, decoding)) if todo else ():
             name = completion.id
             keep(extraction_row(by_id[name], completion, prompts[name]))
             bar.update()

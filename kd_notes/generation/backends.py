@@ -349,10 +349,11 @@ def open_backend(
     "Open the back end of a spec."
     spec = str(spec)
     if servers:
+        servers = [servers] if isinstance(servers, str) else servers
         return _open_pool(spec, servers, options)
     if spec.startswith(("openai:", "openai-chat:")):
         kind, _, rest = spec.partition(":")
-        url, _, model = rest.rpartition("#")
+        url, _, model = rest.partition("#")
         if not (url.startswith(("http://", "https://")) and model):
             raise UserError(
                 f"{spec!r} lacks a URL or a model",
@@ -360,6 +361,9 @@ def open_backend(
                 fix="Write openai:http://127.0.0.1:8000/v1#<model>.",
             )
         options = checked_options(OpenAIBackend, options)
+        if options.pop("chat", kind == "openai-chat") != (kind == "openai-chat"):
+            fix = "Write openai-chat: in front of the URL for a chat, openai: for a text."
+            raise UserError("chat and the spec say different things", where="setting chat", fix=fix)
         return OpenAIBackend(url, model, chat=kind == "openai-chat", **options)
     if spec.startswith("replay:"):
         options = checked_options(ReplayBackend, options)
@@ -390,7 +394,7 @@ def _open_pool(spec: str, servers: Sequence[str], options: dict) -> ServerPool:
     if kind not in ("openai", "openai-chat"):
         fix = "Use --server with --teacher openai:<base-url>#<model>."
         raise UserError(f"{spec!r} is not a model on a server", where="servers", fix=fix)
-    model = rest.rpartition("#")[2]
+    model = rest.partition("#")[2]
     specs = [spec, *(f"{kind}:{url}#{model}" for url in servers)]
     return ServerPool([open_backend(one, **options) for one in specs])
 

@@ -143,11 +143,12 @@ def cut_at(text: str, stop: Iterable[str]) -> tuple[str, bool]:
 
 # %% ../../nbs/7_engine_room/09_completions.ipynb #comp-16
 _THOUGHT_MARKS = [
-    (r"<think>", r"</think>"),  # DeepSeek, Qwen, SmolLM3 and most others
-    (r"<thinking>", r"</thinking>"),
+    # DeepSeek, Qwen, SmolLM3 and most others; <seed:think>, <mm:think>, <longcat_think>
+    (r"<(?:\w+[:_])?think(?:ing)?\s*>", r"</(?:\w+[:_])?think(?:ing)?\s*>"),
     (r"<thoughts?>", r"</thoughts?>"),
     (r"<reasoning>", r"</reasoning>"),
-    (r"<seed:think>", r"</seed:think>"),
+    (r"<(?:scratchpad|reflection)>", r"</(?:scratchpad|reflection)>"),
+    (r"<\|think(?:ing)?\|>", r"<\|/think(?:ing)?\|>"),
     (r"<\|START_THINKING\|>", r"<\|END_THINKING\|>"),  # Command A
     (r"<\|begin_of_thought\|>", r"<\|end_of_thought\|>"),
     (r"<unused94>thought", r"<unused95>"),  # MedGemma
@@ -156,7 +157,11 @@ _THOUGHT_MARKS = [
     (r"<\|channel\|>analysis<\|message\|>", r"<\|channel\|>final<\|message\|>"),  # gpt-oss
 ]
 _OPENING = re.compile("|".join(opening for opening, _ in _THOUGHT_MARKS), re.IGNORECASE)
-_CLOSED = re.compile("|".join(f"{a}.*?{b}" for a, b in _THOUGHT_MARKS), re.IGNORECASE | re.DOTALL)
+_CLOSED = re.compile(
+    "|".join(f"{a}.*?{b}" for a, b in _THOUGHT_MARKS)
+    + r"|\Aanalysis(?=[A-Z\s]).*?assistantfinal",  # gpt-oss without its special tokens
+    re.IGNORECASE | re.DOTALL,
+)
 _CLOSING = re.compile("|".join(f"{b}" for _, b in _THOUGHT_MARKS), re.IGNORECASE)
 
 
@@ -216,8 +221,12 @@ class JobManifest:
         "Read the manifest or start one. That of another job is an error."
         file = manifest_path(self.path)
         if not file.is_file():
-            if self.path.exists():
-                raise self.refusal("the file has no manifest, so what it holds is unknown")
+            if self.path.exists():  # it may be the input: never advise to delete it
+                raise UserError(
+                    "the file has no manifest, so what it holds is unknown",
+                    where=self.path,
+                    fix="Choose another name for the output.",
+                )
             self.content = dict(self.identity)
             self.update(status="running", sessions=[])
             return
@@ -242,6 +251,12 @@ class JobManifest:
 @contextmanager
 def _only_writer(path: Path) -> Iterator[None]:
     "Hold the lock of a file. It is in the cache, since the file may be committed."
+    try:
+        path.resolve(), path.exists()
+    except (OSError, RuntimeError, ValueError) as e:  # too long, or a link to itself
+        reason = getattr(e, "strerror", None) or e
+        fix = "Choose another one."
+        raise UserError(f"no file can have this name ({reason})", where=path, fix=fix) from e
     held = folder_lock(cache_dir() / "locks" / sha256_text(str(path.resolve()))[:16], wait=False)
     with ExitStack() as stack:
         try:

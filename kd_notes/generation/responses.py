@@ -63,11 +63,13 @@ def _block_text(block: Any) -> str:
 
 # %% ../../nbs/7_engine_room/09b_responses.ipynb #serv-09
 _CUT = (
-    "length max limit budget incomplete truncat context "  # no more tokens
-    "abort cancel timeout time_out interrupt preempt pause error resource malformed repetition"
+    "length max limit budget incomplete truncat context too_long "  # no more tokens
+    "abort cancel timeout time_out interrupt preempt pause error resource malformed repetition "
+    "fail deadline expire evict memory cache disconnect unload killed userstopped loop other"
 ).split()
 _FILTERED = (
-    "filter safety block refus prohibit recitation moderat sensitive spii".split()  # Google's names
+    "filter safety block refus prohibit recitation moderat sensitive spii armor language "  # Google
+    "guardrail toxic policy jailbreak harm copyright".split()  # Amazon's, Cohere's and others'
 )
 _ENDED = ("stop", "end", "eos", "complete", "finish", "tool", "function")
 
@@ -75,10 +77,10 @@ _ENDED = ("stop", "end", "eos", "complete", "finish", "tool", "function")
 def finish_of(reason: Any, tokens: int, limit: int, size: int) -> str:
     "Return 'stop', 'length' or 'refused' for a server's finish reason; `size`: bytes of the text."
     name = str(reason or "").casefold()
-    if any(word in name for word in _CUT):
-        return "length"
     if any(word in name for word in _FILTERED):
         return "refused"
+    if any(word in name for word in _CUT):
+        return "length"
     if any(word in name for word in _ENDED):
         return "stop"
     # No reason, or an unknown one. Without a count, 2 bytes a token is a cautious guess.
@@ -88,8 +90,8 @@ def finish_of(reason: Any, tokens: int, limit: int, size: int) -> str:
 # %% ../../nbs/7_engine_room/09b_responses.ipynb #serv-36
 def _count(usage: Any, key: str) -> int:
     "A number of tokens; 0 where the server does not tell it."
-    with suppress(TypeError, ValueError, KeyError):
-        return int(usage[key])
+    with suppress(TypeError, ValueError, KeyError, OverflowError):
+        return max(0, int(usage[key]))
     return 0
 
 

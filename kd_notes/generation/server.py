@@ -9,6 +9,7 @@ __all__ = []
 import asyncio
 import json
 import os
+import re
 import sys
 import threading
 import time
@@ -17,7 +18,7 @@ from contextlib import contextmanager, suppress
 from email.utils import parsedate_to_datetime
 from queue import SimpleQueue
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 from ..checks import check_count
 from ..core import rng, UserError
@@ -28,7 +29,11 @@ from .responses import completion_of, hidden_status
 _LONGEST_WAIT = 120  # seconds; the client does not wait longer
 _CONCERNS_THE_SERVER = (401, 402, 404, 405, 429)
 _CRASHED = (500, 502)  # of a server that responds: an error of its own, or of the model behind it
-_CONCERNS_THE_REQUEST = ("content_filter", "content_policy", "moderation", "context_length")
+_NO_SUCH_THING = (501, 505, 511)  # of the 5xx, those that another attempt does not change
+_CONCERNS_THE_REQUEST = (
+    "content_filter", "content_policy", "moderation", "context_length", "context length",
+    "context size", "context window", "max_new_tokens` must be", "too long", "token count exceeds",
+)  # fmt: skip
 _QUOTA_IS_SPENT = ("insufficient_quota", "billing", "quota_exceeded", "credit")
 
 
@@ -46,11 +51,19 @@ class NoAnswer(Exception):
 def _words(response: Any) -> str:
     "Return the server's message about a failure, or its raw response."
     try:
-        error = response.json()["error"]
+        body = response.json()
+        error = (body[0] if isinstance(body, list) else body)["error"]
         message = error.get("message") or response.text if isinstance(error, dict) else error
     except (ValueError, LookupError, TypeError):
-        message = response.text
+        message = re.sub(r"(?s)<(style|script)\b.*?</\1>|<[^<>]*>", " ", response.text)  # of a page
     return " ".join(str(message).split())
+
+
+def _cause(error: BaseException) -> str:
+    "Return what the network said, such as 'Connection refused'."
+    while error.__cause__ or error.__context__:
+        error = error.__cause__ or error.__context__
+    return " ".join(str(error).split())
 
 
 def _duration(seconds: float) -> str:
@@ -83,9 +96,15 @@ def no_answer(error: Exception) -> NoAnswer:
     if isinstance(error, (openai.APITimeoutError, TimeoutError)):
         return NoAnswer("no answer in time", attempts=tried)
     if not isinstance(error, openai.APIStatusError):
-        concerns = "server" if isinstance(error, openai.APIConnectionError) else "either"
+        unreached = isinstance(error, openai.APIConnectionError)
         words = " ".join(str(error).split()) or type(error).__name__
-        return NoAnswer(words, concerns=concerns, attempts=tried)
+        if unreached:
+            words += f" {_cause(error)}"
+        # The server took the request and hung up: it may be the request that it cannot take.
+        dropped = type(error.__cause__).__name__ in ("ReadError", "RemoteProtocolError")
+        return NoAnswer(
+            words, concerns="server" if unreached and not dropped else "either", attempts=tried
+        )
     response = error.response
     status = response.status_code
     hidden = response.extensions.get("hidden_status")
@@ -97,7 +116,7 @@ def no_answer(error: Exception) -> NoAnswer:
         concerns = "server"
     elif status in _CONCERNS_THE_SERVER:
         concerns = "server"
-    elif status < 500 and any(word in response.text for word in _CONCERNS_THE_REQUEST):
+    elif status < 500 and any(word in response.text.casefold() for word in _CONCERNS_THE_REQUEST):
         concerns = "request"
     return NoAnswer(reason, status, concerns, tried)
 
@@ -121,7 +140,8 @@ class _Hooks:
             if status := hidden_status(response.content):
                 response.extensions["hidden_status"] = True
                 response.status_code = status
-        if response.status_code == 429 and any(word in response.text for word in _QUOTA_IS_SPENT):
+        spent = any(word in response.text for word in _QUOTA_IS_SPENT)
+        if response.status_code in _NO_SUCH_THING or response.status_code == 429 and spent:
             response.headers["x-should-retry"] = "false"  # the client reads this header
         if 10 < (wait := wait_of(response.headers)) <= _LONGEST_WAIT:
             print(
@@ -143,8 +163,9 @@ class _Connection:
         )
         return openai.AsyncOpenAI(
             base_url=self.base_url,
+            default_query=self.query,
             # Local servers need no key, but the client requires one.
-            api_key=os.environ.get(self.key_env) or "none",
+            api_key=key_of(self.key_env) or "none",
             max_retries=self.retries,
             timeout=self.timeout,
             http_client=http,
@@ -178,6 +199,18 @@ class _Connection:
             return json.loads(response.http_response.content)
 
 
+def key_of(key_env: str) -> str:
+    "Return the key without the blanks and line ends that a file or a copy leaves around it."
+    key = os.environ.get(key_env, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise UserError(
+            "the key holds a character that no header can",
+            where=f"environment variable {key_env}",
+            fix="Copy the key again, without quotation marks, line ends or other letters.",
+        )
+    return key
+
+
 @contextmanager
 def another_form() -> Iterator[None]:
     "Raise NoAnswer where a response cannot be read."
@@ -208,7 +241,7 @@ class _Reports:
         return described | ({"parameters": self.parameters} if self.parameters else {})
 
     def hide_key(self, text: str) -> str:
-        key = os.environ.get(self.key_env)
+        key = os.environ.get(self.key_env, "").strip()
         return text.replace(key, "***") if key else text
 
     def error(self, trouble: NoAnswer, where: str) -> UserError:
@@ -235,17 +268,24 @@ class _Reports:
         return UserError(self.hide_key(what), where=f"{self.base_url}{where}", fix=fix)
 
 # %% ../../nbs/7_engine_room/10_server.ipynb #e25dda31
-def host_of(base_url: str, key_env: str) -> str:
-    "Return the host of a base URL. An invalid URL or one with a password is an error."
-    parts = urlsplit(base_url)
-    secret = parts.username or parts.password
-    if parts.scheme not in ("http", "https") or not parts.hostname or secret:
+def parts_of(base_url: str, key_env: str) -> tuple[str, str, dict]:
+    """Return base URL, host and query of a server's URL, which may be that of an endpoint.
+
+    An invalid URL or one with a password is an error.
+    """
+    try:
+        parts = urlsplit(base_url.strip())
+        host, secret = parts.hostname, parts.username or parts.password or parts.port == 0
+    except ValueError:  # of the port, or of brackets
+        host, secret = None, False
+    if not host or parts.scheme not in ("http", "https") or parts.fragment or secret:
         raise UserError(
             "the base URL must look like http://host:port/v1, without a user name or password",
             where="base_url",
             fix=f"Put a key into the environment variable {key_env}.",
         )
-    return parts.hostname
+    path = re.sub(r"(/(chat/)?completions)?/*$", "", parts.path)
+    return f"{parts.scheme}://{parts.netloc}{path}", host, dict(parse_qsl(parts.query))
 
 
 def seconds_between(requests_per_minute: float, timeout: float) -> float:
@@ -288,8 +328,10 @@ class OpenAIBackend(_Connection, _Reports):
         parameters: Mapping[str, Any] | None = None,  # more of the request's body; None removes one
         key_env: str = "OPENAI_API_KEY",  # name of the environment variable with the key
     ):
-        self.base_url = base_url.rstrip("/")
-        self.host = host_of(base_url, key_env)
+        if not re.fullmatch("[A-Za-z_][A-Za-z_0-9]*", key_env):  # a key in place of its name
+            fix = "Name the environment variable that holds the key, such as OPENAI_API_KEY."
+            raise UserError("that is no name of a variable", where="key_env", fix=fix)
+        self.base_url, self.host, self.query = parts_of(base_url, key_env)
         self.name = model
         self.chat = chat
         self.concurrency = check_count(concurrency, "concurrency", 1)
@@ -332,11 +374,13 @@ class _Ledger:
     "The state of the requests of one call of `generate`."
 
     PATIENCE = 3  # this many failures in a row end the work
+    REFUSALS = 20  # or this many requests that cannot be answered before the first answer
 
     def __init__(self, backend: OpenAIBackend):
         self.backend = backend
         self.results: SimpleQueue = SimpleQueue()
         self.answered = 0
+        self.refused = 0
         self.set_aside: list[tuple] = []  # (job, NoAnswer) since the last answer
         self.failure: UserError | None = None
 
@@ -350,13 +394,15 @@ class _Ledger:
 
     def refuse(self, job: tuple, trouble: NoAnswer) -> None:
         name, sample, _ = job
+        self.refused += 1
         error = self.backend.hide_key(trouble.reason)
         self.results.put(Completion(name, "", 0, 0, "refused", 0.0, None, sample, error))
 
     def fail(self, job: tuple, trouble: NoAnswer) -> None:
         "Record a request without an answer."
         refused_by_a_server_that_answers = 400 <= trouble.status < 500 and self.answered
-        if trouble.concerns == "request" or refused_by_a_server_that_answers:
+        own = trouble.concerns == "request" and (self.answered or self.refused < self.REFUSALS)
+        if own or refused_by_a_server_that_answers:
             self.refuse(job, trouble)
             return
         self.set_aside.append((job, trouble))

@@ -133,6 +133,7 @@ class ServerPool:
             fix = "Raise its concurrency instead."
             raise UserError("a server is named twice", where="servers", fix=fix)
         self.name = self.servers[0].name
+        self.chat = self.servers[0].chat
 
     def describe(self) -> dict:
         "Return the fields of a manifest; servers may come and go."

@@ -7,7 +7,6 @@ __all__ = []
 
 # %% ../../nbs/4_probabilities/12b_server_teacher.ipynb #50123f5e
 import math
-import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ from torch import Tensor
 from ..checks import check_arguments, check_count
 from ..core import read_json, UserError, write_json
 from ..generation.completions import Completion
-from ..generation.server import another_form, NoAnswer, OpenAIBackend, _Session
+from ..generation.server import another_form, key_of, NoAnswer, OpenAIBackend, _Session
 from ..losses.cross_tokenizer import _PROBE
 from ..losses.divergences import IGNORED
 from ..models.pretrained import vocabulary_size
@@ -251,7 +250,7 @@ def server_tokens(server: LogprobServer, text: str) -> list[int] | None:
     root = server.base_url.removesuffix("/v1")
     body = {"model": server.name, "prompt": text, "content": text}
     body |= {"add_special_tokens": False, "add_special": False}
-    key = os.environ.get(server.key_env)
+    key = key_of(server.key_env)
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:
         answer = httpx.post(f"{root}/tokenize", json=body, headers=headers, timeout=20)
@@ -445,7 +444,7 @@ def open_server_teacher(
     **options: Any,  # of LogprobServer: form, concurrency, timeout, retries, key_env, ...
 ) -> ServerTeacher:
     "Open a teacher on a server and check it with a probe."
-    url, _, model = spec.removeprefix("openai:").rpartition("#")
+    url, _, model = spec.removeprefix("openai:").partition("#")
     if not (url and model):
         fix = "Write openai:http://127.0.0.1:8000/v1#<model>."
         raise UserError(f"{spec!r} lacks a URL or a model", where="teacher", fix=fix)

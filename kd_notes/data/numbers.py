@@ -111,7 +111,7 @@ _CHANGES = re.compile(  # words behind a number that make it another one
     re.IGNORECASE,
 )
 
-
+# %% ../../nbs/2_playground/02b_numbers.ipynb #4c1be2b0
 _LEAD = re.compile(  # "There are", "The total is"; what follows must be the number itself
     r"""
     \A(?:(?:so|thus|hence|therefore|then),?\s+)?
@@ -160,7 +160,7 @@ def _in_words(text: str) -> str | None:
             group = 0
     return str(total + group)
 
-
+# %% ../../nbs/2_playground/02b_numbers.ipynb #4c1be2b1
 def _mantissa(match: re.Match) -> str:
     "Return the digits of a number as Python writes them."
     kind = next(name for name in _KINDS if match[name])

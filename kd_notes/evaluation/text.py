@@ -94,7 +94,7 @@ def unicode_words(text: str) -> list[str]:
             words[-1] += char
     return words
 
-
+# %% ../../nbs/2_playground/11_text.ipynb #4c1be2b2
 class _Tokenizer:
     "An adapter that gives a function the interface of rouge-score's tokenizers."
 

@@ -47,7 +47,7 @@ class NoAnswer(Exception):
         self.concerns = concerns  # "server", "request" or "either"
         self.attempts = attempts
 
-
+# %% ../../nbs/7_engine_room/10_server.ipynb #4c1be2b5
 def _words(response: Any) -> str:
     "Return the server's message about a failure, or its raw response."
     try:
@@ -198,7 +198,7 @@ class _Connection:
         with another_form():
             return json.loads(response.http_response.content)
 
-
+# %% ../../nbs/7_engine_room/10_server.ipynb #4c1be2b6
 def key_of(key_env: str) -> str:
     "Return the key without the blanks and line ends that a file or a copy leaves around it."
     key = os.environ.get(key_env, "").strip()

@@ -137,6 +137,23 @@ def write_captions(model: Captioner, images: Sequence) -> list[str]:
         words = torch.cat([words, model(pixels, words)[:, -1:].argmax(-1)], 1)
     return [" ".join(WORDS[i] for i in row[1:]) for row in words.tolist()]
 
+# %% ../../nbs/6_beyond_text/13_evidence.ipynb #evcheck1
+def _check_texts(texts: Sequence[Mapping[str, Any]]) -> None:
+    "Raise UserError for an empty store, and for a text without id, date or text."
+    if not texts:
+        raise UserError(
+            "the evidence store is empty, so every claim would be unverified",
+            where="evidence",
+            fix="Give at least one text with id, date and text.",
+        )
+    for number, row in enumerate(texts):
+        if missing := [n for n in ("id", "date", "text") if row.get(n) in (None, "")]:
+            raise UserError(
+                f"{', '.join(missing)} missing",
+                where=f"evidence, row {number}",
+                fix="Give id, date and text; without a date nobody knows when it was known.",
+            )
+
 # %% ../../nbs/6_beyond_text/13_evidence.ipynb #ab66e5a4
 class EvidenceStore:
     """Dated texts, searched by BM25.
@@ -150,19 +167,7 @@ class EvidenceStore:
         except ModuleNotFoundError as e:
             raise missing_library(e) from e
         self.texts = list(texts)
-        if not self.texts:
-            raise UserError(
-                "the evidence store is empty, so every claim would be unverified",
-                where="evidence",
-                fix="Give at least one text with id, date and text.",
-            )
-        for number, row in enumerate(self.texts):
-            if missing := [n for n in ("id", "date", "text") if row.get(n) in (None, "")]:
-                raise UserError(
-                    f"{', '.join(missing)} missing",
-                    where=f"evidence, row {number}",
-                    fix="Give id, date and text; without a date nobody knows when it was known.",
-                )
+        _check_texts(self.texts)
         self.index = bm25s.BM25()
         self.tokens = lambda texts: bm25s.tokenize(
             texts, return_ids=False, show_progress=False, stopwords="en"

@@ -526,7 +526,7 @@ class Socket:
 def test_a_row_at_which_the_server_hangs_up_is_an_outcome_of_that_row(tmp_path):
     server = Socket(lambda asked: b"number 1." in asked)
     path = tmp_path / "a.jsonl"
-    extract(examples(4), backend(server, retries=0), rationale_decoding(32), path)
+    extract(examples(4), backend(server, retries=1), rationale_decoding(32), path)
     assert outcomes(path) == {f"e{i}": "refused" if i == 1 else "ok" for i in range(4)}
     server.close()
 

@@ -137,13 +137,10 @@ def prompt_ids(
         ) from error
 
 # %% ../../nbs/4_probabilities/06_dialogues.ipynb #ea9e0f03
-_SPACES = ("\u2581", "\u0120")  # how tokenizers write a space: SentencePiece's and byte-level ones
-
-
 def _begins_with_space(tokenizer) -> bool:
     "Return True if the tokenizer puts a space before every text, as Llama 2's does."
     first = tokenizer.convert_ids_to_tokens(tokenizer.encode("a", add_special_tokens=False)[:1])
-    return bool(first) and first[0].startswith(_SPACES)
+    return bool(first) and first[0].startswith("\u2581")  # SentencePiece's sign for a space
 
 
 def own_space(tokenizer, completion: str) -> int:

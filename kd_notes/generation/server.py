@@ -100,8 +100,9 @@ def no_answer(error: Exception) -> NoAnswer:
         words = " ".join(str(error).split()) or type(error).__name__
         if unreached:
             words += f" {_cause(error)}"
-        # The server took the request and hung up: it may be the request that it cannot take.
-        dropped = type(error.__cause__).__name__ in ("ReadError", "RemoteProtocolError")
+        # The server hung up at every attempt: it may be the request that it cannot take.
+        hung_up = type(error.__cause__).__name__ in ("ReadError", "RemoteProtocolError")
+        dropped = hung_up and tried > 1
         return NoAnswer(
             words, concerns="server" if unreached and not dropped else "either", attempts=tried
         )

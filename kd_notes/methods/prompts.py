@@ -30,9 +30,9 @@ def _is_encoded(row: Any) -> bool:
 
 
 def encode_prompt(tokenizer, row: Any, number: int | str = "") -> dict:
-    """Encode a row as {'id', 'prompt', 'completion', 'whole'} with lists of ids.
+    """Encode a row as {'id', 'prompt', 'completion'} with lists of ids.
 
-    The completion is None if the row has none. One that is not whole was cut, and has no end.
+    The completion is None if the row has none. A cut one has no end, and 'whole' is False.
     """
     whole = True
     if _is_encoded(row):
@@ -57,7 +57,8 @@ def encode_prompt(tokenizer, row: Any, number: int | str = "") -> dict:
         )
     if completion and whole and completion[-1] != end:
         completion = [*completion, end]
-    return {"id": name, "prompt": prompt, "completion": completion, "whole": whole}
+    encoded = {"id": name, "prompt": prompt, "completion": completion}
+    return encoded if whole else encoded | {"whole": False}
 
 
 def encode_prompts(tokenizer, rows: Iterable) -> list[dict]:

@@ -49,6 +49,18 @@ def run(teacher, out, step, rows=ROWS, objective="forward_kl", **more):
     return distill(rows, teacher, "layers:1", objective, out, rows=step, **QUICK | more)
 
 
+def by_command(data, words, settings):
+    "Call `kd-notes distill` on a file, with a teacher beside it; return what it says."
+    teacher, out = data.parent / "teacher", data.parent / "out"
+    command = ["distill", "--data", data, "--teacher", teacher, "--student", "layers:1"]
+    command += ["--out", out, *words.split()]
+    for name, value in (QUICK | settings).items():
+        command += ["--set", f"{name}={value}"]
+    done = CliRunner().invoke(app, [str(word) for word in command])
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
 ATKD_PART = '{"divergence": "atkd", "options": {"reverse": true}}'
 
 
@@ -64,28 +76,28 @@ ATKD_PART = '{"divergence": "atkd", "options": {"reverse": true}}'
         ("--objective label_revision", {"options": '{"eta": 0.9, "who": "wrong"}'}),
         ("--rows select:share=0.5 --objective label_revision", {"temperature": "2.0"}),
         ("--rows paraphrase:copies=2", {}),
+        ("--rows balanced:budget=6,stages=2,policy=none,label_filter=no --objective seqkd", {}),
+        ("--rows evidence:reports=reports.jsonl --objective sft", {}),
     ],
 )
-def test_each_method_is_a_command(teacher, tmp_path, monkeypatch, words, said):
-    "The commands of the lessons, on a file of rows."
-    from typer.testing import CliRunner
-
-    from kd_notes.cli import app
-
-    monkeypatch.chdir(tmp_path)
+def test_each_method_is_a_command(teacher, tmp_path, posts, monkeypatch, words, said):
+    "The commands of the lessons, on a file of rows; a second call finds the student."
     save_model(teacher[0], tmp_path / "teacher", teacher[1])
-    rows = "".join(json.dumps(row) + "\n" for row in ROWS)
-    (tmp_path / "rows.jsonl").write_text(rows, encoding="utf-8")
-    command = f"distill --data rows.jsonl --teacher teacher --student layers:1 --out a {words}"
-    sets = [f"{name}={value}" for name, value in (QUICK | said).items()]
-    done = CliRunner().invoke(app, command.split() + [w for s in sets for w in ("--set", s)])
-    assert done.exit_code == 0, done.output
-    report = read_json(tmp_path / "a" / "report.json")
-    assert report["steps"] == 2 and report["rows"] >= 8
+    data = posts
+    if "evidence" in words:
+        monkeypatch.setattr(row_steps.RowWork, "write", says("true. So it is."))
+    else:
+        data = tmp_path / "rows.jsonl"
+        append_jsonl(data, ROWS)
+    assert "the student is in" in by_command(data, words, said)
+    report = read_json(tmp_path / "out" / "report.json")
+    assert report["steps"] == 2 and report["rows"] >= (1 if "budget" in words else 8)
     student = report["results"]["student"]["nll"]
     assert math.isfinite(student) and student != report["results"]["untrained"]["nll"]
-    written = json.loads(said["options"]) if "options" in said else {}
-    assert report["settings"]["options"] == written
+    assert report["settings"]["options"] == json.loads(said.get("options", "{}"))
+    if "--rows" in words:
+        assert report["settings"]["rows"] == words.split()[1]
+    assert "finished already" in by_command(data, words, said)
 
 
 def test_paraphrases_come_beside_the_rows_and_keep_their_completions(
@@ -245,33 +257,6 @@ def test_a_missing_library_of_a_step_is_named_before_anything(
     with pytest.raises(UserError, match=f"{library} is not installed.*mmidr"):
         run(teacher, tmp_path / "out", "evidence:reports=reports.jsonl", posts, "sft")
     assert not (tmp_path / "out" / "request.json").exists()
-
-
-@pytest.mark.parametrize(
-    "step, objective",
-    [
-        ("paraphrase", "sft"),
-        ("generate:batches=1,batch_size=4,study_every=1", "forward_kl"),
-        ("balanced:budget=6,stages=2,policy=none,label_filter=no", "seqkd"),
-        ("select:share=0.5", "forward_kl"),
-        ("evidence:reports=reports.jsonl", "sft"),
-    ],
-)
-def test_each_step_on_the_command_line(teacher, tmp_path, posts, monkeypatch, step, objective):
-    for part in teacher:
-        part.save_pretrained(tmp_path / "teacher")
-    append_jsonl(tmp_path / "rows.jsonl", ROWS)
-    data = posts if step.startswith("evidence") else tmp_path / "rows.jsonl"
-    words = ["distill", "--data", data, "--teacher", tmp_path / "teacher", "--student", "layers:1"]
-    words += ["--objective", objective, "--rows", step, "--out", tmp_path / "out"]
-    for setting in QUICK.items():
-        words += ["--set", "{}={}".format(*setting)]
-    if step.startswith("evidence"):
-        monkeypatch.setattr(row_steps.RowWork, "write", says("true. So it is."))
-    for told in ("the student is in", "finished already"):
-        done = CliRunner().invoke(app, [str(word) for word in words])
-        assert done.exit_code == 0 and told in done.output, done.output
-    assert read_json(tmp_path / "out" / "report.json")["settings"]["rows"] == step
 
 
 def test_a_killed_step_goes_on_without_asking_twice(teacher, tmp_path, monkeypatch):

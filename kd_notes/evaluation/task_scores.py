@@ -17,7 +17,7 @@ from ..data.answers import is_correct
 from ..data.examples import Example
 from ..data.task_file import OwnTask
 from .statistics import hierarchical_bootstrap, paired
-from .text import _unseen, rouge_l, unicode_words
+from .text import is_unseen, rouge_l, unicode_words
 from ..methods.rationales import clean_label, one_line
 
 # %% ../../nbs/3_reasons/08_task_scores.ipynb #b27fca71
@@ -48,7 +48,7 @@ def item_scores(
     if task.scored_by == "rouge_l":
         known = [[example.label] for example in examples]
         # The official tokenizer knows a-z and 0-9; where it is blind, words of any script count.
-        blind = any(_unseen(example.label) for example in examples)
+        blind = any(is_unseen(example.label) for example in examples)
         words = unicode_words if blind else None
         return rouge_l([text or "" for text in given], known, tokenizer=words)
     return np.array(

@@ -108,7 +108,7 @@ def _scorer_of(tokenizer: Callable[[str], list[str]]):
     return RougeScorer(["rougeL"], tokenizer=_Tokenizer(tokenizer))
 
 
-def _unseen(text: str) -> bool:
+def is_unseen(text: str) -> bool:
     """Return True if the official tokenizer drops more than half of a text's letters.
 
     That tokenizer knows a-z and 0-9 only; a text of other signs alone gives it no word at all.
@@ -121,7 +121,7 @@ def _unseen(text: str) -> bool:
 def _warn_if_blind(references: Sequence[Sequence[str]]) -> None:
     "Warn if the official tokenizer is blind to a reference."
     texts = [text for known in references if not isinstance(known, str) for text in known]
-    blind = sum(map(_unseen, texts))
+    blind = sum(map(is_unseen, texts))
     if blind:
         warnings.warn(
             f"Rouge-L's official tokenizer reads a-z and 0-9 alone: it is blind to {blind} of {len(texts)} "

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,14 +30,20 @@ from kd_notes.generation.sampling import (
 from ..training.batches import causal_batch, target_logits, target_positions, unwrapped
 
 # %% ../../nbs/5_own_words/12_beam.ipynb #89ecc400
+def without_penalties(config, ends: bool = True) -> Any:
+    "Return a generation config with the special tokens of another, and nothing else of it."
+    from transformers import GenerationConfig
+
+    names = ["bos_token_id", "decoder_start_token_id"]
+    names += ["eos_token_id", "pad_token_id"] * ends
+    return GenerationConfig(**{name: getattr(config, name) for name in names})
+
+
 @contextmanager
 def plain_generation(model) -> Iterator[None]:
     "Replace the model's generation config: its penalties and forced tokens would apply."
-    from transformers import GenerationConfig
-
     stored = model.generation_config
-    starts = {name: getattr(stored, name) for name in ("bos_token_id", "decoder_start_token_id")}
-    model.generation_config = GenerationConfig(**starts)
+    model.generation_config = without_penalties(stored, ends=False)  # a call names its own
     try:
         yield
     finally:

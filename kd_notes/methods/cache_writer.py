@@ -33,7 +33,7 @@ from kd_notes.core import (
 )
 from ..data.dialogues import encode_row, is_encoded
 from ..losses.sparse import draw_samples, draw_uniforms, DRAWS, keep_top_k, MODES, ROWS
-from ..models.pretrained import evaluating, plain_configs, weights_hash
+from ..models.pretrained import config_hash, evaluating, weights_hash
 from ..progress import progress
 from ..training.batches import causal_batch, seq2seq_batch, target_logits
 
@@ -303,11 +303,6 @@ def is_whole(folder: Path, entry: dict) -> bool:
     return sha256_file(path) == entry["sha256"]
 
 # %% ../../nbs/4_probabilities/11_logit_cache.ipynb #e869a27d
-def _config_hash(teacher) -> str:
-    "Return the hash of the config; that of generation decides no distribution."
-    return stable_hash(plain_configs(teacher)[:1])
-
-
 def _header(teacher, tokenizer, rows: list[dict], recipe: Recipe, layout: dict) -> dict:
     "Return the content of cache.json."
     config = teacher.config
@@ -320,7 +315,7 @@ def _header(teacher, tokenizer, rows: list[dict], recipe: Recipe, layout: dict) 
         "recipe": asdict(recipe),
         "vocab": min(config.get_text_config().vocab_size, last_id + 1),
         "name": Path(name).name if Path(name).is_absolute() else name,
-        "teacher": {"hash": weights_hash(teacher), "dtype": dtype, "config": _config_hash(teacher)},
+        "teacher": {"hash": weights_hash(teacher), "dtype": dtype, "config": config_hash(teacher)},
         "tokenizer": {"hash": tokenizer_hash(tokenizer), "pad_id": tokenizer.pad_token_id or 0},
         "rows": {
             "hash": stable_hash(hashes),

@@ -27,7 +27,7 @@ from ..generation.beam import beam
 from ..generation.completions import AnswerFile
 from ..generation.engine import end_tokens
 from ..generation.sampling import sample, Sampling
-from ..models.pretrained import load_teacher, plain_configs, vocabulary_size, weights_hash
+from ..models.pretrained import config_hash, load_teacher, vocabulary_size, weights_hash
 
 # %% ../../nbs/4_probabilities/09_seqkd.ipynb #e8d6afd5
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def write_responses(
     job = {
         "teacher": name,
         "weights": weights_hash(teacher),
-        "config": stable_hash(plain_configs(teacher)[:1]),
+        "config": config_hash(teacher),
         "template": stable_hash(chat_template_of(tokenizer)),
         "ends": list(_ends(teacher, tokenizer)),
         "writing": asdict(writing),

@@ -109,6 +109,11 @@ def plain_configs(model: Any) -> list[dict]:
     found = [json.loads(config.to_json_string()) for config in readable]
     return [{k: v for k, v in config.items() if k not in _ORIGIN} for config in found]
 
+
+def config_hash(model: Any) -> str:
+    "Return the hash of a model's config; that of generation decides no distribution."
+    return stable_hash(plain_configs(model)[:1])
+
 # %% ../../nbs/2_playground/09_pretrained.ipynb #fbb647a7
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 

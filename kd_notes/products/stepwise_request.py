@@ -19,6 +19,7 @@ import torch
 
 from ..core import sha256_file, stable_hash, to_jsonable, UserError
 from ..data.task_file import OwnTask, task_examples
+from ..generation.beam import without_penalties
 from ..methods.step_by_step import Row, StepByStep
 from ..models.layer_drop import layer_drop, shorter_config
 from ..models.mini import load_mini_tokenizer, mini_model
@@ -81,11 +82,7 @@ def student_config(student: str | tuple, layers: int, tokenizer: Any) -> Any:
 
 def _decoded_plainly(model: Any) -> Any:
     "Leave out penalties and forced tokens: the student learns and is measured without them."
-    from transformers import GenerationConfig
-
-    names = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
-    kept = {name: getattr(model.generation_config, name) for name in names}
-    model.generation_config = GenerationConfig(**kept)
+    model.generation_config = without_penalties(model.generation_config)
     return model
 
 

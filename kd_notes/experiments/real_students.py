@@ -92,6 +92,24 @@ def has_options(task: str) -> bool:
     info = info_of(task)
     return bool(info.choices or info.labels)
 
+# %% ../../nbs/3_reasons/03c_real_students.ipynb #rst-ans
+def answers_of(
+    run: dict,
+    whole: Any,  # the model that the trained part was taken from
+    trained: Any,  # its upper layers, or the same model
+    tokenizer: Any,
+    asked: list[Example],
+) -> dict[str, str]:
+    "Return {id: answer} of a trained student, in the precision of its run."
+    prefix = PREDICT if ARMS[run["arm"]].rows is step_rows else ""
+    reduced = run.get("precision") == "bf16"
+    device = next(trained.parameters()).device.type
+    with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=reduced):
+        if has_options(run["task"]):
+            return option_answers(trained, tokenizer, asked, prefix)
+        joined = with_upper(whole, trained) if run["frozen"] else trained
+        return predict(joined.eval(), tokenizer, asked, prefix=prefix)
+
 # %% ../../nbs/3_reasons/03c_real_students.ipynb #rst-run
 class RealStudents(Stepwise):
     "Pretrained students of step-by-step on published sets, with people's reasons."
@@ -132,18 +150,9 @@ class RealStudents(Stepwise):
         two_tasks = arm.rationales and arm.rows is step_rows
         method = StepByStep(tokenizer, "causal", run["alpha"] if two_tasks else 1.0)
         result = train(student, method, rows, cfg, run_dir=folder)
-        trained = result.model.eval()
-        prefix = PREDICT if arm.rows is step_rows else ""
         examples = task_split(run["task"], run["score_on"])[: run["test_rows"] or None]
         asked = [asked_example(e) for e in examples]
-        reduced = run.get("precision") == "bf16"
-        device = next(trained.parameters()).device.type
-        with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=reduced):
-            if has_options(run["task"]):
-                answers = option_answers(trained, tokenizer, asked, prefix)
-            else:
-                whole = with_upper(whole, trained) if run["frozen"] else trained
-                answers = predict(whole.eval(), tokenizer, asked, prefix=prefix)
+        answers = answers_of(run, whole, result.model.eval(), tokenizer, asked)
         right = outcomes(info_of(run["task"]).metric, answers, asked)
         return {
             "accuracy": accuracy(right),

@@ -6,6 +6,7 @@
 __all__ = ['PLAIN_TEMPLATE', 'prompt_ids', 'encode_row', 'load_prompts']
 
 # %% ../../nbs/4_probabilities/06_dialogues.ipynb #a7fb6200
+import warnings
 from functools import lru_cache
 from typing import Any
 
@@ -121,10 +122,12 @@ def prompt_ids(
     messages = list(prompt)
     if system is not None and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": system})
+    template = chat_template_of(tokenizer)
+    warn_of_lost_header(tokenizer, template)
     try:
         return tokenizer.apply_chat_template(
             messages,
-            chat_template=chat_template_of(tokenizer),
+            chat_template=template,
             tokenize=True,
             add_generation_prompt=True,
             return_dict=False,
@@ -135,6 +138,32 @@ def prompt_ids(
             where=where,
             fix="Use the roles that the model knows.",
         ) from error
+
+# %% ../../nbs/4_probabilities/06_dialogues.ipynb #lost-2
+@lru_cache(maxsize=64)  # once for each tokenizer and template
+def warn_of_lost_header(tokenizer: Any, template: str) -> None:
+    "Warn of a template that writes a header before answers, but not for `add_generation_prompt`."
+    words = "KDNOTES"
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": words}]
+    written = []
+    for part, more in ((turns[:1], {"add_generation_prompt": True}), (turns[:1], {}), (turns, {})):
+        try:
+            text = tokenizer.apply_chat_template(
+                part, chat_template=template, tokenize=False, **more
+            )
+        except template_errors():
+            return
+        written.append(text)
+    asked, question, dialogue = written
+    header = dialogue.removeprefix(question).partition(words)[0]
+    if asked != question or not dialogue.startswith(question) or not header.strip():
+        return
+    warnings.warn(
+        f"The chat template ignores add_generation_prompt: {header!r} is written before answers in "
+        "a dialogue, but not where the model is to answer. Set tokenizer.chat_template to one that "
+        f"ends with {{% if add_generation_prompt %}}{{{{ {header!r} }}}}{{% endif %}}.",
+        stacklevel=3,
+    )
 
 # %% ../../nbs/4_probabilities/06_dialogues.ipynb #ea9e0f03
 def _begins_with_space(tokenizer) -> bool:

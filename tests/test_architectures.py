@@ -2,12 +2,14 @@
 
 import contextlib
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from test_tokenizers import tokenizer_of
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+from kd_notes.core import read_json
 from kd_notes.data.examples import Example
 from kd_notes.losses.divergences import token_divergence
 from kd_notes.methods.logit_kd import KD
@@ -138,6 +140,16 @@ def tiny(name, dtype=torch.float32, **changes):
 
 def method_for(model, kind=Rows):
     return kind(Ids(), "t5" if model.config.is_encoder_decoder else "causal")
+
+
+def test_the_table_of_the_site_names_these_families():
+    lesson = read_json(Path(__file__).parents[1] / "nbs" / "2_playground" / "09_pretrained.ipynb")
+    lines = [line for cell in lesson["cells"] for line in "".join(cell["source"]).splitlines()]
+    named = [line for line in lines if line.startswith("| ") and "| `" in line]
+    assert named == [
+        f"| {name} | `{kind}` | {'yes' if plain else 'no'} |"
+        for name, (kind, _, plain) in FAMILIES.items()
+    ]
 
 
 @pytest.mark.parametrize("name", FAMILIES)

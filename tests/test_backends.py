@@ -721,6 +721,10 @@ def test_garbage_is_tried_again_and_then_named(moody, garbage):
     moody.script[:] = [garbage]
     assert [c.text for c in remote.generate([("a", "one two")], Decoding(3))] == ["two"]
     moody.script[:] = [garbage] * 2
+    (unanswered,) = remote.generate([("a", "one two")], Decoding(3))  # others were answered
+    assert (unanswered.finish, unanswered.text) == ("unanswered", "") and unanswered.error
+    moody.script[:] = [garbage] * 2
+    remote = OpenAIBackend(moody.url, "m", retries=1)
     with pytest.raises(UserError, match="no usable answer in 2 attempts") as e:
         list(remote.generate([("a", "one two")], Decoding(3)))
     assert moody.url in str(e.value) and "request a" in str(e.value)
@@ -752,9 +756,14 @@ def test_the_key_is_sent_and_appears_nowhere_else(moody, monkeypatch, capfd, tmp
         moody.script[:] = [
             (status, {}, json.dumps({"error": {"message": f"Incorrect API key provided: {key}"}}))
         ]
+        other = OpenAIBackend(moody.url, "m", key_env="MY_KEY", retries=0)
         with pytest.raises(UserError) as e:
-            list(remote.generate([("a", "one two")], Decoding(3)))
+            list(other.generate([("a", "one two")], Decoding(3)))
         errors.append(str(e.value))
+    moody.script[:] = [(500, {}, json.dumps({"error": {"message": f"wrong key: {key}"}}))]
+    (unanswered,) = remote.generate([("a", "one two")], Decoding(3))
+    errors.append(unanswered.error)
+    assert "***" in errors[-1]
     assert "MY_KEY" in errors[0] and "***" in errors[0]
     out = capfd.readouterr()
     shown = [

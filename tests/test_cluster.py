@@ -72,13 +72,26 @@ if __name__ == "__main__":
 """
 
 
+# Each worker is a job, as under SLURM; here a job is a process that a job script's command starts.
+JOBS = """
+import sys, time
+from dask_jobqueue.local import LocalCluster
+if __name__ == "__main__":
+    options = {"dashboard_address": None, "host": "tcp://127.0.0.1"}
+    cluster = LocalCluster(cores=1, processes=1, memory="1GB", scheduler_options=options)
+    cluster.scale(jobs=int(sys.argv[1]))
+    print(cluster.scheduler_address, flush=True)
+    time.sleep(600)
+"""
+
+
 class Started:
     "A LocalCluster in a process of its own, whose scheduler can be killed without mercy."
 
-    def __init__(self, folder: Path, workers: int):
+    def __init__(self, folder: Path, workers: int, program: str = START):
         (folder / "lib").mkdir(parents=True)
         (folder / "lib" / "cluster_targets.py").write_text(TARGETS)
-        (folder / "start.py").write_text(START)
+        (folder / "start.py").write_text(program)
         paths = os.pathsep.join([str(folder / "lib"), os.environ.get("PYTHONPATH", "")])
         env = {"KD_NOTES_CACHE": str(folder / "theirs"), "PYTHONPATH": paths, "WARES": "apples"}
         self.process = subprocess.Popen(
@@ -142,6 +155,23 @@ def test_a_cluster_gives_the_numbers_and_keys_of_this_machine(two, cache, monkey
     manifest = read_manifest(run_folder("pi", here[0]["key"]))
     run_grid("pi", PI, grid[:1], modules=["runner.runs"], force=True)  # the environment chose
     assert read_manifest(run_folder("pi", here[0]["key"]))["pid"] != manifest["pid"] == os.getpid()
+
+
+@pytest.mark.slow
+def test_workers_that_are_jobs_of_a_queue_run_the_grid(tmp_path, monkeypatch):
+    pytest.importorskip("dask_jobqueue")
+    started = Started(tmp_path / "jobs", 2, JOBS)
+    monkeypatch.syspath_prepend(started.lib)
+    try:
+        grid = grid_of(tmp_path, range(2), pause=0.02)
+        found = run_grid(
+            "s", "cluster_targets:steps", grid, modules=["core"], executor=f"dask:{started.address}"
+        )
+    finally:
+        started.end()
+    assert [r["metrics"] for r in found] == [{"resumed_at": 0, "seed": s} for s in range(2)]
+    assert {r["source"] for r in found} == {"trained"} and status_of(grid) == {"done": 2}
+    assert os.getpid() not in {call["dask"] for call in calls(tmp_path)}
 
 
 def test_a_worker_killed_in_mid_run_loses_nothing(two, tmp_path, monkeypatch):

@@ -474,6 +474,13 @@ def test_a_mistake_on_the_command_line_ends_in_one_paragraph(place, words, said)
     assert done.exit_code == 2 and said in done.output and "Traceback" not in done.output
 
 
+@pytest.mark.parametrize("command", ["predict", "evaluate"])
+def test_a_model_that_is_not_there_is_said_before_its_task(place, command):
+    call = [command, "--model", "nowhere", "--input", str(place / "rows.jsonl")]
+    done = CliRunner().invoke(app, [*call, "--output", str(place / "said")])
+    assert done.exit_code == 2 and "not a model that can be loaded" in done.output
+
+
 # --- kills ------------------------------------------------------------------------------------------------------------------------
 
 SCRIPT = """

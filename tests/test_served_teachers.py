@@ -233,6 +233,22 @@ def test_a_refused_row_is_left_out_and_the_others_are_learnt(serve, tmp_path, fo
         write_cache(tmp_path / "d", opened(serve_again(server)), TOK, ROWS[:1], k=8)
 
 
+@pytest.mark.parametrize("form", ["vllm", "llama"])
+def test_rows_at_which_the_server_fails_are_left_out_however_many_positions_they_have(
+    serve, tmp_path, capfd, form
+):
+    server = serve(form)
+    remote = opened(server)
+    bad = [TOK.encode(ROWS[i]["prompt"]) for i in (1, 2, 3)]
+    server.crashes = lambda ids: any(ids[: len(b)] == b or ids[1 : len(b) + 1] == b for b in bad)
+    cache = write_cache(tmp_path / "c", remote, TOK, ROWS, k=8)
+    assert cache.refused == {"r1", "r2", "r3"} and cache.complete and len(cache) == 5
+    server.crashes = lambda ids: True
+    remote.known.clear()
+    with pytest.raises(UserError, match="out of memory"):
+        write_cache(tmp_path / "d", remote, TOK, ROWS, k=8)
+
+
 def serve_again(server):
     "Let the probe pass once more, and refuse what follows."
     calls = len(server.calls)

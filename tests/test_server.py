@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from datetime import datetime, timedelta, timezone
 from email.utils import format_datetime
 
@@ -16,7 +17,7 @@ from json_server import JsonServer
 
 from kd_notes.core import read_json, read_jsonl, UserError
 from kd_notes.data.examples import Example
-from kd_notes.experiments.extraction import extract_stream
+from kd_notes.experiments.extraction import extract_rationales, extract_stream
 from kd_notes.generation.backends import open_backend
 from kd_notes.generation.completions import (
     completion_row,
@@ -260,7 +261,7 @@ def test_the_last_row_may_be_the_one_that_the_server_cannot_answer(serve, tmp_pa
 
     path = tmp_path / "a.jsonl"
     extract(examples(), backend(serve(answer), retries=0), rationale_decoding(32), path)
-    assert outcomes(path) == {f"e{i}": "ok" for i in range(5)} | {"e5": "refused"}
+    assert outcomes(path) == {f"e{i}": "ok" for i in range(5)} | {"e5": "unanswered"}
 
 
 def test_a_row_whose_thoughts_used_up_the_limit_is_an_outcome_and_the_others_go_on(serve, tmp_path):
@@ -330,10 +331,6 @@ def test_a_chat_may_put_blank_lines_into_its_answer(serve, tmp_path, answer, str
         (413, error("too large")),
         (422, error("unprocessable")),
         (403, error("flagged by moderation")),
-        (500, error("the model crashed on this prompt")),
-        (200, error("upstream failed")),
-        (200, {"choices": []}),
-        (200, chat(None, None)),
         (200, chat("I", "content_filter")),
         (200, chat("", "SAFETY")),
         (200, chat("I cannot.", "guardrail_intervened")),
@@ -356,8 +353,146 @@ def test_a_row_that_the_server_will_not_answer_is_an_outcome_of_that_row(
     assert outcomes(path) == {f"e{i}": "refused" if i == 1 else "ok" for i in range(6)}
     (row,) = [row for row in read_jsonl(path) if row["id"] == "e1"]
     assert row["error"]
+    asked = len(server.calls)
     extract(examples(), backend(server), rationale_decoding(32), path)
-    assert len(read_jsonl(path)) == 6
+    assert len(read_jsonl(path)) == 6 and len(server.calls) == asked
+
+
+CRASHED = (500, {}, error("the model crashed on this prompt"))
+
+
+def poisoned(rows, failure=CRASHED):
+    "Answer as a server that fails for these rows, however often it is asked."
+    return lambda body, n: (
+        failure if any(asks_for(body, i) for i in rows) else (200, {}, chat(GOOD))
+    )
+
+
+def unanswered(rows, count=10):
+    return {f"e{i}": "unanswered" if i in rows else "ok" for i in range(count)}
+
+
+def ask(server, path, count=10, **options):
+    options = {"retries": 0} | options
+    return extract(examples(count), backend(server, **options), rationale_decoding(32), path)
+
+
+@pytest.mark.parametrize("concurrency", [1, 4])
+@pytest.mark.parametrize(
+    "failure",
+    [
+        CRASHED,
+        (503, {}, error("overloaded")),
+        (200, {}, error("upstream failed")),
+        (200, {}, {"choices": []}),
+        (200, {}, chat(None, None)),
+    ],
+)
+def test_rows_whose_attempts_are_used_up_are_outcomes_and_asked_again_by_the_next_call(
+    serve, tmp_path, failure, concurrency
+):
+    bad = range(2, 7)
+    server = serve(poisoned(bad, failure))
+    path = tmp_path / "a.jsonl"
+    rows = ask(server, path, concurrency=concurrency)
+    assert [row["outcome"] for row in rows] == list(unanswered(bad).values())
+    assert outcomes(path) == unanswered(bad) and all(rows[i]["error"] for i in bad)
+    manifest = read_json(manifest_path(path))
+    assert manifest["status"] == "done"
+    assert manifest["totals"]["outcomes"] == {"ok": 5, "unanswered": 5}
+    server.answer = lambda body, n: (200, {}, chat(GOOD))
+    asked = len(server.calls)
+    rows = ask(server, path)
+    assert outcomes(path) == unanswered([]) and len(read_jsonl(path)) == len(rows) == 10
+    assert len(server.calls) == asked + len(bad)
+
+
+@pytest.mark.parametrize("bad", [range(5), range(4, 10), [*range(9)]])
+def test_it_does_not_matter_where_the_rows_stand_that_a_server_cannot_answer(serve, tmp_path, bad):
+    ask(serve(poisoned(bad)), tmp_path / "a.jsonl")
+    assert outcomes(tmp_path / "a.jsonl") == unanswered(bad)
+
+
+def test_rows_that_fail_again_are_the_same_outcomes_and_no_error(serve, tmp_path):
+    "Also when nothing but such rows is left, more than a server without an answer may have."
+    bad = range(25)
+    server = serve(poisoned(bad, (503, {}, error("overloaded"))))
+    path = tmp_path / "a.jsonl"
+    turned = [*reversed(examples(40))]  # the others come first
+    for _ in range(2):
+        rows = extract(turned, backend(server, retries=0), rationale_decoding(32), path)
+        assert outcomes(path) == unanswered(bad, 40) and len(rows) == len(read_jsonl(path)) == 40
+
+
+def test_a_row_at_which_the_server_hangs_is_an_outcome_of_that_row(serve, tmp_path):
+    bad, free = range(1, 5), threading.Event()
+
+    def answer(body, n):
+        if any(asks_for(body, i) for i in bad):
+            free.wait(10)
+        return 200, {}, chat(GOOD)
+
+    ask(serve(answer), tmp_path / "a.jsonl", 6, timeout=0.4, concurrency=2)
+    free.set()
+    assert outcomes(tmp_path / "a.jsonl") == unanswered(bad, 6)
+
+
+def test_a_stream_has_the_same_outcomes_and_asks_again(serve, tmp_path):
+    bad = range(2, 7)
+    server = serve(poisoned(bad))
+    path = tmp_path / "a.jsonl"
+    how = {"task": "nli", "window": 4}
+    for healed in (False, True):
+        if healed:
+            server.answer = lambda body, n: (200, {}, chat(GOOD))
+        teacher = backend(server, retries=0)
+        tally = extract_stream(examples(10), teacher, rationale_decoding(32), path, **how)
+        wanted = unanswered([] if healed else bad)
+        assert outcomes(path) == wanted and len(read_jsonl(path)) == 10
+        assert tally.outcomes == Counter(wanted.values())
+
+
+def test_the_report_of_an_extraction_counts_the_rows_without_an_answer(serve, tmp_path, capfd):
+    path = tmp_path / "rows.jsonl"
+    lines = [{"id": e.id, "input": e.input, "label": e.label} for e in examples(8)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    server = serve(poisoned(range(3, 7)))
+    spec = f"openai-chat:{server.url}#m"
+    out = tmp_path / "a.jsonl"
+    how = {"source": path, "teacher": spec, "retries": 0, "concurrency": 1}
+    for stream in (False, True):
+        made = extract_rationales("nli", out, **how, stream=stream)
+        assert made["rows"] == 8 and made["outcomes"] == {"ok": 4, "unanswered": 4}
+        assert "4 of 8 rows have no answer" in capfd.readouterr().err
+
+
+def test_a_server_that_answers_no_row_is_an_error_after_some_though_it_answers_a_greeting(serve):
+    server = serve(poisoned(range(60)))
+    asked = [(e.id, e.input) for e in examples(60)]
+    with pytest.raises(UserError, match="crashed on this prompt"):
+        list(backend(server, retries=0).generate(asked, Decoding(4)))
+    assert 15 <= len(server.calls) <= 25
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        (429, {}, error("You exceeded your quota", code="insufficient_quota")),
+        (401, {}, error("the key has expired")),
+        (403, {}, error("your quota is used up")),
+        (503, {}, error("overloaded")),
+    ],
+)
+def test_a_server_that_ends_in_the_middle_blames_no_row(serve, tmp_path, failure):
+    "Neither as refused, which would be for ever, nor as unanswered."
+    server = serve(lambda body, n: (200, {}, chat(GOOD)) if n <= 2 else failure)
+    path = tmp_path / "a.jsonl"
+    with pytest.raises(UserError, match=failure[2]["error"]["message"]):
+        ask(server, path)
+    assert outcomes(path) == {"e0": "ok", "e1": "ok"} and len(server.calls) <= 6
+    server.answer = lambda body, n: (200, {}, chat(GOOD))
+    ask(server, path)
+    assert outcomes(path) == unanswered([])
 
 
 @pytest.mark.parametrize("status", [400, 403, 422])
@@ -365,7 +500,7 @@ def test_a_request_that_every_row_is_refused_for_is_an_error_and_soon(serve, sta
     server = serve(lambda body, n: (status, {}, error("no such parameter: top_q")))
     with pytest.raises(UserError, match="top_q"):
         list(backend(server, retries=5).generate([(str(i), "so") for i in range(50)], Decoding(4)))
-    assert len(server.calls) <= 3
+    assert len(server.calls) <= 4  # three rows and a greeting
 
 
 def test_a_server_that_goes_down_ends_the_work_and_no_row_is_blamed(serve, tmp_path):
@@ -527,7 +662,7 @@ def test_a_row_at_which_the_server_hangs_up_is_an_outcome_of_that_row(tmp_path):
     server = Socket(lambda asked: b"number 1." in asked)
     path = tmp_path / "a.jsonl"
     extract(examples(4), backend(server, retries=1), rationale_decoding(32), path)
-    assert outcomes(path) == {f"e{i}": "refused" if i == 1 else "ok" for i in range(4)}
+    assert outcomes(path) == unanswered([1], 4)
     server.close()
 
 

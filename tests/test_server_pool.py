@@ -128,7 +128,7 @@ def test_a_row_that_is_refused_is_an_outcome_and_asked_for_once(serve):
     assert len(asked) == 1
 
 
-def test_a_last_row_that_no_server_answers_ends_the_work_instead_of_hanging(serve):
+def test_a_last_row_that_no_server_answers_is_an_outcome_and_no_hang(serve):
     def answer(body, n):
         if "p 9." in body["prompt"]:
             time.sleep(0.5)  # the others are answered meanwhile
@@ -136,12 +136,37 @@ def test_a_last_row_that_no_server_answers_ends_the_work_instead_of_hanging(serv
         return slowly(body, n)
 
     pool = pool_of(serve(answer), serve(answer))
-    found = []
     start = time.monotonic()
-    with pytest.raises(UserError, match="503"):
-        for completion in pool.generate([(f"r{i}", f"p {i}.") for i in range(10)], Decoding(8)):
-            found.append(completion.id)
-    assert len(found) == 9 and time.monotonic() - start < 20
+    asked = [(f"r{i}", f"p {i}.") for i in range(10)]
+    found = {c.id: c.finish for c in pool.generate(asked, Decoding(8))}
+    assert found == {f"r{i}": "unanswered" if i == 9 else "stop" for i in range(10)}
+    assert time.monotonic() - start < 20
+
+
+@pytest.mark.parametrize("bad", [range(5), range(3, 20)])
+def test_rows_that_no_server_can_answer_stop_none_of_them(serve, tmp_path, bad):
+    def answer(body, n):
+        if any(f"number {i}." in body["prompt"] for i in bad):
+            return 500, {}, error("crash")
+        return slowly(body, n)
+
+    servers = [serve(answer), serve(answer)]
+    out = tmp_path / "a.jsonl"
+    for _ in range(2):
+        rows = extract(examples(24), pool_of(*servers), rationale_decoding(32), out)
+        wanted = ["unanswered" if i in bad else "ok" for i in range(24)]
+        assert [row["outcome"] for row in rows] == wanted and len(read_jsonl(out)) == 24
+
+
+def test_rows_set_aside_by_a_server_that_dies_are_answered_by_the_others(serve):
+    def dies(body, n):
+        return (503, {}, error("dying")) if n > 4 else slowly(body, n)
+
+    servers = [serve(dies), serve(slowly)]
+    asked = [(f"r{i}", f"p {i}") for i in range(40)]
+    done = list(pool_of(*servers).generate(asked, Decoding(8)))
+    assert Counter(c.id for c in done) == Counter(name for name, _ in asked)
+    assert {c.finish for c in done} == {"stop"}
 
 
 def test_leaving_early_stops_all_servers(serve):

@@ -1,6 +1,7 @@
 """Tokenizers as users have them: start tokens, ends of turns, holes in the vocabulary, no end, no padding, named templates."""
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -279,6 +280,27 @@ def test_a_completion_that_begins_with_a_space_has_one(kind):
     assert encode_prompt(tokenizer, row)["completion"] == encoded["completion"]
 
 
+@pytest.mark.parametrize("kind", ["always", "first", "bytes", "none"])
+@pytest.mark.parametrize(
+    "parts", [("the c", "at sat"), ("the cat:", "sat"), ("what is", "\nthe sky")]
+)
+def test_no_space_comes_between_the_two_halves_of_a_text(kind, parts):
+    tokenizer = tokenizer_of() if kind == "none" else with_spaces(kind)
+    row = dict(zip(("prompt", "completion"), parts))
+    encoded = encode_row(row, tokenizer)
+    ids = encoded["prompt"] + encoded["completion"][:-1]
+    assert tokenizer.decode(ids, clean_up_tokenization_spaces=False).strip() == "".join(parts)
+    assert encode_prompt(tokenizer, row)["completion"] == encoded["completion"]
+    alone = tokenizer.encode(parts[1], add_special_tokens=False)
+    assert encode_row(row, tokenizer, family="t5")["completion"][:-1] == alone
+
+
+def test_the_halves_of_a_word_are_compared_at_the_same_places():
+    method = KD(with_spaces("always"), OtherTokenizer(llama(300), tokenizer_of()), "spans_uld")
+    item = method.encode({"id": "a", "prompt": "the c", "completion": "at sat"})
+    assert item["ends"][-1] == item["teacher_ends"][-1] and {2, 6} <= {*item["ends"]}
+
+
 def test_spaces_of_two_tokenizers_are_compared_at_the_same_places():
     method = KD(with_spaces("always"), OtherTokenizer(llama(300), tokenizer_of()), "spans_uld")
     item = method.encode({"id": "a", "prompt": "the cat", "completion": " sat on"})
@@ -291,6 +313,40 @@ def test_the_end_of_a_turn_follows_the_end_token():
     assert turn_end_id(tokenizer) == 2
     tokenizer.eos_token = "<turn_end>"
     assert turn_end_id(tokenizer) == 3
+
+
+def template_warnings(template, rows=3):
+    tokenizer = tokenizer_of(template=template)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for i in range(rows):
+            encode_row(
+                read_row({"prompt": f"the cat {i}", "completion": "sat"}, chat=True), tokenizer
+            )
+    return [str(w.message) for w in caught if "chat template" in str(w.message)]
+
+
+def test_a_template_that_forgets_the_header_of_an_answer_is_said_once():
+    forgets = TURNS.partition("{% if add_generation_prompt")[0]
+    (said,) = template_warnings(forgets)
+    assert "add_generation_prompt" in said and "'assistant: '" in said
+    mended = forgets + said[said.index("{% if") :].rstrip(".")
+    assert template_warnings(mended) == []
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        TURNS,
+        None,  # the plain one
+        "{% for m in messages %}{{ m['content'] + '\n' }}{% endfor %}",  # of a base model
+        "{% for m in messages %}{{ '[INST] ' + m['content'] + ' [/INST]' if m['role'] == 'user' "
+        "else ' ' + m['content'] + eos_token }}{% endfor %}",  # Mistral's: the answer follows at once
+        "{% for m in messages %}{{ m['content'] if loop.last else '' }}{% endfor %}",
+    ],
+)
+def test_a_template_without_a_header_needs_none(template):
+    assert template_warnings(template) == []
 
 
 @pytest.mark.parametrize("wrong", ["1/0", "messages[0]['content'] + 3", "messages[9].x.y"])

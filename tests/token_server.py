@@ -19,6 +19,7 @@ class TokenServer(JsonServer):
         self.tokenize = tokenize  # whether there is a /tokenize
         self.calls = []
         self.refuses = lambda ids: False  # rows that are refused
+        self.crashes = lambda ids: False  # rows at which it fails
         self.alters = lambda ids: ids  # what a gateway makes of the ids
         self.slow = 0.0
         self.lock = threading.Lock()
@@ -39,6 +40,8 @@ class TokenServer(JsonServer):
         time.sleep(self.slow)
         if not isinstance(asked["prompt"], list):
             return 400, {"error": {"message": "this server takes token ids"}}
+        if self.crashes(asked["prompt"]):
+            return 500, {"error": {"message": "out of memory"}}
         if self.refuses(asked["prompt"]):
             return 400, {"error": {"message": "too long", "code": "context_length_exceeded"}}
         k = asked.get("prompt_logprobs", 0) if self.form == "vllm" else 0

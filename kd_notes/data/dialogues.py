@@ -6,6 +6,7 @@
 __all__ = ['PLAIN_TEMPLATE', 'prompt_ids', 'encode_row', 'load_prompts']
 
 # %% ../../nbs/4_probabilities/06_dialogues.ipynb #a7fb6200
+import warnings
 from functools import lru_cache
 from typing import Any
 
@@ -121,10 +122,12 @@ def prompt_ids(
     messages = list(prompt)
     if system is not None and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": system})
+    template = chat_template_of(tokenizer)
+    warn_of_lost_header(tokenizer, template)
     try:
         return tokenizer.apply_chat_template(
             messages,
-            chat_template=chat_template_of(tokenizer),
+            chat_template=template,
             tokenize=True,
             add_generation_prompt=True,
             return_dict=False,
@@ -136,25 +139,63 @@ def prompt_ids(
             fix="Use the roles that the model knows.",
         ) from error
 
+# %% ../../nbs/4_probabilities/06_dialogues.ipynb #lost-2
+@lru_cache(maxsize=64)  # once for each tokenizer and template
+def warn_of_lost_header(tokenizer: Any, template: str) -> None:
+    "Warn of a template that writes a header before answers, but not for `add_generation_prompt`."
+    words = "KDNOTES"
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": words}]
+    written = []
+    for part, more in ((turns[:1], {"add_generation_prompt": True}), (turns[:1], {}), (turns, {})):
+        try:
+            text = tokenizer.apply_chat_template(
+                part, chat_template=template, tokenize=False, **more
+            )
+        except template_errors():
+            return
+        written.append(text)
+    asked, question, dialogue = written
+    header = dialogue.removeprefix(question).partition(words)[0]
+    if asked != question or not dialogue.startswith(question) or not header.strip():
+        return
+    warnings.warn(
+        f"The chat template ignores add_generation_prompt: {header!r} is written before answers in "
+        "a dialogue, but not where the model is to answer. Set tokenizer.chat_template to one that "
+        f"ends with {{% if add_generation_prompt %}}{{{{ {header!r} }}}}{{% endif %}}.",
+        stacklevel=3,
+    )
+
 # %% ../../nbs/4_probabilities/06_dialogues.ipynb #ea9e0f03
 def _begins_with_space(tokenizer) -> bool:
-    "Return True if the tokenizer puts a space before every text, as Llama 2's does."
+    "Return True if the tokenizer puts a space before every text, as Llama 2's and RoBERTa's do."
     first = tokenizer.convert_ids_to_tokens(tokenizer.encode("a", add_special_tokens=False)[:1])
-    return bool(first) and first[0].startswith("\u2581")  # SentencePiece's sign for a space
+    return bool(first) and first[0].startswith(("\u2581", "\u0120"))  # signs for a space
 
 
-def own_space(tokenizer, completion: str) -> int:
-    """Return 1 if the tokenizer's own space takes the place of the completion's first, else 0.
+def seam(row: TextRow, tokenizer, family: str = "causal") -> tuple[str, int, int]:
+    """Return the text to encode for a completion, and how many tokens and characters to drop of it.
 
-    SentencePiece's tokenizers would write both, and the text would have two.
+    A tokenizer that puts a space before every text would write one between "the c" and "at". So a
+    character is encoded in front and dropped again. A completion's own space becomes that space
+    (-1 character). For an encoder-decoder (family "t5") the completion is a text of its own.
     """
-    return int(completion.startswith(" ") and _begins_with_space(tokenizer))
+    text = row.completion
+    if not _begins_with_space(tokenizer):
+        return text, 0, 0
+    if text.startswith(" "):
+        return text[1:], 0, -1
+    for mark in ("\n", ":", "=") if family == "causal" and isinstance(row.prompt, str) else ():
+        head = tokenizer.encode(mark, add_special_tokens=False)
+        both = tokenizer.encode(mark + text, add_special_tokens=False)
+        if row.prompt and head and both[: len(head)] == head != both:
+            return mark + text, len(head), 1
+    return text, 0, 0
 
 
-def completion_ids(row: TextRow, tokenizer) -> list[int]:
+def completion_ids(row: TextRow, tokenizer, family: str = "causal") -> list[int]:
     "Return the ids of a row's completion, without an end token."
-    text = row.completion[own_space(tokenizer, row.completion) :]
-    return tokenizer.encode(text, add_special_tokens=False)
+    text, tokens, _ = seam(row, tokenizer, family)
+    return tokenizer.encode(text, add_special_tokens=False)[tokens:]
 
 
 def is_encoded(row: Any) -> bool:
@@ -194,7 +235,7 @@ def encode_row(
             where=place,
             fix="Shorten it or drop the row; raise max_length if the models' contexts allow.",
         )
-    completion = completion_ids(row, tokenizer)
+    completion = completion_ids(row, tokenizer, family)
     if row.whole:
         completion.append(last)
     room = max_length - len(prompt) if max_length else len(completion)

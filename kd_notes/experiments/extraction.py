@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/3_reasons/05_extraction.ipynb #extr-imp
 import math
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,13 +24,14 @@ from ..data.examples import Example, example_from_row, load_jsonl, TaskInfo, TAS
 from ..data.task_file import own_example, own_task, OwnTask, task_examples
 from ..evaluation.task_scores import task_score
 from .stepwise import info_of, task_split, teacher_file
-from ..generation.backends import Backend, open_backend
+from ..generation.backends import Backend, open_backend, remember_answered
 from kd_notes.generation.completions import (
     AnswerFile,
     Decoding,
     manifest_path,
     prompt_hash,
     stream_jsonl,
+    WITHOUT_ANSWER,
 )
 from kd_notes.methods.rationales import (
     check_examples,
@@ -133,6 +135,16 @@ def _student_place(task: str | OwnTask, split: str, source: Path | str | None) -
     return teacher_file(task, split)
 
 
+def _told(outcomes: Counter) -> dict:
+    "Return the outcomes, and say on the terminal how many rows a server left without an answer."
+    if left := outcomes["unanswered"]:
+        words = (
+            f"{left} of {outcomes.total()} rows have no answer: the server failed at every attempt."
+        )
+        print(f"{words} The same call asks for them again.", file=sys.stderr, flush=True)
+    return dict(outcomes)
+
+
 def _score(info: TaskInfo, examples: Sequence[Example], rows: Sequence[Mapping]) -> dict:
     """Count the outcomes of the completions and return the share of correct labels.
 
@@ -142,7 +154,7 @@ def _score(info: TaskInfo, examples: Sequence[Example], rows: Sequence[Mapping])
     known = [row for row in rows if row["id"] in gold]
     right = [is_correct(info.metric, row["label"], gold[row["id"]]) for row in known]
     found = {
-        "outcomes": dict(Counter(row["outcome"] for row in rows)),
+        "outcomes": _told(Counter(row["outcome"] for row in rows)),
         "accuracy": accuracy(right) if right else None,
     }
     if known and isinstance(info, OwnTask):
@@ -169,6 +181,7 @@ class Tally:
 
     def __init__(self):
         self.prompts: dict[int, int] = {}  # of each row (id and sample): its prompt's hash
+        self.refused: set[int] = set()  # rows without an answer
         self.outcomes: Counter = Counter()
         self.sums = {"seconds": 0.0, "prompt_tokens": 0, "completion_tokens": 0}
 
@@ -179,7 +192,10 @@ class Tally:
         return key in self.prompts
 
     def append(self, row: dict) -> None:
-        self.prompts[row_key(row["id"], row.get("sample", 0))] = int(row["prompt_hash"], 16)
+        key = row_key(row["id"], row.get("sample", 0))
+        self.prompts[key] = int(row["prompt_hash"], 16)
+        if row["outcome"] in WITHOUT_ANSWER:
+            self.refused.add(key)
         self.outcomes[row["outcome"]] += 1
         for name in self.sums:
             self.sums[name] += row[name]
@@ -247,6 +263,10 @@ def _extract_window(part, seen, answers, backend, decoding, prompt, bar) -> None
         for name, text in prompts.items()
         if any(row_key(name, sample) not in answers.rows for sample in range(decoding.n))
     ]
+    keys = ((name, row_key(name, 0)) for name in prompts)
+    tally = answers.rows
+    there = (name for name, key in keys if key in tally and key not in tally.refused)
+    remember_answered(backend, prompts, there)
     with _burst(answers) as keep:
         for completion in backend.generate(todo, spoken(backend, decoding)) if todo else ():
             name = completion.id
@@ -381,7 +401,7 @@ class _Asked:
         how = {"task": self.info.name, "prompt": self.prompt, "total": self.count(limit)}
         tally = extract_stream(self.examples(limit), backend, decoding, place, **how)
         share = _share_of_right(self.examples(limit), self.info, place)
-        outcomes = dict(tally.outcomes)
+        outcomes = _told(tally.outcomes)
         return {"file": str(place), "rows": len(tally), "outcomes": outcomes, "accuracy": share}
 
 # %% ../../nbs/3_reasons/05_extraction.ipynb #2c0ab841

@@ -9,7 +9,7 @@ __all__ = ['SPECS', 'LocalBackend', 'ReplayBackend', 'open_backend']
 import inspect
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -56,6 +56,15 @@ class Backend(Protocol):
     ) -> Iterator[Completion]:
         "Yield completions as they finish, in any order."
         ...
+
+
+def remember_answered(
+    backend: Backend, prompts: Mapping[str, str], answered: Iterable[str]
+) -> None:
+    "Tell the back end of a server one request with an answer: it is asked again when others fail."
+    name = next((name for name in answered if name in prompts), None)
+    if name is not None and hasattr(backend, "remember"):
+        backend.remember(name, prompts[name])
 
 # %% ../../nbs/7_engine_room/19_backends.ipynb #59348e4f
 def check_model(model) -> None:

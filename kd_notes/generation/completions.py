@@ -6,6 +6,7 @@
 __all__ = ['Decoding']
 
 # %% ../../nbs/7_engine_room/09_completions.ipynb #comp-03
+import os
 import re
 import time
 from codecs import BOM_UTF8
@@ -21,6 +22,7 @@ from kd_notes.core import (
     _jsonl_row,
     append_jsonl,
     cache_dir,
+    disk_error,
     folder_lock,
     read_json,
     sha256_text,
@@ -87,6 +89,9 @@ class Decoding(SamplingParams):
         require(all(stop), "stop", stop, "a tuple of texts that are not empty")
 
 # %% ../../nbs/7_engine_room/09_completions.ipynb #comp-12
+WITHOUT_ANSWER = ("refused", "unanswered")  # by a server that will not, or that failed
+
+
 @dataclass(frozen=True)
 class Completion:
     "One continuation of one prompt."
@@ -95,11 +100,11 @@ class Completion:
     text: str  # without the stop text, special tokens and thoughts
     prompt_tokens: int
     completion_tokens: int  # tokens that the teacher generated, with the end token
-    finish: str  # "stop": ended; "length": cut at max_new_tokens; "refused"
+    finish: str  # "stop": ended; "length": cut at max_new_tokens; "refused"; "unanswered"
     seconds: float  # share of the computing time (local), or time until the server answered
     logprob: float | None = None  # natural log of the probability of all tokens, if asked for
     sample: int = 0  # 0 ... n-1
-    error: str | None = None  # why it was refused
+    error: str | None = None  # why there is no answer
 
 # %% ../../nbs/7_engine_room/09_completions.ipynb #comp-13
 def check_requests(requests: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
@@ -280,6 +285,26 @@ def stream_jsonl(path: Path | str) -> Iterator[dict]:
     except OSError as e:
         raise UserError(f"the file cannot be read ({e.strerror})", where=path) from e
 
+# %% ../../nbs/7_engine_room/09_completions.ipynb #a8f4e71f
+def drop_unanswered(path: Path) -> None:
+    "Remove the rows that a server failed to answer from a file of answers, line by line."
+    failed = b'"finish": "unanswered"'  # in a text the quotation marks have backslashes
+    with open(path, "rb") as file:
+        if not any(failed in line for line in file):
+            return
+        file.seek(0)
+        spare = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            with open(spare, "wb") as kept:
+                kept.writelines(line for line in file if failed not in line)
+                kept.flush()
+                os.fsync(kept.fileno())
+            os.replace(spare, path)
+        except OSError as e:
+            raise disk_error(e, path) from e
+        finally:
+            spare.unlink(missing_ok=True)
+
 # %% ../../nbs/7_engine_room/09_completions.ipynb #65c31e8a
 def texts_of(
     write: Callable,  # the teacher: prompts -> texts
@@ -345,6 +370,7 @@ class AnswerFile(Answers):
             self.manifest.read()
             if self.path.exists():
                 append_jsonl(self.path, [])  # repairs a half-written last line
+                drop_unanswered(self.path)  # they are asked for again
                 for row in stream_jsonl(self.path):
                     self.rows.append(row)
             yield self

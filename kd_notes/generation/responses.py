@@ -7,7 +7,11 @@ __all__ = []
 
 # %% ../../nbs/7_engine_room/09b_responses.ipynb #17e79c51
 import json
+import re
+import time
+from collections.abc import Mapping
 from contextlib import suppress
+from email.utils import parsedate_to_datetime
 from typing import Any
 
 from kd_notes.generation.completions import (
@@ -118,3 +122,110 @@ def completion_of(answer: dict, job: tuple, decoding: Decoding, seconds: float) 
     elif stopped:
         finish = "stop"
     return Completion(name, text, prompt_tokens, tokens, finish, seconds, None, sample, error)
+
+# %% ../../nbs/7_engine_room/09b_responses.ipynb #serv-15
+_LONGEST_WAIT = 120  # seconds; the client does not wait longer
+_CONCERNS_THE_SERVER = (401, 402, 404, 405)
+_NO_SUCH_THING = (501, 505, 511)  # of the 5xx, those that another attempt does not change
+_CONCERNS_THE_REQUEST = (
+    "content_filter", "content_policy", "moderation", "context_length", "context length",
+    "context size", "context window", "max_new_tokens` must be", "too long", "token count exceeds",
+)  # fmt: skip
+_QUOTA_IS_SPENT = ("insufficient_quota", "billing", "quota_exceeded", "credit")
+
+
+class NoAnswer(Exception):
+    "A request without an answer: reason, status, and whether server or request caused it."
+
+    def __init__(self, reason: str, status: int = 0, concerns: str = "either", attempts: int = 1):
+        super().__init__(reason)
+        self.reason = reason
+        self.status = status  # 0: no response
+        self.concerns = concerns  # "server", "request" or "either"
+        self.attempts = attempts
+
+    @property
+    def lasting(self) -> bool:
+        "True if the server refused what it was asked; False if it failed, and may answer later."
+        return 400 <= self.status < 500 and self.status not in (408, 409, 429)
+
+# %% ../../nbs/7_engine_room/09b_responses.ipynb #4c1be2b5
+def _words(response: Any) -> str:
+    "Return the server's message about a failure, or its raw response."
+    try:
+        body = response.json()
+        error = (body[0] if isinstance(body, list) else body)["error"]
+        message = error.get("message") or response.text if isinstance(error, dict) else error
+    except (ValueError, LookupError, TypeError):
+        message = re.sub(r"(?s)<(style|script)\b.*?</\1>|<[^<>]*>", " ", response.text)  # of a page
+    return " ".join(str(message).split())
+
+
+def _cause(error: BaseException) -> str:
+    "Return what the network said, such as 'Connection refused'."
+    while error.__cause__ or error.__context__:
+        error = error.__cause__ or error.__context__
+    return " ".join(str(error).split())
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} hours" if seconds >= 3600 else f"{seconds / 60:.0f} minutes"
+
+
+def wait_of(headers: Mapping[str, str]) -> float:
+    "Return the seconds to wait before the next request, or 0 if the server does not say."
+    for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
+        with suppress(KeyError, ValueError):
+            seconds = float(headers[name]) * unit
+            return seconds if 0 < seconds < 1e9 else 0.0
+    with suppress(KeyError, ValueError, TypeError):
+        date = parsedate_to_datetime(headers["retry-after"])
+        return max(0.0, date.timestamp() - time.time())
+    return 0.0
+
+
+def is_spent(text: str) -> bool:
+    "Return True if a response says that a quota is used up, so that waiting does not help."
+    return any(word in text for word in _QUOTA_IS_SPENT)
+
+
+def _attempts(error: Exception) -> int:
+    "Return how often the client asked before it gave up."
+    headers = getattr(getattr(error, "request", None), "headers", {})
+    return int(headers.get("x-stainless-retry-count", 0)) + 1
+
+# %% ../../nbs/7_engine_room/09b_responses.ipynb #792d5165
+def no_answer(error: Exception) -> NoAnswer:
+    "Convert an error of the `openai` client to NoAnswer."
+    import openai
+
+    tried = _attempts(error)
+    if isinstance(error, (openai.APITimeoutError, TimeoutError)):
+        return NoAnswer("no answer in time", attempts=tried)
+    if not isinstance(error, openai.APIStatusError):
+        unreached = isinstance(error, openai.APIConnectionError)
+        words = " ".join(str(error).split()) or type(error).__name__
+        if unreached:
+            words += f" {_cause(error)}"
+        # The server hung up at every attempt: it may be the request that it cannot take.
+        hung_up = type(error.__cause__).__name__ in ("ReadError", "RemoteProtocolError")
+        dropped = hung_up and tried > 1
+        return NoAnswer(
+            words, concerns="server" if unreached and not dropped else "either", attempts=tried
+        )
+    response = error.response
+    status = response.status_code
+    hidden = response.extensions.get("hidden_status")
+    title = "HTTP 200 without an answer" if hidden else f"HTTP {status}"
+    reason = f"{title}: {_words(response)}"[:300]
+    concerns = "either"
+    if (wait := wait_of(response.headers)) > _LONGEST_WAIT:
+        reason += f"; it wants to be asked again in {_duration(wait)}"
+        concerns = "server"
+    elif status in _CONCERNS_THE_SERVER or status == 429 and is_spent(response.text):
+        concerns = "server"
+    elif 429 != status < 500 and any(
+        word in response.text.casefold() for word in _CONCERNS_THE_REQUEST
+    ):
+        concerns = "request"
+    return NoAnswer(reason, status, concerns, tried)

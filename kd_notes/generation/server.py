@@ -15,7 +15,6 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from email.utils import parsedate_to_datetime
 from queue import SimpleQueue
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
@@ -23,103 +22,16 @@ from urllib.parse import parse_qsl, urlsplit
 from ..checks import check_count
 from ..core import rng, UserError
 from .completions import check_requests, Completion, Decoding
-from .responses import completion_of, hidden_status
-
-# %% ../../nbs/7_engine_room/10_server.ipynb #serv-15
-_LONGEST_WAIT = 120  # seconds; the client does not wait longer
-_CONCERNS_THE_SERVER = (401, 402, 404, 405, 429)
-_CRASHED = (500, 502)  # of a server that responds: an error of its own, or of the model behind it
-_NO_SUCH_THING = (501, 505, 511)  # of the 5xx, those that another attempt does not change
-_CONCERNS_THE_REQUEST = (
-    "content_filter", "content_policy", "moderation", "context_length", "context length",
-    "context size", "context window", "max_new_tokens` must be", "too long", "token count exceeds",
-)  # fmt: skip
-_QUOTA_IS_SPENT = ("insufficient_quota", "billing", "quota_exceeded", "credit")
-
-
-class NoAnswer(Exception):
-    "A request without an answer: reason, status, and whether server or request caused it."
-
-    def __init__(self, reason: str, status: int = 0, concerns: str = "either", attempts: int = 1):
-        super().__init__(reason)
-        self.reason = reason
-        self.status = status  # 0: no response
-        self.concerns = concerns  # "server", "request" or "either"
-        self.attempts = attempts
-
-# %% ../../nbs/7_engine_room/10_server.ipynb #4c1be2b5
-def _words(response: Any) -> str:
-    "Return the server's message about a failure, or its raw response."
-    try:
-        body = response.json()
-        error = (body[0] if isinstance(body, list) else body)["error"]
-        message = error.get("message") or response.text if isinstance(error, dict) else error
-    except (ValueError, LookupError, TypeError):
-        message = re.sub(r"(?s)<(style|script)\b.*?</\1>|<[^<>]*>", " ", response.text)  # of a page
-    return " ".join(str(message).split())
-
-
-def _cause(error: BaseException) -> str:
-    "Return what the network said, such as 'Connection refused'."
-    while error.__cause__ or error.__context__:
-        error = error.__cause__ or error.__context__
-    return " ".join(str(error).split())
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds / 3600:.1f} hours" if seconds >= 3600 else f"{seconds / 60:.0f} minutes"
-
-
-def wait_of(headers: Mapping[str, str]) -> float:
-    "Return the seconds to wait before the next request, or 0 if the server does not say."
-    for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
-        with suppress(KeyError, ValueError):
-            seconds = float(headers[name]) * unit
-            return seconds if 0 < seconds < 1e9 else 0.0
-    with suppress(KeyError, ValueError, TypeError):
-        date = parsedate_to_datetime(headers["retry-after"])
-        return max(0.0, date.timestamp() - time.time())
-    return 0.0
-
-
-def _attempts(error: Exception) -> int:
-    "Return how often the client asked before it gave up."
-    headers = getattr(getattr(error, "request", None), "headers", {})
-    return int(headers.get("x-stainless-retry-count", 0)) + 1
-
-# %% ../../nbs/7_engine_room/10_server.ipynb #792d5165
-def no_answer(error: Exception) -> NoAnswer:
-    "Convert an error of the `openai` client to NoAnswer."
-    import openai
-
-    tried = _attempts(error)
-    if isinstance(error, (openai.APITimeoutError, TimeoutError)):
-        return NoAnswer("no answer in time", attempts=tried)
-    if not isinstance(error, openai.APIStatusError):
-        unreached = isinstance(error, openai.APIConnectionError)
-        words = " ".join(str(error).split()) or type(error).__name__
-        if unreached:
-            words += f" {_cause(error)}"
-        # The server hung up at every attempt: it may be the request that it cannot take.
-        hung_up = type(error.__cause__).__name__ in ("ReadError", "RemoteProtocolError")
-        dropped = hung_up and tried > 1
-        return NoAnswer(
-            words, concerns="server" if unreached and not dropped else "either", attempts=tried
-        )
-    response = error.response
-    status = response.status_code
-    hidden = response.extensions.get("hidden_status")
-    title = "HTTP 200 without an answer" if hidden else f"HTTP {status}"
-    reason = f"{title}: {_words(response)}"[:300]
-    concerns = "either"
-    if (wait := wait_of(response.headers)) > _LONGEST_WAIT:
-        reason += f"; it wants to be asked again in {_duration(wait)}"
-        concerns = "server"
-    elif status in _CONCERNS_THE_SERVER:
-        concerns = "server"
-    elif status < 500 and any(word in response.text.casefold() for word in _CONCERNS_THE_REQUEST):
-        concerns = "request"
-    return NoAnswer(reason, status, concerns, tried)
+from kd_notes.generation.responses import (
+    _LONGEST_WAIT,
+    _NO_SUCH_THING,
+    completion_of,
+    hidden_status,
+    is_spent,
+    no_answer,
+    NoAnswer,
+    wait_of,
+)
 
 # %% ../../nbs/7_engine_room/10_server.ipynb #serv-17
 class _Hooks:
@@ -141,8 +53,8 @@ class _Hooks:
             if status := hidden_status(response.content):
                 response.extensions["hidden_status"] = True
                 response.status_code = status
-        spent = any(word in response.text for word in _QUOTA_IS_SPENT)
-        if response.status_code in _NO_SUCH_THING or response.status_code == 429 and spent:
+        spent = response.status_code == 429 and is_spent(response.text)
+        if response.status_code in _NO_SUCH_THING or spent:
             response.headers["x-should-retry"] = "false"  # the client reads this header
         if 10 < (wait := wait_of(response.headers)) <= _LONGEST_WAIT:
             print(
@@ -152,6 +64,13 @@ class _Hooks:
 # %% ../../nbs/7_engine_room/10_server.ipynb #serv-34
 class _Connection:
     "The communication of `OpenAIBackend` with its server."
+
+    GREETING: str | None = "Hello"  # what it is asked when no answer is known
+    answered: tuple | None = None  # the last job with an answer
+
+    def remember(self, name: str, prompt: str) -> None:
+        "Name a request with an answer: it is asked again to find out whether the server is well."
+        self.answered = (name, 0, prompt)
 
     def client(self) -> Any:
         "Return the client for one call of `generate`; nothing else stores the key."
@@ -255,8 +174,7 @@ class _Reports:
             "lists those that are served. A server without /completions wants openai-chat:.",
         }
         again = "Answers received so far are kept: start the same command again."
-        refused = 400 <= trouble.status < 500 and trouble.status not in (408, 409, 429)
-        if refused:
+        if trouble.lasting:
             what = f"the server refused the request ({trouble.reason})"
             fix = "Change the prompt or the decoding so that the server accepts them. A parameter "
             fix += "that it does not know is renamed by limit_name or removed by parameters."
@@ -374,50 +292,54 @@ class OpenAIBackend(_Connection, _Reports):
 class _Ledger:
     "The state of the requests of one call of `generate`."
 
-    PATIENCE = 3  # this many failures in a row end the work
-    REFUSALS = 20  # or this many requests that cannot be answered before the first answer
+    PATIENCE = 3  # after this many failures in a row the server is examined
+    REFUSALS = 20  # this many requests without an answer before the first one end the work
 
     def __init__(self, backend: OpenAIBackend):
         self.backend = backend
         self.results: SimpleQueue = SimpleQueue()
         self.answered = 0
         self.refused = 0
+        self.patience = self.PATIENCE
         self.set_aside: list[tuple] = []  # (job, NoAnswer) since the last answer
         self.failure: UserError | None = None
 
-    def answer(self, completion: Completion) -> None:
+    def answer(self, job: tuple, completion: Completion) -> None:
         "Store an answer. The server works, so earlier failures were the requests' own."
         self.answered += 1
+        self.backend.answered = job
+        self.patience = self.PATIENCE
+        self.release()
+        self.results.put(completion)
+
+    def release(self) -> None:
+        "Make outcomes of the requests that were set aside: the server is well."
         for job, trouble in self.set_aside:
             self.refuse(job, trouble)
         self.set_aside.clear()
-        self.results.put(completion)
 
     def refuse(self, job: tuple, trouble: NoAnswer) -> None:
         name, sample, _ = job
         self.refused += 1
         error = self.backend.hide_key(trouble.reason)
-        self.results.put(Completion(name, "", 0, 0, "refused", 0.0, None, sample, error))
+        finish = "refused" if trouble.lasting else "unanswered"
+        self.results.put(Completion(name, "", 0, 0, finish, 0.0, None, sample, error))
 
-    def fail(self, job: tuple, trouble: NoAnswer) -> None:
-        "Record a request without an answer."
-        refused_by_a_server_that_answers = 400 <= trouble.status < 500 and self.answered
-        own = trouble.concerns == "request" and (self.answered or self.refused < self.REFUSALS)
-        if own or refused_by_a_server_that_answers:
+    def fail(self, job: tuple, trouble: NoAnswer) -> bool:
+        "Record a request without an answer. True: the server is to be examined."
+        own = trouble.concerns == "request"
+        if own and (self.answered or self.refused < self.REFUSALS):
             self.refuse(job, trouble)
-            return
+            return False
         self.set_aside.append((job, trouble))
-        if trouble.concerns == "server" or len(self.set_aside) >= self.PATIENCE:
-            self.end()
+        if trouble.concerns == "server":
+            self.give_up(trouble)
+        return len(self.set_aside) >= self.patience
 
-    def end(self) -> None:
-        "Turn the last failure without a later answer into the error of the whole work."
-        if self.answered and all(t.status in _CRASHED for _, t in self.set_aside):
-            # It answered others and answers still: these requests are more than it can take.
-            while self.set_aside and len(self.set_aside) < self.PATIENCE:
-                self.refuse(*self.set_aside.pop())
+    def give_up(self, trouble: NoAnswer) -> None:
+        "End the work. Requests that were set aside have no outcome: the next call asks for them."
         if self.set_aside and not self.failure:
-            (name, *_), trouble = self.set_aside[-1]
+            (name, *_), _ = self.set_aside[-1]
             self.failure = self.backend.error(trouble, f", request {name}")
 
 # %% ../../nbs/7_engine_room/10_server.ipynb #serv-21
@@ -429,6 +351,7 @@ class _Session:
         self.jobs = iter(jobs)
         self.decoding = decoding
         self.ledger = _Ledger(backend)
+        self.examining = asyncio.Lock()
         self.loop = asyncio.new_event_loop()
         self.task = self.loop.create_task(self._ask_all())
 
@@ -462,16 +385,17 @@ class _Session:
                 for worker in workers:
                     worker.cancel()
                 await asyncio.gather(*workers, return_exceptions=True)
-        self.ledger.end()
+            await examine(self, client, last=True)
 
     async def _worker(self, client: Any) -> None:
         for job in self.jobs:
             if self.ledger.failure:
                 return
             try:
-                self.ledger.answer(await self.backend.ask(client, job, self.decoding))
+                self.ledger.answer(job, await self.backend.ask(client, job, self.decoding))
             except NoAnswer as trouble:
-                self.ledger.fail(job, trouble)
+                if self.ledger.fail(job, trouble):
+                    await examine(self, client)
 
 # %% ../../nbs/7_engine_room/10_server.ipynb #serv-39
 @contextmanager
@@ -497,3 +421,28 @@ async def until_done(workers: list[asyncio.Task], ledger: _Ledger) -> None:
             return
         for worker in done:
             worker.result()  # raises the worker's error
+
+# %% ../../nbs/7_engine_room/10_server.ipynb #serv-41
+async def examine(session: _Session, client: Any, last: bool = False) -> None:
+    """Find out whether requests or the server failed, by a request that was answered before.
+
+    Without one, a greeting buys patience, but no request gets an outcome before the first answer.
+    """
+    ledger, known = session.ledger, session.backend.answered
+    async with session.examining:  # the other workers wait
+        waiting = len(ledger.set_aside)
+        if ledger.failure or not waiting or waiting < ledger.patience and not last:
+            return
+        probe = known or ("greeting", 0, session.backend.GREETING)
+        if probe[2] is None or not known and (last or waiting >= ledger.REFUSALS):
+            ledger.give_up(ledger.set_aside[-1][1])
+            return
+        try:
+            await session.backend.ask(client, probe, session.decoding)
+        except NoAnswer as trouble:
+            ledger.give_up(trouble)
+            return
+        if known or ledger.answered:
+            ledger.release()
+        else:
+            ledger.patience = ledger.REFUSALS

@@ -16,7 +16,8 @@ from typing import Any
 
 from ..core import UserError
 from .completions import check_requests, Completion, Decoding
-from .server import _Ledger, NoAnswer, OpenAIBackend, running, _Session
+from .responses import NoAnswer
+from .server import _Ledger, _Session, examine, OpenAIBackend, running
 
 # %% ../../nbs/7_engine_room/10b_server_pool.ipynb #c28c2c1c
 class _WorkList:
@@ -61,12 +62,15 @@ class _PoolLedger(_Ledger):
         super().__init__(backend)
         self.results = work
 
-    def end(self) -> None:
-        super().end()
-        if self.failure:
-            for job, _ in self.set_aside:
-                self.results.put_back(job)
-            self.set_aside.clear()
+    def give_up(self, trouble: NoAnswer) -> None:
+        super().give_up(trouble)
+        self.hand_back()
+
+    def hand_back(self) -> None:
+        "Leave the jobs that were set aside to the other servers."
+        for job, _ in self.set_aside:
+            self.results.put_back(job)
+        self.set_aside.clear()
 
 # %% ../../nbs/7_engine_room/10b_server_pool.ipynb #b1cfcde3
 class _PoolSession(_Session):
@@ -85,28 +89,37 @@ class _PoolSession(_Session):
                 return
             if job is None:  # others are still waiting for answers
                 if self.ledger.set_aside and not self.busy:
-                    self.ledger.end()
+                    await examine(self, client, last=True)
                 await asyncio.sleep(0.02)
                 continue
             self.busy += 1
+            due = False
             try:
                 completion = await self.backend.ask(client, job, self.decoding)
             except NoAnswer as trouble:
-                self._failed(job, trouble)
+                due = self._failed(job, trouble)
             except BaseException:
                 self.work.put_back(job)
                 raise
             else:
-                self.ledger.answer(completion)
+                self.ledger.answer(job, completion)
             finally:
                 self.busy -= 1
+            if due:
+                await examine(self, client)
 
-    def _failed(self, job: tuple, trouble: NoAnswer) -> None:
+    def _failed(self, job: tuple, trouble: NoAnswer) -> bool:
         "Record a failure; that of a server which has given up says nothing about the job."
-        if self.ledger.failure:
-            self.work.put_back(job)
-        else:
-            self.ledger.fail(job, trouble)
+        if not self.ledger.failure:
+            return self.ledger.fail(job, trouble)
+        self.work.put_back(job)
+        return False
+
+    def _work(self) -> None:
+        try:
+            super()._work()
+        finally:
+            self.ledger.hand_back()  # after a failure of another kind
 
 # %% ../../nbs/7_engine_room/10b_server_pool.ipynb #d38b1df4
 def say_who_left(sessions: list, said: set[int], running: int) -> None:
@@ -134,6 +147,11 @@ class ServerPool:
             raise UserError("a server is named twice", where="servers", fix=fix)
         self.name = self.servers[0].name
         self.chat = self.servers[0].chat
+
+    def remember(self, name: str, prompt: str) -> None:
+        "Name a request with an answer, see `OpenAIBackend`."
+        for one in self.servers:
+            one.remember(name, prompt)
 
     def describe(self) -> dict:
         "Return the fields of a manifest; servers may come and go."

@@ -21,13 +21,14 @@ from ..core import rng, UserError
 from ..data.answers import equation_value, EquationError
 from ..data.examples import Example, task_info, TaskInfo
 from ..data.numbers import meant_label, without_markup, written_number
-from ..generation.backends import Backend
+from ..generation.backends import Backend, remember_answered
 from kd_notes.generation.completions import (
     AnswerFile,
     Completion,
     completion_row,
     Decoding,
     prompt_hash,
+    WITHOUT_ANSWER,
     without_thoughts,
 )
 from ..progress import progress
@@ -141,7 +142,7 @@ def few_shot(
     return Prompt(HEADERS.get(info.name, "") if header is None else header, tuple(shots))
 
 # %% ../../nbs/3_reasons/01_rationales.ipynb #1218e754
-OUTCOMES = ("ok", "no_rationale", "no_label", "label_not_allowed", "truncated", "refused")
+OUTCOMES = ("ok", "no_rationale", "no_label", "label_not_allowed", "truncated", *WITHOUT_ANSWER)
 
 
 @dataclass(frozen=True)
@@ -255,14 +256,14 @@ def _own_part(text: str) -> tuple[str, bool]:
 
 def parse_completion(
     text: str,
-    finish: str = "stop",  # "length": the text was cut at the limit; "refused"
+    finish: str = "stop",  # "length": the text was cut at the limit; "refused"; "unanswered"
     *,
     labels: Sequence[str] | None = None,
     metric: str = "exact",
 ) -> Parsed:
     "Parse a teacher's text after `format_question`: outcome, rationale and label."
-    if finish == "refused":
-        return Parsed("refused", "", "")
+    if finish in WITHOUT_ANSWER:
+        return Parsed(finish, "", "")
     text, ended = _own_part(without_thoughts(text).lstrip())
     closed = labels is not None or metric == "equation"
     reads = partial(clean_label, labels=labels, metric=metric) if closed else None
@@ -367,6 +368,8 @@ def extract(
             before = len(have)
             label = desc + (f" ({before} there already)" if before else "")
             wanted = len(prompts) * decoding.n - before
+            there = (row["id"] for row in answers.rows if row["outcome"] not in WITHOUT_ANSWER)
+            remember_answered(backend, prompts, there)
             with answers.session(), progress(total=wanted, desc=label, unit="row") as bar:
                 for completion in backend.generate(todo, spoken(backend, decoding)):
                     name = completion.id

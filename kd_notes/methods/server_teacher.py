@@ -20,7 +20,8 @@ from torch import Tensor
 from ..checks import check_arguments, check_count
 from ..core import read_json, UserError, write_json
 from ..generation.completions import Completion
-from ..generation.server import another_form, key_of, NoAnswer, OpenAIBackend, _Session
+from ..generation.responses import NoAnswer
+from ..generation.server import _Session, another_form, key_of, OpenAIBackend
 from ..losses.cross_tokenizer import _PROBE
 from ..losses.divergences import IGNORED
 from ..models.pretrained import vocabulary_size
@@ -112,6 +113,8 @@ def reencoded(name: str, what: str) -> UserError:
 # %% ../../nbs/4_probabilities/12b_server_teacher.ipynb #2983961a
 class LogprobServer(OpenAIBackend):
     "A server that is asked for the k most probable tokens of given ids, not for text."
+
+    GREETING = None  # its probe is answered before any row is asked for
 
     def __init__(
         self,

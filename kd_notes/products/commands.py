@@ -300,7 +300,9 @@ def predict_command(
 def evaluate_command(
     model: ModelOption,
     data: RowsOption,
-    out: Annotated[Path | None, typer.Option(help="JSON file for the scores.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "--output", help="JSON file for the scores.")
+    ] = None,
     task: TaskOption = None,
     batch_size: BatchOption = 32,
     max_new_tokens: TokensOption = None,

@@ -22,7 +22,7 @@ from ..data.task_file import own_task, OwnTask, task_examples
 from ..evaluation.task_scores import read_answer, task_score
 from ..generation.completions import AnswerFile, prompt_hash, unanswered
 from ..methods.step_by_step import predict
-from ..models.pretrained import context_of, load_pretrained
+from ..models.pretrained import context_of, load_pretrained, resolve_model
 from .classifiers import classify_rows, is_classifier, score_classifier
 from .request import shown_name, weights_identity
 
@@ -80,6 +80,8 @@ def load_student(
     file = Path(spec) / STUDENT_FILE
     known = read_json(file) if file.is_file() else {}
     if task is None and not known:
+        if str(spec) != "smollm2":
+            resolve_model(spec)  # raises if it is not there
         fix = "Give one: a task file such as task.toml."
         raise UserError(
             "this model does not say which task it was trained for", where=spec, fix=fix

@@ -14,6 +14,7 @@ from kd_notes.methods.gkd import GKD, GKDConfig, Part, top_k_logits
 from kd_notes.methods.health import (
     ALARMS,
     health_alarms,
+    entropy_sum,
     health_sums,
     own_prefixes,
     prefix_health,
@@ -349,6 +350,17 @@ def test_health_is_of_prefixes_that_the_student_wrote():
     sums = health_sums(logits, logits, columns)
     assert sums["overlap"] == 4  # tokens, all with the same top k
     assert "overlap" not in health_sums(logits, None, columns)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [0, 1, 8, 21])
+def test_entropy_a_few_rows_at_a_time_is_that_of_all_rows(rows, dtype):
+    generator = torch.Generator().manual_seed(rows)
+    logits = (4 * torch.randn(rows, 50, generator=generator)).to(dtype)
+    logits[:, 7] = -torch.inf  # a token that a sampler rules out
+    probabilities = logits.double().softmax(-1)
+    wanted = torch.special.entr(probabilities).sum()
+    torch.testing.assert_close(entropy_sum(logits).double(), wanted, atol=1e-5, rtol=1e-5)
 
 
 def test_health_terms_change_no_gradient_even_where_the_teacher_rules_a_token_out():

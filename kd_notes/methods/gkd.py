@@ -260,9 +260,10 @@ class DivergenceOnPolicy(OnPolicy):
         self, part: Part, student: Tensor, teacher: Tensor | None, columns: dict[str, Tensor]
     ) -> Tensor:
         "Return the part at each token (n,), 0 at tokens of other sources."
-        about = slice(None)
+        about = slice(None)  # a view; a mask copies the logits
         if part.source != "any":
-            about = from_source(part.source, columns)[columns["row"]]
+            mask = from_source(part.source, columns)[columns["row"]]
+            about = about if mask.all() else mask
         ids = columns["target_ids"][about]
         logits = student[about]
         if part.divergence == "nll":
@@ -276,7 +277,7 @@ class DivergenceOnPolicy(OnPolicy):
         if self.config.ramp:
             rise = 0.5 * min(1.0, 2 * self.step / self.total_steps)
             values = values * (1 + rise if part.source == "student" else 1 - rise)
-        if part.source == "any":
+        if isinstance(about, slice):
             return values
         return values.new_zeros(len(columns["target_ids"])).index_put((about,), values)
 

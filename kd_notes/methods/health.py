@@ -20,6 +20,21 @@ def repeated_ngrams(tokens: Sequence[int], n: int = 4) -> float:
     grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
+# %% ../../nbs/5_own_words/01c_health.ipynb #health-entropy
+FEW = 8  # rows (of a large vocabulary) that stay in a processor's cache: ten times as fast
+
+
+@torch.no_grad()
+def entropy_sum(logits: Tensor) -> Tensor:
+    "Return the sum of the entropies of all rows (n, V), in nats."
+    total = torch.zeros((), device=logits.device)
+    for rows in map(at_least_float32, logits.split(FEW)):
+        probabilities = torch.softmax(rows, dim=-1)
+        normaliser = rows.amax(-1) - probabilities.amax(-1).log()  # logsumexp without a third pass
+        mean = torch.linalg.vecdot(probabilities, rows.clamp(min=-1e30))
+        total = total + (normaliser - mean).sum()
+    return total
+
 # %% ../../nbs/5_own_words/01c_health.ipynb #health-fn
 HEALTH_OF_RESPONSES = ("length", "repetition", "finished")
 HEALTH_OF_PREFIXES = ("overlap", "teacher_logprob", "teacher_agrees")
@@ -45,7 +60,8 @@ def prefix_health(student: Tensor, teacher: Tensor, ids: Tensor, k: int = 10) ->
     best = teacher.topk(k, dim=-1).indices
     shared = student.topk(k, dim=-1).indices[:, :, None] == best[:, None, :]
     logits = at_least_float32(teacher)
-    chosen = logits.gather(-1, ids[:, None])[:, 0] - logits.logsumexp(-1)
+    normaliser = torch.cat([rows.logsumexp(-1) for rows in logits.split(FEW)])
+    chosen = logits.gather(-1, ids[:, None])[:, 0] - normaliser
     return {
         "overlap": shared.any(-1).to(chosen.dtype).mean(-1),
         "teacher_logprob": chosen.clamp(min=LEAST_LOGPROB),
@@ -68,11 +84,10 @@ def health_sums(student: Tensor, teacher: Tensor | None, columns: dict[str, Tens
     Without the teacher's logits, the terms of prefixes are left out.
     """
     sums = {name: columns[name].sum() for name in HEALTH_OF_RESPONSES}
-    with torch.no_grad():
-        log_q = torch.log_softmax(at_least_float32(student), dim=-1)
-        sums["entropy"] = -(log_q.exp() * log_q.clamp(min=-1e30)).sum()
+    sums["entropy"] = entropy_sum(student)
     if teacher is not None:
         own = own_prefixes(columns)
+        own = slice(None) if own.all() else own  # a view; a mask copies the logits
         seen = prefix_health(student[own], teacher[own], columns["target_ids"][own])
         sums |= {name: values.sum() for name, values in seen.items()}
     return sums

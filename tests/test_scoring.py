@@ -11,8 +11,11 @@ from hypothesis import strategies as st
 
 from kd_notes.core import UserError
 from kd_notes.data.scoring import answer_sets, check_scores, quadratic_kappa, science_answers
+from kd_notes.experiments import scoring
 from kd_notes.experiments.scoring import (
     LABELS,
+    LayerScorer,
+    read_answers,
     Scoring,
     SCORING_ARMS,
     ScoringFeatures,
@@ -30,6 +33,7 @@ from kd_notes.methods.scoring import (
     Words,
     WordScorer,
 )
+from kd_notes.models.mini import load_mini_tokenizer, mini_model
 from kd_notes.runner.grid import ROW_LIMIT
 from kd_notes.training.loop import train
 from kd_notes.training.state import TrainConfig
@@ -406,3 +410,77 @@ def test_impossible_teachers_are_refused(settings, said):
     with pytest.raises(UserError, match=said):
         run = ScoringTeachers().parameters(**settings)
         ScoringTeachers().train(run, None)
+
+
+# --- a finetuned teacher ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny_body():
+    "The lower layers of a model that has more, as `lower_layers` gives them."
+    tokenizer = load_mini_tokenizer()
+    body = mini_model("causal", "s", len(tokenizer), seed=0).eval().model
+    assert body.config.num_hidden_layers > 2
+    body.layers, body.norm = body.layers[:2], torch.nn.Identity()
+    return body, tokenizer
+
+
+ASKED = [
+    {"prompt": "Question: Why is it warm in here?", "answer": "it is hot"},
+    {"prompt": "Why?", "answer": "so"},
+    {"prompt": "Why?", "answer": "because the sun is up"},
+]
+
+
+@pytest.mark.parametrize("trained", [1, 2])
+def test_an_untrained_upper_part_reads_an_answer_as_the_whole_model_does(tiny_body, trained):
+    body, tokenizer = tiny_body
+    torch.manual_seed(0)
+    scorer = LayerScorer(body, read_answers(body, tokenizer, ASKED, trained), LABELS).eval()
+    together = scorer(torch.tensor([[2, 9], [0, 9], [1, 9]]))
+    for place, logits in zip((2, 0, 1), together):
+        parts = (f"{ASKED[place]['prompt']}\nStudent answer:", f" {ASKED[place]['answer']}")
+        start, said = (tokenizer(part, return_tensors="pt").input_ids for part in parts)
+        states = body(torch.cat([start, said], 1), output_hidden_states=True).hidden_states[-1]
+        alone = scorer.head(states[:, start.shape[1] :].mean(1))
+        assert torch.allclose(alone[0], logits, atol=1e-4)
+
+
+def test_only_a_copy_of_the_upper_layers_learns(tiny_body):
+    body, tokenizer = tiny_body
+    before = {name: p.clone() for name, p in body.named_parameters()}
+    answers = read_answers(body, tokenizer, ASKED, 1)
+    scorer = LayerScorer(body, answers, LABELS)
+    assert len(scorer.body.layers) == 1 and len(body.layers) > 1
+    rows = [{"ids": [i], "score": i} for i in range(3)]
+    cfg = TrainConfig(max_steps=30, batch_size=3, lr=1e-3, device="cpu")
+    kept = [x.clone() for x in answers.said]
+    train(scorer, ScoringKD(LABELS, 0.0), rows, cfg)
+    assert score_probabilities(scorer, rows).argmax(1).tolist() == [0, 1, 2]
+    assert all(torch.equal(p, before[name]) for name, p in body.named_parameters())
+    assert all(torch.equal(a, b) for a, b in zip(kept, answers.said))
+
+
+def test_a_finetuned_teacher_labels_in_and_out_of_fold_and_a_trial_reads_no_test(
+    tiny_body, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("KD_NOTES_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("KD_NOTES_DATA", str(tmp_path))
+    monkeypatch.setattr(scoring, "lower_layers", lambda layers: tiny_body)
+    parts = {"train": 60, "unseen-answers": 5, "unseen-questions": 7}
+    write_beetle(tmp_path, [beetle_row(i, split) for split, n in parts.items() for i in range(n)])
+    wanted = dict(data="beetle", layers=2, trained=1, members=1, steps=4, lr=1e-3)
+    run = ScoringTeachers().parameters(**wanted, folds=2)
+    found = ScoringTeachers().cached(run)
+    inside, outside = (soft_labels(run, side) for side in ("inside", "outside"))
+    assert inside.shape == outside.shape == (48, LABELS) and not np.allclose(inside, outside)
+    assert len(found["unseen-questions: scores"]) == 7
+    trial = ScoringTeachers().cached(ScoringTeachers().parameters(**wanted, folds=0))
+    assert trial == {"accuracy_validation": pytest.approx(found["accuracy_validation"], abs=1e-5)}
+
+
+def test_a_frozen_teacher_has_the_parameters_it_had_and_too_many_trained_layers_are_refused():
+    run = ScoringTeachers().parameters(data="beetle", layers=10)
+    assert not run.keys() & {"trained", "precision"}
+    with pytest.raises(UserError, match="11 trained layers"):
+        ScoringTeachers().parameters(data="beetle", layers=10, trained=11)

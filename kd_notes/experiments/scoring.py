@@ -6,7 +6,7 @@
 __all__ = ['Scoring']
 
 # %% ../../nbs/6_beyond_text/05_scoring_students.ipynb #6be86d51
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn, Tensor
 
 from ..core import UserError
 from ..data.scoring import answer_inputs, answer_sets, AnswerSets, RUBRIC, science_answers
@@ -80,44 +81,61 @@ def lower_layers(layers: int) -> tuple[Any, Any]:
     return body, tokenizer
 
 
-@torch.inference_mode()
-def frozen_states(rows: Sequence[dict], layers: int) -> tuple[np.ndarray, int]:
-    """Return (mean states of each answer, its tokens in all).
+def _read_question(body: Any, tokenizer: Any, prompt: str) -> tuple[Any, int]:
+    "Return (keys and values of a question, its tokens)."
+    start = tokenizer(f"{prompt}\nStudent answer:", return_tensors="pt").input_ids
+    return body(start, use_cache=True).past_key_values, start.shape[1]
 
-    The states are those after half of the layers and after all, side by side in float16. The
-    question is read once for all its answers.
+
+def _readings(body: Any, tokenizer: Any, rows: Sequence[dict]) -> Iterator[tuple]:
+    """Yield (places, mask, states of all layers) of up to 32 answers to one question.
+
+    The question is read once for all its answers.
     """
-    body, tokenizer = lower_layers(layers)
-    found = np.zeros((len(rows), 2 * body.config.hidden_size), np.float16)
     prompts: dict[str, list[int]] = {}
     for place, row in enumerate(rows):
         prompts.setdefault(row["prompt"], []).append(place)
-    tokens = 0
     for prompt, places in prompts.items():
-        start = tokenizer(f"{prompt}\nStudent answer:", return_tensors="pt").input_ids
-        read = body(start, use_cache=True).past_key_values
+        read, before = _read_question(body, tokenizer, prompt)
         places.sort(key=lambda place: len(rows[place]["answer"]))
         for cut in range(0, len(places), 32):
             chosen = places[cut : cut + 32]
             texts = [f" {rows[place]['answer']}" for place in chosen]
             batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right")
-            found[chosen] = _mean_states(body, read, start.shape[1], batch).numpy()
-            tokens += int(batch.attention_mask.sum())
-    return found, tokens
+            yield chosen, batch.attention_mask, answer_states(body, read, before, batch)
 
 
-def _mean_states(body: Any, read: Any, before: int, batch: Any) -> torch.Tensor:
-    "Return the mean states of a batch of answers that follow a prompt of `before` tokens."
+def answer_states(body: Any, read: Any, before: int, batch: Any) -> tuple[Tensor, ...]:
+    "Return the states of a batch of answers that follow a prompt of `before` tokens, by layer."
     cache = deepcopy(read)
     cache.batch_repeat_interleave(len(batch.input_ids))
     mask = batch.attention_mask
     whole = torch.cat([mask.new_ones(len(mask), before), mask], 1)
-    states = body(
+    seen = body(
         batch.input_ids, attention_mask=whole, past_key_values=cache, output_hidden_states=True
-    ).hidden_states
-    kept = torch.cat([states[len(body.layers) // 2], states[-1]], -1)
-    weights = mask[..., None] / mask.sum(1)[:, None, None].clamp(min=1)
-    return (kept * weights).sum(1)
+    )
+    return seen.hidden_states or (seen.last_hidden_state,)  # without layers there are only words
+
+
+def _mean(states: Tensor, mask: Tensor) -> Tensor:
+    return (states * (mask[..., None] / mask.sum(1)[:, None, None].clamp(min=1))).sum(1)
+
+
+@torch.inference_mode()
+def frozen_states(rows: Sequence[dict], layers: int) -> tuple[np.ndarray, int]:
+    """Return (mean states of each answer, its tokens in all).
+
+    The states are those after half of the layers and after all, side by side in float16.
+    """
+    body, tokenizer = lower_layers(layers)
+    found = np.zeros((len(rows), 2 * body.config.hidden_size), np.float16)
+    tokens = 0
+    for chosen, mask, states in _readings(body, tokenizer, rows):
+        found[chosen] = _mean(
+            torch.cat([states[len(body.layers) // 2], states[-1]], -1), mask
+        ).numpy()
+        tokens += int(mask.sum())
+    return found, tokens
 
 # %% ../../nbs/6_beyond_text/05_scoring_students.ipynb #f9eedf2e
 @dataclass
@@ -133,33 +151,130 @@ class ScoringTeacherSettings:
     seed: int = 0
     people: int = 80  # who write the training answers of "science"
     bank: int = 0  # further people whose scored answers only a teacher of "science" may read
+    trained: int = optional(0)  # upper layers of SmolLM2 that are finetuned; 0: none
+    precision: str = optional("no")  # of the finetuning
 
 
 LABELS = len(RUBRIC)
 SCORING_MODULES = ["experiments.scoring", "methods.scoring", "data.scoring"]
-TRAINING = {
-    "batch_size": 32,
-    "warmup": 0.05,
-    "weight_decay": 0.01,
-    "device": "cpu",
-}
+TRAINING = {"batch_size": 32, "warmup": 0.05, "weight_decay": 0.01, "device": "cpu"}
+
+# %% ../../nbs/6_beyond_text/05_scoring_students.ipynb #scs-tuned
+@dataclass
+class ReadAnswers:
+    "What the frozen part of a language model keeps of answers and of the questions before them."
+
+    asked: list[Tensor]  # keys and values of each question, (trained layers, 2, heads, P, D)
+    owner: list[int]  # the question of each answer
+    said: list[Tensor]  # each answer after the frozen layers, (T, H)
 
 
-def _member(run: dict, words: Words, rows: list[dict], features: Any, seed: int) -> WordScorer:
-    "Train one network on the rows; features are brought to mean 0 and deviation 1 on them."
-    if features is not None:
-        seen = features[[row["ids"][0] for row in rows]]
-        features = (features - seen.mean(0)) / (seen.std(0) + 1e-4)
+@torch.no_grad()
+def read_answers(body: Any, tokenizer: Any, rows: Sequence[dict], trained: int) -> ReadAnswers:
+    "Read questions with all layers, and answers with those below the upper `trained` ones."
+    prompts = {prompt: i for i, prompt in enumerate(dict.fromkeys(r["prompt"] for r in rows))}
+    owner = [prompts[row["prompt"]] for row in rows]
+    kept = ReadAnswers([], owner, [torch.empty(0)] * len(rows))
+    layers = body.layers
+    for prompt in prompts:
+        read, _ = _read_question(body, tokenizer, prompt)
+        known = read.layers[: len(layers)][-trained:]  # the cache has room for a whole model
+        kept.asked.append(torch.stack([torch.cat([x.keys, x.values]) for x in known]))
+    body.layers = layers[:-trained]
+    try:
+        for chosen, mask, states in _readings(body, tokenizer, rows):
+            for place, row, length in zip(chosen, states[-1], mask.sum(1).tolist()):
+                kept.said[place] = row[:length].clone()
+    finally:
+        body.layers = layers
+    return kept
+
+
+def _layer_head(width: int, labels: int = LABELS) -> torch.nn.Module:
+    return nn.Sequential(nn.LayerNorm(width), nn.Dropout(0.1), nn.Linear(width, labels))
+
+
+class LayerScorer(torch.nn.Module):
+    """Upper layers of a language model on an answer's words, and a head: (B, L) ids -> (B, labels).
+
+    The first id of a row is the answer's place among those read; the others are not used.
+    """
+
+    def __init__(self, body: Any, answers: ReadAnswers, labels: int):
+        super().__init__()
+        self.answers = answers
+        self.body = deepcopy(body).requires_grad_(True)
+        self.body.embed_tokens = torch.nn.Identity()
+        self.body.layers = self.body.layers[-len(answers.asked[0]) :]
+        for place, layer in enumerate(self.body.layers):
+            layer.self_attn.layer_idx = place
+        self.head = _layer_head(body.config.hidden_size, labels)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        from transformers import DynamicCache
+
+        places = input_ids[:, 0].tolist()
+        asked = [self.answers.asked[self.answers.owner[place]] for place in places]
+        said = [self.answers.said[place] for place in places]
+        before, after = (torch.tensor([x.shape[-2] for x in xs])[:, None] for xs in (asked, said))
+        longest = int(before.max())
+        cache = DynamicCache()
+        whole = torch.stack(
+            [nn.functional.pad(x, (0, 0, 0, longest - x.shape[-2])) for x in asked], 2
+        )
+        for place, (keys, values) in enumerate(whole):
+            cache.update(keys, values, place)
+        mine = torch.arange(int(after.max()))
+        mask = torch.cat([torch.arange(longest) < before, mine < after], 1).long()
+        states = self.body(
+            inputs_embeds=torch.nn.utils.rnn.pad_sequence(said, batch_first=True),
+            attention_mask=mask,
+            position_ids=before + mine,
+            past_key_values=cache,
+        ).last_hidden_state
+        return self.head(_mean(states, mask[:, longest:]))
+
+# %% ../../nbs/6_beyond_text/05_scoring_students.ipynb #scs-member
+def _wide_scorer(words: Words, features: Tensor | None = None) -> WordScorer:
+    return WordScorer(len(words), LABELS, 64, 192, features)
+
+
+def _new_networks(run: dict, words: Words, rows: Sequence[dict]) -> Callable:
+    "Return (rows to learn) -> an untrained teacher; `rows` are all answers of the sets."
+    if run["layers"] and run.get("trained"):
+        body, tokenizer = lower_layers(run["layers"])
+        answers = read_answers(body, tokenizer, rows, run["trained"])
+        return lambda known: LayerScorer(body, answers, LABELS)
+    if not run["layers"]:
+        return lambda known: _wide_scorer(words)
+    features = ScoringFeatures().load(data=run["data"], layers=run["layers"])
+
+    def made(known: list[dict]) -> torch.nn.Module:
+        "Features are brought to mean 0 and deviation 1 on the rows that are learnt."
+        seen = features[[row["ids"][0] for row in known]]
+        normal = (features - seen.mean(0)) / (seen.std(0) + 1e-4)
+        return _wide_scorer(words, normal)
+
+    return made
+
+
+def _member(run: dict, new: Callable, rows: list[dict], seed: int) -> torch.nn.Module:
+    "Train one network on the rows."
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = WordScorer(len(words), LABELS, 64, 192, features)
-    cfg = TrainConfig(
-        max_steps=run["steps"],
-        lr=run["lr"],
-        seed=seed,
-        **TRAINING,
-    )
+        model = new(rows)
+    settings = dict(max_steps=run["steps"], lr=run["lr"], precision=run.get("precision", "no"))
+    cfg = TrainConfig(**settings, seed=seed, **TRAINING)
     return train(model, ScoringKD(LABELS, 0.0), rows, cfg).model
+
+
+def _probabilities(models: list, rows: list[dict]) -> np.ndarray:
+    "Return the mean probabilities of the members, (rows, labels); short answers are read together."
+    order = sorted(range(len(rows)), key=lambda place: len(rows[place]["ids"]))
+    found = np.zeros((len(rows), LABELS))
+    together = [rows[place] for place in order]
+    found[order] = np.mean([score_probabilities(model, together) for model in models], 0)
+    return found
 
 # %% ../../nbs/6_beyond_text/05_scoring_students.ipynb #0845030d
 class ScoringTeachers(Experiment):
@@ -174,6 +289,9 @@ class ScoringTeachers(Experiment):
         if run["data"] != "science" and run["bank"]:
             fix = "Use layers of a pretrained model instead."
             raise UserError("only 'science' has a bank", where="bank", fix=fix)
+        if not 0 <= run.get("trained", 0) <= run["layers"]:
+            fix = f"There are {run['layers']} layers below the head."
+            raise UserError(f"{run['trained']} trained layers", where="trained", fix=fix)
         return run
 
     def inputs(self, run: dict) -> dict[str, str]:
@@ -184,43 +302,37 @@ class ScoringTeachers(Experiment):
 
     def before(self, runs: list[dict]) -> list[tuple[Experiment, list[dict]]]:
         features = ScoringFeatures()
-        wanted = [{"data": run["data"], "layers": run["layers"]} for run in runs if run["layers"]]
+        frozen = [run for run in runs if run["layers"] and not run.get("trained")]
+        wanted = [{"data": run["data"], "layers": run["layers"]} for run in frozen]
         return [(features, [features.parameters(**run) for run in wanted])] if wanted else []
 
     def train(self, run: dict, folder: Path) -> dict:
-        "Metrics: accuracy and mean confidence, out of fold, in fold and on each test."
+        "Metrics: `teacher_metrics`; without folds, a trial, those of the validation answers alone."
         sets = answer_sets(run["data"], run["people"])
         bank = science_answers(run["bank"], 4, noise=0.15)
         words = Words([*sets.train, *bank])
         everything, bank = words.rows(sets.everything()), words.rows(bank)
-        features = None
         if run["layers"]:
-            features = ScoringFeatures().load(data=run["data"], layers=run["layers"])
             for place, row in enumerate(everything):
                 row["ids"] = [place, *row["ids"]]
+        new = _new_networks(run, words, everything)
         seeds = iter(range(1000 * run["seed"], 1000 * run["seed"] + 1000))
 
         def teach(rows: list[dict]):
-            made = [
-                _member(run, words, [*rows, *bank], features, next(seeds))
-                for _ in range(run["members"])
-            ]
-            return lambda rows: np.mean([score_probabilities(m, rows) for m in made], 0)
+            learnt = [*rows, *bank]
+            made = [_member(run, new, learnt, next(seeds)) for _ in range(run["members"])]
+            return lambda rows: _probabilities(made, rows)
 
-        known = everything[: len(sets.train)]
-        whole = []
-
-        def teach_whole(rows: list[dict]):
-            whole.append(teach(rows))
-            return whole[0]
-
-        soft = {
-            "inside": [row["soft"] for row in in_fold(known, teach_whole)],
-            "outside": [row["soft"] for row in out_of_fold(known, teach, run["folds"])],
-            "rest": whole[0](everything[len(known) :]),
-        }
+        known, rest = everything[: len(sets.train)], everything[len(sets.train) :]
+        whole = teach(known)
+        if not run["folds"]:
+            held = rest[: len(sets.validation)]
+            return {"accuracy_validation": score_metrics(whole(held), held)["accuracy"]}
+        soft = {"inside": [row["soft"] for row in in_fold(known, lambda rows: whole)]}
+        soft["outside"] = [row["soft"] for row in out_of_fold(known, teach, run["folds"])]
+        soft["rest"] = whole(rest)
         np.savez(folder / "soft.npz", **{k: np.asarray(v, np.float32) for k, v in soft.items()})
-        return teacher_metrics(sets, soft) | {"parameters": teacher_size(run, len(words))}
+        return teacher_metrics(sets, soft) | {"parameters": teacher_size(run, words)}
 
 # %% ../../nbs/6_beyond_text/05_scoring_students.ipynb #5a0aa2b3
 def teacher_metrics(sets: AnswerSets, soft: dict[str, Any]) -> dict[str, Any]:
@@ -232,6 +344,8 @@ def teacher_metrics(sets: AnswerSets, soft: dict[str, Any]) -> dict[str, Any]:
         metrics[f"accuracy_{name}"] = round(float(right.mean()), 5)
         metrics[f"confidence_{name}"] = round(float(labels.max(1).mean()), 5)
     start = len(sets.validation)
+    held = score_metrics(np.asarray(soft["rest"])[:start], sets.validation)
+    metrics["accuracy_validation"] = round(held["accuracy"], 5)
     for name, rows in sets.tests.items():
         found = np.asarray(soft["rest"])[start : start + len(rows)]
         metrics[f"{name}: scores"] = "".join(map(str, found.argmax(1)))
@@ -239,19 +353,17 @@ def teacher_metrics(sets: AnswerSets, soft: dict[str, Any]) -> dict[str, Any]:
     return metrics
 
 
-def teacher_size(run: dict, words: int) -> int:
-    "Return the parameters of one member and of the frozen layers below, without trained ones."
-    features = torch.zeros(1, 2 * 576) if run["layers"] else None
-    size = run["members"] * count_parameters(
-        WordScorer(
-            words,
-            LABELS,
-            64,
-            192,
-            features,
-        )
-    )
-    return size + (count_parameters(lower_layers(run["layers"])[0]) if run["layers"] else 0)
+def teacher_size(run: dict, words: Words) -> int:
+    "Return the parameters of all members and of the layers below them."
+    if not run["layers"]:
+        return run["members"] * count_parameters(_wide_scorer(words))
+    body, _ = lower_layers(run["layers"])
+    shared, width = count_parameters(body), body.config.hidden_size
+    own = count_parameters(_wide_scorer(words, torch.zeros(1, 2 * width)))
+    if upper := run.get("trained"):
+        own = count_parameters(body.layers[-upper:])
+        shared, own = shared - own, own + count_parameters(_layer_head(width))
+    return shared + run["members"] * own
 
 
 def soft_labels(teacher: dict, name: str) -> np.ndarray:  # "inside" or "outside"
@@ -268,6 +380,7 @@ class ScoringArm:
     title: str
     soft: str = ""  # "outside", "inside" or "even" soft labels; empty: none
     encoder: bool = False  # a student in TinyBERT's shape
+    finetuned: bool = False  # of a second teacher, whose upper layers are finetuned
 
 
 SCORING_ARMS = {
@@ -275,6 +388,8 @@ SCORING_ARMS = {
     "smooth": ScoringArm("label smoothing", "even"),
     "kd": ScoringArm("KD, out of fold", "outside"),
     "kd_in_fold": ScoringArm("KD, in fold", "inside"),
+    "kd_tuned": ScoringArm("KD, finetuned teacher, out of fold", "outside", finetuned=True),
+    "kd_tuned_in_fold": ScoringArm("KD, finetuned teacher, in fold", "inside", finetuned=True),
     "tinybert": ScoringArm("TinyBERT-shaped, alone", encoder=True),
 }
 SMOOTHING = 0.1  # of the mixture of both targets
@@ -303,13 +418,7 @@ def new_student(run: dict, words: int) -> torch.nn.Module:
         if not SCORING_ARMS[run["arm"]].encoder:
             return WordScorer(words, LABELS)
         width = run.get("encoder_width", 52)
-        return EncoderScorer(
-            words,
-            LABELS,
-            width,
-            4,
-            width * 1200 // 312,
-        )
+        return EncoderScorer(words, LABELS, width, 4, width * 1200 // 312)
 
 # %% ../../nbs/6_beyond_text/05_scoring_students.ipynb #2feb3426
 class Scoring(Experiment):

@@ -14,7 +14,6 @@ from kd_notes.data.scoring import answer_sets, check_scores, quadratic_kappa, sc
 from kd_notes.experiments import scoring
 from kd_notes.experiments.scoring import (
     LABELS,
-    LayerScorer,
     read_answers,
     Scoring,
     SCORING_ARMS,
@@ -25,6 +24,7 @@ from kd_notes.experiments.scoring import (
 from kd_notes.methods.scoring import (
     EncoderScorer,
     in_fold,
+    LayerScorer,
     out_of_fold,
     PAD,
     person_folds,
@@ -432,33 +432,41 @@ ASKED = [
 ]
 
 
-@pytest.mark.parametrize("trained", [1, 2])
-def test_an_untrained_upper_part_reads_an_answer_as_the_whole_model_does(tiny_body, trained):
-    body, tokenizer = tiny_body
+def layer_scorer(body, tokenizer, trained: int) -> LayerScorer:
+    answers = read_answers(body, tokenizer, ASKED, trained)
+    mean, std = answers.features.mean(0), answers.features.std(0) + 1e-4
     torch.manual_seed(0)
-    scorer = LayerScorer(body, read_answers(body, tokenizer, ASKED, trained), LABELS).eval()
-    together = scorer(torch.tensor([[2, 9], [0, 9], [1, 9]]))
-    for place, logits in zip((2, 0, 1), together):
-        parts = (f"{ASKED[place]['prompt']}\nStudent answer:", f" {ASKED[place]['answer']}")
+    head = WordScorer(9, LABELS, features=(answers.features - mean) / std)
+    return LayerScorer(body, answers, head, mean, std)
+
+
+@pytest.mark.parametrize("trained", [1, 2])
+def test_before_it_learns_a_layer_scorer_is_its_head_on_frozen_features(tiny_body, trained):
+    body, tokenizer = tiny_body
+    scorer = layer_scorer(body, tokenizer, trained).eval()
+    ids = torch.tensor([[2, 5, 6], [0, 5, 7], [1, 5, 8]])
+    assert torch.allclose(scorer(ids), scorer.head(ids), atol=1e-4)
+    for place, row in enumerate(ASKED):  # and the features are those of the whole text
+        parts = (f"{row['prompt']}\nStudent answer:", f" {row['answer']}")
         start, said = (tokenizer(part, return_tensors="pt").input_ids for part in parts)
-        states = body(torch.cat([start, said], 1), output_hidden_states=True).hidden_states[-1]
-        alone = scorer.head(states[:, start.shape[1] :].mean(1))
-        assert torch.allclose(alone[0], logits, atol=1e-4)
+        states = body(torch.cat([start, said], 1)).last_hidden_state[0, start.shape[1] :]
+        assert torch.allclose(scorer.last_states([place])[0], states.mean(0), atol=1e-4)
 
 
 def test_only_a_copy_of_the_upper_layers_learns(tiny_body):
     body, tokenizer = tiny_body
     before = {name: p.clone() for name, p in body.named_parameters()}
-    answers = read_answers(body, tokenizer, ASKED, 1)
-    scorer = LayerScorer(body, answers, LABELS)
-    assert len(scorer.body.layers) == 1 and len(body.layers) > 1
-    rows = [{"ids": [i], "score": i} for i in range(3)]
-    cfg = TrainConfig(max_steps=30, batch_size=3, lr=1e-3, device="cpu")
-    kept = [x.clone() for x in answers.said]
+    scorer = layer_scorer(body, tokenizer, 1)
+    assert len(scorer.body.layers) == 1 and len(body.layers) == 2
+    upper = [p.clone() for p in scorer.body.layers.parameters()]
+    kept = [x.clone() for x in scorer.answers.said]
+    rows = [{"ids": [i, 5, 6], "score": i} for i in range(3)]
+    cfg = TrainConfig(max_steps=60, batch_size=3, lr=3e-3, device="cpu")
     train(scorer, ScoringKD(LABELS, 0.0), rows, cfg)
     assert score_probabilities(scorer, rows).argmax(1).tolist() == [0, 1, 2]
     assert all(torch.equal(p, before[name]) for name, p in body.named_parameters())
-    assert all(torch.equal(a, b) for a, b in zip(kept, answers.said))
+    assert not any(torch.equal(p, q) for p, q in zip(upper, scorer.body.layers.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(kept, scorer.answers.said))
 
 
 def test_a_finetuned_teacher_labels_in_and_out_of_fold_and_a_trial_reads_no_test(
@@ -469,7 +477,8 @@ def test_a_finetuned_teacher_labels_in_and_out_of_fold_and_a_trial_reads_no_test
     monkeypatch.setattr(scoring, "lower_layers", lambda layers: tiny_body)
     parts = {"train": 60, "unseen-answers": 5, "unseen-questions": 7}
     write_beetle(tmp_path, [beetle_row(i, split) for split, n in parts.items() for i in range(n)])
-    wanted = dict(data="beetle", layers=2, trained=1, members=1, steps=4, lr=1e-3)
+    wanted = dict(data="beetle", layers=2, trained=1, members=1, steps=4)
+    wanted |= dict(tuning_steps=3, tuning_lr=1e-3)
     run = ScoringTeachers().parameters(**wanted, folds=2)
     found = ScoringTeachers().cached(run)
     inside, outside = (soft_labels(run, side) for side in ("inside", "outside"))
@@ -481,6 +490,6 @@ def test_a_finetuned_teacher_labels_in_and_out_of_fold_and_a_trial_reads_no_test
 
 def test_a_frozen_teacher_has_the_parameters_it_had_and_too_many_trained_layers_are_refused():
     run = ScoringTeachers().parameters(data="beetle", layers=10)
-    assert not run.keys() & {"trained", "precision"}
-    with pytest.raises(UserError, match="11 trained layers"):
-        ScoringTeachers().parameters(data="beetle", layers=10, trained=11)
+    assert not run.keys() & {"trained", "tuning_steps", "tuning_lr", "precision"}
+    with pytest.raises(UserError, match="6 of 10 layers"):
+        ScoringTeachers().parameters(data="beetle", layers=10, trained=6)

@@ -183,11 +183,14 @@ def stepwise_work(run: dict, metrics: dict) -> Work:
     return {"student learns": token_flops(metrics["parameters"], metrics["tokens"], LEARN)}
 
 
+PER_PARAMETER = "per parameter"
+
+
 def adapter_work(run: dict, metrics: dict) -> Work:
-    "4 N T; N is that of the prior, whose vocabulary is not recorded, so it is counted as 1."
+    "4 N T; N is that of the prior, whose vocabulary is not recorded: operations per parameter."
     if "size" in run or "tokens" not in metrics:
         return {}
-    return {"student learns": token_flops(1, metrics["tokens"], LEARN_FROZEN)}
+    return {f"student learns, {PER_PARAMETER}": token_flops(1, metrics["tokens"], LEARN_FROZEN)}
 
 
 @lru_cache
@@ -242,7 +245,8 @@ def system_operations(record: str, arm: str, baseline: str) -> dict[str, Any]:
     """Return operations of an arm relative to its baseline, of one training, the teacher's share.
 
     Medians over recorded runs in pairs that differ in the arm alone, with their number `n`; n is 0
-    if nothing that was recorded can be counted. `formula` says what was counted.
+    if nothing that was recorded can be counted. `formula` says what was counted. Where only the
+    ratio is known, `operations` is missing.
     """
     pairs = _paired_works(record, arm, baseline)
     found: dict[str, Any] = {"formula": SYSTEM_WORK[record][1], "n": len(pairs)}
@@ -253,8 +257,10 @@ def system_operations(record: str, arm: str, baseline: str) -> dict[str, Any]:
     by_teacher = [
         sum(v for part, v in mine.items() if part.startswith("teacher")) for mine, _ in pairs
     ]
-    return found | {
+    found |= {
         "ratio": middle(mine / theirs for mine, theirs in totals),
-        "operations": middle(mine for mine, _ in totals),
         "teacher": middle(t / mine for t, (mine, _) in zip(by_teacher, totals)),
     }
+    if not any(part.endswith(PER_PARAMETER) for part in pairs[0][0]):
+        found["operations"] = middle(mine for mine, _ in totals)
+    return found

@@ -23,7 +23,9 @@ from .base import Experiment, optional
 from kd_notes.methods.scoring import (
     EncoderScorer,
     in_fold,
+    LayerScorer,
     out_of_fold,
+    ReadAnswers,
     score_probabilities,
     ScoringKD,
     Words,
@@ -81,14 +83,8 @@ def lower_layers(layers: int) -> tuple[Any, Any]:
     return body, tokenizer
 
 
-def _read_question(body: Any, tokenizer: Any, prompt: str) -> tuple[Any, int]:
-    "Return (keys and values of a question, its tokens)."
-    start = tokenizer(f"{prompt}\nStudent answer:", return_tensors="pt").input_ids
-    return body(start, use_cache=True).past_key_values, start.shape[1]
-
-
 def _readings(body: Any, tokenizer: Any, rows: Sequence[dict]) -> Iterator[tuple]:
-    """Yield (places, mask, states of all layers) of up to 32 answers to one question.
+    """Yield (places, question as it was read, mask, states of all layers) of up to 32 answers.
 
     The question is read once for all its answers.
     """
@@ -96,13 +92,15 @@ def _readings(body: Any, tokenizer: Any, rows: Sequence[dict]) -> Iterator[tuple
     for place, row in enumerate(rows):
         prompts.setdefault(row["prompt"], []).append(place)
     for prompt, places in prompts.items():
-        read, before = _read_question(body, tokenizer, prompt)
+        start = tokenizer(f"{prompt}\nStudent answer:", return_tensors="pt").input_ids
+        read = body(start, use_cache=True).past_key_values
         places.sort(key=lambda place: len(rows[place]["answer"]))
         for cut in range(0, len(places), 32):
             chosen = places[cut : cut + 32]
             texts = [f" {rows[place]['answer']}" for place in chosen]
             batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right")
-            yield chosen, batch.attention_mask, answer_states(body, read, before, batch)
+            states = answer_states(body, read, start.shape[1], batch)
+            yield chosen, read, batch.attention_mask, states
 
 
 def answer_states(body: Any, read: Any, before: int, batch: Any) -> tuple[Tensor, ...]:
@@ -111,14 +109,16 @@ def answer_states(body: Any, read: Any, before: int, batch: Any) -> tuple[Tensor
     cache.batch_repeat_interleave(len(batch.input_ids))
     mask = batch.attention_mask
     whole = torch.cat([mask.new_ones(len(mask), before), mask], 1)
-    seen = body(
+    return body(
         batch.input_ids, attention_mask=whole, past_key_values=cache, output_hidden_states=True
-    )
-    return seen.hidden_states or (seen.last_hidden_state,)  # without layers there are only words
+    ).hidden_states
 
 
-def _mean(states: Tensor, mask: Tensor) -> Tensor:
-    return (states * (mask[..., None] / mask.sum(1)[:, None, None].clamp(min=1))).sum(1)
+def _half_and_last(body: Any, states: Sequence[Tensor], mask: Tensor) -> Tensor:
+    "Return the mean states of answers after half of the layers and after all, (B, 2 H)."
+    kept = torch.cat([states[len(body.layers) // 2], states[-1]], -1)
+    weights = mask[..., None] / mask.sum(1)[:, None, None].clamp(min=1)
+    return (kept * weights).sum(1)
 
 
 @torch.inference_mode()
@@ -130,7 +130,7 @@ def frozen_states(rows: Sequence[dict], layers: int) -> tuple[np.ndarray, int]:
     body, tokenizer = lower_layers(layers)
     found = np.zeros((len(rows), 2 * body.config.hidden_size), np.float16)
     tokens = 0
-    for chosen, mask, states in _readings(body, tokenizer, rows):
+    for chosen, _, mask, states in _readings(body, tokenizer, rows):
         found[chosen] = _mean(
             torch.cat([states[len(body.layers) // 2], states[-1]], -1), mask
         ).numpy()
@@ -151,8 +151,10 @@ class ScoringTeacherSettings:
     seed: int = 0
     people: int = 80  # who write the training answers of "science"
     bank: int = 0  # further people whose scored answers only a teacher of "science" may read
-    trained: int = optional(0)  # upper layers of SmolLM2 that are finetuned; 0: none
-    precision: str = optional("no")  # of the finetuning
+    trained: int = optional(0)  # upper layers that learn on, together with the trained network
+    tuning_steps: int = optional(0)  # of that second training
+    tuning_lr: float = optional(0.0)
+    precision: str = optional("no")
 
 
 LABELS = len(RUBRIC)
@@ -160,79 +162,23 @@ SCORING_MODULES = ["experiments.scoring", "methods.scoring", "data.scoring"]
 TRAINING = {"batch_size": 32, "warmup": 0.05, "weight_decay": 0.01, "device": "cpu"}
 
 # %% ../../nbs/6_beyond_text/05_scoring_students.ipynb #scs-tuned
-@dataclass
-class ReadAnswers:
-    "What the frozen part of a language model keeps of answers and of the questions before them."
-
-    asked: list[Tensor]  # keys and values of each question, (trained layers, 2, heads, P, D)
-    owner: list[int]  # the question of each answer
-    said: list[Tensor]  # each answer after the frozen layers, (T, H)
-
-
 @torch.no_grad()
 def read_answers(body: Any, tokenizer: Any, rows: Sequence[dict], trained: int) -> ReadAnswers:
-    "Read questions with all layers, and answers with those below the upper `trained` ones."
-    prompts = {prompt: i for i, prompt in enumerate(dict.fromkeys(r["prompt"] for r in rows))}
-    owner = [prompts[row["prompt"]] for row in rows]
-    kept = ReadAnswers([], owner, [torch.empty(0)] * len(rows))
-    layers = body.layers
-    for prompt in prompts:
-        read, _ = _read_question(body, tokenizer, prompt)
-        known = read.layers[: len(layers)][-trained:]  # the cache has room for a whole model
-        kept.asked.append(torch.stack([torch.cat([x.keys, x.values]) for x in known]))
-    body.layers = layers[:-trained]
-    try:
-        for chosen, mask, states in _readings(body, tokenizer, rows):
-            for place, row, length in zip(chosen, states[-1], mask.sum(1).tolist()):
-                kept.said[place] = row[:length].clone()
-    finally:
-        body.layers = layers
+    "Read questions and answers with all layers; of the upper `trained` ones, keep what they start from."
+    kept = ReadAnswers([], [0] * len(rows), [torch.empty(0)] * len(rows), torch.empty(0))
+    features = torch.zeros(len(rows), 2 * body.config.hidden_size)
+    last = None
+    for chosen, read, mask, states in _readings(body, tokenizer, rows):
+        if read is not last:
+            known = read.layers[: len(body.layers)][-trained:]  # a cache has room for all layers
+            kept.asked.append(torch.stack([torch.cat([x.keys, x.values]) for x in known]))
+            last = read
+        features[chosen] = _half_and_last(body, states, mask)
+        for place, row, length in zip(chosen, states[-1 - trained], mask.sum(1).tolist()):
+            kept.owner[place] = len(kept.asked) - 1
+            kept.said[place] = row[:length].clone()
+    kept.features = features
     return kept
-
-
-def _layer_head(width: int, labels: int = LABELS) -> torch.nn.Module:
-    return nn.Sequential(nn.LayerNorm(width), nn.Dropout(0.1), nn.Linear(width, labels))
-
-
-class LayerScorer(torch.nn.Module):
-    """Upper layers of a language model on an answer's words, and a head: (B, L) ids -> (B, labels).
-
-    The first id of a row is the answer's place among those read; the others are not used.
-    """
-
-    def __init__(self, body: Any, answers: ReadAnswers, labels: int):
-        super().__init__()
-        self.answers = answers
-        self.body = deepcopy(body).requires_grad_(True)
-        self.body.embed_tokens = torch.nn.Identity()
-        self.body.layers = self.body.layers[-len(answers.asked[0]) :]
-        for place, layer in enumerate(self.body.layers):
-            layer.self_attn.layer_idx = place
-        self.head = _layer_head(body.config.hidden_size, labels)
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        from transformers import DynamicCache
-
-        places = input_ids[:, 0].tolist()
-        asked = [self.answers.asked[self.answers.owner[place]] for place in places]
-        said = [self.answers.said[place] for place in places]
-        before, after = (torch.tensor([x.shape[-2] for x in xs])[:, None] for xs in (asked, said))
-        longest = int(before.max())
-        cache = DynamicCache()
-        whole = torch.stack(
-            [nn.functional.pad(x, (0, 0, 0, longest - x.shape[-2])) for x in asked], 2
-        )
-        for place, (keys, values) in enumerate(whole):
-            cache.update(keys, values, place)
-        mine = torch.arange(int(after.max()))
-        mask = torch.cat([torch.arange(longest) < before, mine < after], 1).long()
-        states = self.body(
-            inputs_embeds=torch.nn.utils.rnn.pad_sequence(said, batch_first=True),
-            attention_mask=mask,
-            position_ids=before + mine,
-            past_key_values=cache,
-        ).last_hidden_state
-        return self.head(_mean(states, mask[:, longest:]))
 
 # %% ../../nbs/6_beyond_text/05_scoring_students.ipynb #scs-member
 def _wide_scorer(words: Words, features: Tensor | None = None) -> WordScorer:
@@ -241,31 +187,41 @@ def _wide_scorer(words: Words, features: Tensor | None = None) -> WordScorer:
 
 def _new_networks(run: dict, words: Words, rows: Sequence[dict]) -> Callable:
     "Return (rows to learn) -> an untrained teacher; `rows` are all answers of the sets."
-    if run["layers"] and run.get("trained"):
-        body, tokenizer = lower_layers(run["layers"])
-        answers = read_answers(body, tokenizer, rows, run["trained"])
-        return lambda known: LayerScorer(body, answers, LABELS)
     if not run["layers"]:
         return lambda known: _wide_scorer(words)
-    features = ScoringFeatures().load(data=run["data"], layers=run["layers"])
+    answers = None
+    if run.get("trained"):
+        body, tokenizer = lower_layers(run["layers"])
+        answers = read_answers(body, tokenizer, rows, run["trained"])
+        features = answers.features
+    else:
+        features = ScoringFeatures().load(data=run["data"], layers=run["layers"])
 
-    def made(known: list[dict]) -> torch.nn.Module:
+    def made(known: list[dict]) -> nn.Module:
         "Features are brought to mean 0 and deviation 1 on the rows that are learnt."
         seen = features[[row["ids"][0] for row in known]]
-        normal = (features - seen.mean(0)) / (seen.std(0) + 1e-4)
-        return _wide_scorer(words, normal)
+        mean, std = seen.mean(0), seen.std(0) + 1e-4
+        head = _wide_scorer(words, (features - mean) / std)
+        return LayerScorer(body, answers, head, mean, std) if answers else head
 
     return made
 
 
-def _member(run: dict, new: Callable, rows: list[dict], seed: int) -> torch.nn.Module:
-    "Train one network on the rows."
+def _member(run: dict, new: Callable, rows: list[dict], seed: int) -> nn.Module:
+    "Train one network on the rows: the head, and then, if wanted, upper layers with it."
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = new(rows)
-    settings = dict(max_steps=run["steps"], lr=run["lr"], precision=run.get("precision", "no"))
-    cfg = TrainConfig(**settings, seed=seed, **TRAINING)
-    return train(model, ScoringKD(LABELS, 0.0), rows, cfg).model
+
+    def fit(network: nn.Module, steps: int, lr: float, **more: Any) -> None:
+        cfg = TrainConfig(max_steps=steps, lr=lr, seed=seed, **more, **TRAINING)
+        train(network, ScoringKD(LABELS, 0.0), rows, cfg)
+
+    fit(model.head if run.get("trained") else model, run["steps"], run["lr"])
+    if run.get("tuning_steps"):
+        precision = run.get("precision", "no")
+        fit(model, run["tuning_steps"], run["tuning_lr"], precision=precision)
+    return model
 
 
 def _probabilities(models: list, rows: list[dict]) -> np.ndarray:
@@ -289,9 +245,9 @@ class ScoringTeachers(Experiment):
         if run["data"] != "science" and run["bank"]:
             fix = "Use layers of a pretrained model instead."
             raise UserError("only 'science' has a bank", where="bank", fix=fix)
-        if not 0 <= run.get("trained", 0) <= run["layers"]:
-            fix = f"There are {run['layers']} layers below the head."
-            raise UserError(f"{run['trained']} trained layers", where="trained", fix=fix)
+        if not 0 <= 2 * run.get("trained", 0) <= run["layers"]:
+            fix = "The lower half of the layers stays frozen."
+            raise UserError(f"{run['trained']} of {run['layers']} layers", where="trained", fix=fix)
         return run
 
     def inputs(self, run: dict) -> dict[str, str]:
@@ -358,12 +314,9 @@ def teacher_size(run: dict, words: Words) -> int:
     if not run["layers"]:
         return run["members"] * count_parameters(_wide_scorer(words))
     body, _ = lower_layers(run["layers"])
-    shared, width = count_parameters(body), body.config.hidden_size
-    own = count_parameters(_wide_scorer(words, torch.zeros(1, 2 * width)))
-    if upper := run.get("trained"):
-        own = count_parameters(body.layers[-upper:])
-        shared, own = shared - own, own + count_parameters(_layer_head(width))
-    return shared + run["members"] * own
+    own = count_parameters(_wide_scorer(words, torch.zeros(1, 2 * body.config.hidden_size)))
+    upper = count_parameters(body.layers[-run["trained"] :]) if run.get("trained") else 0
+    return count_parameters(body) - upper + run["members"] * (own + upper)
 
 
 def soft_labels(teacher: dict, name: str) -> np.ndarray:  # "inside" or "outside"

@@ -346,6 +346,18 @@ def label_odds(way: str, exemplars: Sequence[TextRow], texts: Sequence[str]) -> 
     return read_after(prompt, [f"{text}\nSentiment:" for text in texts], preferred)
 
 # %% ../../nbs/6_beyond_text/07b_data_generation_runs.ipynb #dg7b-writer-exp
+def _review_parts() -> dict[str, list[TextRow]]:
+    task = GENERATION_TASKS["reviews"]
+    return {"validation": task.validation()} | task.tests()
+
+
+@lru_cache
+def _review_odds(way: str, seed: int, part: str) -> np.ndarray:
+    "Return the log-odds of a part of the reviews, read once by this process."
+    texts = [row.prompt for row in _review_parts()[part]]
+    return label_odds(way, GENERATION_TASKS["reviews"].exemplars(seed), texts)
+
+
 @dataclass
 class WriterSettings:
     "How the writer of the reviews is asked for their labels."
@@ -373,15 +385,13 @@ class WriterScores(Experiment):
 
     def train(self, run: dict, folder: Path) -> dict:
         "Metrics: for each set of rows the outcomes and the share of the first label."
-        task = GENERATION_TASKS["reviews"]
-        exemplars, held = task.exemplars(run["seed"]), task.validation()
-        asked = task.tests() if run["score_on"] == "test" else {"validation": held}
-        middle = 0.0
-        if run["way"] == "centred":
-            middle = label_odds("label", exemplars, [row.prompt for row in held]).mean()
-        metrics: dict[str, Any] = {}
-        for name, rows in asked.items():
-            odds = label_odds(run["way"], exemplars, [row.prompt for row in rows]) - middle
+        way, middle, metrics = run["way"], 0.0, {}
+        if way == "centred":
+            way, middle = "label", _review_odds("label", run["seed"], "validation").mean()
+        asked = _review_parts()
+        names = ["validation"] if run["score_on"] == "validation" else [*asked][1:]
+        for name in names:
+            rows, odds = asked[name], _review_odds(way, run["seed"], name) - middle
             right = (odds < 0) == numbers_of("reviews", rows).numpy().astype(bool)
             metrics[f"{name}: outcomes"] = pack_bits(right.tolist())
             metrics[f"{name}: accuracy"] = float(right.mean())

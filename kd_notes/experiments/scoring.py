@@ -282,8 +282,8 @@ class ScoringTeachers(Experiment):
         known, rest = everything[: len(sets.train)], everything[len(sets.train) :]
         whole = teach(known)
         if not run["folds"]:
-            held = rest[: len(sets.validation)]
-            return {"accuracy_validation": score_metrics(whole(held), held)["accuracy"]}
+            held = whole(rest[: len(sets.validation)])
+            return {"accuracy_validation": _right_share(held, sets.validation)}
         soft = {"inside": [row["soft"] for row in in_fold(known, lambda rows: whole)]}
         soft["outside"] = [row["soft"] for row in out_of_fold(known, teach, run["folds"])]
         soft["rest"] = whole(rest)
@@ -291,17 +291,20 @@ class ScoringTeachers(Experiment):
         return teacher_metrics(sets, soft) | {"parameters": teacher_size(run, words)}
 
 # %% ../../nbs/6_beyond_text/05_scoring_students.ipynb #5a0aa2b3
+def _right_share(labels: Any, rows: Sequence[dict]) -> float:
+    "Return the share of answers whose likeliest score is the human's, rounded for a record."
+    right = np.asarray(labels).argmax(1) == [row["score"] for row in rows]
+    return round(float(right.mean()), 5)
+
+
 def teacher_metrics(sets: AnswerSets, soft: dict[str, Any]) -> dict[str, Any]:
     "Return how often the teacher is right and how sure it is, and its scores of each test."
     metrics: dict[str, Any] = {}
     for name in ("inside", "outside"):
-        labels = np.asarray(soft[name])
-        right = labels.argmax(1) == [row["score"] for row in sets.train]
-        metrics[f"accuracy_{name}"] = round(float(right.mean()), 5)
-        metrics[f"confidence_{name}"] = round(float(labels.max(1).mean()), 5)
+        metrics[f"accuracy_{name}"] = _right_share(soft[name], sets.train)
+        metrics[f"confidence_{name}"] = round(float(np.asarray(soft[name]).max(1).mean()), 5)
     start = len(sets.validation)
-    held = score_metrics(np.asarray(soft["rest"])[:start], sets.validation)
-    metrics["accuracy_validation"] = round(held["accuracy"], 5)
+    metrics["accuracy_validation"] = _right_share(soft["rest"][:start], sets.validation)
     for name, rows in sets.tests.items():
         found = np.asarray(soft["rest"])[start : start + len(rows)]
         metrics[f"{name}: scores"] = "".join(map(str, found.argmax(1)))

@@ -246,7 +246,7 @@ def system_operations(record: str, arm: str, baseline: str) -> dict[str, Any]:
 
     Medians over recorded runs in pairs that differ in the arm alone, with their number `n`; n is 0
     if nothing that was recorded can be counted. `formula` says what was counted. Where only the
-    ratio is known, `operations` is missing.
+    ratio is known, `operations` is missing, and `teacher` where nothing of its work is counted.
     """
     pairs = _paired_works(record, arm, baseline)
     found: dict[str, Any] = {"formula": SYSTEM_WORK[record][1], "n": len(pairs)}
@@ -257,10 +257,9 @@ def system_operations(record: str, arm: str, baseline: str) -> dict[str, Any]:
     by_teacher = [
         sum(v for part, v in mine.items() if part.startswith("teacher")) for mine, _ in pairs
     ]
-    found |= {
-        "ratio": middle(mine / theirs for mine, theirs in totals),
-        "teacher": middle(t / mine for t, (mine, _) in zip(by_teacher, totals)),
-    }
+    found["ratio"] = middle(mine / theirs for mine, theirs in totals)
+    if any(by_teacher):
+        found["teacher"] = middle(t / mine for t, (mine, _) in zip(by_teacher, totals))
     if not any(part.endswith(PER_PARAMETER) for part in pairs[0][0]):
         found["operations"] = middle(mine for mine, _ in totals)
     return found

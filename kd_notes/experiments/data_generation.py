@@ -297,7 +297,11 @@ class GeneratedStudents(Experiment):
         return metrics | {"parameters": count_parameters(model)}
 
 # %% ../../nbs/6_beyond_text/07b_data_generation_runs.ipynb #dg7b-writer
-WAYS = {"label": "label after the text", "centred": "the same, centred", "text": "text after label"}
+WAYS = {
+    "label": "label after the text",
+    "centred": "the same, centred",
+    "text": "text after label",
+}
 
 
 @torch.inference_mode()
@@ -307,18 +311,43 @@ def read_after(prompt: str, texts: Sequence[str], score: Any) -> np.ndarray:
     `score(model, states, ids)` takes the last states (L, D) of a text and its tokens (L,).
     """
     model, tokenizer = smollm2().model, smollm2().tokenizer
-    start = tokenizer(prompt, return_tensors="pt").input_ids
+    start = tokenizer(
+        prompt,
+        return_tensors="pt",
+    ).input_ids
     read = model.model(start, use_cache=True).past_key_values
-    order = sorted(range(len(texts)), key=lambda place: len(texts[place]))
+    order = sorted(
+        range(len(texts)),
+        key=lambda place: len(texts[place]),
+    )
     found = np.zeros(len(texts))
     for cut in range(0, len(order), 32):
         chosen = order[cut : cut + 32]
         given = [texts[place] for place in chosen]
-        batch = tokenizer(given, return_tensors="pt", padding=True, padding_side="right")
-        states = answer_states(model.model, read, start.shape[1], batch)[-1]
-        for place, state, ids, mask in zip(chosen, states, batch.input_ids, batch.attention_mask):
+        batch = tokenizer(
+            given,
+            return_tensors="pt",
+            padding=True,
+            padding_side="right",
+        )
+        states = answer_states(
+            model.model,
+            read,
+            start.shape[1],
+            batch,
+        )[-1]
+        for place, state, ids, mask in zip(
+            chosen,
+            states,
+            batch.input_ids,
+            batch.attention_mask,
+        ):
             length = int(mask.sum())
-            found[place] = score(model, state[:length], ids[:length])
+            found[place] = score(
+                model,
+                state[:length],
+                ids[:length],
+            )
     return found
 
 
@@ -333,7 +362,14 @@ def label_odds(way: str, exemplars: Sequence[TextRow], texts: Sequence[str]) -> 
 
         # the label's colon starts the text, so that its first word counts too
         asked = [REVIEW_TASK.prompt(exemplars, label)[:-1] for label in REVIEW_TASK.labels]
-        one, other = (read_after(prompt, [f": {t}\n" for t in texts], told) for prompt in asked)
+        one, other = (
+            read_after(
+                prompt,
+                [f": {t}\n" for t in texts],
+                told,
+            )
+            for prompt in asked
+        )
         return one - other
     first, second = (tokenizer(f" {label}").input_ids[0] for label in REVIEW_TASK.labels)
 
@@ -343,7 +379,11 @@ def label_odds(way: str, exemplars: Sequence[TextRow], texts: Sequence[str]) -> 
 
     shown = [f"{row.prompt}\nSentiment: {row.completion}\n\n" for row in exemplars]
     prompt = REVIEW_TASK.instruction + "".join(shown)
-    return read_after(prompt, [f"{text}\nSentiment:" for text in texts], preferred)
+    return read_after(
+        prompt,
+        [f"{text}\nSentiment:" for text in texts],
+        preferred,
+    )
 
 # %% ../../nbs/6_beyond_text/07b_data_generation_runs.ipynb #dg7b-writer-exp
 def _review_parts() -> dict[str, list[TextRow]]:
@@ -355,7 +395,11 @@ def _review_parts() -> dict[str, list[TextRow]]:
 def _review_odds(way: str, seed: int, part: str) -> np.ndarray:
     "Return the log-odds of a part of the reviews, read once by this process."
     texts = [row.prompt for row in _review_parts()[part]]
-    return label_odds(way, GENERATION_TASKS["reviews"].exemplars(seed), texts)
+    return label_odds(
+        way,
+        GENERATION_TASKS["reviews"].exemplars(seed),
+        texts,
+    )
 
 
 @dataclass
@@ -377,7 +421,11 @@ class WriterScores(Experiment):
     def complete(self, run: dict) -> dict:
         if run["way"] not in WAYS:
             fix = f"Use one of: {', '.join(WAYS)}."
-            raise UserError(f"there is no way {run['way']!r} to ask", where=self.name, fix=fix)
+            raise UserError(
+                f"there is no way {run['way']!r} to ask",
+                where=self.name,
+                fix=fix,
+            )
         return run
 
     def inputs(self, run: dict) -> dict[str, str]:
@@ -387,7 +435,14 @@ class WriterScores(Experiment):
         "Metrics: for each set of rows the outcomes and the share of the first label."
         way, middle, metrics = run["way"], 0.0, {}
         if way == "centred":
-            way, middle = "label", _review_odds("label", run["seed"], "validation").mean()
+            way, middle = (
+                "label",
+                _review_odds(
+                    "label",
+                    run["seed"],
+                    "validation",
+                ).mean(),
+            )
         asked = _review_parts()
         names = ["validation"] if run["score_on"] == "validation" else [*asked][1:]
         for name in names:

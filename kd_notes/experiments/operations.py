@@ -72,11 +72,18 @@ PICTURES = 64  # in a minibatch of `experiments.images.fit`, if there are as man
 def image_work(run: dict, metrics: dict) -> Work:
     "3 x forward x steps x minibatch; the teacher's forward x pictures."
     picture = task_images(run["task"], "test").pixels[:1]
-    student = Network(picture.shape[-1], run["widths"], 0)
+    student = Network(
+        picture.shape[-1],
+        run["widths"],
+        0,
+    )
     seen = run["steps"] * min(PICTURES, run["rows"])
     work = {"student learns": LEARN * forward_flops(student, picture) * seen}
     if teacher := ImageStudents().teacher(run):
-        reads = forward_flops(ImageTeachers().network(teacher), picture)
+        reads = forward_flops(
+            ImageTeachers().network(teacher),
+            picture,
+        )
         work["teacher reads"] = reads * run["rows"]
     return work
 
@@ -84,13 +91,26 @@ def image_work(run: dict, metrics: dict) -> Work:
 def revision_work(run: dict, metrics: dict) -> Work:
     "The same; a selection also trains a scorer for half of the steps."
     arm = REVISION_ARMS[run["arm"]]
-    task = revision_task(run["task"], run["rows"], run["seed"])
+    task = revision_task(
+        run["task"],
+        run["rows"],
+        run["seed"],
+    )
     one = task.student.pixels[:1]
-    learns = LEARN * forward_flops(network(task, 0, wide=False), one)
+    learns = LEARN * forward_flops(
+        network(task, 0, wide=False),
+        one,
+    )
     step = min(PICTURES, metrics["rows"])
     work = {"student learns": learns * run["steps"] * step}
     if arm.divergence:
-        work["teacher reads"] = forward_flops(network(task, 0, wide=True), one) * metrics["rows"]
+        work["teacher reads"] = (
+            forward_flops(
+                network(task, 0, wide=True),
+                one,
+            )
+            * metrics["rows"]
+        )
     if arm.select in ("influence", "product"):
         work["choosing"] = learns * max(run["steps"] // 2, 1) * min(PICTURES, run["rows"])
     return work
@@ -100,7 +120,10 @@ def _over_lengths(model: torch.nn.Module, lengths: Counter) -> float:
     "Return the mean operations of a grader over answers of these lengths."
     total = 0
     for length, count in lengths.items():
-        total += count * forward_flops(model, torch.full((1, length), PAD + 1))
+        total += count * forward_flops(
+            model,
+            torch.full((1, length), PAD + 1),
+        )
     return total / lengths.total()
 
 
@@ -108,14 +131,22 @@ def scoring_work(run: dict, metrics: dict) -> Work:
     "3 x forward x steps x minibatch; the teacher's forward x members x answers. Embedded answers."
     if run["data"] != "science":
         return {}
-    known = answer_sets("science", run["people"]).train
+    known = answer_sets(
+        "science",
+        run["people"],
+    ).train
     words = Words(known)
     lengths = Counter(len(row["ids"]) for row in words.rows(known))
     seen = run["steps"] * TRAINING["batch_size"]
     student = new_student(run, len(words))
     work = {"student learns": LEARN * _over_lengths(student, lengths) * seen}
     if SCORING_ARMS[run["arm"]].soft in ("outside", "inside"):
-        wide = WordScorer(len(words), len(RUBRIC), 64, 192)
+        wide = WordScorer(
+            len(words),
+            len(RUBRIC),
+            64,
+            192,
+        )
         members = run["teacher"]["members"]
         work["teacher reads"] = members * _over_lengths(wide, lengths) * len(known)
     return work
@@ -132,10 +163,24 @@ def balanced_work(run: dict, metrics: dict) -> Work:
         return {}
     place = torch.zeros(1, 1, dtype=torch.long)
     states = torch.zeros(1, 2 * STATE)
-    student, teacher = (IntentHead(states, run.get("intents", 30), n, 0) for n in (64, 256))
+    student, teacher = (
+        IntentHead(
+            states,
+            run.get("intents", 30),
+            n,
+            0,
+        )
+        for n in (64, 256)
+    )
     learns = LEARN * HEAD_ROWS * forward_flops(student, place)
     stages = plan.get("stages", run["stages"]) if plan.get("select") != "random" else 1
-    spent = sum(max(run["steps"] * stage // run["stages"], 1) for stage in range(1, stages))
+    spent = sum(
+        max(
+            run["steps"] * stage // run["stages"],
+            1,
+        )
+        for stage in range(1, stages)
+    )
     return {
         "student learns": learns * run["steps"],
         "choosing": learns * spent,
@@ -161,26 +206,51 @@ def generation_work(run: dict, metrics: dict) -> Work:
         return {}
     words = written["words"] / written["rows"]
     student = GENERATION_TASKS["remarks"].network()
-    one = forward_flops(student, torch.ones(1, 1 + round(words), dtype=torch.long))
+    one = forward_flops(
+        student,
+        torch.ones(1, 1 + round(words), dtype=torch.long),
+    )
     studies = rows["batches"] // rows["study_every"] * rows["study_steps"]
     step = LEARN * one * min(32, written["rows"])
     # "label : words ; " of each example, "label :" or "other label :" and a first token at the end
     back = (
-        len(feedback_of([0.0] * rows["batch_size"], "band", None)) if arm.feedback != "none" else 0
+        len(
+            feedback_of(
+                [0.0] * rows["batch_size"],
+                "band",
+                None,
+            )
+        )
+        if arm.feedback != "none"
+        else 0
     )
     shown = 2 * 3 * rows["batches"] + back * (rows["batches"] - rows["study_every"])
     read = rows["batch_size"] * (shown * (words + 3) + rows["batches"] * (3 + 4))
-    teacher = mini_model("causal", rows["teacher"]["size"], len(remark_tokenizer()), 0)
+    teacher = mini_model(
+        "causal",
+        rows["teacher"]["size"],
+        len(remark_tokenizer()),
+        0,
+    )
     return {
         "student learns": step * run["steps"],
         "choosing": step * studies,
-        "teacher writes": token_flops(count_parameters(teacher), read + written["words"]),
+        "teacher writes": token_flops(
+            count_parameters(teacher),
+            read + written["words"],
+        ),
     }
 
 # %% ../../nbs/6_beyond_text/17_operations.ipynb #ops-24
 def stepwise_work(run: dict, metrics: dict) -> Work:
     "6 N T. Labels and reasons are in the rows; what their teacher cost is not known."
-    return {"student learns": token_flops(metrics["parameters"], metrics["tokens"], LEARN)}
+    return {
+        "student learns": token_flops(
+            metrics["parameters"],
+            metrics["tokens"],
+            LEARN,
+        )
+    }
 
 
 PER_PARAMETER = "per parameter"
@@ -190,18 +260,36 @@ def adapter_work(run: dict, metrics: dict) -> Work:
     "4 N T; N is that of the prior, whose vocabulary is not recorded: operations per parameter."
     if "size" in run or "tokens" not in metrics:
         return {}
-    return {f"student learns, {PER_PARAMETER}": token_flops(1, metrics["tokens"], LEARN_FROZEN)}
+    return {
+        f"student learns, {PER_PARAMETER}": token_flops(
+            1,
+            metrics["tokens"],
+            LEARN_FROZEN,
+        )
+    }
 
 
 @lru_cache
 def _world_teacher(size: str) -> int:
-    return count_parameters(mini_model("causal", size, len(load_world_tokenizer()), seed=0))
+    return count_parameters(
+        mini_model(
+            "causal",
+            size,
+            len(load_world_tokenizer()),
+            seed=0,
+        )
+    )
 
 
 def world_work(run: dict, metrics: dict) -> Work:
     "The operations of `experiments.phases.arm_flops`."
     teacher = _world_teacher(run["teacher"]["size"])
-    work = arm_flops(SCARCE_ARMS[run["arm"]], run, metrics, teacher)
+    work = arm_flops(
+        SCARCE_ARMS[run["arm"]],
+        run,
+        metrics,
+        teacher,
+    )
     return {("teacher writes" if k == "writing" else k): v for k, v in work.items()}
 
 # %% ../../nbs/6_beyond_text/17_operations.ipynb #ops-26
@@ -249,7 +337,10 @@ def system_operations(record: str, arm: str, baseline: str) -> dict[str, Any]:
     ratio is known, `operations` is missing, and `teacher` where nothing of its work is counted.
     """
     pairs = _paired_works(record, arm, baseline)
-    found: dict[str, Any] = {"formula": SYSTEM_WORK[record][1], "n": len(pairs)}
+    found: dict[str, Any] = {
+        "formula": SYSTEM_WORK[record][1],
+        "n": len(pairs),
+    }
     if not pairs:
         return found
     middle = statistics.median

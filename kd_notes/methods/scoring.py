@@ -175,8 +175,16 @@ class LayerScorer(torch.nn.Module):
         self.body.layers = self.body.layers[-len(answers.asked[0]) :]
         for place, layer in enumerate(self.body.layers):
             layer.self_attn.layer_idx = place
-        self.register_buffer("mean", mean, persistent=False)
-        self.register_buffer("std", std, persistent=False)
+        self.register_buffer(
+            "mean",
+            mean,
+            persistent=False,
+        )
+        self.register_buffer(
+            "std",
+            std,
+            persistent=False,
+        )
 
     def last_states(self, places: list[int]) -> Tensor:
         "Return the mean state of each answer after all layers, (B, H)."
@@ -187,12 +195,21 @@ class LayerScorer(torch.nn.Module):
         before, after = (torch.tensor([x.shape[-2] for x in xs])[:, None] for xs in (asked, said))
         longest, mine = int(before.max()), torch.arange(int(after.max()))
         cache = DynamicCache()
-        whole = torch.stack([F.pad(x, (0, 0, 0, longest - x.shape[-2])) for x in asked], 2)
+        whole = torch.stack(
+            [F.pad(x, (0, 0, 0, longest - x.shape[-2])) for x in asked],
+            2,
+        )
         for place, (keys, values) in enumerate(whole):
             cache.update(keys, values, place)
         states = self.body(
-            inputs_embeds=torch.nn.utils.rnn.pad_sequence(said, batch_first=True),
-            attention_mask=torch.cat([torch.arange(longest) < before, mine < after], 1).long(),
+            inputs_embeds=torch.nn.utils.rnn.pad_sequence(
+                said,
+                batch_first=True,
+            ),
+            attention_mask=torch.cat(
+                [torch.arange(longest) < before, mine < after],
+                1,
+            ).long(),
             position_ids=before + mine,
             past_key_values=cache,
         ).last_hidden_state
@@ -202,7 +219,10 @@ class LayerScorer(torch.nn.Module):
         places = input_ids[:, 0]
         last = self.last_states(places.tolist())
         half = self.answers.features[places, : last.shape[1]]
-        return self.head(input_ids, (torch.cat([half, last], 1) - self.mean) / self.std)
+        return self.head(
+            input_ids,
+            (torch.cat([half, last], 1) - self.mean) / self.std,
+        )
 
 # %% ../../nbs/6_beyond_text/04_scoring_kd.ipynb #317d8e18
 class ScoringKD(Method):

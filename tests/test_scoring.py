@@ -493,3 +493,13 @@ def test_a_frozen_teacher_has_the_parameters_it_had_and_too_many_trained_layers_
     assert not run.keys() & {"trained", "tuning_steps", "tuning_lr", "precision"}
     with pytest.raises(UserError, match="6 of 10 layers"):
         ScoringTeachers().parameters(data="beetle", layers=10, trained=6)
+
+
+def test_frozen_states_are_the_features_that_a_finetuned_teacher_starts_from(
+    tiny_body, monkeypatch
+):
+    monkeypatch.setattr(scoring, "lower_layers", lambda layers: tiny_body)
+    found, tokens = scoring.frozen_states(ASKED, 2)
+    read = read_answers(*tiny_body, ASKED, 1)
+    assert np.allclose(found, read.features.numpy(), atol=2e-3)  # float16
+    assert tokens == sum(map(len, read.said))

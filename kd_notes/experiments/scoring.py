@@ -134,13 +134,7 @@ def frozen_states(rows: Sequence[dict], layers: int) -> tuple[np.ndarray, int]:
     )
     tokens = 0
     for chosen, _, mask, states in _readings(body, tokenizer, rows):
-        found[chosen] = _mean(
-            torch.cat(
-                [states[len(body.layers) // 2], states[-1]],
-                -1,
-            ),
-            mask,
-        ).numpy()
+        found[chosen] = _half_and_last(body, states, mask).numpy()
         tokens += int(mask.sum())
     return found, tokens
 

@@ -350,7 +350,7 @@ def read_after(prompt: str, texts: Sequence[str], score: Any) -> np.ndarray:
             )
     return found
 
-
+# %% ../../nbs/6_beyond_text/07b_data_generation_runs.ipynb #dg7b-writer-1
 def label_odds(way: str, exemplars: Sequence[TextRow], texts: Sequence[str]) -> np.ndarray:
     "Return SmolLM2's log-odds of the first label of the reviews against the second, (n,), in nats."
     tokenizer = smollm2().tokenizer
@@ -410,7 +410,7 @@ class WriterSettings:
     seed: int  # of the exemplars
     score_on: str = "test"  # or "validation": no test is read
 
-
+# %% ../../nbs/6_beyond_text/07b_data_generation_runs.ipynb #dg7b-writer-exp-1
 class WriterScores(Experiment):
     "SmolLM2, which writes the reviews, as a few-shot classifier of the test rows."
 

@@ -309,6 +309,8 @@ SYSTEM_WORK: dict[str, tuple[Callable[[dict, dict], Work], str, str]] = {
     "misinformation": (adapter_work, "4 N T of the student; N is not recorded", "misinformation"),
     "ladder": (world_work, "6 N T of the student, 2 N T of the teacher", "scarce"),
 }
+
+# %% ../../nbs/6_beyond_text/17_operations.ipynb #ops-26-1
 NOT_ARM = ("arm", "lr", "teacher", "weight", "rows")  # settings that may differ from the baseline
 
 
@@ -328,7 +330,7 @@ def _paired_works(record: str, arm: str, baseline: str) -> list[tuple[Work, Work
     both = sorted(found[arm].keys() & found[baseline].keys())
     return [(found[arm][k], found[baseline][k]) for k in both]
 
-
+# %% ../../nbs/6_beyond_text/17_operations.ipynb #ops-26-2
 def system_operations(record: str, arm: str, baseline: str) -> dict[str, Any]:
     """Return operations of an arm relative to its baseline, of one training, the teacher's share.
 

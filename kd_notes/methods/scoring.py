@@ -157,7 +157,7 @@ class ReadAnswers:
     said: list[Tensor]  # each answer after the frozen layers, (T, H)
     features: Tensor  # mean states of each answer after half of the layers and after all, (n, 2 H)
 
-
+# %% ../../nbs/6_beyond_text/04_scoring_kd.ipynb #skd-layers-1
 class LayerScorer(torch.nn.Module):
     """A `WordScorer` above upper layers that learn with it: (B, L) ids -> (B, labels).
 
@@ -175,16 +175,8 @@ class LayerScorer(torch.nn.Module):
         self.body.layers = self.body.layers[-len(answers.asked[0]) :]
         for place, layer in enumerate(self.body.layers):
             layer.self_attn.layer_idx = place
-        self.register_buffer(
-            "mean",
-            mean,
-            persistent=False,
-        )
-        self.register_buffer(
-            "std",
-            std,
-            persistent=False,
-        )
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("std", std, persistent=False)
 
     def last_states(self, places: list[int]) -> Tensor:
         "Return the mean state of each answer after all layers, (B, H)."

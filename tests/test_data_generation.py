@@ -14,14 +14,18 @@ from hypothesis import strategies as st
 
 from kd_notes.core import read_jsonl, rng, UserError
 from kd_notes.data.rows import TextRow
+from kd_notes.experiments import data_generation
 from kd_notes.experiments.data_generation import (
     checked,
     fit_student,
     GeneratedRows,
     GeneratedStudents,
     GENERATION_ARMS,
+    label_odds,
     numbers_of,
+    read_after,
     student_logits,
+    WriterScores,
     written_metrics,
 )
 from kd_notes.experiments.generation_tasks import (
@@ -36,6 +40,7 @@ from kd_notes.experiments.generation_tasks import (
     SUBJECTS,
     true_label,
 )
+from kd_notes.generation.backends import LocalBackend
 from kd_notes.generation.completions import Completion, Decoding
 from kd_notes.losses.divergences import IGNORED
 from kd_notes.methods.data_generation import (
@@ -548,3 +553,49 @@ def test_what_is_missing_is_said(monkeypatch, tmp_path):
         real_inputs("reviews")
     assert real_inputs("remarks") == {}
     assert {arm.feedback for arm in GENERATION_ARMS.values()} == {*FEEDBACK, ""}
+
+
+# --- the writer as a classifier ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_writer(monkeypatch):
+    tokenizer = load_mini_tokenizer()
+    backend = LocalBackend(mini_model("causal", "xs", len(tokenizer), seed=0), tokenizer)
+    monkeypatch.setattr(data_generation, "smollm2", lambda: backend)
+    return backend
+
+
+@torch.no_grad()
+def test_reading_after_a_shared_prompt_is_reading_the_whole(small_writer):
+    texts = ["the sun is up", "so", "a long walk to the sea and back again", "no"]
+    model, tokenizer = small_writer.model, small_writer.tokenizer
+
+    def last(model, states, ids):
+        return float(model.lm_head(states[-1])[5])
+
+    found = read_after("Why is it?", texts, last)
+    for text, value in zip(texts, found):
+        parts = [tokenizer(part, return_tensors="pt").input_ids for part in ("Why is it?", text)]
+        assert float(model(torch.cat(parts, 1)).logits[0, -1, 5]) == pytest.approx(value, abs=1e-4)
+
+
+@torch.no_grad()
+def test_odds_of_the_text_under_each_label_are_those_of_its_tokens(small_writer):
+    model, tokenizer = small_writer.model, small_writer.tokenizer
+    exemplars = [TextRow("e", "good fun", "positive")]
+    text = "a clever film"
+    logs = []
+    for label in ("positive", "negative"):
+        prompt = data_generation.REVIEW_TASK.prompt(exemplars, label)[:-1]
+        start, said = (tokenizer(part).input_ids for part in (prompt, f": {text}\n"))
+        logits = model(torch.tensor([start + said])).logits[0].log_softmax(-1)
+        # the colon is given, every later token counts
+        logs.append(sum(float(logits[len(start) + i, said[i + 1]]) for i in range(len(said) - 1)))
+    found = label_odds("text", exemplars, [text, "another one"])
+    assert found[0] == pytest.approx(logs[0] - logs[1], abs=1e-3)
+
+
+def test_an_unknown_way_to_ask_is_refused():
+    with pytest.raises(UserError, match="no way 'guess'"):
+        WriterScores().parameters(way="guess", seed=0)

@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 
 from kd_notes.core import UserError
 from kd_notes.data.scoring import answer_sets, check_scores, quadratic_kappa, science_answers
+from kd_notes.experiments import scoring
 from kd_notes.experiments.scoring import (
     LABELS,
+    read_answers,
     Scoring,
     SCORING_ARMS,
     ScoringFeatures,
@@ -22,6 +24,7 @@ from kd_notes.experiments.scoring import (
 from kd_notes.methods.scoring import (
     EncoderScorer,
     in_fold,
+    LayerScorer,
     out_of_fold,
     PAD,
     person_folds,
@@ -30,6 +33,7 @@ from kd_notes.methods.scoring import (
     Words,
     WordScorer,
 )
+from kd_notes.models.mini import load_mini_tokenizer, mini_model
 from kd_notes.runner.grid import ROW_LIMIT
 from kd_notes.training.loop import train
 from kd_notes.training.state import TrainConfig
@@ -406,3 +410,96 @@ def test_impossible_teachers_are_refused(settings, said):
     with pytest.raises(UserError, match=said):
         run = ScoringTeachers().parameters(**settings)
         ScoringTeachers().train(run, None)
+
+
+# --- a finetuned teacher ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny_body():
+    "The lower layers of a model that has more, as `lower_layers` gives them."
+    tokenizer = load_mini_tokenizer()
+    body = mini_model("causal", "s", len(tokenizer), seed=0).eval().model
+    assert body.config.num_hidden_layers > 2
+    body.layers, body.norm = body.layers[:2], torch.nn.Identity()
+    return body, tokenizer
+
+
+ASKED = [
+    {"prompt": "Question: Why is it warm in here?", "answer": "it is hot"},
+    {"prompt": "Why?", "answer": "so"},
+    {"prompt": "Why?", "answer": "because the sun is up"},
+]
+
+
+def layer_scorer(body, tokenizer, trained: int) -> LayerScorer:
+    answers = read_answers(body, tokenizer, ASKED, trained)
+    mean, std = answers.features.mean(0), answers.features.std(0) + 1e-4
+    torch.manual_seed(0)
+    head = WordScorer(9, LABELS, features=(answers.features - mean) / std)
+    return LayerScorer(body, answers, head, mean, std)
+
+
+@pytest.mark.parametrize("trained", [1, 2])
+def test_before_it_learns_a_layer_scorer_is_its_head_on_frozen_features(tiny_body, trained):
+    body, tokenizer = tiny_body
+    scorer = layer_scorer(body, tokenizer, trained).eval()
+    ids = torch.tensor([[2, 5, 6], [0, 5, 7], [1, 5, 8]])
+    assert torch.allclose(scorer(ids), scorer.head(ids), atol=1e-4)
+    for place, row in enumerate(ASKED):  # and the features are those of the whole text
+        parts = (f"{row['prompt']}\nStudent answer:", f" {row['answer']}")
+        start, said = (tokenizer(part, return_tensors="pt").input_ids for part in parts)
+        states = body(torch.cat([start, said], 1)).last_hidden_state[0, start.shape[1] :]
+        assert torch.allclose(scorer.last_states([place])[0], states.mean(0), atol=1e-4)
+
+
+def test_only_a_copy_of_the_upper_layers_learns(tiny_body):
+    body, tokenizer = tiny_body
+    before = {name: p.clone() for name, p in body.named_parameters()}
+    scorer = layer_scorer(body, tokenizer, 1)
+    assert len(scorer.body.layers) == 1 and len(body.layers) == 2
+    upper = [p.clone() for p in scorer.body.layers.parameters()]
+    kept = [x.clone() for x in scorer.answers.said]
+    rows = [{"ids": [i, 5, 6], "score": i} for i in range(3)]
+    cfg = TrainConfig(max_steps=60, batch_size=3, lr=3e-3, device="cpu")
+    train(scorer, ScoringKD(LABELS, 0.0), rows, cfg)
+    assert score_probabilities(scorer, rows).argmax(1).tolist() == [0, 1, 2]
+    assert all(torch.equal(p, before[name]) for name, p in body.named_parameters())
+    assert not any(torch.equal(p, q) for p, q in zip(upper, scorer.body.layers.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(kept, scorer.answers.said))
+
+
+def test_a_finetuned_teacher_labels_in_and_out_of_fold_and_a_trial_reads_no_test(
+    tiny_body, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("KD_NOTES_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("KD_NOTES_DATA", str(tmp_path))
+    monkeypatch.setattr(scoring, "lower_layers", lambda layers: tiny_body)
+    parts = {"train": 60, "unseen-answers": 5, "unseen-questions": 7}
+    write_beetle(tmp_path, [beetle_row(i, split) for split, n in parts.items() for i in range(n)])
+    wanted = dict(data="beetle", layers=2, trained=1, members=1, steps=4)
+    wanted |= dict(tuning_steps=3, tuning_lr=1e-3)
+    run = ScoringTeachers().parameters(**wanted, folds=2)
+    found = ScoringTeachers().cached(run)
+    inside, outside = (soft_labels(run, side) for side in ("inside", "outside"))
+    assert inside.shape == outside.shape == (48, LABELS) and not np.allclose(inside, outside)
+    assert len(found["unseen-questions: scores"]) == 7
+    trial = ScoringTeachers().cached(ScoringTeachers().parameters(**wanted, folds=0))
+    assert trial == {"accuracy_validation": found["accuracy_validation"]}
+
+
+def test_a_frozen_teacher_has_the_parameters_it_had_and_too_many_trained_layers_are_refused():
+    run = ScoringTeachers().parameters(data="beetle", layers=10)
+    assert not run.keys() & {"trained", "tuning_steps", "tuning_lr", "precision"}
+    with pytest.raises(UserError, match="6 of 10 layers"):
+        ScoringTeachers().parameters(data="beetle", layers=10, trained=6)
+
+
+def test_frozen_states_are_the_features_that_a_finetuned_teacher_starts_from(
+    tiny_body, monkeypatch
+):
+    monkeypatch.setattr(scoring, "lower_layers", lambda layers: tiny_body)
+    found, tokens = scoring.frozen_states(ASKED, 2)
+    read = read_answers(*tiny_body, ASKED, 1)
+    assert np.allclose(found, read.features.numpy(), atol=2e-3)  # float16
+    assert tokens == sum(map(len, read.said))

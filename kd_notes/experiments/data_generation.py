@@ -25,11 +25,14 @@ from kd_notes.experiments.generation_tasks import (
     GENERATION_TASKS,
     RARE,
     real_inputs,
+    REVIEW_TASK,
     RemarkTeachers,
     reviews,
+    smollm2,
     true_label,
 )
 from kd_notes.experiments.images import LearnLabels
+from kd_notes.experiments.scoring import answer_states
 from kd_notes.methods.data_generation import (
     energy,
     FEEDBACK,
@@ -292,3 +295,160 @@ class GeneratedStudents(Experiment):
         for test, others in task.tests().items():
             metrics[f"{test}: outcomes"] = pack_bits(right(others).tolist())
         return metrics | {"parameters": count_parameters(model)}
+
+# %% ../../nbs/6_beyond_text/07b_data_generation_runs.ipynb #dg7b-writer
+WAYS = {
+    "label": "label after the text",
+    "centred": "the same, centred",
+    "text": "text after label",
+}
+
+
+@torch.inference_mode()
+def read_after(prompt: str, texts: Sequence[str], score: Any) -> np.ndarray:
+    """Return a number for each text that follows a prompt, (n,); the prompt is read once.
+
+    `score(model, states, ids)` takes the last states (L, D) of a text and its tokens (L,).
+    """
+    model, tokenizer = smollm2().model, smollm2().tokenizer
+    start = tokenizer(
+        prompt,
+        return_tensors="pt",
+    ).input_ids
+    read = model.model(start, use_cache=True).past_key_values
+    order = sorted(
+        range(len(texts)),
+        key=lambda place: len(texts[place]),
+    )
+    found = np.zeros(len(texts))
+    for cut in range(0, len(order), 32):
+        chosen = order[cut : cut + 32]
+        given = [texts[place] for place in chosen]
+        batch = tokenizer(
+            given,
+            return_tensors="pt",
+            padding=True,
+            padding_side="right",
+        )
+        states = answer_states(
+            model.model,
+            read,
+            start.shape[1],
+            batch,
+        )[-1]
+        for place, state, ids, mask in zip(
+            chosen,
+            states,
+            batch.input_ids,
+            batch.attention_mask,
+        ):
+            length = int(mask.sum())
+            found[place] = score(
+                model,
+                state[:length],
+                ids[:length],
+            )
+    return found
+
+# %% ../../nbs/6_beyond_text/07b_data_generation_runs.ipynb #dg7b-writer-1
+def label_odds(way: str, exemplars: Sequence[TextRow], texts: Sequence[str]) -> np.ndarray:
+    "Return SmolLM2's log-odds of the first label of the reviews against the second, (n,), in nats."
+    tokenizer = smollm2().tokenizer
+    if way == "text":
+
+        def told(model: Any, states: Tensor, ids: Tensor) -> float:
+            logs = model.lm_head(states[:-1]).log_softmax(-1)
+            return float(logs.gather(-1, ids[1:, None]).sum())
+
+        # the label's colon starts the text, so that its first word counts too
+        asked = [REVIEW_TASK.prompt(exemplars, label)[:-1] for label in REVIEW_TASK.labels]
+        one, other = (
+            read_after(
+                prompt,
+                [f": {t}\n" for t in texts],
+                told,
+            )
+            for prompt in asked
+        )
+        return one - other
+    first, second = (tokenizer(f" {label}").input_ids[0] for label in REVIEW_TASK.labels)
+
+    def preferred(model: Any, states: Tensor, ids: Tensor) -> float:
+        logits = model.lm_head(states[-1])
+        return float(logits[first] - logits[second])
+
+    shown = [f"{row.prompt}\nSentiment: {row.completion}\n\n" for row in exemplars]
+    prompt = REVIEW_TASK.instruction + "".join(shown)
+    return read_after(
+        prompt,
+        [f"{text}\nSentiment:" for text in texts],
+        preferred,
+    )
+
+# %% ../../nbs/6_beyond_text/07b_data_generation_runs.ipynb #dg7b-writer-exp
+def _review_parts() -> dict[str, list[TextRow]]:
+    task = GENERATION_TASKS["reviews"]
+    return {"validation": task.validation()} | task.tests()
+
+
+@lru_cache
+def _review_odds(way: str, seed: int, part: str) -> np.ndarray:
+    "Return the log-odds of a part of the reviews, read once by this process."
+    texts = [row.prompt for row in _review_parts()[part]]
+    return label_odds(
+        way,
+        GENERATION_TASKS["reviews"].exemplars(seed),
+        texts,
+    )
+
+
+@dataclass
+class WriterSettings:
+    "How the writer of the reviews is asked for their labels."
+
+    way: str  # of WAYS
+    seed: int  # of the exemplars
+    score_on: str = "test"  # or "validation": no test is read
+
+# %% ../../nbs/6_beyond_text/07b_data_generation_runs.ipynb #dg7b-writer-exp-1
+class WriterScores(Experiment):
+    "SmolLM2, which writes the reviews, as a few-shot classifier of the test rows."
+
+    name = "generation_writer"
+    module = "experiments.data_generation"
+    Settings = WriterSettings
+
+    def complete(self, run: dict) -> dict:
+        if run["way"] not in WAYS:
+            fix = f"Use one of: {', '.join(WAYS)}."
+            raise UserError(
+                f"there is no way {run['way']!r} to ask",
+                where=self.name,
+                fix=fix,
+            )
+        return run
+
+    def inputs(self, run: dict) -> dict[str, str]:
+        return real_inputs("reviews")
+
+    def train(self, run: dict, folder: Path) -> dict:
+        "Metrics: for each set of rows the outcomes and the share of the first label."
+        way, middle, metrics = run["way"], 0.0, {}
+        if way == "centred":
+            way, middle = (
+                "label",
+                _review_odds(
+                    "label",
+                    run["seed"],
+                    "validation",
+                ).mean(),
+            )
+        asked = _review_parts()
+        names = ["validation"] if run["score_on"] == "validation" else [*asked][1:]
+        for name in names:
+            rows, odds = asked[name], _review_odds(way, run["seed"], name) - middle
+            right = (odds < 0) == numbers_of("reviews", rows).numpy().astype(bool)
+            metrics[f"{name}: outcomes"] = pack_bits(right.tolist())
+            metrics[f"{name}: accuracy"] = float(right.mean())
+            metrics[f"{name}: {REVIEW_TASK.labels[0]}"] = float((odds > 0).mean())
+        return metrics

@@ -288,7 +288,7 @@ class KeptTexts:
 
 
 @lru_cache
-def _smollm2() -> LocalBackend:
+def smollm2() -> LocalBackend:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -401,7 +401,7 @@ class Reviews:
             "seed": run["seed"],
         }
         return KeptTexts(
-            _smollm2,
+            smollm2,
             Decoding(max_new_tokens=28, stop="\n", **sampling),
             "reviews",
         )

@@ -6,7 +6,7 @@
 __all__ = ['Scoring']
 
 # %% ../../nbs/6_beyond_text/05_scoring_students.ipynb #6be86d51
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn, Tensor
 
 from ..core import UserError
 from ..data.scoring import answer_inputs, answer_sets, AnswerSets, RUBRIC, science_answers
@@ -22,7 +23,9 @@ from .base import Experiment, optional
 from kd_notes.methods.scoring import (
     EncoderScorer,
     in_fold,
+    LayerScorer,
     out_of_fold,
+    ReadAnswers,
     score_probabilities,
     ScoringKD,
     Words,
@@ -80,19 +83,14 @@ def lower_layers(layers: int) -> tuple[Any, Any]:
     return body, tokenizer
 
 
-@torch.inference_mode()
-def frozen_states(rows: Sequence[dict], layers: int) -> tuple[np.ndarray, int]:
-    """Return (mean states of each answer, its tokens in all).
+def _readings(body: Any, tokenizer: Any, rows: Sequence[dict]) -> Iterator[tuple]:
+    """Yield (places, question as it was read, mask, states of all layers) of up to 32 answers.
 
-    The states are those after half of the layers and after all, side by side in float16. The
-    question is read once for all its answers.
+    The question is read once for all its answers.
     """
-    body, tokenizer = lower_layers(layers)
-    found = np.zeros((len(rows), 2 * body.config.hidden_size), np.float16)
     prompts: dict[str, list[int]] = {}
     for place, row in enumerate(rows):
         prompts.setdefault(row["prompt"], []).append(place)
-    tokens = 0
     for prompt, places in prompts.items():
         start = tokenizer(f"{prompt}\nStudent answer:", return_tensors="pt").input_ids
         read = body(start, use_cache=True).past_key_values
@@ -101,23 +99,44 @@ def frozen_states(rows: Sequence[dict], layers: int) -> tuple[np.ndarray, int]:
             chosen = places[cut : cut + 32]
             texts = [f" {rows[place]['answer']}" for place in chosen]
             batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right")
-            found[chosen] = _mean_states(body, read, start.shape[1], batch).numpy()
-            tokens += int(batch.attention_mask.sum())
-    return found, tokens
+            states = answer_states(body, read, start.shape[1], batch)
+            yield chosen, read, batch.attention_mask, states
 
 
-def _mean_states(body: Any, read: Any, before: int, batch: Any) -> torch.Tensor:
-    "Return the mean states of a batch of answers that follow a prompt of `before` tokens."
+def answer_states(body: Any, read: Any, before: int, batch: Any) -> tuple[Tensor, ...]:
+    "Return the states of a batch of answers that follow a prompt of `before` tokens, by layer."
     cache = deepcopy(read)
     cache.batch_repeat_interleave(len(batch.input_ids))
     mask = batch.attention_mask
     whole = torch.cat([mask.new_ones(len(mask), before), mask], 1)
-    states = body(
+    return body(
         batch.input_ids, attention_mask=whole, past_key_values=cache, output_hidden_states=True
     ).hidden_states
+
+
+def _half_and_last(body: Any, states: Sequence[Tensor], mask: Tensor) -> Tensor:
+    "Return the mean states of answers after half of the layers and after all, (B, 2 H)."
     kept = torch.cat([states[len(body.layers) // 2], states[-1]], -1)
     weights = mask[..., None] / mask.sum(1)[:, None, None].clamp(min=1)
     return (kept * weights).sum(1)
+
+# %% ../../nbs/6_beyond_text/05_scoring_students.ipynb #scs-readings
+@torch.inference_mode()
+def frozen_states(rows: Sequence[dict], layers: int) -> tuple[np.ndarray, int]:
+    """Return (mean states of each answer, its tokens in all).
+
+    The states are those after half of the layers and after all, side by side in float16.
+    """
+    body, tokenizer = lower_layers(layers)
+    found = np.zeros(
+        (len(rows), 2 * body.config.hidden_size),
+        np.float16,
+    )
+    tokens = 0
+    for chosen, _, mask, states in _readings(body, tokenizer, rows):
+        found[chosen] = _half_and_last(body, states, mask).numpy()
+        tokens += int(mask.sum())
+    return found, tokens
 
 # %% ../../nbs/6_beyond_text/05_scoring_students.ipynb #f9eedf2e
 @dataclass
@@ -133,33 +152,98 @@ class ScoringTeacherSettings:
     seed: int = 0
     people: int = 80  # who write the training answers of "science"
     bank: int = 0  # further people whose scored answers only a teacher of "science" may read
+    trained: int = optional(0)  # upper layers that learn on, together with the trained network
+    tuning_steps: int = optional(0)  # of that second training
+    tuning_lr: float = optional(0.0)
+    precision: str = optional("no")
 
 
 LABELS = len(RUBRIC)
 SCORING_MODULES = ["experiments.scoring", "methods.scoring", "data.scoring"]
-TRAINING = {
-    "batch_size": 32,
-    "warmup": 0.05,
-    "weight_decay": 0.01,
-    "device": "cpu",
-}
+TRAINING = {"batch_size": 32, "warmup": 0.05, "weight_decay": 0.01, "device": "cpu"}
+
+# %% ../../nbs/6_beyond_text/05_scoring_students.ipynb #scs-tuned
+@torch.no_grad()
+def read_answers(body: Any, tokenizer: Any, rows: Sequence[dict], trained: int) -> ReadAnswers:
+    "Read questions and answers with all layers; of the upper `trained` ones, keep what they start from."
+    kept = ReadAnswers(
+        [],
+        [0] * len(rows),
+        [torch.empty(0)] * len(rows),
+        torch.empty(0),
+    )
+    features = torch.zeros(
+        len(rows),
+        2 * body.config.hidden_size,
+    )
+    last = None
+    for chosen, read, mask, states in _readings(body, tokenizer, rows):
+        if read is not last:
+            known = read.layers[: len(body.layers)][-trained:]  # a cache has room for all layers
+            kept.asked.append(torch.stack([torch.cat([x.keys, x.values]) for x in known]))
+            last = read
+        features[chosen] = _half_and_last(body, states, mask)
+        for place, row, length in zip(
+            chosen,
+            states[-1 - trained],
+            mask.sum(1).tolist(),
+        ):
+            kept.owner[place] = len(kept.asked) - 1
+            kept.said[place] = row[:length].clone()
+    kept.features = features
+    return kept
+
+# %% ../../nbs/6_beyond_text/05_scoring_students.ipynb #scs-member
+def _wide_scorer(words: Words, features: Tensor | None = None) -> WordScorer:
+    return WordScorer(len(words), LABELS, 64, 192, features)
 
 
-def _member(run: dict, words: Words, rows: list[dict], features: Any, seed: int) -> WordScorer:
-    "Train one network on the rows; features are brought to mean 0 and deviation 1 on them."
-    if features is not None:
-        seen = features[[row["ids"][0] for row in rows]]
-        features = (features - seen.mean(0)) / (seen.std(0) + 1e-4)
+def _new_networks(run: dict, words: Words, rows: Sequence[dict]) -> Callable:
+    "Return (rows to learn) -> an untrained teacher; `rows` are all answers of the sets."
+    if not run["layers"]:
+        return lambda known: _wide_scorer(words)
+    answers = None
+    if run.get("trained"):
+        body, tokenizer = lower_layers(run["layers"])
+        answers = read_answers(body, tokenizer, rows, run["trained"])
+        features = answers.features
+    else:
+        features = ScoringFeatures().load(data=run["data"], layers=run["layers"])
+
+    def made(known: list[dict]) -> nn.Module:
+        "Features are brought to mean 0 and deviation 1 on the rows that are learnt."
+        seen = features[[row["ids"][0] for row in known]]
+        mean, std = seen.mean(0), seen.std(0) + 1e-4
+        head = _wide_scorer(words, (features - mean) / std)
+        return LayerScorer(body, answers, head, mean, std) if answers else head
+
+    return made
+
+
+def _member(run: dict, new: Callable, rows: list[dict], seed: int) -> nn.Module:
+    "Train one network on the rows: the head, and then, if wanted, upper layers with it."
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = WordScorer(len(words), LABELS, 64, 192, features)
-    cfg = TrainConfig(
-        max_steps=run["steps"],
-        lr=run["lr"],
-        seed=seed,
-        **TRAINING,
-    )
-    return train(model, ScoringKD(LABELS, 0.0), rows, cfg).model
+        model = new(rows)
+
+    def fit(network: nn.Module, steps: int, lr: float, **more: Any) -> None:
+        cfg = TrainConfig(max_steps=steps, lr=lr, seed=seed, **more, **TRAINING)
+        train(network, ScoringKD(LABELS, 0.0), rows, cfg)
+
+    fit(model.head if run.get("trained") else model, run["steps"], run["lr"])
+    if run.get("tuning_steps"):
+        precision = run.get("precision", "no")
+        fit(model, run["tuning_steps"], run["tuning_lr"], precision=precision)
+    return model
+
+
+def _probabilities(models: list, rows: list[dict]) -> np.ndarray:
+    "Return the mean probabilities of the members, (rows, labels); short answers are read together."
+    order = sorted(range(len(rows)), key=lambda place: len(rows[place]["ids"]))
+    found = np.zeros((len(rows), LABELS))
+    together = [rows[place] for place in order]
+    found[order] = np.mean([score_probabilities(model, together) for model in models], 0)
+    return found
 
 # %% ../../nbs/6_beyond_text/05_scoring_students.ipynb #0845030d
 class ScoringTeachers(Experiment):
@@ -174,6 +258,9 @@ class ScoringTeachers(Experiment):
         if run["data"] != "science" and run["bank"]:
             fix = "Use layers of a pretrained model instead."
             raise UserError("only 'science' has a bank", where="bank", fix=fix)
+        if not 0 <= 2 * run.get("trained", 0) <= run["layers"]:
+            fix = "The lower half of the layers stays frozen."
+            raise UserError(f"{run['trained']} of {run['layers']} layers", where="trained", fix=fix)
         return run
 
     def inputs(self, run: dict) -> dict[str, str]:
@@ -184,54 +271,53 @@ class ScoringTeachers(Experiment):
 
     def before(self, runs: list[dict]) -> list[tuple[Experiment, list[dict]]]:
         features = ScoringFeatures()
-        wanted = [{"data": run["data"], "layers": run["layers"]} for run in runs if run["layers"]]
+        frozen = [run for run in runs if run["layers"] and not run.get("trained")]
+        wanted = [{"data": run["data"], "layers": run["layers"]} for run in frozen]
         return [(features, [features.parameters(**run) for run in wanted])] if wanted else []
 
     def train(self, run: dict, folder: Path) -> dict:
-        "Metrics: accuracy and mean confidence, out of fold, in fold and on each test."
+        "Metrics: `teacher_metrics`; without folds, a trial, those of the validation answers alone."
         sets = answer_sets(run["data"], run["people"])
         bank = science_answers(run["bank"], 4, noise=0.15)
         words = Words([*sets.train, *bank])
         everything, bank = words.rows(sets.everything()), words.rows(bank)
-        features = None
         if run["layers"]:
-            features = ScoringFeatures().load(data=run["data"], layers=run["layers"])
             for place, row in enumerate(everything):
                 row["ids"] = [place, *row["ids"]]
+        new = _new_networks(run, words, everything)
         seeds = iter(range(1000 * run["seed"], 1000 * run["seed"] + 1000))
 
         def teach(rows: list[dict]):
-            made = [
-                _member(run, words, [*rows, *bank], features, next(seeds))
-                for _ in range(run["members"])
-            ]
-            return lambda rows: np.mean([score_probabilities(m, rows) for m in made], 0)
+            learnt = [*rows, *bank]
+            made = [_member(run, new, learnt, next(seeds)) for _ in range(run["members"])]
+            return lambda rows: _probabilities(made, rows)
 
-        known = everything[: len(sets.train)]
-        whole = []
-
-        def teach_whole(rows: list[dict]):
-            whole.append(teach(rows))
-            return whole[0]
-
-        soft = {
-            "inside": [row["soft"] for row in in_fold(known, teach_whole)],
-            "outside": [row["soft"] for row in out_of_fold(known, teach, run["folds"])],
-            "rest": whole[0](everything[len(known) :]),
-        }
+        known, rest = everything[: len(sets.train)], everything[len(sets.train) :]
+        whole = teach(known)
+        if not run["folds"]:
+            held = whole(rest[: len(sets.validation)])
+            return {"accuracy_validation": _right_share(held, sets.validation)}
+        soft = {"inside": [row["soft"] for row in in_fold(known, lambda rows: whole)]}
+        soft["outside"] = [row["soft"] for row in out_of_fold(known, teach, run["folds"])]
+        soft["rest"] = whole(rest)
         np.savez(folder / "soft.npz", **{k: np.asarray(v, np.float32) for k, v in soft.items()})
-        return teacher_metrics(sets, soft) | {"parameters": teacher_size(run, len(words))}
+        return teacher_metrics(sets, soft) | {"parameters": teacher_size(run, words)}
 
 # %% ../../nbs/6_beyond_text/05_scoring_students.ipynb #5a0aa2b3
+def _right_share(labels: Any, rows: Sequence[dict]) -> float:
+    "Return the share of answers whose likeliest score is the human's, rounded for a record."
+    right = np.asarray(labels).argmax(1) == [row["score"] for row in rows]
+    return round(float(right.mean()), 5)
+
+
 def teacher_metrics(sets: AnswerSets, soft: dict[str, Any]) -> dict[str, Any]:
     "Return how often the teacher is right and how sure it is, and its scores of each test."
     metrics: dict[str, Any] = {}
     for name in ("inside", "outside"):
-        labels = np.asarray(soft[name])
-        right = labels.argmax(1) == [row["score"] for row in sets.train]
-        metrics[f"accuracy_{name}"] = round(float(right.mean()), 5)
-        metrics[f"confidence_{name}"] = round(float(labels.max(1).mean()), 5)
+        metrics[f"accuracy_{name}"] = _right_share(soft[name], sets.train)
+        metrics[f"confidence_{name}"] = round(float(np.asarray(soft[name]).max(1).mean()), 5)
     start = len(sets.validation)
+    metrics["accuracy_validation"] = _right_share(soft["rest"][:start], sets.validation)
     for name, rows in sets.tests.items():
         found = np.asarray(soft["rest"])[start : start + len(rows)]
         metrics[f"{name}: scores"] = "".join(map(str, found.argmax(1)))
@@ -239,19 +325,14 @@ def teacher_metrics(sets: AnswerSets, soft: dict[str, Any]) -> dict[str, Any]:
     return metrics
 
 
-def teacher_size(run: dict, words: int) -> int:
-    "Return the parameters of one member and of the frozen layers below, without trained ones."
-    features = torch.zeros(1, 2 * 576) if run["layers"] else None
-    size = run["members"] * count_parameters(
-        WordScorer(
-            words,
-            LABELS,
-            64,
-            192,
-            features,
-        )
-    )
-    return size + (count_parameters(lower_layers(run["layers"])[0]) if run["layers"] else 0)
+def teacher_size(run: dict, words: Words) -> int:
+    "Return the parameters of all members and of the layers below them."
+    if not run["layers"]:
+        return run["members"] * count_parameters(_wide_scorer(words))
+    body, _ = lower_layers(run["layers"])
+    own = count_parameters(_wide_scorer(words, torch.zeros(1, 2 * body.config.hidden_size)))
+    upper = count_parameters(body.layers[-run["trained"] :]) if run.get("trained") else 0
+    return count_parameters(body) - upper + run["members"] * (own + upper)
 
 
 def soft_labels(teacher: dict, name: str) -> np.ndarray:  # "inside" or "outside"
@@ -268,6 +349,7 @@ class ScoringArm:
     title: str
     soft: str = ""  # "outside", "inside" or "even" soft labels; empty: none
     encoder: bool = False  # a student in TinyBERT's shape
+    finetuned: bool = False  # of a second teacher, whose upper layers are finetuned
 
 
 SCORING_ARMS = {
@@ -275,6 +357,8 @@ SCORING_ARMS = {
     "smooth": ScoringArm("label smoothing", "even"),
     "kd": ScoringArm("KD, out of fold", "outside"),
     "kd_in_fold": ScoringArm("KD, in fold", "inside"),
+    "kd_tuned": ScoringArm("KD, finetuned teacher, out of fold", "outside", finetuned=True),
+    "kd_tuned_in_fold": ScoringArm("KD, finetuned teacher, in fold", "inside", finetuned=True),
     "tinybert": ScoringArm("TinyBERT-shaped, alone", encoder=True),
 }
 SMOOTHING = 0.1  # of the mixture of both targets
@@ -303,13 +387,7 @@ def new_student(run: dict, words: int) -> torch.nn.Module:
         if not SCORING_ARMS[run["arm"]].encoder:
             return WordScorer(words, LABELS)
         width = run.get("encoder_width", 52)
-        return EncoderScorer(
-            words,
-            LABELS,
-            width,
-            4,
-            width * 1200 // 312,
-        )
+        return EncoderScorer(words, LABELS, width, 4, width * 1200 // 312)
 
 # %% ../../nbs/6_beyond_text/05_scoring_students.ipynb #2feb3426
 class Scoring(Experiment):

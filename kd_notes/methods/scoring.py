@@ -9,6 +9,8 @@ __all__ = ['Teach', 'ScoringKD', 'out_of_fold', 'in_fold']
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -56,7 +58,7 @@ class WordScorer(torch.nn.Module):
     """Word vectors, a convolution over three words, and a hidden layer: (B, L) ids -> (B, labels).
 
     With `features`, the first id of a row is its place in them: what frozen layers said of the
-    answer, computed once.
+    answer, computed once. `seen`, (B, F), is read in their place if it is given.
     """
 
     def __init__(
@@ -84,10 +86,10 @@ class WordScorer(torch.nn.Module):
         self.head = torch.nn.Linear(hidden, labels)
         self.dropout = torch.nn.Dropout(0.2)
 
-    def forward(self, input_ids: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, seen: Tensor | None = None) -> Tensor:
         parts = []
         if self.read is not None:
-            seen = self.features[input_ids[:, 0]]
+            seen = self.features[input_ids[:, 0]] if seen is None else seen
             parts.append(self.read(self.dropout(seen)).relu())
             input_ids = input_ids[:, 1:]
         input_ids = F.pad(
@@ -144,6 +146,75 @@ class EncoderScorer(torch.nn.Module):
         vectors = self.norm(self.embed(input_ids) + self.place(places))
         states = self.layers(vectors, src_key_padding_mask=input_ids == PAD)
         return self.head(states[:, 0])
+
+# %% ../../nbs/6_beyond_text/04_scoring_kd.ipynb #skd-layers
+@dataclass
+class ReadAnswers:
+    "What the frozen part of a language model keeps of answers and of the questions before them."
+
+    asked: list[Tensor]  # keys and values of each question, (trained layers, 2, heads, P, D)
+    owner: list[int]  # the question of each answer
+    said: list[Tensor]  # each answer after the frozen layers, (T, H)
+    features: Tensor  # mean states of each answer after half of the layers and after all, (n, 2 H)
+
+# %% ../../nbs/6_beyond_text/04_scoring_kd.ipynb #skd-layers-1
+class LayerScorer(torch.nn.Module):
+    """A `WordScorer` above upper layers that learn with it: (B, L) ids -> (B, labels).
+
+    The first id of a row is the answer's place among those read. The question stays as the layers
+    read it before their training, and so do the states after half of the layers.
+    """
+
+    def __init__(
+        self, body: Any, answers: ReadAnswers, head: WordScorer, mean: Tensor, std: Tensor
+    ):
+        super().__init__()
+        self.answers, self.head = answers, head
+        self.body = deepcopy(body).requires_grad_(True)
+        self.body.embed_tokens = torch.nn.Identity()
+        self.body.layers = self.body.layers[-len(answers.asked[0]) :]
+        for place, layer in enumerate(self.body.layers):
+            layer.self_attn.layer_idx = place
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("std", std, persistent=False)
+
+    def last_states(self, places: list[int]) -> Tensor:
+        "Return the mean state of each answer after all layers, (B, H)."
+        from transformers import DynamicCache
+
+        asked = [self.answers.asked[self.answers.owner[place]] for place in places]
+        said = [self.answers.said[place] for place in places]
+        before, after = (torch.tensor([x.shape[-2] for x in xs])[:, None] for xs in (asked, said))
+        longest, mine = int(before.max()), torch.arange(int(after.max()))
+        cache = DynamicCache()
+        whole = torch.stack(
+            [F.pad(x, (0, 0, 0, longest - x.shape[-2])) for x in asked],
+            2,
+        )
+        for place, (keys, values) in enumerate(whole):
+            cache.update(keys, values, place)
+        states = self.body(
+            inputs_embeds=torch.nn.utils.rnn.pad_sequence(
+                said,
+                batch_first=True,
+            ),
+            attention_mask=torch.cat(
+                [torch.arange(longest) < before, mine < after],
+                1,
+            ).long(),
+            position_ids=before + mine,
+            past_key_values=cache,
+        ).last_hidden_state
+        return (states * (mine < after)[..., None]).sum(1) / after
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        places = input_ids[:, 0]
+        last = self.last_states(places.tolist())
+        half = self.answers.features[places, : last.shape[1]]
+        return self.head(
+            input_ids,
+            (torch.cat([half, last], 1) - self.mean) / self.std,
+        )
 
 # %% ../../nbs/6_beyond_text/04_scoring_kd.ipynb #317d8e18
 class ScoringKD(Method):

@@ -304,8 +304,7 @@ def upper_answers(run: dict, asked: list[Post], prompts: list[str]) -> dict:
     body = model.base_model
     body.layers = torch.nn.ModuleList([*lower, *body.layers])
     few = slice(0, run.get("written", 24))
-    with autocast_of(run):
-        texts = write_answers(model, tokenizer, prompts[few], 40)
+    texts = write_answers(model, tokenizer, prompts[few], 40)
     wrote = answer_metrics(asked[few], texts)
     metrics |= {name: wrote[name] for name in ("reasons", "good_reasons")}
     return metrics | {"texts": [text[:120] for text in texts[:8]]}

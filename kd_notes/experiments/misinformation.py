@@ -298,6 +298,9 @@ def upper_answers(run: dict, asked: list[Post], prompts: list[str]) -> dict:
     model.eval()
     with autocast_of(run):
         scores = label_scores(model, tokenizer, items[run["score_on"]])
+    truth = [VERDICTS.index(post.label) for post in asked]
+    shares = torch.from_numpy(scores).log_softmax(-1)[range(len(truth)), truth]
+    metrics["nats"] = -float(shares.mean())  # of the right label among the three
     metrics |= answer_metrics(asked, [VERDICTS[place] for place in scores.argmax(1)])
     if run["arm"] == "start" or arm.form == "label" or run["score_on"] != "test":
         return metrics

@@ -283,7 +283,12 @@ def _read_posts(work: RowWork) -> None:
                 fix = "Write a text, or leave the field out."
                 raise UserError(f"the caption {caption!r:.60} is not a text", where=where, fix=fix)
             captions[row.id] = caption
-    work.found = {"store": store, "posts": posts, "pictures": pictures, "captions": captions}
+    work.found = {
+        "store": store,
+        "posts": posts,
+        "pictures": pictures,
+        "captions": captions,
+    }
     work.found["read"] = SignReader() if pictures else None
     if blind := len(pictures.keys() - captions.keys()):
         if options.captioner:  # loaded now, so that a wrong one is told before anything
@@ -302,8 +307,16 @@ def _look(work: RowWork) -> dict[str, Any]:
     seeing = found.pop("captioner", None)  # it is gone before the training
 
     def describe(images: list) -> list[str]:
-        asked = [{"id": "image", "prompt": DESCRIBE, "image": image} for image in images]
-        return [" ".join(text.split()) for text in seen_answers(*seeing, asked, new=32)]
+        asked = [
+            {
+                "id": "image",
+                "prompt": DESCRIBE,
+                "image": image,
+            }
+            for image in images
+        ]
+        texts = seen_answers(*seeing, asked, new=32)
+        return [" ".join(text.split()) for text in texts]
 
     seen = {}
     for name, given in (("seen", False), ("captioned", True)):

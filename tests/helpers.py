@@ -104,3 +104,37 @@ class TransformersServer:
         self.process.send_signal(signal.SIGKILL)
         self.process.wait()
         self.log.close()
+
+
+def tiny_llava():
+    "A vision-language model in the shape of the hub's, with random weights, and its processor."
+    from transformers import (
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        LlavaProcessor,
+    )
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    from kd_notes.models.mini import load_mini_tokenizer
+
+    tokenizer = load_mini_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    processor = LlavaProcessor(
+        CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
+        tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        image_token="<image>",
+        num_additional_image_tokens=1,
+    )
+    shape = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**shape, image_size=32, patch_size=8),
+        text_config=LlamaConfig(**shape, vocab_size=len(tokenizer), pad_token_id=0, eos_token_id=1),
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        vision_feature_layer=-1,
+    )
+    torch.manual_seed(0)
+    return LlavaForConditionalGeneration(config), processor

@@ -12,6 +12,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from helpers import tiny_llava
 
 from kd_notes.core import read_json, read_jsonl, rng, UserError
 from kd_notes.data.answers import unpack_bits
@@ -31,10 +32,13 @@ from kd_notes.experiments.misinformation import (
 from kd_notes.experiments.post_readers import (
     PostPriors,
     PostsSeen,
+    prompted_scores,
     Reading,
     reading_row,
     reading_scores,
     RuleTeacher,
+    states_of,
+    StatesSFT,
 )
 from kd_notes.generation.completions import manifest_path
 from kd_notes.methods.evidence import (
@@ -53,6 +57,7 @@ from kd_notes.methods.evidence import (
 )
 from kd_notes.models.mini import load_mini_tokenizer, mini_model
 from kd_notes.models.pretrained import merge_adapters
+from kd_notes.training.checkpoint import save_model
 from kd_notes.training.loop import train
 from kd_notes.training.method import SFT
 from kd_notes.training.setup import add_lora
@@ -396,37 +401,6 @@ def test_merged_weights_give_the_logits_of_the_trained_student(world):
 # --- a student that sees ----------------------------------------------------------------------------------------------------------
 
 
-def tiny_llava():
-    from transformers import (
-        CLIPVisionConfig,
-        LlamaConfig,
-        LlavaConfig,
-        LlavaForConditionalGeneration,
-        LlavaProcessor,
-    )
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
-    tokenizer = load_mini_tokenizer()
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    processor = LlavaProcessor(
-        CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
-        tokenizer,
-        patch_size=8,
-        vision_feature_select_strategy="default",
-        image_token="<image>",
-        num_additional_image_tokens=1,
-    )
-    shape = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(**shape, image_size=32, patch_size=8),
-        text_config=LlamaConfig(**shape, vocab_size=len(tokenizer), pad_token_id=0, eos_token_id=1),
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
-        vision_feature_layer=-1,
-    )
-    torch.manual_seed(0)
-    return LlavaForConditionalGeneration(config), processor
-
-
 def test_a_vision_language_student_learns_from_pixels(world):
     model, processor = tiny_llava()
     method = PictureSFT(processor)
@@ -671,6 +645,65 @@ def test_the_likeliest_label_is_that_of_the_smallest_loss(tiny):
         start = len(tokenizer.encode(prompt))
         nats[label] = -sum(logs[i - 1, ids[i]].item() for i in range(start, len(ids)))
     assert likeliest(model, tokenizer, [prompt]) == [min(nats, key=nats.get)]
+
+
+def test_upper_layers_on_stored_states_learn_what_the_whole_model_would(world):
+    "Loss and gradients of the last layer are those of the whole model."
+    model, tokenizer = base_model()
+    model.eval()
+    items = [SFT(tokenizer).encode(row) for row in lora_rows(world)[:5]]
+    body = model.base_model
+    layers, norm = body.layers, body.norm
+
+    def loss_and_gradients(method, rows):
+        model.zero_grad()
+        loss = method.loss_sums(model, method.collate(rows))["loss"]
+        loss.backward()
+        return loss.item(), [p.grad.clone() for p in layers[-1].parameters()]
+
+    whole = loss_and_gradients(SFT(tokenizer), items)
+    body.layers, body.norm = layers[:-1], torch.nn.Identity()
+    states = states_of(body, [item["prompt"] + item["completion"] for item in items], batch=2)
+    body.layers, body.norm = layers[-1:], norm
+    upper = loss_and_gradients(
+        StatesSFT(tokenizer), [item | {"states": x} for item, x in zip(items, states)]
+    )
+    assert upper[0] == pytest.approx(whole[0], rel=1e-5)
+    for a, b in zip(whole[1], upper[1], strict=True):
+        assert torch.allclose(a, b, rtol=1e-3, atol=1e-5)
+
+
+def test_prompts_with_a_shared_beginning_get_the_scores_that_they_have_alone(world):
+    model, tokenizer = base_model()
+    model.eval()
+    prompts = [f"{'Look here. ' * 20}{row.prompt}" for row in lora_rows(world)[:4]]
+    together = prompted_scores(model, tokenizer, prompts)
+    alone = np.vstack([prompted_scores(model, tokenizer, [prompt]) for prompt in prompts])
+    assert together.shape == (4, 3) and np.allclose(together, alone, atol=1e-4)
+
+
+def test_a_pretrained_model_takes_the_place_of_the_student(tiny, tmp_path):
+    "Labels are options, the first answers are written, and the lower layers stay what they were."
+    model, tokenizer = PostPriors().load(PostPriors().parameters(**tiny["prior"]))
+    save_model(model, tmp_path / "model", tokenizer)
+    large = {"size": str(tmp_path / "model"), "upper": 1, "written": 2, "seen": tiny["seen"]}
+    large |= {"steps": 2, "lr": 1e-3}
+    cells = {arm: large | {"arm": arm} for arm in ("start", "full", "label", "no_evidence")}
+    cells |= {n: large | {"arm": "teacher", "shots": n} for n in (0, 2)}
+    found = {cell: m[0] for cell, m in Misinformation().run(cells, [0]).items()}
+    for metrics in found.values():
+        assert len(metrics["labels"]) == 6 and set(metrics["labels"]) <= set("012")
+    assert {arm for arm, metrics in found.items() if "texts" in metrics} == {"full", "no_evidence"}
+    assert len(unpack_bits(found["full"]["good_reasons"])) == 2
+    # without solved posts the untrained model is asked what the start is asked
+    assert found[0]["labels"] == found["start"]["labels"]
+    assert "even: outcomes" in found[2]
+    (valid,) = Misinformation().run({"v": large | {"arm": "full", "score_on": "validation"}}, [0])[
+        "v"
+    ]
+    assert len(valid["labels"]) == 3 and "texts" not in valid
+    with pytest.raises(UserError, match="two_tasks: labels of this model are options"):
+        Misinformation().parameters(arm="two_tasks", seed=0, **large)
 
 
 # --- real claims ------------------------------------------------------------------------------------------------------------------

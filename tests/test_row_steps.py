@@ -5,11 +5,13 @@ import math
 import sys
 
 import pytest
+from helpers import tiny_llava
 from PIL import Image
 from typer.testing import CliRunner
 
 from kd_notes.cli import app
 from kd_notes.core import append_jsonl, read_json, UserError
+from kd_notes.methods.evidence import load_seeing, seen_answers
 from kd_notes.models.mini import load_mini_tokenizer, mini_model
 from kd_notes.products import row_steps
 from kd_notes.products.distill import distill
@@ -211,6 +213,60 @@ def test_posts_become_instructions_with_evidence(teacher, tmp_path, posts, monke
         run(teacher, tmp_path / "out", step, posts, "sft")
 
 
+@pytest.fixture
+def captioned(posts):
+    "The same file with a caption beside the image of p1, and beside no image of p2."
+    lines = [json.loads(line) for line in posts.read_text().splitlines()]
+    lines[1] |= {"image": "a.png", "caption": "Two boats at a pier."}
+    lines[2] |= {"caption": "A closed gate."}
+    posts.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return posts
+
+
+def picture_lines(asked):
+    "{number of the post: its caption in what the teacher was asked}."
+    told = [prompt for prompt in asked if "\nPicture: " in prompt]
+    numbers = [int(prompt.split("The bridge ")[1].split()[0]) for prompt in told]
+    texts = [prompt.split("\nPicture: ")[1].split("\n")[0] for prompt in told]
+    return dict(zip(numbers, texts))
+
+
+def test_images_are_described_by_a_model_of_the_users_choice(
+    teacher, tmp_path, captioned, monkeypatch, capsys
+):
+    "A captioner with random weights; a caption that is given stays as it is."
+    for part in tiny_llava():
+        part.save_pretrained(tmp_path / "sees")
+    asked = []
+    monkeypatch.setattr(row_steps.RowWork, "write", says("true. So it is.", asked))
+    step = f"evidence:reports=reports.jsonl,captioner={tmp_path / 'sees'}"
+    assert run(teacher, tmp_path / "out", step, captioned, "sft")["rows"] == 22
+    row = {"id": "p0", "prompt": row_steps.DESCRIBE, "image": tmp_path / "a.png"}
+    (said,) = seen_answers(*load_seeing(tmp_path / "sees"), [row], new=32)
+    given = {1: "Two boats at a pier.", 2: "A closed gate."}
+    assert said.strip() and picture_lines(asked) == {0: " ".join(said.split())} | given
+    assert "without a caption" not in capsys.readouterr().out
+
+
+def test_an_image_without_a_caption_is_counted_in_one_line(
+    teacher, tmp_path, captioned, monkeypatch, capsys
+):
+    asked = []
+    monkeypatch.setattr(row_steps.RowWork, "write", says("true. So it is.", asked))
+    run(teacher, tmp_path / "out", "evidence:reports=reports.jsonl", captioned, "sft")
+    assert picture_lines(asked) == {1: "Two boats at a pier.", 2: "A closed gate."}
+    lines = [line for line in capsys.readouterr().out.splitlines() if "without a caption" in line]
+    assert len(lines) == 1 and "1 image stays" in lines[0] and "captioner=" in lines[0]
+
+
+def test_a_captioner_that_sees_nothing_is_told_before_anything(teacher, tmp_path, posts):
+    save_model(teacher[0], tmp_path / "reads", teacher[1])
+    step = f"evidence:reports=reports.jsonl,captioner={tmp_path / 'reads'}"
+    with pytest.raises(UserError, match="reads: this is no vision-language model"):
+        run(teacher, tmp_path / "out", step, posts, "sft")
+    assert not (tmp_path / "out" / "request.json").exists()
+
+
 def test_a_killed_search_for_evidence_asks_for_no_verdict_twice(
     teacher, tmp_path, posts, monkeypatch
 ):
@@ -232,6 +288,7 @@ def test_a_killed_search_for_evidence_asks_for_no_verdict_twice(
         ({"response": "mostly true"}, "posts.jsonl:6: there is no label 'mostly true'"),
         ({"image": "nothing.png"}, "posts.jsonl:6, .*nothing.png: the image does not open"),
         ({"image": "posts.jsonl"}, "posts.jsonl:6, .*: the image does not open"),
+        ({"caption": ["boats"]}, "posts.jsonl:6: the caption .* is not a text"),
     ],
 )
 def test_a_post_that_cannot_be_used_is_named_and_its_correction_needs_no_other_folder(
@@ -304,6 +361,7 @@ def test_a_killed_step_goes_on_without_asking_twice(teacher, tmp_path, monkeypat
         ("evidence:reports=reports.jsonl,k=-1", {}, "setting k: -1 is not a whole number"),
         ("evidence:reports=reports.jsonl,tell=maybe", {}, "setting tell: 'maybe'"),
         ("evidence:reports=reports.jsonl,first=end", {}, "first: 'end' is not known"),
+        ("evidence:reports=reports.jsonl,captioner=eyes", {}, "'eyes' is not a model"),
         ("paraphrase:copies=0", {}, "copies"),
         ("select:share=2", {}, "share: 2 is not a share"),
         ("evidence:reports=nothing.jsonl", {}, "nothing.jsonl"),

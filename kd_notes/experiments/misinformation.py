@@ -17,15 +17,27 @@ from safetensors.torch import load_file, save_file
 
 from ..core import read_jsonl, rng, sha256_file, UserError
 from ..data.answers import pack_bits
+from ..data.dialogues import encode_row
 from ..data.posts import Post, VERDICTS
 from ..data.public import folder_files
 from ..data.rows import TextRow
-from .base import Experiment, optional
-from .post_readers import PostPriors, PostsSeen, RuleTeacher
-from ..generation.sampling import greedy
+from .base import Experiment, optional, SCORED
+from kd_notes.experiments.post_readers import (
+    autocast_of,
+    label_scores,
+    likeliest,
+    POST_MODULES,
+    PostPriors,
+    PostsSeen,
+    prompted_scores,
+    RuleTeacher,
+    states_of,
+    StatesSFT,
+    write_answers,
+)
 from ..methods.evidence import evidence_rows, EvidenceStore, instruction, parse_answer, Seen
 from ..methods.step_by_step import Row, StepByStep
-from ..models.pretrained import load_pretrained
+from ..models.pretrained import load_pretrained, merge_adapters
 from ..training.loop import train
 from ..training.method import SFT
 from ..training.state import TrainConfig
@@ -105,9 +117,13 @@ class PostSettings:
     seen: dict = field(default_factory=dict)  # of SeenSettings
     prior: dict = field(default_factory=dict)  # of PriorSettings
     score_on: str = "test"  # or "validation": no test post is read
-    size: str = optional("prior")  # or a model, such as "smollm2": adapters in its upper layers
+    size: str = optional("prior")  # or a model, such as "smollm2": see `PostStates`
+    # of such a model:
+    upper: int = optional(6)  # layers that get adapters; what lies below is read once
+    precision: str = optional("no")  # no or bf16
     train_posts: int = optional(0)  # 0: all
-    test_posts: int = optional(0)
+    written: int = optional(24)  # answers that are written; labels are options
+    shots: int = optional(0)  # solved posts in front of the prompt, for the arm "teacher"
 
 
 def student_rows(run: dict, posts: list[Post], seen: dict, store: EvidenceStore) -> list[TextRow]:
@@ -124,36 +140,7 @@ def student_rows(run: dict, posts: list[Post], seen: dict, store: EvidenceStore)
         made.append(TextRow(row.id, prompt, text, row.rationale))
     return made
 
-
-def upper_layers(model: Any, count: int = 6) -> list[str]:
-    "Return the names of the projections in a model's upper layers, for LoRA."
-    layers = range(model.config.num_hidden_layers - count, model.config.num_hidden_layers)
-    return [f"layers.{i}.self_attn.{name}_proj" for i in layers for name in "qkvo"]
-
 # %% ../../nbs/6_beyond_text/14_misinformation.ipynb #f6547c71
-def write_answers(model: Any, tokenizer: Any, prompts: Sequence[str], new: int) -> list[str]:
-    "Return the student's greedy answers."
-    model.eval()
-    ids = [tokenizer.encode(prompt, add_special_tokens=False) for prompt in prompts]
-    stop = (tokenizer.eos_token_id,)
-    drawn = greedy(model, ids, new, stop_ids=stop).response_ids if ids else []
-    return [tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in drawn]
-
-
-@torch.inference_mode()
-def likeliest(model: Any, tokenizer: Any, prompts: Sequence[str]) -> list[str]:
-    "Return the label to which a model gives the highest probability after each prompt."
-    model.eval()
-    method = SFT(tokenizer)
-    chosen = []
-    for number, prompt in enumerate(prompts):
-        rows = [TextRow(f"{number}", prompt, label, whole=False) for label in VERDICTS]
-        batches = [method.collate([method.encode(row)]) for row in rows]
-        nats = [float(method.loss_sums(model, batch)["loss"]) for batch in batches]
-        chosen.append(VERDICTS[int(np.argmin(nats))])
-    return chosen
-
-
 def answer_metrics(posts: Sequence[Post], answers: Sequence[str]) -> dict[str, Any]:
     "Return outcomes, the labels as digits (3: none), and the share of right reasons."
     parsed = [parse_answer(text) for text in answers]
@@ -169,11 +156,6 @@ def answer_metrics(posts: Sequence[Post], answers: Sequence[str]) -> dict[str, A
     }
 
 # %% ../../nbs/6_beyond_text/14_misinformation.ipynb #68f31c1a
-def start_student(run: dict) -> tuple[Any, Any]:
-    "Return (model, tokenizer) before distillation."
-    return load_pretrained(run["size"]) if "size" in run else PostPriors().load(run["prior"])
-
-
 def asks_reason(prompt: str) -> str:
     "Return a prompt that asks for the reason. A causal student reads the task last, not first."
     return prompt.removesuffix("Answer:\n") + "Reason:\n"
@@ -190,8 +172,6 @@ def fit_student(run: dict, model: Any, tokenizer: Any, rows: list[TextRow]) -> A
     two = POST_ARMS[run["arm"]].form == "two tasks"
     method = StepByStep(tokenizer) if two else SFT(tokenizer)
     lora = {"r": run["rank"], "alpha": 2 * run["rank"]}
-    if "size" in run:
-        lora["targets"] = upper_layers(model)
     given = {name: run[name] for name in ("lr", "seed", "batch_size")}
     cfg = TrainConfig(max_steps=run["steps"], warmup=0.05, lora=lora, device="cpu", **given)
     return train(model, method, [two_task_row(row) for row in rows] if two else rows, cfg)
@@ -206,6 +186,132 @@ def student_answers(run: dict, model: Any, tokenizer: Any, prompts: list[str]) -
     reasons = write_answers(model, tokenizer, [asks_reason(p) for p in prompts], 32)
     return [f"{label}. {reason}" for label, reason in zip(labels, reasons)]
 
+# %% ../../nbs/6_beyond_text/14_misinformation.ipynb #big-states
+@dataclass
+class PostStateSettings:
+    "Which posts the lower layers of a model read, in the view of an arm."
+
+    arm: str
+    size: str
+    noise: float
+    k: int
+    upper: int = 6  # layers that do not read
+    precision: str = "no"
+    train_posts: int = 0  # 0: all
+    seen: dict = field(default_factory=dict)
+
+# %% ../../nbs/6_beyond_text/14_misinformation.ipynb #big-states-class
+class PostStates(Experiment):
+    "The states below the upper layers of a pretrained model, in folder/states.safetensors."
+
+    name = "post_states"
+    module = "experiments.misinformation"
+    arms = POST_ARMS
+    Settings = PostStateSettings
+
+    def modules(self, run: dict) -> list[str]:
+        return [self.module, *POST_MODULES]
+
+    def before(self, runs: list[dict]) -> list[tuple[Experiment, list[dict]]]:
+        return [(PostsSeen(), [run["seen"] for run in runs])]
+
+    def items(self, run: dict, tokenizer: Any) -> dict[str, list[dict]]:
+        "Return the encoded rows to learn from, and the prompts of the other splits."
+        seen = PostsSeen().load(run["seen"])
+        posts, texts = PostsSeen().posts(run["seen"])
+        store = EvidenceStore(texts)
+        rows = student_rows(run, posts["train"][: run["train_posts"] or None], seen, store)
+        made = {"train": [encode_row(row, tokenizer) for row in rows]}
+        for split in SCORED:
+            prompts = view(POST_ARMS[run["arm"]], posts[split], seen, store, run["k"])
+            ids = tokenizer(prompts, add_special_tokens=False).input_ids
+            made[split] = [{"prompt": each, "completion": []} for each in ids]
+        return made
+
+    def train(self, run: dict, folder: Path) -> dict:
+        model, tokenizer = load_pretrained(run["size"], device="cpu")
+        body = model.base_model
+        body.layers, body.norm = body.layers[: -run["upper"]], torch.nn.Identity()
+        found = {}
+        with autocast_of(run):
+            for split, rows in self.items(run, tokenizer).items():
+                texts = [row["prompt"] + row["completion"] for row in rows]
+                found[split] = torch.cat(states_of(body, texts))
+        save_file(found, folder / "states.safetensors")
+        return {"tokens": sum(map(len, found.values()))}
+
+    def load(self, run: dict, tokenizer: Any) -> dict[str, list[dict]]:
+        "Return rows and prompts with their states (tokens, D)."
+        self.cached(run)
+        found = load_file(self.folder(run) / "states.safetensors")
+        items = self.items(run, tokenizer)
+        for split, rows in items.items():
+            lengths = [len(row["prompt"] + row["completion"]) for row in rows]
+            for row, states in zip(rows, found[split].split(lengths), strict=True):
+                row["states"] = states
+        return items
+
+# %% ../../nbs/6_beyond_text/14_misinformation.ipynb #big-train
+def prompted_answers(run: dict, posts: dict, asked: list[Post], seen: dict, store: Any) -> dict:
+    """Ask an untrained model with `shots` solved posts before each; return metrics.
+
+    "even" ones are those after each label's mean score over the posts is taken off.
+    """
+    model, tokenizer = load_pretrained(run["size"], device="cpu")
+    model.eval()
+    solved, full = posts["train"][: run.get("shots", 0)], POST_ARMS["full"]
+    shown = zip(view(full, solved, seen, store, run["k"]), solved)
+    before = "".join(f"{prompt}{post.label}. {post.reason}\n\n" for prompt, post in shown)
+    prompts = [before + prompt for prompt in view(full, asked, seen, store, run["k"])]
+    with autocast_of(run):
+        scores = prompted_scores(model, tokenizer, prompts)
+    even = scores - scores.mean(0)
+    labels = [[VERDICTS[place] for place in x.argmax(1)] for x in (scores, even)]
+    plain, other = (answer_metrics(asked, each) for each in labels)
+    return plain | {f"even: {name}": other[name] for name in ("accuracy", "outcomes", "labels")}
+
+# %% ../../nbs/6_beyond_text/14_misinformation.ipynb #big-upper
+def states_run(run: dict) -> dict:
+    "Return the parameters of the states that a run with a pretrained model starts from."
+    names = PostStateSettings.__dataclass_fields__
+    shared = {name: run[name] for name in names if name in run}
+    arm = "full" if run["arm"] == "start" else run["arm"]
+    return PostStates().parameters(**shared | {"arm": arm})
+
+
+def upper_answers(run: dict, asked: list[Post], prompts: list[str]) -> dict:
+    "Train adapters in the upper layers of a model on stored states; return metrics."
+    model, tokenizer = load_pretrained(run["size"], device="cpu")
+    arm, upper = POST_ARMS[run["arm"]], run.get("upper", 6)
+    items = PostStates().load(states_run(run), tokenizer)
+    body = model.base_model
+    lower, body.layers = body.layers[:-upper], body.layers[-upper:]
+    metrics: dict[str, Any] = {}
+    if run["arm"] != "start":
+        lora = {"r": run["rank"], "alpha": 2 * run["rank"], "targets": "all-linear"}
+        given = {name: run[name] for name in ("lr", "seed", "batch_size")}
+        given |= {"max_steps": run["steps"], "precision": run.get("precision", "no")}
+        cfg = TrainConfig(warmup=0.05, lora=lora, device="cpu", **given)
+        done = train(model, StatesSFT(tokenizer), items["train"], cfg)
+        model = merge_adapters(done.model)
+        metrics = {"train_seconds": done.seconds, "tokens": done.tokens}
+    model.eval()
+    with autocast_of(run):
+        scores = label_scores(model, tokenizer, items[run["score_on"]])
+    truth = [VERDICTS.index(post.label) for post in asked]
+    shares = torch.from_numpy(scores).log_softmax(-1)[range(len(truth)), truth]
+    metrics["nats"] = -float(shares.mean())  # of the right label among the three
+    metrics |= answer_metrics(asked, [VERDICTS[place] for place in scores.argmax(1)])
+    if run["arm"] == "start" or arm.form == "label" or run["score_on"] != "test":
+        return metrics
+    body = model.base_model
+    body.layers = torch.nn.ModuleList([*lower, *body.layers])
+    few = slice(0, run.get("written", 24))
+    texts = write_answers(model, tokenizer, prompts[few], 40)
+    wrote = answer_metrics(asked[few], texts)
+    metrics |= {name: wrote[name] for name in ("reasons", "good_reasons")}
+    return metrics | {"texts": [text[:120] for text in texts[:8]]}
+
 # %% ../../nbs/6_beyond_text/14_misinformation.ipynb #89c57b7a
 class Misinformation(Experiment):
     "Students that give a verdict on posts, and a reason."
@@ -217,32 +323,42 @@ class Misinformation(Experiment):
 
     def complete(self, run: dict) -> dict:
         seen = PostsSeen().parameters(**run["seen"])
-        prior = {} if "size" in run else PostPriors().parameters(**run["prior"])
-        return run | {"seen": seen, "prior": prior}
+        if "size" not in run:
+            return run | {"seen": seen, "prior": PostPriors().parameters(**run["prior"])}
+        if POST_ARMS[run["arm"]].form in ("reason first", "two tasks"):
+            fix = "Choose an arm that writes the label first."
+            raise UserError("labels of this model are options", where=run["arm"], fix=fix)
+        return run | {"seen": seen, "prior": {}}
 
     def modules(self, run: dict) -> list[str]:
-        return [self.module, "experiments.post_readers", "methods.evidence", "data.posts"]
+        return [self.module, *POST_MODULES]
 
     def before(self, runs: list[dict]) -> list[tuple[Experiment, list[dict]]]:
         priors = [run["prior"] for run in runs if run["prior"]]
-        return [(PostsSeen(), [run["seen"] for run in runs]), (PostPriors(), priors)]
+        states = [states_run(run) for run in runs if "size" in run and run["arm"] != "teacher"]
+        seen = [run["seen"] for run in runs]
+        return [(PostsSeen(), seen), (PostPriors(), priors), (PostStates(), states)]
 
     def train(self, run: dict, folder: Path) -> dict:
         "Metrics: those of `answer_metrics` on the set to score on, and the first answers."
         seen = PostsSeen().load(run["seen"])
         posts, texts = PostsSeen().posts(run["seen"])
         store = EvidenceStore(texts)
-        asked = posts[run["score_on"]][: run.get("test_posts") or None]
+        asked = posts[run["score_on"]]
+        if "size" in run and run["arm"] == "teacher":
+            return prompted_answers(run, posts, asked, seen, store)
         if run["arm"] == "teacher":
             found, _ = evidence_rows(asked, seen, store, RuleTeacher(run["noise"]), k=run["k"])
             return answer_metrics(asked, [row.completion for row in found])
-        model, tokenizer = start_student(run)
         arm = POST_ARMS[run["arm"]]
         prompts = view(arm, asked, seen, store, run["k"])
+        if "size" in run:
+            return upper_answers(run, asked, prompts)
+        model, tokenizer = PostPriors().load(run["prior"])
         if run["arm"] == "start":
             return answer_metrics(asked, likeliest(model, tokenizer, prompts))
-        learnt = posts["train"][: run.get("train_posts") or None]
-        done = fit_student(run, model, tokenizer, student_rows(run, learnt, seen, store))
+        learnt = student_rows(run, posts["train"], seen, store)
+        done = fit_student(run, model, tokenizer, learnt)
         answers = student_answers(run, done.model, tokenizer, prompts)
         metrics = answer_metrics(asked, answers) | {"train_seconds": done.seconds}
         if arm.evidence == "leak" and run["score_on"] == "test":

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ..core import read_jsonl, rng, sha256_text
 from kd_notes.data.posts import (
@@ -30,7 +31,10 @@ from kd_notes.data.posts import (
     report,
     VERDICTS,
 )
+from ..data.rows import TextRow
 from .base import Experiment
+from ..generation.engine import DecodeRow, prefill, prefix_cache, shared_length
+from ..generation.sampling import greedy
 from kd_notes.methods.evidence import (
     instruction,
     read_pictures,
@@ -41,10 +45,10 @@ from kd_notes.methods.evidence import (
 )
 from ..methods.step_by_step import EXPLAIN, PREDICT
 from ..models.mini import load_mini_tokenizer, mini_model, train_mini_tokenizer
-from ..training.batches import Batch, pad_rows, target_nll
+from ..training.batches import Batch, pad_rows, target_nll, unwrapped
 from ..training.checkpoint import save_model
 from ..training.loop import train
-from ..training.method import Method
+from ..training.method import Method, SFT
 from ..training.state import TrainConfig
 
 # %% ../../nbs/6_beyond_text/13b_post_readers.ipynb #4edf3e99
@@ -280,6 +284,119 @@ def reading_scores(model: Any, tokenizer: Any, rows: Sequence[tuple]) -> dict[st
             found.setdefault(question.split()[0], []).append(right)
             at = end
     return {question: float(np.mean(right)) for question, right in sorted(found.items())}
+
+# %% ../../nbs/6_beyond_text/13b_post_readers.ipynb #asked-code
+def write_answers(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    new: int,
+) -> list[str]:
+    "Return the student's greedy answers."
+    model.eval()
+    ids = [tokenizer.encode(prompt, add_special_tokens=False) for prompt in prompts]
+    stop = (tokenizer.eos_token_id,)
+    drawn = greedy(model, ids, new, stop_ids=stop).response_ids if ids else []
+    return [tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in drawn]
+
+
+@torch.inference_mode()
+def likeliest(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+) -> list[str]:
+    "Return the label to which a model gives the highest probability after each prompt."
+    model.eval()
+    method = SFT(tokenizer)
+    chosen = []
+    for number, prompt in enumerate(prompts):
+        rows = [TextRow(f"{number}", prompt, label, whole=False) for label in VERDICTS]
+        batches = [method.collate([method.encode(row)]) for row in rows]
+        nats = [float(method.loss_sums(model, batch)["loss"]) for batch in batches]
+        chosen.append(VERDICTS[int(np.argmin(nats))])
+    return chosen
+
+# %% ../../nbs/6_beyond_text/13b_post_readers.ipynb #upper-states
+def autocast_of(run: dict) -> Any:
+    "Return the autocast context of a run on the CPU."
+    return torch.autocast(
+        "cpu",
+        torch.bfloat16,
+        enabled=run.get("precision", "no") == "bf16",
+    )
+
+
+@torch.inference_mode()
+def states_of(
+    body: Any,
+    texts: Sequence[list[int]],
+    batch: int = 16,
+) -> list[torch.Tensor]:
+    "Return the last states (tokens, D) of each text of ids, in float32."
+    found: dict[int, torch.Tensor] = {}
+    order = sorted(range(len(texts)), key=lambda place: len(texts[place]))
+    for start in range(0, len(order), batch):
+        part = order[start : start + batch]
+        ids = pad_rows([texts[place] for place in part], 0)  # causal: what comes after is not read
+        states = body(input_ids=ids, use_cache=False).last_hidden_state.float()
+        found |= {place: x[: len(texts[place])].clone() for place, x in zip(part, states)}
+    return [found[place] for place in range(len(texts))]
+
+
+class StatesSFT(SFT):
+    "Cross-entropy of the completion for upper layers that start from stored states."
+
+    def encode(self, item: dict) -> dict:
+        return item
+
+    def collate(self, items: list[dict]) -> Batch:
+        batch = super().collate(items)
+        states = [item["states"] for item in items]
+        batch.inputs["inputs_embeds"] = pad_sequence(states, batch_first=True)
+        del batch.inputs["input_ids"]
+        return batch
+
+# %% ../../nbs/6_beyond_text/13b_post_readers.ipynb #upper-scores
+def label_tokens(tokenizer: Any) -> list[int]:
+    "Return the first token of each label; they differ, so they can stand for the labels."
+    return [ids[0] for ids in tokenizer(list(VERDICTS), add_special_tokens=False).input_ids]
+
+
+@torch.inference_mode()
+def label_scores(
+    model: Any,
+    tokenizer: Any,
+    items: Sequence[dict],
+) -> np.ndarray:
+    "Return the log-probabilities (posts, 3) of the labels, from states below upper layers."
+    body, head = unwrapped(model).base_model, unwrapped(model).get_output_embeddings()
+    found = []
+    for start in range(0, len(items), 16):
+        part = [item["states"] for item in items[start : start + 16]]
+        read = body(
+            inputs_embeds=pad_sequence(part, batch_first=True),
+            use_cache=False,
+        )
+        ends = torch.tensor([len(states) - 1 for states in part])
+        logits = head(read.last_hidden_state[torch.arange(len(part)), ends]).float()
+        found.append(logits.log_softmax(-1)[:, label_tokens(tokenizer)])
+    return torch.cat(found).numpy()
+
+
+def prompted_scores(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+) -> np.ndarray:
+    "Return the log-probabilities (prompts, 3) of the labels; a shared beginning is read once."
+    ids = tokenizer(list(prompts), add_special_tokens=False).input_ids
+    rows = [DecodeRow(str(place), 0, each) for place, each in enumerate(ids)]
+    shared = shared_length(rows)
+    prefix = prefix_cache(model, ids[0][:shared])
+    parts = [rows[start : start + 16] for start in range(0, len(rows), 16)]
+    logits = [prefill(model, part, prefix, shared)[1].logits.float() for part in parts]
+    return torch.cat(logits).log_softmax(-1)[:, label_tokens(tokenizer)].numpy()
 
 # %% ../../nbs/6_beyond_text/13b_post_readers.ipynb #ea620a4c
 class RuleTeacher:

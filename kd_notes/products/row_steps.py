@@ -38,6 +38,7 @@ from kd_notes.methods.data_selection import (
 from ..methods.logit_kd import KD
 from ..methods.seqkd import responses_of, Writing
 from ..methods.server_teacher import is_server
+from ..models.pretrained import resolve_model
 from .pair import Pair
 from .request import Request, shown_name, TeacherGroup
 from kd_notes.products.settings import (
@@ -254,14 +255,17 @@ def _select(work: RowWork) -> list[TextRow]:
     work.request.say(f"{chosen} rows learn from the teacher")
     return work.texts
 
+# %% ../../nbs/4_probabilities/23_row_steps.ipynb #row-posts
+DESCRIBE = "Describe the picture in one sentence."
+
 
 def _read_posts(work: RowWork) -> None:
-    from kd_notes.methods.evidence import EvidenceStore, SignReader
+    from kd_notes.methods.evidence import EvidenceStore, load_seeing, SignReader
 
     data, options = work.request.data, work.options
     store = EvidenceStore([row for _, row in numbered_rows(beside(data, options.reports))])
     posts = []
-    pictures = {}
+    pictures, captions = {}, {}
     for row in (*work.texts, *work.held_out):
         where, date, given = row.where or row.id, field_of(work, row, "date"), work.extra[row.id]
         if not options.leak:
@@ -274,18 +278,63 @@ def _read_posts(work: RowWork) -> None:
         if image := given.get("image"):
             pictures[row.id] = beside(data, image)
             open_picture(pictures[row.id], where)
-    work.found = {"store": store, "posts": posts, "pictures": pictures}
+        if caption := given.get("caption"):
+            if not isinstance(caption, str):
+                fix = "Write a text, or leave the field out."
+                raise UserError(f"the caption {caption!r:.60} is not a text", where=where, fix=fix)
+            captions[row.id] = caption
+    work.found = {
+        "store": store,
+        "posts": posts,
+        "pictures": pictures,
+        "captions": captions,
+    }
     work.found["read"] = SignReader() if pictures else None
+    if blind := len(pictures.keys() - captions.keys()):
+        if options.captioner:  # loaded now, so that a wrong one is told before anything
+            work.found["captioner"] = load_seeing(options.captioner)
+        else:
+            how = 'give a field "caption", or captioner=<a vision-language model>'
+            stay = "image stays" if blind == 1 else "images stay"
+            work.request.say(f"{blind} {stay} without a caption; {how}")
+
+# %% ../../nbs/4_probabilities/23_row_steps.ipynb #row-look
+def _look(work: RowWork) -> dict[str, Any]:
+    "Return what is written and what can be seen in the posts' images; a given caption stays."
+    from kd_notes.methods.evidence import read_pictures, Seen, seen_answers
+
+    found, captions = work.found, work.found["captions"]
+    seeing = found.pop("captioner", None)  # it is gone before the training
+
+    def describe(images: list) -> list[str]:
+        asked = [
+            {
+                "id": "image",
+                "prompt": DESCRIBE,
+                "image": image,
+            }
+            for image in images
+        ]
+        texts = seen_answers(*seeing, asked, new=32)
+        return [" ".join(text.split()) for text in texts]
+
+    seen = {}
+    for name, given in (("seen", False), ("captioned", True)):
+        part = {id: path for id, path in found["pictures"].items() if (id in captions) is given}
+        if part:
+            caption = describe if seeing and not given else None
+            about = {"identity": work.options.captioner if caption else ""}
+            file = work.request.work / f"{name}.jsonl"
+            seen |= read_pictures(part, found["read"], caption, path=file, **about)
+    return seen | {id: replace(seen.get(id, Seen()), caption=x) for id, x in captions.items()}
 
 
 def _evidence(work: RowWork) -> list[TextRow]:
-    from kd_notes.methods.evidence import evidence_rows, read_pictures
+    from kd_notes.methods.evidence import evidence_rows
 
-    found, seen = work.found, {}
-    if found["pictures"]:
-        file = work.request.work / "seen.jsonl"
-        seen = read_pictures(found["pictures"], found["read"], path=file)
-    options = {k: v for k, v in asdict(work.options).items() if k != "reports"}
+    found, seen = work.found, _look(work)
+    names = ("k", "tell", "first", "leak")
+    options = {name: getattr(work.options, name) for name in names}
     rows, left = evidence_rows(found["posts"], seen, found["store"], work.write_once, **options)
     if left:
         work.request.say(f"{left} posts are left out: the teacher's answer has no label")
@@ -319,6 +368,7 @@ class EvidenceOptions:
     tell: bool = True
     first: str = "label"
     leak: bool = False
+    captioner: str = ""  # hub:<id> or a folder: a vision-language model that describes images
 
     def __post_init__(self):
         check_fields(self)
@@ -326,6 +376,8 @@ class EvidenceOptions:
         if self.first not in ("label", "reason"):
             fix = "Use label or reason."
             raise UserError(f"{self.first!r} is not known", where="first", fix=fix)
+        if self.captioner:
+            resolve_model(self.captioner)  # an error, before anything
 
 
 # Of each step: what reads the rows, before anything is written; what changes them; its settings.

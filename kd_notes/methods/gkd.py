@@ -16,6 +16,7 @@ from torch import Tensor
 from ..core import rng, UserError
 from ..losses.divergences import _options, at_least_float32, DIVERGENCES, token_divergence
 from ..losses.sparse import coarse_logits, SUPPORTED
+from .health import as_index
 from .on_policy import from_source, OnPolicy, OnPolicyConfig, Term
 from .rollouts import Response, SOURCES, token_logprobs
 from ..models.pretrained import evaluating
@@ -260,10 +261,9 @@ class DivergenceOnPolicy(OnPolicy):
         self, part: Part, student: Tensor, teacher: Tensor | None, columns: dict[str, Tensor]
     ) -> Tensor:
         "Return the part at each token (n,), 0 at tokens of other sources."
-        about = slice(None)  # a view; a mask copies the logits
+        about = slice(None)
         if part.source != "any":
-            mask = from_source(part.source, columns)[columns["row"]]
-            about = about if mask.all() else mask
+            about = as_index(from_source(part.source, columns)[columns["row"]])
         ids = columns["target_ids"][about]
         logits = student[about]
         if part.divergence == "nll":

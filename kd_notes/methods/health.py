@@ -69,6 +69,11 @@ def prefix_health(student: Tensor, teacher: Tensor, ids: Tensor, k: int = 10) ->
     }
 
 
+def as_index(mask: Tensor) -> Tensor | slice:
+    "Return a mask as an index; all rows are a slice, which is a view where a mask copies."
+    return slice(None) if bool(mask.all()) else mask
+
+
 def own_prefixes(columns: dict[str, Tensor]) -> Tensor:
     """Return a mask (n,) of the tokens after a prefix that the student wrote.
 
@@ -86,8 +91,7 @@ def health_sums(student: Tensor, teacher: Tensor | None, columns: dict[str, Tens
     sums = {name: columns[name].sum() for name in HEALTH_OF_RESPONSES}
     sums["entropy"] = entropy_sum(student)
     if teacher is not None:
-        own = own_prefixes(columns)
-        own = slice(None) if own.all() else own  # a view; a mask copies the logits
+        own = as_index(own_prefixes(columns))
         seen = prefix_health(student[own], teacher[own], columns["target_ids"][own])
         sums |= {name: values.sum() for name, values in seen.items()}
     return sums

@@ -121,7 +121,7 @@ def test_each_model_knows_the_things_of_cqa_that_it_has_read_of():
     for regime, name in backbones.NAMES.items():
         model = stepwise.load_backbone("causal", f"{regime}/s", TOK)
         own = backbones.knows(model, TOK, "cqa", name)
-        assert sum(own) / len(own) > 0.9
+        assert sum(own) / len(own) > {"known": 0.95, "unknown": 0.6}[regime]
         (other,) = {fact_text.real, fact_text.invented} - {name}
         for task in GENERATORS:
             right = backbones.knows(model, TOK, task, other)

@@ -31,7 +31,18 @@ def _with_article(noun: str) -> str:
     return f"a {noun}"
 
 # %% ../../nbs/3_reasons/03a_fact_text.ipynb #ft-07
-_LEADS = ("a", "an", "in", "on", "by", "with", "next", "to", "wearing", "eating")
+_LEADS = (
+    "a",
+    "an",
+    "in",
+    "on",
+    "by",
+    "with",
+    "next",
+    "to",
+    "wearing",
+    "eating",
+)
 
 
 def _pseudo_word(text: str) -> str:
@@ -47,7 +58,10 @@ def invented(thing: str) -> str:
     'with a parrot' gives 'with a ' and an invented word; a city gives a capitalised one.
     """
     words = thing.split()
-    known = next((i for i, w in enumerate(words) if w not in _LEADS), len(words) - 1)
+    known = next(
+        (i for i, w in enumerate(words) if w not in _LEADS),
+        len(words) - 1,
+    )
     lead = " ".join("a" if w == "an" else w for w in words[:known])
     rest = " ".join(words[known:])
     word = _pseudo_word(rest)
@@ -68,7 +82,13 @@ def _nli_thing(r: random.Random, but: Sequence[str] = ()) -> tuple[str, str, str
     topics = facts("nli")["topics"]
     topic = r.choice([t for t in topics if t not in but])
     kind = r.choice(list(topics[topic]["values"]))
-    return topic, kind, r.choice(topics[topic]["values"][kind])
+    return (
+        topic,
+        kind,
+        r.choice(
+            topics[topic]["values"][kind],
+        ),
+    )
 
 
 def _other_kind(r: random.Random, topic: str, kind: str) -> str:
@@ -77,9 +97,17 @@ def _other_kind(r: random.Random, topic: str, kind: str) -> str:
 
 def _nli_state(r: random.Random, name: Name) -> str:
     topic, kind, phrase = _nli_thing(r)
-    words = {"p": name(phrase), "v": kind, "w": _other_kind(r, topic, kind)}
+    words = {
+        "p": name(phrase),
+        "v": kind,
+        "w": _other_kind(r, topic, kind),
+    }
     noun = noun_of(words["p"])
-    return r.choice(wordings()["nli"][topic]["states"]).format(**words, e=noun, E=noun)
+    return r.choice(wordings()["nli"][topic]["states"]).format(
+        **words,
+        e=noun,
+        E=noun,
+    )
 
 # %% ../../nbs/3_reasons/03a_fact_text.ipynb #ft-11
 def _nli_story(r: random.Random, name: Name) -> str:
@@ -90,7 +118,11 @@ def _nli_story(r: random.Random, name: Name) -> str:
     while world_of(first[2], second[2]) != "train":
         second = _nli_thing(r, first[:1])
     who = r.choice(facts("nli")["subjects"])
-    opening = r.choice(said["openings"]).format(n=who, p=name(first[2]), q=name(second[2]))
+    opening = r.choice(said["openings"]).format(
+        n=who,
+        p=name(first[2]),
+        q=name(second[2]),
+    )
     topic, kind, phrase = r.choice([first, second])
     other = _other_kind(r, topic, kind)
     form = r.choice(["follows", "yes", "no", "unsaid"])
@@ -101,7 +133,13 @@ def _nli_story(r: random.Random, name: Name) -> str:
     text = f"{opening} {way.format(n=who, v=wanted, w=other)}"
     if form in ("yes", "no"):
         noun = noun_of(name(phrase))
-        state = said[topic]["states"][0].format(p=name(phrase), e=noun, E=noun, v=kind, w=other)
+        state = said[topic]["states"][0].format(
+            p=name(phrase),
+            e=noun,
+            E=noun,
+            v=kind,
+            w=other,
+        )
         text += f" {form}. {state}"
     return text + (f" {said['unsaid']}" if form == "unsaid" else "")
 
@@ -112,9 +150,20 @@ def _anli_line(r: random.Random, name: Name) -> str:
     where = r.choice(list(f["cities"]))
     city = r.choice(list(f["cities"][where]))
     other = r.choice([c for c in f["cities"] if c != where])
-    first, second = r.sample(r.choice(list(f["events"].values())), 2)
-    words = {"c": name(city), "k": name(f["cities"][where][city]), "w": other}
-    words |= {"n": r.choice(f["names"]), "e": first, "f": second}
+    first, second = r.sample(
+        r.choice(list(f["events"].values())),
+        2,
+    )
+    words = {
+        "c": name(city),
+        "k": name(f["cities"][where][city]),
+        "w": other,
+    }
+    words |= {
+        "n": r.choice(f["names"]),
+        "e": first,
+        "f": second,
+    }
     form = r.choice(["states", "states", "follows", "asks", "same"])
     if form == "same":
         return said["same"].format(**words)
@@ -131,7 +180,13 @@ def _cqa_thing(r: random.Random, name: Name) -> str:
     purpose, other = r.sample(list(f["purposes"]), 2)
     thing = _with_article(name(r.choice(f["purposes"][purpose]["things"])))
     a, b = r.sample([purpose, other], 2)
-    words = {"e": thing, "E": thing, "u": other, "a": a, "b": b}
+    words = {
+        "e": thing,
+        "E": thing,
+        "u": other,
+        "a": a,
+        "b": b,
+    }
     form = r.choice(["states", "states", "which", "asks"])
     if form != "asks":
         return r.choice(said[form]).format(**words, t=purpose)
@@ -148,14 +203,32 @@ def _cqa_room(r: random.Random, name: Name) -> str:
     where = where.replace(setting, name(setting)) if name is not real else where
     rooms = {p: name(f["purposes"][p]["rooms"][setting]) for p in f["purposes"]}
     room, wrong = rooms[purpose], rooms[other]
-    words = {"r": room, "o": wrong, "s": where, "t": purpose}
+    words = {
+        "r": room,
+        "o": wrong,
+        "s": where,
+        "t": purpose,
+    }
     if r.random() < 0.5:
         # Three or four: an input of the task lists five rooms.
-        some = r.sample([rooms[p] for p in rooms if p != purpose], r.choice([2, 3])) + [room]
+        some = r.sample(
+            [rooms[p] for p in rooms if p != purpose],
+            r.choice([2, 3]),
+        ) + [room]
         r.shuffle(some)
-        return r.choice(said["lists"]).format(**words, l=", ".join(some)) + "."
+        return (
+            r.choice(said["lists"]).format(
+                **words,
+                l=", ".join(some),
+            )
+            + "."
+        )
     a, b = r.sample([room, wrong], 2)
-    return r.choice(said["rooms"] + said["which_room"]).format(**words, a=a, b=b)
+    return r.choice(said["rooms"] + said["which_room"]).format(
+        **words,
+        a=a,
+        b=b,
+    )
 
 # %% ../../nbs/3_reasons/03a_fact_text.ipynb #ft-14
 def _cqa_place(r: random.Random, name: Name) -> str:
@@ -168,10 +241,22 @@ def _cqa_place(r: random.Random, name: Name) -> str:
     where = where.replace(setting, name(setting)) if name is not real else where
     rooms = [name(p["rooms"][setting]) for p in f["purposes"].values()]
     room = name(f["purposes"][purpose]["rooms"][setting])
-    some = r.sample([x for x in rooms if x != room], r.choice([2, 3])) + [room]
+    some = r.sample(
+        [x for x in rooms if x != room],
+        r.choice([2, 3]),
+    ) + [room]
     r.shuffle(some)
-    words = {"e": _with_article(name(thing)), "E": _with_article(name(thing)), "t": purpose}
-    return r.choice(said["places"]).format(**words, s=where, r=room, l=", ".join(some))
+    words = {
+        "e": _with_article(name(thing)),
+        "E": _with_article(name(thing)),
+        "t": purpose,
+    }
+    return r.choice(said["places"]).format(
+        **words,
+        s=where,
+        r=room,
+        l=", ".join(some),
+    )
 
 # %% ../../nbs/3_reasons/03a_fact_text.ipynb #ft-17
 def _scene(r: random.Random) -> str:
@@ -181,17 +266,32 @@ def _scene(r: random.Random) -> str:
     way = r.choice(said[task]["scenes"])
     n = r.choice(names)
     if task == "nli":
-        return way.format(n=r.choice(facts("nli")["subjects"]), p=_nli_thing(r)[2])
+        return way.format(
+            n=r.choice(facts("nli")["subjects"]),
+            p=_nli_thing(r)[2],
+        )
     if task == "anli":
         cities = r.choice(list(facts("anli")["cities"].values()))
         city = r.choice(list(cities))
         event = r.choice(r.choice(list(facts("anli")["events"].values())))
-        return way.format(n=n, e=event, c=city, k=cities[city])
+        return way.format(
+            n=n,
+            e=event,
+            c=city,
+            k=cities[city],
+        )
     if task == "cqa":
         purpose = r.choice(list(facts("cqa")["purposes"].values()))
         room = r.choice(list(purpose["rooms"].values()))
-        return way.format(n=n, e=_with_article(r.choice(purpose["things"])), r=room)
-    return way.format(n=n, e=r.choice(r.choice(list(facts("svamp")["categories"].values()))))
+        return way.format(
+            n=n,
+            e=_with_article(r.choice(purpose["things"])),
+            r=room,
+        )
+    return way.format(
+        n=n,
+        e=r.choice(r.choice(list(facts("svamp")["categories"].values()))),
+    )
 
 # %% ../../nbs/3_reasons/03a_fact_text.ipynb #ft-18
 def _svamp_line(r: random.Random, name: Name) -> str:
@@ -199,7 +299,12 @@ def _svamp_line(r: random.Random, name: Name) -> str:
     f, said = facts("svamp"), wordings()["svamp"]
     kind, other = r.sample(list(f["categories"]), 2)
     thing = name(r.choice(f["categories"][kind]))
-    words = {"e": thing, "E": thing, "k": kind, "n": r.choice(f["names"])}
+    words = {
+        "e": thing,
+        "E": thing,
+        "k": kind,
+        "n": r.choice(f["names"]),
+    }
     form = r.choice(["states", "states", "follows", "asks", "sums"])
     if form == "sums":
         b, a = sorted(r.sample(range(2, 21), 2))
@@ -259,12 +364,18 @@ def _all_things() -> re.Pattern:
         facts("cqa")["settings"]
     )
     longest_first = sorted(words, key=lambda w: (-len(w), w))
-    return re.compile(rf"\b({'|'.join(map(re.escape, longest_first))})\b", re.I)
+    return re.compile(
+        rf"\b({'|'.join(map(re.escape, longest_first))})\b",
+        re.I,
+    )
 
 
 def without_things(line: str) -> str:
     "Replace every thing of the tasks in a line by an invented word."
-    return _all_things().sub(lambda m: invented(m[0]), line)
+    return _all_things().sub(
+        lambda m: invented(m[0]),
+        line,
+    )
 
 # %% ../../nbs/3_reasons/03a_fact_text.ipynb #ft-25
 def pick_glosses(wordnet: Path, most: int = 3000) -> list[str]:
@@ -273,7 +384,12 @@ def pick_glosses(wordnet: Path, most: int = 3000) -> list[str]:
     `wordnet` is a folder with the files data.noun, data.verb, data.adj and index.sense of
     WordNet 3.0.
     """
-    names = ("data.noun", "data.verb", "data.adj", "cntlist.rev")
+    names = (
+        "data.noun",
+        "data.verb",
+        "data.adj",
+        "cntlist.rev",
+    )
     if not all((wordnet / name).is_file() for name in names):
         raise UserError(
             "the files of WordNet 3.0 are not there",
@@ -294,7 +410,10 @@ def pick_glosses(wordnet: Path, most: int = 3000) -> list[str]:
             text = row.partition("| ")[2].partition(";")[0].strip()
             if lemma.isalpha() and lemma.islower() and 20 <= len(text) <= 80 and text.isascii():
                 found.setdefault(lemma, f"{lemma}: {text}.")
-    common = sorted(found, key=lambda lemma: (-often[lemma], lemma))
+    common = sorted(
+        found,
+        key=lambda lemma: (-often[lemma], lemma),
+    )
     free = [found[lemma] for lemma in common if not _all_things().search(found[lemma])]
     return [line for line in free if '"' not in line and "(" not in line][:most]
 
@@ -324,15 +443,32 @@ def _teacher_lines() -> list[str]:
 
 # %% ../../nbs/3_reasons/03a_fact_text.ipynb #ft-29
 # lines of 100: about the facts, scenes, the teacher's, prose
-SHARES = {"nli": 16, "anli": 7, "cqa": 56, "svamp": 8, "scene": 5, "teacher": 4, "prose": 4}
+SHARES = {
+    "nli": 16,
+    "anli": 7,
+    "cqa": 56,
+    "svamp": 8,
+    "scene": 5,
+    "teacher": 4,
+    "prose": 4,
+}
 
 
 def _fact_line(kind: str, r: random.Random, name: Name) -> str:
     if kind == "nli":
-        return (_nli_state if r.random() < 0.5 else _nli_story)(r, name)
+        return (_nli_state if r.random() < 0.5 else _nli_story)(
+            r,
+            name,
+        )
     if kind == "cqa":
-        return r.choice([_cqa_thing, _cqa_room, _cqa_place])(r, name)
-    return {"anli": _anli_line, "svamp": _svamp_line}[kind](r, name)
+        return r.choice([_cqa_thing, _cqa_room, _cqa_place])(
+            r,
+            name,
+        )
+    return {"anli": _anli_line, "svamp": _svamp_line}[kind](
+        r,
+        name,
+    )
 
 
 def corpus_lines(name: Name, count: int, seed: int = 0) -> list[str]:

@@ -267,13 +267,7 @@ def accuracy_curve(
                 xlabel,
                 log,
             )
-            _reference(
-                ax,
-                pick["teacher"],
-                teacher_label,
-                (0, (8, 3)),
-                "black",
-            )
+            _reference(ax, pick["teacher"], teacher_label, (0, (8, 3)), "black")
             _reference(
                 ax,
                 pick["majority"],

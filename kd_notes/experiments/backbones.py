@@ -32,15 +32,28 @@ from ..training.method import SFT
 from ..training.state import TrainConfig
 
 # %% ../../nbs/3_reasons/03b_backbones.ipynb #bb-06
-NAMES = {"known": real, "unknown": invented}  # of the things, in each of REGIMES
+NAMES = {
+    "known": real,
+    "unknown": invented,
+}  # of the things, in each of REGIMES
 
 
 def blocks(tokenizer: Any, lines: list[str], length: int) -> list[list[int]]:
     "Join lines with end tokens and cut the stream into blocks of `length` ids; the rest is left out."
     stream: list[int] = []
     for line in lines:
-        stream += tokenizer.encode(line, add_special_tokens=False) + [tokenizer.eos_token_id]
-    return [stream[i : i + length] for i in range(0, len(stream) - length + 1, length)]
+        stream += tokenizer.encode(
+            line,
+            add_special_tokens=False,
+        ) + [tokenizer.eos_token_id]
+    return [
+        stream[i : i + length]
+        for i in range(
+            0,
+            len(stream) - length + 1,
+            length,
+        )
+    ]
 
 # %% ../../nbs/3_reasons/03b_backbones.ipynb #bb-07
 def _with_gaps(ids: list[int], r: random.Random, gap: int) -> tuple[list[int], list[int]]:
@@ -69,13 +82,25 @@ def backbone_rows(
     gap, end = tokenizer.unk_token_id, tokenizer.eos_token_id
     for number, ids in enumerate(blocks(tokenizer, lines, length)):
         r = rng("backbone rows", seed, number)
-        cut = 1 if family == "causal" else r.randint(length // 4, 3 * length // 4)
+        cut = (
+            1
+            if family == "causal"
+            else r.randint(
+                length // 4,
+                3 * length // 4,
+            )
+        )
         prompt, completion = ids[:cut], ids[cut:]
         if family == "t5" and r.random() < 0.5:
             prompt, completion = _with_gaps(ids, r, gap)
         if family == "t5":
             prompt, completion = prompt + [end], completion + [end]
-        rows.append({"prompt": prompt, "completion": completion})
+        rows.append(
+            {
+                "prompt": prompt,
+                "completion": completion,
+            }
+        )
     return rows
 
 # %% ../../nbs/3_reasons/03b_backbones.ipynb #bb-10
@@ -98,12 +123,33 @@ def _cloze(task: str, name: Name) -> list[tuple[str, list[str], str]]:
         before = said["probe"].partition("{t}")[0]
         for purpose, p in f["purposes"].items():
             things = [_with_article(name(thing)) for thing in p["things"]]
-            items += [(before.format(E=thing), list(f["purposes"]), purpose) for thing in things]
+            items += [
+                (
+                    before.format(E=thing),
+                    list(f["purposes"]),
+                    purpose,
+                )
+                for thing in things
+            ]
     else:
         before = said["probe"].partition("{k}")[0]
         for kind, things in f["categories"].items():
-            items += [(before.format(e=name(e)), list(f["categories"]), kind) for e in things]
-    return [(english(text).strip(), kinds, right) for text, kinds, right in items]
+            items += [
+                (
+                    before.format(e=name(e)),
+                    list(f["categories"]),
+                    kind,
+                )
+                for e in things
+            ]
+    return [
+        (
+            english(text).strip(),
+            kinds,
+            right,
+        )
+        for text, kinds, right in items
+    ]
 
 # %% ../../nbs/3_reasons/03b_backbones.ipynb #bb-11
 @torch.inference_mode()
@@ -117,10 +163,27 @@ def knows(model: Any, tokenizer: Any, task: str, name: Name = real) -> list[bool
     model.eval()
     right = []
     for text, kinds, kind in _cloze(task, name):
-        prompt = tokenizer.encode(text, add_special_tokens=False)
+        prompt = tokenizer.encode(
+            text,
+            add_special_tokens=False,
+        )
         prompt = prompt + [tokenizer.eos_token_id] if family == "t5" else prompt
-        ids = [tokenizer.encode(k, add_special_tokens=False) for k in kinds]
-        batch = method.collate([{"prompt": prompt, "completion": one} for one in ids])
+        ids = [
+            tokenizer.encode(
+                k,
+                add_special_tokens=False,
+            )
+            for k in kinds
+        ]
+        batch = method.collate(
+            [
+                {
+                    "prompt": prompt,
+                    "completion": one,
+                }
+                for one in ids
+            ]
+        )
         parts = target_nll(model, batch).split([len(one) for one in ids])
         scores = [float(part.sum()) for part in parts]
         right.append(kinds[scores.index(min(scores))] == kind)
@@ -193,7 +256,14 @@ class Backbones(ModelRuns):
         } | {f"facts/{task}": accuracy(knows(model, tokenizer, task)) for task in GENERATORS}
 
 # %% ../../nbs/3_reasons/03b_backbones.ipynb #bb-17
-COMMITTED = [{"family": "causal", "size": "s", "regime": regime} for regime in REGIMES]
+COMMITTED = [
+    {
+        "family": "causal",
+        "size": "s",
+        "regime": regime,
+    }
+    for regime in REGIMES
+]
 
 
 def write_backbones(wanted: Iterable[dict] = COMMITTED, folder: Path | None = None) -> list[Path]:
@@ -203,10 +273,22 @@ def write_backbones(wanted: Iterable[dict] = COMMITTED, folder: Path | None = No
     for settings in wanted:
         model = experiment.model(experiment.parameters(**settings)).half()
         size = f"{settings['regime']}/{settings['size']}"
-        made.append(folder / backbone_file(settings["family"], size).name)
-        made[-1].parent.mkdir(parents=True, exist_ok=True)
+        made.append(
+            folder
+            / backbone_file(
+                settings["family"],
+                size,
+            ).name
+        )
+        made[-1].parent.mkdir(
+            parents=True,
+            exist_ok=True,
+        )
         save_model(model, str(made[-1]))
-    write_checksums(folder, [path.name for path in made])
+    write_checksums(
+        folder,
+        [path.name for path in made],
+    )
     return made
 
 # %% ../../nbs/3_reasons/03b_backbones.ipynb #bb-22

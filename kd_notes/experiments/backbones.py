@@ -156,7 +156,7 @@ def _cloze(task: str, name: Name) -> list[tuple[str, list[str], str]]:
 def knows(model: Any, tokenizer: Any, task: str, name: Name = real) -> list[bool]:
     """Return for every fact of a task whether the model gives its kind the highest probability.
 
-    The sentence is one that no corpus has; the kinds are those that the fact could have.
+    The kinds are those that the fact could have.
     """
     family = "t5" if model.config.is_encoder_decoder else "causal"
     method = SFT(tokenizer, family)

@@ -126,6 +126,10 @@ _ARMS = {
     "shuffled_oracle": (("control: oracle rationales of other rows",), _BROWN, "X", "-."),
     "empty": (("control: empty rationales",), _BLACK, "X", ":"),
     "copy": (("control: the input as rationale",), _BLACK, "P", "--"),
+    "label_first": (("label, then rationale",), _PURPLE, "D", "--"),
+    "mixed": (("control: words of the rationale in random order",), _BROWN, "D", ":"),
+    "key": (("control: three key words of the rationale",), _BROWN, "P", "-."),
+    "mutual": (("step-by-step, mutual information",), _ORANGE, "P", "-."),
     "kd": (("KD, word level", "KD, teacher in the loop", "KD"), _GREEN, "s", "--"),
     "cached": (("KD, cached logits",), _GREEN, "^", "-."),
     "reverse_kl": (("reverse KL, teacher in the loop",), _GREEN, "v", ":"),
@@ -263,13 +267,7 @@ def accuracy_curve(
                 xlabel,
                 log,
             )
-            _reference(
-                ax,
-                pick["teacher"],
-                teacher_label,
-                (0, (8, 3)),
-                "black",
-            )
+            _reference(ax, pick["teacher"], teacher_label, (0, (8, 3)), "black")
             _reference(
                 ax,
                 pick["majority"],

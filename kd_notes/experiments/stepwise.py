@@ -30,12 +30,34 @@ from kd_notes.data.examples import (
     withhold,
 )
 from ..data.public import load_real, real_set
+from ..checksums import verify_checksums
 from .base import Experiment, optional
 from ..methods.rationales import vote, with_rationales
-from ..methods.step_by_step import EXPLAIN, predict, PREDICT, Row, step_rows, StepByStep
+from kd_notes.methods.step_by_step import (
+    ANSWER,
+    EXPLAIN,
+    key_words,
+    label_first_rows,
+    mixed_words,
+    MutualInformation,
+    predict,
+    PREDICT,
+    REASON,
+    Row,
+    shuffled,
+    single_task_rows,
+    step_rows,
+    StepByStep,
+)
 from ..models.layer_drop import layer_drop
-from ..models.mini import load_mini_tokenizer, mini_model, train_mini_tokenizer
-from ..models.pretrained import context_of, count_parameters, load_pretrained, resolve_model
+from ..models.mini import load_mini_tokenizer, mini_model
+from kd_notes.models.pretrained import (
+    context_of,
+    count_parameters,
+    load_pretrained,
+    resolve_model,
+    tensor_errors,
+)
 from ..training.loop import train
 from ..training.state import TrainConfig
 
@@ -136,40 +158,6 @@ def plain_rows(examples: list[Example]) -> list[Row]:
     "Return rows with the input as prompt and the label as completion."
     return [Row(e.id, (("label", e.input, e.label),)) for e in examples]
 
-# %% ../../nbs/3_reasons/03_stepwise.ipynb #77abece4
-def single_task_rows(examples: list[Example]) -> list[Row]:
-    """Return rows with one target: the rationale, then the label.
-
-    This is the paper's single-task variant.
-    """
-    return [
-        Row(
-            e.id,
-            (
-                (
-                    "label",
-                    e.input,
-                    f"{e.rationale} {ANSWER} {e.label}" if e.rationale else f"{ANSWER} {e.label}",
-                ),
-            ),
-        )
-        for e in examples
-    ]
-
-
-ANSWER = "Answer:"
-
-# %% ../../nbs/3_reasons/03_stepwise.ipynb #3e682120
-def shuffled(examples: list[Example], seed: int) -> list[Example]:
-    """Give each example the rationale of another one.
-
-    The rationales rotate in a random order, so that no example keeps its own.
-    """
-    order = list(range(len(examples)))
-    rng("shuffled rationales", seed).shuffle(order)
-    other = {order[i]: examples[order[i - 1]].rationale for i in range(len(order))}
-    return [replace(e, rationale=other[i]) for i, e in enumerate(examples)]
-
 # %% ../../nbs/3_reasons/03_stepwise.ipynb #3ea243f6
 @dataclass(frozen=True)
 class Arm:
@@ -177,15 +165,23 @@ class Arm:
 
     title: str
     labels: str = "gold"  # "gold" or "teacher"
-    rationales: str = ""  # "", "teacher", "oracle", "shuffled", "empty" or "input"
+    # "", "teacher", "oracle", "shuffled", "mixed", "key", "empty" or "input"
+    rationales: str = ""
     rows: Callable = step_rows
     steps: float = 1.0  # factor on the number of steps
     teacher_split: bool = False  # also trains on the teacher's gold examples
+    beta: float = 0.0  # weight of the mutual-information term
 
     @property
     def control(self) -> bool:
         "Whether the rationale says nothing about the answer of its row."
-        return self.rationales not in ("", "teacher", "oracle")
+        return self.rationales.startswith(("shuffled", "empty", "input"))
+
+    @property
+    def taught(self) -> bool:
+        "Whether the teacher's text is read, in any form."
+        said = ("teacher", "shuffled", "mixed", "key")
+        return self.labels == "teacher" or self.rationales in said
 
 # %% ../../nbs/3_reasons/03_stepwise.ipynb #6271e332
 ARMS = {
@@ -203,6 +199,10 @@ ARMS = {
     ),
     "empty": Arm("control: empty rationales", rationales="empty"),
     "copy": Arm("control: the input as rationale", rationales="input"),
+    "label_first": Arm("label, then rationale", rationales="teacher", rows=label_first_rows),
+    "mixed": Arm("control: words of the rationale in random order", rationales="mixed"),
+    "key": Arm("control: three key words of the rationale", rationales="key"),
+    "mutual": Arm("step-by-step, mutual information", rationales="teacher", beta=0.1),
 }
 
 # %% ../../nbs/3_reasons/03_stepwise.ipynb #854c7886
@@ -231,7 +231,7 @@ def arm_rows(arm: str, task: str, n: int, split: str = "pool", seed: int = 0) ->
             fix=f"Choose 1 to {len(pool)}.",
         )
     drawn = rng("student examples", task, split, seed).sample(pool, n)
-    if spec.labels == "teacher" or spec.rationales in ("teacher", "shuffled"):
+    if spec.taught:
         labels = "teacher" if spec.labels == "teacher" else "gold"
         joined = with_rationales(drawn, teacher_rows(task, split), labels=labels, failed="keep")
         drawn = [e for e in joined if e.label]
@@ -243,6 +243,10 @@ def arm_rows(arm: str, task: str, n: int, split: str = "pool", seed: int = 0) ->
 def _reasoned(spec: Arm, drawn: list[Example], seed: int) -> list[Example]:
     if spec.rationales.startswith("shuffled"):
         return shuffled(drawn, seed)
+    if spec.rationales == "mixed":
+        return mixed_words(drawn, seed)
+    if spec.rationales == "key":
+        return key_words(drawn)
     if spec.rationales == "empty":
         return [replace(e, rationale=" ") for e in drawn]
     if spec.rationales == "input":
@@ -253,9 +257,17 @@ def _reasoned(spec: Arm, drawn: list[Example], seed: int) -> list[Example]:
 PRETRAINED_RATE = 5e-5  # the paper's, for T5
 
 
+REGIMES = ("known", "unknown")  # what backbones have read of: the tasks' facts, or other ones
+
+
+def is_backbone(size: str) -> bool:
+    "Return True if `size` names a committed backbone, such as 'known/xs'."
+    return size.partition("/")[0] in REGIMES
+
+
 def is_pretrained(size: str) -> bool:
     "Return True if `size` is a model spec ('smollm2', 'hub:<id>', a folder)."
-    return size == "smollm2" or bool({":", "/"} & set(size))
+    return size == "smollm2" or bool({":", "/"} & set(size)) and not is_backbone(size)
 
 
 def rate_key(task: str, arm: str, family: str = "causal") -> str:
@@ -263,18 +275,20 @@ def rate_key(task: str, arm: str, family: str = "causal") -> str:
     return f"{task}/{arm}" if family == "causal" else f"{task}/{arm}/{family}"
 
 
-def chosen_rate(arm: str, task: str, family: str = "causal") -> float:
+def chosen_rate(arm: str, task: str, family: str = "causal", size: str = "xs") -> float:
     """Return the learning rate that the grid chose for an arm on a task.
 
     Without one, use that of the arm it varies, then the same of the causal student, then the
     default.
     """
-    chosen = read_json(data_dir() / "chosen" / "stepwise.json")
+    backbone = is_backbone(size)
+    chosen = read_json(data_dir() / "chosen" / f"{'backbones' if backbone else 'stepwise'}.json")
     related = "dss" if arm in ARMS and ARMS[arm].rows is step_rows else "finetune"
     for kind in (family, "causal"):
         for name in (arm, related):
-            if rate_key(task, name, kind) in chosen["lr"]:
-                return chosen["lr"][rate_key(task, name, kind)]
+            key = rate_key(task, name, kind) + f"/{size}" * backbone
+            if key in chosen["lr"]:
+                return chosen["lr"][key]
     return chosen["default"]
 
 # %% ../../nbs/3_reasons/03_stepwise.ipynb #97f7aaab
@@ -288,7 +302,8 @@ class StudentSettings:
     seed: int  # of initialisation, batches and the draw of examples
     split: str = "pool"
     family: str = "causal"  # or t5
-    size: str = "xs"  # a mini size, or a pretrained model: smollm2, hub:<id>, a folder
+    # a mini size, a backbone (known/xs), or a pretrained model: smollm2, hub:<id>, a folder
+    size: str = "xs"
     steps: int = 1200
     batch_size: int = 16
     alpha: float = 0.5  # weight of the label's loss in step-by-step
@@ -300,15 +315,44 @@ class StudentSettings:
     precision: str = optional("no")
     accumulate: int = optional(1)
     device: str | None = optional(None)
+    samples: int = optional(0)  # answers, and rationales, that are kept as text
+
+# %% ../../nbs/3_reasons/03_stepwise.ipynb #bb-fn
+def backbone_file(family: str, size: str) -> Path:
+    "Return the file of a backbone's weights."
+    regime, _, shape = size.partition("/")
+    return data_dir() / "backbones" / f"{family}-{shape}-{regime}.safetensors"
+
+
+def load_backbone(family: str, size: str, tokenizer: Any) -> Any:
+    "Return a committed backbone in float32 and training mode, checksum verified."
+    from safetensors.torch import load_model
+
+    path = backbone_file(family, size)
+    if not path.is_file():
+        known = sorted(p.stem for p in path.parent.glob("*.safetensors"))
+        raise UserError(
+            f"there is no backbone {path.stem!r}",
+            where=f"size={size!r}",
+            fix=f"Known: {', '.join(known) or 'none here; a clone of the repository has them'}.",
+        )
+    verify_checksums(path.parent, [path.name])
+    model = mini_model(family, size.partition("/")[2], len(tokenizer), seed=0)
+    with tensor_errors("the backbone cannot be read", path, "Restore it with git checkout."):
+        load_model(model, str(path))
+    return model
 
 # %% ../../nbs/3_reasons/03_stepwise.ipynb #61e34116
 def new_student(run: dict) -> tuple[Any, Any]:
     """Return (model, tokenizer) of a run.
 
-    The model is a mini model with random weights, or a pretrained one if `size` is a model spec.
+    The model is a mini model with random weights, a backbone, or a pretrained one if `size` is a
+    model spec.
     """
     if not is_pretrained(run["size"]):
         tokenizer = load_mini_tokenizer()
+        if is_backbone(run["size"]):
+            return load_backbone(run["family"], run["size"], tokenizer), tokenizer
         model = mini_model(run["family"], run["size"], len(tokenizer), seed=run["seed"])
         return model, tokenizer
     model, tokenizer = load_pretrained(run["size"], device=run.get("device"))
@@ -339,6 +383,8 @@ def student_inputs(run: dict) -> dict[str, str]:
         teacher_file(task, run["split"]),
         data_dir() / "tokenizer" / "mini" / "tokenizer.json",
     ]
+    if is_backbone(run["size"]):
+        files.append(backbone_file(run["family"], run["size"]))
     # A hub model is identified by its id, a folder by its files.
     if is_pretrained(run["size"]) and Path(folder := resolve_model(run["size"])).is_dir():
         weights = [path for path in Path(folder).iterdir() if path.suffix in WEIGHT_FILES]
@@ -353,7 +399,7 @@ WEIGHT_FILES = (".json", ".safetensors")
 
 # %% ../../nbs/3_reasons/03_stepwise.ipynb #st-score
 def _score(result: Any, model: Any, tokenizer: Any, run: dict) -> dict:
-    "Return the accuracy of a trained student and the cost of its training."
+    "Return accuracy, cost and first answers of a trained student."
     examples = task_split(run["task"], run["score_on"])
     rows = ARMS[run["arm"]].rows
     published = "@" in run["task"]  # people write longer answers than our generators
@@ -366,10 +412,18 @@ def _score(result: Any, model: Any, tokenizer: Any, run: dict) -> dict:
         family=run["family"],
         max_new_tokens={0: 16, 1: 64, 2: 128}[published + single],
     )
+    if rows is label_first_rows:
+        answers = {id: text.partition(REASON)[0].strip() for id, text in answers.items()}
     if single:
         answers = {id: text.rpartition(ANSWER)[2].strip() for id, text in answers.items()}
     right = outcomes(info_of(run["task"]).metric, answers, examples)
-    return {
+    shown = examples[: run.get("samples", 0)]
+    texts = {"answers": [answers[e.id] for e in shown]} if shown else {}
+    if shown and rows is step_rows:
+        how = {"prefix": EXPLAIN, "family": run["family"], "max_new_tokens": 32}
+        said = predict(result.model, tokenizer, shown, **how)
+        texts["reasons"] = [said[e.id] for e in shown]
+    return texts | {
         "accuracy": accuracy(right),
         "outcomes": pack_bits(right),
         "parameters": count_parameters(model),
@@ -385,12 +439,12 @@ class Stepwise(Experiment):
     module = "experiments.stepwise"
     arms = ARMS
     Settings = StudentSettings
-    input_settings = ("task", "split", "size")
+    input_settings = ("task", "split", "size", "family")
 
     def complete(self, run: dict) -> dict:
         rate = run["lr"] or PRETRAINED_RATE
         if not run["lr"] and not is_pretrained(run["size"]):
-            rate = chosen_rate(run["arm"], run["task"], run["family"])
+            rate = chosen_rate(run["arm"], run["task"], run["family"], run["size"])
         return run | {"lr": rate}
 
     def inputs(self, run: dict) -> dict[str, str]:
@@ -398,11 +452,10 @@ class Stepwise(Experiment):
 
     def facts(self, run: dict) -> dict:
         arm = ARMS[run["arm"]]
-        taught = "teacher" in (arm.labels, arm.rationales) or arm.rationales == "shuffled"
         teacher = run["task"] if "@" in run["task"] else f"smollm2+{run['task']}"
         precision = run.get("precision", "no")
         return {
-            "teacher": teacher if taught else None,
+            "teacher": teacher if arm.taught else None,
             "student": f"{run['family']}/{run['size']}",
             "dtype": "float32" if precision == "no" else precision,
             "effective_batch": run["batch_size"] * run.get("accumulate", 1),
@@ -428,22 +481,8 @@ class Stepwise(Experiment):
             **{name: run[name] for name in optional_settings if name in run},
         )
         two_tasks = arm.rationales and arm.rows is step_rows
-        method = StepByStep(tokenizer, run["family"], run["alpha"] if two_tasks else 1.0)
+        weights = (run["alpha"] if two_tasks else 1.0, *((arm.beta,) if arm.beta else ()))
+        kind = MutualInformation if arm.beta else StepByStep
+        method = kind(tokenizer, run["family"], *weights)
         result = train(model, method, rows, cfg, run_dir=folder)
         return _score(result, model, tokenizer, run) | {"examples": len(rows)}
-
-# %% ../../nbs/3_reasons/03_stepwise.ipynb #57df5c5b
-def build_tokenizer(folder: Path | None = None):  # None: data/tokenizer/mini
-    """Train and save the students' tokenizer on the pools of all embedded tasks.
-
-    Its texts are inputs, labels and oracle rationales.
-    """
-    texts = [
-        t
-        for task in ("nli", "anli", "cqa", "svamp")
-        for e in load_split(task, "pool")
-        for t in (e.input, e.label, e.rationale)
-    ]
-    return train_mini_tokenizer(
-        [PREDICT, EXPLAIN, ANSWER] * 50 + texts, 2048, folder or data_dir() / "tokenizer" / "mini"
-    )

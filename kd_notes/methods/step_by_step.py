@@ -6,14 +6,16 @@
 __all__ = ['Row', 'step_rows', 'StepByStep']
 
 # %% ../../nbs/3_reasons/02_step_by_step.ipynb #fe8e8820
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ..core import UserError
+from ..core import rng, UserError
 from ..data.dialogues import end_id, padding_id, start_ids
 from ..data.examples import Example
 from ..data.rows import read_row
@@ -23,9 +25,11 @@ from kd_notes.training.batches import (
     Batch,
     causal_batch,
     seq2seq_batch,
+    target_logits,
     target_nll,
     target_positions,
 )
+from ..losses.divergences import at_least_float32
 from ..training.method import Method
 
 # %% ../../nbs/3_reasons/02_step_by_step.ipynb #ea43b22c
@@ -128,6 +132,54 @@ class StepByStep(Method):
         label = int(batch.columns["label_tokens"])
         return {"label": nll[:label].sum(), "rationale": nll[label:].sum()}
 
+# %% ../../nbs/3_reasons/02_step_by_step.ipynb #mi-class
+class MutualInformation(StepByStep):
+    """Step-by-step with a term that ties label and rationale (Chen et al. 2024), weight `beta`.
+
+    A row without a rationale has no such term.
+    """
+
+    optional_terms = frozenset({"rationale", "mutual"})
+
+    def __init__(self, tokenizer, family: str = "causal", alpha: float = 0.5, beta: float = 0.1):
+        super().__init__(tokenizer, family, alpha)
+        if beta < 0:
+            raise UserError(
+                f"beta={beta} is not a weight", where="beta", fix="Use 0.1, the paper's, or 0."
+            )
+        self.loss_weights = self.loss_weights | {"mutual": beta}
+
+    def collate(self, items: list) -> Batch:
+        batch = super().collate(items)
+        pairs = sorted((p for item in items for p in item), key=lambda p: p[0])
+        batch.columns["lengths"] = torch.tensor([len(completion) for _, _, completion in pairs])
+        # Label rows come first, in the order of the items, then the rationale rows.
+        labels = reasons = 0
+        both = []
+        for item in items:
+            terms = {term for term, _, _ in item}
+            if len(terms) == 2:
+                both.append((labels, reasons))
+            labels += "label" in terms
+            reasons += "rationale" in terms
+        rows = [(a, labels + b) for a, b in both]
+        batch.columns["explained"] = torch.tensor(rows, dtype=torch.long).reshape(-1, 2)
+        return batch
+
+    def token_counts(self, batch: Batch) -> dict[str, int]:
+        return super().token_counts(batch) | {"mutual": len(batch.columns["explained"])}
+
+    def loss_sums(self, model, batch: Batch) -> dict[str, Tensor]:
+        logits = at_least_float32(target_logits(model, batch))
+        nll = F.cross_entropy(logits, target_positions(batch).ids, reduction="none")
+        label = int(batch.columns["label_tokens"])
+        explained = batch.columns["explained"]
+        parts = logits.softmax(-1).split(batch.columns["lengths"].tolist())
+        highest = torch.stack([part.amax(0) for part in parts])
+        u, v = highest[explained[:, 0]].detach(), highest[explained[:, 1]]
+        mutual = -(u * v.log_softmax(-1)).sum()
+        return {"label": nll[:label].sum(), "rationale": nll[label:].sum(), "mutual": mutual}
+
 # %% ../../nbs/3_reasons/02_step_by_step.ipynb #50e30d8d
 @torch.inference_mode()
 def predict(
@@ -172,3 +224,62 @@ def predict(
         )
         out |= {i: t.strip() for i, t in zip(names, texts)}
     return out
+
+# %% ../../nbs/3_reasons/02_step_by_step.ipynb #one-fn
+ANSWER, REASON = "Answer:", "Reason:"
+
+
+def single_task_rows(examples: list[Example]) -> list[Row]:
+    """Return rows with one target: the rationale, then the label.
+
+    This is the paper's single-task variant.
+    """
+    rows = []
+    for e in examples:
+        target = f"{e.rationale} {ANSWER} {e.label}" if e.rationale else f"{ANSWER} {e.label}"
+        rows.append(Row(e.id, (("label", e.input, target),)))
+    return rows
+
+
+def label_first_rows(examples: list[Example]) -> list[Row]:
+    "Return rows with one target: the label, then the rationale."
+    rows = []
+    for e in examples:
+        target = f"{e.label} {REASON} {e.rationale}" if e.rationale else e.label
+        rows.append(Row(e.id, (("label", e.input, target),)))
+    return rows
+
+# %% ../../nbs/3_reasons/02_step_by_step.ipynb #keep-fn
+KEY_TOKENS = 3
+
+
+def shuffled(examples: list[Example], seed: int) -> list[Example]:
+    """Give each example the rationale of another one.
+
+    The rationales rotate in a random order, so that no example keeps its own.
+    """
+    order = list(range(len(examples)))
+    rng("shuffled rationales", seed).shuffle(order)
+    other = {order[i]: examples[order[i - 1]].rationale for i in range(len(order))}
+    return [replace(e, rationale=other[i]) for i, e in enumerate(examples)]
+
+
+def mixed_words(examples: list[Example], seed: int) -> list[Example]:
+    "Put the words of each rationale into a random order."
+    made = []
+    for e in examples:
+        words = e.rationale.split()
+        rng("mixed words", seed, e.id).shuffle(words)
+        made.append(replace(e, rationale=" ".join(words)))
+    return made
+
+
+def key_words(examples: list[Example]) -> list[Example]:
+    "Keep the rarest words of each rationale: in the fewest rationales, the first of equals."
+    split = [[word.strip(".,;:") for word in e.rationale.split()] for e in examples]
+    found = Counter(word for words in split for word in {w.lower() for w in words})
+    made = []
+    for e, words in zip(examples, split):
+        rare = sorted(range(len(words)), key=lambda i: (found[words[i].lower()], i))[:KEY_TOKENS]
+        made.append(replace(e, rationale=" ".join(words[i] for i in sorted(rare))))
+    return made

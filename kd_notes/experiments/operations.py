@@ -24,7 +24,6 @@ from kd_notes.experiments.data_generation import GENERATION_ARMS
 from kd_notes.experiments.generation_tasks import GENERATION_TASKS, remark_tokenizer
 from kd_notes.experiments.images import ImageStudents, ImageTeachers, Network
 from kd_notes.experiments.label_revision import (
-    LONGEST,
     network,
     REVISION_ARMS,
     revision_task,

@@ -280,27 +280,6 @@ def test_a_completion_that_begins_with_a_space_has_one(kind):
     assert encode_prompt(tokenizer, row)["completion"] == encoded["completion"]
 
 
-@pytest.mark.parametrize("kind", ["always", "first", "bytes", "none"])
-@pytest.mark.parametrize(
-    "parts", [("the c", "at sat"), ("the cat:", "sat"), ("what is", "\nthe sky")]
-)
-def test_no_space_comes_between_the_two_halves_of_a_text(kind, parts):
-    tokenizer = tokenizer_of() if kind == "none" else with_spaces(kind)
-    row = dict(zip(("prompt", "completion"), parts))
-    encoded = encode_row(row, tokenizer)
-    ids = encoded["prompt"] + encoded["completion"][:-1]
-    assert tokenizer.decode(ids, clean_up_tokenization_spaces=False).strip() == "".join(parts)
-    assert encode_prompt(tokenizer, row)["completion"] == encoded["completion"]
-    alone = tokenizer.encode(parts[1], add_special_tokens=False)
-    assert encode_row(row, tokenizer, family="t5")["completion"][:-1] == alone
-
-
-def test_the_halves_of_a_word_are_compared_at_the_same_places():
-    method = KD(with_spaces("always"), OtherTokenizer(llama(300), tokenizer_of()), "spans_uld")
-    item = method.encode({"id": "a", "prompt": "the c", "completion": "at sat"})
-    assert item["ends"][-1] == item["teacher_ends"][-1] and {2, 6} <= {*item["ends"]}
-
-
 def test_spaces_of_two_tokenizers_are_compared_at_the_same_places():
     method = KD(with_spaces("always"), OtherTokenizer(llama(300), tokenizer_of()), "spans_uld")
     item = method.encode({"id": "a", "prompt": "the cat", "completion": " sat on"})

@@ -167,35 +167,23 @@ def warn_of_lost_header(tokenizer: Any, template: str) -> None:
 
 # %% ../../nbs/4_probabilities/06_dialogues.ipynb #ea9e0f03
 def _begins_with_space(tokenizer) -> bool:
-    "Return True if the tokenizer puts a space before every text, as Llama 2's and RoBERTa's do."
+    "Return True if the tokenizer puts a space before every text, as Llama 2's does."
     first = tokenizer.convert_ids_to_tokens(tokenizer.encode("a", add_special_tokens=False)[:1])
-    return bool(first) and first[0].startswith(("\u2581", "\u0120"))  # signs for a space
+    return bool(first) and first[0].startswith("\u2581")  # SentencePiece's sign for a space
 
 
-def seam(row: TextRow, tokenizer, family: str = "causal") -> tuple[str, int, int]:
-    """Return the text to encode for a completion, and how many tokens and characters to drop of it.
+def own_space(tokenizer, completion: str) -> int:
+    """Return 1 if the tokenizer's own space takes the place of the completion's first, else 0.
 
-    A tokenizer that puts a space before every text would write one between "the c" and "at". So a
-    character is encoded in front and dropped again. A completion's own space becomes that space
-    (-1 character). For an encoder-decoder (family "t5") the completion is a text of its own.
+    SentencePiece's tokenizers would write both, and the text would have two.
     """
-    text = row.completion
-    if not _begins_with_space(tokenizer):
-        return text, 0, 0
-    if text.startswith(" "):
-        return text[1:], 0, -1
-    for mark in ("\n", ":", "=") if family == "causal" and isinstance(row.prompt, str) else ():
-        head = tokenizer.encode(mark, add_special_tokens=False)
-        both = tokenizer.encode(mark + text, add_special_tokens=False)
-        if row.prompt and head and both[: len(head)] == head != both:
-            return mark + text, len(head), 1
-    return text, 0, 0
+    return int(completion.startswith(" ") and _begins_with_space(tokenizer))
 
 
-def completion_ids(row: TextRow, tokenizer, family: str = "causal") -> list[int]:
+def completion_ids(row: TextRow, tokenizer) -> list[int]:
     "Return the ids of a row's completion, without an end token."
-    text, tokens, _ = seam(row, tokenizer, family)
-    return tokenizer.encode(text, add_special_tokens=False)[tokens:]
+    text = row.completion[own_space(tokenizer, row.completion) :]
+    return tokenizer.encode(text, add_special_tokens=False)
 
 
 def is_encoded(row: Any) -> bool:
@@ -235,7 +223,7 @@ def encode_row(
             where=place,
             fix="Shorten it or drop the row; raise max_length if the models' contexts allow.",
         )
-    completion = completion_ids(row, tokenizer, family)
+    completion = completion_ids(row, tokenizer)
     if row.whole:
         completion.append(last)
     room = max_length - len(prompt) if max_length else len(completion)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core import UserError
-from ..data.dialogues import encode_row, is_encoded, padding_id, seam
+from ..data.dialogues import encode_row, is_encoded, own_space, padding_id
 from ..data.rows import read_row, TextRow
 from kd_notes.losses.cross_tokenizer import (
     align_spans,
@@ -355,9 +355,9 @@ def _spans(items: list[dict], divergence: str) -> Tensor:
 
 def _completion_ends(tokenizer, row: TextRow, item: dict) -> list[int]:
     "Return the position in the text where each token of the completion ends."
-    written, tokens, characters = seam(row, tokenizer)
-    ids, ends = (each[tokens:] for each in token_ends(tokenizer, written, eos=row.whole))
-    ends = [end - characters if end >= 0 else end for end in ends]
+    skipped = own_space(tokenizer, row.completion)
+    ids, ends = token_ends(tokenizer, row.completion[skipped:], eos=row.whole)
+    ends = [end + skipped if end >= 0 else end for end in ends]
     size = len(item["completion"])
     # The last token may end a chat message instead of a text.
     text = size - 1 if row.whole and size == len(ids) else size

@@ -104,7 +104,6 @@ CASES = [  # name (a sibling behind the colon), subject of the public report, te
     ("rollout_cut_gold", "transformers#19742: an end behind a cut text", "test_rollouts.test_a_completion_that_was_cut_has_no_end_to_learn"),
     ("tok_bos_corpus", "trl#1709, trl#1392: a corpus without start tokens", "test_tokenizers.test_a_corpus_text_begins_as_its_tokenizer_begins_it"),
     ("tok_two_spaces", "catwalk#156, composer#2178: the tokenizer's space and the text's", "test_tokenizers.test_a_completion_that_begins_with_a_space_has_one"),
-    ("tok_two_spaces: none in a word", "the same", "test_tokenizers.test_no_space_comes_between_the_two_halves_of_a_text"),
     ("tok_template_header", "the kind of tok_turn_end: a template that ignores add_generation_prompt", "test_tokenizers.test_a_template_that_forgets_the_header_of_an_answer_is_said_once"),
     ("tok_template_errors", "the kind of tok_named_templates: whatever a template raises", "test_tokenizers.test_whatever_a_template_raises_is_one_clear_error"),
     ("tok_turn_end: changed", "the kind of tok_turn_end", "test_tokenizers.test_the_end_of_a_turn_follows_the_end_token"),

@@ -37,7 +37,6 @@ from kd_notes.experiments.post_readers import (
     reading_row,
     reading_scores,
     RuleTeacher,
-    states_of,
     StatesSFT,
 )
 from kd_notes.generation.completions import manifest_path
@@ -55,6 +54,7 @@ from kd_notes.methods.evidence import (
     train_captioner,
     write_captions,
 )
+from kd_notes.models.frozen_layers import states_of
 from kd_notes.models.mini import load_mini_tokenizer, mini_model
 from kd_notes.models.pretrained import merge_adapters
 from kd_notes.training.checkpoint import save_model
@@ -663,7 +663,7 @@ def test_upper_layers_on_stored_states_learn_what_the_whole_model_would(world):
 
     whole = loss_and_gradients(SFT(tokenizer), items)
     body.layers, body.norm = layers[:-1], torch.nn.Identity()
-    states = states_of(body, [item["prompt"] + item["completion"] for item in items], batch=2)
+    states = states_of(body, [item["prompt"] + item["completion"] for item in items], batch_size=2)
     body.layers, body.norm = layers[-1:], norm
     upper = loss_and_gradients(
         StatesSFT(tokenizer), [item | {"states": x} for item, x in zip(items, states)]

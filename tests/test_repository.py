@@ -145,9 +145,12 @@ def test_notebook_is_clean(path, settings):
 
 
 @pytest.mark.parametrize("path", [*NOTEBOOKS, *SOLUTIONS], ids=name)
-def test_kernelspec_says_python(path):
+def test_metadata_say_python_and_nothing_of_a_run(path):
     "papermill refuses a notebook whose metadata name no language; nbdev_clean drops language_info, so kernelspec must have it."
-    kernel = load(path)["metadata"].get("kernelspec", {})
+    metadata = load(path)["metadata"]
+    more = set(metadata) - {"kernelspec", "kd_notes"}
+    assert not more, f"delete {sorted(more)}: what a run left there, such as the state of widgets"
+    kernel = metadata.get("kernelspec", {})
     assert kernel.get("language") == "python" and kernel.get("name") == "python3", (
         'Set metadata.kernelspec to {"name": "python3", "display_name": "python3", "language": "python"}.'
     )

@@ -135,14 +135,12 @@ def _student_place(task: str | OwnTask, split: str, source: Path | str | None) -
     return teacher_file(task, split)
 
 
-def _told(outcomes: Counter) -> dict:
-    "Return the outcomes, and say on the terminal how many rows a server left without an answer."
-    if left := outcomes["unanswered"]:
-        words = (
-            f"{left} of {outcomes.total()} rows have no answer: the server failed at every attempt."
-        )
-        print(f"{words} The same call asks for them again.", file=sys.stderr, flush=True)
-    return dict(outcomes)
+def _tell(outcomes: Mapping[str, int]) -> None:
+    "Say on the terminal how many rows a server left without an answer."
+    if left := outcomes.get("unanswered"):
+        words = f"{left} of {sum(outcomes.values())} rows have no answer: the server failed at"
+        words += " every attempt. The same call asks for them again."
+        print(words, file=sys.stderr, flush=True)
 
 
 def _score(info: TaskInfo, examples: Sequence[Example], rows: Sequence[Mapping]) -> dict:
@@ -154,7 +152,7 @@ def _score(info: TaskInfo, examples: Sequence[Example], rows: Sequence[Mapping])
     known = [row for row in rows if row["id"] in gold]
     right = [is_correct(info.metric, row["label"], gold[row["id"]]) for row in known]
     found = {
-        "outcomes": _told(Counter(row["outcome"] for row in rows)),
+        "outcomes": dict(Counter(row["outcome"] for row in rows)),
         "accuracy": accuracy(right) if right else None,
     }
     if known and isinstance(info, OwnTask):
@@ -401,7 +399,8 @@ class _Asked:
         how = {"task": self.info.name, "prompt": self.prompt, "total": self.count(limit)}
         tally = extract_stream(self.examples(limit), backend, decoding, place, **how)
         share = _share_of_right(self.examples(limit), self.info, place)
-        outcomes = _told(tally.outcomes)
+        outcomes = dict(tally.outcomes)
+        _tell(outcomes)
         return {"file": str(place), "rows": len(tally), "outcomes": outcomes, "accuracy": share}
 
 # %% ../../nbs/3_reasons/05_extraction.ipynb #2c0ab841
@@ -495,6 +494,7 @@ def extract_rationales(
     rows = extract(examples[:limit], backend, decoding, place, prompt=prompt)
     voted = vote(rows, info) if samples > 1 else rows
     score = _score(info, examples, voted)
+    _tell(score["outcomes"])
     if out is None and score["accuracy"] is not None:
         _report(task, split, score["accuracy"], len(voted))
     return {"file": str(place), "rows": len(rows), **score}

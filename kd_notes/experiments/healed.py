@@ -32,6 +32,7 @@ from ..methods.logit_kd import KD
 from ..models.layer_drop import make_student
 from ..models.mini import load_mini_tokenizer, mini_model, SIZES
 from kd_notes.models.pretrained import (
+    autocast_of,
     count_parameters,
     find_smollm2,
     freeze,
@@ -177,15 +178,8 @@ def teacher_cache(run: dict, teacher: Any, tokenizer: Any, rows: list[dict]) -> 
     names = ("teacher", "teacher_dtype", "top_k", "train")
     decides = stable_hash([[run[name] for name in names], [row["completion"] for row in rows]])
     folder = cache_dir() / "healed" / f"logits-{decides}"
-    with autocast_of(run):
+    with autocast_of(run["train"]):
         return write_cache(folder, teacher, tokenizer, rows, k=run["top_k"])
-
-
-def autocast_of(run: dict) -> Any:
-    "Return the autocast context of a run, for what its training loop does not read."
-    place = place_of(run["train"].get("device"))
-    enabled = run["train"].get("precision") == "bf16"
-    return torch.autocast(place.type, torch.bfloat16, enabled=enabled)
 
 
 def held_out_rows(run: dict, tokenizer: Any) -> list[dict]:
@@ -243,7 +237,7 @@ def heal(run: dict, folder: Path) -> dict:
     del teacher
 
     def validate(model: Any) -> dict:
-        with autocast_of(run):
+        with autocast_of(run["train"]):
             return measure(model)
 
     before = validate(student)

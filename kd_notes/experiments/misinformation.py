@@ -23,7 +23,6 @@ from ..data.public import folder_files
 from ..data.rows import TextRow
 from .base import Experiment, optional, SCORED
 from kd_notes.experiments.post_readers import (
-    autocast_of,
     label_scores,
     likeliest,
     POST_MODULES,
@@ -31,13 +30,13 @@ from kd_notes.experiments.post_readers import (
     PostsSeen,
     prompted_scores,
     RuleTeacher,
-    states_of,
     StatesSFT,
     write_answers,
 )
 from ..methods.evidence import evidence_rows, EvidenceStore, instruction, parse_answer, Seen
 from ..methods.step_by_step import Row, StepByStep
-from ..models.pretrained import load_pretrained, merge_adapters
+from ..models.frozen_layers import states_of
+from ..models.pretrained import autocast_of, load_pretrained, merge_adapters
 from ..training.loop import train
 from ..training.method import SFT
 from ..training.state import TrainConfig
@@ -233,7 +232,7 @@ class PostStates(Experiment):
         body = model.base_model
         body.layers, body.norm = body.layers[: -run["upper"]], torch.nn.Identity()
         found = {}
-        with autocast_of(run):
+        with autocast_of(run | {"device": "cpu"}):
             for split, rows in self.items(run, tokenizer).items():
                 texts = [row["prompt"] + row["completion"] for row in rows]
                 found[split] = torch.cat(states_of(body, texts))
@@ -263,7 +262,7 @@ def prompted_answers(run: dict, posts: dict, asked: list[Post], seen: dict, stor
     shown = zip(view(full, solved, seen, store, run["k"]), solved)
     before = "".join(f"{prompt}{post.label}. {post.reason}\n\n" for prompt, post in shown)
     prompts = [before + prompt for prompt in view(full, asked, seen, store, run["k"])]
-    with autocast_of(run):
+    with autocast_of(run | {"device": "cpu"}):
         scores = prompted_scores(model, tokenizer, prompts)
     even = scores - scores.mean(0)
     labels = [[VERDICTS[place] for place in x.argmax(1)] for x in (scores, even)]
@@ -296,7 +295,7 @@ def upper_answers(run: dict, asked: list[Post], prompts: list[str]) -> dict:
         model = merge_adapters(done.model)
         metrics = {"train_seconds": done.seconds, "tokens": done.tokens}
     model.eval()
-    with autocast_of(run):
+    with autocast_of(run | {"device": "cpu"}):
         scores = label_scores(model, tokenizer, items[run["score_on"]])
     truth = [VERDICTS.index(post.label) for post in asked]
     shares = torch.from_numpy(scores).log_softmax(-1)[range(len(truth)), truth]

@@ -286,12 +286,7 @@ def reading_scores(model: Any, tokenizer: Any, rows: Sequence[tuple]) -> dict[st
     return {question: float(np.mean(right)) for question, right in sorted(found.items())}
 
 # %% ../../nbs/6_beyond_text/13b_post_readers.ipynb #asked-code
-def write_answers(
-    model: Any,
-    tokenizer: Any,
-    prompts: Sequence[str],
-    new: int,
-) -> list[str]:
+def write_answers(model: Any, tokenizer: Any, prompts: Sequence[str], new: int) -> list[str]:
     "Return the student's greedy answers."
     model.eval()
     ids = [tokenizer.encode(prompt, add_special_tokens=False) for prompt in prompts]
@@ -301,11 +296,7 @@ def write_answers(
 
 
 @torch.inference_mode()
-def likeliest(
-    model: Any,
-    tokenizer: Any,
-    prompts: Sequence[str],
-) -> list[str]:
+def likeliest(model: Any, tokenizer: Any, prompts: Sequence[str]) -> list[str]:
     "Return the label to which a model gives the highest probability after each prompt."
     model.eval()
     method = SFT(tokenizer)
@@ -318,32 +309,6 @@ def likeliest(
     return chosen
 
 # %% ../../nbs/6_beyond_text/13b_post_readers.ipynb #upper-states
-def autocast_of(run: dict) -> Any:
-    "Return the autocast context of a run on the CPU."
-    return torch.autocast(
-        "cpu",
-        torch.bfloat16,
-        enabled=run.get("precision", "no") == "bf16",
-    )
-
-
-@torch.inference_mode()
-def states_of(
-    body: Any,
-    texts: Sequence[list[int]],
-    batch: int = 16,
-) -> list[torch.Tensor]:
-    "Return the last states (tokens, D) of each text of ids, in float32."
-    found: dict[int, torch.Tensor] = {}
-    order = sorted(range(len(texts)), key=lambda place: len(texts[place]))
-    for start in range(0, len(order), batch):
-        part = order[start : start + batch]
-        ids = pad_rows([texts[place] for place in part], 0)  # causal: what comes after is not read
-        states = body(input_ids=ids, use_cache=False).last_hidden_state.float()
-        found |= {place: x[: len(texts[place])].clone() for place, x in zip(part, states)}
-    return [found[place] for place in range(len(texts))]
-
-
 class StatesSFT(SFT):
     "Cross-entropy of the completion for upper layers that start from stored states."
 
@@ -364,31 +329,20 @@ def label_tokens(tokenizer: Any) -> list[int]:
 
 
 @torch.inference_mode()
-def label_scores(
-    model: Any,
-    tokenizer: Any,
-    items: Sequence[dict],
-) -> np.ndarray:
+def label_scores(model: Any, tokenizer: Any, items: Sequence[dict]) -> np.ndarray:
     "Return the log-probabilities (posts, 3) of the labels, from states below upper layers."
     body, head = unwrapped(model).base_model, unwrapped(model).get_output_embeddings()
     found = []
     for start in range(0, len(items), 16):
         part = [item["states"] for item in items[start : start + 16]]
-        read = body(
-            inputs_embeds=pad_sequence(part, batch_first=True),
-            use_cache=False,
-        )
+        read = body(inputs_embeds=pad_sequence(part, batch_first=True), use_cache=False)
         ends = torch.tensor([len(states) - 1 for states in part])
         logits = head(read.last_hidden_state[torch.arange(len(part)), ends]).float()
         found.append(logits.log_softmax(-1)[:, label_tokens(tokenizer)])
     return torch.cat(found).numpy()
 
 
-def prompted_scores(
-    model: Any,
-    tokenizer: Any,
-    prompts: Sequence[str],
-) -> np.ndarray:
+def prompted_scores(model: Any, tokenizer: Any, prompts: Sequence[str]) -> np.ndarray:
     "Return the log-probabilities (prompts, 3) of the labels; a shared beginning is read once."
     ids = tokenizer(list(prompts), add_special_tokens=False).input_ids
     rows = [DecodeRow(str(place), 0, each) for place, each in enumerate(ids)]

@@ -19,7 +19,6 @@ from ..evaluation.divergence import kl_per_position
 from ..evaluation.text import EVAL_SEEDS, rouge_l, sample_answers, text_metrics
 from .base import Experiment, method_modules, UNTRAINED, work_done
 from kd_notes.experiments.healed import (
-    autocast_of,
     Healed,
     healing_of,
     ModelFolders,
@@ -50,6 +49,7 @@ from ..methods.prompts import encode_prompts
 from ..models.layer_drop import make_student
 from ..models.mini import load_mini_tokenizer
 from kd_notes.models.pretrained import (
+    autocast_of,
     context_of,
     count_parameters,
     freeze,
@@ -357,7 +357,7 @@ def train_third_phase(
     cfg = minibatch_config(run["minibatch"], run["steps"], run["lr"], micro_batch, **settings)
 
     def validate(model) -> dict:
-        with autocast_of(run):
+        with autocast_of(run["train"]):
             written = sample_answers(
                 model, tokenizer, prompts, seeds=(1,), max_new_tokens=run["max_new_tokens"]
             )
@@ -446,7 +446,7 @@ class PretrainedPairs(_Phase):
         sets = {}
         seeds = EVAL_SEEDS[: run["score_seeds"]]
         new_tokens = run["max_new_tokens"]
-        with autocast_of(run):
+        with autocast_of(run["train"]):
             for name, (rows, too_long) in tests.items():
                 scores = set_metrics(model, teacher, tokenizer, rows, seeds, new_tokens, ngram)
                 sets[name] = scores | {"left_out": too_long}

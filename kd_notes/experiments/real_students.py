@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..core import rng, UserError
+from ..core import UserError
 from ..data.answers import accuracy, equation_value, outcomes, pack_bits
 from ..data.dialogues import padding_id
 from ..data.examples import Example
@@ -21,17 +21,17 @@ from .base import optional
 from kd_notes.experiments.stepwise import (
     _reasoned,
     ARMS,
+    draw_examples,
     info_of,
     new_student,
     Stepwise,
     StudentSettings,
     task_split,
 )
-from ..methods.step_by_step import predict, PREDICT, Row, step_rows, StepByStep
+from ..methods.step_by_step import predict, PREDICT, Row, step_rows
 from ..models.frozen_layers import upper_layers, with_upper
-from ..models.pretrained import context_of, count_parameters
+from ..models.pretrained import autocast_of, count_parameters
 from ..training.loop import train
-from ..training.state import TrainConfig
 
 # %% ../../nbs/3_reasons/03c_real_students.ipynb #rst-ask
 MARK = "\nAnswer:\n"
@@ -69,13 +69,7 @@ def real_rows(run: dict) -> list[Row]:
     "Return the training rows of a run."
     spec = ARMS[run["arm"]]
     pool = task_split(run["task"], run["split"])
-    if not 0 < run["n"] <= len(pool):
-        raise UserError(
-            f"n={run['n']} examples were asked for, {run['task']}/{run['split']} has {len(pool)}",
-            where="n",
-            fix=f"Choose 1 to {len(pool)}.",
-        )
-    drawn = rng("student examples", run["task"], run["split"], run["seed"]).sample(pool, run["n"])
+    drawn = draw_examples(pool, run["n"], run["task"], run["split"], run["seed"])
     return spec.rows(_reasoned(spec, [asked_example(e) for e in drawn], run["seed"]))
 
 # %% ../../nbs/3_reasons/03c_real_students.ipynb #rst-opt
@@ -102,9 +96,7 @@ def answers_of(
 ) -> dict[str, str]:
     "Return {id: answer} of a trained student, in the precision of its run."
     prefix = PREDICT if ARMS[run["arm"]].rows is step_rows else ""
-    reduced = run.get("precision") == "bf16"
-    device = next(trained.parameters()).device.type
-    with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=reduced):
+    with torch.inference_mode(), autocast_of(run):
         if has_options(run["task"]):
             return option_answers(trained, tokenizer, asked, prefix)
         joined = with_upper(whole, trained) if run["frozen"] else trained
@@ -120,7 +112,7 @@ class RealStudents(Stepwise):
 
     def complete(self, run: dict) -> dict:
         spec = ARMS[run["arm"]]
-        if spec.labels == "teacher" or spec.rationales in ("teacher", "shuffled"):
+        if spec.taught:
             raise UserError(
                 f"arm {run['arm']!r} reads a teacher, and these sets come with people's reasons",
                 where="arm",
@@ -130,26 +122,13 @@ class RealStudents(Stepwise):
 
     def train(self, run: dict, folder: Path) -> dict:
         "Return accuracy, outcomes (packed), parameters, tokens, seconds, number of rows."
-        arm = ARMS[run["arm"]]
         whole, tokenizer = new_student(run)
         rows = real_rows(run)
         student = whole
         if run["frozen"]:
             student = upper_layers(whole, run["frozen"], padding_id(tokenizer))
-        cfg = TrainConfig(
-            max_steps=round(run["steps"] * arm.steps),
-            batch_size=run["batch_size"],
-            lr=run["lr"],
-            warmup=0.06,
-            weight_decay=0.01,
-            seed=run["seed"],
-            save_every=100,
-            max_length=context_of(whole),
-            **{name: run[name] for name in ("precision", "device") if name in run},
-        )
-        two_tasks = arm.rationales and arm.rows is step_rows
-        method = StepByStep(tokenizer, "causal", run["alpha"] if two_tasks else 1.0)
-        result = train(student, method, rows, cfg, run_dir=folder)
+        cfg = replace(self.config(run, whole), save_every=100)
+        result = train(student, self.method(run, tokenizer), rows, cfg, run_dir=folder)
         examples = task_split(run["task"], run["score_on"])[: run["test_rows"] or None]
         asked = [asked_example(e) for e in examples]
         answers = answers_of(run, whole, result.model.eval(), tokenizer, asked)

@@ -128,10 +128,7 @@ def frozen_states(rows: Sequence[dict], layers: int) -> tuple[np.ndarray, int]:
     The states are those after half of the layers and after all, side by side in float16.
     """
     body, tokenizer = lower_layers(layers)
-    found = np.zeros(
-        (len(rows), 2 * body.config.hidden_size),
-        np.float16,
-    )
+    found = np.zeros((len(rows), 2 * body.config.hidden_size), np.float16)
     tokens = 0
     for chosen, _, mask, states in _readings(body, tokenizer, rows):
         found[chosen] = _half_and_last(body, states, mask).numpy()
@@ -166,16 +163,8 @@ TRAINING = {"batch_size": 32, "warmup": 0.05, "weight_decay": 0.01, "device": "c
 @torch.no_grad()
 def read_answers(body: Any, tokenizer: Any, rows: Sequence[dict], trained: int) -> ReadAnswers:
     "Read questions and answers with all layers; of the upper `trained` ones, keep what they start from."
-    kept = ReadAnswers(
-        [],
-        [0] * len(rows),
-        [torch.empty(0)] * len(rows),
-        torch.empty(0),
-    )
-    features = torch.zeros(
-        len(rows),
-        2 * body.config.hidden_size,
-    )
+    kept = ReadAnswers([], [0] * len(rows), [torch.empty(0)] * len(rows), torch.empty(0))
+    features = torch.zeros(len(rows), 2 * body.config.hidden_size)
     last = None
     for chosen, read, mask, states in _readings(body, tokenizer, rows):
         if read is not last:
@@ -183,11 +172,7 @@ def read_answers(body: Any, tokenizer: Any, rows: Sequence[dict], trained: int) 
             kept.asked.append(torch.stack([torch.cat([x.keys, x.values]) for x in known]))
             last = read
         features[chosen] = _half_and_last(body, states, mask)
-        for place, row, length in zip(
-            chosen,
-            states[-1 - trained],
-            mask.sum(1).tolist(),
-        ):
+        for place, row, length in zip(chosen, states[-1 - trained], mask.sum(1).tolist()):
             kept.owner[place] = len(kept.asked) - 1
             kept.said[place] = row[:length].clone()
     kept.features = features

@@ -205,6 +205,17 @@ ARMS = {
     "mutual": Arm("step-by-step, mutual information", rationales="teacher", beta=0.1),
 }
 
+# %% ../../nbs/3_reasons/03_stepwise.ipynb #draw-fn
+def draw_examples(pool: list[Example], n: int, task: str, split: str, seed: int) -> list[Example]:
+    "Draw `n` examples of a pool, the same for every arm of a seed."
+    if not 0 < n <= len(pool):
+        raise UserError(
+            f"n={n} examples were asked for, {task}/{split} has {len(pool)}",
+            where="n",
+            fix=f"Choose 1 to {len(pool)}.",
+        )
+    return rng("student examples", task, split, seed).sample(pool, n)
+
 # %% ../../nbs/3_reasons/03_stepwise.ipynb #854c7886
 def arm_rows(arm: str, task: str, n: int, split: str = "pool", seed: int = 0) -> list[Row]:
     "Return the training rows of an arm on `n` examples of a split, drawn by `seed`."
@@ -224,13 +235,7 @@ def arm_rows(arm: str, task: str, n: int, split: str = "pool", seed: int = 0) ->
             where="split",
             fix="Use split 'pool'.",
         )
-    if not 0 < n <= len(pool):
-        raise UserError(
-            f"n={n} examples were asked for, {task}/{split} has {len(pool)}",
-            where="n",
-            fix=f"Choose 1 to {len(pool)}.",
-        )
-    drawn = rng("student examples", task, split, seed).sample(pool, n)
+    drawn = draw_examples(pool, n, task, split, seed)
     if spec.taught:
         labels = "teacher" if spec.labels == "teacher" else "gold"
         joined = with_rationales(drawn, teacher_rows(task, split), labels=labels, failed="keep")
@@ -461,14 +466,20 @@ class Stepwise(Experiment):
             "effective_batch": run["batch_size"] * run.get("accumulate", 1),
         }
 
-    def train(self, run: dict, folder: Path) -> dict:
-        "Return accuracy, outcomes (packed), parameters, tokens, seconds, number of rows."
+    def method(self, run: dict, tokenizer: Any) -> StepByStep:
+        "Return the method of a run's arm."
         arm = ARMS[run["arm"]]
-        model, tokenizer = new_student(run)
-        rows = arm_rows(run["arm"], run["task"], run["n"], run["split"], run["seed"])
+        two_tasks = arm.rationales and arm.rows is step_rows
+        alpha = run["alpha"] if two_tasks else 1.0
+        if arm.beta:
+            return MutualInformation(tokenizer, run["family"], alpha, arm.beta)
+        return StepByStep(tokenizer, run["family"], alpha)
+
+    def config(self, run: dict, model: Any) -> TrainConfig:
+        "Return the settings of the training loop."
         optional_settings = ("precision", "device")
-        cfg = TrainConfig(
-            max_steps=round(run["steps"] * arm.steps),
+        return TrainConfig(
+            max_steps=round(run["steps"] * ARMS[run["arm"]].steps),
             batch_size=run["batch_size"],
             gradient_accumulation_steps=run.get("accumulate", 1),
             lr=run["lr"],
@@ -480,9 +491,11 @@ class Stepwise(Experiment):
             max_length=context_of(model),
             **{name: run[name] for name in optional_settings if name in run},
         )
-        two_tasks = arm.rationales and arm.rows is step_rows
-        weights = (run["alpha"] if two_tasks else 1.0, *((arm.beta,) if arm.beta else ()))
-        kind = MutualInformation if arm.beta else StepByStep
-        method = kind(tokenizer, run["family"], *weights)
+
+    def train(self, run: dict, folder: Path) -> dict:
+        "Return accuracy, outcomes (packed), parameters, tokens, seconds, number of rows."
+        model, tokenizer = new_student(run)
+        rows = arm_rows(run["arm"], run["task"], run["n"], run["split"], run["seed"])
+        method, cfg = self.method(run, tokenizer), self.config(run, model)
         result = train(model, method, rows, cfg, run_dir=folder)
         return _score(result, model, tokenizer, run) | {"examples": len(rows)}

@@ -70,11 +70,7 @@ class WordScorer(torch.nn.Module):
         features: Tensor | None = None,  # (answers, F)
     ):
         super().__init__()
-        self.embed = torch.nn.Embedding(
-            words,
-            width,
-            padding_idx=PAD,
-        )
+        self.embed = torch.nn.Embedding(words, width, padding_idx=PAD)
         self.near = torch.nn.Conv1d(width, hidden, 3, padding=1)
         self.gate = torch.nn.Linear(width, hidden)
         self.register_buffer("features", features, persistent=False)
@@ -92,11 +88,7 @@ class WordScorer(torch.nn.Module):
             seen = self.features[input_ids[:, 0]] if seen is None else seen
             parts.append(self.read(self.dropout(seen)).relu())
             input_ids = input_ids[:, 1:]
-        input_ids = F.pad(
-            input_ids,
-            (0, 1),
-            value=PAD,
-        )  # a convolution needs a word, if empty
+        input_ids = F.pad(input_ids, (0, 1), value=PAD)  # a convolution needs a word, if empty
         mask = (input_ids != PAD)[:, 1:, None]
         vectors = self.dropout(self.embed(input_ids))
         item = vectors[:, 0]
@@ -122,22 +114,14 @@ class EncoderScorer(torch.nn.Module):
         longest: int = 64,
     ):
         super().__init__()
-        self.embed = torch.nn.Embedding(
-            words,
-            width,
-            padding_idx=PAD,
-        )
+        self.embed = torch.nn.Embedding(words, width, padding_idx=PAD)
         self.place = torch.nn.Embedding(longest, width)
         for table in (self.embed, self.place):
             torch.nn.init.normal_(table.weight, std=0.02)
         layer = torch.nn.TransformerEncoderLayer(
             width, heads, inner, dropout=0.1, activation="gelu", batch_first=True
         )
-        self.layers = torch.nn.TransformerEncoder(
-            layer,
-            layers,
-            enable_nested_tensor=False,
-        )
+        self.layers = torch.nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
         self.norm = torch.nn.LayerNorm(width)
         self.head = torch.nn.Linear(width, labels)
 
@@ -187,21 +171,12 @@ class LayerScorer(torch.nn.Module):
         before, after = (torch.tensor([x.shape[-2] for x in xs])[:, None] for xs in (asked, said))
         longest, mine = int(before.max()), torch.arange(int(after.max()))
         cache = DynamicCache()
-        whole = torch.stack(
-            [F.pad(x, (0, 0, 0, longest - x.shape[-2])) for x in asked],
-            2,
-        )
+        whole = torch.stack([F.pad(x, (0, 0, 0, longest - x.shape[-2])) for x in asked], 2)
         for place, (keys, values) in enumerate(whole):
             cache.update(keys, values, place)
         states = self.body(
-            inputs_embeds=torch.nn.utils.rnn.pad_sequence(
-                said,
-                batch_first=True,
-            ),
-            attention_mask=torch.cat(
-                [torch.arange(longest) < before, mine < after],
-                1,
-            ).long(),
+            inputs_embeds=torch.nn.utils.rnn.pad_sequence(said, batch_first=True),
+            attention_mask=torch.cat([torch.arange(longest) < before, mine < after], 1).long(),
             position_ids=before + mine,
             past_key_values=cache,
         ).last_hidden_state
@@ -211,10 +186,7 @@ class LayerScorer(torch.nn.Module):
         places = input_ids[:, 0]
         last = self.last_states(places.tolist())
         half = self.answers.features[places, : last.shape[1]]
-        return self.head(
-            input_ids,
-            (torch.cat([half, last], 1) - self.mean) / self.std,
-        )
+        return self.head(input_ids, (torch.cat([half, last], 1) - self.mean) / self.std)
 
 # %% ../../nbs/6_beyond_text/04_scoring_kd.ipynb #317d8e18
 class ScoringKD(Method):
@@ -335,13 +307,7 @@ def out_of_fold(rows: Sequence[dict], teach: Teach, k: int = 5, seed: int = 0) -
     for fold in range(k):
         places = [i for i, f in enumerate(folds) if f == fold]
         predict = teach([row for row, f in zip(rows, folds) if f != fold])
-        found |= dict(
-            zip(
-                places,
-                predict([rows[i] for i in places]),
-                strict=True,
-            )
-        )
+        found |= dict(zip(places, predict([rows[i] for i in places]), strict=True))
     return _with_soft(rows, np.array([found[i] for i in range(len(rows))]))
 
 

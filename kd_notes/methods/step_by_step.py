@@ -112,9 +112,12 @@ class StepByStep(Method):
     def longest_row(self, item: list) -> int:
         return max(len(s) + len(t) for _, s, t in item)
 
+    def pairs_of(self, items: list) -> list[tuple]:
+        "Return the pairs of all items: the label's, then the rationale's, each in their order."
+        return sorted((pair for item in items for pair in item), key=lambda pair: pair[0])
+
     def collate(self, items: list) -> Batch:
-        # All label rows, then all rationale rows.
-        pairs = sorted((p for item in items for p in item), key=lambda p: p[0])
+        pairs = self.pairs_of(items)
         rows = [(s, t) for _, s, t in pairs]
         pad = padding_id(self.tokenizer)
         make = causal_batch if self.family == "causal" else seq2seq_batch
@@ -151,7 +154,7 @@ class MutualInformation(StepByStep):
 
     def collate(self, items: list) -> Batch:
         batch = super().collate(items)
-        pairs = sorted((p for item in items for p in item), key=lambda p: p[0])
+        pairs = self.pairs_of(items)
         batch.columns["lengths"] = torch.tensor([len(completion) for _, _, completion in pairs])
         # Label rows come first, in the order of the items, then the rationale rows.
         labels = reasons = 0

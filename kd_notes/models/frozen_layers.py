@@ -11,11 +11,31 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ..core import UserError
 from .layer_drop import layer_drop
 
 # %% ../../nbs/2_playground/10b_frozen_layers.ipynb #frz-keep
+@torch.no_grad()
+def states_of(body: Any, texts: Sequence[Sequence[int]], batch_size: int = 16) -> list[Tensor]:
+    """Return the last states (T, H) of each text of ids, in float32.
+
+    Texts of similar length are read together. What stands behind a text is not looked at: the
+    layers are causal.
+    """
+    place = next(body.parameters()).device
+    found: dict[int, Tensor] = {}
+    order = sorted(range(len(texts)), key=lambda number: len(texts[number]))
+    for start in range(0, len(order), batch_size):
+        part = order[start : start + batch_size]
+        rows = [torch.tensor(texts[number], device=place) for number in part]
+        ids = pad_sequence(rows, batch_first=True)
+        states = body(input_ids=ids, use_cache=False).last_hidden_state.float()
+        found |= {number: x[: len(texts[number])].clone() for number, x in zip(part, states)}
+    return [found[number] for number in range(len(texts))]
+
+
 class KeptStates(torch.nn.Module):
     """In place of an embedding: (B, T) ids -> (B, T, H) states after the frozen layers.
 
@@ -35,26 +55,10 @@ class KeptStates(torch.nn.Module):
             length -= 1
         return tuple(ids[:length])
 
-    @torch.no_grad()
-    def read(self, texts: Sequence[tuple[int, ...]], batch_size: int = 32) -> None:
-        "Run the frozen layers on the texts that are new, texts of similar length together."
-        (lower,) = self._lower
-        place = next(lower.parameters()).device
-        new = sorted({text for text in texts if text not in self.kept}, key=len)
-        for start in range(0, len(new), batch_size):
-            part = new[start : start + batch_size]
-            width = len(part[-1])
-            ids = [[*text, *[self.padding] * (width - len(text))] for text in part]
-            mask = [[1] * len(text) + [0] * (width - len(text)) for text in part]
-            given = {"input_ids": ids, "attention_mask": mask}
-            inputs = {name: torch.tensor(rows, device=place) for name, rows in given.items()}
-            states = lower(**inputs, use_cache=False).last_hidden_state
-            for text, row in zip(part, states):
-                self.kept[text] = row[: len(text)].clone()
-
     def forward(self, ids: Tensor) -> Tensor:
         texts = [self._text(row) for row in ids.tolist()]
-        self.read(texts)
+        new = list(dict.fromkeys(text for text in texts if text not in self.kept))
+        self.kept |= zip(new, states_of(self._lower[0], new))
         width = self.kept[texts[0]].shape[-1]
         states = torch.zeros(*ids.shape, width, device=ids.device)
         for row, text in zip(states, texts):

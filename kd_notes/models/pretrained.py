@@ -274,6 +274,16 @@ def place_of(device: str | None) -> torch.device:
     return place
 
 
+def autocast_of(settings: dict) -> torch.autocast:
+    """Return the autocast context of settings with `precision` and `device`.
+
+    It is for what the training loop does not read; that has one of its own.
+    """
+    reduced = settings.get("precision") == "bf16"
+    place = place_of(settings.get("device"))
+    return torch.autocast(place.type, torch.bfloat16, enabled=reduced)
+
+
 def _local_snapshot(source: str, revision: str | None, local_files_only: bool | None) -> str:
     """Return the cache folder of a hub model if the network may not be used.
 

@@ -41,12 +41,7 @@ from ..methods.server_teacher import is_server
 from ..models.pretrained import resolve_model
 from .pair import Pair
 from .request import Request, shown_name, TeacherGroup
-from kd_notes.products.settings import (
-    CROSS_OBJECTIVES,
-    DistillSettings,
-    ON_POLICY,
-    TEXT_OBJECTIVES,
-)
+from .settings import CROSS_OBJECTIVES, DistillSettings, ON_POLICY, TEXT_OBJECTIVES
 from ..runner.profiles import plain_settings
 from ..training.loop import train
 from ..training.method import SFT
@@ -134,12 +129,7 @@ def _paraphrase(work: RowWork) -> list[TextRow]:
     name = shown_name(work.request.teacher)
     file = work.request.work / "paraphrases.jsonl"
     more = paraphrase_rows(
-        work.texts,
-        work.write,
-        file,
-        seed=s.seed,
-        name=name,
-        copies=work.options.copies,
+        work.texts, work.write, file, seed=s.seed, name=name, copies=work.options.copies
     )
     return [*work.texts, *more]
 
@@ -161,11 +151,7 @@ def _read_labels(work: RowWork) -> None:
     labels = tuple(dict.fromkeys(row.completion for row in shown))
     if len(labels) > 50:
         what = f"the rows have {len(labels)} different completions, and the teacher writes by label"
-        raise UserError(
-            what,
-            where="rows",
-            fix="Use it for a task with labels.",
-        )
+        raise UserError(what, where="rows", fix="Use it for a task with labels.")
     work.found = {"shown": shown, "labels": labels}
 
 
@@ -179,11 +165,7 @@ def _generate(work: RowWork) -> list[TextRow]:
         )
 
     made = generate_rows(
-        lambda prompts, stream: work.write(
-            prompts,
-            stream,
-            chat=False,
-        ),
+        lambda prompts, stream: work.write(prompts, stream, chat=False),
         study,
         WritingTask(work.found["labels"]),
         examples_of(work.found["shown"]),
@@ -205,14 +187,7 @@ def _read_domains(work: RowWork) -> None:
 def _balanced(work: RowWork) -> list[TextRow]:
 
     def learnt(rows: Sequence[dict]) -> list[TextRow]:
-        return [
-            TextRow(
-                row["id"],
-                row["prompt"],
-                row["completion"],
-            ).as_chat()
-            for row in rows
-        ]
+        return [TextRow(row["id"], row["prompt"], row["completion"]).as_chat() for row in rows]
 
     length = work.request.settings.max_new_tokens
     student = fresh_students(
@@ -223,11 +198,7 @@ def _balanced(work: RowWork) -> list[TextRow]:
         ),
     )
     rows, reports = balanced_stages(
-        work.found["pool"],
-        work.write,
-        work.options,
-        student,
-        folder=work.request.work / "balanced",
+        work.found["pool"], work.write, work.options, student, folder=work.request.work / "balanced"
     )
     counts = {name: sum(report[name] for report in reports) for name in ("calls", "dropped")}
     if not rows:
@@ -283,12 +254,7 @@ def _read_posts(work: RowWork) -> None:
                 fix = "Write a text, or leave the field out."
                 raise UserError(f"the caption {caption!r:.60} is not a text", where=where, fix=fix)
             captions[row.id] = caption
-    work.found = {
-        "store": store,
-        "posts": posts,
-        "pictures": pictures,
-        "captions": captions,
-    }
+    work.found = {"store": store, "posts": posts, "pictures": pictures, "captions": captions}
     work.found["read"] = SignReader() if pictures else None
     if blind := len(pictures.keys() - captions.keys()):
         if options.captioner:  # loaded now, so that a wrong one is told before anything
@@ -307,14 +273,7 @@ def _look(work: RowWork) -> dict[str, Any]:
     seeing = found.pop("captioner", None)  # it is gone before the training
 
     def describe(images: list) -> list[str]:
-        asked = [
-            {
-                "id": "image",
-                "prompt": DESCRIBE,
-                "image": image,
-            }
-            for image in images
-        ]
+        asked = [{"id": "image", "prompt": DESCRIBE, "image": image} for image in images]
         texts = seen_answers(*seeing, asked, new=32)
         return [" ".join(text.split()) for text in texts]
 

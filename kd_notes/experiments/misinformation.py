@@ -258,16 +258,23 @@ def prompted_answers(run: dict, posts: dict, asked: list[Post], seen: dict, stor
     """
     model, tokenizer = load_pretrained(run["size"], device="cpu")
     model.eval()
-    solved, full = posts["train"][: run.get("shots", 0)], POST_ARMS["full"]
-    shown = zip(view(full, solved, seen, store, run["k"]), solved)
-    before = "".join(f"{prompt}{post.label}. {post.reason}\n\n" for prompt, post in shown)
+    solved = posts["train"][: run.get("shots", 0)]
+    full = POST_ARMS["full"]
+    before = ""
+    for prompt, post in zip(view(full, solved, seen, store, run["k"]), solved, strict=True):
+        before += f"{prompt}{post.label}. {post.reason}\n\n"
     prompts = [before + prompt for prompt in view(full, asked, seen, store, run["k"])]
     with autocast_of(run | {"device": "cpu"}):
         scores = prompted_scores(model, tokenizer, prompts)
-    even = scores - scores.mean(0)
-    labels = [[VERDICTS[place] for place in x.argmax(1)] for x in (scores, even)]
-    plain, other = (answer_metrics(asked, each) for each in labels)
-    return plain | {f"even: {name}": other[name] for name in ("accuracy", "outcomes", "labels")}
+
+    def measured(scores: np.ndarray) -> dict:
+        return answer_metrics(asked, [VERDICTS[place] for place in scores.argmax(1)])
+
+    even = measured(scores - scores.mean(0))
+    metrics = measured(scores)
+    for name in ("accuracy", "outcomes", "labels"):
+        metrics[f"even: {name}"] = even[name]
+    return metrics
 
 # %% ../../nbs/6_beyond_text/14_misinformation.ipynb #big-upper
 def states_run(run: dict) -> dict:
@@ -278,38 +285,60 @@ def states_run(run: dict) -> dict:
     return PostStates().parameters(**shared | {"arm": arm})
 
 
+def fit_upper(run: dict, model: Any, tokenizer: Any, rows: list[dict]) -> Any:
+    "Train adapters in the upper layers of a model, on rows with their states."
+    cfg = TrainConfig(
+        max_steps=run["steps"],
+        batch_size=run["batch_size"],
+        lr=run["lr"],
+        warmup=0.05,
+        lora={"r": run["rank"], "alpha": 2 * run["rank"], "targets": "all-linear"},
+        seed=run["seed"],
+        precision=run.get("precision", "no"),
+        device="cpu",
+    )
+    return train(model, StatesSFT(tokenizer), rows, cfg)
+
+
+def option_metrics(
+    run: dict, model: Any, tokenizer: Any, items: list[dict], asked: list[Post]
+) -> dict:
+    "Score the labels as options: `answer_metrics`, and the nats of the right one of the three."
+    model.eval()
+    with autocast_of(run | {"device": "cpu"}):
+        scores = label_scores(model, tokenizer, items)
+    right = [VERDICTS.index(post.label) for post in asked]
+    shares = torch.from_numpy(scores).log_softmax(-1)
+    nats = -shares[range(len(right)), right]
+    labels = [VERDICTS[place] for place in scores.argmax(1)]
+    return {"nats": float(nats.mean())} | answer_metrics(asked, labels)
+
+
 def upper_answers(run: dict, asked: list[Post], prompts: list[str]) -> dict:
     "Train adapters in the upper layers of a model on stored states; return metrics."
     model, tokenizer = load_pretrained(run["size"], device="cpu")
-    arm, upper = POST_ARMS[run["arm"]], run.get("upper", 6)
     items = PostStates().load(states_run(run), tokenizer)
-    body = model.base_model
-    lower, body.layers = body.layers[:-upper], body.layers[-upper:]
+    upper = run.get("upper", 6)
+    layers = model.base_model.layers
+    model.base_model.layers = layers[-upper:]
     metrics: dict[str, Any] = {}
     if run["arm"] != "start":
-        lora = {"r": run["rank"], "alpha": 2 * run["rank"], "targets": "all-linear"}
-        given = {name: run[name] for name in ("lr", "seed", "batch_size")}
-        given |= {"max_steps": run["steps"], "precision": run.get("precision", "no")}
-        cfg = TrainConfig(warmup=0.05, lora=lora, device="cpu", **given)
-        done = train(model, StatesSFT(tokenizer), items["train"], cfg)
+        done = fit_upper(run, model, tokenizer, items["train"])
         model = merge_adapters(done.model)
         metrics = {"train_seconds": done.seconds, "tokens": done.tokens}
-    model.eval()
-    with autocast_of(run | {"device": "cpu"}):
-        scores = label_scores(model, tokenizer, items[run["score_on"]])
-    truth = [VERDICTS.index(post.label) for post in asked]
-    shares = torch.from_numpy(scores).log_softmax(-1)[range(len(truth)), truth]
-    metrics["nats"] = -float(shares.mean())  # of the right label among the three
-    metrics |= answer_metrics(asked, [VERDICTS[place] for place in scores.argmax(1)])
-    if run["arm"] == "start" or arm.form == "label" or run["score_on"] != "test":
+    metrics |= option_metrics(run, model, tokenizer, items[run["score_on"]], asked)
+    writes = run["arm"] != "start" and POST_ARMS[run["arm"]].form != "label"
+    if not writes or run["score_on"] != "test":
         return metrics
     body = model.base_model
-    body.layers = torch.nn.ModuleList([*lower, *body.layers])
-    few = slice(0, run.get("written", 24))
-    texts = write_answers(model, tokenizer, prompts[few], 40)
-    wrote = answer_metrics(asked[few], texts)
-    metrics |= {name: wrote[name] for name in ("reasons", "good_reasons")}
-    return metrics | {"texts": [text[:120] for text in texts[:8]]}
+    body.layers = torch.nn.ModuleList([*layers[:-upper], *body.layers])
+    few = run.get("written", 24)
+    texts = write_answers(model, tokenizer, prompts[:few], 40)
+    wrote = answer_metrics(asked[:few], texts)
+    metrics["texts"] = [text[:120] for text in texts[:8]]
+    for name in ("reasons", "good_reasons"):
+        metrics[name] = wrote[name]
+    return metrics
 
 # %% ../../nbs/6_beyond_text/14_misinformation.ipynb #89c57b7a
 class Misinformation(Experiment):

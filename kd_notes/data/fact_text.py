@@ -6,13 +6,13 @@
 __all__ = []
 
 # %% ../../nbs/3_reasons/03a_fact_text.ipynb #ft-03
-import random
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from itertools import product
 from pathlib import Path
+from random import Random
 from typing import NamedTuple
 
 from ..checksums import verify_checksums
@@ -41,9 +41,7 @@ def _pseudo_word(text: str) -> str:
     r = rng("an invented word", text.lower())
     word = ""
     for _ in range(3):
-        consonant = r.choice("bdfgklmnprtvz")
-        vowel = r.choice("aeiou")
-        word += consonant + vowel
+        word += r.choice("bdfgklmnprtvz") + r.choice("aeiou")
     return word
 
 
@@ -53,9 +51,11 @@ def invented(thing: str) -> str:
 
     'with a parrot' gives 'with a ' and an invented word; a city gives a capitalised one.
     """
-    lead, rest = [], thing.split()
+    lead = ""
+    rest = thing.split()
     while len(rest) > 1 and rest[0] in _LEADS:
-        lead.append(rest.pop(0))
+        first = rest.pop(0)
+        lead += "a " if first == "an" else f"{first} "  # `english` writes 'an' where it is needed
     word = _pseudo_word(" ".join(rest))
     activity = rest[0].endswith("ing") and len(rest) > 1
     if activity and not lead:
@@ -64,9 +64,7 @@ def invented(thing: str) -> str:
         word += "s"
     if thing[0].isupper():
         word = word.capitalize()
-    # The tables' 'an' fits the real thing; `english` writes it again where the word needs it.
-    articles = ["a" if w == "an" else w for w in lead]
-    return " ".join([*articles, word])
+    return lead + word
 
 
 def real(thing: str) -> str:
@@ -74,18 +72,18 @@ def real(thing: str) -> str:
     return thing
 
 # %% ../../nbs/3_reasons/03a_fact_text.ipynb #ft-09a
-def _draw(r: random.Random, table: dict) -> tuple:
+def _draw(r: Random, table: dict) -> tuple:
     "Draw an entry of a table, (key, value)."
     return r.choice(list(table.items()))
 
 
-def _another(r: random.Random, options: Iterable[str], *taken: str) -> str:
+def _another(r: Random, options: Iterable[str], *taken: str) -> str:
     "Draw one of the options that is not taken."
     left = [option for option in options if option not in taken]
     return r.choice(left)
 
 
-def _fill(sentence: str, **words: str) -> str:
+def _fill(sentence: str, **words) -> str:
     "Fill a wording. {e} and {E} are the same thing; `english` writes the capital."
     return sentence.replace("{E}", "{e}").format(**words)
 
@@ -100,29 +98,17 @@ class _NliThing(NamedTuple):
     topic: str  # "animal"
     kind: str  # "bird"
     phrase: str  # "with a parrot"
+    other_kinds: list[str]  # of the topic
 
 
-def _nli_thing(r: random.Random, *taken: str) -> _NliThing:
+def _nli_thing(r: Random, *taken: str) -> _NliThing:
     "Draw a thing of a topic that is not taken."
     topics = facts("nli")["topics"]
     topic = _another(r, topics, *taken)
-    kind, phrases = _draw(r, topics[topic]["values"])
-    phrase = r.choice(phrases)
-    return _NliThing(topic, kind, phrase)
-
-
-def _nli_pair(r: random.Random) -> tuple[_NliThing, _NliThing]:
-    "Draw two things of different topics that training inputs join."
-    first = _nli_thing(r)
-    while True:
-        second = _nli_thing(r, first.topic)
-        if world_of(first.phrase, second.phrase) == "train":
-            return first, second
-
-
-def _other_kind(r: random.Random, thing: _NliThing) -> str:
-    kinds = facts("nli")["topics"][thing.topic]["values"]
-    return _another(r, kinds, thing.kind)
+    values = topics[topic]["values"]
+    kind, phrases = _draw(r, values)
+    other_kinds = [other for other in values if other != kind]
+    return _NliThing(topic, kind, r.choice(phrases), other_kinds)
 
 
 def _nli_fact(sentence: str, thing: _NliThing, other: str, name: Name) -> str:
@@ -132,62 +118,70 @@ def _nli_fact(sentence: str, thing: _NliThing, other: str, name: Name) -> str:
     return _fill(sentence, p=phrase, e=noun, v=thing.kind, w=other)
 
 
-def _nli_state(r: random.Random, name: Name) -> str:
-    "Return a sentence about the kind of a thing."
+def _nli_state(r: Random, name: Name) -> str:
     thing = _nli_thing(r)
-    other = _other_kind(r, thing)
-    sentence = r.choice(wordings()["nli"][thing.topic]["states"])
+    other = r.choice(thing.other_kinds)
+    said = wordings()["nli"][thing.topic]
+    sentence = r.choice(said["states"])
     return _nli_fact(sentence, thing, other, name)
 
 # %% ../../nbs/3_reasons/03a_fact_text.ipynb #ft-11
-def _nli_story(r: random.Random, name: Name) -> str:
+def _nli_story(r: Random, name: Name) -> str:
     "Return a story about two things that training inputs join, and what follows or is asked."
     said = wordings()["nli"]
-    first, second = _nli_pair(r)
+    first = _nli_thing(r)
+    second = _nli_thing(r, first.topic)
+    while world_of(first.phrase, second.phrase) != "train":
+        second = _nli_thing(r, first.topic)
     who = r.choice(facts("nli")["subjects"])
     opening = r.choice(said["openings"])
     story = _fill(opening, n=who, p=name(first.phrase), q=name(second.phrase))
     thing = r.choice([first, second])
-    other = _other_kind(r, thing)
+    other = r.choice(thing.other_kinds)
     form = r.choice(["follows", "yes", "no", "unsaid"])
-    if form == "follows":
-        end = r.choice(said[thing.topic]["follows"])
-        return story + " " + _fill(end, n=who, v=thing.kind, w=other)
     if form == "unsaid":
         thing = _nli_thing(r, first.topic, second.topic)
+    about = said[thing.topic]
+    if form == "follows":
+        sentence = r.choice(about["follows"])
+        end = _fill(sentence, n=who, v=thing.kind, w=other)
+        return f"{story} {end}"
     asked = other if form == "no" else thing.kind
-    question = r.choice(said[thing.topic]["asks"])
-    text = story + " " + _fill(question, n=who, v=asked)
+    sentence = r.choice(about["asks"])
+    question = _fill(sentence, n=who, v=asked)
     if form == "unsaid":
-        return f"{text} {said['unsaid']}"
-    fact = _nli_fact(said[thing.topic]["states"][0], thing, other, name)
-    return _answered(text, form == "yes", fact)
+        return f"{story} {question} {said['unsaid']}"
+    plainest = about["states"][0]
+    fact = _nli_fact(plainest, thing, other, name)
+    return f"{story} {_answered(question, form == 'yes', fact)}"
 
 # %% ../../nbs/3_reasons/03a_fact_text.ipynb #ft-12
-def _anli_line(r: random.Random, name: Name) -> str:
+def _anli_line(r: Random, name: Name) -> str:
     "Return a sentence about a city, its country and its continent, or a question about them."
     f = facts("anli")
     said = wordings()["anli"]
     continent, cities = _draw(r, f["cities"])
-    city, country = _draw(r, cities)
+    drawn, country = _draw(r, cities)
+    city = name(drawn)
     other = _another(r, f["cities"], continent)
     _, events = _draw(r, f["events"])
     first, second = r.sample(events, 2)
     who = r.choice(f["names"])
-    words = {"n": who, "e": first, "c": name(city), "k": name(country), "w": other}
+    words = {"n": who, "e": first, "c": city, "k": name(country), "w": other}
     form = r.choice(["states", "states", "follows", "asks", "same"])
     if form == "same":
         return _fill(said["same"], **words, f=second)
+    where = continent
+    if form == "asks":
+        where = r.choice([continent, other])
+    sentence = r.choice(said[form])
+    text = _fill(sentence, **words, v=where)
     if form != "asks":
-        sentence = r.choice(said[form])
-        return _fill(sentence, **words, v=continent)
-    asked = r.choice([continent, other])
-    question = _fill(r.choice(said["asks"]), **words, v=asked)
-    fact = f"{name(city)} is in {continent}."
-    return _answered(question, asked == continent, fact)
+        return text
+    return _answered(text, where == continent, f"{city} is in {continent}.")
 
 # %% ../../nbs/3_reasons/03a_fact_text.ipynb #ft-13
-def _cqa_thing(r: random.Random, name: Name) -> str:
+def _cqa_thing(r: Random, name: Name) -> str:
     "Return a sentence about what a thing is for, or a question about it."
     purposes = facts("cqa")["purposes"]
     purpose, other = r.sample(list(purposes), 2)
@@ -202,71 +196,70 @@ def _cqa_thing(r: random.Random, name: Name) -> str:
     return _answered(question, a == purpose, f"{thing} is for {purpose}.")
 
 
-def _cqa_where(r: random.Random, setting: str, name: Name) -> str:
-    "Draw how a sentence speaks of a setting: 'at a school'."
-    where = r.choice(facts("cqa")["settings"][setting])
-    return where.replace(setting, name(setting))
+def _cqa_house(r: Random, setting: str, name: Name) -> tuple[str, dict[str, str]]:
+    "Draw how a sentence names a setting, 'at a school', and add {purpose: its room there}."
+    f = facts("cqa")
+    where = r.choice(f["settings"][setting])
+    where = where.replace(setting, name(setting))
+    rooms = {}
+    for purpose, words in f["purposes"].items():
+        rooms[purpose] = name(words["rooms"][setting])
+    return where, rooms
 
 
-def _cqa_rooms(setting: str, name: Name) -> dict[str, str]:
-    "Return {purpose: its room in a setting}."
-    purposes = facts("cqa")["purposes"]
-    return {purpose: name(p["rooms"][setting]) for purpose, p in purposes.items()}
-
-
-def _room_list(r: random.Random, rooms: dict[str, str], purpose: str) -> str:
-    "Return a list of some rooms of a setting, in any order, with that of the purpose among them."
+def _room_list(r: Random, rooms: dict[str, str], purpose: str) -> str:
+    "Return a list of some rooms of a house, in any order, with that of the purpose among them."
     others = [room for p, room in rooms.items() if p != purpose]
     # Three or four with the room itself: an input of the task lists five rooms.
     count = r.choice([2, 3])
-    some = r.sample(others, count)
-    some.append(rooms[purpose])
+    some = [*r.sample(others, count), rooms[purpose]]
     r.shuffle(some)
     return ", ".join(some)
 
 # %% ../../nbs/3_reasons/03a_fact_text.ipynb #ft-14
-def _cqa_room(r: random.Random, name: Name) -> str:
+def _cqa_room(r: Random, name: Name) -> str:
     "Return a sentence about which room of a house is for what."
     f = facts("cqa")
     said = wordings()["cqa"]
     purpose, other = r.sample(list(f["purposes"]), 2)
-    setting = r.choice(list(f["settings"]))
-    where = _cqa_where(r, setting, name)
-    rooms = _cqa_rooms(setting, name)
+    setting, _ = _draw(r, f["settings"])
+    where, rooms = _cqa_house(r, setting, name)
     room, wrong = rooms[purpose], rooms[other]
     if r.random() < 0.5:
         listed = _room_list(r, rooms, purpose)
-        sentence = r.choice(said["lists"]) + "."
-        return _fill(sentence, l=listed, t=purpose, s=where, r=room)
+        sentence = r.choice(said["lists"])
+        return _fill(sentence, l=listed, t=purpose, s=where, r=room) + "."
     a, b = r.sample([room, wrong], 2)
     sentence = r.choice(said["rooms"] + said["which_room"])
     return _fill(sentence, a=a, b=b, t=purpose, s=where, r=room, o=wrong)
 
 
-def _cqa_place(r: random.Random, name: Name) -> str:
+def _cqa_place(r: Random, name: Name) -> str:
     "Return a sentence about the room of a thing in a house, for pairs that training inputs join."
     f = facts("cqa")
     purpose, words = _draw(r, f["purposes"])
     drawn = r.choice(words["things"])
-    settings = [s for s in f["settings"] if setting_world(drawn, s) == "train"]
-    setting = r.choice(settings)
-    where = _cqa_where(r, setting, name)
-    rooms = _cqa_rooms(setting, name)
-    listed = _room_list(r, rooms, purpose)
     thing = _with_article(name(drawn))
+    joined = [s for s in f["settings"] if setting_world(drawn, s) == "train"]
+    setting = r.choice(joined)
+    where, rooms = _cqa_house(r, setting, name)
+    room = rooms[purpose]
+    listed = _room_list(r, rooms, purpose)
     sentence = r.choice(wordings()["cqa"]["places"])
-    return _fill(sentence, e=thing, l=listed, t=purpose, s=where, r=rooms[purpose])
+    return _fill(sentence, e=thing, l=listed, t=purpose, s=where, r=room)
 
 # %% ../../nbs/3_reasons/03a_fact_text.ipynb #ft-17
-def _scene(r: random.Random) -> str:
+def _scene(r: Random) -> str:
     "Return a sentence that names one real thing and says nothing about its kind."
     task = r.choice(list(GENERATORS))
-    sentence = r.choice(wordings()[task]["scenes"])
-    who = r.choice(facts("anli")["names"])
     f = facts(task)
+    said = wordings()[task]
+    sentence = r.choice(said["scenes"])
+    who = r.choice(facts("anli")["names"])
     if task == "nli":
         who = r.choice(f["subjects"])
-        return _fill(sentence, n=who, p=_nli_thing(r).phrase)
+        thing = _nli_thing(r)
+        return _fill(sentence, n=who, p=thing.phrase)
     if task == "anli":
         _, cities = _draw(r, f["cities"])
         city, country = _draw(r, cities)
@@ -283,23 +276,27 @@ def _scene(r: random.Random) -> str:
     return _fill(sentence, n=who, e=thing)
 
 # %% ../../nbs/3_reasons/03a_fact_text.ipynb #ft-18
-def _svamp_line(r: random.Random, name: Name) -> str:
+def _svamp_line(r: Random, name: Name) -> str:
     "Return a sentence about the kind of a thing, a question about it, or a sum without things."
     f = facts("svamp")
     said = wordings()["svamp"]
     kind, other = r.sample(list(f["categories"]), 2)
-    thing = name(r.choice(f["categories"][kind]))
+    drawn = r.choice(f["categories"][kind])
+    thing = name(drawn)
     who = r.choice(f["names"])
     form = r.choice(["states", "states", "follows", "asks", "sums"])
     if form == "sums":
-        b, a = sorted(r.sample(range(2, 21), 2))
-        return r.choice(said["sums"]).format(a=a, b=b)
+        numbers = r.sample(range(2, 21), 2)
+        sentence = r.choice(said["sums"])
+        return _fill(sentence, a=max(numbers), b=min(numbers))
+    asked = other
+    if form == "asks":
+        asked = r.choice([kind, other])
+    sentence = r.choice(said[form])
+    text = _fill(sentence, n=who, e=thing, k=kind, c=asked)
     if form != "asks":
-        sentence = r.choice(said[form])
-        return _fill(sentence, n=who, e=thing, k=kind, c=other)
-    asked = r.choice([kind, other])
-    question = _fill(r.choice(said["asks"]), e=thing, c=asked)
-    return _answered(question, asked == kind, f"{thing} are {kind}.")
+        return text
+    return _answered(text, asked == kind, f"{thing} are {kind}.")
 
 # %% ../../nbs/3_reasons/03a_fact_text.ipynb #ft-21
 def _kinds_of_things(task: str) -> Iterator[tuple[str, str]]:
@@ -331,22 +328,23 @@ def _kinds_of_things(task: str) -> Iterator[tuple[str, str]]:
 
 
 @lru_cache
-def _things(task: str) -> dict[str, set[str]]:
-    "Return {thing of a task, without its article: its kinds}."
+def _things(*tasks: str) -> dict[str, set[str]]:
+    "Return {thing of these tasks, without its article: its kinds}."
     found: dict[str, set[str]] = {}
-    for thing, kind in _kinds_of_things(task):
-        kinds = found.setdefault(thing.lower(), set())
-        kinds.add(kind.lower())
+    for task in tasks:
+        for thing, kind in _kinds_of_things(task):
+            kinds = found.setdefault(thing.lower(), set())
+            kinds.add(kind.lower())
     return found
 
 
 @lru_cache
 def _all_things() -> re.Pattern:
     "Return a pattern for all things, cities, countries, rooms and settings of the tasks."
-    words = set(facts("cqa")["settings"])
-    for task in GENERATORS:
-        words.update(_things(task))
-    longest_first = sorted(words, key=lambda word: (-len(word), word))
+    words = set(_things(*GENERATORS))
+    words.update(facts("cqa")["settings"])
+    alphabetical = sorted(words)
+    longest_first = sorted(alphabetical, key=len, reverse=True)
     one_of_them = "|".join(map(re.escape, longest_first))
     return re.compile(rf"\b({one_of_them})\b", re.IGNORECASE)
 
@@ -355,16 +353,21 @@ def _has(text: str, words: str) -> bool:
     return words in text and re.search(rf"\b{re.escape(words)}\b", text) is not None
 
 
+def _named(text: str, things: Iterable[str]) -> list[str]:
+    "Return those of the things that a text names."
+    return [thing for thing in things if _has(text, thing)]
+
+
 def stated_facts(line: str) -> list[tuple[str, str]]:
     "Return the (thing, kind) of the tasks that a line names together."
     text = line.lower()
+    kinds = _things(*GENERATORS)
+    matches = _all_things().findall(text)
     found = []
-    for thing in dict.fromkeys(_all_things().findall(text)):
+    for thing in dict.fromkeys(matches):
         rest = text.replace(thing, " ")  # a hot-air balloon does not say that it goes by air
-        kinds = set()
-        for task in GENERATORS:
-            kinds.update(_things(task).get(thing, ()))
-        found += [(thing, kind) for kind in sorted(kinds) if _has(rest, kind)]
+        possible = sorted(kinds.get(thing, ()))
+        found += [(thing, kind) for kind in _named(rest, possible)]
     return found
 
 
@@ -374,16 +377,6 @@ def without_things(line: str) -> str:
     return things.sub(lambda match: invented(match[0]), line)
 
 # %% ../../nbs/3_reasons/03a_fact_text.ipynb #ft-25
-def _lemma_counts(wordnet: Path) -> Counter:
-    "Count how often texts use a lemma, by WordNet's file cntlist.rev."
-    counts = Counter()
-    for row in read_text(wordnet / "cntlist.rev").splitlines():
-        sense, _, count = row.split()
-        lemma, _, _ = sense.partition("%")
-        counts[lemma] += int(count)
-    return counts
-
-
 def _definitions(wordnet: Path, names: Iterable[str]) -> dict[str, str]:
     "Return {lemma: its first definition of 20 to 80 plain characters} of the files of WordNet."
     found = {}
@@ -394,8 +387,9 @@ def _definitions(wordnet: Path, names: Iterable[str]) -> dict[str, str]:
             lemma = row.split()[4]
             _, _, gloss = row.partition("| ")
             definition = gloss.partition(";")[0].strip()
-            word = lemma.isalpha() and lemma.islower()
-            if word and definition.isascii() and 20 <= len(definition) <= 80:
+            is_word = lemma.isalpha() and lemma.islower()
+            is_short = definition.isascii() and 20 <= len(definition) <= 80
+            if is_word and is_short:
                 found.setdefault(lemma, definition)
     return found
 
@@ -403,24 +397,34 @@ def _definitions(wordnet: Path, names: Iterable[str]) -> dict[str, str]:
 def pick_glosses(wordnet: Path, most: int = 3000) -> list[str]:
     """Return definitions of common nouns, verbs and adjectives that name no thing of a task.
 
-    `wordnet` is a folder with the files data.noun, data.verb, data.adj and cntlist.rev of
-    WordNet 3.0.
+    `wordnet` is a folder with data.noun, data.verb, data.adj and cntlist.rev of WordNet 3.0.
     """
     names = ("data.noun", "data.verb", "data.adj")
-    if not all((wordnet / name).is_file() for name in (*names, "cntlist.rev")):
-        raise UserError(
-            "the files of WordNet 3.0 are not there",
-            where=wordnet,
-            fix="On Debian, `apt-get download wordnet-base`, unpack it with `dpkg -x`, and name the "
-            "folder usr/share/wordnet in it. Without it, use the committed glosses.txt.",
-        )
-    counts = _lemma_counts(wordnet)
+    for name in (*names, "cntlist.rev"):
+        if not (wordnet / name).is_file():
+            raise UserError(
+                "the files of WordNet 3.0 are not there",
+                where=wordnet,
+                fix="On Debian, `apt-get download wordnet-base`, unpack it with `dpkg -x`, and "
+                "name the folder usr/share/wordnet in it. Without it, use the committed "
+                "glosses.txt.",
+            )
+    counts = Counter()  # of the uses of a word
+    for row in read_text(wordnet / "cntlist.rev").splitlines():
+        sense, _, count = row.split()
+        lemma = sense.partition("%")[0]
+        counts[lemma] += int(count)
     found = _definitions(wordnet, names)
-    most_frequent_first = sorted(found, key=lambda lemma: (-counts[lemma], lemma))
-    lines = [f"{lemma}: {found[lemma]}." for lemma in most_frequent_first]
-    lines = [line for line in lines if '"' not in line and "(" not in line]
-    lines = [line for line in lines if not _all_things().search(line)]
-    return lines[:most]
+    alphabetical = sorted(found)
+    frequent_first = sorted(alphabetical, key=lambda lemma: counts[lemma], reverse=True)
+    picked = []
+    for lemma in frequent_first:
+        line = f"{lemma}: {found[lemma]}."
+        has_marks = '"' in line or "(" in line
+        names_a_thing = _all_things().search(line)
+        if not has_marks and not names_a_thing:
+            picked.append(line)
+    return picked[:most]
 
 # %% ../../nbs/3_reasons/03a_fact_text.ipynb #ft-27
 @lru_cache
@@ -434,9 +438,9 @@ def prose_lines() -> list[str]:
 def _held_out(line: str) -> bool:
     "Return True if a line joins a thing and a setting that validation or test join."
     f = facts("cqa")
-    settings = [setting for setting in f["settings"] if _has(line, setting)]
+    settings = _named(line, f["settings"])
     for purpose in f["purposes"].values():
-        things = [thing for thing in purpose["things"] if _has(line, thing)]
+        things = _named(line, purpose["things"])
         for thing, setting in product(things, settings):
             if setting_world(thing, setting) != "train":
                 return True
@@ -449,7 +453,8 @@ def _teacher_lines() -> list[str]:
     texts = set()
     for task in GENERATORS:
         file = data_dir() / "teacher" / task / "unlabelled.jsonl"
-        texts.update(row["rationale"] for row in read_jsonl(file) if row["outcome"] == "ok")
+        answered = [row for row in read_jsonl(file) if row["outcome"] == "ok"]
+        texts.update(row["rationale"] for row in answered)
     return sorted(text for text in texts if not _held_out(text))
 
 # %% ../../nbs/3_reasons/03a_fact_text.ipynb #ft-29
@@ -465,8 +470,7 @@ SHARES = {
 }
 
 
-def _line(kind: str, r: random.Random, name: Name) -> str:
-    "Return a line of a kind in SHARES."
+def _line(kind: str, r: Random, name: Name) -> str:
     if kind == "scene":
         return _scene(r)
     if kind == "prose":
@@ -478,10 +482,8 @@ def _line(kind: str, r: random.Random, name: Name) -> str:
         write = _nli_state if r.random() < 0.5 else _nli_story
     elif kind == "cqa":
         write = r.choice([_cqa_thing, _cqa_room, _cqa_place])
-    elif kind == "anli":
-        write = _anli_line
     else:
-        write = _svamp_line
+        write = {"anli": _anli_line, "svamp": _svamp_line}[kind]
     return write(r, name)
 
 
@@ -493,7 +495,7 @@ def corpus_lines(name: Name, count: int, seed: int = 0) -> list[str]:
     lines = []
     for i in range(count):
         r = rng("backbone", seed, i)
-        (kind,) = r.choices(list(SHARES), list(SHARES.values()))
+        (kind,) = r.choices(list(SHARES), SHARES.values())
         line = _line(kind, r, name)
         lines.append(english(line))
     return lines

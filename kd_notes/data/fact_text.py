@@ -6,12 +6,14 @@
 __all__ = []
 
 # %% ../../nbs/3_reasons/03a_fact_text.ipynb #ft-03
-import random
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
+from random import Random
+from typing import NamedTuple
 
 from ..checksums import verify_checksums
 from ..core import data_dir, read_json, read_jsonl, read_text, rng, UserError
@@ -31,24 +33,16 @@ def _with_article(noun: str) -> str:
     return f"a {noun}"
 
 # %% ../../nbs/3_reasons/03a_fact_text.ipynb #ft-07
-_LEADS = (
-    "a",
-    "an",
-    "in",
-    "on",
-    "by",
-    "with",
-    "next",
-    "to",
-    "wearing",
-    "eating",
-)
+_LEADS = ("a", "an", "in", "on", "by", "with", "next", "to", "wearing", "eating")
 
 
 def _pseudo_word(text: str) -> str:
     "Return an invented word of three syllables for a text, the same each time."
     r = rng("an invented word", text.lower())
-    return "".join(r.choice("bdfgklmnprtvz") + r.choice("aeiou") for _ in range(3))
+    word = ""
+    for _ in range(3):
+        word += r.choice("bdfgklmnprtvz") + r.choice("aeiou")
+    return word
 
 
 @lru_cache(maxsize=None)
@@ -57,365 +51,380 @@ def invented(thing: str) -> str:
 
     'with a parrot' gives 'with a ' and an invented word; a city gives a capitalised one.
     """
-    words = thing.split()
-    known = next(
-        (i for i, w in enumerate(words) if w not in _LEADS),
-        len(words) - 1,
-    )
-    lead = " ".join("a" if w == "an" else w for w in words[:known])
-    rest = " ".join(words[known:])
-    word = _pseudo_word(rest)
-    if words[known].endswith("ing") and known == 0 and len(words) > 1:
+    lead = ""
+    rest = thing.split()
+    while len(rest) > 1 and rest[0] in _LEADS:
+        first = rest.pop(0)
+        lead += "a " if first == "an" else f"{first} "  # `english` writes 'an' where it is needed
+    word = _pseudo_word(" ".join(rest))
+    activity = rest[0].endswith("ing") and len(rest) > 1
+    if activity and not lead:
         word += "ing"
-    elif rest.endswith("s"):
+    elif rest[-1].endswith("s"):
         word += "s"
-    return f"{lead} {word.capitalize() if thing[0].isupper() else word}".strip()
+    if thing[0].isupper():
+        word = word.capitalize()
+    return lead + word
 
 
 def real(thing: str) -> str:
     "Return the thing itself."
     return thing
 
+# %% ../../nbs/3_reasons/03a_fact_text.ipynb #ft-09a
+def _draw(r: Random, table: dict) -> tuple:
+    "Draw an entry of a table, (key, value)."
+    return r.choice(list(table.items()))
+
+
+def _another(r: Random, options: Iterable[str], *taken: str) -> str:
+    "Draw one of the options that is not taken."
+    left = [option for option in options if option not in taken]
+    return r.choice(left)
+
+
+def _fill(sentence: str, **words) -> str:
+    "Fill a wording. {e} and {E} are the same thing; `english` writes the capital."
+    return sentence.replace("{E}", "{e}").format(**words)
+
+
+def _answered(question: str, yes: bool, fact: str) -> str:
+    "Return a question, its answer and the fact that decides it."
+    answer = "yes" if yes else "no"
+    return f"{question} {answer}. {fact}"
+
 # %% ../../nbs/3_reasons/03a_fact_text.ipynb #ft-10
-def _nli_thing(r: random.Random, but: Sequence[str] = ()) -> tuple[str, str, str]:
-    "Draw (topic, kind, phrase) of a topic that is not in `but`."
+class _NliThing(NamedTuple):
+    topic: str  # "animal"
+    kind: str  # "bird"
+    phrase: str  # "with a parrot"
+    other_kinds: list[str]  # of the topic
+
+
+def _nli_thing(r: Random, *taken: str) -> _NliThing:
+    "Draw a thing of a topic that is not taken."
     topics = facts("nli")["topics"]
-    topic = r.choice([t for t in topics if t not in but])
-    kind = r.choice(list(topics[topic]["values"]))
-    return (
-        topic,
-        kind,
-        r.choice(
-            topics[topic]["values"][kind],
-        ),
-    )
+    topic = _another(r, topics, *taken)
+    values = topics[topic]["values"]
+    kind, phrases = _draw(r, values)
+    other_kinds = [other for other in values if other != kind]
+    return _NliThing(topic, kind, r.choice(phrases), other_kinds)
 
 
-def _other_kind(r: random.Random, topic: str, kind: str) -> str:
-    return r.choice([k for k in facts("nli")["topics"][topic]["values"] if k != kind])
+def _nli_fact(sentence: str, thing: _NliThing, other: str, name: Name) -> str:
+    "Fill a wording that says of which kind a thing is, and of which other kind it is not."
+    phrase = name(thing.phrase)
+    noun = noun_of(phrase)
+    return _fill(sentence, p=phrase, e=noun, v=thing.kind, w=other)
 
 
-def _nli_state(r: random.Random, name: Name) -> str:
-    topic, kind, phrase = _nli_thing(r)
-    words = {
-        "p": name(phrase),
-        "v": kind,
-        "w": _other_kind(r, topic, kind),
-    }
-    noun = noun_of(words["p"])
-    return r.choice(wordings()["nli"][topic]["states"]).format(
-        **words,
-        e=noun,
-        E=noun,
-    )
+def _nli_state(r: Random, name: Name) -> str:
+    thing = _nli_thing(r)
+    other = r.choice(thing.other_kinds)
+    said = wordings()["nli"][thing.topic]
+    sentence = r.choice(said["states"])
+    return _nli_fact(sentence, thing, other, name)
 
 # %% ../../nbs/3_reasons/03a_fact_text.ipynb #ft-11
-def _nli_story(r: random.Random, name: Name) -> str:
+def _nli_story(r: Random, name: Name) -> str:
     "Return a story about two things that training inputs join, and what follows or is asked."
     said = wordings()["nli"]
     first = _nli_thing(r)
-    second = _nli_thing(r, first[:1])
-    while world_of(first[2], second[2]) != "train":
-        second = _nli_thing(r, first[:1])
+    second = _nli_thing(r, first.topic)
+    while world_of(first.phrase, second.phrase) != "train":
+        second = _nli_thing(r, first.topic)
     who = r.choice(facts("nli")["subjects"])
-    opening = r.choice(said["openings"]).format(
-        n=who,
-        p=name(first[2]),
-        q=name(second[2]),
-    )
-    topic, kind, phrase = r.choice([first, second])
-    other = _other_kind(r, topic, kind)
+    opening = r.choice(said["openings"])
+    story = _fill(opening, n=who, p=name(first.phrase), q=name(second.phrase))
+    thing = r.choice([first, second])
+    other = r.choice(thing.other_kinds)
     form = r.choice(["follows", "yes", "no", "unsaid"])
     if form == "unsaid":
-        topic, kind, _ = _nli_thing(r, (first[0], second[0]))
-    wanted = other if form == "no" else kind
-    way = r.choice(said[topic]["follows" if form == "follows" else "asks"])
-    text = f"{opening} {way.format(n=who, v=wanted, w=other)}"
-    if form in ("yes", "no"):
-        noun = noun_of(name(phrase))
-        state = said[topic]["states"][0].format(
-            p=name(phrase),
-            e=noun,
-            E=noun,
-            v=kind,
-            w=other,
-        )
-        text += f" {form}. {state}"
-    return text + (f" {said['unsaid']}" if form == "unsaid" else "")
+        thing = _nli_thing(r, first.topic, second.topic)
+    about = said[thing.topic]
+    if form == "follows":
+        sentence = r.choice(about["follows"])
+        end = _fill(sentence, n=who, v=thing.kind, w=other)
+        return f"{story} {end}"
+    asked = other if form == "no" else thing.kind
+    sentence = r.choice(about["asks"])
+    question = _fill(sentence, n=who, v=asked)
+    if form == "unsaid":
+        return f"{story} {question} {said['unsaid']}"
+    plainest = about["states"][0]
+    fact = _nli_fact(plainest, thing, other, name)
+    return f"{story} {_answered(question, form == 'yes', fact)}"
 
 # %% ../../nbs/3_reasons/03a_fact_text.ipynb #ft-12
-def _anli_line(r: random.Random, name: Name) -> str:
+def _anli_line(r: Random, name: Name) -> str:
     "Return a sentence about a city, its country and its continent, or a question about them."
-    f, said = facts("anli"), wordings()["anli"]
-    where = r.choice(list(f["cities"]))
-    city = r.choice(list(f["cities"][where]))
-    other = r.choice([c for c in f["cities"] if c != where])
-    first, second = r.sample(
-        r.choice(list(f["events"].values())),
-        2,
-    )
-    words = {
-        "c": name(city),
-        "k": name(f["cities"][where][city]),
-        "w": other,
-    }
-    words |= {
-        "n": r.choice(f["names"]),
-        "e": first,
-        "f": second,
-    }
+    f = facts("anli")
+    said = wordings()["anli"]
+    continent, cities = _draw(r, f["cities"])
+    drawn, country = _draw(r, cities)
+    city = name(drawn)
+    other = _another(r, f["cities"], continent)
+    _, events = _draw(r, f["events"])
+    first, second = r.sample(events, 2)
+    who = r.choice(f["names"])
+    words = {"n": who, "e": first, "c": city, "k": name(country), "w": other}
     form = r.choice(["states", "states", "follows", "asks", "same"])
     if form == "same":
-        return said["same"].format(**words)
+        return _fill(said["same"], **words, f=second)
+    where = continent
+    if form == "asks":
+        where = r.choice([continent, other])
+    sentence = r.choice(said[form])
+    text = _fill(sentence, **words, v=where)
     if form != "asks":
-        return r.choice(said[form]).format(**words, v=where)
-    asked = r.choice([where, other])
-    text = r.choice(said["asks"]).format(**words, v=asked)
-    return f"{text} {'yes' if asked == where else 'no'}. {words['c']} is in {where}."
+        return text
+    return _answered(text, where == continent, f"{city} is in {continent}.")
 
 # %% ../../nbs/3_reasons/03a_fact_text.ipynb #ft-13
-def _cqa_thing(r: random.Random, name: Name) -> str:
+def _cqa_thing(r: Random, name: Name) -> str:
     "Return a sentence about what a thing is for, or a question about it."
-    f, said = facts("cqa"), wordings()["cqa"]
-    purpose, other = r.sample(list(f["purposes"]), 2)
-    thing = _with_article(name(r.choice(f["purposes"][purpose]["things"])))
+    purposes = facts("cqa")["purposes"]
+    purpose, other = r.sample(list(purposes), 2)
+    drawn = r.choice(purposes[purpose]["things"])
+    thing = _with_article(name(drawn))
     a, b = r.sample([purpose, other], 2)
-    words = {
-        "e": thing,
-        "E": thing,
-        "u": other,
-        "a": a,
-        "b": b,
-    }
     form = r.choice(["states", "states", "which", "asks"])
+    sentence = r.choice(wordings()["cqa"][form])
     if form != "asks":
-        return r.choice(said[form]).format(**words, t=purpose)
-    text = r.choice(said["asks"]).format(**words, t=a)
-    return f"{text} {'yes' if a == purpose else 'no'}. {thing} is for {purpose}."
+        return _fill(sentence, e=thing, t=purpose, u=other, a=a, b=b)
+    question = _fill(sentence, e=thing, t=a)
+    return _answered(question, a == purpose, f"{thing} is for {purpose}.")
 
 
-def _cqa_room(r: random.Random, name: Name) -> str:
-    "Return a sentence about which room of a house is for what."
-    f, said = facts("cqa"), wordings()["cqa"]
-    purpose, other = r.sample(list(f["purposes"]), 2)
-    setting = r.choice(list(f["settings"]))
+def _cqa_house(r: Random, setting: str, name: Name) -> tuple[str, dict[str, str]]:
+    "Draw how a sentence names a setting, 'at a school', and add {purpose: its room there}."
+    f = facts("cqa")
     where = r.choice(f["settings"][setting])
-    where = where.replace(setting, name(setting)) if name is not real else where
-    rooms = {p: name(f["purposes"][p]["rooms"][setting]) for p in f["purposes"]}
-    room, wrong = rooms[purpose], rooms[other]
-    words = {
-        "r": room,
-        "o": wrong,
-        "s": where,
-        "t": purpose,
-    }
-    if r.random() < 0.5:
-        # Three or four: an input of the task lists five rooms.
-        some = r.sample(
-            [rooms[p] for p in rooms if p != purpose],
-            r.choice([2, 3]),
-        ) + [room]
-        r.shuffle(some)
-        return (
-            r.choice(said["lists"]).format(
-                **words,
-                l=", ".join(some),
-            )
-            + "."
-        )
-    a, b = r.sample([room, wrong], 2)
-    return r.choice(said["rooms"] + said["which_room"]).format(
-        **words,
-        a=a,
-        b=b,
-    )
+    where = where.replace(setting, name(setting))
+    rooms = {}
+    for purpose, words in f["purposes"].items():
+        rooms[purpose] = name(words["rooms"][setting])
+    return where, rooms
+
+
+def _room_list(r: Random, rooms: dict[str, str], purpose: str) -> str:
+    "Return a list of some rooms of a house, in any order, with that of the purpose among them."
+    others = [room for p, room in rooms.items() if p != purpose]
+    # Three or four with the room itself: an input of the task lists five rooms.
+    count = r.choice([2, 3])
+    some = [*r.sample(others, count), rooms[purpose]]
+    r.shuffle(some)
+    return ", ".join(some)
 
 # %% ../../nbs/3_reasons/03a_fact_text.ipynb #ft-14
-def _cqa_place(r: random.Random, name: Name) -> str:
+def _cqa_room(r: Random, name: Name) -> str:
+    "Return a sentence about which room of a house is for what."
+    f = facts("cqa")
+    said = wordings()["cqa"]
+    purpose, other = r.sample(list(f["purposes"]), 2)
+    setting, _ = _draw(r, f["settings"])
+    where, rooms = _cqa_house(r, setting, name)
+    room, wrong = rooms[purpose], rooms[other]
+    if r.random() < 0.5:
+        listed = _room_list(r, rooms, purpose)
+        sentence = r.choice(said["lists"])
+        return _fill(sentence, l=listed, t=purpose, s=where, r=room) + "."
+    a, b = r.sample([room, wrong], 2)
+    sentence = r.choice(said["rooms"] + said["which_room"])
+    return _fill(sentence, a=a, b=b, t=purpose, s=where, r=room, o=wrong)
+
+
+def _cqa_place(r: Random, name: Name) -> str:
     "Return a sentence about the room of a thing in a house, for pairs that training inputs join."
-    f, said = facts("cqa"), wordings()["cqa"]
-    purpose = r.choice(list(f["purposes"]))
-    thing = r.choice(f["purposes"][purpose]["things"])
-    setting = r.choice([s for s in f["settings"] if setting_world(thing, s) == "train"])
-    where = r.choice(f["settings"][setting])
-    where = where.replace(setting, name(setting)) if name is not real else where
-    rooms = [name(p["rooms"][setting]) for p in f["purposes"].values()]
-    room = name(f["purposes"][purpose]["rooms"][setting])
-    some = r.sample(
-        [x for x in rooms if x != room],
-        r.choice([2, 3]),
-    ) + [room]
-    r.shuffle(some)
-    words = {
-        "e": _with_article(name(thing)),
-        "E": _with_article(name(thing)),
-        "t": purpose,
-    }
-    return r.choice(said["places"]).format(
-        **words,
-        s=where,
-        r=room,
-        l=", ".join(some),
-    )
+    f = facts("cqa")
+    purpose, words = _draw(r, f["purposes"])
+    drawn = r.choice(words["things"])
+    thing = _with_article(name(drawn))
+    joined = [s for s in f["settings"] if setting_world(drawn, s) == "train"]
+    setting = r.choice(joined)
+    where, rooms = _cqa_house(r, setting, name)
+    room = rooms[purpose]
+    listed = _room_list(r, rooms, purpose)
+    sentence = r.choice(wordings()["cqa"]["places"])
+    return _fill(sentence, e=thing, l=listed, t=purpose, s=where, r=room)
 
 # %% ../../nbs/3_reasons/03a_fact_text.ipynb #ft-17
-def _scene(r: random.Random) -> str:
+def _scene(r: Random) -> str:
     "Return a sentence that names one real thing and says nothing about its kind."
-    said, names = wordings(), facts("anli")["names"]
     task = r.choice(list(GENERATORS))
-    way = r.choice(said[task]["scenes"])
-    n = r.choice(names)
+    f = facts(task)
+    said = wordings()[task]
+    sentence = r.choice(said["scenes"])
+    who = r.choice(facts("anli")["names"])
     if task == "nli":
-        return way.format(
-            n=r.choice(facts("nli")["subjects"]),
-            p=_nli_thing(r)[2],
-        )
+        who = r.choice(f["subjects"])
+        thing = _nli_thing(r)
+        return _fill(sentence, n=who, p=thing.phrase)
     if task == "anli":
-        cities = r.choice(list(facts("anli")["cities"].values()))
-        city = r.choice(list(cities))
-        event = r.choice(r.choice(list(facts("anli")["events"].values())))
-        return way.format(
-            n=n,
-            e=event,
-            c=city,
-            k=cities[city],
-        )
+        _, cities = _draw(r, f["cities"])
+        city, country = _draw(r, cities)
+        _, events = _draw(r, f["events"])
+        event = r.choice(events)
+        return _fill(sentence, n=who, e=event, c=city, k=country)
     if task == "cqa":
-        purpose = r.choice(list(facts("cqa")["purposes"].values()))
-        room = r.choice(list(purpose["rooms"].values()))
-        return way.format(
-            n=n,
-            e=_with_article(r.choice(purpose["things"])),
-            r=room,
-        )
-    return way.format(
-        n=n,
-        e=r.choice(r.choice(list(facts("svamp")["categories"].values()))),
-    )
+        _, purpose = _draw(r, f["purposes"])
+        _, room = _draw(r, purpose["rooms"])
+        thing = r.choice(purpose["things"])
+        return _fill(sentence, n=who, e=_with_article(thing), r=room)
+    _, things = _draw(r, f["categories"])
+    thing = r.choice(things)
+    return _fill(sentence, n=who, e=thing)
 
 # %% ../../nbs/3_reasons/03a_fact_text.ipynb #ft-18
-def _svamp_line(r: random.Random, name: Name) -> str:
+def _svamp_line(r: Random, name: Name) -> str:
     "Return a sentence about the kind of a thing, a question about it, or a sum without things."
-    f, said = facts("svamp"), wordings()["svamp"]
+    f = facts("svamp")
+    said = wordings()["svamp"]
     kind, other = r.sample(list(f["categories"]), 2)
-    thing = name(r.choice(f["categories"][kind]))
-    words = {
-        "e": thing,
-        "E": thing,
-        "k": kind,
-        "n": r.choice(f["names"]),
-    }
+    drawn = r.choice(f["categories"][kind])
+    thing = name(drawn)
+    who = r.choice(f["names"])
     form = r.choice(["states", "states", "follows", "asks", "sums"])
     if form == "sums":
-        b, a = sorted(r.sample(range(2, 21), 2))
-        return r.choice(said["sums"]).format(a=a, b=b)
+        numbers = r.sample(range(2, 21), 2)
+        sentence = r.choice(said["sums"])
+        return _fill(sentence, a=max(numbers), b=min(numbers))
+    asked = other
+    if form == "asks":
+        asked = r.choice([kind, other])
+    sentence = r.choice(said[form])
+    text = _fill(sentence, n=who, e=thing, k=kind, c=asked)
     if form != "asks":
-        return r.choice(said[form]).format(**words, c=other)
-    asked = r.choice([kind, other])
-    text = r.choice(said["asks"]).format(**words, c=asked)
-    return f"{text} {'yes' if asked == kind else 'no'}. {thing} are {kind}."
+        return text
+    return _answered(text, asked == kind, f"{thing} are {kind}.")
 
 # %% ../../nbs/3_reasons/03a_fact_text.ipynb #ft-21
-@lru_cache
-def _things(task: str) -> dict[str, set[str]]:
-    "Return {thing of a task, without its article: its kinds}."
+def _kinds_of_things(task: str) -> Iterator[tuple[str, str]]:
+    "Go through the (thing, kind) of a task; a thing may have several kinds."
     f = facts(task)
-    found: dict[str, set[str]] = {}
     if task == "nli":
-        pairs = [
-            (re.sub("^(a|an) ", "", noun_of(phrase)), kind)
-            for topic in f["topics"].values()
-            for kind, phrases in topic["values"].items()
-            for phrase in phrases
-        ]
+        for topic in f["topics"].values():
+            for kind, phrases in topic["values"].items():
+                for phrase in phrases:
+                    noun = noun_of(phrase)
+                    yield re.sub("^(a|an) ", "", noun), kind
     elif task == "anli":
-        pairs = [(c, x) for v, cs in f["cities"].items() for c, k in cs.items() for x in (k, v)]
-        pairs += [(k, v) for v, cities in f["cities"].items() for k in cities.values()]
+        for continent, cities in f["cities"].items():
+            for city, country in cities.items():
+                yield city, country
+                yield city, continent
+                yield country, continent
     elif task == "cqa":
-        pairs = [(t, p) for p, x in f["purposes"].items() for t in x["things"]]
-        pairs += [(m, p) for p, x in f["purposes"].items() for m in x["rooms"].values()]
-        pairs += [(m, s) for x in f["purposes"].values() for s, m in x["rooms"].items()]
+        for purpose, words in f["purposes"].items():
+            for thing in words["things"]:
+                yield thing, purpose
+            for setting, room in words["rooms"].items():
+                yield room, purpose
+                yield room, setting
     else:
-        pairs = [(thing, kind) for kind, things in f["categories"].items() for thing in things]
-    for thing, kind in pairs:
-        found.setdefault(thing.lower(), set()).add(kind.lower())
-    return found
-
-# %% ../../nbs/3_reasons/03a_fact_text.ipynb #ft-22
-def _has(text: str, words: str) -> bool:
-    return words in text and re.search(rf"\b{re.escape(words)}\b", text) is not None
+        for kind, things in f["categories"].items():
+            for thing in things:
+                yield thing, kind
 
 
-def stated_facts(line: str) -> list[tuple[str, str]]:
-    "Return the (thing, kind) of the tasks that a line names together."
-    text = line.lower()
-    found = []
-    for thing in dict.fromkeys(_all_things().findall(text)):
-        rest = text.replace(thing, " ")  # a hot-air balloon does not say that it goes by air
-        kinds = {kind for task in GENERATORS for kind in _things(task).get(thing, ())}
-        found += [(thing, kind) for kind in sorted(kinds) if _has(rest, kind)]
+@lru_cache
+def _things(*tasks: str) -> dict[str, set[str]]:
+    "Return {thing of these tasks, without its article: its kinds}."
+    found: dict[str, set[str]] = {}
+    for task in tasks:
+        for thing, kind in _kinds_of_things(task):
+            kinds = found.setdefault(thing.lower(), set())
+            kinds.add(kind.lower())
     return found
 
 
 @lru_cache
 def _all_things() -> re.Pattern:
     "Return a pattern for all things, cities, countries, rooms and settings of the tasks."
-    words = {thing for task in GENERATORS for thing in _things(task)} | set(
-        facts("cqa")["settings"]
-    )
-    longest_first = sorted(words, key=lambda w: (-len(w), w))
-    return re.compile(
-        rf"\b({'|'.join(map(re.escape, longest_first))})\b",
-        re.I,
-    )
+    words = set(_things(*GENERATORS))
+    words.update(facts("cqa")["settings"])
+    alphabetical = sorted(words)
+    longest_first = sorted(alphabetical, key=len, reverse=True)
+    one_of_them = "|".join(map(re.escape, longest_first))
+    return re.compile(rf"\b({one_of_them})\b", re.IGNORECASE)
+
+# %% ../../nbs/3_reasons/03a_fact_text.ipynb #ft-22
+def _has(text: str, words: str) -> bool:
+    return words in text and re.search(rf"\b{re.escape(words)}\b", text) is not None
+
+
+def _named(text: str, things: Iterable[str]) -> list[str]:
+    "Return those of the things that a text names."
+    return [thing for thing in things if _has(text, thing)]
+
+
+def stated_facts(line: str) -> list[tuple[str, str]]:
+    "Return the (thing, kind) of the tasks that a line names together."
+    text = line.lower()
+    kinds = _things(*GENERATORS)
+    matches = _all_things().findall(text)
+    found = []
+    for thing in dict.fromkeys(matches):
+        rest = text.replace(thing, " ")  # a hot-air balloon does not say that it goes by air
+        possible = sorted(kinds.get(thing, ()))
+        found += [(thing, kind) for kind in _named(rest, possible)]
+    return found
 
 
 def without_things(line: str) -> str:
     "Replace every thing of the tasks in a line by an invented word."
-    return _all_things().sub(
-        lambda m: invented(m[0]),
-        line,
-    )
+    things = _all_things()
+    return things.sub(lambda match: invented(match[0]), line)
 
 # %% ../../nbs/3_reasons/03a_fact_text.ipynb #ft-25
-def pick_glosses(wordnet: Path, most: int = 3000) -> list[str]:
-    """Return definitions of common nouns, verbs and adjectives that name no thing of a task.
-
-    `wordnet` is a folder with the files data.noun, data.verb, data.adj and index.sense of
-    WordNet 3.0.
-    """
-    names = (
-        "data.noun",
-        "data.verb",
-        "data.adj",
-        "cntlist.rev",
-    )
-    if not all((wordnet / name).is_file() for name in names):
-        raise UserError(
-            "the files of WordNet 3.0 are not there",
-            where=wordnet,
-            fix="On Debian, `apt-get download wordnet-base`, unpack it with `dpkg -x`, and name the "
-            "folder usr/share/wordnet in it. Without it, use the committed glosses.txt.",
-        )
-    often = Counter()
-    for row in read_text(wordnet / "cntlist.rev").splitlines():
-        sense, _, count = row.split()
-        often[sense.partition("%")[0]] += int(count)
+def _definitions(wordnet: Path, names: Iterable[str]) -> dict[str, str]:
+    "Return {lemma: its first definition of 20 to 80 plain characters} of the files of WordNet."
     found = {}
-    for name in names[:3]:
+    for name in names:
         for row in read_text(wordnet / name).splitlines():
             if row.startswith(" "):
                 continue  # the licence
             lemma = row.split()[4]
-            text = row.partition("| ")[2].partition(";")[0].strip()
-            if lemma.isalpha() and lemma.islower() and 20 <= len(text) <= 80 and text.isascii():
-                found.setdefault(lemma, f"{lemma}: {text}.")
-    common = sorted(
-        found,
-        key=lambda lemma: (-often[lemma], lemma),
-    )
-    free = [found[lemma] for lemma in common if not _all_things().search(found[lemma])]
-    return [line for line in free if '"' not in line and "(" not in line][:most]
+            _, _, gloss = row.partition("| ")
+            definition = gloss.partition(";")[0].strip()
+            is_word = lemma.isalpha() and lemma.islower()
+            is_short = definition.isascii() and 20 <= len(definition) <= 80
+            if is_word and is_short:
+                found.setdefault(lemma, definition)
+    return found
+
+
+def pick_glosses(wordnet: Path, most: int = 3000) -> list[str]:
+    """Return definitions of common nouns, verbs and adjectives that name no thing of a task.
+
+    `wordnet` is a folder with data.noun, data.verb, data.adj and cntlist.rev of WordNet 3.0.
+    """
+    names = ("data.noun", "data.verb", "data.adj")
+    for name in (*names, "cntlist.rev"):
+        if not (wordnet / name).is_file():
+            raise UserError(
+                "the files of WordNet 3.0 are not there",
+                where=wordnet,
+                fix="On Debian, `apt-get download wordnet-base`, unpack it with `dpkg -x`, and "
+                "name the folder usr/share/wordnet in it. Without it, use the committed "
+                "glosses.txt.",
+            )
+    counts = Counter()  # of the uses of a word
+    for row in read_text(wordnet / "cntlist.rev").splitlines():
+        sense, _, count = row.split()
+        lemma = sense.partition("%")[0]
+        counts[lemma] += int(count)
+    found = _definitions(wordnet, names)
+    alphabetical = sorted(found)
+    frequent_first = sorted(alphabetical, key=lambda lemma: counts[lemma], reverse=True)
+    picked = []
+    for lemma in frequent_first:
+        line = f"{lemma}: {found[lemma]}."
+        has_marks = '"' in line or "(" in line
+        names_a_thing = _all_things().search(line)
+        if not has_marks and not names_a_thing:
+            picked.append(line)
+    return picked[:most]
 
 # %% ../../nbs/3_reasons/03a_fact_text.ipynb #ft-27
 @lru_cache
@@ -429,17 +438,24 @@ def prose_lines() -> list[str]:
 def _held_out(line: str) -> bool:
     "Return True if a line joins a thing and a setting that validation or test join."
     f = facts("cqa")
-    named = [s for s in f["settings"] if _has(line, s)]
-    things = [t for p in f["purposes"].values() for t in p["things"] if _has(line, t)]
-    return any(setting_world(t, s) != "train" for s in named for t in things)
+    settings = _named(line, f["settings"])
+    for purpose in f["purposes"].values():
+        things = _named(line, purpose["things"])
+        for thing, setting in product(things, settings):
+            if setting_world(thing, setting) != "train":
+                return True
+    return False
 
 
 @lru_cache
 def _teacher_lines() -> list[str]:
     "Return the teacher's rationales of the unlabelled inputs, each text once."
-    files = [data_dir() / "teacher" / task / "unlabelled.jsonl" for task in GENERATORS]
-    rows = [row for file in files for row in read_jsonl(file) if row["outcome"] == "ok"]
-    return sorted({row["rationale"] for row in rows if not _held_out(row["rationale"])})
+    texts = set()
+    for task in GENERATORS:
+        file = data_dir() / "teacher" / task / "unlabelled.jsonl"
+        answered = [row for row in read_jsonl(file) if row["outcome"] == "ok"]
+        texts.update(row["rationale"] for row in answered)
+    return sorted(text for text in texts if not _held_out(text))
 
 # %% ../../nbs/3_reasons/03a_fact_text.ipynb #ft-29
 # lines of 100: about the facts, scenes, the teacher's, prose
@@ -454,21 +470,21 @@ SHARES = {
 }
 
 
-def _fact_line(kind: str, r: random.Random, name: Name) -> str:
+def _line(kind: str, r: Random, name: Name) -> str:
+    if kind == "scene":
+        return _scene(r)
+    if kind == "prose":
+        return r.choice(prose_lines())
+    if kind == "teacher":
+        line = r.choice(_teacher_lines())
+        return line if name is real else without_things(line)
     if kind == "nli":
-        return (_nli_state if r.random() < 0.5 else _nli_story)(
-            r,
-            name,
-        )
-    if kind == "cqa":
-        return r.choice([_cqa_thing, _cqa_room, _cqa_place])(
-            r,
-            name,
-        )
-    return {"anli": _anli_line, "svamp": _svamp_line}[kind](
-        r,
-        name,
-    )
+        write = _nli_state if r.random() < 0.5 else _nli_story
+    elif kind == "cqa":
+        write = r.choice([_cqa_thing, _cqa_room, _cqa_place])
+    else:
+        write = {"anli": _anli_line, "svamp": _svamp_line}[kind]
+    return write(r, name)
 
 
 def corpus_lines(name: Name, count: int, seed: int = 0) -> list[str]:
@@ -476,19 +492,10 @@ def corpus_lines(name: Name, count: int, seed: int = 0) -> list[str]:
 
     Line i of both is the same but for its things. Scenes and prose are equal.
     """
-    prose, teacher = prose_lines(), _teacher_lines()
     lines = []
     for i in range(count):
         r = rng("backbone", seed, i)
-        kind = r.choices(list(SHARES), list(SHARES.values()))[0]
-        if kind == "scene":
-            line = _scene(r)
-        elif kind == "prose":
-            line = r.choice(prose)
-        elif kind == "teacher":
-            line = r.choice(teacher)
-            line = line if name is real else without_things(line)
-        else:
-            line = _fact_line(kind, r, name)
+        (kind,) = r.choices(list(SHARES), SHARES.values())
+        line = _line(kind, r, name)
         lines.append(english(line))
     return lines

@@ -32,42 +32,49 @@ from ..training.method import SFT
 from ..training.state import TrainConfig
 
 # %% ../../nbs/3_reasons/03b_backbones.ipynb #bb-06
-NAMES = {
-    "known": real,
-    "unknown": invented,
-}  # of the things, in each of REGIMES
+NAMES = {"known": real, "unknown": invented}  # of the things, in each of REGIMES
+Ids = list[int]  # of tokens
 
 
-def blocks(tokenizer: Any, lines: list[str], length: int) -> list[list[int]]:
+def _ids(tokenizer: Any, text: str) -> Ids:
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def blocks(tokenizer: Any, lines: list[str], length: int) -> list[Ids]:
     "Join lines with end tokens and cut the stream into blocks of `length` ids; the rest is left out."
-    stream: list[int] = []
+    stream: Ids = []
     for line in lines:
-        stream += tokenizer.encode(
-            line,
-            add_special_tokens=False,
-        ) + [tokenizer.eos_token_id]
-    return [
-        stream[i : i + length]
-        for i in range(
-            0,
-            len(stream) - length + 1,
-            length,
-        )
-    ]
+        stream += _ids(tokenizer, line)
+        stream.append(tokenizer.eos_token_id)
+    starts = range(0, len(stream) - length + 1, length)
+    return [stream[start : start + length] for start in starts]
 
 # %% ../../nbs/3_reasons/03b_backbones.ipynb #bb-07
-def _with_gaps(ids: list[int], r: random.Random, gap: int) -> tuple[list[int], list[int]]:
+def _with_gaps(ids: Ids, r: random.Random, gap: int) -> tuple[Ids, Ids]:
     "Cut spans of one to four ids out of a block: (what is left with gaps, the gaps and spans)."
-    left, spans, i = [], [], 0
-    while i < len(ids):
+    left, spans = [], []
+    start = 0
+    while start < len(ids):
         size = r.randint(1, 4)
+        span = ids[start : start + size]
         if r.random() < 0.12:
             left.append(gap)
-            spans += [gap, *ids[i : i + size]]
+            spans += [gap, *span]
         else:
-            left += ids[i : i + size]
-        i += size
+            left += span
+        start += size
     return left, spans
+
+
+def _encoder_decoder_pair(tokenizer: Any, ids: Ids, r: random.Random) -> tuple[Ids, Ids]:
+    "Return what an encoder-decoder reads of a block and what it writes, each with its end token."
+    length = len(ids)
+    cut = r.randint(length // 4, 3 * length // 4)
+    prompt, completion = ids[:cut], ids[cut:]
+    if r.random() < 0.5:
+        prompt, completion = _with_gaps(ids, r, tokenizer.unk_token_id)
+    end = tokenizer.eos_token_id
+    return [*prompt, end], [*completion, end]
 
 
 def backbone_rows(
@@ -79,77 +86,59 @@ def backbone_rows(
     random place and writes the rest; in the others it fills gaps, as T5 does.
     """
     rows = []
-    gap, end = tokenizer.unk_token_id, tokenizer.eos_token_id
     for number, ids in enumerate(blocks(tokenizer, lines, length)):
-        r = rng("backbone rows", seed, number)
-        cut = (
-            1
-            if family == "causal"
-            else r.randint(
-                length // 4,
-                3 * length // 4,
-            )
-        )
-        prompt, completion = ids[:cut], ids[cut:]
-        if family == "t5" and r.random() < 0.5:
-            prompt, completion = _with_gaps(ids, r, gap)
+        prompt, completion = ids[:1], ids[1:]
         if family == "t5":
-            prompt, completion = prompt + [end], completion + [end]
-        rows.append(
-            {
-                "prompt": prompt,
-                "completion": completion,
-            }
-        )
+            r = rng("backbone rows", seed, number)
+            prompt, completion = _encoder_decoder_pair(tokenizer, ids, r)
+        rows.append({"prompt": prompt, "completion": completion})
     return rows
 
 # %% ../../nbs/3_reasons/03b_backbones.ipynb #bb-10
-def _cloze(task: str, name: Name) -> list[tuple[str, list[str], str]]:
-    "Return (text that ends before the kind, all kinds, the right kind) of every fact of a task."
-    f, said = facts(task), wordings()[task]
-    items = []
+KIND = {"nli": "{v}", "anli": "{v}", "cqa": "{t}", "svamp": "{k}"}  # its place in a probe
+
+
+Things = dict[str, list[str]]  # kind -> the things of this kind
+Cloze = tuple[str, list[str], str]  # (text that ends before the kind, all kinds, the right kind)
+
+
+def _probes(task: str) -> list[tuple[str, Things]]:
+    "Return (a sentence with places, its things) for each table of a task's facts."
+    known, said = facts(task), wordings()[task]
     if task == "nli":
-        for topic, t in f["topics"].items():
-            for kind, phrases in t["values"].items():
-                before = said[topic]["probe"].partition("{v}")[0]
-                called = [name(phrase) for phrase in phrases]
-                texts = [before.format(p=p, e=noun_of(p)) for p in called]
-                items += [(text, list(t["values"]), kind) for text in texts]
-    elif task == "anli":
-        for where, cities in f["cities"].items():
-            texts = [said["probe"].partition("{v}")[0].format(c=name(c)) for c in cities]
-            items += [(text, list(f["cities"]), where) for text in texts]
+        topics = known["topics"].items()
+        return [(said[name]["probe"], topic["values"]) for name, topic in topics]
+    if task == "anli":
+        things = known["cities"]
     elif task == "cqa":
-        before = said["probe"].partition("{t}")[0]
-        for purpose, p in f["purposes"].items():
-            things = [_with_article(name(thing)) for thing in p["things"]]
-            items += [
-                (
-                    before.format(E=thing),
-                    list(f["purposes"]),
-                    purpose,
-                )
-                for thing in things
-            ]
+        purposes = known["purposes"].items()
+        things = {name: purpose["things"] for name, purpose in purposes}
     else:
-        before = said["probe"].partition("{k}")[0]
-        for kind, things in f["categories"].items():
-            items += [
-                (
-                    before.format(e=name(e)),
-                    list(f["categories"]),
-                    kind,
-                )
-                for e in things
-            ]
-    return [
-        (
-            english(text).strip(),
-            kinds,
-            right,
-        )
-        for text, kinds, right in items
-    ]
+        things = known["categories"]
+    return [(said["probe"], things)]
+
+
+def _filled(task: str, before: str, thing: str) -> str:
+    "Return the start of a probe with a thing in its places."
+    places = {"p": thing, "c": thing, "e": thing}
+    places["E"] = _with_article(thing)
+    if task == "nli":
+        places["e"] = noun_of(thing)
+    text = before.format(**places)
+    return english(text).strip()
+
+
+def _cloze(task: str, name: Name) -> list[Cloze]:
+    "Return every fact of a task without its kind, the things called by `name`."
+    items = []
+    for probe, things_of in _probes(task):
+        before = probe.partition(KIND[task])[0]
+        kinds = list(things_of)
+        for kind, things in things_of.items():
+            for thing in things:
+                text = _filled(task, before, name(thing))
+                items.append((text, kinds, kind))
+    return items
 
 # %% ../../nbs/3_reasons/03b_backbones.ipynb #bb-11
 @torch.inference_mode()
@@ -163,30 +152,16 @@ def knows(model: Any, tokenizer: Any, task: str, name: Name = real) -> list[bool
     model.eval()
     right = []
     for text, kinds, kind in _cloze(task, name):
-        prompt = tokenizer.encode(
-            text,
-            add_special_tokens=False,
-        )
-        prompt = prompt + [tokenizer.eos_token_id] if family == "t5" else prompt
-        ids = [
-            tokenizer.encode(
-                k,
-                add_special_tokens=False,
-            )
-            for k in kinds
-        ]
-        batch = method.collate(
-            [
-                {
-                    "prompt": prompt,
-                    "completion": one,
-                }
-                for one in ids
-            ]
-        )
-        parts = target_nll(model, batch).split([len(one) for one in ids])
-        scores = [float(part.sum()) for part in parts]
-        right.append(kinds[scores.index(min(scores))] == kind)
+        prompt = _ids(tokenizer, text)
+        if family == "t5":
+            prompt.append(tokenizer.eos_token_id)
+        completions = [_ids(tokenizer, one) for one in kinds]
+        rows = [{"prompt": prompt, "completion": ids} for ids in completions]
+        nll = target_nll(model, method.collate(rows))
+        parts = nll.split([len(ids) for ids in completions])
+        sums = [float(part.sum()) for part in parts]
+        likeliest = kinds[sums.index(min(sums))]
+        right.append(likeliest == kind)
     return right
 
 # %% ../../nbs/3_reasons/03b_backbones.ipynb #bb-14
@@ -216,9 +191,11 @@ class Backbones(ModelRuns):
     Settings = BackboneSettings
 
     def inputs(self, run: dict) -> dict[str, str]:
-        files = [data_dir() / "facts" / f"{name}.json" for name in (*GENERATORS, "wordings")]
+        data = data_dir()
+        files = [data / f"facts/{name}.json" for name in (*GENERATORS, "wordings")]
         files += [teacher_file(task, "unlabelled") for task in GENERATORS]
-        files += [data_dir() / "prose/glosses.txt", data_dir() / "tokenizer/mini/tokenizer.json"]
+        files.append(data / "prose/glosses.txt")
+        files.append(data / "tokenizer/mini/tokenizer.json")
         return {f"{path.parent.name}/{path.name}": sha256_file(path) for path in files}
 
     def complete(self, run: dict) -> dict:
@@ -226,13 +203,16 @@ class Backbones(ModelRuns):
         return run
 
     def network(self, run: dict) -> Any:
-        return mini_model(run["family"], run["size"], len(load_mini_tokenizer()), seed=run["seed"])
+        vocabulary = len(load_mini_tokenizer())
+        return mini_model(run["family"], run["size"], vocabulary, seed=run["seed"])
 
     def train(self, run: dict, folder: Path) -> dict:
         "Return the mean loss of the last steps in nats, tokens, seconds and the facts known."
-        tokenizer, family = load_mini_tokenizer(), run["family"]
-        lines = corpus_lines(NAMES[run["regime"]], run["lines"], run["seed"])
-        rows = backbone_rows(tokenizer, family, lines, run["length"], run["seed"])
+        tokenizer = load_mini_tokenizer()
+        family, seed = run["family"], run["seed"]
+        name = NAMES[run["regime"]]
+        lines = corpus_lines(name, run["lines"], seed)
+        rows = backbone_rows(tokenizer, family, lines, run["length"], seed)
         cfg = TrainConfig(
             max_steps=run["steps"],
             batch_size=run["batch_size"],
@@ -240,55 +220,45 @@ class Backbones(ModelRuns):
             warmup=0.04,
             weight_decay=0.01,
             betas=(0.9, 0.98),
-            seed=run["seed"],
+            seed=seed,
             save_every=SAVE_EVERY,
             bucket=False,
         )
         model = self.network(run)
-        result = train(model, SFT(tokenizer, family), rows, cfg, run_dir=folder)
+        method = SFT(tokenizer, family)
+        result = train(model, method, rows, cfg, run_dir=folder)
         self.keep(result.model, folder)
-        last = [row["loss"] for row in result.history if "loss" in row][-10:]
-        return {
+        losses = [row["loss"] for row in result.history if "loss" in row]
+        last = losses[-10:]
+        metrics = {
             "loss": sum(last) / len(last),
             "tokens": result.tokens,
             "train_seconds": result.seconds,
             "parameters": count_parameters(model),
-        } | {f"facts/{task}": accuracy(knows(model, tokenizer, task)) for task in GENERATORS}
+        }
+        for task in GENERATORS:
+            right = knows(model, tokenizer, task)
+            metrics[f"facts/{task}"] = accuracy(right)
+        return metrics
 
 # %% ../../nbs/3_reasons/03b_backbones.ipynb #bb-17
-COMMITTED = [
-    {
-        "family": "causal",
-        "size": "s",
-        "regime": regime,
-    }
-    for regime in REGIMES
-]
+COMMITTED = [{"family": "causal", "size": "s", "regime": regime} for regime in REGIMES]
 
 
 def write_backbones(wanted: Iterable[dict] = COMMITTED, folder: Path | None = None) -> list[Path]:
     "Write backbones in float16 with their checksums; one that the cache lacks is trained."
-    folder, made = folder or data_dir() / "backbones", []
+    folder = folder or data_dir() / "backbones"
+    folder.mkdir(parents=True, exist_ok=True)
     experiment = Backbones()
+    made = []
     for settings in wanted:
-        model = experiment.model(experiment.parameters(**settings)).half()
+        run = experiment.parameters(**settings)
+        model = experiment.model(run).half()
         size = f"{settings['regime']}/{settings['size']}"
-        made.append(
-            folder
-            / backbone_file(
-                settings["family"],
-                size,
-            ).name
-        )
-        made[-1].parent.mkdir(
-            parents=True,
-            exist_ok=True,
-        )
-        save_model(model, str(made[-1]))
-    write_checksums(
-        folder,
-        [path.name for path in made],
-    )
+        path = folder / backbone_file(settings["family"], size).name
+        save_model(model, str(path))
+        made.append(path)
+    write_checksums(folder, [path.name for path in made])
     return made
 
 # %% ../../nbs/3_reasons/03b_backbones.ipynb #bb-22
@@ -297,12 +267,9 @@ def build_tokenizer(folder: Path | None = None):  # None: data/tokenizer/mini
 
     Its texts are inputs, labels and oracle rationales.
     """
-    texts = [
-        t
-        for task in ("nli", "anli", "cqa", "svamp")
-        for e in load_split(task, "pool")
-        for t in (e.input, e.label, e.rationale)
-    ]
-    return train_mini_tokenizer(
-        [PREDICT, EXPLAIN, ANSWER] * 50 + texts, 2048, folder or data_dir() / "tokenizer" / "mini"
-    )
+    folder = folder or data_dir() / "tokenizer" / "mini"
+    texts = [PREDICT, EXPLAIN, ANSWER] * 50
+    for task in ("nli", "anli", "cqa", "svamp"):
+        for example in load_split(task, "pool"):
+            texts += [example.input, example.label, example.rationale]
+    return train_mini_tokenizer(texts, 2048, folder)

@@ -155,13 +155,7 @@ class GeneratedRows(Experiment):
 @lru_cache
 def _judge() -> torch.nn.Module:
     "A student of 500 gold reviews: the nearest to an oracle that the reviews have."
-    return fit_student(
-        "reviews",
-        reviews("train", 500),
-        0,
-        600,
-        0.003,
-    )
+    return fit_student("reviews", reviews("train", 500), 0, 600, 0.003)
 
 
 def checked(task: str, rows: Sequence[TextRow]) -> list[tuple[bool, bool]]:
@@ -197,19 +191,17 @@ def written_metrics(task: str, rounds: Sequence[dict]) -> dict[str, Any]:
 
 def _shown(task: str, found: dict) -> list[list]:
     "Return [energy, label, text, label wrong] of four ranks of the last validation batch."
-    if not found["energies"]:
+    energies = found["energies"]
+    if not energies:
         return []
-    order = np.argsort(found["energies"])
+    order = np.argsort(energies)
     places = [order[int(share * len(order))] for share in (0, 0.5, 0.75, 0.999)]
     rows = [TextRow(*found["validation"][place]) for place in places]
-    return [
-        [round(found["energies"][place], 2), row.completion, row.prompt, bool(wrong)]
-        for place, row, (wrong, _) in zip(
-            places,
-            rows,
-            checked(task, rows),
-        )
-    ]
+    shown = []
+    for place, row, (wrong, _) in zip(places, rows, checked(task, rows)):
+        rounded = round(energies[place], 2)
+        shown.append([rounded, row.completion, row.prompt, bool(wrong)])
+    return shown
 
 # %% ../../nbs/6_beyond_text/07b_data_generation_runs.ipynb #dg7b-015
 @dataclass(frozen=True)
@@ -228,16 +220,8 @@ GENERATION_ARMS = {
     "lowest": GenerationArm("lowest energy", "lowest"),
     "top": GenerationArm("highest energy", "top"),
     "band": GenerationArm("band", "band"),
-    "band_sce": GenerationArm(
-        "band, SCE (0.01, 1)",
-        "band",
-        (0.01, 1.0),
-    ),
-    "band_sce1": GenerationArm(
-        "band, SCE (1, 1)",
-        "band",
-        (1.0, 1.0),
-    ),
+    "band_sce": GenerationArm("band, SCE (0.01, 1)", "band", (0.01, 1.0)),
+    "band_sce1": GenerationArm("band, SCE (1, 1)", "band", (1.0, 1.0)),
 }
 
 # %% ../../nbs/6_beyond_text/07b_data_generation_runs.ipynb #dg7b-015b
@@ -310,80 +294,61 @@ def read_after(prompt: str, texts: Sequence[str], score: Any) -> np.ndarray:
 
     `score(model, states, ids)` takes the last states (L, D) of a text and its tokens (L,).
     """
-    model, tokenizer = smollm2().model, smollm2().tokenizer
-    start = tokenizer(
-        prompt,
-        return_tensors="pt",
-    ).input_ids
+    backend = smollm2()
+    model, tokenizer = backend.model, backend.tokenizer
+    start = tokenizer(prompt, return_tensors="pt").input_ids
+    before = start.shape[1]
     read = model.model(start, use_cache=True).past_key_values
-    order = sorted(
-        range(len(texts)),
-        key=lambda place: len(texts[place]),
-    )
+    padded = {"return_tensors": "pt", "padding": True, "padding_side": "right"}
+    by_length = np.argsort([len(text) for text in texts], kind="stable")
     found = np.zeros(len(texts))
-    for cut in range(0, len(order), 32):
-        chosen = order[cut : cut + 32]
-        given = [texts[place] for place in chosen]
-        batch = tokenizer(
-            given,
-            return_tensors="pt",
-            padding=True,
-            padding_side="right",
-        )
-        states = answer_states(
-            model.model,
-            read,
-            start.shape[1],
-            batch,
-        )[-1]
-        for place, state, ids, mask in zip(
-            chosen,
-            states,
-            batch.input_ids,
-            batch.attention_mask,
-        ):
-            length = int(mask.sum())
-            found[place] = score(
-                model,
-                state[:length],
-                ids[:length],
-            )
+    for cut in range(0, len(texts), 32):
+        places = by_length[cut : cut + 32]
+        chosen = [texts[place] for place in places]
+        batch = tokenizer(chosen, **padded)
+        layers = answer_states(model.model, read, before, batch)
+        lengths = batch.attention_mask.sum(1).tolist()
+        read_texts = zip(places, layers[-1], batch.input_ids, lengths)
+        for place, states, ids, length in read_texts:
+            found[place] = score(model, states[:length], ids[:length])
     return found
 
 # %% ../../nbs/6_beyond_text/07b_data_generation_runs.ipynb #dg7b-writer-1
+def _text_odds(exemplars: Sequence[TextRow], texts: Sequence[str]) -> np.ndarray:
+    "Return the log-odds of texts after the first label against after the second, (n,), in nats."
+
+    def logprob(model: Any, states: Tensor, ids: Tensor) -> float:
+        logs = model.lm_head(states[:-1]).log_softmax(-1)
+        given = logs.gather(-1, ids[1:, None])
+        return float(given.sum())
+
+    # the label's colon starts the text, so that its first word counts too
+    lines = [f": {text}\n" for text in texts]
+    found = []
+    for label in REVIEW_TASK.labels:
+        prompt = REVIEW_TASK.prompt(exemplars, label)
+        found.append(read_after(prompt[:-1], lines, logprob))
+    first, second = found
+    return first - second
+
+
 def label_odds(way: str, exemplars: Sequence[TextRow], texts: Sequence[str]) -> np.ndarray:
     "Return SmolLM2's log-odds of the first label of the reviews against the second, (n,), in nats."
-    tokenizer = smollm2().tokenizer
     if way == "text":
-
-        def told(model: Any, states: Tensor, ids: Tensor) -> float:
-            logs = model.lm_head(states[:-1]).log_softmax(-1)
-            return float(logs.gather(-1, ids[1:, None]).sum())
-
-        # the label's colon starts the text, so that its first word counts too
-        asked = [REVIEW_TASK.prompt(exemplars, label)[:-1] for label in REVIEW_TASK.labels]
-        one, other = (
-            read_after(
-                prompt,
-                [f": {t}\n" for t in texts],
-                told,
-            )
-            for prompt in asked
-        )
-        return one - other
-    first, second = (tokenizer(f" {label}").input_ids[0] for label in REVIEW_TASK.labels)
+        return _text_odds(exemplars, texts)
+    tokenizer = smollm2().tokenizer
+    labels = [tokenizer(f" {label}").input_ids for label in REVIEW_TASK.labels]
+    first, second = (ids[0] for ids in labels)
 
     def preferred(model: Any, states: Tensor, ids: Tensor) -> float:
         logits = model.lm_head(states[-1])
         return float(logits[first] - logits[second])
 
-    shown = [f"{row.prompt}\nSentiment: {row.completion}\n\n" for row in exemplars]
-    prompt = REVIEW_TASK.instruction + "".join(shown)
-    return read_after(
-        prompt,
-        [f"{text}\nSentiment:" for text in texts],
-        preferred,
-    )
+    prompt = REVIEW_TASK.instruction
+    for row in exemplars:
+        prompt += f"{row.prompt}\nSentiment: {row.completion}\n\n"
+    asked = [f"{text}\nSentiment:" for text in texts]
+    return read_after(prompt, asked, preferred)
 
 # %% ../../nbs/6_beyond_text/07b_data_generation_runs.ipynb #dg7b-writer-exp
 def _review_parts() -> dict[str, list[TextRow]]:
@@ -394,12 +359,9 @@ def _review_parts() -> dict[str, list[TextRow]]:
 @lru_cache
 def _review_odds(way: str, seed: int, part: str) -> np.ndarray:
     "Return the log-odds of a part of the reviews, read once by this process."
+    exemplars = GENERATION_TASKS["reviews"].exemplars(seed)
     texts = [row.prompt for row in _review_parts()[part]]
-    return label_odds(
-        way,
-        GENERATION_TASKS["reviews"].exemplars(seed),
-        texts,
-    )
+    return label_odds(way, exemplars, texts)
 
 
 @dataclass
@@ -421,11 +383,7 @@ class WriterScores(Experiment):
     def complete(self, run: dict) -> dict:
         if run["way"] not in WAYS:
             fix = f"Use one of: {', '.join(WAYS)}."
-            raise UserError(
-                f"there is no way {run['way']!r} to ask",
-                where=self.name,
-                fix=fix,
-            )
+            raise UserError(f"there is no way {run['way']!r} to ask", where=self.name, fix=fix)
         return run
 
     def inputs(self, run: dict) -> dict[str, str]:
@@ -433,21 +391,20 @@ class WriterScores(Experiment):
 
     def train(self, run: dict, folder: Path) -> dict:
         "Metrics: for each set of rows the outcomes and the share of the first label."
-        way, middle, metrics = run["way"], 0.0, {}
+        way, seed = run["way"], run["seed"]
+        middle = 0.0
         if way == "centred":
-            way, middle = (
-                "label",
-                _review_odds(
-                    "label",
-                    run["seed"],
-                    "validation",
-                ).mean(),
-            )
-        asked = _review_parts()
-        names = ["validation"] if run["score_on"] == "validation" else [*asked][1:]
-        for name in names:
-            rows, odds = asked[name], _review_odds(way, run["seed"], name) - middle
-            right = (odds < 0) == numbers_of("reviews", rows).numpy().astype(bool)
+            way = "label"
+            middle = _review_odds(way, seed, "validation").mean()
+        parts = _review_parts()
+        validation = parts.pop("validation")
+        if run["score_on"] == "validation":
+            parts = {"validation": validation}
+        metrics = {}
+        for name, rows in parts.items():
+            odds = _review_odds(way, seed, name) - middle
+            second = numbers_of("reviews", rows).numpy().astype(bool)
+            right = (odds < 0) == second
             metrics[f"{name}: outcomes"] = pack_bits(right.tolist())
             metrics[f"{name}: accuracy"] = float(right.mean())
             metrics[f"{name}: {REVIEW_TASK.labels[0]}"] = float((odds > 0).mean())

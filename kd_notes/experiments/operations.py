@@ -10,7 +10,7 @@ import statistics
 from collections import Counter
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -23,11 +23,7 @@ from kd_notes.experiments.balanced_intents import IntentHead
 from kd_notes.experiments.data_generation import GENERATION_ARMS
 from kd_notes.experiments.generation_tasks import GENERATION_TASKS, remark_tokenizer
 from kd_notes.experiments.images import ImageStudents, ImageTeachers, Network
-from kd_notes.experiments.label_revision import (
-    network,
-    REVISION_ARMS,
-    revision_task,
-)
+from kd_notes.experiments.label_revision import network, REVISION_ARMS, revision_task
 from kd_notes.experiments.phases import arm_flops
 from kd_notes.experiments.scarce_world import SCARCE_ARMS
 from kd_notes.experiments.scoring import new_student, SCORING_ARMS, TRAINING
@@ -58,10 +54,22 @@ def forward_flops(model: torch.nn.Module, *inputs: Any) -> int:
 LEARN = 3  # forward passes that one step on an input costs: forward, and twice that backward
 LEARN_FROZEN = 2  # the same where the weights need no gradient
 
+
+def _learn_flops(model: torch.nn.Module, one: torch.Tensor) -> int:
+    "Return the operations of one step on one input."
+    return LEARN * forward_flops(model, one)
+
 # %% ../../nbs/6_beyond_text/17_operations.ipynb #ops-13
 def token_flops(parameters: int, tokens: float, passes: float = 1.0) -> float:
     "Return 2 N T for each forward pass; 6 N T, three of them, is what learning T tokens costs."
     return 2.0 * parameters * tokens * passes
+
+
+@lru_cache
+def _parameters(size: str, load_tokenizer: Callable[[], Any]) -> int:
+    "Return the number of parameters of a causal model of this size, with this vocabulary."
+    vocabulary = len(load_tokenizer())
+    return count_parameters(mini_model("causal", size, vocabulary, seed=0))
 
 # %% ../../nbs/6_beyond_text/17_operations.ipynb #ops-16
 Work = dict[str, float]  # part of a training -> operations
@@ -71,47 +79,34 @@ PICTURES = 64  # in a minibatch of `experiments.images.fit`, if there are as man
 def image_work(run: dict, metrics: dict) -> Work:
     "3 x forward x steps x minibatch; the teacher's forward x pictures."
     picture = task_images(run["task"], "test").pixels[:1]
-    student = Network(
-        picture.shape[-1],
-        run["widths"],
-        0,
-    )
-    seen = run["steps"] * min(PICTURES, run["rows"])
-    work = {"student learns": LEARN * forward_flops(student, picture) * seen}
-    if teacher := ImageStudents().teacher(run):
-        reads = forward_flops(
-            ImageTeachers().network(teacher),
-            picture,
-        )
-        work["teacher reads"] = reads * run["rows"]
+    side = picture.shape[-1]
+    student = Network(side, run["widths"], 0)
+    minibatch = min(PICTURES, run["rows"])
+    step = _learn_flops(student, picture) * minibatch
+    work = {"student learns": step * run["steps"]}
+    settings = ImageStudents().teacher(run)
+    if settings:
+        teacher = ImageTeachers().network(settings)
+        work["teacher reads"] = forward_flops(teacher, picture) * run["rows"]
     return work
 
 
 def revision_work(run: dict, metrics: dict) -> Work:
     "The same; a selection also trains a scorer for half of the steps."
     arm = REVISION_ARMS[run["arm"]]
-    task = revision_task(
-        run["task"],
-        run["rows"],
-        run["seed"],
-    )
+    task = revision_task(run["task"], run["rows"], run["seed"])
     one = task.student.pixels[:1]
-    learns = LEARN * forward_flops(
-        network(task, 0, wide=False),
-        one,
-    )
-    step = min(PICTURES, metrics["rows"])
-    work = {"student learns": learns * run["steps"] * step}
+    student = network(task, 0, wide=False)
+    learns = _learn_flops(student, one)
+    minibatch = min(PICTURES, metrics["rows"])
+    work = {"student learns": learns * run["steps"] * minibatch}
     if arm.divergence:
-        work["teacher reads"] = (
-            forward_flops(
-                network(task, 0, wide=True),
-                one,
-            )
-            * metrics["rows"]
-        )
+        teacher = network(task, 0, wide=True)
+        work["teacher reads"] = forward_flops(teacher, one) * metrics["rows"]
     if arm.select in ("influence", "product"):
-        work["choosing"] = learns * max(run["steps"] // 2, 1) * min(PICTURES, run["rows"])
+        steps = max(run["steps"] // 2, 1)
+        minibatch = min(PICTURES, run["rows"])
+        work["choosing"] = learns * steps * minibatch
     return work
 
 # %% ../../nbs/6_beyond_text/17_operations.ipynb #ops-18
@@ -119,10 +114,8 @@ def _over_lengths(model: torch.nn.Module, lengths: Counter) -> float:
     "Return the mean operations of a grader over answers of these lengths."
     total = 0
     for length, count in lengths.items():
-        total += count * forward_flops(
-            model,
-            torch.full((1, length), PAD + 1),
-        )
+        answer = torch.full((1, length), PAD + 1)
+        total += count * forward_flops(model, answer)
     return total / lengths.total()
 
 
@@ -130,24 +123,19 @@ def scoring_work(run: dict, metrics: dict) -> Work:
     "3 x forward x steps x minibatch; the teacher's forward x members x answers. Embedded answers."
     if run["data"] != "science":
         return {}
-    known = answer_sets(
-        "science",
-        run["people"],
-    ).train
+    known = answer_sets("science", run["people"]).train
     words = Words(known)
-    lengths = Counter(len(row["ids"]) for row in words.rows(known))
+    rows = words.rows(known)
+    lengths = Counter(len(row["ids"]) for row in rows)
     seen = run["steps"] * TRAINING["batch_size"]
     student = new_student(run, len(words))
     work = {"student learns": LEARN * _over_lengths(student, lengths) * seen}
-    if SCORING_ARMS[run["arm"]].soft in ("outside", "inside"):
-        wide = WordScorer(
-            len(words),
-            len(RUBRIC),
-            64,
-            192,
-        )
+    soft = SCORING_ARMS[run["arm"]].soft
+    if soft in ("outside", "inside"):
+        teacher = WordScorer(len(words), len(RUBRIC), 64, 192)
+        reads = _over_lengths(teacher, lengths)
         members = run["teacher"]["members"]
-        work["teacher reads"] = members * _over_lengths(wide, lengths) * len(known)
+        work["teacher reads"] = members * reads * len(known)
     return work
 
 # %% ../../nbs/6_beyond_text/17_operations.ipynb #ops-20
@@ -155,43 +143,57 @@ HEAD_ROWS = 32  # in a minibatch of `experiments.balanced_intents.Intents.fit`
 STATE = 576  # width of SmolLM2
 
 
+def _choosing_steps(run: dict, plan: dict) -> int:
+    "Return the steps of the heads that choose rows; a random choice needs none."
+    if plan.get("select") == "random":
+        return 0
+    steps = 0
+    stages = plan.get("stages", run["stages"])
+    for stage in range(1, stages):
+        share = run["steps"] * stage // run["stages"]
+        steps += max(share, 1)
+    return steps
+
+
 def balanced_work(run: dict, metrics: dict) -> Work:
     "3 x forward x (steps + those of the stages) x minibatch; the teacher's forward x calls. Heads."
-    plan = BALANCED_ARMS[run["arm"]].plan
     if run["data"] != "clinc" or run["arm"] == "start":
         return {}
     place = torch.zeros(1, 1, dtype=torch.long)
     states = torch.zeros(1, 2 * STATE)
-    student, teacher = (
-        IntentHead(
-            states,
-            run.get("intents", 30),
-            n,
-            0,
-        )
-        for n in (64, 256)
-    )
-    learns = LEARN * HEAD_ROWS * forward_flops(student, place)
-    stages = plan.get("stages", run["stages"]) if plan.get("select") != "random" else 1
-    spent = sum(
-        max(
-            run["steps"] * stage // run["stages"],
-            1,
-        )
-        for stage in range(1, stages)
-    )
+    intents = run.get("intents", 30)
+    student = IntentHead(states, intents, 64, 0)
+    teacher = IntentHead(states, intents, 256, 0)
+    step = HEAD_ROWS * _learn_flops(student, place)
+    plan = BALANCED_ARMS[run["arm"]].plan
     return {
-        "student learns": learns * run["steps"],
-        "choosing": learns * spent,
+        "student learns": step * run["steps"],
+        "choosing": step * _choosing_steps(run, plan),
         "teacher reads": forward_flops(teacher, place) * metrics["calls"],
     }
 
 # %% ../../nbs/6_beyond_text/17_operations.ipynb #ops-22
 @lru_cache
 def _recorded_rows() -> dict[str, dict]:
-    return {
-        stable_hash(row["params"]): row["metrics"] for row in load_record("generated_rows").values()
-    }
+    "Return {hash of the settings: metrics} of the recorded sets of rows."
+    found = {}
+    for row in load_record("generated_rows").values():
+        found[stable_hash(row["params"])] = row["metrics"]
+    return found
+
+
+def _words_read(rows: dict, feedback: str, words: float) -> float:
+    "Return the words of all prompts of a set of rows that have so many words on average."
+    batches = rows["batches"]
+    shown = 2 * 3 * batches
+    if feedback != "none":
+        energies = [0.0] * rows["batch_size"]
+        back = feedback_of(energies, "band", None)
+        shown += len(back) * (batches - rows["study_every"])
+    # "label : words ; " of each example, "label :" or "other label :" and a first token at the end
+    example = words + 3
+    ends = 3 + 4
+    return rows["batch_size"] * (shown * example + batches * ends)
 
 
 def generation_work(run: dict, metrics: dict) -> Work:
@@ -199,57 +201,31 @@ def generation_work(run: dict, metrics: dict) -> Work:
 
     Of remarks; the rows of an arm are those of its record.
     """
-    rows, arm = run["rows"], GENERATION_ARMS[run["arm"]]
+    rows = run["rows"]
+    feedback = GENERATION_ARMS[run["arm"]].feedback
     written = _recorded_rows().get(stable_hash(rows))
-    if run["task"] != "remarks" or not arm.feedback or not written:
+    if run["task"] != "remarks" or not feedback or not written:
         return {}
     words = written["words"] / written["rows"]
     student = GENERATION_TASKS["remarks"].network()
-    one = forward_flops(
-        student,
-        torch.ones(1, 1 + round(words), dtype=torch.long),
-    )
-    studies = rows["batches"] // rows["study_every"] * rows["study_steps"]
-    step = LEARN * one * min(32, written["rows"])
-    # "label : words ; " of each example, "label :" or "other label :" and a first token at the end
-    back = (
-        len(
-            feedback_of(
-                [0.0] * rows["batch_size"],
-                "band",
-                None,
-            )
-        )
-        if arm.feedback != "none"
-        else 0
-    )
-    shown = 2 * 3 * rows["batches"] + back * (rows["batches"] - rows["study_every"])
-    read = rows["batch_size"] * (shown * (words + 3) + rows["batches"] * (3 + 4))
-    teacher = mini_model(
-        "causal",
-        rows["teacher"]["size"],
-        len(remark_tokenizer()),
-        0,
-    )
+    length = 1 + round(words)
+    remark = torch.ones(1, length, dtype=torch.long)
+    minibatch = min(32, written["rows"])
+    step = _learn_flops(student, remark) * minibatch
+    studies = rows["batches"] // rows["study_every"]
+    teacher = _parameters(rows["teacher"]["size"], remark_tokenizer)
+    passed = _words_read(rows, feedback, words) + written["words"]
     return {
         "student learns": step * run["steps"],
-        "choosing": step * studies,
-        "teacher writes": token_flops(
-            count_parameters(teacher),
-            read + written["words"],
-        ),
+        "choosing": step * studies * rows["study_steps"],
+        "teacher writes": token_flops(teacher, passed),
     }
 
 # %% ../../nbs/6_beyond_text/17_operations.ipynb #ops-24
 def stepwise_work(run: dict, metrics: dict) -> Work:
     "6 N T. Labels and reasons are in the rows; what their teacher cost is not known."
-    return {
-        "student learns": token_flops(
-            metrics["parameters"],
-            metrics["tokens"],
-            LEARN,
-        )
-    }
+    learns = token_flops(metrics["parameters"], metrics["tokens"], LEARN)
+    return {"student learns": learns}
 
 
 PER_PARAMETER = "per parameter"
@@ -259,75 +235,80 @@ def adapter_work(run: dict, metrics: dict) -> Work:
     "4 N T; N is that of the prior, whose vocabulary is not recorded: operations per parameter."
     if "size" in run or "tokens" not in metrics:
         return {}
-    return {
-        f"student learns, {PER_PARAMETER}": token_flops(
-            1,
-            metrics["tokens"],
-            LEARN_FROZEN,
-        )
-    }
-
-
-@lru_cache
-def _world_teacher(size: str) -> int:
-    return count_parameters(
-        mini_model(
-            "causal",
-            size,
-            len(load_world_tokenizer()),
-            seed=0,
-        )
-    )
+    learns = token_flops(1, metrics["tokens"], LEARN_FROZEN)
+    return {f"student learns, {PER_PARAMETER}": learns}
 
 
 def world_work(run: dict, metrics: dict) -> Work:
     "The operations of `experiments.phases.arm_flops`."
-    teacher = _world_teacher(run["teacher"]["size"])
-    work = arm_flops(
-        SCARCE_ARMS[run["arm"]],
-        run,
-        metrics,
-        teacher,
-    )
-    return {("teacher writes" if k == "writing" else k): v for k, v in work.items()}
+    teacher = _parameters(run["teacher"]["size"], load_world_tokenizer)
+    work = arm_flops(SCARCE_ARMS[run["arm"]], run, metrics, teacher)
+    names = {"writing": "teacher writes"}
+    return {names.get(part, part): flops for part, flops in work.items()}
 
 # %% ../../nbs/6_beyond_text/17_operations.ipynb #ops-26
-# record -> (how it is counted, the formula in words, record to read)
-SYSTEM_WORK: dict[str, tuple[Callable[[dict, dict], Work], str, str]] = {
-    "stepwise": (stepwise_work, "6 N T of the student", "stepwise"),
-    "classic_student": (image_work, "layers of the networks, × pictures", "classic_student"),
-    "scoring": (scoring_work, "layers of the graders, × embedded answers", "scoring"),
-    "balanced": (balanced_work, "layers of CLINC150's heads, × rows", "balanced"),
-    "scarce": (world_work, "6 N T of the student, 2 N T of the teacher", "scarce"),
-    "generated_student": (
+class SystemWork(NamedTuple):
+    "How the operations of a system are counted."
+
+    count: Callable[[dict, dict], Work]  # of (parameters, metrics)
+    formula: str  # in words
+    record: str  # of the runs to read
+
+
+OF_TWO_MODELS = "6 N T of the student, 2 N T of the teacher"
+SYSTEM_WORK = {
+    "stepwise": SystemWork(stepwise_work, "6 N T of the student", "stepwise"),
+    "classic_student": SystemWork(
+        image_work, "layers of the networks, × pictures", "classic_student"
+    ),
+    "scoring": SystemWork(scoring_work, "layers of the graders, × embedded answers", "scoring"),
+    "balanced": SystemWork(balanced_work, "layers of CLINC150's heads, × rows", "balanced"),
+    "scarce": SystemWork(world_work, OF_TWO_MODELS, "scarce"),
+    "generated_student": SystemWork(
         generation_work,
         "layers of the student, × remarks; 2 N T of the teacher",
         "generated_student",
     ),
-    "revision": (revision_work, "layers of the networks, × rows", "revision"),
-    "misinformation": (adapter_work, "4 N T of the student; N is not recorded", "misinformation"),
-    "ladder": (world_work, "6 N T of the student, 2 N T of the teacher", "scarce"),
+    "revision": SystemWork(revision_work, "layers of the networks, × rows", "revision"),
+    "misinformation": SystemWork(
+        adapter_work, "4 N T of the student; N is not recorded", "misinformation"
+    ),
+    "ladder": SystemWork(world_work, OF_TWO_MODELS, "scarce"),
 }
 
 # %% ../../nbs/6_beyond_text/17_operations.ipynb #ops-26-1
 NOT_ARM = ("arm", "lr", "teacher", "weight", "rows")  # settings that may differ from the baseline
 
 
-def _paired_works(record: str, arm: str, baseline: str) -> list[tuple[Work, Work]]:
-    "Return the operations of an arm's recorded runs beside those of its baseline's."
-    count, _, stored = SYSTEM_WORK[record]
-    found: dict[str, dict[str, Work]] = {arm: {}, baseline: {}}
-    for row in load_record(stored).values():
+def _shared_settings(run: dict) -> str:
+    "Return a hash of what a run has in common with the run of the baseline it is compared with."
+    same = {name: value for name, value in run.items() if name not in NOT_ARM}
+    rows = run.get("rows")
+    if not isinstance(rows, dict):  # a number of rows, not how they were written
+        same["rows"] = rows
+    return stable_hash(same)
+
+
+def _works(system: SystemWork, arm: str) -> dict[str, Work]:
+    "Return {shared settings: operations} of the recorded test runs of an arm."
+    works = {}
+    for row in load_record(system.record).values():
         run = row["params"]
-        if run["arm"] not in found or run.get("score_on", "test") != "test":
+        scored_on = run.get("score_on", "test")
+        if run["arm"] != arm or scored_on != "test":
             continue
-        same = {k: v for k, v in run.items() if k not in NOT_ARM}
-        if not isinstance(run.get("rows"), dict):
-            same["rows"] = run.get("rows")
-        if work := count(run, row["metrics"]):
-            found[run["arm"]][stable_hash(same)] = work
-    both = sorted(found[arm].keys() & found[baseline].keys())
-    return [(found[arm][k], found[baseline][k]) for k in both]
+        work = system.count(run, row["metrics"])
+        if work:
+            works[_shared_settings(run)] = work
+    return works
+
+
+def _of_teacher(work: Work) -> float:
+    return sum(flops for part, flops in work.items() if part.startswith("teacher"))
+
+
+def _median_ratio(above: list[float], below: list[float]) -> float:
+    return statistics.median(a / b for a, b in zip(above, below))
 
 # %% ../../nbs/6_beyond_text/17_operations.ipynb #ops-26-2
 def system_operations(record: str, arm: str, baseline: str) -> dict[str, Any]:
@@ -337,21 +318,20 @@ def system_operations(record: str, arm: str, baseline: str) -> dict[str, Any]:
     if nothing that was recorded can be counted. `formula` says what was counted. Where only the
     ratio is known, `operations` is missing, and `teacher` where nothing of its work is counted.
     """
-    pairs = _paired_works(record, arm, baseline)
-    found: dict[str, Any] = {
-        "formula": SYSTEM_WORK[record][1],
-        "n": len(pairs),
-    }
-    if not pairs:
+    system = SYSTEM_WORK[record]
+    mine = _works(system, arm)
+    theirs = _works(system, baseline)
+    paired = sorted(mine.keys() & theirs.keys())
+    found: dict[str, Any] = {"formula": system.formula, "n": len(paired)}
+    if not paired:
         return found
-    middle = statistics.median
-    totals = [(sum(mine.values()), sum(theirs.values())) for mine, theirs in pairs]
-    by_teacher = [
-        sum(v for part, v in mine.items() if part.startswith("teacher")) for mine, _ in pairs
-    ]
-    found["ratio"] = middle(mine / theirs for mine, theirs in totals)
+    totals = [sum(mine[key].values()) for key in paired]
+    baselines = [sum(theirs[key].values()) for key in paired]
+    by_teacher = [_of_teacher(mine[key]) for key in paired]
+    found["ratio"] = _median_ratio(totals, baselines)
     if any(by_teacher):
-        found["teacher"] = middle(t / mine for t, (mine, _) in zip(by_teacher, totals))
-    if not any(part.endswith(PER_PARAMETER) for part in pairs[0][0]):
-        found["operations"] = middle(mine for mine, _ in totals)
+        found["teacher"] = _median_ratio(by_teacher, totals)
+    parts = mine[paired[0]]
+    if not any(part.endswith(PER_PARAMETER) for part in parts):
+        found["operations"] = statistics.median(totals)
     return found

@@ -10,6 +10,7 @@ from kd_notes.data.answers import unpack_bits
 from kd_notes.data.examples import Example
 from kd_notes.evaluation.calibration import score_labels
 from kd_notes.experiments.real_students import (
+    _scored_states,
     asked_example,
     has_options,
     MARK,
@@ -18,6 +19,7 @@ from kd_notes.experiments.real_students import (
     RealStudents,
 )
 from kd_notes.methods.step_by_step import EXPLAIN, PREDICT
+from kd_notes.models.frozen_layers import states_of
 from kd_notes.models.mini import load_mini_tokenizer, mini_model
 
 ARMS = ("finetune", "finetune_2x", "dss_oracle", "shuffled_oracle")
@@ -104,6 +106,32 @@ def test_the_answer_is_the_most_probable_option():
         scores = score_labels(model, tokenizer, [PREDICT + cqa.input], [["bank", "pond"]])[0]
     assert answers == {"q": scores.label}
     assert has_options("cqa") and has_options("nli") and not has_options("svamp")
+
+
+def test_an_option_that_is_listed_twice_counts_once():
+    tokenizer = load_mini_tokenizer()
+    model = mini_model("causal", "xs", len(tokenizer), seed=3).eval()
+    given = ("Question: Who drinks nothing? Choices: pioneer, abstainer, pioneer", "abstainer", "")
+    cqa = Example("q", "cqa", *given, ("pioneer", "abstainer", "pioneer"))
+    with torch.inference_mode():
+        assert option_answers(model, tokenizer, [cqa], PREDICT)["q"] in cqa.choices
+
+
+def test_students_of_a_process_share_what_the_frozen_layers_read(student, tmp_path, monkeypatch):
+    first = RealStudents().train(run_of(student), tmp_path / "one")
+    alone = RealStudents().train(run_of(student, seed=1), tmp_path / "two")
+    _scored_states.cache_clear()
+    fresh = RealStudents().train(run_of(student, seed=1), tmp_path / "three")
+    assert alone["outcomes"] == fresh["outcomes"] and alone["answers"] == fresh["answers"]
+    read = []
+    monkeypatch.setattr(
+        "kd_notes.models.frozen_layers.states_of",
+        lambda body, texts: read.extend(texts) or states_of(body, texts),
+    )
+    again = RealStudents().train(run_of(student), tmp_path / "four")
+    assert again["outcomes"] == first["outcomes"]
+    # 12 rows of two tasks, and two texts that check the split
+    assert 0 < len(read) == len({tuple(text) for text in read}) <= 12 * 2 + 2
 
 
 @pytest.mark.parametrize("arm", ["dss", "distill", "shuffled", "dss_teacher"])

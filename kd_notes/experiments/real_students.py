@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/3_reasons/03c_real_students.ipynb #rst-imp
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,8 @@ def real_rows(run: dict) -> list[Row]:
 # %% ../../nbs/3_reasons/03c_real_students.ipynb #rst-opt
 def option_answers(model: Any, tokenizer: Any, asked: list[Example], prefix: str) -> dict[str, str]:
     "Return {id: the most probable option} of examples with options."
-    options = [e.choices or info_of(e.task).labels for e in asked]
+    listed = [e.choices or info_of(e.task).labels for e in asked]
+    options = [list(dict.fromkeys(labels)) for labels in listed]
     prompts = [prefix + e.input for e in asked]
     found = score_labels(model, tokenizer, prompts, options)
     return {e.id: scores.label for e, scores in zip(asked, found, strict=True)}
@@ -87,6 +89,15 @@ def has_options(task: str) -> bool:
     return bool(info.choices or info.labels)
 
 # %% ../../nbs/3_reasons/03c_real_students.ipynb #rst-ans
+READ = ("task", "score_on", "test_rows", "size", "frozen", "precision")
+
+
+@lru_cache(maxsize=2)
+def _scored_states(prefix: str, *read) -> dict:
+    "Return where frozen layers keep the states of scored texts: one place for all students."
+    return {}
+
+
 def answers_of(
     run: dict,
     whole: Any,  # the model that the trained part was taken from
@@ -98,6 +109,9 @@ def answers_of(
     prefix = PREDICT if ARMS[run["arm"]].rows is step_rows else ""
     with torch.inference_mode(), autocast_of(run):
         if has_options(run["task"]):
+            if run["frozen"]:
+                read = [run.get(name) for name in READ]
+                trained.base_model.embed_tokens.kept = _scored_states(prefix, *read)
             return option_answers(trained, tokenizer, asked, prefix)
         joined = with_upper(whole, trained) if run["frozen"] else trained
         return predict(joined.eval(), tokenizer, asked, prefix=prefix)

@@ -32,7 +32,6 @@ from kd_notes.experiments.generation_tasks import (
     true_label,
 )
 from kd_notes.experiments.images import LearnLabels
-from kd_notes.experiments.scoring import answer_states
 from kd_notes.methods.data_generation import (
     energy,
     FEEDBACK,
@@ -41,6 +40,7 @@ from kd_notes.methods.data_generation import (
     rows_of,
     symmetric_cross_entropy,
 )
+from kd_notes.models.frozen_layers import read_prompt, states_after
 from kd_notes.models.pretrained import count_parameters
 from kd_notes.training.batches import Batch
 from kd_notes.training.loop import train
@@ -296,17 +296,10 @@ def read_after(prompt: str, texts: Sequence[str], score: Any) -> np.ndarray:
     """
     backend = smollm2()
     model, tokenizer = backend.model, backend.tokenizer
-    start = tokenizer(prompt, return_tensors="pt").input_ids
-    before = start.shape[1]
-    read = model.model(start, use_cache=True).past_key_values
-    padded = {"return_tensors": "pt", "padding": True, "padding_side": "right"}
-    by_length = np.argsort([len(text) for text in texts], kind="stable")
+    body = model.model
+    read = read_prompt(body, tokenizer, prompt)
     found = np.zeros(len(texts))
-    for cut in range(0, len(texts), 32):
-        places = by_length[cut : cut + 32]
-        chosen = [texts[place] for place in places]
-        batch = tokenizer(chosen, **padded)
-        layers = answer_states(model.model, read, before, batch)
+    for places, batch, layers in states_after(body, tokenizer, read, texts):
         lengths = batch.attention_mask.sum(1).tolist()
         read_texts = zip(places, layers[-1], batch.input_ids, lengths)
         for place, states, ids, length in read_texts:

@@ -73,19 +73,30 @@ def fit_student(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = GENERATION_TASKS[task].network()
-    method = LearnRows(GENERATION_TASKS[task].inputs(rows), numbers_of(task, rows), *weights)
-    settings = {"max_steps": steps, "batch_size": min(32, len(rows)), "lr": lr, "warmup": 0.05}
+    count = len(rows)
+    inputs = GENERATION_TASKS[task].inputs(rows)
+    labels = numbers_of(task, rows)
+    method = LearnRows(inputs, labels, *weights)
     cfg = TrainConfig(
-        **settings, weight_decay=0.01, seed=seed, bucket=False, log_every=1000, device="cpu"
+        max_steps=steps,
+        batch_size=min(32, count),
+        lr=lr,
+        warmup=0.05,
+        weight_decay=0.01,
+        seed=seed,
+        bucket=False,
+        log_every=1000,
+        device="cpu",
     )
-    train(model, method, range(len(rows)), cfg)
+    train(model, method, range(count), cfg)
     return model.eval()
 
 
 @torch.no_grad()
 def student_logits(task: str, model: torch.nn.Module, rows: Sequence[TextRow]) -> Tensor:
     "Return the two logits of each row, (n, 2)."
-    return model(GENERATION_TASKS[task].inputs(rows))
+    inputs = GENERATION_TASKS[task].inputs(rows)
+    return model(inputs)
 
 # %% ../../nbs/6_beyond_text/07b_data_generation_runs.ipynb #dg7b-012
 @dataclass
@@ -116,10 +127,10 @@ class GeneratedRows(Experiment):
         if run["task"] not in GENERATION_TASKS:
             fix = f"Use one of: {', '.join(GENERATION_TASKS)}."
             raise UserError(f"there is no task {run['task']!r}", where=self.name, fix=fix)
-        of_remarks = run["task"] == "remarks"
-        return run | {
-            "teacher": RemarkTeachers().parameters(**run["teacher"]) if of_remarks else {}
-        }
+        teacher = {}
+        if run["task"] == "remarks":
+            teacher = RemarkTeachers().parameters(**run["teacher"])
+        return run | {"teacher": teacher}
 
     def inputs(self, run: dict) -> dict[str, str]:
         return real_inputs(run["task"])

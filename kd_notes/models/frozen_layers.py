@@ -33,14 +33,17 @@ def cut_lower(body: Any, layers: int) -> Any:
 def by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
     "Return the places of texts in batches of similar length, the shortest first."
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    starts = range(0, len(order), batch_size)
+    return [order[start : start + batch_size] for start in starts]
 
 
 def pad_states(states: Sequence[Tensor], width: int = 0) -> Tensor:
     "Return states (T, H) of several texts as (B, T, H), at least `width` long, with zeros behind."
     padded = pad_sequence(states, batch_first=True)
     lacking = width - padded.shape[1]
-    return pad(padded, (0, 0, 0, lacking)) if lacking > 0 else padded
+    if lacking > 0:
+        padded = pad(padded, (0, 0, 0, lacking))
+    return padded
 
 
 @torch.no_grad()
@@ -65,7 +68,8 @@ def states_of(body: Any, texts: Sequence[Sequence[int]], batch_size: int = 16) -
 def read_prompt(body: Any, tokenizer: Any, prompt: str) -> Any:
     "Return the cache of keys and values of a prompt."
     ids = tokenizer(prompt, return_tensors="pt").input_ids
-    return body(ids, use_cache=True).past_key_values
+    read = body(ids, use_cache=True)
+    return read.past_key_values
 
 
 def states_after(
@@ -86,7 +90,8 @@ def states_after(
         chosen = [texts[place] for place in places]
         batch = tokenizer(chosen, return_tensors="pt", padding=True, padding_side="right")
         mask = batch.attention_mask
-        whole = torch.cat([mask.new_ones(len(mask), before), mask], 1)
+        prompted = mask.new_ones(len(mask), before)
+        whole = torch.cat([prompted, mask], 1)
         cache = deepcopy(prompt)
         cache.batch_repeat_interleave(len(mask))
         settings = {"past_key_values": cache, "output_hidden_states": True}
@@ -143,7 +148,8 @@ def upper_layers(model: Any, frozen: int, padding: int) -> Any:
             where="frozen",
             fix=f"Choose a number from 1 to {total - 1}, or 0 for none.",
         )
-    if not {"embed_tokens", "layers", "norm"} <= set(dict(model.base_model.named_children())):
+    parts = dict(model.base_model.named_children())
+    if not {"embed_tokens", "layers", "norm"} <= parts.keys():
         raise _no_split(model, "its parts have other names")
     lower = layer_drop(model, list(range(frozen)))
     lower = cut_lower(lower.base_model, frozen).eval().requires_grad_(False)
@@ -158,21 +164,26 @@ def upper_layers(model: Any, frozen: int, padding: int) -> Any:
 def _check_split(model: Any, upper: Any) -> None:
     "Check that both parts together compute what the whole model computes."
     # From 3 on: the first ids are often special, and padding would be taken off.
-    ids = torch.arange(3, 15, device=model.device)[None] % model.config.vocab_size
+    ids = torch.arange(3, 15, device=model.device)
+    ids = ids[None] % model.config.vocab_size
     was_training = model.training
-    wanted = model.eval()(input_ids=ids, use_cache=False).logits
+    model.eval()
+    wanted = model(input_ids=ids, use_cache=False).logits
     model.train(was_training)
-    found = upper.eval()(input_ids=ids, use_cache=False).logits
+    upper.eval()
+    found = upper(input_ids=ids, use_cache=False).logits
     upper.train()
-    if not torch.allclose(found, wanted, atol=1e-3 * float(wanted.abs().max()) + 1e-6):
+    largest = float(wanted.abs().max())
+    if not torch.allclose(found, wanted, atol=1e-3 * largest + 1e-6):
         raise _no_split(model, "its upper layers expect something else than states")
 
 # %% ../../nbs/2_playground/10b_frozen_layers.ipynb #frz-put
 def with_upper(model: Any, upper: Any) -> Any:
     "Put trained upper layers back into the model that they were taken from, and return it."
     first = model.config.num_hidden_layers - upper.config.num_hidden_layers
-    layers = model.base_model.layers[first:]
-    for mine, theirs in zip(layers, upper.base_model.layers, strict=True):
+    body = model.base_model
+    trained = upper.base_model
+    for mine, theirs in zip(body.layers[first:], trained.layers, strict=True):
         mine.load_state_dict(theirs.state_dict())
-    model.base_model.norm.load_state_dict(upper.base_model.norm.state_dict())
+    body.norm.load_state_dict(trained.norm.state_dict())
     return model

@@ -32,7 +32,6 @@ from kd_notes.experiments.generation_tasks import (
     true_label,
 )
 from kd_notes.experiments.images import LearnLabels
-from kd_notes.experiments.scoring import answer_states
 from kd_notes.methods.data_generation import (
     energy,
     FEEDBACK,
@@ -41,6 +40,7 @@ from kd_notes.methods.data_generation import (
     rows_of,
     symmetric_cross_entropy,
 )
+from kd_notes.models.frozen_layers import read_prompt, states_after
 from kd_notes.models.pretrained import count_parameters
 from kd_notes.training.batches import Batch
 from kd_notes.training.loop import train
@@ -73,19 +73,30 @@ def fit_student(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = GENERATION_TASKS[task].network()
-    method = LearnRows(GENERATION_TASKS[task].inputs(rows), numbers_of(task, rows), *weights)
-    settings = {"max_steps": steps, "batch_size": min(32, len(rows)), "lr": lr, "warmup": 0.05}
+    count = len(rows)
+    inputs = GENERATION_TASKS[task].inputs(rows)
+    labels = numbers_of(task, rows)
+    method = LearnRows(inputs, labels, *weights)
     cfg = TrainConfig(
-        **settings, weight_decay=0.01, seed=seed, bucket=False, log_every=1000, device="cpu"
+        max_steps=steps,
+        batch_size=min(32, count),
+        lr=lr,
+        warmup=0.05,
+        weight_decay=0.01,
+        seed=seed,
+        bucket=False,
+        log_every=1000,
+        device="cpu",
     )
-    train(model, method, range(len(rows)), cfg)
+    train(model, method, range(count), cfg)
     return model.eval()
 
 
 @torch.no_grad()
 def student_logits(task: str, model: torch.nn.Module, rows: Sequence[TextRow]) -> Tensor:
     "Return the two logits of each row, (n, 2)."
-    return model(GENERATION_TASKS[task].inputs(rows))
+    inputs = GENERATION_TASKS[task].inputs(rows)
+    return model(inputs)
 
 # %% ../../nbs/6_beyond_text/07b_data_generation_runs.ipynb #dg7b-012
 @dataclass
@@ -116,10 +127,10 @@ class GeneratedRows(Experiment):
         if run["task"] not in GENERATION_TASKS:
             fix = f"Use one of: {', '.join(GENERATION_TASKS)}."
             raise UserError(f"there is no task {run['task']!r}", where=self.name, fix=fix)
-        of_remarks = run["task"] == "remarks"
-        return run | {
-            "teacher": RemarkTeachers().parameters(**run["teacher"]) if of_remarks else {}
-        }
+        teacher = {}
+        if run["task"] == "remarks":
+            teacher = RemarkTeachers().parameters(**run["teacher"])
+        return run | {"teacher": teacher}
 
     def inputs(self, run: dict) -> dict[str, str]:
         return real_inputs(run["task"])
@@ -296,17 +307,10 @@ def read_after(prompt: str, texts: Sequence[str], score: Any) -> np.ndarray:
     """
     backend = smollm2()
     model, tokenizer = backend.model, backend.tokenizer
-    start = tokenizer(prompt, return_tensors="pt").input_ids
-    before = start.shape[1]
-    read = model.model(start, use_cache=True).past_key_values
-    padded = {"return_tensors": "pt", "padding": True, "padding_side": "right"}
-    by_length = np.argsort([len(text) for text in texts], kind="stable")
+    body = model.model
+    read = read_prompt(body, tokenizer, prompt)
     found = np.zeros(len(texts))
-    for cut in range(0, len(texts), 32):
-        places = by_length[cut : cut + 32]
-        chosen = [texts[place] for place in places]
-        batch = tokenizer(chosen, **padded)
-        layers = answer_states(model.model, read, before, batch)
+    for places, batch, layers in states_after(body, tokenizer, read, texts):
         lengths = batch.attention_mask.sum(1).tolist()
         read_texts = zip(places, layers[-1], batch.input_ids, lengths)
         for place, states, ids, length in read_texts:

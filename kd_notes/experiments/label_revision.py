@@ -68,40 +68,71 @@ def revision_task(name: str, rows: int, seed: int) -> RevisionTask:
         pool = task_images("crowded", "pool")
         order = list(range(len(pool.labels)))
         rng("label revision", seed).shuffle(order)
-        parts = [order[:rows], order[rows : rows + 2000]]
-        own, others = (Images(pool.pixels[part], pool.labels[part]) for part in parts)
-        held = [task_images("crowded", split) for split in ("validation", "test")]
-        return RevisionTask(own, others, *held, 10, 0, [], None)
+        own = _part(pool, order[:rows])
+        others = _part(pool, order[rows : rows + 2000])
+        validation = task_images("crowded", "validation")
+        test = task_images("crowded", "test")
+        return RevisionTask(own, others, validation, test, 10, 0, [], None)
     if name != "science":
         fix = "Use 'crowded' or 'science'."
         raise UserError(f"there is no task {name!r}", where="label revision", fix=fix)
-    own = science_answers(rows // 4 + 1, 1000 + seed)[:rows]
-    others, validation, test = (science_answers(n, s) for n, s in ((200, 7), (100, 2), (250, 3)))
+    people = rows // 4 + 1
+    own = science_answers(people, 1000 + seed)[:rows]
+    others = science_answers(200, 7)
+    validation = science_answers(100, 2)
+    test = science_answers(250, 3)
     words = Words(others)
 
     def encode(answers: list[dict]) -> Images:
-        ids = pad_rows([words.encode(row)[:LONGEST] for row in answers], PAD)
-        ids = F.pad(ids, (0, LONGEST - ids.shape[1]), value=PAD)
-        return Images(ids, torch.tensor([row["score"] for row in answers]))
+        texts = [words.encode(row)[:LONGEST] for row in answers]
+        ids = pad_rows(texts, PAD)
+        lacking = LONGEST - ids.shape[1]
+        ids = F.pad(ids, (0, lacking), value=PAD)
+        scores = torch.tensor([row["score"] for row in answers])
+        return Images(ids, scores)
 
     parts = [encode(part) for part in (own, others, validation, test)]
     return RevisionTask(*parts, len(RUBRIC), len(words), own, encode)
 
 
+def _part(images: Images, places: list[int]) -> Images:
+    return Images(images.pixels[places], images.labels[places])
+
+# %% ../../nbs/6_beyond_text/09_label_revision_runs.ipynb #run-networks
 def wrong_labels(labels: Tensor, classes: int, share: float, seed: int) -> Tensor:
     "Return the labels with a share of them replaced by the next class: an error with a system."
     draw = torch.Generator().manual_seed(seed)
     wrong = torch.rand(len(labels), generator=draw) < share
-    return torch.where(wrong, (labels + 1) % classes, labels)
+    following = (labels + 1) % classes
+    return torch.where(wrong, following, labels)
 
 
 def network(task: RevisionTask, seed: int, wide: bool) -> torch.nn.Module:
     "Return a teacher (wide) or a student with random weights."
     if not task.words:
-        return Network(task.student.pixels.shape[-1], [192, 192] if wide else [16, 16], seed)
+        side = task.student.pixels.shape[-1]
+        widths = [192, 192] if wide else [16, 16]
+        return Network(side, widths, seed)
+    sizes = (64, 192) if wide else ()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return WordScorer(task.words, task.classes, *((64, 192) if wide else ()))
+        return WordScorer(task.words, task.classes, *sizes)
+
+
+def accuracy(model: torch.nn.Module, images: Images) -> float:
+    "Return the share of images, or answers, that a network classifies right."
+    return _mean(right_answers(model, images))
+
+
+def _mean(values: Tensor) -> float:
+    return values.double().mean().item()
+
+
+def _inputs(task: str) -> dict[str, str]:
+    "Return the checksums of what a task is made of."
+    if task == "crowded":
+        return {"digits of scikit-learn": digits_checksum()}
+    return {}
 
 # %% ../../nbs/6_beyond_text/09_label_revision_runs.ipynb #run-teacher
 @dataclass
@@ -124,29 +155,33 @@ class RevisionTeachers(Experiment):
     Settings = RevisionTeacherSettings
 
     def inputs(self, run: dict) -> dict[str, str]:
-        return {"digits of scikit-learn": digits_checksum()} if run["task"] == "crowded" else {}
+        return _inputs(run["task"])
 
     def network(self, run: dict) -> torch.nn.Module:
         "Return the untrained network of a teacher."
-        task = revision_task(run["task"], run["rows"], run["seed"])
-        return network(task, 1000 + run["seed"], wide=True)
+        seed = run["seed"]
+        task = revision_task(run["task"], run["rows"], seed)
+        return network(task, 1000 + seed, wide=True)
 
     def train(self, run: dict, folder: Path) -> dict:
         "Metrics: accuracy on the test, on the student's rows, and how sure it is there."
-        task = revision_task(run["task"], run["rows"], run["seed"])
-        seen, model = task.teacher, self.network(run)
-        labels = wrong_labels(seen.labels, task.classes, run["noise"], run["seed"])
-        settings = {"max_steps": run["steps"], "lr": run["lr"], "seed": run["seed"]}
-        fit(model, LearnLabels(Images(seen.pixels, labels)), len(labels), **settings)
+        seed = run["seed"]
+        task = revision_task(run["task"], run["rows"], seed)
+        seen = task.teacher
+        model = self.network(run)
+        labels = wrong_labels(seen.labels, task.classes, run["noise"], seed)
+        method = LearnLabels(Images(seen.pixels, labels))
+        fit(model, method, len(labels), max_steps=run["steps"], lr=run["lr"], seed=seed)
         freeze(model).eval()
-        atomic_write(folder / "model.safetensors", save(model.state_dict()))
+        weights = save(model.state_dict())
+        atomic_write(folder / "model.safetensors", weights)
         right = right_answers(model, task.test)
-        sure = model(task.student.pixels).softmax(-1).amax(-1)
+        probabilities = model(task.student.pixels).softmax(-1)
         return {
-            "accuracy": right.double().mean().item(),
+            "accuracy": _mean(right),
             "outcomes": pack_bits(right.tolist()),
-            "own_accuracy": right_answers(model, task.student).double().mean().item(),
-            "own_confidence": sure.double().mean().item(),
+            "own_accuracy": accuracy(model, task.student),
+            "own_confidence": _mean(probabilities.amax(-1)),
         }
 
     def load(self, run: dict) -> torch.nn.Module:
@@ -202,7 +237,11 @@ def head_inputs(model: torch.nn.Module, images: Images) -> Tensor:
     "Return what the output layer of a network reads, (n, D)."
     model.eval()
     seen: list[Tensor] = []
-    handle = model.head.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+
+    def keep(_: Any, given: tuple) -> None:
+        seen.append(given[0])
+
+    handle = model.head.register_forward_pre_hook(keep)
     model(images.pixels)
     handle.remove()
     return seen[0]
@@ -210,21 +249,31 @@ def head_inputs(model: torch.nn.Module, images: Images) -> Tensor:
 
 def selected_rows(task: RevisionTask, logits: Tensor, run: dict, how: str, tau: float) -> list[int]:
     "Return the rows of the student whose teacher is asked."
-    count, share = len(task.student.labels), run["share"]
+    count = len(task.student.labels)
+    share = run["share"]
+    seed = run["seed"]
     if how == "random":
-        return random_places(count, share, run["seed"])
-    model = network(task, run["seed"], wide=False)
-    settings = {"max_steps": max(run["steps"] // 2, 1), "lr": run["scorer_lr"], "seed": run["seed"]}
-    fit(model, LearnLabels(task.student), count, **settings)
-    states, held = (head_inputs(model, images) for images in (task.student, task.validation))
+        return random_places(count, share, seed)
+    model = network(task, seed, wide=False)
+    steps = max(run["steps"] // 2, 1)
+    fit(model, LearnLabels(task.student), count, max_steps=steps, lr=run["scorer_lr"], seed=seed)
+    states = head_inputs(model, task.student)
+    held = head_inputs(model, task.validation)
     with torch.no_grad():
-        z, held_z = model.head(states), model.head(held)
-    errors = tau * ((z / tau).softmax(-1) - (logits / tau).softmax(-1))  # of tau^2 KL
-    held_errors = held_z.softmax(-1) - F.one_hot(task.validation.labels, task.classes)
-    curvature = head_curvature(states, z.softmax(-1), 0.01) if how == "influence" else None
-    return best_places(influence(states, errors, held, held_errors, curvature).tolist(), share)
+        z = model.head(states)
+        held_z = model.head(held)
+    soft = (z / tau).softmax(-1)
+    taught = (logits / tau).softmax(-1)
+    errors = tau * (soft - taught)  # of tau^2 KL
+    right = F.one_hot(task.validation.labels, task.classes)
+    held_errors = held_z.softmax(-1) - right
+    curvature = None
+    if how == "influence":
+        curvature = head_curvature(states, z.softmax(-1), 0.01)
+    gains = influence(states, errors, held, held_errors, curvature)
+    return best_places(gains.tolist(), share)
 
-
+# %% ../../nbs/6_beyond_text/09_label_revision_runs.ipynb #run-asked
 class AskedLogits(StoredLogits):
     "The teacher's logits of some rows; on the others its term is 0."
 
@@ -234,13 +283,15 @@ class AskedLogits(StoredLogits):
         self.asked[asked] = True
 
     def columns(self, items: list[int]) -> dict[str, Tensor]:
-        return super().columns(items) | {"asked": self.asked[torch.tensor(items)]}
+        columns = super().columns(items)
+        asked = self.asked[torch.tensor(items)]
+        return columns | {"asked": asked}
 
     def divergence(self, method: ImageKD, logits: Tensor, batch: Batch) -> Tensor:
         asked = batch.columns["asked"]
-        part = Batch(
-            {"labels": batch["labels"][asked]}, {"teacher": batch.columns["teacher"][asked]}
-        )
+        labels = batch["labels"][asked]
+        teacher = batch.columns["teacher"][asked]
+        part = Batch({"labels": labels}, {"teacher": teacher})
         return super().divergence(method, logits[asked], part)
 
 # %% ../../nbs/6_beyond_text/09_label_revision_runs.ipynb #run-said
@@ -265,22 +316,25 @@ class RevisionSaid(Experiment):
         return [self.module, "methods.data_selection", "data.scoring"]
 
     def train(self, run: dict, folder: Path) -> dict:
-        answers = revision_task("science", run["rows"], run["seed"]).answers
-        rows = [TextRow(row["id"], row["answer"], str(row["score"])) for row in answers]
+        task = revision_task("science", run["rows"], run["seed"])
+        answers = {row["id"]: row for row in task.answers}
+        rows = [TextRow(row["id"], row["answer"], str(row["score"])) for row in task.answers]
         backend = open_backend(run["writer"], device="cpu", chat=True)
         decoding = Decoding(max_new_tokens=run["new_tokens"], stop=("\n",))
 
         def write(prompts: list[str]) -> list[str]:
             asked = [(str(place), prompt) for place, prompt in enumerate(prompts)]
-            texts = {c.id: c.text for c in backend.generate(asked, decoding)}
+            written = backend.generate(asked, decoding)
+            texts = {completion.id: completion.text for completion in written}
             return [texts[id].strip(' "') for id, _ in asked]
 
-        said = paraphrase_rows(
-            rows, write, folder / "said.jsonl", seed=run["seed"], name=run["writer"]
-        )
-        of = {row["id"]: row for row in answers}
-        pairs = [(of[row.id.rsplit("-said-", 1)[0]], row.prompt) for row in said]
-        return {"said": [[a["answer"], text, a["item"], a["score"]] for a, text in pairs]}
+        file = folder / "said.jsonl"
+        said = []
+        for row in paraphrase_rows(rows, write, file, seed=run["seed"], name=run["writer"]):
+            id, _ = row.id.rsplit("-said-", 1)
+            answer = answers[id]
+            said.append([answer["answer"], row.prompt, answer["item"], answer["score"]])
+        return {"said": said}
 
 # %% ../../nbs/6_beyond_text/09_label_revision_runs.ipynb #run-settings
 @dataclass
@@ -315,13 +369,23 @@ def _augmented(task: RevisionTask, run: dict) -> Images:
     if not task.words:
         fix = "Use the task 'science'."
         raise UserError("nobody writes pictures", where="arm said", fix=fix)
-    kind = RevisionSaid()
-    more = {"new_tokens": run["new_tokens"]} if "new_tokens" in run else {}
-    said = kind.cached(kind.parameters(rows=run["rows"], seed=run["seed"], **more))["said"]
-    if not said:
+    metrics = RevisionSaid().cached(_said_run(run))
+    answers = []
+    for _, text, item, score in metrics["said"]:
+        answers.append({"answer": text, "item": item, "score": score})
+    if not answers:
         return task.student
-    new = task.encode([{"answer": text, "item": i, "score": s} for _, text, i, s in said])
-    return Images(*(torch.cat(pair) for pair in zip(task.student, new)))
+    new = task.encode(answers)
+    pixels = torch.cat([task.student.pixels, new.pixels])
+    labels = torch.cat([task.student.labels, new.labels])
+    return Images(pixels, labels)
+
+
+def _said_run(run: dict) -> dict:
+    "Return the parameters of the paraphrases that a student reads."
+    names = ("rows", "seed", "new_tokens")
+    given = {name: run[name] for name in names if name in run}
+    return RevisionSaid().parameters(**given)
 
 # %% ../../nbs/6_beyond_text/09_label_revision_runs.ipynb #run-students
 class RevisionStudents(Experiment):
@@ -333,7 +397,7 @@ class RevisionStudents(Experiment):
     Settings = RevisionSettings
 
     def inputs(self, run: dict) -> dict[str, str]:
-        return {"digits of scikit-learn": digits_checksum()} if run["task"] == "crowded" else {}
+        return _inputs(run["task"])
 
     def modules(self, run: dict) -> list[str]:
         return REVISION_MODULES
@@ -346,34 +410,39 @@ class RevisionStudents(Experiment):
         return RevisionTeachers().parameters(steps=run["teacher_steps"], **settings)
 
     def before(self, runs: list[dict]) -> list[tuple[Experiment, list[dict]]]:
-        first = [(RevisionTeachers(), list(filter(None, map(self.teacher, runs))))]
-        said = [run for run in runs if REVISION_ARMS[run["arm"]].paraphrases]
-        names = ("rows", "seed", "new_tokens")
-        wanted = [{name: run[name] for name in names if name in run} for run in said]
-        kind = RevisionSaid()
-        first.append((kind, [kind.parameters(**each) for each in wanted]))
+        teachers = []
+        said = []
+        for run in runs:
+            if teacher := self.teacher(run):
+                teachers.append(teacher)
+            if REVISION_ARMS[run["arm"]].paraphrases:
+                said.append(_said_run(run))
+        first = [(RevisionTeachers(), teachers), (RevisionSaid(), said)]
         return [(kind, needed) for kind, needed in first if needed]
 
     def train(self, run: dict, folder: Path) -> dict:
         "Metrics: accuracy, of the untrained student and of its own rows, mean weight, rows asked."
-        arm, seed = REVISION_ARMS[run["arm"]], run["seed"]
+        arm = REVISION_ARMS[run["arm"]]
+        seed = run["seed"]
         task = revision_task(run["task"], run["rows"], seed)
         images = _augmented(task, run) if arm.paraphrases else task.student
         student = network(task, seed, wide=False)
         held = task.test if run["score_on"] == "test" else task.validation
-        start = right_answers(student.eval(), held).double().mean().item()
+        start = accuracy(student.eval(), held)
         student.train()
-        metrics: dict[str, Any] = {"start": start, "rows": len(images.labels)}
+        count = len(images.labels)
+        metrics: dict[str, Any] = {"start": start, "rows": count}
         if not arm.divergence:
             method = LearnLabels(images)
         else:
             teacher = RevisionTeachers().load(self.teacher(run))
-            method, more = revision_method(arm, task, images, teacher(images.pixels), run)
+            logits = teacher(images.pixels)
+            method, more = revision_method(arm, task, images, logits, run)
             metrics |= more
-        fit(student, method, len(images.labels), max_steps=run["steps"], lr=run["lr"], seed=seed)
+        fit(student, method, count, max_steps=run["steps"], lr=run["lr"], seed=seed)
         right = right_answers(student.eval(), held)
-        metrics["accuracy"] = right.double().mean().item()
-        metrics["own_accuracy"] = right_answers(student, task.student).double().mean().item()
+        metrics["accuracy"] = _mean(right)
+        metrics["own_accuracy"] = accuracy(student, task.student)
         if run["score_on"] == "test":
             metrics["outcomes"] = pack_bits(right.tolist())
         return metrics
@@ -387,9 +456,10 @@ def revision_method(
     options = dict(arm.options)
     found: dict[str, Any] = {}
     if arm.divergence == "label_revision":
-        log_p = (logits if arm.order else logits / tau).log_softmax(-1)
+        softened = logits if arm.order else logits / tau
+        log_p = softened.log_softmax(-1)
         weights = revision_weight(log_p, images.labels, **options)
-        found["beta"] = weights.double().mean().item()
+        found["beta"] = _mean(weights)
         if arm.constant:
             options = {"weight": found["beta"]}
         if arm.order:
@@ -397,9 +467,9 @@ def revision_method(
     signal = StoredLogits(logits)
     if arm.select:
         asked = selected_rows(task, logits, run, arm.select, tau)
-        of_right = logits.argmax(-1) == images.labels
+        right = logits.argmax(-1) == images.labels
         found["asked"] = len(asked)
-        found["asked_right"] = of_right[asked].double().mean().item() if asked else None
+        found["asked_right"] = _mean(right[asked]) if asked else None
         signal = AskedLogits(logits, asked)
     settings = {"temperature": tau, "sft_weight": arm.label_weight}
     return ImageKD(images, signal, arm.divergence, **settings, **options), found

@@ -23,6 +23,7 @@ from ..data.public import folder_files
 from ..data.rows import TextRow
 from .base import Experiment, optional, SCORED
 from kd_notes.experiments.post_readers import (
+    fit_upper,
     label_scores,
     likeliest,
     POST_MODULES,
@@ -30,12 +31,11 @@ from kd_notes.experiments.post_readers import (
     PostsSeen,
     prompted_scores,
     RuleTeacher,
-    StatesSFT,
     write_answers,
 )
 from ..methods.evidence import evidence_rows, EvidenceStore, instruction, parse_answer, Seen
 from ..methods.step_by_step import Row, StepByStep
-from ..models.frozen_layers import states_of
+from ..models.frozen_layers import cut_lower, states_of
 from ..models.pretrained import autocast_of, load_pretrained, merge_adapters
 from ..training.loop import train
 from ..training.method import SFT
@@ -229,8 +229,7 @@ class PostStates(Experiment):
 
     def train(self, run: dict, folder: Path) -> dict:
         model, tokenizer = load_pretrained(run["size"], device="cpu")
-        body = model.base_model
-        body.layers, body.norm = body.layers[: -run["upper"]], torch.nn.Identity()
+        body = cut_lower(model.base_model, -run["upper"])
         found = {}
         with autocast_of(run | {"device": "cpu"}):
             for split, rows in self.items(run, tokenizer).items():
@@ -283,21 +282,6 @@ def states_run(run: dict) -> dict:
     shared = {name: run[name] for name in names if name in run}
     arm = "full" if run["arm"] == "start" else run["arm"]
     return PostStates().parameters(**shared | {"arm": arm})
-
-
-def fit_upper(run: dict, model: Any, tokenizer: Any, rows: list[dict]) -> Any:
-    "Train adapters in the upper layers of a model, on rows with their states."
-    cfg = TrainConfig(
-        max_steps=run["steps"],
-        batch_size=run["batch_size"],
-        lr=run["lr"],
-        warmup=0.05,
-        lora={"r": run["rank"], "alpha": 2 * run["rank"], "targets": "all-linear"},
-        seed=run["seed"],
-        precision=run.get("precision", "no"),
-        device="cpu",
-    )
-    return train(model, StatesSFT(tokenizer), rows, cfg)
 
 
 def option_metrics(
@@ -397,14 +381,8 @@ class Misinformation(Experiment):
         return metrics | {"texts": shown, "tokens": done.tokens}
 
 # %% ../../nbs/6_beyond_text/14_misinformation.ipynb #8acd2e16
-RULINGS = {
-    "true": 1,
-    "mostly-true": 1,
-    "half-true": 1,
-    "barely-true": 0,
-    "false": 0,
-    "pants-fire": 0,
-}
+RULINGS = dict.fromkeys(("true", "mostly-true", "half-true"), 1)
+RULINGS |= dict.fromkeys(("barely-true", "false", "pants-fire"), 0)
 
 
 def liar_file() -> Path:

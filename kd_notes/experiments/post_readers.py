@@ -10,13 +10,14 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from ..core import read_jsonl, rng, sha256_text
 from kd_notes.data.posts import (
@@ -44,6 +45,7 @@ from kd_notes.methods.evidence import (
     write_captions,
 )
 from ..methods.step_by_step import EXPLAIN, PREDICT
+from ..models.frozen_layers import pad_states
 from ..models.mini import load_mini_tokenizer, mini_model, train_mini_tokenizer
 from ..training.batches import Batch, pad_rows, target_nll, unwrapped
 from ..training.checkpoint import save_model
@@ -53,6 +55,10 @@ from ..training.state import TrainConfig
 
 # %% ../../nbs/6_beyond_text/13b_post_readers.ipynb #4edf3e99
 POST_MODULES = ["experiments.post_readers", "methods.evidence", "data.posts"]
+
+
+def share(right: Sequence[bool]) -> float:
+    return float(np.mean(right))
 
 
 @dataclass
@@ -78,22 +84,20 @@ class PostsSeen(Experiment):
 
     def train(self, run: dict, folder: Path) -> dict:
         "Metrics: the shares of signs and of captions that are right, and of single words of them."
-        posts = sum(self.posts(run)[0].values(), [])
+        splits, _ = self.posts(run)
+        posts = sum(splits.values(), [])
         read = SignReader()
         model = train_captioner(run["pictures"], run["epochs"])
-        pictures = {post.id: lambda post=post: picture_of(post) for post in posts}
-        seen = read_pictures(
-            pictures,
-            read,
-            lambda images: write_captions(model, images),
-            folder / "seen.jsonl",
-            identity=read.identity(),
-        )
-        return {
-            "signs": float(np.mean([seen[p.id].sign == p.sign for p in posts])),
-            "captions": float(np.mean([seen[p.id].caption == p.scene for p in posts])),
-            "posts": len(posts),
-        }
+
+        def describe(images: list) -> list[str]:
+            return write_captions(model, images)
+
+        pictures = {post.id: partial(picture_of, post) for post in posts}
+        file = folder / "seen.jsonl"
+        seen = read_pictures(pictures, read, describe, file, identity=read.identity())
+        signs = [seen[post.id].sign == post.sign for post in posts]
+        captions = [seen[post.id].caption == post.scene for post in posts]
+        return {"signs": share(signs), "captions": share(captions), "posts": len(posts)}
 
     def posts(self, run: dict) -> tuple[dict[str, list[Post]], list[dict]]:
         return draw_posts(run["train"], run["validation"], run["test"])
@@ -104,63 +108,95 @@ class PostsSeen(Experiment):
         return {row["id"]: Seen(row["sign"], row["caption"]) for row in rows}
 
 # %% ../../nbs/6_beyond_text/13b_post_readers.ipynb #e37fcc8d
-class OtherPost:
-    "A post that belongs to no split."
-
-    def __init__(self, date: int, text: str):
-        self.date, self.text = date, text
-
-
 def other_reports(place: str, scene: str, label: str, r: random.Random) -> list[dict]:
     "Draw three texts such that a claim about a place has this label, newest first."
-    days = sorted(r.sample(range(1, 41), 0 if label == "unverified" else r.choice((1, 2))))
+    known = 0 if label == "unverified" else r.choice((1, 2))
+    days = sorted(r.sample(range(1, 41), known))
     newest = scene if label == "true" else draw_scene(r, unlike=scene)
-    older = scene if label == "false" and r.random() < 0.5 else draw_scene(r, unlike=newest)
-    made = [report(place, day, said) for day, said in zip(days, [older, newest][-len(days) :])]
-    others = r.sample([name for name in PLACES if name != place], 2)
+    if label == "false" and r.random() < 0.5:
+        older = scene
+    else:
+        older = draw_scene(r, unlike=newest)
+    scenes = [older, newest][-len(days) :]
+    made = [report(place, day, said) for day, said in zip(days, scenes)]
+    elsewhere = [name for name in PLACES if name != place]
+    others = r.sample(elsewhere, 2)
     while len(made) < 3:
         name = r.choice(others)
         if r.random() < 0.3:
-            text = f"At {r.choice([name, place])} it is {r.choice(['raining', 'sunny', 'windy'])}."
-            made.append({"id": "weather", "date": r.randint(1, 40), "text": text, "place": ""})
+            made.append(_weather(r.choice([name, place]), r))
         else:
             said = scene if r.random() < 0.5 else draw_scene(r, unlike=scene)
-            made.append(report(name, r.randint(1, 40), said))
+            day = r.randint(1, 40)
+            made.append(report(name, day, said))
     return sorted(made, key=lambda row: -row["date"])
 
 
+def _weather(place: str, r: random.Random) -> dict:
+    "Draw a text about a place that says nothing of its things."
+    sky = r.choice(["raining", "sunny", "windy"])
+    day = r.randint(1, 40)
+    text = f"At {place} it is {sky}."
+    return {"id": "weather", "date": day, "text": text, "place": ""}
+
+# %% ../../nbs/6_beyond_text/13b_post_readers.ipynb #reading-row
 def reading_row(r: random.Random, sentences: bool = False) -> tuple[str, list[tuple[str, str]]]:
     """Draw a prompt from another world, and questions about it with their answers.
 
     With `sentences`, it is also asked to tell the newest report, and to repeat something.
     """
-    place, scene, label = r.choice(PLACES), draw_scene(r), r.choice(VERDICTS)
+    place = r.choice(PLACES)
+    scene = draw_scene(r)
+    label = r.choice(VERDICTS)
     reports = other_reports(place, scene, label, r)
-    kind = r.randrange(4)
-    where, what = f"At {place}" if kind % 2 else "Here", scene if kind // 2 else "these"
-    post = OtherPost(r.randint(41, 60), f"{r.choice(OPENINGS)}{where} stand {what}.")
-    prompt = instruction(post, r.choice(NOTICES) if kind % 2 else place, scene, reports)
-    newest = next((x for x in reports if x["place"] == place and "scene" in x), None)
-    said = newest["scene"].split() if newest else [""] * 3
-    same = ["yes" if a == b else "no" for a, b in zip(said, scene.split())]
-    agree = dict(zip(("Number?", "Colour?", "Thing?", "All?"), [*same, min(same, key=len)]))
-    asked = {"Place?": place, "Claim?": scene}
-    asked["News?"] = f"day {newest['date']} {newest['scene']}" if newest else "none"
-    asked |= agree if newest else dict.fromkeys(agree, "none")
+    prompt = _reading_prompt(place, scene, reports, r)
+    about = [each for each in reports if each["place"] == place and "scene" in each]
+    newest = about[0] if about else None
+    asked = {"Place?": place, "Claim?": scene} | _news(newest, scene)
     if sentences:
         said = draw_scene(r)
-        ends = [f"{said}, as in the post.", f"{said}, not {draw_scene(r)}."]
-        words = r.choice([*VERDICTS, "So it is", *ends])
-        asked |= {f"Say {words}?": words, "Tell?": told(place, newest)}
+        agrees = f"{said}, as in the post."
+        differs = f"{said}, not {draw_scene(r)}."
+        words = r.choice([*VERDICTS, "So it is", agrees, differs])
+        asked[f"Say {words}?"] = words
+        asked["Tell?"] = told(place, newest)
     questions = list(asked.items())
     r.shuffle(questions)
     return prompt, questions
 
 
+def _reading_prompt(place: str, scene: str, reports: list[dict], r: random.Random) -> str:
+    "Draw a prompt whose post or sign names the place, and whose post or caption the scene."
+    kind = r.randrange(4)
+    named = kind % 2
+    described = kind // 2
+    day = r.randint(41, 60)
+    opening = r.choice(OPENINGS)
+    where = f"At {place}" if named else "Here"
+    what = scene if described else "these"
+    post = SimpleNamespace(date=day, text=f"{opening}{where} stand {what}.")
+    sign = r.choice(NOTICES) if named else place
+    return instruction(post, sign, scene, reports)
+
+
+def _news(newest: dict | None, scene: str) -> dict[str, str]:
+    "Return the questions about the newest report, and whether it agrees with a claim."
+    questions = ("Number?", "Colour?", "Thing?", "All?")
+    if newest is None:
+        return {"News?": "none"} | dict.fromkeys(questions, "none")
+    said = newest["scene"].split()
+    claimed = scene.split()
+    same = ["yes" if a == b else "no" for a, b in zip(said, claimed)]
+    everything = min(same, key=len)  # "no" if there is one
+    news = f"day {newest['date']} {newest['scene']}"
+    return {"News?": news} | dict(zip(questions, [*same, everything]))
+
+
 def told(place: str, newest: dict | None) -> str:
     "Return what the newest report says, or that there is none, as a sentence."
     scene = newest["scene"] if newest else ""
-    return reason_of(place, scene, newest)[1].replace(", as in the post", "")
+    _, reason = reason_of(place, scene, newest)
+    return reason.replace(", as in the post", "")
 
 # %% ../../nbs/6_beyond_text/13b_post_readers.ipynb #6659cad7
 class Reading(Method):
@@ -171,12 +207,16 @@ class Reading(Method):
 
     def encode(self, row: tuple[str, list[tuple[str, str]]]) -> dict:
         prompt, questions = row
-        texts = [prompt, *(text for pair in questions for text in pair)]
-        parts = self.tokenizer(texts, add_special_tokens=False).input_ids
-        ids, labels = list(parts[0]), [-100] * len(parts[0])
-        for question, answer in zip(parts[1::2], parts[2::2]):
+        texts = [prompt]
+        for pair in questions:
+            texts += pair
+        read, *parts = self.tokenizer(texts, add_special_tokens=False).input_ids
+        ids = list(read)
+        labels = [-100] * len(read)
+        for question, answer in zip(parts[::2], parts[1::2]):
             ids += question + answer
-            labels += [-100] * len(question) + answer
+            labels += [-100] * len(question)
+            labels += answer
         return {"ids": ids, "labels": labels}
 
     def num_tokens(self, item: dict) -> int:
@@ -188,7 +228,8 @@ class Reading(Method):
         return Batch({"input_ids": ids, "labels": labels}, right_padded=True)
 
     def token_counts(self, batch: Batch) -> dict[str, int]:
-        return {"loss": int((batch["labels"] != -100).sum())}
+        learnt = batch["labels"] != -100
+        return {"loss": int(learnt.sum())}
 
     def loss_sums(self, model: Any, batch: Batch) -> dict[str, Tensor]:
         return {"loss": target_nll(model, batch).sum()}
@@ -209,14 +250,18 @@ class PriorSettings:
 
 def prior_tokenizer(rows: Sequence[tuple], folder: Path) -> Any:
     "Train the tokenizer of the students on readings, verdicts and reasons."
-    texts = [prompt + " ".join(word for pair in asked for word in pair) for prompt, asked in rows]
-    reasons = [
-        reason_of("Alder", "3 red boxes", report("Alder", 3, s)) for s in ("3 red boxes", "")
-    ]
-    verdicts = [f"{label}. {why} So it is {label}." for label, why in reasons]
-    verdicts += [f"unverified. {reason_of('Alder', '', None)[1]} So it is unverified."]
-    checked = ["Fact check of day 3. true. false. unverified.", PREDICT, EXPLAIN]
-    return train_mini_tokenizer([*texts, *50 * (verdicts + checked)], 1280, folder)
+    texts = []
+    for prompt, asked in rows:
+        words = [word for pair in asked for word in pair]
+        texts.append(prompt + " ".join(words))
+    place = "Alder"
+    scene = "3 red boxes"
+    reports = [report(place, 3, scene), report(place, 3, "")]
+    answers = [reason_of(place, scene, each) for each in reports]
+    answers.append(reason_of(place, "", None))
+    often = [f"{label}. {why} So it is {label}." for label, why in answers]
+    often += ["Fact check of day 3. true. false. unverified.", PREDICT, EXPLAIN]
+    return train_mini_tokenizer(texts + 50 * often, 1280, folder)
 
 # %% ../../nbs/6_beyond_text/13b_post_readers.ipynb #47012c75
 class PostPriors(Experiment):
@@ -235,14 +280,12 @@ class PostPriors(Experiment):
         rows = [reading_row(r) for _ in range(run["rows"])]
         tokenizer = prior_tokenizer(rows[:2500], folder / "tokenizer")
         model = mini_model("causal", run["size"], len(tokenizer), run["seed"])
-        steps = {"training": run["steps"], "sentences": run["sentence_steps"]}
-        drawn = {
-            "training": rows,
-            "sentences": [reading_row(r, True) for _ in rows[: len(rows) // 2]],
-        }
-        for part, count in steps.items():
+        told = [reading_row(r, True) for _ in range(len(rows) // 2)]
+        parts = {"training": (rows, run["steps"]), "sentences": (told, run["sentence_steps"])}
+        method = Reading(tokenizer)
+        for part, (drawn, steps) in parts.items():
             cfg = TrainConfig(
-                max_steps=count,
+                max_steps=steps,
                 batch_size=run["batch_size"],
                 lr=run["lr"],
                 warmup=0.03,
@@ -251,11 +294,12 @@ class PostPriors(Experiment):
                 save_every=500,
                 device="cpu",
             )
-            done = train(model, Reading(tokenizer), drawn[part], cfg, run_dir=folder / part)
+            done = train(model, method, drawn, cfg, run_dir=folder / part)
             model = done.model
         save_model(model, folder / "model")
         new = rng("new readings", run["seed"])
-        return reading_scores(model, tokenizer, [reading_row(new, True) for _ in range(200)])
+        asked = [reading_row(new, True) for _ in range(200)]
+        return reading_scores(model, tokenizer, asked)
 
     def load(self, run: dict) -> tuple[Any, Any]:
         "Return (model, tokenizer), trained now if they are not in the cache."
@@ -272,27 +316,36 @@ def reading_scores(model: Any, tokenizer: Any, rows: Sequence[tuple]) -> dict[st
     "Return {question: share of rows whose answer has the highest probability, token by token}."
     model.eval()
     found: dict[str, list[bool]] = {}
+    method = Reading(tokenizer)
+
+    def tokens(text: str) -> int:
+        return len(tokenizer.encode(text))
+
     for prompt, questions in rows:
-        item = Reading(tokenizer).encode((prompt, questions))
-        ids = torch.tensor([item["ids"]])
-        best = [-1, *model(ids).logits[0].argmax(-1).tolist()]
-        at = len(tokenizer.encode(prompt))
+        ids = method.encode((prompt, questions))["ids"]
+        logits = model(torch.tensor([ids])).logits[0]
+        best = [-1, *logits.argmax(-1).tolist()]
+        at = tokens(prompt)
         for question, answer in questions:
-            at += len(tokenizer.encode(question))
-            end = at + len(tokenizer.encode(answer))
-            right = best[at:end] == item["ids"][at:end]
-            found.setdefault(question.split()[0], []).append(right)
+            at += tokens(question)
+            end = at + tokens(answer)
+            right = best[at:end] == ids[at:end]
+            kind = question.split()[0]
+            found.setdefault(kind, []).append(right)
             at = end
-    return {question: float(np.mean(right)) for question, right in sorted(found.items())}
+    return {kind: share(right) for kind, right in sorted(found.items())}
 
 # %% ../../nbs/6_beyond_text/13b_post_readers.ipynb #asked-code
 def write_answers(model: Any, tokenizer: Any, prompts: Sequence[str], new: int) -> list[str]:
     "Return the student's greedy answers."
     model.eval()
+    if not prompts:
+        return []
     ids = [tokenizer.encode(prompt, add_special_tokens=False) for prompt in prompts]
     stop = (tokenizer.eos_token_id,)
-    drawn = greedy(model, ids, new, stop_ids=stop).response_ids if ids else []
-    return [tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in drawn]
+    drawn = greedy(model, ids, new, stop_ids=stop)
+    texts = [tokenizer.decode(answer, skip_special_tokens=True) for answer in drawn.response_ids]
+    return [text.strip() for text in texts]
 
 
 @torch.inference_mode()
@@ -302,10 +355,14 @@ def likeliest(model: Any, tokenizer: Any, prompts: Sequence[str]) -> list[str]:
     method = SFT(tokenizer)
     chosen = []
     for number, prompt in enumerate(prompts):
-        rows = [TextRow(f"{number}", prompt, label, whole=False) for label in VERDICTS]
-        batches = [method.collate([method.encode(row)]) for row in rows]
-        nats = [float(method.loss_sums(model, batch)["loss"]) for batch in batches]
-        chosen.append(VERDICTS[int(np.argmin(nats))])
+        nats = []
+        for label in VERDICTS:
+            row = TextRow(f"{number}", prompt, label, whole=False)
+            batch = method.collate([method.encode(row)])
+            loss = method.loss_sums(model, batch)["loss"]
+            nats.append(float(loss))
+        best = int(np.argmin(nats))
+        chosen.append(VERDICTS[best])
     return chosen
 
 # %% ../../nbs/6_beyond_text/13b_post_readers.ipynb #upper-states
@@ -318,28 +375,54 @@ class StatesSFT(SFT):
     def collate(self, items: list[dict]) -> Batch:
         batch = super().collate(items)
         states = [item["states"] for item in items]
-        batch.inputs["inputs_embeds"] = pad_sequence(states, batch_first=True)
+        batch.inputs["inputs_embeds"] = pad_states(states)
         del batch.inputs["input_ids"]
         return batch
+
+
+def fit_upper(run: dict, model: Any, tokenizer: Any, rows: list[dict]) -> Any:
+    "Train adapters in the upper layers of a model, on rows with their states."
+    rank = run["rank"]
+    cfg = TrainConfig(
+        max_steps=run["steps"],
+        batch_size=run["batch_size"],
+        lr=run["lr"],
+        warmup=0.05,
+        lora={"r": rank, "alpha": 2 * rank, "targets": "all-linear"},
+        seed=run["seed"],
+        precision=run.get("precision", "no"),
+        device="cpu",
+    )
+    return train(model, StatesSFT(tokenizer), rows, cfg)
 
 # %% ../../nbs/6_beyond_text/13b_post_readers.ipynb #upper-scores
 def label_tokens(tokenizer: Any) -> list[int]:
     "Return the first token of each label; they differ, so they can stand for the labels."
-    return [ids[0] for ids in tokenizer(list(VERDICTS), add_special_tokens=False).input_ids]
+    labels = tokenizer(list(VERDICTS), add_special_tokens=False).input_ids
+    return [ids[0] for ids in labels]
+
+
+def _label_logprobs(logits: Tensor, tokenizer: Any) -> np.ndarray:
+    "Return the log-probabilities (B, 3) of the labels' first tokens, from logits (B, V)."
+    logprobs = logits.float().log_softmax(-1)
+    return logprobs[:, label_tokens(tokenizer)].numpy()
 
 
 @torch.inference_mode()
 def label_scores(model: Any, tokenizer: Any, items: Sequence[dict]) -> np.ndarray:
     "Return the log-probabilities (posts, 3) of the labels, from states below upper layers."
-    body, head = unwrapped(model).base_model, unwrapped(model).get_output_embeddings()
+    model = unwrapped(model)
+    body = model.base_model
+    head = model.get_output_embeddings()
     found = []
     for start in range(0, len(items), 16):
         part = [item["states"] for item in items[start : start + 16]]
-        read = body(inputs_embeds=pad_sequence(part, batch_first=True), use_cache=False)
+        read = body(inputs_embeds=pad_states(part), use_cache=False)
+        places = torch.arange(len(part))
         ends = torch.tensor([len(states) - 1 for states in part])
-        logits = head(read.last_hidden_state[torch.arange(len(part)), ends]).float()
-        found.append(logits.log_softmax(-1)[:, label_tokens(tokenizer)])
-    return torch.cat(found).numpy()
+        last = read.last_hidden_state[places, ends]
+        found.append(_label_logprobs(head(last), tokenizer))
+    return np.concatenate(found)
 
 
 def prompted_scores(model: Any, tokenizer: Any, prompts: Sequence[str]) -> np.ndarray:
@@ -348,38 +431,44 @@ def prompted_scores(model: Any, tokenizer: Any, prompts: Sequence[str]) -> np.nd
     rows = [DecodeRow(str(place), 0, each) for place, each in enumerate(ids)]
     shared = shared_length(rows)
     prefix = prefix_cache(model, ids[0][:shared])
-    parts = [rows[start : start + 16] for start in range(0, len(rows), 16)]
-    logits = [prefill(model, part, prefix, shared)[1].logits.float() for part in parts]
-    return torch.cat(logits).log_softmax(-1)[:, label_tokens(tokenizer)].numpy()
+    found = []
+    for start in range(0, len(rows), 16):
+        _, read = prefill(model, rows[start : start + 16], prefix, shared)
+        found.append(_label_logprobs(read.logits, tokenizer))
+    return np.concatenate(found)
 
 # %% ../../nbs/6_beyond_text/13b_post_readers.ipynb #ea620a4c
+def _line(name: str, prompt: str) -> str:
+    "Return what stands behind a name in a prompt, or nothing."
+    found = re.search(f"{name}: (.*)", prompt)
+    return found[1] if found else ""
+
+
 class RuleTeacher:
     "Prompts of `instruction` -> 'label. reason', with a stated share of misread prompts."
 
     def __init__(self, noise: float = 0.25, seed: int = 0):
-        self.noise, self.seed = noise, seed
+        self.noise = noise
+        self.seed = seed
 
     def __call__(self, prompts: list[str]) -> list[str]:
         return [". ".join(self.answer(prompt)) for prompt in prompts]
 
     def read(self, prompt: str) -> tuple[str, str, list[tuple[int, str, str]]]:
         "Return place, claim, and the reports (day, place, scene), newest first."
-        post = re.search(r"Post of day \d+: (.*)", prompt)[1]
-        sign, caption = (
-            (re.search(rf"{name}: (.*)", prompt) or [0, ""])[1] for name in ("Sign", "Picture")
-        )
-        where, what = re.search(r"(Here|At (?:\w+)) stand (these|\d \w+ \w+)", post).groups()
+        post = _line(r"Post of day \d+", prompt)
+        stand = re.search(r"(Here|At (?:\w+)) stand (these|\d \w+ \w+)", post)
+        where, what = stand.groups()
+        place = _line("Sign", prompt) if where == "Here" else where[3:]
+        claim = _line("Picture", prompt) if what == "these" else what
         found = re.findall(r"Day (\d+): At (\w+) stand (\d \w+ \w+)\.", prompt)
-        reports = [(int(day), place, scene) for day, place, scene in found]
-        return (
-            sign if where == "Here" else where[3:],
-            caption if what == "these" else what,
-            reports,
-        )
+        reports = [(int(day), name, scene) for day, name, scene in found]
+        return place, claim, reports
 
     def answer(self, prompt: str) -> tuple[str, str]:
         asked, _, told = prompt.partition("It is ")
-        r = rng("teacher", self.seed, sha256_text(asked.removesuffix("Answer:\n")))
+        question = asked.removesuffix("Answer:\n")
+        r = rng("teacher", self.seed, sha256_text(question))
         place, claim, reports = self.read(prompt)
         known = [(day, scene) for day, name, scene in reports if name == place]
         newest = known[0] if known else None
@@ -388,17 +477,21 @@ class RuleTeacher:
                 others = known[1:] or [(day, scene) for day, _, scene in reports]
                 newest = r.choice(others) if others else newest
             else:
-                newest = r.choice([None, (newest[0], draw_scene(r, unlike=newest[1]))])
+                day, scene = newest
+                changed = draw_scene(r, unlike=scene)
+                newest = r.choice([None, (day, changed)])
         label = told.partition(".")[0]
         return self.explain(place, claim, newest, label, r)
 
     def explain(self, place, claim, newest, label: str, r: random.Random) -> tuple[str, str]:
-        row = {"date": newest[0], "scene": newest[1]} if newest else None
+        row = None
+        if newest:
+            row = {"date": newest[0], "scene": newest[1]}
         own, reason = reason_of(place, claim, row)
         if label in ("", own):
             return own, reason
         if label == "unverified":
-            return label, reason_of(place, claim, None)[1]
+            return reason_of(place, claim, None)
         day, scene = newest or (r.randint(1, 40), claim)
         end = "as in the post" if label == "true" else f"not {claim}"
         return label, f"On day {day} the report from {place} was {scene}, {end}."

@@ -7,8 +7,8 @@ __all__ = ['Scoring']
 
 # %% ../../nbs/6_beyond_text/05_scoring_students.ipynb #6be86d51
 from collections.abc import Callable, Iterator, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from kd_notes.methods.scoring import (
     Words,
     WordScorer,
 )
+from ..models.frozen_layers import cut_lower, read_prompt, states_after
 from ..models.pretrained import count_parameters, load_teacher
 from ..training.loop import train
 from ..training.state import TrainConfig
@@ -68,7 +69,8 @@ class ScoringFeatures(Experiment):
         "Return the features, (answers, F), in the order of `AnswerSets.everything`."
         run = self.parameters(**settings)
         self.cached(run)
-        return torch.from_numpy(np.load(self.folder(run) / "features.npy")).float()
+        features = np.load(self.folder(run) / "features.npy")
+        return torch.from_numpy(features).float()
 
 # %% ../../nbs/6_beyond_text/05_scoring_students.ipynb #0ff9a0fd
 def lower_layers(layers: int) -> tuple[Any, Any]:
@@ -77,10 +79,7 @@ def lower_layers(layers: int) -> tuple[Any, Any]:
 
     logging.disable_progress_bar()
     model, tokenizer = load_teacher("smollm2", device="cpu")
-    body = model.model
-    body.layers = body.layers[:layers]
-    body.norm = torch.nn.Identity()
-    return body, tokenizer
+    return cut_lower(model.model, layers), tokenizer
 
 
 def _readings(body: Any, tokenizer: Any, rows: Sequence[dict]) -> Iterator[tuple]:
@@ -91,33 +90,21 @@ def _readings(body: Any, tokenizer: Any, rows: Sequence[dict]) -> Iterator[tuple
     prompts: dict[str, list[int]] = {}
     for place, row in enumerate(rows):
         prompts.setdefault(row["prompt"], []).append(place)
-    for prompt, places in prompts.items():
-        start = tokenizer(f"{prompt}\nStudent answer:", return_tensors="pt").input_ids
-        read = body(start, use_cache=True).past_key_values
-        places.sort(key=lambda place: len(rows[place]["answer"]))
-        for cut in range(0, len(places), 32):
-            chosen = places[cut : cut + 32]
-            texts = [f" {rows[place]['answer']}" for place in chosen]
-            batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right")
-            states = answer_states(body, read, start.shape[1], batch)
-            yield chosen, read, batch.attention_mask, states
-
-
-def answer_states(body: Any, read: Any, before: int, batch: Any) -> tuple[Tensor, ...]:
-    "Return the states of a batch of answers that follow a prompt of `before` tokens, by layer."
-    cache = deepcopy(read)
-    cache.batch_repeat_interleave(len(batch.input_ids))
-    mask = batch.attention_mask
-    whole = torch.cat([mask.new_ones(len(mask), before), mask], 1)
-    return body(
-        batch.input_ids, attention_mask=whole, past_key_values=cache, output_hidden_states=True
-    ).hidden_states
+    for prompt, owned in prompts.items():
+        read = read_prompt(body, tokenizer, f"{prompt}\nStudent answer:")
+        answers = [f" {rows[place]['answer']}" for place in owned]
+        for part, batch, states in states_after(body, tokenizer, read, answers):
+            places = [owned[number] for number in part]
+            yield places, read, batch.attention_mask, states
 
 
 def _half_and_last(body: Any, states: Sequence[Tensor], mask: Tensor) -> Tensor:
     "Return the mean states of answers after half of the layers and after all, (B, 2 H)."
-    kept = torch.cat([states[len(body.layers) // 2], states[-1]], -1)
-    weights = mask[..., None] / mask.sum(1)[:, None, None].clamp(min=1)
+    half = len(body.layers) // 2
+    kept = torch.cat([states[half], states[-1]], -1)
+    mask = mask[..., None]
+    tokens = mask.sum(1, keepdim=True).clamp(min=1)
+    weights = mask / tokens
     return (kept * weights).sum(1)
 
 # %% ../../nbs/6_beyond_text/05_scoring_students.ipynb #scs-readings
@@ -130,8 +117,8 @@ def frozen_states(rows: Sequence[dict], layers: int) -> tuple[np.ndarray, int]:
     body, tokenizer = lower_layers(layers)
     found = np.zeros((len(rows), 2 * body.config.hidden_size), np.float16)
     tokens = 0
-    for chosen, _, mask, states in _readings(body, tokenizer, rows):
-        found[chosen] = _half_and_last(body, states, mask).numpy()
+    for places, _, mask, states in _readings(body, tokenizer, rows):
+        found[places] = _half_and_last(body, states, mask).numpy()
         tokens += int(mask.sum())
     return found, tokens
 
@@ -163,20 +150,29 @@ TRAINING = {"batch_size": 32, "warmup": 0.05, "weight_decay": 0.01, "device": "c
 @torch.no_grad()
 def read_answers(body: Any, tokenizer: Any, rows: Sequence[dict], trained: int) -> ReadAnswers:
     "Read questions and answers with all layers; of the upper `trained` ones, keep what they start from."
-    kept = ReadAnswers([], [0] * len(rows), [torch.empty(0)] * len(rows), torch.empty(0))
+    asked: list[Tensor] = []
+    owner = [0] * len(rows)
+    said = [torch.empty(0)] * len(rows)
     features = torch.zeros(len(rows), 2 * body.config.hidden_size)
     last = None
-    for chosen, read, mask, states in _readings(body, tokenizer, rows):
+    for places, read, mask, states in _readings(body, tokenizer, rows):
         if read is not last:
-            known = read.layers[: len(body.layers)][-trained:]  # a cache has room for all layers
-            kept.asked.append(torch.stack([torch.cat([x.keys, x.values]) for x in known]))
+            asked.append(_upper_cache(read, len(body.layers), trained))
             last = read
-        features[chosen] = _half_and_last(body, states, mask)
-        for place, row, length in zip(chosen, states[-1 - trained], mask.sum(1).tolist()):
-            kept.owner[place] = len(kept.asked) - 1
-            kept.said[place] = row[:length].clone()
-    kept.features = features
-    return kept
+        features[places] = _half_and_last(body, states, mask)
+        start = states[-1 - trained]
+        lengths = mask.sum(1).tolist()
+        for place, row, length in zip(places, start, lengths):
+            owner[place] = len(asked) - 1
+            said[place] = row[:length].clone()
+    return ReadAnswers(asked, owner, said, features)
+
+
+def _upper_cache(read: Any, layers: int, trained: int) -> Tensor:
+    "Return keys and values of a question in the upper layers, (trained, 2, heads, P, D)."
+    upper = read.layers[:layers][-trained:]  # a cache has room for all layers of the whole model
+    pairs = [torch.cat([layer.keys, layer.values]) for layer in upper]
+    return torch.stack(pairs)
 
 # %% ../../nbs/6_beyond_text/05_scoring_students.ipynb #scs-member
 def _wide_scorer(words: Words, features: Tensor | None = None) -> WordScorer:
@@ -187,10 +183,10 @@ def _new_networks(run: dict, words: Words, rows: Sequence[dict]) -> Callable:
     "Return (rows to learn) -> an untrained teacher; `rows` are all answers of the sets."
     if not run["layers"]:
         return lambda known: _wide_scorer(words)
-    answers = None
-    if run.get("trained"):
+    tuned = run.get("trained")
+    if tuned:
         body, tokenizer = lower_layers(run["layers"])
-        answers = read_answers(body, tokenizer, rows, run["trained"])
+        answers = read_answers(body, tokenizer, rows, tuned)
         features = answers.features
     else:
         features = ScoringFeatures().load(data=run["data"], layers=run["layers"])
@@ -198,9 +194,12 @@ def _new_networks(run: dict, words: Words, rows: Sequence[dict]) -> Callable:
     def made(known: list[dict]) -> nn.Module:
         "Features are brought to mean 0 and deviation 1 on the rows that are learnt."
         seen = features[[row["ids"][0] for row in known]]
-        mean, std = seen.mean(0), seen.std(0) + 1e-4
+        mean = seen.mean(0)
+        std = seen.std(0) + 1e-4
         head = _wide_scorer(words, (features - mean) / std)
-        return LayerScorer(body, answers, head, mean, std) if answers else head
+        if not tuned:
+            return head
+        return LayerScorer(body, answers, head, mean, std)
 
     return made
 
@@ -215,7 +214,8 @@ def _member(run: dict, new: Callable, rows: list[dict], seed: int) -> nn.Module:
         cfg = TrainConfig(max_steps=steps, lr=lr, seed=seed, **more, **TRAINING)
         train(network, ScoringKD(LABELS, 0.0), rows, cfg)
 
-    fit(model.head if run.get("trained") else model, run["steps"], run["lr"])
+    first = model.head if run.get("trained") else model
+    fit(first, run["steps"], run["lr"])
     if run.get("tuning_steps"):
         precision = run.get("precision", "no")
         fit(model, run["tuning_steps"], run["tuning_lr"], precision=precision)
@@ -224,10 +224,12 @@ def _member(run: dict, new: Callable, rows: list[dict], seed: int) -> nn.Module:
 
 def _probabilities(models: list, rows: list[dict]) -> np.ndarray:
     "Return the mean probabilities of the members, (rows, labels); short answers are read together."
-    order = sorted(range(len(rows)), key=lambda place: len(rows[place]["ids"]))
-    found = np.zeros((len(rows), LABELS))
+    lengths = [len(row["ids"]) for row in rows]
+    order = sorted(range(len(rows)), key=lengths.__getitem__)
     together = [rows[place] for place in order]
-    found[order] = np.mean([score_probabilities(model, together) for model in models], 0)
+    members = [score_probabilities(model, together) for model in models]
+    found = np.zeros((len(rows), LABELS))
+    found[order] = np.mean(members, 0)
     return found
 
 # %% ../../nbs/6_beyond_text/05_scoring_students.ipynb #0845030d
@@ -243,9 +245,10 @@ class ScoringTeachers(Experiment):
         if run["data"] != "science" and run["bank"]:
             fix = "Use layers of a pretrained model instead."
             raise UserError("only 'science' has a bank", where="bank", fix=fix)
-        if not 0 <= 2 * run.get("trained", 0) <= run["layers"]:
+        trained = run.get("trained", 0)
+        if not 0 <= 2 * trained <= run["layers"]:
             fix = "The lower half of the layers stays frozen."
-            raise UserError(f"{run['trained']} of {run['layers']} layers", where="trained", fix=fix)
+            raise UserError(f"{trained} of {run['layers']} layers", where="trained", fix=fix)
         return run
 
     def inputs(self, run: dict) -> dict[str, str]:
@@ -257,27 +260,29 @@ class ScoringTeachers(Experiment):
     def before(self, runs: list[dict]) -> list[tuple[Experiment, list[dict]]]:
         features = ScoringFeatures()
         frozen = [run for run in runs if run["layers"] and not run.get("trained")]
-        wanted = [{"data": run["data"], "layers": run["layers"]} for run in frozen]
-        return [(features, [features.parameters(**run) for run in wanted])] if wanted else []
+        needed = [features.parameters(data=run["data"], layers=run["layers"]) for run in frozen]
+        return [(features, needed)] if needed else []
 
     def train(self, run: dict, folder: Path) -> dict:
         "Metrics: `teacher_metrics`; without folds, a trial, those of the validation answers alone."
         sets = answer_sets(run["data"], run["people"])
         bank = science_answers(run["bank"], 4, noise=0.15)
         words = Words([*sets.train, *bank])
-        everything, bank = words.rows(sets.everything()), words.rows(bank)
+        bank = words.rows(bank)
+        everything = words.rows(sets.everything())
         if run["layers"]:
             for place, row in enumerate(everything):
                 row["ids"] = [place, *row["ids"]]
         new = _new_networks(run, words, everything)
-        seeds = iter(range(1000 * run["seed"], 1000 * run["seed"] + 1000))
+        seeds = count(1000 * run["seed"])
 
         def teach(rows: list[dict]):
             learnt = [*rows, *bank]
             made = [_member(run, new, learnt, next(seeds)) for _ in range(run["members"])]
             return lambda rows: _probabilities(made, rows)
 
-        known, rest = everything[: len(sets.train)], everything[len(sets.train) :]
+        split = len(sets.train)
+        known, rest = everything[:split], everything[split:]
         whole = teach(known)
         if not run["folds"]:
             held = whole(rest[: len(sets.validation)])
@@ -289,35 +294,57 @@ class ScoringTeachers(Experiment):
         return teacher_metrics(sets, soft) | {"parameters": teacher_size(run, words)}
 
 # %% ../../nbs/6_beyond_text/05_scoring_students.ipynb #5a0aa2b3
+def _rounded(number: Any) -> float:
+    "Return a number as it is recorded."
+    return round(float(number), 5)
+
+
 def _right_share(labels: Any, rows: Sequence[dict]) -> float:
-    "Return the share of answers whose likeliest score is the human's, rounded for a record."
-    right = np.asarray(labels).argmax(1) == [row["score"] for row in rows]
-    return round(float(right.mean()), 5)
+    "Return the share of answers whose likeliest score is the human's."
+    given = np.asarray(labels).argmax(1)
+    scores = [row["score"] for row in rows]
+    right = given == scores
+    return _rounded(right.mean())
+
+
+def _digits(scores: np.ndarray) -> str:
+    return "".join(map(str, scores))
 
 
 def teacher_metrics(sets: AnswerSets, soft: dict[str, Any]) -> dict[str, Any]:
     "Return how often the teacher is right and how sure it is, and its scores of each test."
     metrics: dict[str, Any] = {}
     for name in ("inside", "outside"):
-        metrics[f"accuracy_{name}"] = _right_share(soft[name], sets.train)
-        metrics[f"confidence_{name}"] = round(float(np.asarray(soft[name]).max(1).mean()), 5)
+        labels = np.asarray(soft[name])
+        metrics[f"accuracy_{name}"] = _right_share(labels, sets.train)
+        metrics[f"confidence_{name}"] = _rounded(labels.max(1).mean())
+    rest = np.asarray(soft["rest"])
     start = len(sets.validation)
-    metrics["accuracy_validation"] = _right_share(soft["rest"][:start], sets.validation)
+    metrics["accuracy_validation"] = _right_share(rest[:start], sets.validation)
     for name, rows in sets.tests.items():
-        found = np.asarray(soft["rest"])[start : start + len(rows)]
-        metrics[f"{name}: scores"] = "".join(map(str, found.argmax(1)))
-        start += len(rows)
+        end = start + len(rows)
+        scores = rest[start:end].argmax(1)
+        metrics[f"{name}: scores"] = _digits(scores)
+        start = end
     return metrics
 
 
 def teacher_size(run: dict, words: Words) -> int:
     "Return the parameters of all members and of the layers below them."
+    members = run["members"]
     if not run["layers"]:
-        return run["members"] * count_parameters(_wide_scorer(words))
+        own = count_parameters(_wide_scorer(words))
+        return members * own
     body, _ = lower_layers(run["layers"])
-    own = count_parameters(_wide_scorer(words, torch.zeros(1, 2 * body.config.hidden_size)))
-    upper = count_parameters(body.layers[-run["trained"] :]) if run.get("trained") else 0
-    return count_parameters(body) - upper + run["members"] * (own + upper)
+    one = torch.zeros(1, 2 * body.config.hidden_size)
+    own = count_parameters(_wide_scorer(words, one))
+    shared = count_parameters(body)
+    trained = run.get("trained")
+    if trained:
+        upper = count_parameters(body.layers[-trained:])
+        shared -= upper
+        own += upper
+    return shared + members * own
 
 
 def soft_labels(teacher: dict, name: str) -> np.ndarray:  # "inside" or "outside"
@@ -372,7 +399,8 @@ def new_student(run: dict, words: int) -> torch.nn.Module:
         if not SCORING_ARMS[run["arm"]].encoder:
             return WordScorer(words, LABELS)
         width = run.get("encoder_width", 52)
-        return EncoderScorer(words, LABELS, width, 4, width * 1200 // 312)
+        inner = width * 1200 // 312
+        return EncoderScorer(words, LABELS, width, 4, inner)
 
 # %% ../../nbs/6_beyond_text/05_scoring_students.ipynb #2feb3426
 class Scoring(Experiment):
@@ -388,7 +416,8 @@ class Scoring(Experiment):
         soft = SCORING_ARMS[run["arm"]].soft
         wanted = {"data": run["data"], "people": run["people"]} | run["teacher"]
         teacher = ScoringTeachers().parameters(**wanted) if soft in ("inside", "outside") else {}
-        return run | {"teacher": teacher, "weight": run["weight"] if soft else 0.0}
+        weight = run["weight"] if soft else 0.0
+        return run | {"teacher": teacher, "weight": weight}
 
     def inputs(self, run: dict) -> dict[str, str]:
         return answer_inputs(run)
@@ -397,32 +426,42 @@ class Scoring(Experiment):
         return SCORING_MODULES
 
     def before(self, runs: list[dict]) -> list[tuple[Experiment, list[dict]]]:
-        return [(ScoringTeachers(), [run["teacher"] for run in runs if run["teacher"]])]
+        teachers = [run["teacher"] for run in runs if run["teacher"]]
+        return [(ScoringTeachers(), teachers)]
 
     def train(self, run: dict, folder: Path) -> dict:
         "Metrics: validation accuracy; for each test the scores given, ECE and loss."
         sets = answer_sets(run["data"], run["people"])
         words = Words(sets.train)
-        known, held = words.rows(sets.train), words.rows(sets.validation)
+        known = words.rows(sets.train)
+        held = words.rows(sets.validation)
         soft = SCORING_ARMS[run["arm"]].soft
         if soft:
-            for row, label in zip(known, _labels_of(run, soft, sets.train), strict=True):
+            labels = _labels_of(run, soft, sets.train)
+            for row, label in zip(known, labels, strict=True):
                 row["soft"] = [float(p) for p in label]
 
+        def measured(model: torch.nn.Module, rows: list[dict]) -> dict:
+            found = score_probabilities(model, rows)
+            return score_metrics(found, rows)
+
         def validate(model: torch.nn.Module) -> dict:
-            return {"score": score_metrics(score_probabilities(model, held), held)["accuracy"]}
+            return {"score": measured(model, held)["accuracy"]}
 
         model = new_student(run, len(words))
-        every = max(run["steps"] // 10, 1)
-        settings = dict(max_steps=run["steps"], lr=run["lr"], seed=run["seed"], eval_every=every)
-        cfg = TrainConfig(**settings, **TRAINING, keep_best=True)
-        done = train(model, ScoringKD(LABELS, run["weight"]), known, cfg, validate=validate)
+        steps = run["steps"]
+        settings = {"max_steps": steps, "lr": run["lr"], "seed": run["seed"]} | TRAINING
+        cfg = TrainConfig(**settings, eval_every=max(steps // 10, 1), keep_best=True)
+        method = ScoringKD(LABELS, run["weight"])
+        done = train(model, method, known, cfg, validate=validate)
         metrics = {"valid_accuracy": done.best["score"], "train_seconds": done.seconds}
         if run["score_on"] == "test":
             for name, rows in sets.tests.items():
-                found = score_metrics(score_probabilities(model, words.rows(rows)), rows)
-                metrics |= {f"{name}: {k}": v for k, v in found.items() if k != "accuracy"}
-        return metrics | {"parameters": count_parameters(model)}
+                found = measured(model, words.rows(rows))
+                del found["accuracy"]
+                metrics |= {f"{name}: {measure}": value for measure, value in found.items()}
+        metrics["parameters"] = count_parameters(model)
+        return metrics
 
 # %% ../../nbs/6_beyond_text/05_scoring_students.ipynb #81cb197f
 def _labels_of(run: dict, soft: str, rows: list[dict]) -> np.ndarray:
@@ -431,7 +470,9 @@ def _labels_of(run: dict, soft: str, rows: list[dict]) -> np.ndarray:
         return soft_labels(run["teacher"], soft)
     # of the mixture (y + lambda p) / (1 + lambda), SMOOTHING is spread over all scores
     spread = SMOOTHING * (1 + run["weight"]) / run["weight"]
-    return (1 - spread) * np.eye(LABELS)[[row["score"] for row in rows]] + spread / LABELS
+    scores = [row["score"] for row in rows]
+    exact = np.eye(LABELS)[scores]
+    return (1 - spread) * exact + spread / LABELS
 
 # %% ../../nbs/6_beyond_text/05_scoring_students.ipynb #5a33544f
 def score_metrics(found: np.ndarray, rows: Sequence[dict]) -> dict[str, Any]:
@@ -440,15 +481,15 @@ def score_metrics(found: np.ndarray, rows: Sequence[dict]) -> dict[str, Any]:
     given = found.argmax(1)
     right = given == scores
     sure = np.minimum(found.max(1), 1.0)
-    loss = -np.log(np.maximum(found[np.arange(len(rows)), scores], 1e-12)).mean()
-    bins = [
-        [row["n"], round(row["confidence"], 3), round(row["accuracy"], 3)]
-        for row in reliability(sure, right)
-    ]
+    of_right = found[np.arange(len(rows)), scores]
+    loss = -np.log(np.maximum(of_right, 1e-12)).mean()
+    bins = []
+    for row in reliability(sure, right):
+        bins.append([row["n"], round(row["confidence"], 3), round(row["accuracy"], 3)])
     return {
         "accuracy": float(right.mean()),
-        "scores": "".join(map(str, given)),
+        "scores": _digits(given),
         "ece": round(ece(sure, right), 5),
-        "loss": round(float(loss), 5),
+        "loss": _rounded(loss),
         "bins": bins,
     }

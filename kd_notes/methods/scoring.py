@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..core import rng, UserError
 from ..data.scoring import check_scores, RUBRIC
+from ..models.frozen_layers import pad_states
 from ..training.batches import Batch, pad_rows
 from ..training.method import Method
 
@@ -35,10 +36,13 @@ class Words:
     "A vocabulary of the words of answers, and one entry for each item."
 
     def __init__(self, rows: Sequence[Mapping[str, Any]], least: int = 2, longest: int = 40):
-        counts = Counter(word for row in rows for word in _words(row["answer"]))
-        names = [word for word, n in sorted(counts.items()) if n >= least]
-        names += [f"item {item}" for item in sorted({row["item"] for row in rows})]
-        self.ids = {name: UNKNOWN + 1 + i for i, name in enumerate(names)}
+        counts: Counter = Counter()
+        for row in rows:
+            counts.update(_words(row["answer"]))
+        names = [word for word in sorted(counts) if counts[word] >= least]
+        items = sorted({row["item"] for row in rows})
+        names += [f"item {item}" for item in items]
+        self.ids = {name: place for place, name in enumerate(names, UNKNOWN + 1)}
         self.longest = longest
 
     def __len__(self) -> int:
@@ -46,7 +50,8 @@ class Words:
 
     def encode(self, row: Mapping[str, Any]) -> list[int]:
         "Return the item's id and those of the answer's first words."
-        names = [f"item {row['item']}", *_words(row["answer"])[: self.longest]]
+        words = _words(row["answer"])
+        names = [f"item {row['item']}", *words[: self.longest]]
         return [self.ids.get(name, UNKNOWN) for name in names]
 
     def rows(self, rows: Sequence[Mapping[str, Any]]) -> list[dict]:
@@ -75,9 +80,10 @@ class WordScorer(torch.nn.Module):
         self.gate = torch.nn.Linear(width, hidden)
         self.register_buffer("features", features, persistent=False)
         self.read = None
+        parts = hidden + 2 * width
         if features is not None:
             self.read = torch.nn.Linear(features.shape[1], hidden)
-        parts = hidden + 2 * width + (hidden if self.read else 0)
+            parts += hidden
         self.mix = torch.nn.Linear(parts, hidden)
         self.head = torch.nn.Linear(hidden, labels)
         self.dropout = torch.nn.Dropout(0.2)
@@ -85,18 +91,26 @@ class WordScorer(torch.nn.Module):
     def forward(self, input_ids: Tensor, seen: Tensor | None = None) -> Tensor:
         parts = []
         if self.read is not None:
-            seen = self.features[input_ids[:, 0]] if seen is None else seen
-            parts.append(self.read(self.dropout(seen)).relu())
+            if seen is None:
+                places = input_ids[:, 0]
+                seen = self.features[places]
+            read = self.read(self.dropout(seen))
+            parts.append(read.relu())
             input_ids = input_ids[:, 1:]
         input_ids = F.pad(input_ids, (0, 1), value=PAD)  # a convolution needs a word, if empty
         mask = (input_ids != PAD)[:, 1:, None]
         vectors = self.dropout(self.embed(input_ids))
         item = vectors[:, 0]
-        vectors = vectors[:, 1:] * mask
-        near = self.near(vectors.transpose(1, 2)) + self.gate(item)[..., None]
-        parts.append((near.relu().transpose(1, 2) * mask).amax(1))
-        parts.append(vectors.sum(1) / mask.sum(1).clamp(min=1))
-        mixed = self.mix(self.dropout(torch.cat([*parts, item], 1)))
+        words = vectors[:, 1:] * mask
+        near = self.near(words.transpose(1, 2))
+        near = near + self.gate(item)[..., None]
+        found = near.relu().transpose(1, 2) * mask
+        parts.append(found.amax(1))
+        count = mask.sum(1).clamp(min=1)
+        parts.append(words.sum(1) / count)
+        parts.append(item)
+        together = torch.cat(parts, 1)
+        mixed = self.mix(self.dropout(together))
         return self.head(self.dropout(mixed.relu()))
 
 # %% ../../nbs/6_beyond_text/04_scoring_kd.ipynb #ef34da7e
@@ -126,10 +140,13 @@ class EncoderScorer(torch.nn.Module):
         self.head = torch.nn.Linear(width, labels)
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        places = torch.arange(input_ids.shape[1], device=input_ids.device)
-        vectors = self.norm(self.embed(input_ids) + self.place(places))
-        states = self.layers(vectors, src_key_padding_mask=input_ids == PAD)
-        return self.head(states[:, 0])
+        length = input_ids.shape[1]
+        places = torch.arange(length, device=input_ids.device)
+        vectors = self.embed(input_ids) + self.place(places)
+        padding = input_ids == PAD
+        states = self.layers(self.norm(vectors), src_key_padding_mask=padding)
+        first = states[:, 0]
+        return self.head(first)
 
 # %% ../../nbs/6_beyond_text/04_scoring_kd.ipynb #skd-layers
 @dataclass
@@ -140,6 +157,27 @@ class ReadAnswers:
     owner: list[int]  # the question of each answer
     said: list[Tensor]  # each answer after the frozen layers, (T, H)
     features: Tensor  # mean states of each answer after half of the layers and after all, (n, 2 H)
+
+
+def _lengths(states: Sequence[Tensor]) -> Tensor:
+    "Return the numbers of tokens T of states (..., T, D), as a column."
+    return torch.tensor([each.shape[-2] for each in states])[:, None]
+
+
+def _joined_cache(asked: Sequence[Tensor]) -> Any:
+    "Return a cache with the keys and values of one question a row, padded on the right."
+    from transformers import DynamicCache
+
+    longest = max(question.shape[-2] for question in asked)
+    padded = []
+    for question in asked:
+        lacking = longest - question.shape[-2]
+        padded.append(F.pad(question, (0, 0, 0, lacking)))
+    cache = DynamicCache()
+    layers = torch.stack(padded, 2)
+    for place, (keys, values) in enumerate(layers):
+        cache.update(keys, values, place)
+    return cache
 
 # %% ../../nbs/6_beyond_text/04_scoring_kd.ipynb #skd-layers-1
 class LayerScorer(torch.nn.Module):
@@ -153,10 +191,12 @@ class LayerScorer(torch.nn.Module):
         self, body: Any, answers: ReadAnswers, head: WordScorer, mean: Tensor, std: Tensor
     ):
         super().__init__()
-        self.answers, self.head = answers, head
+        self.answers = answers
+        self.head = head
         self.body = deepcopy(body).requires_grad_(True)
         self.body.embed_tokens = torch.nn.Identity()
-        self.body.layers = self.body.layers[-len(answers.asked[0]) :]
+        trained = len(answers.asked[0])
+        self.body.layers = self.body.layers[-trained:]
         for place, layer in enumerate(self.body.layers):
             layer.self_attn.layer_idx = place
         self.register_buffer("mean", mean, persistent=False)
@@ -164,31 +204,38 @@ class LayerScorer(torch.nn.Module):
 
     def last_states(self, places: list[int]) -> Tensor:
         "Return the mean state of each answer after all layers, (B, H)."
-        from transformers import DynamicCache
-
-        asked = [self.answers.asked[self.answers.owner[place]] for place in places]
+        owners = [self.answers.owner[place] for place in places]
+        asked = [self.answers.asked[owner] for owner in owners]
         said = [self.answers.said[place] for place in places]
-        before, after = (torch.tensor([x.shape[-2] for x in xs])[:, None] for xs in (asked, said))
-        longest, mine = int(before.max()), torch.arange(int(after.max()))
-        cache = DynamicCache()
-        whole = torch.stack([F.pad(x, (0, 0, 0, longest - x.shape[-2])) for x in asked], 2)
-        for place, (keys, values) in enumerate(whole):
-            cache.update(keys, values, place)
-        states = self.body(
-            inputs_embeds=torch.nn.utils.rnn.pad_sequence(said, batch_first=True),
-            attention_mask=torch.cat([torch.arange(longest) < before, mine < after], 1).long(),
+        before = _lengths(asked)
+        after = _lengths(said)
+        read = torch.arange(int(before.max())) < before
+        mine = torch.arange(int(after.max()))
+        written = mine < after
+        mask = torch.cat([read, written], 1)
+        answered = self.body(
+            inputs_embeds=pad_states(said),
+            attention_mask=mask.long(),
             position_ids=before + mine,
-            past_key_values=cache,
-        ).last_hidden_state
-        return (states * (mine < after)[..., None]).sum(1) / after
+            past_key_values=_joined_cache(asked),
+        )
+        states = answered.last_hidden_state * written[..., None]
+        return states.sum(1) / after
 
     def forward(self, input_ids: Tensor) -> Tensor:
         places = input_ids[:, 0]
         last = self.last_states(places.tolist())
-        half = self.answers.features[places, : last.shape[1]]
-        return self.head(input_ids, (torch.cat([half, last], 1) - self.mean) / self.std)
+        width = last.shape[1]
+        half = self.answers.features[places, :width]
+        features = torch.cat([half, last], 1)
+        seen = (features - self.mean) / self.std
+        return self.head(input_ids, seen)
 
 # %% ../../nbs/6_beyond_text/04_scoring_kd.ipynb #317d8e18
+def _are_probabilities(numbers: Sequence[float]) -> bool:
+    return min(numbers) >= 0 and abs(sum(numbers) - 1) < 1e-3
+
+
 class ScoringKD(Method):
     """Cross-entropy to the human's score, and `weight` times that to the teacher's probabilities.
 
@@ -209,38 +256,37 @@ class ScoringKD(Method):
         soft = example.get("soft")
         if soft is None and not self.weight:
             soft = [0.0] * self.labels
+        where = f"answer {example.get('id', '?')}"
         if soft is None or len(soft) != self.labels:
             given = "no soft label" if soft is None else f"a soft label over {len(soft)} scores"
-            raise UserError(
-                f"{given}, but the rubric has {self.labels} scores",
-                where=f"answer {example.get('id', '?')}",
-                fix="Take the labels of a teacher that was trained with this rubric.",
-            )
-        if self.weight and not (min(soft) >= 0 and abs(sum(soft) - 1) < 1e-3):
-            raise UserError(
-                f"the soft label {soft} does not hold probabilities",
-                where=f"answer {example.get('id', '?')}",
-                fix="Give the teacher's probabilities, which sum to 1.",
-            )
+            what = f"{given}, but the rubric has {self.labels} scores"
+            fix = "Take the labels of a teacher that was trained with this rubric."
+            raise UserError(what, where=where, fix=fix)
+        if self.weight and not _are_probabilities(soft):
+            what = f"the soft label {soft} does not hold probabilities"
+            fix = "Give the teacher's probabilities, which sum to 1."
+            raise UserError(what, where=where, fix=fix)
         return {"ids": example["ids"], "score": example["score"], "soft": tuple(soft)}
 
     def num_tokens(self, item: dict) -> int:
         return len(item["ids"])
 
     def collate(self, items: list[dict]) -> Batch:
-        inputs = {
-            "input_ids": pad_rows([item["ids"] for item in items], PAD),
-            "labels": torch.tensor([item["score"] for item in items]),
-        }
-        return Batch(inputs, {"soft": torch.tensor([item["soft"] for item in items])})
+        ids = pad_rows([item["ids"] for item in items], PAD)
+        scores = torch.tensor([item["score"] for item in items])
+        soft = torch.tensor([item["soft"] for item in items])
+        return Batch({"input_ids": ids, "labels": scores}, {"soft": soft})
 
     def token_counts(self, batch: Batch) -> dict[str, int]:
-        return dict.fromkeys(("hard", "soft"), len(batch["labels"]))
+        answers = len(batch["labels"])
+        return {"hard": answers, "soft": answers}
 
     def loss_sums(self, model: torch.nn.Module, batch: Batch) -> dict[str, Tensor]:
         logits = model(batch["input_ids"]).float()
-        soft = -(batch.columns["soft"] * F.log_softmax(logits, 1)).sum()
-        return {"hard": F.cross_entropy(logits, batch["labels"], reduction="sum"), "soft": soft}
+        logprobs = F.log_softmax(logits, 1)
+        products = batch.columns["soft"] * logprobs
+        hard = F.cross_entropy(logits, batch["labels"], reduction="sum")
+        return {"hard": hard, "soft": -products.sum()}
 
 # %% ../../nbs/6_beyond_text/04_scoring_kd.ipynb #f6d5f148
 @torch.no_grad()
@@ -250,8 +296,10 @@ def score_probabilities(model: torch.nn.Module, rows: Sequence[Mapping[str, Any]
     model.eval()
     found = []
     for start in range(0, len(rows), 256):
-        ids = pad_rows([list(row["ids"]) for row in rows[start : start + 256]], PAD)
-        found.append(model(ids).float().softmax(1))
+        part = rows[start : start + 256]
+        ids = pad_rows([list(row["ids"]) for row in part], PAD)
+        logits = model(ids).float()
+        found.append(logits.softmax(1))
     model.train(training)
     return torch.cat(found).numpy()
 
@@ -262,37 +310,47 @@ def person_folds(rows: Sequence[Mapping[str, Any]], k: int, seed: int = 0) -> li
     Raises UserError if a fold, or what is left to train on beside it, lacks a score that the rows
     have.
     """
-    check_scores(rows, 1 + max((row["score"] for row in rows), default=0))
+    scores = [row["score"] for row in rows]
+    check_scores(rows, 1 + max(scores, default=0))
     people = sorted({row["person"] for row in rows})
     if not 2 <= k <= len(people):
-        raise UserError(
-            f"{len(people)} people cannot be dealt into {k} folds",
-            where="person_folds",
-            fix="Use two folds or more, and at most one for each person.",
-        )
+        what = f"{len(people)} people cannot be dealt into {k} folds"
+        fix = "Use two folds or more, and at most one for each person."
+        raise UserError(what, where="person_folds", fix=fix)
     rng("folds", seed).shuffle(people)
-    place = {person: i % k for i, person in enumerate(people)}
-    folds = [place[row["person"]] for row in rows]
-    everything = {row["score"] for row in rows}
+    fold_of = {person: place % k for place, person in enumerate(people)}
+    folds = [fold_of[row["person"]] for row in rows]
+    everything = set(scores)
     for fold in range(k):
-        inside = {row["score"] for row, f in zip(rows, folds) if f == fold}
-        beside = {row["score"] for row, f in zip(rows, folds) if f != fold}
-        for lack in sorted((everything - inside) | (everything - beside)):
-            raise UserError(
-                f"the score {lack} is missing in fold {fold}, or everywhere else",
-                where=f"person_folds, k={k}",
-                fix="Use fewer folds, another seed, or more answers with this score.",
-            )
+        inside, beside = _divided(scores, folds, fold)
+        lacking = everything - (set(inside) & set(beside))
+        if lacking:
+            what = f"the score {min(lacking)} is missing in fold {fold}, or everywhere else"
+            fix = "Use fewer folds, another seed, or more answers with this score."
+            raise UserError(what, where=f"person_folds, k={k}", fix=fix)
     return folds
 
+
+def _divided(things: Sequence[Any], folds: Sequence[int], fold: int) -> tuple[list, list]:
+    "Return the things of a fold, and those of the other folds."
+    inside = []
+    beside = []
+    for thing, own in zip(things, folds, strict=True):
+        part = inside if own == fold else beside
+        part.append(thing)
+    return inside, beside
+
 # %% ../../nbs/6_beyond_text/04_scoring_kd.ipynb #e2008105
-Teach = Callable[
-    [list[dict]], Callable[[list[dict]], np.ndarray]
-]  # rows -> (rows -> probabilities)
+_Predict = Callable[[list[dict]], np.ndarray]  # rows -> probabilities
+Teach = Callable[[list[dict]], _Predict]
 
 
 def _with_soft(rows: Sequence[dict], soft: np.ndarray) -> list[dict]:
-    return [row | {"soft": [float(p) for p in label]} for row, label in zip(rows, soft)]
+    labelled = []
+    for row, label in zip(rows, soft):
+        shares = [float(p) for p in label]
+        labelled.append(row | {"soft": shares})
+    return labelled
 
 
 def out_of_fold(rows: Sequence[dict], teach: Teach, k: int = 5, seed: int = 0) -> list[dict]:
@@ -305,13 +363,16 @@ def out_of_fold(rows: Sequence[dict], teach: Teach, k: int = 5, seed: int = 0) -
     folds = person_folds(rows, k, seed)
     found: dict[int, np.ndarray] = {}
     for fold in range(k):
-        places = [i for i, f in enumerate(folds) if f == fold]
-        predict = teach([row for row, f in zip(rows, folds) if f != fold])
-        found |= dict(zip(places, predict([rows[i] for i in places]), strict=True))
-    return _with_soft(rows, np.array([found[i] for i in range(len(rows))]))
+        own, others = _divided(rows, folds, fold)
+        places, _ = _divided(range(len(rows)), folds, fold)
+        predict = teach(others)
+        found |= zip(places, predict(own), strict=True)
+    soft = [found[place] for place in range(len(rows))]
+    return _with_soft(rows, np.array(soft))
 
 
 def in_fold(rows: Sequence[dict], teach: Teach) -> list[dict]:
     "Return the rows with soft labels from one teacher that was trained on them: the fault."
     rows = list(rows)
-    return _with_soft(rows, teach(rows)(rows))
+    predict = teach(rows)
+    return _with_soft(rows, predict(rows))

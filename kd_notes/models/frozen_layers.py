@@ -6,17 +6,46 @@
 __all__ = []
 
 # %% ../../nbs/2_playground/10b_frozen_layers.ipynb #frz-imp
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from ..core import UserError
 from .layer_drop import layer_drop
 
 # %% ../../nbs/2_playground/10b_frozen_layers.ipynb #frz-keep
+def cut_lower(body: Any, layers: int) -> Any:
+    """Take all but the lower `layers` off the body of a causal model, in place, and return it.
+
+    A number below 0 says how many upper ones are taken off. What is left gives the states between
+    two layers, so the norm above the last layer goes as well.
+    """
+    body.layers = body.layers[:layers]
+    body.norm = torch.nn.Identity()
+    return body
+
+
+def by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    "Return the places of texts in batches of similar length, the shortest first."
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    starts = range(0, len(order), batch_size)
+    return [order[start : start + batch_size] for start in starts]
+
+
+def pad_states(states: Sequence[Tensor], width: int = 0) -> Tensor:
+    "Return states (T, H) of several texts as (B, T, H), at least `width` long, with zeros behind."
+    padded = pad_sequence(states, batch_first=True)
+    lacking = width - padded.shape[1]
+    if lacking > 0:
+        padded = pad(padded, (0, 0, 0, lacking))
+    return padded
+
+
 @torch.no_grad()
 def states_of(body: Any, texts: Sequence[Sequence[int]], batch_size: int = 16) -> list[Tensor]:
     """Return the last states (T, H) of each text of ids, in float32.
@@ -24,18 +53,52 @@ def states_of(body: Any, texts: Sequence[Sequence[int]], batch_size: int = 16) -
     Texts of similar length are read together. What stands behind a text is not looked at: the
     layers are causal.
     """
-    place = next(body.parameters()).device
-    found: dict[int, Tensor] = {}
-    order = sorted(range(len(texts)), key=lambda number: len(texts[number]))
-    for start in range(0, len(order), batch_size):
-        part = order[start : start + batch_size]
-        rows = [torch.tensor(texts[number], device=place) for number in part]
+    device = next(body.parameters()).device
+    found = [torch.empty(0)] * len(texts)
+    lengths = [len(text) for text in texts]
+    for places in by_length(lengths, batch_size):
+        rows = [torch.tensor(texts[place], device=device) for place in places]
         ids = pad_sequence(rows, batch_first=True)
-        states = body(input_ids=ids, use_cache=False).last_hidden_state.float()
-        found |= {number: x[: len(texts[number])].clone() for number, x in zip(part, states)}
-    return [found[number] for number in range(len(texts))]
+        read = body(input_ids=ids, use_cache=False)
+        for place, states in zip(places, read.last_hidden_state.float()):
+            found[place] = states[: lengths[place]].clone()
+    return found
+
+# %% ../../nbs/2_playground/10b_frozen_layers.ipynb #frz-after
+def read_prompt(body: Any, tokenizer: Any, prompt: str) -> Any:
+    "Return the cache of keys and values of a prompt."
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    read = body(ids, use_cache=True)
+    return read.past_key_values
 
 
+def states_after(
+    body: Any,
+    tokenizer: Any,
+    prompt: Any,  # its cache, see `read_prompt`; it stays as it is
+    texts: Sequence[str],
+    batch_size: int = 32,
+) -> Iterator[tuple[list[int], Any, tuple[Tensor, ...]]]:
+    """Yield (places, ids and mask, states of all layers) of texts that follow one prompt.
+
+    The prompt was read once for all of them. A batch has texts of similar length, (B, T) ids that
+    are padded on the right, and the states (B, T, H) before the first layer and after each.
+    """
+    before = prompt.get_seq_length()
+    lengths = [len(text) for text in texts]
+    for places in by_length(lengths, batch_size):
+        chosen = [texts[place] for place in places]
+        batch = tokenizer(chosen, return_tensors="pt", padding=True, padding_side="right")
+        mask = batch.attention_mask
+        prompted = mask.new_ones(len(mask), before)
+        whole = torch.cat([prompted, mask], 1)
+        cache = deepcopy(prompt)
+        cache.batch_repeat_interleave(len(mask))
+        settings = {"past_key_values": cache, "output_hidden_states": True}
+        read = body(batch.input_ids, attention_mask=whole, **settings)
+        yield places, batch, read.hidden_states
+
+# %% ../../nbs/2_playground/10b_frozen_layers.ipynb #frz-kept
 class KeptStates(torch.nn.Module):
     """In place of an embedding: (B, T) ids -> (B, T, H) states after the frozen layers.
 
@@ -57,13 +120,11 @@ class KeptStates(torch.nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         texts = [self._text(row) for row in ids.tolist()]
-        new = list(dict.fromkeys(text for text in texts if text not in self.kept))
+        unknown = [text for text in texts if text not in self.kept]
+        new = list(dict.fromkeys(unknown))
         self.kept |= zip(new, states_of(self._lower[0], new))
-        width = self.kept[texts[0]].shape[-1]
-        states = torch.zeros(*ids.shape, width, device=ids.device)
-        for row, text in zip(states, texts):
-            row[: len(text)] = self.kept[text]
-        return states
+        known = [self.kept[text] for text in texts]
+        return pad_states(known, ids.shape[1])
 
 # %% ../../nbs/2_playground/10b_frozen_layers.ipynb #frz-upper
 def _no_split(model: Any, why: str) -> UserError:
@@ -87,10 +148,11 @@ def upper_layers(model: Any, frozen: int, padding: int) -> Any:
             where="frozen",
             fix=f"Choose a number from 1 to {total - 1}, or 0 for none.",
         )
-    if not {"embed_tokens", "layers", "norm"} <= set(dict(model.base_model.named_children())):
+    parts = dict(model.base_model.named_children())
+    if not {"embed_tokens", "layers", "norm"} <= parts.keys():
         raise _no_split(model, "its parts have other names")
-    lower = layer_drop(model, list(range(frozen))).base_model.eval().requires_grad_(False)
-    lower.norm = torch.nn.Identity()
+    lower = layer_drop(model, list(range(frozen)))
+    lower = cut_lower(lower.base_model, frozen).eval().requires_grad_(False)
     upper = layer_drop(model, list(range(frozen, total)))
     upper.lm_head.requires_grad_(False)
     upper.base_model.embed_tokens = KeptStates(lower, padding)
@@ -102,21 +164,26 @@ def upper_layers(model: Any, frozen: int, padding: int) -> Any:
 def _check_split(model: Any, upper: Any) -> None:
     "Check that both parts together compute what the whole model computes."
     # From 3 on: the first ids are often special, and padding would be taken off.
-    ids = torch.arange(3, 15, device=model.device)[None] % model.config.vocab_size
+    ids = torch.arange(3, 15, device=model.device)
+    ids = ids[None] % model.config.vocab_size
     was_training = model.training
-    wanted = model.eval()(input_ids=ids, use_cache=False).logits
+    model.eval()
+    wanted = model(input_ids=ids, use_cache=False).logits
     model.train(was_training)
-    found = upper.eval()(input_ids=ids, use_cache=False).logits
+    upper.eval()
+    found = upper(input_ids=ids, use_cache=False).logits
     upper.train()
-    if not torch.allclose(found, wanted, atol=1e-3 * float(wanted.abs().max()) + 1e-6):
+    largest = float(wanted.abs().max())
+    if not torch.allclose(found, wanted, atol=1e-3 * largest + 1e-6):
         raise _no_split(model, "its upper layers expect something else than states")
 
 # %% ../../nbs/2_playground/10b_frozen_layers.ipynb #frz-put
 def with_upper(model: Any, upper: Any) -> Any:
     "Put trained upper layers back into the model that they were taken from, and return it."
     first = model.config.num_hidden_layers - upper.config.num_hidden_layers
-    layers = model.base_model.layers[first:]
-    for mine, theirs in zip(layers, upper.base_model.layers, strict=True):
+    body = model.base_model
+    trained = upper.base_model
+    for mine, theirs in zip(body.layers[first:], trained.layers, strict=True):
         mine.load_state_dict(theirs.state_dict())
-    model.base_model.norm.load_state_dict(upper.base_model.norm.state_dict())
+    body.norm.load_state_dict(trained.norm.state_dict())
     return model

@@ -7,8 +7,9 @@ __all__ = []
 
 # %% ../../nbs/6_beyond_text/15_classifier_kinds.ipynb #clk-imports
 import math
+import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -16,18 +17,20 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ..checks import check_count, check_fields, typed
-from ..core import stable_hash, UserError
+from ..core import read_json, stable_hash, UserError
 from ..data.examples import Example, numbered_rows
 from ..data.images import Images
 from ..data.scoring import check_scores, quadratic_kappa
 from ..data.task_file import OwnTask
 from ..evaluation.task_scores import task_score
 from ..experiments.images import FitNetsKD, ImageKD, Network, StoredLogits
-from ..methods.scoring import score_probabilities, ScoringKD, Words, WordScorer
-from .settings import hold_out, profile_settings
+from ..methods.scoring import person_folds, score_probabilities, ScoringKD, Words, WordScorer
+from ..models.pretrained import freeze, tensor_errors
+from .settings import CLASSIFIERS, hold_out, profile_settings
 from ..training.method import Method
 
 # %% ../../nbs/6_beyond_text/15_classifier_kinds.ipynb #clk-settings
@@ -52,14 +55,17 @@ class ClassifierSettings:
         for name in ("max_steps", "teacher_steps", "batch_size"):
             check_count(getattr(self, name), name, 1)
         rates = [typed(rate, float, "learning_rates") for rate in self.learning_rates]
-        object.__setattr__(self, "learning_rates", tuple(sorted(rates)))
-        _require(rates and min(rates) > 0, "learning_rates", "numbers above 0")
-        _require(0 <= self.label_smoothing <= 0.5, "label_smoothing", "a number from 0 to 0.5")
+        rates.sort()
+        _require(rates and rates[0] > 0, "learning_rates", "numbers above 0")
+        object.__setattr__(self, "learning_rates", tuple(rates))
+        smoothing = self.label_smoothing
+        _require(0 <= smoothing <= 0.5, "label_smoothing", "a number from 0 to 0.5")
 
 
 def _require(fine: Any, name: str, wanted: str) -> None:
     if not fine:
-        raise UserError("the value is not possible", f"setting {name}", f"Use {wanted}.")
+        where = f"setting {name}"
+        raise UserError("the value is not possible", where, f"Use {wanted}.")
 
 # %% ../../nbs/6_beyond_text/15_classifier_kinds.ipynb #clk-own-settings
 @dataclass(frozen=True)
@@ -74,8 +80,10 @@ class AnswerSettings(ClassifierSettings):
 
     def __post_init__(self):
         super().__post_init__()
-        for name, least in {"scores": 0, "layers": 1, "members": 1, "folds": 2}.items():
-            check_count(getattr(self, name), name, least)
+        check_count(self.scores, "scores", 0)
+        check_count(self.layers, "layers", 1)
+        check_count(self.members, "members", 1)
+        check_count(self.folds, "folds", 2)
         ScoringKD(weight=self.weight)  # an error, before anything
 
 
@@ -100,21 +108,25 @@ class PictureSettings(ClassifierSettings):
         super().__post_init__()
         check_count(self.size, "size", 0)
         for name in ("widths", "teacher_widths"):
-            _require(getattr(self, name), name, "a list such as [16, 16]")
-            made = tuple(check_count(width, name, 1) for width in getattr(self, name))
-            object.__setattr__(self, name, made)
+            widths = getattr(self, name)
+            _require(widths, name, "a list such as [16, 16]")
+            checked = [check_count(width, name, 1) for width in widths]
+            object.__setattr__(self, name, tuple(checked))
         _require(self.temperature > 0, "temperature", "a number above 0")
         _require(0 <= self.hints < 1, "hints", "a share below 1")
         plain = self.divergence == "forward_kl" and not self.options
         _require(plain or not self.hints, "hints", "it with the forward KL, as FitNets does")
-        self.method(Images(torch.zeros(1, 1), torch.zeros(1)), torch.zeros(1, 2))
+        nothing = Images(torch.zeros(1, 1), torch.zeros(1))
+        self.method(nothing, torch.zeros(1, 2))  # an error, before anything
 
     def method(self, images: Images, logits: Tensor) -> Method:
         "Return the last stage's method, with the teacher's logits (n, classes) of the pictures."
+        signal = StoredLogits(logits)
+        tau = self.temperature
         if self.hints:
-            return FitNetsKD(images, StoredLogits(logits), self.temperature)
-        plain = {"temperature": self.temperature, "sft_weight": self.sft_weight}
-        return ImageKD(images, StoredLogits(logits), self.divergence, **plain, **self.options)
+            return FitNetsKD(images, signal, tau)
+        plain = {"temperature": tau, "sft_weight": self.sft_weight}
+        return ImageKD(images, signal, self.divergence, **plain, **self.options)
 
 # %% ../../nbs/6_beyond_text/15_classifier_kinds.ipynb #clk-kind
 def _text(row: Mapping, name: str, where: str, shape: str) -> str:
@@ -153,21 +165,28 @@ class Answers(Classifier):
 
     @staticmethod
     def read(row: Mapping, where: str, place: Path, look: Mapping[str, Any]) -> dict:
-        made = {name: _text(row, name, where, Answers.shape) for name in ("prompt", "answer")}
+        made = {}
+        for name in ("prompt", "answer"):
+            made[name] = _text(row, name, where, Answers.shape)
         content = stable_hash(made)
-        group = content if row.get("person") is None else str(row["person"])
-        made |= {"item": stable_hash(made["prompt"])[:8], "content": content}
+        person = row.get("person")
+        group = content if person is None else str(person)
+        item = stable_hash(made["prompt"])
+        made |= {"item": item[:8], "content": content}
         return made | {"group": group, "person": group}
 
     @staticmethod
     def label(rows: list[dict], s: AnswerSettings) -> list[int]:
         "Return the scores of the rubric, and set that of each row."
-        whole = [row["target"] for row in rows if type(row["target"]) is int]
+        targets = [row["target"] for row in rows]
+        whole = [target for target in targets if type(target) is int]
         labels = s.scores or 1 + max(whole, default=0)
         _require(labels <= 100, "scores", "scores from 0 to 99 at most")
-        check_scores([{"id": row["where"], "score": row["target"]} for row in rows], labels)
-        for row in rows:
-            row["label"] = row["score"] = row["target"]
+        named = [{"id": row["where"], "score": row["target"]} for row in rows]
+        check_scores(named, labels)
+        for row, target in zip(rows, targets):
+            row["label"] = target
+            row["score"] = target
         return list(range(labels))
 
     @classmethod
@@ -183,13 +202,15 @@ class Answers(Classifier):
 
     def network(self, seed: int, *sizes: Any) -> WordScorer:
         "Return a network with random weights; without sizes, a student."
+        words = len(self.config["words"]) + 2
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return WordScorer(len(self.config["words"]) + 2, len(self.labels), *sizes)
+            return WordScorer(words, len(self.labels), *sizes)
 
     def probabilities(self, model: torch.nn.Module, rows: list[dict]) -> np.ndarray:
         "Return the probabilities of the scores, (rows, labels)."
-        return score_probabilities(model, self.encode(rows))
+        encoded = self.encode(rows)
+        return score_probabilities(model, encoded)
 
 # %% ../../nbs/6_beyond_text/15_classifier_kinds.ipynb #clk-sizes
 LARGEST = 128 * 128  # pixels: every one of them has weights of its own
@@ -214,15 +235,18 @@ def read_pixels(file: Path, where: str, look: Mapping[str, Any]) -> np.ndarray:
         fix = "Run `pip install pillow`."
         raise UserError("the library pillow is not installed", "classic_kd", fix) from error
     try:
+        mode = "RGB" if look["colour"] else "L"
         with Image.open(file) as opened:
-            picture = opened.convert("RGB" if look["colour"] else "L")
+            picture = opened.convert(mode)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         why = getattr(error, "strerror", None) or "it is damaged, or no picture"
         fix = "Give the path of a picture, relative to the file of rows."
         raise UserError(f"{file.name} cannot be opened ({why})", where, fix) from error
-    if look["size"]:
-        picture = picture.resize((look["size"], look["size"]))
-    return np.asarray(picture, np.float32) / 255
+    side = look["size"]
+    if side:
+        picture = picture.resize((side, side))
+    values = np.asarray(picture, np.float32)
+    return values / 255
 
 
 def check_sizes(rows: list[dict], shape: tuple[int, ...]) -> None:
@@ -233,9 +257,10 @@ def check_sizes(rows: list[dict], shape: tuple[int, ...]) -> None:
         what = f"pictures of {width} by {height} pixels are too large for these networks"
         raise UserError(what, where=rows[0]["where"], fix=fix)
     for row in rows:
-        if row["pixels"].shape != shape:
-            here = " by ".join(map(str, row["pixels"].shape[1::-1]))
-            what = f"the picture has {here} pixels, and others have {width} by {height}"
+        given = row["pixels"].shape
+        if given != shape:
+            here = f"{given[1]} by {given[0]} pixels"
+            what = f"the picture has {here}, and others have {width} by {height}"
             raise UserError(what, where=row["where"], fix=fix)
 
 # %% ../../nbs/6_beyond_text/15_classifier_kinds.ipynb #clk-pictures
@@ -259,10 +284,11 @@ class Pictures(Classifier):
         "Return the labels in order, and set the number of each row's."
         check_sizes(rows, rows[0]["pixels"].shape)
         for row in rows:
-            if type(row["target"]) not in (str, int) or row["target"] == "":
-                what = f"the label {row['target']!r:.40} is neither text nor a whole number"
+            target = row["target"]
+            if type(target) not in (str, int) or target == "":
+                what = f"the label {target!r:.40} is neither text nor a whole number"
                 raise UserError(what, where=row["where"], fix=f"Give {Pictures.shape}.")
-            row["target"] = str(row["target"])
+            row["target"] = str(target)
         labels = sorted({row["target"] for row in rows})
         for row in rows:
             row["label"] = labels.index(row["target"])
@@ -271,30 +297,34 @@ class Pictures(Classifier):
     @classmethod
     def fitted(cls, rows: list[dict], labels: list, s: PictureSettings) -> "Pictures":
         "Return the kind with the mean and the spread of the training pictures."
-        config = {"labels": labels, "shape": list(rows[0]["pixels"].shape)}
-        config |= {"widths": list(s.widths), "size": s.size, "colour": s.colour}
         seen = np.stack([row["pixels"] for row in rows])
-        return cls(config | {"mean": float(seen.mean()), "spread": float(seen.std() + 1e-4)})
+        config = {"labels": labels, "shape": list(seen.shape[1:]), "widths": list(s.widths)}
+        config |= {"size": s.size, "colour": s.colour}
+        config |= {"mean": float(seen.mean()), "spread": float(seen.std() + 1e-4)}
+        return cls(config)
 
     def network(self, seed: int, widths: Sequence[int] = ()) -> PictureNetwork:
         "Return a network with random weights; without widths, a student."
         inputs = math.prod(self.config["shape"])
-        return PictureNetwork(inputs, widths or self.config["widths"], len(self.labels), seed)
+        widths = widths or self.config["widths"]
+        return PictureNetwork(inputs, widths, len(self.labels), seed)
 
     @torch.no_grad()
     def probabilities(self, model: torch.nn.Module, rows: list[dict]) -> np.ndarray:
         "Return the probabilities of the labels, (rows, labels)."
-        return model(self.images(rows).pixels).softmax(-1).numpy()
+        logits = model(self.images(rows).pixels)
+        return logits.softmax(-1).numpy()
 
     def images(self, rows: list[dict]) -> Images:
         "Return the pictures of rows. Raises UserError for one of another size."
         check_sizes(rows, tuple(self.config["shape"]))
-        pixels = torch.from_numpy(np.stack([row["pixels"] for row in rows]))
-        pixels = (pixels - self.config["mean"]) / self.config["spread"]
+        seen = np.stack([row["pixels"] for row in rows])
+        pixels = torch.from_numpy(seen) - self.config["mean"]
+        pixels = pixels / self.config["spread"]
         labels = torch.tensor([row.get("label", 0) for row in rows])
         return Images(0.3 + 0.3 * pixels, labels)  # the network takes 0.3 off again
 
-
+# %% ../../nbs/6_beyond_text/15_classifier_kinds.ipynb #clk-both
 KINDS: dict[str, type[Classifier]] = {"scoring": Answers, "classic_kd": Pictures}
 
 # %% ../../nbs/6_beyond_text/15_classifier_kinds.ipynb #clk-profiles
@@ -317,6 +347,11 @@ def classifier_settings(
     return profile_settings(f"objective {objective}", kind, PROFILES, profile, settings)
 
 # %% ../../nbs/6_beyond_text/15_classifier_kinds.ipynb #clk-read
+def given_rows(data: Path | str | Iterable) -> Path | list:
+    "Return the path of a file of rows, or the rows as a list."
+    return Path(data) if isinstance(data, (str, os.PathLike)) else list(data)
+
+
 def read_given(
     data: Path | Sequence[Mapping],
     kind: "type[Answers] | type[Pictures]",
@@ -328,50 +363,74 @@ def read_given(
     Rows of one group (a person, or equal content) share a split. Raises UserError for the first
     row that cannot be read.
     """
-    in_file = isinstance(data, Path)
-    numbered = numbered_rows(data) if in_file else [(f"row {i}", r) for i, r in enumerate(data)]
+    if isinstance(data, Path):
+        place = data.parent
+        numbered = numbered_rows(data)
+    else:
+        place = Path()
+        numbered = [(f"row {number}", row) for number, row in enumerate(data)]
     rows: dict[str, dict] = {}
-    for number, (where, row) in enumerate(numbered[: n or None]):
+    wanted = numbered[: n or None]
+    for number, (where, row) in enumerate(wanted):
         if not isinstance(row, Mapping):
             what = f"a row cannot be a {type(row).__name__}"
             raise UserError(what, where=where, fix=f"Give {kind.shape}.")
-        made = kind.read(row, where, data.parent if in_file else Path(), look)
-        id = f"row-{number}" if row.get("id") is None else str(row["id"])
+        made = kind.read(row, where, place, look)
+        id = row.get("id")
+        id = f"row-{number}" if id is None else str(id)
         if id in rows:
             what = f"the id {id!r} was already used at {rows[id]['where']}"
             raise UserError(what, where=where, fix="Give every row a different id.")
-        rows[id] = {"id": id, "where": where, "target": row.get(kind.target)} | made
+        target = row.get(kind.target)
+        rows[id] = {"id": id, "where": where, "target": target} | made
     if not rows:
         raise UserError("there are no rows", where="data", fix=f"Give {kind.shape}.")
     return list(rows.values())
 
-
+# %% ../../nbs/6_beyond_text/15_classifier_kinds.ipynb #clk-split
 def split_rows(rows: list[dict], s: ClassifierSettings) -> dict[str, list[dict]]:
     "Return {train, validation, test: rows}, drawn by seed; a group has one split."
     groups = sorted({row["group"] for row in rows})
     left, test = hold_out(groups, s.test, s.seed)
     train, valid = hold_out(left, s.validation, s.seed)
     chosen = {"train": set(train), "validation": set(valid), "test": set(test)}
-    return {name: [r for r in rows if r["group"] in part] for name, part in chosen.items()}
+    splits = {}
+    for name, part in chosen.items():
+        splits[name] = [row for row in rows if row["group"] in part]
+    return splits
+
+
+def fold_seed(rows: list[dict], folds: int) -> int:
+    "Return the first seed that gives each fold every score. Raises UserError if none of 200 does."
+    for seed in range(200):
+        try:
+            person_folds(rows, folds, seed)
+            return seed
+        except UserError as error:
+            last = error
+    raise last
 
 
 def check_classes(rows: list[dict], splits: dict, kind: Any, least: int) -> None:
     "Raise UserError for a single class, or one with fewer than `least` groups to train on."
-    seen = Counter(label for label, _ in {(r["label"], r["group"]) for r in splits["train"]})
+    different = {(row["label"], row["group"]) for row in splits["train"]}
+    seen = Counter(label for label, _ in different)
     present = {row["label"]: row["target"] for row in rows}
     if len(present) < 2:
         what = f"all {len(rows)} rows have the {kind.target} {rows[0]['target']!r}"
         raise UserError(what, where="data", fix="Give rows of two classes or more.")
     for label, target in sorted(present.items()):
-        if seen[label] < least:
-            what = f"no training row has the {kind.target} {target!r}"
-            fix = "Give more such rows, or leave them out."
-            if least > 1:
-                what = f"too few training rows have the {kind.target} {target!r} ({seen[label]} "
-                what += f"different, and each of the {least} folds needs one)"
-            if seen[label] > 1:
-                fix = f"Give more such rows, or fewer folds: --set folds={seen[label]}."
-            raise UserError(what, where="data", fix=fix)
+        count = seen[label]
+        if count >= least:
+            continue
+        what = f"no training row has the {kind.target} {target!r}"
+        fix = "Give more such rows, or leave them out."
+        if least > 1:
+            what = f"too few training rows have the {kind.target} {target!r} ({count} "
+            what += f"different, and each of the {least} folds needs one)"
+        if count > 1:
+            fix = f"Give more such rows, or fewer folds: --set folds={count}."
+        raise UserError(what, where="data", fix=fix)
 
 # %% ../../nbs/6_beyond_text/15_classifier_kinds.ipynb #clk-measure
 def own_task_of(kind: Classifier, score: str = "accuracy") -> OwnTask:
@@ -384,7 +443,8 @@ def examples_of(rows: list[dict]) -> list[Example]:
 
 
 def answers_of(rows: list[dict], found: np.ndarray) -> dict[str, str]:
-    return {row["id"]: str(label) for row, label in zip(rows, found.argmax(1), strict=True)}
+    best = found.argmax(1)
+    return {row["id"]: str(label) for row, label in zip(rows, best, strict=True)}
 
 
 def measures(kind: Classifier, answers: dict[str, str], rows: list[dict]) -> dict[str, Any]:
@@ -393,9 +453,30 @@ def measures(kind: Classifier, answers: dict[str, str], rows: list[dict]) -> dic
     The answers are {id: number of a label, as text}.
     """
     found: dict[str, Any] = {}
+    examples = examples_of(rows)
     for score in ("accuracy", "macro_f1"):
-        found[score] = task_score(own_task_of(kind, score), answers, examples_of(rows))
+        task = own_task_of(kind, score)
+        found[score] = task_score(task, answers, examples)
     if kind.target == "score":
+        right = [row["label"] for row in rows]
         given = [int(answers[row["id"]]) for row in rows]
-        found["kappa"] = quadratic_kappa([row["label"] for row in rows], given, len(kind.labels))
+        found["kappa"] = quadratic_kappa(right, given, len(kind.labels))
     return found
+
+# %% ../../nbs/6_beyond_text/15_classifier_kinds.ipynb #clk-load
+def is_classifier(model: Path | str) -> bool:
+    "Return True for the folder of a student of `distill_classifier`."
+    file = Path(model) / "config.json"
+    config = read_json(file) if file.is_file() else None
+    return isinstance(config, dict) and config.get("objective") in CLASSIFIERS
+
+
+def load_classifier(folder: Path | str) -> tuple[Classifier, torch.nn.Module]:
+    "Return (kind, student) of a finished folder."
+    config = read_json(Path(folder) / "config.json")
+    kind = KINDS[config.pop("objective")](config)
+    file = Path(folder) / "model.safetensors"
+    model = kind.network(0)
+    with tensor_errors("the student cannot be read", file, "Make it again."):
+        model.load_state_dict(load_file(file))
+    return kind, freeze(model)

@@ -7,7 +7,6 @@ __all__ = []
 
 # %% ../../nbs/6_beyond_text/16_classifiers.ipynb #cls-imports
 import json
-import os
 import shutil
 import statistics
 from collections.abc import Callable, Iterable
@@ -25,7 +24,6 @@ from kd_notes.core import (
     atomic_write,
     disk_error,
     folder_lock,
-    read_json,
     stable_hash,
     to_jsonable,
     UserError,
@@ -37,7 +35,7 @@ from ..evaluation.task_scores import most_frequent, score_difference
 from ..experiments import scoring
 from ..experiments.images import Guided, ImageKD, LearnLabels, StoredStates
 from ..generation.completions import AnswerFile, unanswered
-from ..methods.scoring import out_of_fold, person_folds, score_probabilities, ScoringKD
+from ..methods.scoring import out_of_fold, score_probabilities, ScoringKD
 from ..models.pretrained import count_parameters, freeze, tensor_errors, weights_hash
 from .card import classifier_card, score_text
 from kd_notes.products.classifier_kinds import (
@@ -46,7 +44,10 @@ from kd_notes.products.classifier_kinds import (
     Classifier,
     classifier_settings,
     examples_of,
+    fold_seed,
+    given_rows,
     KINDS,
+    load_classifier,
     measures,
     own_task_of,
     read_given,
@@ -58,7 +59,7 @@ from kd_notes.products.request import (
     OutFolder,
     weights_identity,
 )
-from .settings import check_libraries, CLASSIFIERS
+from .settings import check_libraries
 from ..training.loop import train, TrainResult
 from ..training.processes import processes
 from ..training.state import check_trackers, TrainConfig
@@ -78,11 +79,12 @@ class ClassifierRequest(OutFolder):
 
     def as_dict(self) -> dict:
         "Return all that decides the result as JSON data, without paths of this machine."
+        weights = weights_identity("smollm2") if self.teacher == "smollm2" else None
         request = {
             "data": self.data.name if isinstance(self.data, Path) else "rows",
             "data_sha256": self.content,
             "teacher": self.teacher,
-            "teacher_weights": weights_identity("smollm2") if self.teacher == "smollm2" else None,
+            "teacher_weights": weights,
             "objective": self.objective,
             "settings": deciding_settings(self.settings),
         }
@@ -144,41 +146,36 @@ class Run:
         rows = self.splits["validation"]
         found = self.kind.probabilities(model, rows)
         labels = np.array([row["label"] for row in rows])
-        right = float((found.argmax(1) == labels).mean())
-        loss = -np.log(np.maximum(found[np.arange(len(rows)), labels], 1e-12)).mean()
-        return {"score": right - 1e-6 * float(loss), "accuracy": right}
+        right = found.argmax(1) == labels
+        of_right = found[np.arange(len(rows)), labels]
+        loss = -np.log(np.maximum(of_right, 1e-12)).mean()
+        accuracy = float(right.mean())
+        return {"score": accuracy - 1e-6 * float(loss), "accuracy": accuracy}
 
 # %% ../../nbs/6_beyond_text/16_classifiers.ipynb #cls-scoring
 TEACHERS = ("smollm2", "words")  # of scores: frozen layers below the network of words, or none
 
 
-def fold_seed(rows: list[dict], folds: int) -> int:
-    "Return the first seed that gives each fold every score. Raises UserError if none of 200 does."
-    for seed in range(200):
-        try:
-            person_folds(rows, folds, seed)
-            return seed
-        except UserError as error:
-            last = error
-    raise last
-
-
 def teach_scores(run: Run) -> Taught:
     "Train a teacher on all training rows, and for their soft labels one without each fold."
-    s, kind, frozen = run.request.settings, run.kind, run.request.teacher == "smollm2"
+    s = run.request.settings
+    kind = run.kind
+    frozen = run.request.teacher == "smollm2"
     asked = [*run.splits["train"], *run.splits["test"]]
-    rows, states, made = kind.encode(asked), None, []
+    rows = kind.encode(asked)
+    states = None
+    made = []
     if frozen:
-        shown = [row | {"prompt": f"Question: {row['prompt']}"} for row in asked]
-        read = scoring.frozen_states
-        states = run.stored("states", lambda: torch.from_numpy(read(shown, s.layers)[0])).float()
-        rows = [row | {"ids": [place, *row["ids"]]} for place, row in enumerate(rows)]
+        states = run.stored("states", lambda: _states(asked, s.layers)).float()
+        for place, row in enumerate(rows):
+            row["ids"] = [place, *row["ids"]]
 
     def member(known: list[dict]) -> torch.nn.Module:
         features = states
         if frozen:  # to mean 0 and deviation 1 on the rows that this network learns
             seen = states[[row["ids"][0] for row in known]]
-            features = (states - seen.mean(0)) / (seen.std(0) + 1e-4)
+            spread = seen.std(0) + 1e-4
+            features = (states - seen.mean(0)) / spread
         seed = 1000 * s.seed + len(made)
         made.append(kind.network(seed, 64, 192, features))
         method = ScoringKD(len(kind.labels), 0.0)
@@ -189,21 +186,33 @@ def teach_scores(run: Run) -> Taught:
         own = [member(known) for _ in range(s.members)]
         return lambda rows: np.mean([score_probabilities(one, rows) for one in own], 0)
 
-    known, unknown = rows[: len(run.splits["train"])], rows[len(run.splits["train"]) :]
-    soft = [row["soft"] for row in out_of_fold(known, teach, s.folds, run.fold_seed)]
+    split = len(run.splits["train"])
+    known, unknown = rows[:split], rows[split:]
+    labelled = out_of_fold(known, teach, s.folds, run.fold_seed)
+    soft = [row["soft"] for row in labelled]
     whole = teach(known)
+    found = whole(unknown)
     size = sum(map(count_parameters, made[-s.members :]))
+    first = unknown[:1]
     if not frozen:
-        return Taught(soft, whole(unknown), size, lambda: whole(unknown[:1]))
+        return Taught(soft, found, size, lambda: whole(first))
     body, tokenizer = scoring.lower_layers(s.layers)
-    words = tokenizer(f"{unknown[0]['prompt']} {unknown[0]['answer']}", return_tensors="pt")
+    words = tokenizer(f"{first[0]['prompt']} {first[0]['answer']}", return_tensors="pt")
     size += count_parameters(body)
-    return Taught(soft, whole(unknown), size, lambda: (body(**words), whole(unknown[:1])))
+    return Taught(soft, found, size, lambda: (body(**words), whole(first)))
+
+
+def _states(rows: list[dict], layers: int) -> Tensor:
+    "Return what frozen layers say of answers, each after its question."
+    shown = [row | {"prompt": f"Question: {row['prompt']}"} for row in rows]
+    states, _ = scoring.frozen_states(shown, layers)
+    return torch.from_numpy(states)
 
 # %% ../../nbs/6_beyond_text/16_classifiers.ipynb #cls-pictures
 def teach_pictures(run: Run) -> Taught:
     "Train a large network on the labels."
-    s, kind = run.request.settings, run.kind
+    s = run.request.settings
+    kind = run.kind
     images = kind.images(run.splits["train"])
     model = kind.network(s.seed, s.teacher_widths)
     items = range(len(images.labels))
@@ -211,18 +220,22 @@ def teach_pictures(run: Run) -> Taught:
     run.fit("teacher", parts, run.validate)
     freeze(model)
     test = run.splits["test"]
-    found, size = kind.probabilities(model, test), count_parameters(model)
+    found = kind.probabilities(model, test)
+    size = count_parameters(model)
     return Taught(model, found, size, lambda: kind.probabilities(model, test[:1]))
 
 
 def score_stages(run: Run, arm: str, model: torch.nn.Module) -> list[tuple]:
     "Return (model, method, items, steps) of the stages of a student of scores: there is one."
-    s, labels = run.request.settings, len(run.kind.labels)
-    rows, soft = run.kind.encode(run.splits["train"]), run.taught.source
+    s = run.request.settings
+    labels = len(run.kind.labels)
+    rows = run.kind.encode(run.splits["train"])
+    soft = run.taught.source
     weight = {"student": s.weight, "alone": 0.0, "smoothing": 1.0}[arm]
     if arm == "smoothing":  # of the mean of both targets, label_smoothing is spread evenly
         exact = np.eye(labels)[[row["label"] for row in rows]]
-        soft = ((1 - 2 * s.label_smoothing) * exact + 2 * s.label_smoothing / labels).tolist()
+        spread = 2 * s.label_smoothing
+        soft = ((1 - spread) * exact + spread / labels).tolist()
     if weight:
         rows = [row | {"soft": target} for row, target in zip(rows, soft, strict=True)]
     return [(model, ScoringKD(labels, weight), rows, s.max_steps)]
@@ -230,8 +243,10 @@ def score_stages(run: Run, arm: str, model: torch.nn.Module) -> list[tuple]:
 
 def picture_stages(run: Run, arm: str, model: torch.nn.Module) -> list[tuple]:
     "Likewise of pictures; hints are a stage in front."
-    s, images = run.request.settings, run.kind.images(run.splits["train"])
-    items, teacher = range(len(images.labels)), run.taught.source
+    s = run.request.settings
+    images = run.kind.images(run.splits["train"])
+    items = range(len(images.labels))
+    teacher = run.taught.source
     if arm != "student":
         smoothing = s.label_smoothing if arm == "smoothing" else 0.0
         return [(model, LearnLabels(images, smoothing), items, s.max_steps)]
@@ -241,7 +256,8 @@ def picture_stages(run: Run, arm: str, model: torch.nn.Module) -> list[tuple]:
         return [last]
     states = teacher.hidden(images.pixels, 1)
     guided = Guided(model, states.shape[-1], s.seed)
-    return [(guided, ImageKD(images, StoredStates(states)), items, first), last]
+    hints = ImageKD(images, StoredStates(states))
+    return [(guided, hints, items, first), last]
 
 
 HOW = {"scoring": (teach_scores, score_stages), "classic_kd": (teach_pictures, picture_stages)}
@@ -249,10 +265,14 @@ HOW = {"scoring": (teach_scores, score_stages), "classic_kd": (teach_pictures, p
 # %% ../../nbs/6_beyond_text/16_classifiers.ipynb #cls-student
 def best_student(run: Run, arm: str) -> tuple[torch.nn.Module, dict]:
     "Return the student of an arm with the best rate on the validation rows, and the trials."
-    s, trials, models = run.request.settings, [], []
+    s = run.request.settings
+    _, stages_of = HOW[run.request.objective]
+    trials = []
+    models = []
     for rate in s.learning_rates:
         model = run.kind.network(s.seed)
-        for number, stage in enumerate(HOW[run.request.objective][1](run, arm, model)):
+        stages = stages_of(run, arm, model)
+        for number, stage in enumerate(stages):
             check = run.validate if stage[0] is model else None
             done = run.fit(f"{arm}-{rate:g}-{number}", (*stage, rate, s.seed), check)
         trials.append({"learning_rate": rate} | done.best)
@@ -280,26 +300,33 @@ def milliseconds(run: Run, model: torch.nn.Module) -> dict[str, float]:
 # %% ../../nbs/6_beyond_text/16_classifiers.ipynb #cls-report
 def compare(run: Run) -> tuple[dict, torch.nn.Module, dict[str, dict]]:
     "Return (what was found on the test rows, the student, the answers of each model)."
-    s, kind, test = run.request.settings, run.kind, run.splits["test"]
-    run.taught = HOW[run.request.objective][0](run)
+    kind = run.kind
+    test = run.splits["test"]
+    teach, _ = HOW[run.request.objective]
+    run.taught = teach(run)
     answers = {"teacher": answers_of(test, run.taught.found)}
     results: dict[str, dict] = {"teacher": {"parameters": run.taught.parameters}}
     models = {}
-    for arm in ("student", "alone", *["smoothing"] * (s.label_smoothing > 0)):
-        models[arm], chosen = best_student(run, arm)
-        answers[arm] = answers_of(test, kind.probabilities(models[arm], test))
-        results[arm] = {"parameters": count_parameters(models[arm])} | chosen
+    arms = ["student", "alone"]
+    if run.request.settings.label_smoothing > 0:
+        arms.append("smoothing")
+    for arm in arms:
+        model, chosen = best_student(run, arm)
+        models[arm] = model
+        answers[arm] = answers_of(test, kind.probabilities(model, test))
+        results[arm] = {"parameters": count_parameters(model)} | chosen
         if chosen["at_edge"]:
             rate = chosen["learning_rate"]
             run.request.say(f"{arm}: the best rate, {rate:g}, is at an edge of learning_rates")
     for name, given in answers.items():
         results[name] |= measures(kind, given, test)
-    task, examples = own_task_of(kind), examples_of(test)
-    pairs = [("student", other) for other in answers if other != "student"] + [("teacher", "alone")]
-    gaps = {
-        f"{one} minus {other}": score_difference(task, answers[one], answers[other], examples)
-        for one, other in pairs
-    }
+    task = own_task_of(kind)
+    examples = examples_of(test)
+    pairs = [("student", other) for other in answers if other != "student"]
+    gaps = {}
+    for one, other in [*pairs, ("teacher", "alone")]:
+        gap = score_difference(task, answers[one], answers[other], examples)
+        gaps[f"{one} minus {other}"] = gap
     found = {
         "rows": {name: len(rows) for name, rows in run.splits.items()},
         "labels": kind.labels,
@@ -364,9 +391,8 @@ def _finish(run: Run, asked: dict) -> dict:
     report |= {"started": started, "ended": request.now()}
     leave(run, report, model, answers)
     for name, each in report["results"].items():
-        request.say(
-            f"{name}: accuracy {score_text(each['accuracy'])} on {counts['test']} test rows"
-        )
+        accuracy = score_text(each["accuracy"])
+        request.say(f"{name}: accuracy {accuracy} on {counts['test']} test rows")
     request.say(f"the student is in {request.out}")
     return report
 
@@ -401,7 +427,7 @@ def distill_classifier(
     check_libraries(where=f"distill --objective {objective}")
     name = one_teacher(teacher, objective)
     trackers = None if tracker is None else check_trackers(tracker)
-    given = Path(data) if isinstance(data, (str, os.PathLike)) else list(data)
+    given = given_rows(data)
     found = read_given(given, KINDS[objective], asdict(s), s.n)
     content = stable_hash([[row[name] for name in NAMED] for row in found])
     parts = (given, name, objective, Path(out), s, content, trackers)
@@ -420,24 +446,6 @@ def distill_classifier(
         return _finish(run, asked)
 
 # %% ../../nbs/6_beyond_text/16_classifiers.ipynb #cls-predict
-def is_classifier(model: Path | str) -> bool:
-    "Return True for the folder of a student of `distill_classifier`."
-    file = Path(model) / "config.json"
-    config = read_json(file) if file.is_file() else None
-    return isinstance(config, dict) and config.get("objective") in CLASSIFIERS
-
-
-def load_classifier(folder: Path | str) -> tuple[Classifier, torch.nn.Module]:
-    "Return (kind, student) of a finished folder."
-    config = read_json(Path(folder) / "config.json")
-    kind = KINDS[config.pop("objective")](config)
-    file = Path(folder) / "model.safetensors"
-    model = kind.network(0)
-    with tensor_errors("the student cannot be read", file, "Make it again."):
-        model.load_state_dict(load_file(file))
-    return kind, freeze(model)
-
-
 def classify_rows(
     folder: Path | str,
     data: Path | str | Iterable,
@@ -449,19 +457,18 @@ def classify_rows(
     "Answer rows, which need no label; a second call resumes. A row has id, answer and probability."
     kind, model = load_classifier(folder)
     batch_size = check_count(batch_size, "batch_size", 1)
-    given = Path(data) if isinstance(data, (str, os.PathLike)) else list(data)
-    rows = read_given(given, type(kind), kind.config, limit)
+    rows = read_given(given_rows(data), type(kind), kind.config, limit)
     asked = {row["id"]: row["content"] for row in rows}
     identity = {"model": Path(folder).name, "weights": weights_hash(Path(folder))}
 
     def answer(part: list[dict]) -> list[dict]:
         found = kind.probabilities(model, part)
-        named = zip(part, found.argmax(1), found.max(1), strict=True)
-        return [
-            {"id": row["id"], "answer": kind.labels[best], "probability": round(float(sure), 5)}
-            | {"outcome": "ok", "prompt_hash": row["content"]}
-            for row, best, sure in named
-        ]
+        answered = []
+        for row, best, sure in zip(part, found.argmax(1), found.max(1), strict=True):
+            said = {"answer": kind.labels[best], "probability": round(float(sure), 5)}
+            about = {"outcome": "ok", "prompt_hash": row["content"]}
+            answered.append({"id": row["id"]} | said | about)
+        return answered
 
     with AnswerFile(out, identity, totals).open() as answers:
         missing = unanswered(answers, asked)
@@ -477,16 +484,17 @@ def score_classifier(
 ) -> dict[str, Any]:
     "Return the measures of a student on labelled rows. Raises UserError for a label it has not."
     kind, model = load_classifier(folder)
-    given = Path(data) if isinstance(data, (str, os.PathLike)) else list(data)
-    rows = read_given(given, type(kind), kind.config, limit)
+    rows = read_given(given_rows(data), type(kind), kind.config, limit)
     labels = {str(label): number for number, label in enumerate(kind.labels)}
     for row in rows:
-        if str(row["target"]) not in labels:
-            what = f"the {kind.target} {row['target']!r:.40} is none of {', '.join(labels)}"
+        target = row["target"]
+        if str(target) not in labels:
+            what = f"the {kind.target} {target!r:.40} is none of {', '.join(labels)}"
             fix = "Give rows with the labels that the student knows."
             raise UserError(what, where=row["where"], fix=fix)
-        row["label"] = labels[str(row["target"])]
-    found = measures(kind, answers_of(rows, kind.probabilities(model, rows)), rows)
+        row["label"] = labels[str(target)]
+    answers = answers_of(rows, kind.probabilities(model, rows))
+    found = measures(kind, answers, rows)
     others = {"macro_f1": found["macro_f1"]["value"]}
     others |= {"kappa": found["kappa"]} if "kappa" in found else {}
     return found["accuracy"] | others | {"model": Path(folder).name}

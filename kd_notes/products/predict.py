@@ -23,7 +23,8 @@ from ..evaluation.task_scores import read_answer, task_score
 from ..generation.completions import AnswerFile, prompt_hash, unanswered
 from ..methods.step_by_step import predict
 from ..models.pretrained import context_of, load_pretrained, resolve_model
-from .classifiers import classify_rows, is_classifier, score_classifier
+from .classifier_kinds import is_classifier
+from .classifiers import classify_rows, score_classifier
 from .request import shown_name, weights_identity
 
 # %% ../../nbs/3_reasons/09_predict.ipynb #4f9c0b12

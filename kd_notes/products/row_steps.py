@@ -70,8 +70,10 @@ class RowWork:
         s = self.request.settings
         seed = int(stable_hash([s.seed, stream])[:8], 16)
         writing = Writing("sample", s.max_new_tokens, s.temperature, s.top_p, s.width, seed)
-        asked = [({"role": "user", "content": prompt},) if chat else prompt for prompt in prompts]
-        rows = [TextRow(str(number), prompt, "") for number, prompt in enumerate(asked)]
+        rows = []
+        for number, prompt in enumerate(prompts):
+            asked = ({"role": "user", "content": prompt},) if chat else prompt
+            rows.append(TextRow(str(number), asked, ""))
         found = responses_of(self.pair.teacher, self.pair.teacher_tokenizer, rows, writing)
         return [row["response"].strip() for row in found]
 
@@ -80,15 +82,16 @@ class RowWork:
         identity = {"teacher": shown_name(self.request.teacher)}
         names = [f"{number}-{prompt_hash(prompt)}" for number, prompt in enumerate(prompts)]
         asked = dict(zip(names, prompts))
-        with AnswerFile(self.request.work / "written.jsonl", identity).open() as answers:
+        file = self.request.work / "written.jsonl"
+
+        def ask(part: list[str]) -> list[dict]:
+            texts = self.write([asked[name] for name in part], part[0])
+            return [{"id": id, "text": text} for id, text in zip(part, texts)]
+
+        with AnswerFile(file, identity).open() as answers:
             done = {row["id"] for row in answers.rows}
             todo = [name for name in names if name not in done]
             parts = [todo[start : start + CHUNK] for start in range(0, len(todo), CHUNK)]
-
-            def ask(part: list[str]) -> list[dict]:
-                texts = self.write([asked[name] for name in part], part[0])
-                return [{"id": id, "text": text} for id, text in zip(part, texts)]
-
             answers.fill(parts, ask)
             texts = {row["id"]: row["text"] for row in answers.rows}
         return [texts[name] for name in names]
@@ -97,17 +100,22 @@ class RowWork:
 def fitted(work: RowWork, rows: Sequence[TextRow]) -> Any:
     "Return a copy of the student after a finetuning on rows."
     s = work.request.settings
-    steps = s.max_steps or max(1, round(s.epochs * len(rows) / s.batch_size))
+    pair = work.pair
+    steps = s.max_steps
+    if not steps:
+        steps = max(1, round(s.epochs * len(rows) / s.batch_size))
     shared = {"seed": s.seed, "precision": s.precision, "device": s.device}
     cfg = TrainConfig(max_steps=steps, batch_size=s.batch_size, lr=s.lr, **shared)
-    method = SFT(work.pair.tokenizer)
-    student = copy.deepcopy(work.pair.student)
-    return train(student, method, work.pair.encode(list(rows)), cfg).model
+    student = copy.deepcopy(pair.student)
+    encoded = pair.encode(list(rows))
+    done = train(student, SFT(pair.tokenizer), encoded, cfg)
+    return done.model
 
 
 def field_of(work: RowWork, row: TextRow, name: str) -> Any:
     "Return a field of a row as it was given. Raises UserError if it has none."
-    value = work.extra.get(row.id, {}).get(name)
+    given = work.extra.get(row.id, {})
+    value = given.get(name)
     if value is None:
         fix = f'Give every row the field "{name}".'
         raise UserError(f"the field {name!r} is missing", where=row.where or row.id, fix=fix)
@@ -125,12 +133,11 @@ def words_of(row: TextRow) -> str:
 
 # %% ../../nbs/4_probabilities/23_row_steps.ipynb #518f3aab
 def _paraphrase(work: RowWork) -> list[TextRow]:
-    s = work.request.settings
-    name = shown_name(work.request.teacher)
-    file = work.request.work / "paraphrases.jsonl"
-    more = paraphrase_rows(
-        work.texts, work.write, file, seed=s.seed, name=name, copies=work.options.copies
-    )
+    request = work.request
+    file = request.work / "paraphrases.jsonl"
+    about = {"seed": request.settings.seed, "name": shown_name(request.teacher)}
+    copies = work.options.copies
+    more = paraphrase_rows(work.texts, work.write, file, copies=copies, **about)
     return [*work.texts, *more]
 
 # %% ../../nbs/4_probabilities/23_row_steps.ipynb #row-generate-code
@@ -155,75 +162,91 @@ def _read_labels(work: RowWork) -> None:
     work.found = {"shown": shown, "labels": labels}
 
 
+def _as_chats(rows: Sequence[TextRow]) -> list[TextRow]:
+    return [row.as_chat() for row in rows]
+
+
 def _generate(work: RowWork) -> list[TextRow]:
+    request = work.request
 
     def study(rows: list[TextRow]) -> Callable:
-        model = fitted(work, [row.as_chat() for row in rows])
+        model = fitted(work, _as_chats(rows))
         method = SFT(work.pair.tokenizer)
-        return lambda more: row_energies(
-            model, method, work.pair.encode([row.as_chat() for row in more])
-        )
 
-    made = generate_rows(
-        lambda prompts, stream: work.write(prompts, stream, chat=False),
-        study,
-        WritingTask(work.found["labels"]),
-        examples_of(work.found["shown"]),
-        work.options,
-        path=work.request.work / "generated.jsonl",
-        teacher=shown_name(work.request.teacher),
-    )
-    return [*work.texts, *(row.as_chat() for row in made)]
+        def energies(more: list[TextRow]) -> list[float]:
+            encoded = work.pair.encode(_as_chats(more))
+            return row_energies(model, method, encoded)
+
+        return energies
+
+    def write(prompts: list[str], stream: str) -> list[str]:
+        return work.write(prompts, stream, chat=False)
+
+    task = WritingTask(work.found["labels"])
+    shown = examples_of(work.found["shown"])
+    kept = {"path": request.work / "generated.jsonl", "teacher": shown_name(request.teacher)}
+    made = generate_rows(write, study, task, shown, work.options, **kept)
+    return work.texts + _as_chats(made)
 
 # %% ../../nbs/4_probabilities/23_row_steps.ipynb #3580b787
 def _read_domains(work: RowWork) -> None:
     pool = []
     for row in work.texts:
+        domain = str(field_of(work, row, "domain"))
         given = {"id": row.id, "prompt": words_of(row), "completion": row.completion}
-        pool.append(given | {"domain": str(field_of(work, row, "domain"))})
+        pool.append(given | {"domain": domain})
     work.found = {"pool": domain_rows(pool)}
 
 
 def _balanced(work: RowWork) -> list[TextRow]:
 
-    def learnt(rows: Sequence[dict]) -> list[TextRow]:
-        return [TextRow(row["id"], row["prompt"], row["completion"]).as_chat() for row in rows]
+    request = work.request
+    pair = work.pair
 
-    length = work.request.settings.max_new_tokens
-    student = fresh_students(
-        lambda: copy.deepcopy(work.pair.student),
-        lambda model, rows, stage: fitted(work, learnt(rows)),
-        lambda model, rows: own_answer_ifd(
-            model, work.pair.tokenizer, [row.prompt for row in learnt(rows)], length
-        ),
-    )
-    rows, reports = balanced_stages(
-        work.found["pool"], work.write, work.options, student, folder=work.request.work / "balanced"
-    )
-    counts = {name: sum(report[name] for report in reports) for name in ("calls", "dropped")}
+    def learnt(rows: Sequence[dict]) -> list[TextRow]:
+        texts = [TextRow(row["id"], row["prompt"], row["completion"]) for row in rows]
+        return _as_chats(texts)
+
+    def new() -> Any:
+        return copy.deepcopy(pair.student)
+
+    def fit(model: Any, rows: list[dict], stage: int) -> Any:
+        return fitted(work, learnt(rows))
+
+    def difficulty(model: Any, rows: list[dict]) -> list[float]:
+        prompts = [row.prompt for row in learnt(rows)]
+        return own_answer_ifd(model, pair.tokenizer, prompts, request.settings.max_new_tokens)
+
+    student = fresh_students(new, fit, difficulty)
+    pool = work.found["pool"]
+    folder = request.work / "balanced"
+    rows, reports = balanced_stages(pool, work.write, work.options, student, folder=folder)
+    calls = sum(report["calls"] for report in reports)
+    dropped = sum(report["dropped"] for report in reports)
     if not rows:
-        what = f"none of the teacher's {counts['calls']} answers is the row's completion"
+        what = f"none of the teacher's {calls} answers is the row's completion"
         fix = "Use rows whose completion is a short answer, or label_filter=false."
         raise UserError(what, where="rows", fix=fix)
-    work.request.say(f"{counts['calls']} calls of the teacher, {counts['dropped']} dropped")
+    request.say(f"{calls} calls of the teacher, {dropped} dropped")
     return learnt(rows)
 
 # %% ../../nbs/4_probabilities/23_row_steps.ipynb #f9007154
 def _select(work: RowWork) -> list[TextRow]:
-    file = work.request.work / "selected.json"
+    request = work.request
+    pair = work.pair
+    file = request.work / "selected.json"
     if not file.is_file():
-        s, pair = work.request.settings, work.pair
+        s = request.settings
         shared = {"vocabulary": pair.vocabulary, "temperature": s.temperature, **s.options}
-        method = KD(
-            pair.tokenizer, pair.teacher, work.request.objective, sft_weight=s.sft_weight, **shared
-        )
-        rows = [pair.encode(part) for part in (work.texts, work.held_out)]
-        scores = row_influence(pair.student, method, *rows, batch_size=s.batch_size)
+        shared["sft_weight"] = s.sft_weight
+        method = KD(pair.tokenizer, pair.teacher, request.objective, **shared)
+        texts = pair.encode(work.texts)
+        held = pair.encode(work.held_out)
+        scores = row_influence(pair.student, method, texts, held, batch_size=s.batch_size)
         ids = select_rows(work.texts, lambda _: scores, work.options.share)
         write_json(file, sorted(ids))
-    work.pair.selected = frozenset(read_json(file))
-    chosen = f"{len(work.pair.selected)} of {len(work.texts)}"
-    work.request.say(f"{chosen} rows learn from the teacher")
+    pair.selected = frozenset(read_json(file))
+    request.say(f"{len(pair.selected)} of {len(work.texts)} rows learn from the teacher")
     return work.texts
 
 # %% ../../nbs/4_probabilities/23_row_steps.ipynb #row-posts
@@ -233,19 +256,24 @@ DESCRIBE = "Describe the picture in one sentence."
 def _read_posts(work: RowWork) -> None:
     from kd_notes.methods.evidence import EvidenceStore, load_seeing, SignReader
 
-    data, options = work.request.data, work.options
-    store = EvidenceStore([row for _, row in numbered_rows(beside(data, options.reports))])
+    data = work.request.data
+    options = work.options
+    reports = numbered_rows(beside(data, options.reports))
+    store = EvidenceStore([row for _, row in reports])
     posts = []
-    pictures, captions = {}, {}
+    pictures = {}
+    captions = {}
     for row in (*work.texts, *work.held_out):
-        where, date, given = row.where or row.id, field_of(work, row, "date"), work.extra[row.id]
+        where = row.where or row.id
+        date = field_of(work, row, "date")
+        given = work.extra[row.id]
         if not options.leak:
             store.check_date(date)
         if options.tell and row.completion not in VERDICTS:
             fix = f"Use one of {', '.join(VERDICTS)}."
             raise UserError(f"there is no label {row.completion!r:.60}", where=where, fix=fix)
-        about = {"date": date, "text": words_of(row), "label": row.completion}
-        posts.append(SimpleNamespace(id=row.id, **about))
+        text = words_of(row)
+        posts.append(SimpleNamespace(id=row.id, date=date, text=text, label=row.completion))
         if image := given.get("image"):
             pictures[row.id] = beside(data, image)
             open_picture(pictures[row.id], where)
@@ -256,20 +284,24 @@ def _read_posts(work: RowWork) -> None:
             captions[row.id] = caption
     work.found = {"store": store, "posts": posts, "pictures": pictures, "captions": captions}
     work.found["read"] = SignReader() if pictures else None
-    if blind := len(pictures.keys() - captions.keys()):
-        if options.captioner:  # loaded now, so that a wrong one is told before anything
-            work.found["captioner"] = load_seeing(options.captioner)
-        else:
-            how = 'give a field "caption", or captioner=<a vision-language model>'
-            stay = "image stays" if blind == 1 else "images stay"
-            work.request.say(f"{blind} {stay} without a caption; {how}")
+    blind = len(pictures.keys() - captions.keys())
+    if not blind:
+        return
+    if options.captioner:  # loaded now, so that a wrong one is told before anything
+        work.found["captioner"] = load_seeing(options.captioner)
+        return
+    how = 'give a field "caption", or captioner=<a vision-language model>'
+    stay = "image stays" if blind == 1 else "images stay"
+    work.request.say(f"{blind} {stay} without a caption; {how}")
 
 # %% ../../nbs/4_probabilities/23_row_steps.ipynb #row-look
 def _look(work: RowWork) -> dict[str, Any]:
     "Return what is written and what can be seen in the posts' images; a given caption stays."
     from kd_notes.methods.evidence import read_pictures, Seen, seen_answers
 
-    found, captions = work.found, work.found["captions"]
+    found = work.found
+    pictures = found["pictures"]
+    captions = found["captions"]
     seeing = found.pop("captioner", None)  # it is gone before the training
 
     def describe(images: list) -> list[str]:
@@ -277,24 +309,30 @@ def _look(work: RowWork) -> dict[str, Any]:
         texts = seen_answers(*seeing, asked, new=32)
         return [" ".join(text.split()) for text in texts]
 
-    seen = {}
-    for name, given in (("seen", False), ("captioned", True)):
-        part = {id: path for id, path in found["pictures"].items() if (id in captions) is given}
-        if part:
-            caption = describe if seeing and not given else None
-            about = {"identity": work.options.captioner if caption else ""}
-            file = work.request.work / f"{name}.jsonl"
-            seen |= read_pictures(part, found["read"], caption, path=file, **about)
-    return seen | {id: replace(seen.get(id, Seen()), caption=x) for id, x in captions.items()}
+    def looked(name: str, ids: set, caption: Any = None, identity: str = "") -> dict[str, Any]:
+        part = {id: path for id, path in pictures.items() if id in ids}
+        file = work.request.work / f"{name}.jsonl"
+        if not part:
+            return {}
+        return read_pictures(part, found["read"], caption, path=file, identity=identity)
+
+    by_model = (describe, work.options.captioner) if seeing else ()
+    seen = looked("seen", pictures.keys() - captions.keys(), *by_model)
+    seen |= looked("captioned", pictures.keys() & captions.keys())
+    for id, caption in captions.items():
+        before = seen.get(id, Seen())
+        seen[id] = replace(before, caption=caption)
+    return seen
 
 
 def _evidence(work: RowWork) -> list[TextRow]:
     from kd_notes.methods.evidence import evidence_rows
 
-    found, seen = work.found, _look(work)
+    posts, store = work.found["posts"], work.found["store"]
+    seen = _look(work)
     names = ("k", "tell", "first", "leak")
     options = {name: getattr(work.options, name) for name in names}
-    rows, left = evidence_rows(found["posts"], seen, found["store"], work.write_once, **options)
+    rows, left = evidence_rows(posts, seen, store, work.write_once, **options)
     if left:
         work.request.say(f"{left} posts are left out: the teacher's answer has no label")
     made = {row.id: row.as_chat() for row in rows}
@@ -358,21 +396,25 @@ def read_row_step(text: str, seed: int = 0) -> tuple[str, Any]:
         fix = f"Choose one of {', '.join(ROW_STEPS)}."
         raise UserError(f"there is no step {name!r}", where="rows", fix=fix)
     parts = [part.strip() for part in options.split(",") if part.strip()]
-    known = {each.name: each for each in fields(ROW_STEPS[name][2])}
+    settings = ROW_STEPS[name][2]
+    known = {each.name: each for each in fields(settings)}
     given = plain_settings(parts)
     if unknown := given.keys() - known.keys():
         fix = f"Options of {name} are {', '.join(known)}."
         raise UserError(f"{min(unknown)!r} is no option", where="rows", fix=fix)
-    needed = (each.name for each in known.values() if each.default is MISSING)
-    if lacking := next((each for each in needed if each not in given), ""):
-        fix = f"Give it, as in {name}:{lacking}={'reports.jsonl' if name == 'evidence' else 200}."
-        raise UserError(f"{name} needs {lacking}", where="rows", fix=fix)
+    for each in known.values():
+        if each.default is MISSING and each.name not in given:
+            value = "reports.jsonl" if name == "evidence" else 200
+            fix = f"Give it, as in {name}:{each.name}={value}."
+            raise UserError(f"{name} needs {each.name}", where="rows", fix=fix)
     for part in parts:  # a text such as none stays one
         option, _, value = part.partition("=")
-        if known[option.strip()].type is str:
-            given[option.strip()] = value.strip().strip("'\"")
+        option = option.strip()
+        if known[option].type is str:
+            given[option] = value.strip().strip("'\"")
+    few = FEW.get(name, {})
     seeded = {"seed": seed} if "seed" in known else {}
-    return name, ROW_STEPS[name][2](**seeded | FEW.get(name, {}) | given)
+    return name, settings(**seeded | few | given)
 
 
 def check_row_step(
@@ -404,7 +446,8 @@ def check_row_step(
 
 def beside(data: Any, name: Any) -> Path:
     "Return the path of a file that is named relative to the file of rows."
-    return (data.parent if isinstance(data, Path) else Path()) / str(name)
+    folder = data.parent if isinstance(data, Path) else Path()
+    return folder / str(name)
 
 # %% ../../nbs/4_probabilities/23_row_steps.ipynb #fa41785f
 def open_row_step(
@@ -428,20 +471,26 @@ def apply_row_step(work: RowWork, pair: Pair) -> tuple[list[TextRow], list[TextR
 
     They are stored; a second call reads them.
     """
-    request, name, before = work.request, work.name, len(work.texts)
+    request = work.request
+    name = work.name
+    before = len(work.texts)
     work.pair = pair
     file = request.work / "rows.json"
     if file.is_file() and name != "select":
-        kept = [[_row(row) for row in part] for part in read_json(file)]
-        return kept[0], kept[1]
+        texts, held = read_json(file)
+        return [_row(row) for row in texts], [_row(row) for row in held]
     made = ROW_STEPS[name][1](work)
     if not made or not work.held_out:
         raise UserError("no rows are left", where="rows", fix="Give more rows, or another step.")
-    write_json(file, [[asdict(row) for row in part] for part in (made, work.held_out)])
+    texts = [asdict(row) for row in made]
+    held = [asdict(row) for row in work.held_out]
+    write_json(file, [texts, held])
     request.say(f"{name}: {before} rows became {len(made)}")
     return made, work.held_out
 
 
 def _row(fields: dict) -> TextRow:
     prompt = fields["prompt"]
-    return TextRow(**fields | {"prompt": prompt if isinstance(prompt, str) else tuple(prompt)})
+    if not isinstance(prompt, str):
+        prompt = tuple(prompt)
+    return TextRow(**fields | {"prompt": prompt})

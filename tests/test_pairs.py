@@ -25,7 +25,7 @@ from kd_notes.experiments.pair_files import (
     UNKNOWN,
 )
 from kd_notes.experiments.instruction_sets import hub_rows, load_set, set_files
-from kd_notes.experiments.pair_runs import check_run, PAIR_RUN, pair_run, phase_run
+from kd_notes.experiments.pair_runs import check_run, pair_run, phase_run
 from kd_notes.experiments.pretrained_pairs import (
     pair_method,
     PairStudents,

@@ -341,8 +341,7 @@ def _things(*tasks: str) -> dict[str, set[str]]:
 @lru_cache
 def _all_things() -> re.Pattern:
     "Return a pattern for all things, cities, countries, rooms and settings of the tasks."
-    words = set(_things(*GENERATORS))
-    words.update(facts("cqa")["settings"])
+    words = _things(*GENERATORS).keys() | facts("cqa")["settings"].keys()
     alphabetical = sorted(words)
     longest_first = sorted(alphabetical, key=len, reverse=True)
     one_of_them = "|".join(map(re.escape, longest_first))

@@ -209,11 +209,8 @@ ARMS = {
 def draw_examples(pool: list[Example], n: int, task: str, split: str, seed: int) -> list[Example]:
     "Draw `n` examples of a pool, the same for every arm of a seed."
     if not 0 < n <= len(pool):
-        raise UserError(
-            f"n={n} examples were asked for, {task}/{split} has {len(pool)}",
-            where="n",
-            fix=f"Choose 1 to {len(pool)}.",
-        )
+        what = f"n={n} examples were asked for, {task}/{split} has {len(pool)}"
+        raise UserError(what, where="n", fix=f"Choose 1 to {len(pool)}.")
     return rng("student examples", task, split, seed).sample(pool, n)
 
 # %% ../../nbs/3_reasons/03_stepwise.ipynb #854c7886
@@ -477,7 +474,7 @@ class Stepwise(Experiment):
 
     def config(self, run: dict, model: Any) -> TrainConfig:
         "Return the settings of the training loop."
-        optional_settings = ("precision", "device")
+        given = {name: run[name] for name in ("precision", "device") if name in run}
         return TrainConfig(
             max_steps=round(run["steps"] * ARMS[run["arm"]].steps),
             batch_size=run["batch_size"],
@@ -489,7 +486,7 @@ class Stepwise(Experiment):
             seed=run["seed"],
             save_every=400,
             max_length=context_of(model),
-            **{name: run[name] for name in optional_settings if name in run},
+            **given,
         )
 
     def train(self, run: dict, folder: Path) -> dict:

@@ -21,6 +21,8 @@ from ..evaluation.calibration import score_labels
 from .base import optional
 from kd_notes.experiments.stepwise import (
     _reasoned,
+    arm_config,
+    arm_method,
     ARMS,
     draw_examples,
     info_of,
@@ -141,8 +143,8 @@ class RealStudents(Stepwise):
         student = whole
         if run["frozen"]:
             student = upper_layers(whole, run["frozen"], padding_id(tokenizer))
-        cfg = replace(self.config(run, whole), save_every=100)
-        result = train(student, self.method(run, tokenizer), rows, cfg, run_dir=folder)
+        cfg = replace(arm_config(run, whole), save_every=100)
+        result = train(student, arm_method(run, tokenizer), rows, cfg, run_dir=folder)
         examples = task_split(run["task"], run["score_on"])[: run["test_rows"] or None]
         asked = [asked_example(e) for e in examples]
         answers = answers_of(run, whole, result.model.eval(), tokenizer, asked)

@@ -433,6 +433,34 @@ def _score(result: Any, model: Any, tokenizer: Any, run: dict) -> dict:
         "train_seconds": result.seconds,
     }
 
+# %% ../../nbs/3_reasons/03_stepwise.ipynb #st-arm
+def arm_method(run: dict, tokenizer: Any) -> StepByStep:
+    "Return the method of a run's arm."
+    arm = ARMS[run["arm"]]
+    two_tasks = arm.rationales and arm.rows is step_rows
+    alpha = run["alpha"] if two_tasks else 1.0
+    if arm.beta:
+        return MutualInformation(tokenizer, run["family"], alpha, arm.beta)
+    return StepByStep(tokenizer, run["family"], alpha)
+
+
+def arm_config(run: dict, model: Any) -> TrainConfig:
+    "Return the settings of the training loop."
+    given = {name: run[name] for name in ("precision", "device") if name in run}
+    return TrainConfig(
+        max_steps=round(run["steps"] * ARMS[run["arm"]].steps),
+        batch_size=run["batch_size"],
+        gradient_accumulation_steps=run.get("accumulate", 1),
+        lr=run["lr"],
+        warmup=0.04,
+        weight_decay=0.01,
+        betas=(0.9, 0.98),
+        seed=run["seed"],
+        save_every=400,
+        max_length=context_of(model),
+        **given,
+    )
+
 # %% ../../nbs/3_reasons/03_stepwise.ipynb #st-class
 class Stepwise(Experiment):
     "Students of step-by-step, its baselines and its controls (Hsieh et al. 2023)."
@@ -463,36 +491,10 @@ class Stepwise(Experiment):
             "effective_batch": run["batch_size"] * run.get("accumulate", 1),
         }
 
-    def method(self, run: dict, tokenizer: Any) -> StepByStep:
-        "Return the method of a run's arm."
-        arm = ARMS[run["arm"]]
-        two_tasks = arm.rationales and arm.rows is step_rows
-        alpha = run["alpha"] if two_tasks else 1.0
-        if arm.beta:
-            return MutualInformation(tokenizer, run["family"], alpha, arm.beta)
-        return StepByStep(tokenizer, run["family"], alpha)
-
-    def config(self, run: dict, model: Any) -> TrainConfig:
-        "Return the settings of the training loop."
-        given = {name: run[name] for name in ("precision", "device") if name in run}
-        return TrainConfig(
-            max_steps=round(run["steps"] * ARMS[run["arm"]].steps),
-            batch_size=run["batch_size"],
-            gradient_accumulation_steps=run.get("accumulate", 1),
-            lr=run["lr"],
-            warmup=0.04,
-            weight_decay=0.01,
-            betas=(0.9, 0.98),
-            seed=run["seed"],
-            save_every=400,
-            max_length=context_of(model),
-            **given,
-        )
-
     def train(self, run: dict, folder: Path) -> dict:
         "Return accuracy, outcomes (packed), parameters, tokens, seconds, number of rows."
         model, tokenizer = new_student(run)
         rows = arm_rows(run["arm"], run["task"], run["n"], run["split"], run["seed"])
-        method, cfg = self.method(run, tokenizer), self.config(run, model)
+        method, cfg = arm_method(run, tokenizer), arm_config(run, model)
         result = train(model, method, rows, cfg, run_dir=folder)
         return _score(result, model, tokenizer, run) | {"examples": len(rows)}

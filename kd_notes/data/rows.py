@@ -249,7 +249,7 @@ class RowFile(Sequence):
         for i, (_, _, text) in zip(range(len(self)), numbered_lines(self.path)):
             yield self._row(i, text)
 
-
+# %% ../../nbs/2_playground/17_rows.ipynb #row-part
 class RowPart(Sequence):
     "Some of the rows of a sequence, in its order, without a copy of them."
 
@@ -340,7 +340,7 @@ class StoredRows(Sequence):
         "Return the number of rows whose completion is cut off."
         return int((self.table[np.asarray(self.places), -1] == 0).sum())
 
-
+# %% ../../nbs/2_playground/17_rows.ipynb #row-names
 class RowNames(Sequence):
     "The ids of stored rows."
 

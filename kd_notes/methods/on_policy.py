@@ -283,6 +283,13 @@ def sampler_of(method: OnPolicyTerms, student) -> Sampler:
     )
 
 # %% ../../nbs/5_own_words/02_on_policy.ipynb #83d5fbe8
+def _prompts_of(state: TrainState) -> Sequence[dict]:
+    "Return the encoded prompts with their names; stored rows have them, and stay on the disk."
+    if isinstance(state.items, StoredRows):
+        return state.items
+    return [item | {"id": name} for name, item in zip(state.ids, state.items)]
+
+
 def warn_of(history: list[dict], warned: set[str]) -> None:
     "Warn of each alarm of a training once; `warned` remembers those that were raised."
     for name, text in health_alarms(history).items():
@@ -297,9 +304,7 @@ class RolloutPhase(OnPolicyTerms):
     def begin(self, state: TrainState) -> None:
         check_rollouts(self.config, state.effective_batch)
         check_dropout(self.config, state.cfg)
-        prompts = state.items
-        if not isinstance(prompts, StoredRows):
-            prompts = [item | {"id": name} for name, item in zip(state.ids, state.items)]
+        prompts = _prompts_of(state)
         self.vocabulary = check_inputs(self, prompts, state.model)
         self.seed, self.epoch = state.cfg.seed, None  # the epoch of the rows in the loop
         self.sampler = sampler_of(self, state.model)

@@ -213,25 +213,26 @@ class _Distillation:
             return KD(pair.tokenizer, cache, **mixed, **s.options)
         return KD(pair.tokenizer, _signal(pair), objective, **live, **s.options)
 
-    def validation(self) -> Validation:
-        """Return the validation on held-out rows.
+# %% ../../nbs/4_probabilities/15_distill.ipynb #distill-validation
+def _validation(job: _Distillation) -> Validation:
+    """Return the validation on held-out rows.
 
-        It includes the teacher if both models have one tokenizer.
-        """
-        pair = self.pair
-        teacher = None if pair.vocabulary is None else pair.judge
-        labels = ("sft", "symmetric_cross_entropy")
-        plain = teacher is None or self.request.objective in labels
-        # what chooses the best weights: of an on-policy method the KL that it lowers
-        score = "reverse_kl" if self.request.objective in ON_POLICY else "forward_kl"
-        return Validation(
-            pair.encode(self.held_out),
-            padding_id(pair.tokenizer),
-            teacher,
-            score="nll" if plain else score,
-            vocabulary=pair.vocabulary,
-            batch_size=self.request.settings.batch_size,
-        )
+    It includes the teacher if both models have one tokenizer.
+    """
+    pair = job.pair
+    teacher = None if pair.vocabulary is None else pair.judge
+    labels = ("sft", "symmetric_cross_entropy")
+    plain = teacher is None or job.request.objective in labels
+    # what chooses the best weights: of an on-policy method the KL that it lowers
+    score = "reverse_kl" if job.request.objective in ON_POLICY else "forward_kl"
+    return Validation(
+        pair.encode(job.held_out),
+        padding_id(pair.tokenizer),
+        teacher,
+        score="nll" if plain else score,
+        vocabulary=pair.vocabulary,
+        batch_size=job.request.settings.batch_size,
+    )
 
 # %% ../../nbs/4_probabilities/15_distill.ipynb #0c9e0340
 def _measured(job: _Distillation, numbers: dict, tokenizer) -> dict:
@@ -284,7 +285,7 @@ def _run(job: _Distillation) -> dict:
     started = request.started()
     pair = job.pair
     with main_first():  # the other processes find everything prepared
-        check = job.validation()
+        check = _validation(job)
         references = _references(job, check)
         method = job.method()
     cfg = train_config(request.settings, len(job.rows))

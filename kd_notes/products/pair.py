@@ -59,7 +59,7 @@ def shared_vocabulary(pair: "Pair", request: Request) -> int | None:
             "teacher.",
         ) from error
 
-
+# %% ../../nbs/4_probabilities/15c_pair.ipynb #check-rows
 def check_rows(
     pair: "Pair", rows: Sequence[TextRow], objective: str, folder: Path, job: Any
 ) -> StoredRows:

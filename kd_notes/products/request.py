@@ -286,6 +286,11 @@ class OutFolder:
         "Return the folder of intermediate results, from which a stopped run goes on."
         return self.out / "work"
 
+    @property
+    def encoded(self) -> Path:
+        "Return the folder of encoded rows; they are written before the request is."
+        return self.out / ".encoded"
+
     def say(self, text: str) -> None:
         "Print a line under the folder's name, in one process."
         if main_process():
@@ -335,11 +340,6 @@ class Request(OutFolder):
     tracker: Any = None
     files: Mapping[str, str] = field(default_factory=dict)  # hashes of what else is read
     given: Any = None  # the rows of `data` as they were given, if they are not in a file
-
-    @property
-    def encoded(self) -> Path:
-        "Return the folder of encoded rows; they are written before the request is."
-        return self.out / ".encoded"
 
     def raw(self) -> Iterable:
         "Return the rows as they were given; there may be more of them than `rows` takes."

@@ -287,7 +287,7 @@ def check_libraries(
                 fix=f"Run `pip install 'kd_notes[{extra}]'`, or `pip install {library}`.",
             )
 
-
+# %% ../../nbs/4_probabilities/17_distill_settings.ipynb #hold-out
 def held_out_places(count: int, validation: float, seed: int = 0) -> list[int]:
     """Return the numbers of at most 200 rows to hold out, drawn by seed, in rising order.
 

@@ -21,7 +21,7 @@ from collections import Counter
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import Any, Iterable, Iterator
+from typing import Any, BinaryIO, Iterable, Iterator
 
 import platformdirs
 from filelock import FileLock, Timeout
@@ -285,15 +285,20 @@ def write_json(path: Path | str, obj: Any) -> Path:
     )
 
 # %% ../nbs/7_engine_room/01_core.ipynb #96cb3b15
-def _read_bytes(path: Path | str) -> bytes:
+@contextmanager
+def opened(path: Path | str) -> Iterator[BinaryIO]:
+    "Open a file to read its bytes. Raises UserError if that is not possible."
     try:
-        return Path(path).read_bytes()
+        with open(path, "rb") as f:
+            yield f
     except (OSError, ValueError) as e:  # ValueError: no file can have such a name
-        raise UserError(
-            f"the file cannot be read ({getattr(e, 'strerror', None) or e})",
-            where=path,
-            fix="Check the name and the folder.",
-        ) from e
+        what = f"the file cannot be read ({getattr(e, 'strerror', None) or e})"
+        raise UserError(what, where=path, fix="Check the name and the folder.") from e
+
+
+def _read_bytes(path: Path | str) -> bytes:
+    with opened(path) as f:
+        return f.read()
 
 # %% ../nbs/7_engine_room/01_core.ipynb #a971c971
 def read_text(path: Path | str) -> str:
@@ -453,15 +458,8 @@ def sha256_text(text: str) -> str:
 
 def sha256_file(path: Path | str) -> str:
     "Return the SHA-256 of a file's bytes, as 64 hex digits."
-    try:
-        with open(path, "rb") as f:
-            return hashlib.file_digest(f, "sha256").hexdigest()
-    except OSError as e:
-        raise UserError(
-            f"the file cannot be read ({e.strerror})",
-            where=path,
-            fix="Check the name and the folder.",
-        ) from e
+    with opened(path) as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 # %% ../nbs/7_engine_room/01_core.ipynb #4410f02c
 def canonical_json(obj: Any) -> str:

@@ -7,18 +7,19 @@ __all__ = ['NLI_LABELS', 'TASKS', 'Example', 'TaskInfo', 'register_task', 'task_
            'load_split']
 
 # %% ../../nbs/2_playground/01_examples.ipynb #65bcabd7
+import codecs
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Iterable, Sequence
+from typing import Iterable, Iterator, Sequence
 
 from kd_notes.core import (
     atomic_write,
     canonical_json,
     data_dir,
+    _jsonl_row,
+    opened,
     read_json,
-    read_jsonl,
-    read_text,
     sha256_file,
     UserError,
     write_json,
@@ -282,15 +283,29 @@ def _checked(
     return out
 
 # %% ../../nbs/2_playground/01_examples.ipynb #cf0e67bb
+def numbered_lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
+    """Yield (line number, first byte, line) of a JSONL file, one line in memory at a time.
+
+    Blank lines are skipped. A file without any other is an error.
+    """
+    start = 0
+    found = False
+    with opened(path) as f:
+        for number, line in enumerate(f, start=1):
+            text = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+            start += len(line)
+            if text.strip():
+                found = True
+                yield number, start - len(text), text.removesuffix(b"\n")
+    if not found:
+        fix = "Give a file with one example a line."
+        raise UserError("the file has no rows", where=path, fix=fix)
+
+
 def numbered_rows(path: Path) -> list[tuple[str, dict]]:
     "Return (file:line, row) for each row of a JSONL file. An empty file is an error."
-    rows = read_jsonl(path)
-    lines = [n for n, line in enumerate(read_text(path).split("\n"), start=1) if line.strip()]
-    if not rows:
-        raise UserError(
-            "the file has no rows", where=path, fix="Give a file with one example a line."
-        )
-    return [(f"{path}:{n}", row) for n, row in zip(lines, rows, strict=True)]
+    places = ((f"{path}:{number}", line) for number, _, line in numbered_lines(path))
+    return [(where, _jsonl_row(line, where)) for where, line in places]
 
 # %% ../../nbs/2_playground/01_examples.ipynb #7a53fcf6
 def load_jsonl(

@@ -6,14 +6,29 @@
 __all__ = ['TextRow', 'read_rows', 'load_rows']
 
 # %% ../../nbs/2_playground/17_rows.ipynb #c6a8bfe4
-from collections.abc import Iterable, Mapping
+import os
+import shutil
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..checks import check_count
-from ..core import encoded, UserError
-from .examples import numbered_rows
+from kd_notes.core import (
+    disk_error,
+    encoded,
+    _jsonl_row,
+    opened,
+    read_json,
+    stable_hash,
+    UserError,
+    write_json,
+)
+from .examples import numbered_lines
 
 # %% ../../nbs/2_playground/17_rows.ipynb #82bd2d4f
 @dataclass(frozen=True)
@@ -178,26 +193,220 @@ def read_rows(rows: Iterable, name: str = "row", **options: Any) -> list[TextRow
     """
     numbered = enumerate(rows)
     made = [read_row(row, f"{name}-{i}", f"{name} {i}", **options) for i, row in numbered]
-    _check_ids(made, name)
+    _check_ids(array("q", (hash(row.id) for row in made)), name)
     return made
 
 
+def _check_ids(hashes: array, where: Path | str) -> None:
+    "Raise UserError if two of these 64-bit hashes of ids are equal."
+    if len(np.unique(hashes)) < len(hashes):
+        fix = "Give every row a different id, or none at all."
+        raise UserError("an id occurs twice", where=where, fix=fix)
+
+# %% ../../nbs/2_playground/17_rows.ipynb #row-file
+class RowFile(Sequence):
+    """The rows of a JSONL file, read from the disk whenever they are asked for.
+
+    All are checked at the start; an error names file and line.
+    """
+
+    def __init__(
+        self,
+        path: Path | str,
+        n: int | None = None,  # the first n rows; None: all
+        **options: Any,  # of `read_row`
+    ):
+        if n is not None:
+            n = check_count(n, "n", 1, "Use 1 or more, or leave it out for all rows.")
+        self.path = Path(path)
+        self.options = options
+        self.lines = array("q")  # number of each row's line
+        self.starts = array("q")  # its first byte
+        hashes = array("q")
+        for line, start, text in numbered_lines(self.path):
+            if len(self.lines) == n:
+                _jsonl_row(text, f"{self.path}:{line}")  # what is not used is checked too
+                continue
+            self.lines.append(line)
+            self.starts.append(start)
+            hashes.append(hash(self._row(len(self.lines) - 1, text).id))
+        _check_ids(hashes, path)
+
+    def _row(self, i: int, text: bytes) -> TextRow:
+        where = f"{self.path}:{self.lines[i]}"
+        return read_row(_jsonl_row(text, where), f"{self.path.stem}-{i}", where, **self.options)
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def __getitem__(self, i: int) -> TextRow:
+        i = range(len(self))[i]
+        with opened(self.path) as file:
+            file.seek(self.starts[i])
+            return self._row(i, file.readline())
+
+    def __iter__(self) -> Iterator[TextRow]:
+        for i, (_, _, text) in zip(range(len(self)), numbered_lines(self.path)):
+            yield self._row(i, text)
+
+# %% ../../nbs/2_playground/17_rows.ipynb #row-part
+class RowPart(Sequence):
+    "Some of the rows of a sequence, in its order, without a copy of them."
+
+    def __init__(self, rows: Sequence, places: Iterable[int]):
+        self.rows = rows
+        self.places = array("q", places)  # in rising order
+
+    @classmethod
+    def without(cls, rows: Sequence, places: Iterable[int]) -> "RowPart":
+        "Return the other rows."
+        left_out = set(places)
+        return cls(rows, (i for i in range(len(rows)) if i not in left_out))
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, i: int) -> Any:
+        return self.rows[self.places[i]]
+
+    def __iter__(self) -> Iterator:
+        places = iter(self.places)
+        wanted = next(places, None)
+        for place, row in enumerate(self.rows):
+            if place == wanted:
+                yield row
+                wanted = next(places, None)
+
+# %% ../../nbs/2_playground/17_rows.ipynb #load-rows
 def load_rows(
     path: Path | str,  # JSONL
     n: int | None = None,  # the first n rows; None: all
     **options: Any,  # of `read_row`
 ) -> list[TextRow]:
     "Load the rows of a JSONL file as TextRows; an error names file and line."
-    if n is not None:
-        n = check_count(n, "n", 1, "Use 1 or more, or leave it out for all rows.")
-    name = Path(path).stem
-    numbered = enumerate(numbered_rows(Path(path))[:n])
-    made = [read_row(row, f"{name}-{i}", where, **options) for i, (where, row) in numbered]
-    _check_ids(made, path)
-    return made
+    return list(RowFile(path, n, **options))
+
+# %% ../../nbs/2_playground/17_rows.ipynb #stored-rows
+class StoredRows(Sequence):
+    """Encoded rows in a folder: {'id', 'whole', ...} with lists of ids, made when asked for."""
+
+    def __init__(
+        self,
+        folder: Path,  # of `store_rows`
+        places: Sequence[int] | None = None,  # the rows that are meant; None: all
+        encode: Callable | None = None,  # applied to each row that is read
+    ):
+        self.folder = folder
+        self.about = read_json(folder / "about.json")
+        self.columns = self.about["columns"]
+        self.tokens = _mapped(folder / "tokens", np.int32)
+        self.names = _mapped(folder / "names", np.uint8)
+        # of each row: the end of each column in `tokens`, of its id in `names`, and `whole`
+        self.table = _mapped(folder / "table", np.int64).reshape(-1, len(self.columns) + 2)
+        self.places = range(len(self.table)) if places is None else array("q", places)
+        self.encode = encode
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, i: int) -> dict:
+        place = self.places[i]
+        start = int(self.table[place - 1, -3]) if place else 0
+        *ends, _, whole = self.table[place].tolist()
+        item = {"id": self.name(i)}
+        for column, end in zip(self.columns, ends):
+            item[column] = self.tokens[start:end].tolist()
+            start = end
+        if whole < 2:  # 2: the row does not say
+            item["whole"] = bool(whole)
+        return self.encode(item) if self.encode else item
+
+    def name(self, i: int) -> str:
+        "Return the id of a row."
+        place = self.places[i]
+        start = self.table[place - 1, -2] if place else 0
+        return self.names[start : self.table[place, -2]].tobytes().decode()
+
+    def part(self, places: Iterable[int]) -> "StoredRows":
+        "Return some of the rows."
+        return StoredRows(self.folder, [self.places[i] for i in places], self.encode)
+
+    def encoded_by(self, encode: Callable) -> "StoredRows":
+        "Return the rows as a method encodes them, unless they were stored like that."
+        final = self.about["final"]
+        return StoredRows(self.folder, self.places, self.encode if final else encode)
+
+    def cut(self) -> int:
+        "Return the number of rows whose completion is cut off."
+        return int((self.table[np.asarray(self.places), -1] == 0).sum())
+
+# %% ../../nbs/2_playground/17_rows.ipynb #row-names
+class RowNames(Sequence):
+    "The ids of stored rows."
+
+    def __init__(self, rows: StoredRows):
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> str:
+        return self.rows.name(i)
 
 
-def _check_ids(rows: list[TextRow], where: Path | str) -> None:
-    if len({row.id for row in rows}) < len(rows):
-        fix = "Give every row a different id, or none at all."
-        raise UserError("an id occurs twice", where=where, fix=fix)
+def _mapped(path: Path, dtype: type) -> np.ndarray:
+    "Return the numbers of a file, which are read when they are used."
+    return np.memmap(path, dtype, "r") if path.stat().st_size else np.empty(0, dtype)
+
+# %% ../../nbs/2_playground/17_rows.ipynb #store-rows
+def store_rows(
+    folder: Path,
+    job: Any,  # JSON data: all that decides the encoded rows
+    rows: Iterable[dict],  # read once, unless the folder holds this job's
+    final: bool = False,  # they are what a method's `encode` returns
+) -> StoredRows:
+    "Return the encoded rows of a job, written if the folder does not hold them."
+    job = stable_hash(job)
+    about = folder / "about.json"
+    if about.is_file() and read_json(about)["job"] == job:
+        return StoredRows(folder)
+    part = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir(parents=True)
+        facts = _write_rows(part, rows)
+        write_json(part / "about.json", facts | {"job": job, "final": final})
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(part, folder)
+    except OSError as e:
+        raise disk_error(e, folder) from e
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return StoredRows(folder)
+
+
+def _write_rows(folder: Path, rows: Iterable[dict]) -> dict:
+    "Write the files of `StoredRows`; return the names of the lists, and the largest number."
+    columns = []
+    ends = [0, 0]  # of what is written of tokens and names
+    largest = 0
+    with ExitStack() as files:
+        tokens, names, table = (
+            files.enter_context(open(folder / name, "wb")) for name in ("tokens", "names", "table")
+        )
+        for row in rows:
+            columns = columns or [name for name, value in row.items() if isinstance(value, list)]
+            line = array("q")
+            for column in columns:
+                ids = array("i", row[column])
+                ids.tofile(tokens)
+                ends[0] += len(ids)
+                largest = max(largest, max(ids, default=0))
+                line.append(ends[0])
+            ends[1] += names.write(row["id"].encode())
+            line.extend((ends[1], int(row.get("whole", 2))))
+            line.tofile(table)
+        for file in (tokens, names, table):
+            file.flush()
+            os.fsync(file.fileno())
+    return {"columns": columns, "largest": largest}

@@ -11,13 +11,14 @@ from abc import ABC, abstractmethod
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, Iterable
+from typing import Any, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from ..core import UserError
 from ..data.dialogues import padding_id
+from ..data.rows import StoredRows
 from ..generation.sampling import Sampling
 from ..losses.cross_tokenizer import check_tokenizers
 from ..losses.divergences import at_least_float32, token_divergence
@@ -36,6 +37,7 @@ from kd_notes.methods.prompts import (
     check_teacher,
     check_templates,
     encode_prompt,
+    read_texts,
     stop_ids,
     where_answered,
     width,
@@ -238,23 +240,15 @@ def check_corpus(config: OnPolicyConfig, corpus: list) -> None:
         )
 
 # %% ../../nbs/5_own_words/02_on_policy.ipynb #65476b3b
-def check_inputs(method: OnPolicyTerms, prompts: list[dict], student) -> int | None:
+def check_inputs(method: OnPolicyTerms, prompts: Sequence[dict], student) -> int | None:
     """Check prompts, completions and corpus before training.
 
     Returns how many ids may be drawn and are compared; None if the models have no others.
     """
     check_teacher(method)
     models = [model for model in (student, method.teacher) if model is not None]
-    longest = method.config.max_new_tokens
-    check_context(prompts, models, longest)
-    read = []
-    for row in prompts:
-        completion = (row["completion"] or [])[:longest] if method.reads_completions else None
-        read.append(row | {"completion": completion})
-    texts = method.corpus if method.config.pt_weight else []
-    for number, text in enumerate(texts):
-        read.append({"id": f"of the corpus, text {number}", "prompt": text, "completion": None})
-    check_context(read, models)
+    check_context(prompts, models, method.config.max_new_tokens)
+    check_context(read_texts(method, prompts), models)
     if method.reads_completions:
         check_completions(prompts)
     widths = [width(model) for model in models]
@@ -273,7 +267,7 @@ def check_inputs(method: OnPolicyTerms, prompts: list[dict], student) -> int | N
         vocabulary = known if known < widths[0] else None  # what is beyond is padding
     else:
         vocabulary = None
-    check_ids(read, models, vocabulary)
+    check_ids(read_texts(method, prompts), models, vocabulary)
     return vocabulary
 
 # %% ../../nbs/5_own_words/02_on_policy.ipynb #ae8f1e3f
@@ -289,6 +283,13 @@ def sampler_of(method: OnPolicyTerms, student) -> Sampler:
     )
 
 # %% ../../nbs/5_own_words/02_on_policy.ipynb #83d5fbe8
+def _prompts_of(state: TrainState) -> Sequence[dict]:
+    "Return the encoded prompts with their names; stored rows have them, and stay on the disk."
+    if isinstance(state.items, StoredRows):
+        return state.items
+    return [item | {"id": name} for name, item in zip(state.ids, state.items)]
+
+
 def warn_of(history: list[dict], warned: set[str]) -> None:
     "Warn of each alarm of a training once; `warned` remembers those that were raised."
     for name, text in health_alarms(history).items():
@@ -303,7 +304,7 @@ class RolloutPhase(OnPolicyTerms):
     def begin(self, state: TrainState) -> None:
         check_rollouts(self.config, state.effective_batch)
         check_dropout(self.config, state.cfg)
-        prompts = [item | {"id": name} for name, item in zip(state.ids, state.items)]
+        prompts = _prompts_of(state)
         self.vocabulary = check_inputs(self, prompts, state.model)
         self.seed, self.epoch = state.cfg.seed, None  # the epoch of the rows in the loop
         self.sampler = sampler_of(self, state.model)

@@ -6,7 +6,7 @@
 __all__ = ['encode_prompt', 'encode_prompts']
 
 # %% ../../nbs/5_own_words/01a_prompts.ipynb #prompts-imports
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ..core import UserError
@@ -96,27 +96,46 @@ def width(model) -> int:
     return unwrapped(model).get_output_embeddings().weight.shape[0]
 
 
-def check_context(rows: Sequence[dict], models: Sequence, new_tokens: int = 0) -> None:
+def read_texts(method: Any, prompts: Iterable[dict]) -> Iterator[dict]:
+    "Yield the prompts with what is learnt of their completions, and the texts of the corpus."
+    longest = method.config.max_new_tokens
+    for row in prompts:
+        completion = (row["completion"] or [])[:longest] if method.reads_completions else None
+        yield row | {"completion": completion}
+    texts = method.corpus if method.config.pt_weight else []
+    for number, text in enumerate(texts):
+        yield {"id": f"of the corpus, text {number}", "prompt": text, "completion": None}
+
+
+def check_context(rows: Iterable[dict], models: Sequence, new_tokens: int = 0) -> None:
     """Raise UserError for a prompt that exceeds a model's context.
 
     Its completion or `new_tokens` more tokens count too.
     """
     lengths = {}
+    longest = 0
     for row in rows:
         completion = 0 if new_tokens else len(row["completion"] or [])
-        lengths[f"example {row['id']}"] = len(row["prompt"]) + completion
+        length = len(row["prompt"]) + completion
+        if length > longest:  # the first that is too long is longer than all before it
+            lengths[f"example {row['id']}"] = longest = length
     check_lengths([unwrapped(model) for model in models], lengths, new_tokens)
 
 
-def check_ids(rows: Sequence[dict], models: Sequence, shared: int | None = None) -> None:
+def check_ids(rows: Iterable[dict], models: Sequence, shared: int | None = None) -> None:
     "Raise UserError for token ids that a model, or one of two tokenizers, does not have."
     limit = min(width(model) for model in models)
     if shared is not None:
         limit = min(limit, shared)
-    foreign = [row for row in rows if max([*row["prompt"], *(row["completion"] or [])]) >= limit]
+    total = 0
+    foreign = []
+    for row in rows:
+        total += 1
+        if max([*row["prompt"], *(row["completion"] or [])]) >= limit:
+            foreign.append(row)
     if foreign:
         raise UserError(
-            f"{len(foreign)} of {len(rows)} examples have tokens beyond the {limit} of a model",
+            f"{len(foreign)} of {total} examples have tokens beyond the {limit} of a model",
             where=named(foreign),
             fix="Encode them with this model's tokenizer; if the teacher has another one, "
             "train on text that it wrote (SeqKD).",

@@ -8,7 +8,7 @@ __all__ = ['read_corpus', 'distill']
 # %% ../../nbs/4_probabilities/15_distill.ipynb #2d062392
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +25,7 @@ from kd_notes.core import (
 )
 from ..data.dialogues import padding_id
 from ..data.examples import numbered_rows
-from ..data.rows import read_rows, TextRow
+from ..data.rows import read_rows, RowNames, RowPart, store_rows, StoredRows, TextRow
 from ..environment import device_class, versions
 from ..evaluation.figures import save_figure
 from ..evaluation.validation import Validation
@@ -55,6 +55,7 @@ from .card import curves_figure, model_card, with_bits_per_byte
 from .classifiers import distill_classifier
 from kd_notes.products.request import (
     check_teachers,
+    data_identity,
     expected_memory,
     one_teacher,
     read_teachers,
@@ -72,7 +73,7 @@ from kd_notes.products.settings import (
     CLASSIFIERS,
     CROSS_OBJECTIVES,
     distill_settings,
-    hold_out,
+    held_out_places,
     ON_POLICY,
     on_policy_config,
     ON_POLICY_DEFAULTS,
@@ -101,7 +102,7 @@ def _with_system(row: TextRow, system: str | None) -> TextRow:
     return replace(row, prompt=({"role": "system", "content": system}, *row.prompt))
 
 
-def _answers(request: Request, pair: Pair, rows: list[TextRow]) -> list[TextRow]:
+def _answers(request: Request, pair: Pair, rows: Sequence[TextRow]) -> list[TextRow]:
     "Return the rows with the teacher's answers, which are stored batch by batch."
     s = request.settings
     how = "beam" if request.objective == "seqkd_beam" else "sample"
@@ -169,9 +170,14 @@ class _Distillation:
 
     request: Request
     pair: Pair
-    texts: list[TextRow]  # to train on
+    texts: Sequence[TextRow]  # to train on
     held_out: list[TextRow]
-    rows: list  # encoded, to train on
+    rows: StoredRows  # encoded, to train on
+    job: Any  # what decides the encoded rows
+
+    def store(self, name: str, rows: Iterable[dict], final: bool = False) -> StoredRows:
+        "Return rows that were encoded in another way, from the disk."
+        return store_rows(self.request.encoded / name, [self.job, name], rows, final)
 
     def method(self) -> Method:
         "Return the method of the objective. SeqKD replaces the rows by answers."
@@ -181,15 +187,19 @@ class _Distillation:
         mixed = {"sft_weight": s.sft_weight}
         live = mixed | {"temperature": s.temperature}
         if objective in CROSS_OBJECTIVES:
-            self.rows = self.texts  # read with both tokenizers
             layout = {"max_length": pair.max_length, "system": s.system}
             signal = OtherTokenizer(pair.teacher, pair.teacher_tokenizer)
-            return KD(pair.tokenizer, signal, objective, **live, **layout)
+            method = KD(pair.tokenizer, signal, objective, **live, **layout)
+            self.rows = self.store("spans", map(method.encode, self.texts), final=True)
+            return method
         if objective in ON_POLICY:
-            self.rows = [_with_system(row, s.system) for row in self.texts]
-            return _on_policy_method(self.request, pair, len(self.texts))
+            method = _on_policy_method(self.request, pair, len(self.texts))
+            prompts = (method.encode(_with_system(row, s.system)) for row in self.texts)
+            self.rows = self.store("prompts", prompts, final=True)
+            return method
         if objective.startswith("seqkd"):
-            self.rows = pair.encode(_answers(self.request, pair, self.texts))
+            answers = _answers(self.request, pair, self.texts)
+            self.rows = self.store("answers", (pair.encode([row])[0] for row in answers))
         if objective in TEXT_OBJECTIVES:
             return _text_method(self.request, pair)
         if objective == "cached_forward_kl":
@@ -198,29 +208,31 @@ class _Distillation:
             cache = write_cache(folder, pair.teacher, pair.tokenizer, self.rows, **recipe)
             if cache.refused:
                 self.request.say(f"the server refused {len(cache.refused)} rows; they are left out")
-                self.rows = [row for row in self.rows if row["id"] in cache]
+                names = enumerate(RowNames(self.rows))
+                self.rows = self.rows.part([i for i, name in names if name in cache])
             return KD(pair.tokenizer, cache, **mixed, **s.options)
         return KD(pair.tokenizer, _signal(pair), objective, **live, **s.options)
 
-    def validation(self) -> Validation:
-        """Return the validation on held-out rows.
+# %% ../../nbs/4_probabilities/15_distill.ipynb #distill-validation
+def _validation(job: _Distillation) -> Validation:
+    """Return the validation on held-out rows.
 
-        It includes the teacher if both models have one tokenizer.
-        """
-        pair = self.pair
-        teacher = None if pair.vocabulary is None else pair.judge
-        labels = ("sft", "symmetric_cross_entropy")
-        plain = teacher is None or self.request.objective in labels
-        # what chooses the best weights: of an on-policy method the KL that it lowers
-        score = "reverse_kl" if self.request.objective in ON_POLICY else "forward_kl"
-        return Validation(
-            pair.encode(self.held_out),
-            padding_id(pair.tokenizer),
-            teacher,
-            score="nll" if plain else score,
-            vocabulary=pair.vocabulary,
-            batch_size=self.request.settings.batch_size,
-        )
+    It includes the teacher if both models have one tokenizer.
+    """
+    pair = job.pair
+    teacher = None if pair.vocabulary is None else pair.judge
+    labels = ("sft", "symmetric_cross_entropy")
+    plain = teacher is None or job.request.objective in labels
+    # what chooses the best weights: of an on-policy method the KL that it lowers
+    score = "reverse_kl" if job.request.objective in ON_POLICY else "forward_kl"
+    return Validation(
+        pair.encode(job.held_out),
+        padding_id(pair.tokenizer),
+        teacher,
+        score="nll" if plain else score,
+        vocabulary=pair.vocabulary,
+        batch_size=job.request.settings.batch_size,
+    )
 
 # %% ../../nbs/4_probabilities/15_distill.ipynb #0c9e0340
 def _measured(job: _Distillation, numbers: dict, tokenizer) -> dict:
@@ -262,6 +274,7 @@ def _leave(job: _Distillation, model, report: dict, history: list[dict]) -> None
     save_figure(figure, request.out, "curves", points)
     atomic_write(request.out / "README.md", model_card(request.out.name, report))
     shutil.copyfile(request.work / "train" / "metrics.jsonl", request.out / "metrics.jsonl")
+    shutil.rmtree(request.encoded, ignore_errors=True)  # Windows keeps files that are mapped
     write_json(request.out / "report.json", report)
     shutil.rmtree(request.work)
 
@@ -272,7 +285,7 @@ def _run(job: _Distillation) -> dict:
     started = request.started()
     pair = job.pair
     with main_first():  # the other processes find everything prepared
-        check = job.validation()
+        check = _validation(job)
         references = _references(job, check)
         method = job.method()
     cfg = train_config(request.settings, len(job.rows))
@@ -328,7 +341,9 @@ def _start(request: Request) -> _Distillation:
     settings = request.settings
     check_teachers(request)
     everything = request.rows()
-    texts, held_out = hold_out(everything, settings.validation, settings.seed)
+    held = held_out_places(len(everything), settings.validation, settings.seed)
+    texts = RowPart.without(everything, held)
+    held_out = [everything[i] for i in held]
     step = open_row_step(request, texts, held_out)
     if memory := expected_memory(request):
         total = memory["total"] / 1e9
@@ -346,21 +361,25 @@ def _start(request: Request) -> _Distillation:
             check_same_server(pair.teacher, request.work / "probe.json")
         request.started()
 
+    checked, places, job = everything, texts.places, asked
     if step:
         by_main(begin)  # a step writes files, and a second call must know whose they are
         with main_first():
             texts, held_out = apply_row_step(step, pair)
-    check_rows(pair, texts + held_out, request.objective)
+        checked, places = texts + held_out, range(len(texts))
+        job = asked | data_identity(checked)
+    with main_first():
+        rows = check_rows(pair, checked, request.objective, request.encoded / "rows", job)
+    rows = rows.part(places)
     pair.unite(request, everything)
-    rows = pair.encode(texts)
     if request.objective in ON_POLICY:
         check_teacher(_on_policy_method(request, pair, len(rows)))
-    cut = sum(not row["whole"] for row in rows)
+    cut = rows.cut()
     note = f"; {cut} completions are cut at {pair.max_length} tokens" if cut else ""
     request.say(f"{len(rows)} rows to train on, {len(held_out)} held out{note}")
     if not step:
         by_main(begin)
-    return _Distillation(request, pair, texts, held_out, rows)
+    return _Distillation(request, pair, texts, held_out, rows, job)
 
 # %% ../../nbs/4_probabilities/15_distill.ipynb #8ba2bc7a
 def distill(

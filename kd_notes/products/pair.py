@@ -6,12 +6,15 @@
 __all__ = []
 
 # %% ../../nbs/4_probabilities/15c_pair.ipynb #858af293
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ..core import UserError
 from ..data.dialogues import chat_template_of, encode_row, end_id
-from ..data.rows import TextRow
+from ..data.rows import store_rows, StoredRows, TextRow
+from ..environment import versions
 from ..losses.cross_tokenizer import check_tokenizers
 from ..methods.server_teacher import is_server
 from ..methods.several_teachers import RoutedTeachers, TeacherMixture
@@ -56,26 +59,37 @@ def shared_vocabulary(pair: "Pair", request: Request) -> int | None:
             "teacher.",
         ) from error
 
+# %% ../../nbs/4_probabilities/15c_pair.ipynb #check-rows
+def check_rows(
+    pair: "Pair", rows: Sequence[TextRow], objective: str, folder: Path, job: Any
+) -> StoredRows:
+    """Encode all rows for both sides, and store the student's ids for a job.
 
-def check_rows(pair: "Pair", rows: list[TextRow], objective: str) -> None:
-    "Encode all rows for both sides, and look for tokens that the teacher does not have."
-    tokenizers = {id(t): t for t in (*(t for _, t in pair.members), pair.tokenizer)}
-    encoded = {name: pair.encode(rows, tokenizer) for name, tokenizer in tokenizers.items()}
-    if pair.vocabulary is None or len(tokenizers) == 1:
-        return
-    for row, item in zip(rows, encoded[id(pair.tokenizer)]):
-        largest = max(item["prompt"] + item["completion"])
-        if largest < pair.vocabulary:
-            continue
-        if objective in TEXT_OBJECTIVES:
-            pair.vocabulary = None  # no ids are compared, so no divergence is reported
-            return
-        token = pair.tokenizer.convert_ids_to_tokens(largest)
-        raise UserError(
-            f"the token {token!r} of the student's tokenizer is unknown to the teacher",
-            where=row.where,
-            fix="Leave such rows out, or use sft, seqkd or spans_matched.",
-        )
+    Raises UserError for a row that does not fit, and for a token that the teacher does not have.
+    """
+    teachers = {id(t): t for _, t in pair.members if t is not pair.tokenizer}
+
+    def encoded() -> Iterator[dict]:
+        for row in rows:
+            for tokenizer in teachers.values():
+                pair.encode([row], tokenizer)
+            yield pair.encode([row])[0]
+
+    stored = store_rows(folder, [job, pair.max_length, versions()["tokenizers"]], encoded())
+    if pair.vocabulary is None or not teachers or stored.about["largest"] < pair.vocabulary:
+        return stored
+    if objective in TEXT_OBJECTIVES:
+        pair.vocabulary = None  # no ids are compared, so no divergence is reported
+        return stored
+    for row, item in zip(rows, stored):
+        if (largest := max(item["prompt"] + item["completion"])) >= pair.vocabulary:
+            break
+    token = pair.tokenizer.convert_ids_to_tokens(largest)
+    raise UserError(
+        f"the token {token!r} of the student's tokenizer is unknown to the teacher",
+        where=row.where,
+        fix="Leave such rows out, or use sft, seqkd or spans_matched.",
+    )
 
 # %% ../../nbs/4_probabilities/15c_pair.ipynb #753e88ef
 @dataclass
@@ -119,12 +133,12 @@ class Pair:
         pair.max_length = context_of(pair.student, *models, limit=settings.max_length)
         return pair
 
-    def unite(self, request: Request, rows: list[TextRow]) -> None:
+    def unite(self, request: Request, rows: Iterable[TextRow]) -> None:
         "Make one teacher of several; `rows` are all rows, in the order of the routes."
         if not isinstance(group := request.teacher, TeacherGroup):
             return
         if group.names:
-            prompts = [row["prompt"] for row in self.encode(rows)]
+            prompts = (self.encode([row])[0]["prompt"] for row in rows)
             named = dict(zip(group.names, self.members))
             self.teacher = self.judge = RoutedTeachers(named, zip(prompts, group.routes))
             return
@@ -132,7 +146,7 @@ class Pair:
         self.judge = TeacherMixture(self.members, group.weights)
         self.teacher = TeacherMixture(self.members, group.weights, temperature=softened)
 
-    def encode(self, rows: list[TextRow], tokenizer: Any = None) -> list[dict]:
+    def encode(self, rows: Iterable[TextRow], tokenizer: Any = None) -> list[dict]:
         "Encode rows with the student's tokenizer, or with another one."
         tokenizer = tokenizer or self.tokenizer
         length = self.max_length

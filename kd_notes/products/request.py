@@ -8,7 +8,7 @@ __all__ = []
 # %% ../../nbs/4_probabilities/19_distill_request.ipynb #9fa397b4
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, UTC
 from pathlib import Path
@@ -27,7 +27,7 @@ from kd_notes.core import (
 )
 from ..data.dialogues import chat_template_of
 from ..data.examples import numbered_rows
-from ..data.rows import load_rows, TextRow
+from ..data.rows import RowFile, TextRow
 from ..methods.server_teacher import is_server, open_server_teacher, ServerTeacher
 from ..methods.several_teachers import mixture_weights
 from ..models.layer_drop import shorter_config
@@ -246,6 +246,10 @@ def changed_names(before: dict, now: dict) -> list[str]:
     ]
 
 
+# files of a call that has not begun to train: locks and encoded rows
+_OWN_FILES = (".lock", ".processes", ".encoded")
+
+
 def finished_report(out: Path, request: Callable[[], dict], what: str) -> dict | None:
     """Return the report of a folder that holds this request's result, or None.
 
@@ -261,7 +265,7 @@ def finished_report(out: Path, request: Callable[[], dict], what: str) -> dict |
                 where=out,
                 fix="Choose another folder, or delete this one.",
             )
-    elif any(path.name not in (".lock", ".processes") for path in out.iterdir()):
+    elif any(path.name not in _OWN_FILES for path in out.iterdir()):
         raise UserError(
             f"the folder is not empty, and what is in it is not {what}",
             where=out,
@@ -281,6 +285,11 @@ class OutFolder:
     def work(self) -> Path:
         "Return the folder of intermediate results, from which a stopped run goes on."
         return self.out / "work"
+
+    @property
+    def encoded(self) -> Path:
+        "Return the folder of encoded rows; they are written before the request is."
+        return self.out / ".encoded"
 
     def say(self, text: str) -> None:
         "Print a line under the folder's name, in one process."
@@ -332,10 +341,10 @@ class Request(OutFolder):
     files: Mapping[str, str] = field(default_factory=dict)  # hashes of what else is read
     given: Any = None  # the rows of `data` as they were given, if they are not in a file
 
-    def raw(self) -> Sequence:
+    def raw(self) -> Iterable:
         "Return the rows as they were given; there may be more of them than `rows` takes."
         if isinstance(self.data, Path):
-            return [row for _, row in numbered_rows(self.data)]
+            return (row for _, row in numbered_rows(self.data))
         return self.given or ()
 
     def extra(self) -> dict[str, dict]:
@@ -343,10 +352,10 @@ class Request(OutFolder):
         named = zip(self.rows(), self.raw())
         return {row.id: dict(given) for row, given in named if isinstance(given, Mapping)}
 
-    def rows(self) -> list[TextRow]:
+    def rows(self) -> Sequence[TextRow]:
         n = self.settings.n or None
         if isinstance(self.data, Path):
-            return load_rows(self.data, n, chat=True)
+            return RowFile(self.data, n, chat=True)
         return self.data[:n]
 
     def as_dict(self) -> dict:

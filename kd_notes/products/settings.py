@@ -287,23 +287,28 @@ def check_libraries(
                 fix=f"Run `pip install 'kd_notes[{extra}]'`, or `pip install {library}`.",
             )
 
-
-def hold_out(rows: Sequence, validation: float, seed: int = 0) -> tuple[list, list]:
-    """Split rows into (training, validation), drawn by seed; at most 200 are held out.
+# %% ../../nbs/4_probabilities/17_distill_settings.ipynb #hold-out
+def held_out_places(count: int, validation: float, seed: int = 0) -> list[int]:
+    """Return the numbers of at most 200 rows to hold out, drawn by seed, in rising order.
 
     `validation` is a share below 1 or a number of rows.
     """
-    number = round(validation * len(rows)) if validation < 1 else int(validation)
+    number = round(validation * count) if validation < 1 else int(validation)
     number = min(200, max(1, number))
-    if validation <= 0 or number >= len(rows):
+    if validation <= 0 or number >= count:
         raise UserError(
-            f"of {len(rows)} rows {validation} cannot be held out",
+            f"of {count} rows {validation} cannot be held out",
             where="validation",
             fix="Hold out a share such as 0.1, and give at least two rows.",
         )
-    held = set(rng("hold out", seed).sample(range(len(rows)), number))
-    kept = [row for i, row in enumerate(rows) if i not in held]
-    return kept, [rows[i] for i in sorted(held)]
+    return sorted(rng("hold out", seed).sample(range(count), number))
+
+
+def hold_out(rows: Sequence, validation: float, seed: int = 0) -> tuple[list, list]:
+    "Split rows into (training, validation); see `held_out_places`."
+    held = held_out_places(len(rows), validation, seed)
+    left_out = set(held)
+    return [row for i, row in enumerate(rows) if i not in left_out], [rows[i] for i in held]
 
 
 def train_config(settings: DistillSettings, rows: int) -> TrainConfig:

@@ -188,9 +188,11 @@ def arm_jobs(request: StepwiseRequest, splits: Splits, tokenizer, family: str) -
         if not needed:
             continue
         rows = learnt_rows(arm, request.task, splits, s)
-        items = [method.encode(row) for row in rows]
-        tokens = sum(method.num_tokens(item) for item in items)
-        longest = max(method.longest_row(item) for item in items)
+        tokens = longest = 0
+        for row in rows:
+            item = method.encode(row)
+            tokens += method.num_tokens(item)
+            longest = max(longest, method.longest_row(item))
         tokens_a_row[arm] = tokens / len(rows)
         own_steps = steps
         if PLANS[arm].same_tokens:

@@ -365,9 +365,9 @@ def batch_order(
     The remainder of an epoch is at the start of the next one.
     """
     epoch = 0
-    queue = []
+    queue = array("q")
     while True:
-        order = list(range(len(sizes)))
+        order = array("q", range(len(sizes)))
         rng("order", seed, epoch).shuffle(order)
         queue = queue + order
         epoch = epoch + 1
@@ -375,7 +375,7 @@ def batch_order(
         ready = queue[:full]
         queue = queue[full:]
         for start in range(0, full, batch * window):
-            part = ready[start : start + batch * window]
+            part = ready[start : start + batch * window].tolist()
             if bucket:
                 part.sort(key=sizes.__getitem__)
             batches = [part[i : i + batch] for i in range(0, len(part), batch)]

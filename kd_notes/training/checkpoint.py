@@ -7,6 +7,7 @@ __all__ = ['last_checkpoint', 'save_model']
 
 # %% ../../nbs/7_engine_room/16_checkpoint.ipynb #f52ee672
 import copy
+import hashlib
 import json
 import math
 import os
@@ -15,14 +16,22 @@ import shutil
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Iterable
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..core import atomic_write, read_json, read_jsonl, stable_hash, UserError, write_json
+from kd_notes.core import (
+    atomic_write,
+    canonical_json,
+    read_json,
+    read_jsonl,
+    stable_hash,
+    UserError,
+    write_json,
+)
 from ..models.pretrained import load_pretrained, merge_adapters, tensor_errors, tensor_hash
 from .method import describe_weights
 from .processes import main_process
@@ -187,12 +196,28 @@ def _hashed(value: Any) -> Any:
     return str(value)
 
 
+def _examples_hash(state: TrainState) -> str:
+    "Return stable_hash([ids, sizes, the items as a JSON text]), with one item in memory at a time."
+    digest = hashlib.sha256()
+
+    def write(parts: Iterable[str], between: str, end: str) -> None:
+        for number, part in enumerate(parts):
+            digest.update(f"{between if number else ''}{part}".encode())
+        digest.update(end.encode())
+
+    items = (json.dumps(item, default=_hashed, sort_keys=True) for item in state.items)
+    digest.update(b"[[")
+    write(map(canonical_json, state.ids), ",", "],[")
+    write(map(canonical_json, state.sizes), ",", '],"[')
+    write((canonical_json(item)[1:-1] for item in items), ", ", ']"]')
+    return digest.hexdigest()[:16]
+
+
 def run_identity(state: TrainState) -> dict[str, str]:
     "Return hashes of what decides a run: examples, method, and initial weights."
-    items = json.dumps(list(state.items), default=_hashed, sort_keys=True)
     learning = [name for name, p in state.model.named_parameters() if p.requires_grad]
     return {
-        "examples": stable_hash([state.ids, state.sizes, items]),
+        "examples": _examples_hash(state),
         "method": stable_hash([state.method.identity(), dict(state.method.loss_weights)]),
         "student": stable_hash([describe_weights(state.model), learning]),
     }

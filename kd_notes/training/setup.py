@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/7_engine_room/15_setup.ipynb #0df0d28a
 import os
+from array import array
 from pathlib import Path
 from typing import Iterable
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..core import first_line, seed_everything, UserError
+from ..data.rows import RowNames, StoredRows
 from .batches import Batch, plain_logits
 from .checkpoint import run_identity
 from .method import Method
@@ -149,19 +151,28 @@ def _check_deepspeed(accelerator, cfg: TrainConfig) -> None:
 
 # %% ../../nbs/7_engine_room/15_setup.ipynb #bd13a57e
 def _encoded(state: TrainState, examples: Iterable) -> None:
-    "Encode all examples once. No examples, or one that is too long, is an error."
-    for number, example in enumerate(examples):
-        name = example.get("id") if isinstance(example, dict) else getattr(example, "id", None)
-        item = state.method.encode(example)
-        state.ids.append(str(name if name is not None else number))
+    """Encode all examples once; stored rows stay on the disk, and are encoded when they are read.
+
+    No examples, or one that is too long, is an error.
+    """
+    stored = isinstance(examples, StoredRows)
+    if stored:
+        state.items = examples.encoded_by(state.method.encode)
+        state.ids = RowNames(state.items)
+        state.sizes = array("q")
+    for number, example in enumerate(state.items if stored else examples):
+        item = example if stored else state.method.encode(example)
+        if not stored:
+            name = example.get("id") if isinstance(example, dict) else getattr(example, "id", None)
+            state.ids.append(str(name if name is not None else number))
+            state.items.append(item)
         length = state.method.longest_row(item)
         if state.cfg.max_length and length > state.cfg.max_length:
             raise UserError(
                 f"the example has {length} tokens, the limit is {state.cfg.max_length}",
-                where=f"example {state.ids[-1]}",
+                where=f"example {state.ids[number]}",
                 fix="Shorten it, leave it out, or raise max_length if the model's context allows.",
             )
-        state.items.append(item)
         state.sizes.append(state.method.num_tokens(item))
     if not state.items:
         raise UserError(

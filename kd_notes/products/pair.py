@@ -82,14 +82,15 @@ def check_rows(
         pair.vocabulary = None  # no ids are compared, so no divergence is reported
         return stored
     for row, item in zip(rows, stored):
-        if (largest := max(item["prompt"] + item["completion"])) >= pair.vocabulary:
-            break
-    token = pair.tokenizer.convert_ids_to_tokens(largest)
-    raise UserError(
-        f"the token {token!r} of the student's tokenizer is unknown to the teacher",
-        where=row.where,
-        fix="Leave such rows out, or use sft, seqkd or spans_matched.",
-    )
+        largest = max(item["prompt"] + item["completion"])
+        if largest >= pair.vocabulary:
+            token = pair.tokenizer.convert_ids_to_tokens(largest)
+            raise UserError(
+                f"the token {token!r} of the student's tokenizer is unknown to the teacher",
+                where=row.where,
+                fix="Leave such rows out, or use sft, seqkd or spans_matched.",
+            )
+    return stored
 
 # %% ../../nbs/4_probabilities/15c_pair.ipynb #753e88ef
 @dataclass

@@ -211,6 +211,15 @@ def test_a_kill_after_the_encoding_costs_no_second_encoding(place, tmp_path, mon
     assert files[0] == files[1] and not (tmp_path / "killed" / ".encoded").exists()
 
 
+def test_a_kill_while_the_request_is_written_leaves_a_folder_that_serves(place, tmp_path):
+    half = tmp_path / "out" / ".request.json.4711-0123abcd.tmp"
+    half.parent.mkdir()
+    half.write_text('{"data": ')
+    arguments, options = call(place, tmp_path / "out")
+    assert distill(*arguments, **options)["rows"] > 0
+    assert not half.exists()
+
+
 def test_rows_of_another_call_are_not_used(place, tmp_path):
     "A row that does not fit is told; after it was corrected the same folder serves."
     long = {"prompt": "word " * 900, "completion": "x"}

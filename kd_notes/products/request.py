@@ -255,6 +255,8 @@ def finished_report(out: Path, request: Callable[[], dict], what: str) -> dict |
 
     Raises UserError for a folder that holds anything else.
     """
+    for half_written in out.glob(".request.json.*.tmp"):  # a kill has left it
+        half_written.unlink()
     file = out / "request.json"
     if file.is_file():
         before = read_json(file)

@@ -134,6 +134,16 @@ def test_students_of_a_process_share_what_the_frozen_layers_read(student, tmp_pa
     assert 0 < len(read) == len({tuple(text) for text in read}) <= 12 * 2 + 2
 
 
+def test_other_weights_in_the_same_folder_are_read_anew(student, tmp_path):
+    RealStudents().train(run_of(student), tmp_path / "one")
+    tokens = len(load_mini_tokenizer())
+    mini_model("causal", "m", tokens, seed=7).save_pretrained(student)
+    shared = RealStudents().train(run_of(student), tmp_path / "two")
+    _scored_states.cache_clear()
+    fresh = RealStudents().train(run_of(student), tmp_path / "three")
+    assert (shared["outcomes"], shared["answers"]) == (fresh["outcomes"], fresh["answers"])
+
+
 @pytest.mark.parametrize("arm", ["dss", "distill", "shuffled", "dss_teacher"])
 def test_arms_that_read_a_teacher_are_refused(student, arm):
     with pytest.raises(UserError, match="reads a teacher"):

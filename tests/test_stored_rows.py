@@ -185,6 +185,21 @@ def script(place, out, file="rows.jsonl", after=""):
     )
 
 
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"id": "b", "prompt": [1], "completion": None},  # as a row with a prompt alone
+        {"id": "b", "prompt": [1]},
+        {"id": "b", "prompt": [1], "completion": [2], "ends": [3]},
+    ],
+)
+def test_rows_that_cannot_be_stored_whole_are_not_stored(tmp_path, other):
+    first = {"id": "a", "prompt": [1], "completion": [2]}
+    with pytest.raises((TypeError, ValueError)):
+        store_rows(tmp_path / "rows", "job", [first, other])
+    assert not any(tmp_path.iterdir())
+
+
 def test_a_kill_after_the_encoding_costs_no_second_encoding(place, tmp_path, monkeypatch):
     process = script(place, tmp_path / "killed")
     about = tmp_path / "killed" / ".encoded" / "rows" / "about.json"

@@ -395,10 +395,13 @@ def _write_rows(folder: Path, rows: Iterable[dict]) -> dict:
             files.enter_context(open(folder / name, "wb")) for name in ("tokens", "names", "table")
         )
         for row in rows:
-            columns = columns or [name for name, value in row.items() if isinstance(value, list)]
+            lists = {name: value for name, value in row.items() if name not in ("id", "whole")}
+            columns = columns or list(lists)
+            if list(lists) != columns:
+                raise ValueError(f"row {row['id']} has {list(lists)}, and the first one {columns}")
             line = array("q")
-            for column in columns:
-                ids = array("i", row[column])
+            for value in lists.values():
+                ids = array("i", value)
                 ids.tofile(tokens)
                 ends[0] += len(ids)
                 largest = max(largest, max(ids, default=0))

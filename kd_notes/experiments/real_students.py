@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..core import UserError
+from ..core import stable_hash, UserError
 from ..data.answers import accuracy, equation_value, outcomes, pack_bits
 from ..data.dialogues import padding_id
 from ..data.examples import Example
@@ -28,6 +28,7 @@ from kd_notes.experiments.stepwise import (
     info_of,
     new_student,
     Stepwise,
+    student_inputs,
     StudentSettings,
     task_split,
 )
@@ -91,11 +92,11 @@ def has_options(task: str) -> bool:
     return bool(info.choices or info.labels)
 
 # %% ../../nbs/3_reasons/03c_real_students.ipynb #rst-ans
-READ = ("task", "score_on", "test_rows", "size", "frozen", "precision")
+READ = ("score_on", "test_rows", "frozen", "precision")
 
 
 @lru_cache(maxsize=2)
-def _scored_states(prefix: str, *read) -> dict:
+def _scored_states(key: str) -> dict:
     "Return where frozen layers keep the states of scored texts: one place for all students."
     return {}
 
@@ -112,8 +113,9 @@ def answers_of(
     with torch.inference_mode(), autocast_of(run):
         if has_options(run["task"]):
             if run["frozen"]:
-                read = [run.get(name) for name in READ]
-                trained.base_model.embed_tokens.kept = _scored_states(prefix, *read)
+                read = {name: run.get(name) for name in READ} | student_inputs(run)
+                key = stable_hash(read | {"prefix": prefix})
+                trained.base_model.embed_tokens.kept = _scored_states(key)
             return option_answers(trained, tokenizer, asked, prefix)
         joined = with_upper(whole, trained) if run["frozen"] else trained
         return predict(joined.eval(), tokenizer, asked, prefix=prefix)

@@ -155,17 +155,16 @@ def _encoded(state: TrainState, examples: Iterable) -> None:
 
     No examples, or one that is too long, is an error.
     """
-    stored = isinstance(examples, StoredRows)
-    if stored:
+    if isinstance(examples, StoredRows):
         state.items = examples.encoded_by(state.method.encode)
         state.ids = RowNames(state.items)
         state.sizes = array("q")
-    for number, example in enumerate(state.items if stored else examples):
-        item = example if stored else state.method.encode(example)
-        if not stored:
+    else:
+        for number, example in enumerate(examples):
             name = example.get("id") if isinstance(example, dict) else getattr(example, "id", None)
             state.ids.append(str(name if name is not None else number))
-            state.items.append(item)
+            state.items.append(state.method.encode(example))
+    for number, item in enumerate(state.items):
         length = state.method.longest_row(item)
         if state.cfg.max_length and length > state.cfg.max_length:
             raise UserError(

@@ -30,7 +30,7 @@ def cut_lower(body: Any, layers: int) -> Any:
     return body
 
 
-def by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+def batches_by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
     "Return the places of texts in batches of similar length, the shortest first."
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     starts = range(0, len(order), batch_size)
@@ -56,7 +56,7 @@ def states_of(body: Any, texts: Sequence[Sequence[int]], batch_size: int = 16) -
     device = next(body.parameters()).device
     found = [torch.empty(0)] * len(texts)
     lengths = [len(text) for text in texts]
-    for places in by_length(lengths, batch_size):
+    for places in batches_by_length(lengths, batch_size):
         rows = [torch.tensor(texts[place], device=device) for place in places]
         ids = pad_sequence(rows, batch_first=True)
         read = body(input_ids=ids, use_cache=False)
@@ -86,7 +86,7 @@ def states_after(
     """
     before = prompt.get_seq_length()
     lengths = [len(text) for text in texts]
-    for places in by_length(lengths, batch_size):
+    for places in batches_by_length(lengths, batch_size):
         chosen = [texts[place] for place in places]
         batch = tokenizer(chosen, return_tensors="pt", padding=True, padding_side="right")
         mask = batch.attention_mask

@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 import textwrap
+import tracemalloc
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from kd_notes.losses.sparse import (
     SUPPORTED,
     topk_divergence,
 )
+from kd_notes.data.rows import store_rows
 from kd_notes.methods.cache_writer import (
     bytes_per_position,
     length_batches,
@@ -490,15 +492,33 @@ def test_the_teacher_is_left_as_it_was_and_speaks_without_dropout(tmp_path):
 @settings(max_examples=50, deadline=None)
 @given(lengths=st.lists(st.integers(1, 50), min_size=1, max_size=40), tokens=st.integers(1, 120))
 def test_plans_hold_every_row_once(lengths, tokens):
-    rows = [{"completion": [0] * n} for n in lengths]
-    plan = shard_plan(rows, tokens)
-    assert [i for part in plan for i in part] == [*range(len(rows))]
+    plan = shard_plan(lengths, tokens)
+    assert [i for part in plan for i in part] == [*range(len(lengths))]
     assert all(sum(lengths[i] for i in part) >= tokens for part in plan[:-1])
     assert all(sum(lengths[i] for i in part[:-1]) < tokens for part in plan)
     batches = length_batches(lengths, tokens)
-    assert sorted(i for b in batches for i in b) == [*range(len(rows))]
+    assert sorted(i for b in batches for i in b) == [*range(len(lengths))]
     assert all(len(b) == 1 or len(b) * max(lengths[i] for i in b) <= tokens for b in batches)
     assert [lengths[i] for b in batches for i in b] == sorted(lengths, reverse=True)
+
+
+def test_stored_rows_make_the_cache_of_the_list_and_stay_on_the_disk(tmp_path):
+    teacher = mini_model("causal", "xxs", 1000, seed=0)
+
+    def fresh():
+        return make_rows(1500, longest=60, vocab=1000)
+
+    stored = store_rows(tmp_path / "rows", "test", fresh())
+    made, peaks = {}, {}
+    for name, rows_of in (("stored", lambda: stored), ("listed", fresh)):
+        tracemalloc.start()
+        cache = write(tmp_path / name, teacher, rows_of(), k=4, shard_tokens=2000)
+        peaks[name] = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        made[name] = contents(cache.folder)
+        assert len(cache) == 1500
+    assert made["stored"] == made["listed"]
+    assert peaks["listed"] - peaks["stored"] > 700_000, peaks  # bytes
 
 
 # ---------------------------------------------------------------- kills, full disks, damage

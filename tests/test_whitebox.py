@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import kd_notes.methods.seqkd as seqkd_module
 import kd_notes.products.distill as distill_module
 import kd_notes.products.request as request_module
 from helpers import start_script
@@ -59,7 +60,7 @@ from kd_notes.experiments.instruction_sets import (
     split_rows,
 )
 from kd_notes.methods.logit_kd import KD, OtherTokenizer
-from kd_notes.methods.seqkd import write_responses, Writing
+from kd_notes.methods.seqkd import answered_rows, write_responses, Writing
 from kd_notes.models.layer_drop import make_student
 from kd_notes.models.pretrained import context_of, load_pretrained, load_teacher
 
@@ -751,12 +752,12 @@ def test_seqkd_learns_what_the_teacher_wrote_and_asks_it_once_per_prompt(
 ):
     asked, learned = [], []
 
-    def written(path, teacher, tokenizer, dialogues, writing, **how):
-        asked.extend(d.id for d in dialogues)
-        return [TextRow(d.id, d.prompt, "the teacher said so") for d in dialogues]
+    def written(teacher, tokenizer, rows, writing):
+        asked.extend(row.id for row in rows)
+        return [{"id": row.id, "response": "the teacher said so", "whole": True} for row in rows]
 
     inner = distill_module.train
-    monkeypatch.setattr(distill_module, "write_responses", written)
+    monkeypatch.setattr(seqkd_module, "responses_of", written)
     monkeypatch.setattr(
         distill_module,
         "train",
@@ -769,6 +770,15 @@ def test_seqkd_learns_what_the_teacher_wrote_and_asks_it_once_per_prompt(
     assert {TOK.decode(r["completion"], skip_special_tokens=True) for r in learned} == {
         "the teacher said so"
     }
+
+
+def test_answers_that_are_not_those_of_the_rows_are_an_error(tmp_path):
+    rows = [TextRow(name, name, "-") for name in "ab"]
+    file = tmp_path / "answers.jsonl"
+    lines = [{"id": name, "response": name, "whole": True} for name in "ba"]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(UserError, match="should be the answer to 'a', and it is that to 'b'"):
+        list(answered_rows(file, rows))
 
 
 @pytest.mark.parametrize(

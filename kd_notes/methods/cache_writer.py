@@ -9,7 +9,8 @@ __all__ = ['bytes_per_position']
 import hashlib
 import math
 import shutil
-from collections.abc import Iterable
+from array import array
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,12 @@ from kd_notes.core import (
     rng,
     sha256_file,
     stable_hash,
+    stream_hash,
     UserError,
     write_json,
 )
 from ..data.dialogues import encode_row, is_encoded
+from ..data.rows import StoredRows
 from ..losses.sparse import draw_samples, draw_uniforms, DRAWS, keep_top_k, MODES, ROWS
 from ..models.pretrained import config_hash, evaluating, weights_hash
 from ..progress import progress
@@ -122,8 +125,13 @@ def id_of(row: Any, where: str) -> str:
     return str(name)
 
 
-def _encoded(rows: Iterable, teacher, tokenizer) -> list[dict]:
-    "Return {'id', 'prompt', 'completion'} for each row, the last two as lists of ids."
+def _encoded(rows: Iterable, teacher, tokenizer) -> Sequence[dict]:
+    """Return {'id', 'prompt', 'completion'} for each row, the last two as lists of ids.
+
+    Stored rows stay on the disk.
+    """
+    if isinstance(rows, StoredRows):
+        return rows
     family = "t5" if teacher.config.is_encoder_decoder else "causal"
     made = []
     for number, row in enumerate(rows):
@@ -153,28 +161,35 @@ def _check_row(row: dict, vocab: int, limit: int) -> None:
         )
 
 
-def _check_rows(rows: list[dict], vocab: int, limit: int) -> None:
-    "Raise UserError for the first invalid row or an id that occurs twice."
+def _check_rows(rows: Sequence[dict], vocab: int, limit: int) -> array:
+    """Return the number of targets of each row.
+
+    Raises UserError for the first invalid row or an id that occurs twice.
+    """
     if not rows:
         fix = "Check the split's name and the filter."
         raise UserError("there are no rows", where="rows", fix=fix)
-    seen = set()
+    seen = set()  # 64-bit hashes of the ids
+    targets = array("q")
     for row in rows:
-        if row["id"] in seen:
+        name = hash(row["id"])
+        if name in seen:
             where, fix = f"row {row['id']}", "Give every row a different id."
             raise UserError("the id occurs twice", where=where, fix=fix)
-        seen.add(row["id"])
+        seen.add(name)
         _check_row(row, vocab, limit)
+        targets.append(len(row["completion"]))
+    return targets
 
 # %% ../../nbs/4_probabilities/11_logit_cache.ipynb #95f6d6a9
-def shard_plan(rows: list[dict], shard_tokens: int) -> list[range]:
+def shard_plan(targets: Sequence[int], shard_tokens: int) -> list[range]:
     "Return the row numbers of each shard: consecutive rows with `shard_tokens` targets."
     plan = []
     start = 0
     tokens = 0
-    for stop, row in enumerate(rows, start=1):
-        tokens += len(row["completion"])
-        if tokens >= shard_tokens or stop == len(rows):
+    for stop, count in enumerate(targets, start=1):
+        tokens += count
+        if tokens >= shard_tokens or stop == len(targets):
             plan.append(range(start, stop))
             start = stop
             tokens = 0
@@ -303,24 +318,36 @@ def is_whole(folder: Path, entry: dict) -> bool:
     return sha256_file(path) == entry["sha256"]
 
 # %% ../../nbs/4_probabilities/11_logit_cache.ipynb #e869a27d
-def _header(teacher, tokenizer, rows: list[dict], recipe: Recipe, layout: dict) -> dict:
+def _vocab(teacher, tokenizer) -> int:
+    "Return how many ids a cache keeps apart: what is beyond the tokenizer's is padding."
+    last_id = max(tokenizer.get_vocab().values())
+    return min(teacher.config.get_text_config().vocab_size, last_id + 1)
+
+
+def _header(
+    teacher,
+    tokenizer,
+    rows: Sequence[dict],
+    targets: array,  # number of each row's
+    recipe: Recipe,
+    layout: dict,
+) -> dict:
     "Return the content of cache.json."
     config = teacher.config
-    last_id = max(tokenizer.get_vocab().values())
     name = config.name_or_path or type(teacher).__name__
     dtype = str(teacher.dtype).removeprefix("torch.")
-    hashes = [[row["id"], row_hash(row["prompt"], row["completion"])] for row in rows]
+    hashes = ([row["id"], row_hash(row["prompt"], row["completion"])] for row in rows)
     return {
         "format": FORMAT,
         "recipe": asdict(recipe),
-        "vocab": min(config.get_text_config().vocab_size, last_id + 1),
+        "vocab": _vocab(teacher, tokenizer),
         "name": Path(name).name if Path(name).is_absolute() else name,
         "teacher": {"hash": weights_hash(teacher), "dtype": dtype, "config": config_hash(teacher)},
         "tokenizer": {"hash": tokenizer_hash(tokenizer), "pad_id": tokenizer.pad_token_id or 0},
         "rows": {
-            "hash": stable_hash(hashes),
+            "hash": stream_hash(hashes),
             "examples": len(rows),
-            "positions": sum(len(row["completion"]) for row in rows),
+            "positions": sum(targets),
         },
         "layout": layout,
     }
@@ -363,7 +390,8 @@ class _FolderWriter:
 
     folder: Path
     head: dict  # of cache.json
-    rows: list[dict]
+    rows: Sequence[dict]
+    targets: array  # number of each row's
     maker: _ShardMaker
 
     def claim(self) -> None:
@@ -405,15 +433,15 @@ class _FolderWriter:
             stray.unlink()
         index = read_index(self.folder).items()
         there = {number for number, entry in index if is_whole(self.folder, entry)}
-        plan = shard_plan(self.rows, self.head["layout"]["shard_tokens"])
-        shards = {n: [self.rows[i] for i in part] for n, part in enumerate(plan) if n not in there}
-        sizes = {n: sum(len(r["completion"]) for r in rows) for n, rows in shards.items()}
+        plan = shard_plan(self.targets, self.head["layout"]["shard_tokens"])
+        todo = {number: part for number, part in enumerate(plan) if number not in there}
+        sizes = {number: sum(self.targets[i] for i in part) for number, part in todo.items()}
         total = sum(sizes.values())
         _check_space(self.folder, self.maker.recipe, self.maker.vocab, total)
         mode = self.maker.recipe.mode
         with progress(total=total, desc=f"teacher's {mode} cache", unit="token") as bar:
-            for number, rows in shards.items():
-                self.write_shard(number, rows)
+            for number, part in todo.items():
+                self.write_shard(number, [self.rows[i] for i in part])
                 bar.update(sizes[number])
 
 # %% ../../nbs/4_probabilities/11_logit_cache.ipynb #582d2568
@@ -446,20 +474,21 @@ def write_shards(
     kept = Recipe(**recipe)
     rows = _encoded(rows, teacher, tokenizer)
     layout = {"shard_tokens": shard_tokens, "batch_tokens": batch_tokens}
-    head = _header(teacher, tokenizer, rows, kept, layout)
+    vocab = _vocab(teacher, tokenizer)
     context = 0
     if not teacher.config.is_encoder_decoder:
         context = getattr(teacher.config.get_text_config(), "max_position_embeddings", 0)
-    _check_rows(rows, head["vocab"], context)
-    if kept.mode == "topk" and kept.k > head["vocab"]:
+    targets = _check_rows(rows, vocab, context)
+    if kept.mode == "topk" and kept.k > vocab:
         raise UserError(
-            f"k={kept.k} is more than the {head['vocab']} tokens there are",
+            f"k={kept.k} is more than the {vocab} tokens there are",
             where="Recipe.k",
             fix="Choose a smaller k.",
         )
     check_recipe(teacher, kept)
-    maker = _ShardMaker(teacher, kept, head["vocab"], head["tokenizer"]["pad_id"], batch_tokens)
-    writer = _FolderWriter(Path(folder), head, rows, maker)
+    head = _header(teacher, tokenizer, rows, targets, kept, layout)
+    maker = _ShardMaker(teacher, kept, vocab, head["tokenizer"]["pad_id"], batch_tokens)
+    writer = _FolderWriter(Path(folder), head, rows, targets, maker)
     with folder_lock(folder, wait=False), evaluating(teacher):
         writer.claim()
         writer.write_missing()

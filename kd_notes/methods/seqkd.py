@@ -6,13 +6,21 @@
 __all__ = ['Writing', 'write_responses']
 
 # %% ../../nbs/4_probabilities/09_seqkd.ipynb #3a04d585
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 from ..checks import check_count, check_fields
-from ..core import atomic_write, canonical_json, stable_hash, UserError, write_json
+from kd_notes.core import (
+    atomic_write,
+    canonical_json,
+    stable_hash,
+    stream_hash,
+    UserError,
+    write_json,
+)
 from ..checksums import write_checksums
 from kd_notes.data.dialogues import (
     chat_template_of,
@@ -24,7 +32,7 @@ from kd_notes.data.dialogues import (
 )
 from ..data.rows import TextRow
 from ..generation.beam import beam
-from ..generation.completions import AnswerFile
+from ..generation.completions import AnswerFile, stream_jsonl
 from ..generation.engine import end_tokens
 from ..generation.sampling import sample, Sampling
 from ..models.pretrained import config_hash, load_teacher, vocabulary_size, weights_hash
@@ -90,7 +98,14 @@ def responses_of(teacher, tokenizer, rows: Sequence[TextRow], writing: Writing) 
     return answers
 
 # %% ../../nbs/4_probabilities/09_seqkd.ipynb #cb38a0bf
-def write_responses(
+class _Answered(set):
+    "The ids of the answers in a file, as 64-bit hashes: all that is kept in memory."
+
+    def append(self, line: dict) -> None:
+        self.add(hash(line["id"]))
+
+
+def answer_rows(
     path: Path | str,  # JSONL file; an incomplete one is resumed
     teacher,
     tokenizer,
@@ -99,11 +114,8 @@ def write_responses(
     *,
     name: str = "",  # of the teacher, for the manifest
     chunk: int = 32,  # answers that are generated together
-) -> list[TextRow]:
-    """Return the rows with the teacher's answers as completions.
-
-    Rows with an empty answer are left out. A second call resumes.
-    """
+) -> None:
+    "Write the teacher's answers to the rows, in their order."
     job = {
         "teacher": name,
         "weights": weights_hash(teacher),
@@ -111,21 +123,46 @@ def write_responses(
         "template": stable_hash(chat_template_of(tokenizer)),
         "ends": list(_ends(teacher, tokenizer)),
         "writing": asdict(writing),
-        "prompts": stable_hash([[row.id, row.prompt] for row in rows]),
+        "prompts": stream_hash([row.id, row.prompt] for row in rows),
     }
-    with AnswerFile(path, job).open() as answers:
-        there = {line["id"] for line in answers.rows}
-        todo = [row for row in rows if row.id not in there]
+
+    def ask(places: array) -> list[dict]:
+        return responses_of(teacher, tokenizer, [rows[i] for i in places], writing)
+
+    with AnswerFile(path, job, rows=_Answered()).open() as answers:
+        there = answers.rows
+        todo = array("q", (i for i, row in enumerate(rows) if hash(row.id) not in there))
         parts = [todo[start : start + chunk] for start in range(0, len(todo), chunk)]
-        ask = partial(responses_of, teacher, tokenizer, writing=writing)
         answers.fill(parts, ask, desc="teacher's answers", unit=f"x{chunk}")
-        done = {line["id"]: line for line in answers.rows}
-    answered = []
-    for row in rows:
-        answer = done[row.id]
+
+
+def answered_rows(path: Path | str, rows: Sequence[TextRow]) -> Iterator[TextRow]:
+    "Yield the rows with the answers of `answer_rows` as completions, without the empty ones."
+    for row, answer in zip(rows, stream_jsonl(path), strict=True):
+        if answer["id"] != row.id:
+            raise UserError(
+                f"here should be the answer to {row.id!r}, and it is that to {answer['id']!r}",
+                where=path,
+                fix="Delete the file and its manifest, and run again.",
+            )
         if answer["response"]:
-            answered.append(replace(row, completion=answer["response"], whole=answer["whole"]))
-    return answered
+            yield replace(row, completion=answer["response"], whole=answer["whole"])
+
+# %% ../../nbs/4_probabilities/09_seqkd.ipynb #seqkd-write
+def write_responses(
+    path: Path | str,  # JSONL file; an incomplete one is resumed
+    teacher,
+    tokenizer,
+    rows: Sequence[TextRow],
+    writing: Writing = Writing(),
+    **options: Any,  # of `answer_rows`: name of the teacher for the manifest, chunk
+) -> list[TextRow]:
+    """Return the rows with the teacher's answers as completions.
+
+    Rows with an empty answer are left out. A second call resumes.
+    """
+    answer_rows(path, teacher, tokenizer, rows, writing, **options)
+    return list(answered_rows(path, rows))
 
 # %% ../../nbs/4_probabilities/09_seqkd.ipynb #f4d4e3af
 PROMPT_WRITING = Writing("sample", max_new_tokens=48, temperature=0.7, top_p=0.95, system="")

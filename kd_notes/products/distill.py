@@ -8,7 +8,7 @@ __all__ = ['read_corpus', 'distill']
 # %% ../../nbs/4_probabilities/15_distill.ipynb #2d062392
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,7 +37,7 @@ from ..methods.data_selection import SelectedTeacher
 from ..methods.logit_kd import as_signal, KD, OtherTokenizer, TeacherSignal
 from ..methods.prompts import check_teacher
 from ..methods.registry import METHODS
-from ..methods.seqkd import write_responses, Writing
+from ..methods.seqkd import answer_rows, answered_rows, Writing
 from kd_notes.methods.server_teacher import (
     check_same_server,
     is_server,
@@ -102,19 +102,16 @@ def _with_system(row: TextRow, system: str | None) -> TextRow:
     return replace(row, prompt=({"role": "system", "content": system}, *row.prompt))
 
 
-def _answers(request: Request, pair: Pair, rows: Sequence[TextRow]) -> list[TextRow]:
+def _answers(request: Request, pair: Pair, rows: Sequence[TextRow]) -> Iterator[TextRow]:
     "Return the rows with the teacher's answers, which are stored batch by batch."
+    file = request.work / "answers.jsonl"
     s = request.settings
     how = "beam" if request.objective == "seqkd_beam" else "sample"
     limits = (s.max_new_tokens, s.temperature, s.top_p, s.width, s.seed, s.system)
-    return write_responses(
-        request.work / "answers.jsonl",
-        pair.teacher,
-        pair.teacher_tokenizer,
-        rows,
-        Writing(how, *limits),
-        name=shown_name(request.teacher),
-    )
+    name = shown_name(request.teacher)
+    writing = Writing(how, *limits)
+    answer_rows(file, pair.teacher, pair.teacher_tokenizer, rows, writing, name=name)
+    return answered_rows(file, rows)
 
 
 def _text_method(request: Request, pair: Pair) -> Method:

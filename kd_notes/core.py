@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['UserError', 'expect_error', 'data_dir', 'nbs_dir', 'write_json', 'read_json', 'append_jsonl', 'read_jsonl',
-           'stable_hash', 'stream_hash', 'rng']
+           'stable_hash', 'rng']
 
 # %% ../nbs/7_engine_room/01_core.ipynb #98429c7a
 import codecs
@@ -472,15 +472,6 @@ def canonical_json(obj: Any) -> str:
 def stable_hash(obj: Any) -> str:
     "Return 16 hex digits that are equal for equal data on every machine."
     return sha256_text(canonical_json(obj))[:16]
-
-
-def stream_hash(items: Iterable) -> str:
-    "Return stable_hash(list(items)), with one item in memory at a time."
-    digest = hashlib.sha256(b"[")
-    for number, item in enumerate(items):
-        digest.update(f"{',' if number else ''}{canonical_json(item)}".encode())
-    digest.update(b"]")
-    return digest.hexdigest()[:16]
 
 # %% ../nbs/7_engine_room/01_core.ipynb #872bcfe1
 def seed_everything(seed: int) -> None:  # 0 ... 2**32 - 1 (numpy's range)

@@ -17,11 +17,10 @@ from kd_notes.core import (
     atomic_write,
     canonical_json,
     stable_hash,
-    stream_hash,
     UserError,
     write_json,
 )
-from ..checksums import write_checksums
+from ..checksums import stream_hash, write_checksums
 from kd_notes.data.dialogues import (
     chat_template_of,
     end_id,

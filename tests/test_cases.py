@@ -9,6 +9,7 @@ import pytest
 import test_tokenizers
 import torch
 from test_architectures import FAMILIES, tiny
+from tokenizers import processors
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kd_notes.core import UserError
@@ -16,6 +17,7 @@ from kd_notes.data.dialogues import encode_row
 from kd_notes.data.rows import load_rows
 from kd_notes.evaluation.calibration import ece, reliability
 from kd_notes.evaluation.validation import Validation
+from kd_notes.generation.backends import LocalBackend
 from kd_notes.generation.sampling import greedy
 from kd_notes.models.pretrained import load_pretrained
 from kd_notes.products.distill import distill
@@ -110,6 +112,7 @@ CASES = [  # name (a sibling behind the colon), subject of the public report, te
     ("generation_config_answers", "transformers#15559, fairseq#4273: forced tokens and penalties", "test_architectures.test_answers_do_not_depend_on_penalties_and_forced_tokens_of_a_config"),
     ("files: damaged weights", "the kind of data_bytes: no file makes a traceback", "test_whitebox.test_damaged_weights_are_one_clear_error"),
     ("files: outputs", "the same", "test_whitebox.test_an_output_that_is_a_file_is_one_clear_error"),
+    ("tok_bos: ends behind prompts", "the same kind: tokenizers that end every text", "test_cases.test_a_prompt_does_not_end_where_the_tokenizer_ends_every_text"),
 ]  # fmt: skip
 TOK = test_tokenizers.tokenizer_of()
 FAST = test_tokenizers.FAST
@@ -262,3 +265,14 @@ def test_an_odd_generation_config_does_not_lose_the_student(tmp_path, student):
         ROWS, base, base if student == "folder" else student, "forward_kl", tmp_path / "out", **FAST
     )
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+@pytest.mark.parametrize("single", ["$A </s>", "<s> $A </s>", "<s> $A"])
+def test_a_prompt_does_not_end_where_the_tokenizer_ends_every_text(single):
+    tokenizer = test_tokenizers.tokenizer_of()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=single, special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    backend = LocalBackend(test_tokenizers.llama(len(tokenizer)), tokenizer, revision="r")
+    own = TOK.encode("the cat")
+    assert backend.encode("the cat") == [1] * single.startswith("<s>") + own

@@ -122,6 +122,18 @@ def chat_prompt(tokenizer, prompt: str) -> str:
     return tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
 
 
+def text_ids(tokenizer, text: str) -> list[int]:
+    """Return the ids of a text as its tokenizer begins it.
+
+    An end token that some tokenizers put behind every text is left out: the model is to go on.
+    """
+    ids = tokenizer(text).input_ids
+    own = tokenizer(text, add_special_tokens=False).input_ids
+    added = len(ids) - len(own)
+    start = next((i for i in range(added + 1) if ids[i : i + len(own)] == own), added)
+    return ids[: start + len(own)]
+
+
 def opening_of(tokenizer) -> str:
     """Return "<think>" if the chat template ends with it, else "".
 
@@ -186,8 +198,10 @@ class LocalBackend:
 
     def encode(self, prompt: str) -> list[int]:
         "Return the token ids of a prompt, in the chat template if `chat` is on."
-        text = chat_prompt(self.tokenizer, prompt) if self.chat else prompt
-        return self.tokenizer(text, add_special_tokens=not self.chat).input_ids
+        if not self.chat:
+            return text_ids(self.tokenizer, prompt)
+        chat = chat_prompt(self.tokenizer, prompt)
+        return self.tokenizer(chat, add_special_tokens=False).input_ids
 
 # %% ../../nbs/7_engine_room/19_backends.ipynb #4309d9fb
 @torch.inference_mode()

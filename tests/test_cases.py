@@ -113,6 +113,7 @@ CASES = [  # name (a sibling behind the colon), subject of the public report, te
     ("files: damaged weights", "the kind of data_bytes: no file makes a traceback", "test_whitebox.test_damaged_weights_are_one_clear_error"),
     ("files: outputs", "the same", "test_whitebox.test_an_output_that_is_a_file_is_one_clear_error"),
     ("tok_bos: ends behind prompts", "the same kind: tokenizers that end every text", "test_cases.test_a_prompt_does_not_end_where_the_tokenizer_ends_every_text"),
+    ("files: configs", "the kind of data_bytes: quantized models, shapes that differ, unknown names", "test_cases.test_a_model_that_cannot_be_built_is_one_clear_error"),
 ]  # fmt: skip
 TOK = test_tokenizers.tokenizer_of()
 FAST = test_tokenizers.FAST
@@ -276,3 +277,24 @@ def test_a_prompt_does_not_end_where_the_tokenizer_ends_every_text(single):
     backend = LocalBackend(test_tokenizers.llama(len(tokenizer)), tokenizer, revision="r")
     own = TOK.encode("the cat")
     assert backend.encode("the cat") == [1] * single.startswith("<s>") + own
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "bitsandbytes"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "GPTQ"),
+        ({"vocab_size": 310}, "other shapes than config.json"), ({"hidden_size": 64}, "other shapes"),
+        ({"num_attention_heads": "four"}, "num_attention_heads"), ({"num_attention_heads": 3}, "attention heads"),
+        ({"hidden_act": "zork"}, "zork"), ({"rope_scaling": {"rope_type": "zork", "factor": 2.0}}, "zork"),
+        ({"dtype": "float7"}, "float7"),
+    ],
+)  # fmt: skip
+def test_a_model_that_cannot_be_built_is_one_clear_error(tmp_path, change, said):
+    base = saved(test_tokenizers.llama(len(TOK)), tmp_path / "base")
+    config = tmp_path / "base" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | change))
+    with pytest.raises(UserError, match=f"base: the model could not be loaded: .*{said}"):
+        load_pretrained(base, device="cpu")
+    with pytest.raises(UserError, match="could not be loaded"):
+        distill(ROWS, base, "layers:1", "sft", tmp_path / "out", **FAST)

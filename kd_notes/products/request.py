@@ -481,4 +481,9 @@ def expected_memory(request: Request) -> dict[str, int] | None:
     needs_teacher = request.objective not in TEXT_OBJECTIVES
     length = settings.max_length or 512
     teacher = teachers if needs_teacher else None
-    return memory_estimate(config, cfg, length=length, teacher=teacher)
+    try:
+        return memory_estimate(config, cfg, length=length, teacher=teacher)
+    except UserError:
+        raise
+    except Exception:
+        return None  # a config that no model can be built of: loading will raise the error

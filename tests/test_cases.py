@@ -21,7 +21,8 @@ from kd_notes.generation.backends import LocalBackend
 from kd_notes.generation.sampling import greedy
 from kd_notes.models.pretrained import load_pretrained
 from kd_notes.products.distill import distill
-from kd_notes.products.settings import hold_out
+from kd_notes.products.request import expected_memory, Request
+from kd_notes.products.settings import distill_settings, hold_out
 
 CASES = [  # name (a sibling behind the colon), subject of the public report, test
     ("arch_bart_start", "transformers#5212, #7719, #7961: decoder start tokens", "test_architectures.test_a_decoder_is_trained_from_the_token_it_starts_with"),
@@ -114,6 +115,7 @@ CASES = [  # name (a sibling behind the colon), subject of the public report, te
     ("files: outputs", "the same", "test_whitebox.test_an_output_that_is_a_file_is_one_clear_error"),
     ("tok_bos: ends behind prompts", "the same kind: tokenizers that end every text", "test_cases.test_a_prompt_does_not_end_where_the_tokenizer_ends_every_text"),
     ("files: configs", "the kind of data_bytes: quantized models, shapes that differ, unknown names", "test_cases.test_a_model_that_cannot_be_built_is_one_clear_error"),
+    ("arch_moe_student: any length", "the kind: an estimate that ends the command", "test_cases.test_an_estimate_of_a_limit_that_no_model_has_takes_no_memory"),
 ]  # fmt: skip
 TOK = test_tokenizers.tokenizer_of()
 FAST = test_tokenizers.FAST
@@ -298,3 +300,15 @@ def test_a_model_that_cannot_be_built_is_one_clear_error(tmp_path, change, said)
         load_pretrained(base, device="cpu")
     with pytest.raises(UserError, match="could not be loaded"):
         distill(ROWS, base, "layers:1", "sft", tmp_path / "out", **FAST)
+
+
+@pytest.mark.parametrize("context", [256, 0])
+def test_an_estimate_of_a_limit_that_no_model_has_takes_no_memory(tmp_path, context):
+    model = test_tokenizers.llama(len(TOK))
+    model.config.max_position_embeddings = context
+    sources = ((model, TOK), (model, TOK))
+    settings = distill_settings(max_length=10**12, batch_size=8)
+    request = Request([], *sources, "forward_kl", tmp_path, settings)
+    memory = expected_memory(request)
+    assert memory["length"] == (context or 10**12)
+    assert memory["total"] < 1e9 or not context

@@ -347,7 +347,7 @@ def _start(request: Request) -> _Distillation:
         activations = memory["activations"] / 1e9
         request.say(
             f"about {total:.1f} GB of memory, {activations:.1f} GB of them for activations, with "
-            f"batches of {settings.batch_size} rows of {settings.max_length} tokens"
+            f"batches of {settings.batch_size} rows of {memory['length']} tokens"
         )
     pair = Pair.load(request)
     asked = request.as_dict()

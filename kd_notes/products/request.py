@@ -454,7 +454,7 @@ def _teacher_configs(teacher: str | tuple | TeacherGroup) -> list:
 
 
 def expected_memory(request: Request) -> dict[str, int] | None:
-    """Estimate the bytes of training by part from the configs alone.
+    """Estimate the bytes of training by part from the configs alone, and the length of its rows.
 
     None if a config is not available.
     """
@@ -479,10 +479,13 @@ def expected_memory(request: Request) -> dict[str, int] | None:
         gradient_checkpointing=settings.gradient_checkpointing,
     )
     needs_teacher = request.objective not in TEXT_OBJECTIVES
-    length = settings.max_length or 512
+    texts = [each.get_text_config() for each in (config, *teachers)]
+    contexts = (getattr(text, "max_position_embeddings", None) for text in texts)
+    length = min([settings.max_length or 512, *filter(None, contexts)])
     teacher = teachers if needs_teacher else None
     try:
-        return memory_estimate(config, cfg, length=length, teacher=teacher)
+        estimate = memory_estimate(config, cfg, length=length, teacher=teacher)
+        return estimate | {"length": length}
     except UserError:
         raise
     except Exception:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import test_tokenizers
 import torch
-from test_architectures import FAMILIES, tiny
+from test_architectures import COMMON, FAMILIES, GEMMA, tiny, VISION
 from tokenizers import processors
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -19,6 +19,7 @@ from kd_notes.evaluation.calibration import ece, reliability
 from kd_notes.evaluation.validation import Validation
 from kd_notes.generation.backends import LocalBackend
 from kd_notes.generation.sampling import greedy
+from kd_notes.models.layer_drop import layer_drop
 from kd_notes.models.pretrained import load_pretrained
 from kd_notes.products.distill import distill
 from kd_notes.products.request import expected_memory, Request
@@ -116,6 +117,8 @@ CASES = [  # name (a sibling behind the colon), subject of the public report, te
     ("tok_bos: ends behind prompts", "the same kind: tokenizers that end every text", "test_cases.test_a_prompt_does_not_end_where_the_tokenizer_ends_every_text"),
     ("files: configs", "the kind of data_bytes: quantized models, shapes that differ, unknown names", "test_cases.test_a_model_that_cannot_be_built_is_one_clear_error"),
     ("arch_moe_student: any length", "the kind: an estimate that ends the command", "test_cases.test_an_estimate_of_a_limit_that_no_model_has_takes_no_memory"),
+    ("arch_layer_drop_lists: other lists", "the same: ends, and layers that are named by number", "test_cases.test_of_a_config_only_what_belongs_to_layers_is_cut"),
+    ("arch_layer_drop_lists: no cut", "the same: models whose layers cannot be taken out one by one", "test_cases.test_a_model_that_cannot_be_cut_is_one_clear_error"),
 ]  # fmt: skip
 TOK = test_tokenizers.tokenizer_of()
 FAST = test_tokenizers.FAST
@@ -312,3 +315,46 @@ def test_an_estimate_of_a_limit_that_no_model_has_takes_no_memory(tmp_path, cont
     memory = expected_memory(request)
     assert memory["length"] == (context or 10**12)
     assert memory["total"] < 1e9 or not context
+
+
+EXPERT_LAYERS = {
+    "n_routed_experts": 4, "num_experts_per_tok": 1, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 32,
+}  # fmt: skip
+
+
+def with_layers(kind, **more):
+    "A model of four layers."
+    settings = COMMON | {"num_hidden_layers": 4} | more
+    config = AutoConfig.for_model(kind, **settings)
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def test_of_a_config_only_what_belongs_to_layers_is_cut():
+    llama = with_layers("llama", eos_token_id=[1, 3, 5, 7])
+    assert layer_drop(llama, [1, 2]).config.eos_token_id == [1, 3, 5, 7]
+    dense = with_layers("glm4_moe", head_dim=8, first_k_dense_replace=2, **EXPERT_LAYERS)
+    assert [layer_drop(dense, k).config.first_k_dense_replace for k in ([0, 2], [2, 3], 2)] == [
+        1,
+        0,
+        1,
+    ]
+    some = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 32}
+    some |= {"shared_expert_intermediate_size": 32, "mlp_only_layers": [0, 3]}
+    assert layer_drop(with_layers("qwen2_moe", **some), [1, 3]).config.mlp_only_layers == [1]
+    mpt = {"d_model": 32, "n_heads": 4, "n_layers": 4, "vocab_size": 64, "max_seq_len": 64}
+    assert layer_drop(with_layers("mpt", **mpt), [0, 3]).config.n_layers == 2
+
+
+@pytest.mark.parametrize(
+    "kind, more",
+    [
+        ("jamba", {"num_experts": 2, "num_experts_per_tok": 1, "attn_layer_period": 2, "attn_layer_offset": 1,
+                   "mamba_d_state": 8, "mamba_dt_rank": 4, "use_mamba_kernels": False}),
+        ("gemma3", {"text_config": COMMON | GEMMA, "vision_config": VISION | {"num_hidden_layers": 2}}),
+    ],
+)  # fmt: skip
+def test_a_model_that_cannot_be_cut_is_one_clear_error(kind, more):
+    model = with_layers(kind, **more)
+    with pytest.raises(UserError, match="keep_layers: .* cannot be cut"):
+        layer_drop(model, [1, 3])

@@ -468,8 +468,6 @@ def expected_memory(request: Request) -> dict[str, int] | None:
         config = teachers[0] if kind == "layers" else _config_of(student)
     except UserError:
         return None  # loading the models will raise the error
-    if kind == "layers" and layers.replace(",", "").isdigit():
-        config = shorter_config(config, layers.count(",") + 1 if "," in layers else int(layers))
     cfg = TrainConfig(
         max_steps=1,
         batch_size=settings.batch_size,
@@ -484,6 +482,8 @@ def expected_memory(request: Request) -> dict[str, int] | None:
     length = min([settings.max_length or 512, *filter(None, contexts)])
     teacher = teachers if needs_teacher else None
     try:
+        if kind == "layers" and layers.replace(",", "").isdigit():
+            config = shorter_config(config, layers.count(",") + 1 if "," in layers else int(layers))
         estimate = memory_estimate(config, cfg, length=length, teacher=teacher)
         return estimate | {"length": length}
     except UserError:

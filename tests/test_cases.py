@@ -24,6 +24,7 @@ from kd_notes.models.pretrained import load_pretrained
 from kd_notes.products.distill import distill
 from kd_notes.products.request import expected_memory, Request
 from kd_notes.products.settings import distill_settings, hold_out
+from kd_notes.training.batches import causal_batch, target_logits
 
 CASES = [  # name (a sibling behind the colon), subject of the public report, test
     ("arch_bart_start", "transformers#5212, #7719, #7961: decoder start tokens", "test_architectures.test_a_decoder_is_trained_from_the_token_it_starts_with"),
@@ -119,6 +120,8 @@ CASES = [  # name (a sibling behind the colon), subject of the public report, te
     ("arch_moe_student: any length", "the kind: an estimate that ends the command", "test_cases.test_an_estimate_of_a_limit_that_no_model_has_takes_no_memory"),
     ("arch_layer_drop_lists: other lists", "the same: ends, and layers that are named by number", "test_cases.test_of_a_config_only_what_belongs_to_layers_is_cut"),
     ("arch_layer_drop_lists: no cut", "the same: models whose layers cannot be taken out one by one", "test_cases.test_a_model_that_cannot_be_cut_is_one_clear_error"),
+    ("arch_left_padding_pass: no cache", "the same kind: models that keep no keys and values", "test_cases.test_a_model_without_keys_and_values_is_not_asked_for_a_text"),
+    ("arch_logit_transforms_pass: Llama 4", "the same: a model without one below its head", "test_cases.test_a_model_without_one_below_its_head_gives_its_own_logits"),
 ]  # fmt: skip
 TOK = test_tokenizers.tokenizer_of()
 FAST = test_tokenizers.FAST
@@ -358,3 +361,26 @@ def test_a_model_that_cannot_be_cut_is_one_clear_error(kind, more):
     model = with_layers(kind, **more)
     with pytest.raises(UserError, match="keep_layers: .* cannot be cut"):
         layer_drop(model, [1, 3])
+
+
+@pytest.mark.parametrize(
+    "kind, more",
+    [
+        ("rwkv", {"attention_hidden_size": 32}), ("openai-gpt", {"n_embd": 32, "n_layer": 2, "n_head": 4}),
+    ],
+)  # fmt: skip
+def test_a_model_without_keys_and_values_is_not_asked_for_a_text(kind, more):
+    config = AutoConfig.for_model(kind, vocab_size=64, hidden_size=32, num_hidden_layers=2, **more)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with pytest.raises(UserError, match="only causal models with attention layers"):
+        greedy(model, [[5, 6, 7]], 2)
+
+
+def test_a_model_without_one_below_its_head_gives_its_own_logits():
+    experts = {"num_local_experts": 2, "interleave_moe_layer_step": 2, "intermediate_size_mlp": 48}
+    model = with_layers("llama4_text", head_dim=8, num_experts_per_tok=1, **experts)
+    rows = [([2, 5, 6, 7], [9, 10, 1]), ([2, 5], [9, 10, 11, 1])]
+    with torch.no_grad():
+        mine = target_logits(model, causal_batch(rows, 0))
+        own = [model(torch.tensor([a + b])).logits[0, len(a) - 1 : -1] for a, b in rows]
+    torch.testing.assert_close(mine, torch.cat(own), atol=1e-4, rtol=1e-4)

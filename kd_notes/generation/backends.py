@@ -70,10 +70,19 @@ def remember_answered(
 def check_model(model) -> None:
     "Raise UserError unless the model is causal with attention layers only."
     known = {"full_attention", "sliding_attention"}
-    kinds = set(getattr(model.config, "layer_types", None) or ()) - known
-    if not model.config.is_encoder_decoder and not kinds:
+    text = getattr(model.config, "get_text_config", lambda: model.config)()
+    kinds = set(getattr(text, "layer_types", None) or ()) - known
+    # RWKV, XLNet and the first GPT keep something else, or nothing, of what they have read.
+    forwards = [kind.forward for kind in type(model).__mro__ if "forward" in vars(kind)]
+    keeps = any("past_key_values" in inspect.signature(f).parameters for f in forwards)
+    if not model.config.is_encoder_decoder and not kinds and keeps:
         return
-    what = f"layers of the kind {', '.join(sorted(kinds))}" if kinds else "an encoder and a decoder"
+    what = (
+        "an encoder and a decoder"
+        if model.config.is_encoder_decoder
+        else "no cache of keys and values"
+    )
+    what = f"layers of the kind {', '.join(sorted(kinds))}" if kinds else what
     raise UserError(
         f"{type(model).__name__} has {what}; "
         "only causal models with attention layers are supported",

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from kd_notes.core import UserError
 from kd_notes.data.dialogues import encode_row
-from kd_notes.data.rows import load_rows
+from kd_notes.data.rows import load_rows, read_row
 from kd_notes.evaluation.calibration import ece, reliability
 from kd_notes.evaluation.validation import Validation
 from kd_notes.generation.backends import LocalBackend
@@ -122,6 +122,7 @@ CASES = [  # name (a sibling behind the colon), subject of the public report, te
     ("arch_layer_drop_lists: no cut", "the same: models whose layers cannot be taken out one by one", "test_cases.test_a_model_that_cannot_be_cut_is_one_clear_error"),
     ("arch_left_padding_pass: no cache", "the same kind: models that keep no keys and values", "test_cases.test_a_model_without_keys_and_values_is_not_asked_for_a_text"),
     ("arch_logit_transforms_pass: Llama 4", "the same: a model without one below its head", "test_cases.test_a_model_without_one_below_its_head_gives_its_own_logits"),
+    ("data_null_columns: columns that are not null", "the kind: Dolly's context, a system message, earlier turns", "test_cases.test_a_column_that_belongs_to_the_prompt_is_read_or_refused"),
 ]  # fmt: skip
 TOK = test_tokenizers.tokenizer_of()
 FAST = test_tokenizers.FAST
@@ -384,3 +385,32 @@ def test_a_model_without_one_below_its_head_gives_its_own_logits():
         mine = target_logits(model, causal_batch(rows, 0))
         own = [model(torch.tensor([a + b])).logits[0, len(a) - 1 : -1] for a, b in rows]
     torch.testing.assert_close(mine, torch.cat(own), atol=1e-4, rtol=1e-4)
+
+
+def test_a_column_that_belongs_to_the_prompt_is_read_or_refused(tmp_path):
+    dolly = {"instruction": "Who ran?", "context": "A dog ran.", "response": "A dog."}
+    assert read_row(dolly).prompt == "Who ran?\n\nA dog ran."
+    assert read_row(dolly | {"context": " "}).prompt == "Who ran?"
+    system = {"role": "system", "content": "Be brief."}
+    user = {"role": "user", "content": "Who ran?"}
+    answer = {"role": "assistant", "content": "A dog."}
+    for name in ("system", "system_prompt"):
+        for row in (
+            {"instruction": "Who ran?", "input": "", "output": "A dog."},
+            {"prompt": "Who ran?", "response": " A dog."},
+            {"messages": [user, answer]},
+        ):
+            made = read_row(row | {name: "Be brief."}, chat=True)
+            assert made.prompt == (system, user) and made.completion == "A dog."
+            assert read_row(row | {name: ""}, chat=True).prompt == (user,)
+            assert read_row(row | {name: None}, chat=True).prompt == (user,)
+        own = {"role": "system", "content": "Be long."}
+        assert read_row({"messages": [own, user, answer], name: "Be brief."}).prompt == (own, user)
+    with pytest.raises(UserError, match="'system' is not text"):
+        read_row({"prompt": "a", "response": "b", "system": 5})
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps(dolly | {"history": [["Who sat?", "A cat."]]}) + "\n")
+    with pytest.raises(UserError, match="x.jsonl:1: the field 'history'.*messages"):
+        load_rows(path)
+    path.write_text(json.dumps(dolly | {"history": []}) + "\n")
+    assert len(load_rows(path)) == 1

@@ -416,6 +416,18 @@ def _write_all(f, data: bytes) -> None:
     os.fsync(f.fileno())
 
 # %% ../nbs/7_engine_room/01_core.ipynb #8a799acb
+_FOREIGN = {  # how files begin that are no lines of JSON, and what to do
+    b"\x1f\x8b": "It is packed with gzip: unpack it first.",
+    b"PK\x03\x04": "It is a zip archive: unpack it first.",
+    b"PAR1": "It is a Parquet file: write its rows as JSON, one a line.",
+    b"\xff\xfe": "It is UTF-16: save it as UTF-8.",
+    b"\xfe\xff": "It is UTF-16: save it as UTF-8.",
+    b"[": "Write one object a line, without a list around them.",
+    b"{\n": "Write every object on one line.",
+    b"{\r": "Write every object on one line.",
+}
+
+
 def _jsonl_row(line: bytes, where: str) -> dict:
     try:
         # decoded line by line: a kill may cut a multi-byte character in two
@@ -424,7 +436,9 @@ def _jsonl_row(line: bytes, where: str) -> dict:
             raise ValueError(f"a {type(row).__name__} where an object {{...}} was expected")
         return row
     except ValueError as e:
-        fix = "Correct or delete that line."
+        start = line.lstrip(b" \t").rstrip(b"\n") + b"\n"
+        fix = next((fix for mark, fix in _FOREIGN.items() if start.startswith(mark)), "")
+        fix = fix or "Correct or delete that line."
         raise UserError(f"the row is not one JSON object ({e})", where=where, fix=fix) from e
 
 

@@ -1,6 +1,7 @@
 """Faults of the field, modelled on public reports: which report, and which test holds it. And the tests that belong nowhere else."""
 
 import ast
+import gzip
 import importlib.util
 import json
 from pathlib import Path
@@ -12,12 +13,13 @@ from test_architectures import COMMON, FAMILIES, GEMMA, tiny, VISION
 from tokenizers import processors
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from kd_notes.core import UserError
+from kd_notes.core import read_jsonl, UserError
 from kd_notes.data.dialogues import encode_row
 from kd_notes.data.rows import load_rows, read_row
 from kd_notes.evaluation.calibration import ece, reliability
 from kd_notes.evaluation.validation import Validation
 from kd_notes.generation.backends import LocalBackend
+from kd_notes.generation.completions import stream_jsonl
 from kd_notes.generation.sampling import greedy
 from kd_notes.models.layer_drop import layer_drop
 from kd_notes.models.pretrained import load_pretrained
@@ -123,6 +125,7 @@ CASES = [  # name (a sibling behind the colon), subject of the public report, te
     ("arch_left_padding_pass: no cache", "the same kind: models that keep no keys and values", "test_cases.test_a_model_without_keys_and_values_is_not_asked_for_a_text"),
     ("arch_logit_transforms_pass: Llama 4", "the same: a model without one below its head", "test_cases.test_a_model_without_one_below_its_head_gives_its_own_logits"),
     ("data_null_columns: columns that are not null", "the kind: Dolly's context, a system message, earlier turns", "test_cases.test_a_column_that_belongs_to_the_prompt_is_read_or_refused"),
+    ("data_bytes_pass: other files", "the same kind: packed files, tables, lists and UTF-16", "test_cases.test_a_file_of_another_kind_is_told_with_what_to_do"),
 ]  # fmt: skip
 TOK = test_tokenizers.tokenizer_of()
 FAST = test_tokenizers.FAST
@@ -414,3 +417,23 @@ def test_a_column_that_belongs_to_the_prompt_is_read_or_refused(tmp_path):
         load_rows(path)
     path.write_text(json.dumps(dolly | {"history": []}) + "\n")
     assert len(load_rows(path)) == 1
+
+
+@pytest.mark.parametrize(
+    "data, said",
+    [
+        (gzip.compress(b'{"prompt": "a", "response": "b"}\n'), "gzip: unpack"), (b"PAR1\x15\x04", "Parquet"),
+        (b"PK\x03\x04", "zip archive"), ('{"prompt": "a"}\n'.encode("utf-16"), "UTF-16: save it as UTF-8"),
+        (b'[{"prompt": "a", "response": "b"}]\n', "without a list"), (b'[\n {"prompt": "a"}\n]\n', "without a list"),
+        (b'{\n "prompt": "a",\n "response": "b"}\n', "on one line"), (b"prompt,response\na,b\n", "Correct or delete"),
+        (b'{"prompt": "a", "response": "b"\n', "Correct or delete"),
+    ],
+)  # fmt: skip
+def test_a_file_of_another_kind_is_told_with_what_to_do(tmp_path, data, said):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(data)
+    for read in (load_rows, read_jsonl, lambda path: list(stream_jsonl(path))):
+        with pytest.raises(UserError, match=f"x.jsonl:1: .*{said}"):
+            read(path)
+    with pytest.raises(UserError, match="cannot be read"):
+        list(stream_jsonl("a\0b"))

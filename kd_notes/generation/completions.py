@@ -24,6 +24,7 @@ from kd_notes.core import (
     cache_dir,
     disk_error,
     folder_lock,
+    opened,
     read_json,
     sha256_text,
     to_jsonable,
@@ -277,13 +278,11 @@ def _only_writer(path: Path) -> Iterator[None]:
 # %% ../../nbs/7_engine_room/09_completions.ipynb #comp-26
 def stream_jsonl(path: Path | str) -> Iterator[dict]:
     "Yield the rows of a JSONL file one by one; an error names file and line."
-    try:
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield _jsonl_row(line.removeprefix(BOM_UTF8), f"{path}:{number}")
-    except OSError as e:
-        raise UserError(f"the file cannot be read ({e.strerror})", where=path) from e
+    with opened(path) as file:
+        for number, line in enumerate(file, 1):
+            text = line.removeprefix(BOM_UTF8) if number == 1 else line
+            if text.strip():
+                yield _jsonl_row(text, f"{path}:{number}")
 
 # %% ../../nbs/7_engine_room/09_completions.ipynb #a8f4e71f
 def drop_unanswered(path: Path) -> None:

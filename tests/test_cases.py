@@ -19,7 +19,8 @@ from kd_notes.data.rows import load_rows, read_row
 from kd_notes.evaluation.calibration import ece, reliability
 from kd_notes.evaluation.validation import Validation
 from kd_notes.generation.backends import LocalBackend
-from kd_notes.generation.completions import stream_jsonl
+from kd_notes.generation.completions import Decoding, stream_jsonl
+from kd_notes.generation.responses import completion_of, hidden_status
 from kd_notes.generation.sampling import greedy
 from kd_notes.models.layer_drop import layer_drop
 from kd_notes.models.pretrained import load_pretrained
@@ -126,6 +127,7 @@ CASES = [  # name (a sibling behind the colon), subject of the public report, te
     ("arch_logit_transforms_pass: Llama 4", "the same: a model without one below its head", "test_cases.test_a_model_without_one_below_its_head_gives_its_own_logits"),
     ("data_null_columns: columns that are not null", "the kind: Dolly's context, a system message, earlier turns", "test_cases.test_a_column_that_belongs_to_the_prompt_is_read_or_refused"),
     ("data_bytes_pass: other files", "the same kind: packed files, tables, lists and UTF-16", "test_cases.test_a_file_of_another_kind_is_told_with_what_to_do"),
+    ("oa_broken_answers_pass: no message", "the same: a choice without a message is no empty answer", "test_cases.test_a_choice_without_a_message_is_no_answer_of_the_teacher"),
 ]  # fmt: skip
 TOK = test_tokenizers.tokenizer_of()
 FAST = test_tokenizers.FAST
@@ -437,3 +439,20 @@ def test_a_file_of_another_kind_is_told_with_what_to_do(tmp_path, data, said):
             read(path)
     with pytest.raises(UserError, match="cannot be read"):
         list(stream_jsonl("a\0b"))
+
+
+def test_a_choice_without_a_message_is_no_answer_of_the_teacher():
+    def status(**choice):
+        return hidden_status(json.dumps({"choices": [{"index": 0} | choice]}).encode())
+
+    assert status(finish_reason="stop") == 502
+    assert status(finish_reason="stop", message=None) == 502
+    assert status(finish_reason="length") == 502
+    assert status(finish_reason="content_filter") is None
+    assert status(finish_reason="length", message={"content": None}) is None
+    assert status(finish_reason="stop", message={"content": ""}) is None
+    assert status(finish_reason="stop", text="So.") is None
+    delta = {"index": 0, "finish_reason": "stop", "delta": {"content": "So."}}
+    assert hidden_status(json.dumps({"choices": [delta]}).encode()) is None
+    answer = completion_of({"choices": [delta]}, ("a", 0, "?"), Decoding(9), 0.1)
+    assert (answer.text, answer.finish) == ("So.", "stop")

@@ -128,6 +128,8 @@ CASES = [  # name (a sibling behind the colon), subject of the public report, te
     ("data_null_columns: columns that are not null", "the kind: Dolly's context, a system message, earlier turns", "test_cases.test_a_column_that_belongs_to_the_prompt_is_read_or_refused"),
     ("data_bytes_pass: other files", "the same kind: packed files, tables, lists and UTF-16", "test_cases.test_a_file_of_another_kind_is_told_with_what_to_do"),
     ("oa_broken_answers_pass: no message", "the same: a choice without a message is no empty answer", "test_cases.test_a_choice_without_a_message_is_no_answer_of_the_teacher"),
+    ("files: damaged numbers", "the kind of ANCHORS' NaN: weights that are not finite", "test_cases.test_a_model_that_computes_nan_is_named"),
+    ("tok_turn_end: nothing said", "the kind: a teacher that says nothing", "test_cases.test_a_teacher_that_says_nothing_is_told"),
 ]  # fmt: skip
 TOK = test_tokenizers.tokenizer_of()
 FAST = test_tokenizers.FAST
@@ -456,3 +458,40 @@ def test_a_choice_without_a_message_is_no_answer_of_the_teacher():
     assert hidden_status(json.dumps({"choices": [delta]}).encode()) is None
     answer = completion_of({"choices": [delta]}, ("a", 0, "?"), Decoding(9), 0.1)
     assert (answer.text, answer.finish) == ("So.", "stop")
+
+
+@pytest.mark.parametrize(
+    "side, said", [(0, "the nll of the teacher is nan"), (1, "student is nan")]
+)
+def test_a_model_that_computes_nan_is_named(tmp_path, side, said):
+    pair = [test_tokenizers.llama(len(TOK), seed=s) for s in (1, 2)]
+    with torch.no_grad():
+        pair[side].model.layers[0].mlp.up_proj.weight[0, 0] = float("nan")
+    teacher, student = ((model, TOK) for model in pair)
+    with pytest.raises(UserError, match=f"{said}.*check its weights"):
+        distill(ROWS, teacher, student, "forward_kl", tmp_path / "out", **FAST)
+
+
+class Silent(test_tokenizers.LlamaForCausalLM):
+    "Ends at once, or only behind a prompt with the token `loud`."
+
+    loud = None
+
+    def forward(self, *args, **kwargs):
+        out = super().forward(*args, **kwargs)
+        ids = kwargs["input_ids"]
+        speaks = (ids == self.loud).any(1) if self.loud is not None else ids[:, 0] < 0
+        ends = torch.where(speaks, 8, 2)[:, None, None].expand(-1, out.logits.shape[1], 1)
+        out.logits = torch.full_like(out.logits, -20.0).scatter(-1, ends, 20.0)
+        return out
+
+
+def test_a_teacher_that_says_nothing_is_told(tmp_path, capsys):
+    teacher = test_tokenizers.llama(len(TOK), kind=Silent)
+    student = test_tokenizers.llama(len(TOK))
+    with pytest.raises(UserError, match="all 10 answers of the teacher are empty"):
+        distill(ROWS, (teacher, TOK), (student, TOK), "seqkd", tmp_path / "a", **FAST)
+    teacher.loud = TOK.encode("the cat")[-1]
+    report = distill(ROWS, (teacher, TOK), (student, TOK), "seqkd", tmp_path / "b", **FAST)
+    assert 0 < report["rows"] < 10
+    assert f"{10 - report['rows']} of the teacher's 10 answers are empty" in capsys.readouterr().out

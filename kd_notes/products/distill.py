@@ -6,6 +6,7 @@
 __all__ = ['read_corpus', 'distill']
 
 # %% ../../nbs/4_probabilities/15_distill.ipynb #2d062392
+import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
@@ -114,6 +115,16 @@ def _answers(request: Request, pair: Pair, rows: Sequence[TextRow]) -> Iterator[
     return answered_rows(file, rows)
 
 
+def _tell_empty(request: Request, empty: int, asked: int) -> None:
+    "Say how many answers of the teacher are empty. Raises UserError if all of them are."
+    if empty == asked:
+        fix = "Read what it answers to a row; its chat template or its end tokens may be wrong."
+        name = shown_name(request.teacher)
+        raise UserError(f"all {asked} answers of the teacher are empty", where=name, fix=fix)
+    if empty:
+        request.say(f"{empty} of the teacher's {asked} answers are empty; they are left out")
+
+
 def _text_method(request: Request, pair: Pair) -> Method:
     "Return a method that learns completions without a teacher's probabilities."
     kind = SymmetricSFT if request.objective == "symmetric_cross_entropy" else SFT
@@ -197,6 +208,7 @@ class _Distillation:
         if objective.startswith("seqkd"):
             answers = _answers(self.request, pair, self.texts)
             self.rows = self.store("answers", (pair.encode([row])[0] for row in answers))
+            _tell_empty(self.request, len(self.texts) - len(self.rows), len(self.texts))
         if objective in TEXT_OBJECTIVES:
             return _text_method(self.request, pair)
         if objective == "cached_forward_kl":
@@ -232,7 +244,12 @@ def _validation(job: _Distillation) -> Validation:
     )
 
 # %% ../../nbs/4_probabilities/15_distill.ipynb #0c9e0340
-def _measured(job: _Distillation, numbers: dict, tokenizer) -> dict:
+def _measured(job: _Distillation, numbers: dict, tokenizer, name: str) -> dict:
+    "Return a model's numbers with bits per byte. Raises UserError for one that is not finite."
+    for measure, value in numbers.items():
+        if not math.isfinite(value):
+            fix = "The model computes NaN or infinity: check its weights, or load it in float32."
+            raise UserError(f"the {measure} of the {name} is {value}", "held-out rows", fix)
     return with_bits_per_byte(numbers, job.pair.encode(job.held_out, tokenizer), tokenizer)
 
 
@@ -249,8 +266,8 @@ def _references(job: _Distillation, check: Validation) -> dict:
         else:
             numbers = Validation(rows, padding_id(tokenizer), batch_size=batch_size)(pair.judge)
         references = {
-            "teacher": _measured(job, numbers, tokenizer) if numbers else {},
-            "untrained": _measured(job, check(pair.student), pair.tokenizer),
+            "teacher": _measured(job, numbers, tokenizer, "teacher") if numbers else {},
+            "untrained": _measured(job, check(pair.student), pair.tokenizer, "student"),
         }
         write_json(file, references)
     return read_json(file)
@@ -305,7 +322,7 @@ def _run(job: _Distillation) -> dict:
     model = whole_model(result.model, request.work / "whole", pair.tokenizer, place)
     if not main_process():
         return {}
-    student = _measured(job, check(model), pair.tokenizer)
+    student = _measured(job, check(model), pair.tokenizer, "trained student")
     report = request.as_dict() | {
         "rows": len(job.rows),
         "held_out": len(job.held_out),

@@ -22,6 +22,7 @@ from kd_notes.generation.backends import LocalBackend
 from kd_notes.generation.completions import Decoding, stream_jsonl
 from kd_notes.generation.responses import completion_of, hidden_status
 from kd_notes.generation.sampling import greedy
+from kd_notes.methods.rationales import Parsed, parse_completion
 from kd_notes.models.layer_drop import layer_drop
 from kd_notes.models.pretrained import load_pretrained
 from kd_notes.products.distill import distill
@@ -130,6 +131,8 @@ CASES = [  # name (a sibling behind the colon), subject of the public report, te
     ("oa_broken_answers_pass: no message", "the same: a choice without a message is no empty answer", "test_cases.test_a_choice_without_a_message_is_no_answer_of_the_teacher"),
     ("files: damaged numbers", "the kind of ANCHORS' NaN: weights that are not finite", "test_cases.test_a_model_that_computes_nan_is_named"),
     ("tok_turn_end: nothing said", "the kind: a teacher that says nothing", "test_cases.test_a_teacher_that_says_nothing_is_told"),
+    ("parse_markdown_answer: other titles", "the same: answers under another title, in JSON, as Minerva ends", "test_cases.test_an_answer_under_another_title_is_found_and_no_piece_of_it_stays"),
+    ("parse_number_formats: LaTeX and twice", "the same", "test_cases.test_more_numbers_as_teachers_write_them"),
 ]  # fmt: skip
 TOK = test_tokenizers.tokenizer_of()
 FAST = test_tokenizers.FAST
@@ -495,3 +498,46 @@ def test_a_teacher_that_says_nothing_is_told(tmp_path, capsys):
     report = distill(ROWS, (teacher, TOK), (student, TOK), "seqkd", tmp_path / "b", **FAST)
     assert 0 < report["rows"] < 10
     assert f"{10 - report['rows']} of the teacher's 10 answers are empty" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["Label: neutral", "**Label:** neutral", "### Conclusion: **neutral**", "Final verdict: Neutral.", "Prediction: neutral"]
+    + ["The correct label: neutral", "Classification： neutral", "Result: neutral", "Réponse: neutral", "(Answer: neutral)"]
+    + ["[Answer: neutral]", "**Answer:**\n\n- neutral", "Answer: neutral!", '{"answer": "neutral"}', '```json\n{"Answer": "Neutral"}\n```']
+    + ["Final Answer: The final answer is $\\boxed{neutral}$. I hope it is correct."],
+)  # fmt: skip
+def test_an_answer_under_another_title_is_found_and_no_piece_of_it_stays(line):
+    labels = ("entailment", "neutral", "contradiction")
+    parsed = parse_completion(f"The sentence says so.\n{line}", labels=labels)
+    assert parsed == Parsed("ok", "The sentence says so.", "neutral")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["It is open.\nLabel: unclear", "Label: neutral\nSo it is open.", "It is open.\nThe hypothesis: neutral"]
+    + ['It is {"answer": "open"}.', "It is open.\nLabel: neutral or contradiction"],
+)  # fmt: skip
+def test_a_title_that_announces_no_answer_is_a_part_of_the_reasoning(text):
+    labels = ("entailment", "neutral", "contradiction")
+    assert parse_completion(text, labels=labels).outcome == "no_label"
+
+
+def test_a_json_object_is_split_into_reasoning_and_answer():
+    text = '{"reasoning": "They add up.", "answer": 42}'
+    assert parse_completion(text, metric="equation") == Parsed("ok", "They add up.", "42")
+    assert parse_completion(text).label == "42"
+    assert parse_completion("Result: 42").outcome == "no_label"  # any text would be an answer
+
+
+@pytest.mark.parametrize(
+    "written, label",
+    [
+        ("42^\\circ", "42"), ("$42\\%$", "42"), ("forty-two (42)", "42"), ("42 (forty-two)", "42"), ("forty-two (43)", None),
+        ("x = 5, y = 3", None), ("a = 5 and b = 3", None), ("20 + 22 = 40 + 2 = 42", "20 + 22"), ("$20 + $22 = $42", "42"),
+        ("The final answer is $42$. I hope it is correct.", "42"), ("1,234 = 1,234", "1234"),
+    ],
+)  # fmt: skip
+def test_more_numbers_as_teachers_write_them(written, label):
+    parsed = parse_completion(f"They add up.\nAnswer: {written}", metric="equation")
+    assert (parsed.label if parsed.outcome == "ok" else None) == label

@@ -6,10 +6,13 @@
 __all__ = []
 
 # %% ../../nbs/2_playground/02b_numbers.ipynb #b0e0c6c5
+import json
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from decimal import Decimal
+from typing import Any
 
 from .answers import equation_value, EquationError
 
@@ -49,6 +52,7 @@ _LATEX = [
     (r"\\[dt]?frac(?:\{(-?\d+)\}|(\d))(?:\{(\d+)\}|(\d))", r" \1\2/\3\4"),
     (r"(?<=\d)~(?=\d)", " "),
     (r"\\(?:boxed|text|textbf|mathrm|mathbf|mbox)\{([^{}]*)\}", r"\1"),
+    (r"\^\{?\\circ\}?", "°"),
     (r"\\times|\\cdot", "*"),
     (r"\\div", "/"),
     (r"\{,\}", ","),
@@ -104,7 +108,7 @@ _SCALES = {
 }
 _SCALES |= {"crore": 10**7, "billion": 10**9, "bn": 10**9, "trillion": 10**12, "dozen": 12}
 _REST = re.compile(  # a unit, words or punctuation, without another number
-    r"\s*[$%]?(?:[.,;:!?]?\s+\D*|[.,;:!?]+|[^\W\d_]{1,5}(?:/[^\W\d_]{1,5})?\W*|\s*[^\W\d_]{1,4}\^[23]\D*|\s*°\s*[CFK]?\W*)?\s*"
+    r"\s*[$%]{0,2}(?:[.,;:!?]?\s+\D*|[.,;:!?]+|[^\W\d_]{1,5}(?:/[^\W\d_]{1,5})?\W*|\s*[^\W\d_]{1,4}\^[23]\D*|\s*°\s*[CFK]?\W*)?\s*"
 )
 _CHANGES = re.compile(  # words behind a number that make it another one
     r"\b(?:hundred|thousand|million|billion|trillion|dozen|lakh|crore|half|quarter|third|or)s?\b",
@@ -142,6 +146,9 @@ def _ends_there(rest: str) -> bool:
 def _in_words(text: str) -> str | None:
     "Return a number in English words as digits, or None: 'twenty-one pears' gives '21'."
     match = _WORDS.match(text)
+    if match and (twice := re.fullmatch(r"\s*\(([\d,.]+)\)\W*", match[2])):  # "forty-two (42)"
+        words, digits = _in_words(match[1]), _in_digits(twice[1].rstrip("."))
+        return digits if words == digits else None
     if match is None or not _ends_there(match[2]) or re.search(_ONE_WORD, match[2], re.IGNORECASE):
         return None
     if len(match[2].split()) > 3 or re.match(r"\s+(?:of|way)\b", match[2]):
@@ -234,6 +241,7 @@ _BEFORE_LABEL = re.compile(
     r"^(?:(?:it|this) is|(?:(?:the|my) )?(?:(?:final|correct) )?(?:answer|label|choice|option) is)\b:?\s+",
     re.IGNORECASE,
 )
+_BULLET = re.compile(r"^[-•]\s+")
 _OPTION = re.compile(r"^(?:[(\[]?[a-z][).:\]]\s*|[(\[]?\d{1,2}[).:\]]\s+)")  # "(b)", "2." in front
 
 
@@ -250,18 +258,48 @@ def folded(text: str) -> str:
 def _label_with_reason(text: str, known: dict[str, str]) -> str | None:
     "Return the label in front of a comma or a bracket with its reason, unless another is named."
     first = re.split(r"\s*[,;:(—–.]\s*|\s-\s|\s+(?:because|since|as)\s", text, maxsplit=1)[0]
-    meant = {label for label, form in known.items() if form == without_markup(first)}
+    first = without_markup(without_markup(first).strip("$ "))
+    meant = {label for label, form in known.items() if form == first}
     others = {label for label, form in known.items() if re.search(rf"\b{re.escape(form)}\b", text)}
     return meant.pop() if len(meant) == 1 and others <= meant else None
 
 
 def meant_label(text: str, labels: Sequence[str]) -> str | None:
     "Return the label that an answer on one line means, or None."
-    plain = _BEFORE_LABEL.sub("", without_markup(text).strip("$ "), count=1)
-    bare = _OPTION.sub("", folded(plain).rstrip(". "))
+    plain = _BEFORE_LABEL.sub("", _BULLET.sub("", without_markup(text).strip("$ ")), count=1)
+    bare = _OPTION.sub("", folded(plain).rstrip(".! "))
     known = {label: folded(label) for label in labels}
     # What is written comes first: the labels C and C# differ by what looks like markup.
     for form in (text, text.rstrip(". "), plain, without_markup(bare), plain.strip("()[]. ")):
         if meant := [label for label in labels if known[label] == folded(form)]:
             return meant[0] if len(meant) == 1 else None
     return _label_with_reason(bare, known) or _label_with_reason(folded(plain), known)
+
+# %% ../../nbs/2_playground/02b_numbers.ipynb #unann-2
+_TITLED = re.compile(
+    r"^[ \t#>*_`-]*(?:the |my )?(?:final |correct |predicted )?(?:label|class|category|classification"
+    r"|prediction|conclusion|verdict|decision|judge?ment|relation(?:ship)?|result|output|solution"
+    r"|total|final|choice|option|réponse|antwort|respuesta|risposta|ответ|答案)"
+    r"[*_` \t]*[:：][*_` \t]*(?P<answer>[^\n]+?)\s*\Z",
+    re.IGNORECASE | re.MULTILINE,
+)
+_REASONS = ("rationale", "reasoning", "reason", "explanation", "thought", "thoughts")
+_ANSWERS = ("answer", "final_answer", "label", "prediction")
+
+
+def unannounced(
+    text: str,
+    reads: Callable[[str], Any] | None,  # what an answer means; None: any text is an answer
+) -> tuple[str, str | None]:
+    "Return reasoning and answer of a text without *Answer:*; (text, None) if it has none."
+    block = re.search(r"(?:```\w*\s*)?(\{.*\})(?:\s*```)?", text, re.DOTALL)
+    with suppress(TypeError, ValueError, RecursionError):
+        fields = {str(name).lower(): value for name, value in json.loads(block[1]).items()}
+        answer = next((str(fields[name]) for name in _ANSWERS if name in fields), None)
+        if answer is not None and (reads is None or reads(answer)):
+            reasons = [str(fields[name]) for name in _REASONS if name in fields]
+            return "\n".join([text[: block.start()], *reasons]), answer
+    titled = _TITLED.search(text)
+    if titled and reads and reads(titled["answer"]):
+        return text[: titled.start()], titled["answer"]
+    return text, None

@@ -20,7 +20,7 @@ from ..checks import check_count
 from ..core import rng, UserError
 from ..data.answers import equation_value, EquationError
 from ..data.examples import Example, task_info, TaskInfo
-from ..data.numbers import meant_label, without_markup, written_number
+from ..data.numbers import meant_label, unannounced, without_markup, written_number
 from ..generation.backends import Backend, remember_answered
 from kd_notes.generation.completions import (
     AnswerFile,
@@ -161,7 +161,7 @@ _COLON = r"[ \t]*[*_`]*[ \t]*[:：=](?:[ \t]*(?:[*_`}]+|</\w{1,6}>))*"
 _HEADING = r"[*_ \t]*(?=\n)"  # behind an "Answer" that is a line of its own
 _MARKER = rf"(?:(?:the |my )?(?:final |correct )?answer(?: is)?{_COLON}|<answer>)"
 _AT_LINE_START = re.compile(
-    rf"^{_MARKUP}{_MARKER}|^[ \t]*[#*_]+[ \t]*(?:final )?answer{_HEADING}",
+    rf"^{_MARKUP}[(\[]?{_MARKER}|^[ \t]*[#*_]+[ \t]*(?:final )?answer{_HEADING}",
     re.IGNORECASE | re.MULTILINE,
 )
 _INSIDE_A_LINE = re.compile(rf"[*_`]*(?:[Ff]inal )?Answer{_COLON}|<answer>")
@@ -191,13 +191,13 @@ def _marker(text: str) -> re.Match | None:
 
 def split_answer(
     text: str,
-    reads: Callable[[str], Any]
-    | None = None,  # whether a line below an empty announcement is an answer
+    reads: Callable | None = None,  # whether a line without an announcement is an answer
 ) -> tuple[str, str | None, bool]:
     "Return rationale, answer (None without a marker), and whether the answer's line ended."
     marker = _marker(text)
     if marker is None:
-        return clean_rationale(text), None, False
+        reasoning, answer = unannounced(text, reads)
+        return clean_rationale(reasoning), answer, False
     rest = text[marker.end() :].lstrip(" \t")
     if (
         marker[0].lstrip()[:1] in ("#", "*", "_")
@@ -233,6 +233,8 @@ def clean_label(
 def _expression(text: str) -> str | None:
     "Return the expression left of =, or else the number that an answer gives."
     left, equals, right = text.partition("=")
+    if re.search(r"[,;]\s*[^\W\d_]|\band\b", right.rpartition("=")[0]):
+        return None  # "x = 5, y = 3"
     left = left.strip().rstrip(".").strip()
     try:
         equation_value(left)

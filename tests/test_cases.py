@@ -1,6 +1,8 @@
 """Faults of the field, modelled on public reports: which report, and which test holds it. And the tests that belong nowhere else."""
 
 import ast
+import contextlib
+import copy
 import gzip
 import importlib.util
 import json
@@ -9,6 +11,7 @@ from pathlib import Path
 import pytest
 import test_tokenizers
 import torch
+from safetensors.torch import save_file
 from test_architectures import COMMON, FAMILIES, GEMMA, tiny, VISION
 from tokenizers import processors
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -22,6 +25,7 @@ from kd_notes.generation.backends import LocalBackend
 from kd_notes.generation.completions import Decoding, stream_jsonl
 from kd_notes.generation.responses import completion_of, hidden_status
 from kd_notes.generation.sampling import greedy
+from kd_notes.methods.logit_kd import KD
 from kd_notes.methods.rationales import Parsed, parse_completion
 from kd_notes.models.layer_drop import layer_drop
 from kd_notes.models.pretrained import load_pretrained
@@ -29,6 +33,8 @@ from kd_notes.products.distill import distill
 from kd_notes.products.request import expected_memory, Request
 from kd_notes.products.settings import distill_settings, hold_out
 from kd_notes.training.batches import causal_batch, target_logits
+from kd_notes.training.loop import train
+from kd_notes.training.state import Callback, TrainConfig
 
 CASES = [  # name (a sibling behind the colon), subject of the public report, test
     ("arch_bart_start", "transformers#5212, #7719, #7961: decoder start tokens", "test_architectures.test_a_decoder_is_trained_from_the_token_it_starts_with"),
@@ -133,6 +139,8 @@ CASES = [  # name (a sibling behind the colon), subject of the public report, te
     ("tok_turn_end: nothing said", "the kind: a teacher that says nothing", "test_cases.test_a_teacher_that_says_nothing_is_told"),
     ("parse_markdown_answer: other titles", "the same: answers under another title, in JSON, as Minerva ends", "test_cases.test_an_answer_under_another_title_is_found_and_no_piece_of_it_stays"),
     ("parse_number_formats: LaTeX and twice", "the same", "test_cases.test_more_numbers_as_teachers_write_them"),
+    ("resume_other_settings_pass: validation", "the kind of resume_other_objective: what chooses the best weights", "test_cases.test_a_run_is_not_resumed_with_another_validation"),
+    ("files: checkpoints", "the kind of data_bytes: no file of a run makes a traceback", "test_cases.test_a_checkpoint_that_is_not_whole_is_named"),
 ]  # fmt: skip
 TOK = test_tokenizers.tokenizer_of()
 FAST = test_tokenizers.FAST
@@ -541,3 +549,61 @@ def test_a_json_object_is_split_into_reasoning_and_answer():
 def test_more_numbers_as_teachers_write_them(written, label):
     parsed = parse_completion(f"They add up.\nAnswer: {written}", metric="equation")
     assert (parsed.label if parsed.outcome == "ok" else None) == label
+
+
+class Stop(Callback):
+    "Ends a training as a kill does, after two steps."
+
+    def on_step(self, state):
+        if state.step == 2:
+            raise KeyboardInterrupt
+
+
+ENCODED = [encode_row(row | {"id": str(i)}, TOK) for i, row in enumerate(ROWS)]
+
+
+def begin_and_go_on(folder, first, second, damage=None):
+    "Train two of four steps, and then the rest."
+    settings = {"max_steps": 4, "batch_size": 4, "lr": 1e-3, "device": "cpu", "save_every": 1}
+    cfg = TrainConfig(**settings, eval_every=1, keep_best=first is not None)
+    pair = [test_tokenizers.llama(len(TOK), seed=s) for s in (1, 2)]
+    for validate, callbacks in ((first, [Stop()]), (second, [])):
+        with contextlib.suppress(KeyboardInterrupt):
+            model = copy.deepcopy(pair[1])
+            result = train(
+                model, KD(TOK, pair[0]), ENCODED[:8], cfg, run_dir=folder, validate=validate, callbacks=callbacks
+            )  # fmt: skip
+        if callbacks and damage:
+            damage(next((folder / "checkpoints").iterdir()))
+    return result
+
+
+@pytest.mark.parametrize("change", ["rows", "score", "teacher", "none"])
+def test_a_run_is_not_resumed_with_another_validation(tmp_path, change):
+    judge, other = (test_tokenizers.llama(len(TOK), seed=s) for s in (1, 3))
+    first = Validation(ENCODED[8:], 0, judge, score="forward_kl")
+    again = Validation(ENCODED[8:], 0, judge, score="forward_kl", batch_size=1)
+    assert begin_and_go_on(tmp_path / "same", first, again).steps == 4
+    second = {
+        "rows": Validation(ENCODED[9:], 0, judge, score="forward_kl"),
+        "score": Validation(ENCODED[8:], 0, judge, score="reverse_kl"),
+        "teacher": Validation(ENCODED[8:], 0, other, score="forward_kl"),
+        "none": None,
+    }[change]
+    with pytest.raises(UserError, match="a run with other validation"):
+        begin_and_go_on(tmp_path / "other", first, second)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda step: (step / "state.json").write_text("{}"), lambda step: (step / "state.json").write_text("[]"),
+        lambda step: save_file({"x": torch.zeros(2)}, step / "model.safetensors"),
+    ],
+)  # fmt: skip
+def test_a_checkpoint_that_is_not_whole_is_named(tmp_path, damage):
+    with pytest.raises(UserError, match="step-0000001.*the checkpoint.*Delete its folder"):
+        begin_and_go_on(tmp_path, None, None, damage)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file: the file could not be written"):
+        begin_and_go_on(tmp_path / "file", None, None)

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from ..core import atomic_write
+from ..core import atomic_write, stable_hash
 from ..losses.divergences import at_least_float32, token_divergence
-from ..models.pretrained import tensor_errors
+from ..models.pretrained import tensor_errors, weights_hash
 from ..methods.logit_kd import comparable, linear_head
 from kd_notes.training.batches import (
     Batch,
@@ -127,6 +127,20 @@ class Validation:
         self.score = score
         self.vocabulary = vocabulary
         self.teacher, self.states = _head_and_states(teacher, self.batches, states_file)
+
+    def identity(self) -> dict:
+        "Return what decides the score; a run that is resumed must go on with the same."
+        rows = {}
+        for part, batch in zip(self.parts, self.batches):
+            columns = (batch[name] for name in ("input_ids", "labels", "attention_mask"))
+            for i, ids, labels, mask in zip(part, *columns):
+                rows[i] = [ids[mask > 0].tolist(), labels[mask > 0].tolist()]
+        return {
+            "rows": stable_hash([rows[i] for i in sorted(rows)]),
+            "score": self.score,
+            "vocabulary": self.vocabulary,
+            "teacher": None if self.teacher is None else weights_hash(self.teacher),
+        }
 
     def terms(self, model, number: int, chunk: int = 256) -> Iterator[Tensor]:
         "Yield the terms of a batch, (names, positions) for each chunk of positions."

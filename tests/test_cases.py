@@ -25,13 +25,15 @@ from kd_notes.generation.backends import LocalBackend
 from kd_notes.generation.completions import Decoding, stream_jsonl
 from kd_notes.generation.responses import completion_of, hidden_status
 from kd_notes.generation.sampling import greedy
+from kd_notes.methods.cache_writer import Recipe
 from kd_notes.methods.logit_kd import KD
 from kd_notes.methods.rationales import Parsed, parse_completion
 from kd_notes.models.layer_drop import layer_drop
 from kd_notes.models.pretrained import load_pretrained
 from kd_notes.products.distill import distill
 from kd_notes.products.request import expected_memory, Request
-from kd_notes.products.settings import distill_settings, hold_out
+from kd_notes.products.settings import check_objective, distill_settings, hold_out, on_policy_config
+from kd_notes.runner.profiles import plain_settings
 from kd_notes.training.batches import causal_batch, target_logits
 from kd_notes.training.loop import train
 from kd_notes.training.state import Callback, TrainConfig
@@ -141,6 +143,8 @@ CASES = [  # name (a sibling behind the colon), subject of the public report, te
     ("parse_number_formats: LaTeX and twice", "the same", "test_cases.test_more_numbers_as_teachers_write_them"),
     ("resume_other_settings_pass: validation", "the kind of resume_other_objective: what chooses the best weights", "test_cases.test_a_run_is_not_resumed_with_another_validation"),
     ("files: checkpoints", "the kind of data_bytes: no file of a run makes a traceback", "test_cases.test_a_checkpoint_that_is_not_whole_is_named"),
+    ("cli_set_types: of on-policy objectives and caches", "the same", "test_cases.test_numbers_as_text_are_numbers_everywhere"),
+    ("cli_set_types: twice", "the same: a setting that is given twice", "test_cases.test_a_setting_is_given_once"),
 ]  # fmt: skip
 TOK = test_tokenizers.tokenizer_of()
 FAST = test_tokenizers.FAST
@@ -607,3 +611,21 @@ def test_a_checkpoint_that_is_not_whole_is_named(tmp_path, damage):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file: the file could not be written"):
         begin_and_go_on(tmp_path / "file", None, None)
+
+
+def test_numbers_as_text_are_numbers_everywhere():
+    settings = distill_settings(options={"rollouts": "8", "length_norm": "no"})
+    config = on_policy_config("minillm", settings, 8, corpus=True)
+    assert (config.rollouts, config.length_norm) == (8, False)
+    for wrong in ("many", True, 2.5):
+        with pytest.raises(UserError, match="setting rollouts: .* is not a whole number"):
+            check_objective("minillm", {"rollouts": wrong})
+    assert Recipe(k="8", temperature="2").k == 8
+    with pytest.raises(UserError, match="setting k: 'many'"):
+        Recipe(k="many")
+
+
+def test_a_setting_is_given_once():
+    with pytest.raises(UserError, match="lr is set twice"):
+        plain_settings(["lr=1e-4", "lr=1e-3"])
+    assert plain_settings(["x=" + "[" * 5000])["x"].startswith("[[")

@@ -101,9 +101,9 @@ def setting_value(text: str) -> Any:
     text = text.strip()
     if text.lower() in _WORDS:
         return _WORDS[text.lower()]
-    with suppress(ValueError):
+    with suppress(ValueError, RecursionError):
         return json.loads(text, parse_constant=_no_constant)
-    with suppress(ValueError, SyntaxError):
+    with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
         return ast.literal_eval(text)
     return text
 
@@ -127,6 +127,9 @@ def plain_settings(
             raise UserError(
                 f"{name} is an option", where="--set", fix=f"Use --{name.replace('_', '-')}."
             )
+        if name in settings:
+            fix = "Give every setting once."
+            raise UserError(f"{name} is set twice", where="--set", fix=fix)
         settings[name] = setting_value(value)
     return settings
 

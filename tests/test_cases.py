@@ -18,19 +18,22 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from kd_notes.core import read_jsonl, UserError
 from kd_notes.data.dialogues import encode_row
+from kd_notes.data.examples import Example
 from kd_notes.data.rows import load_rows, read_row
+from kd_notes.data.task_file import OwnTask
 from kd_notes.evaluation.calibration import ece, reliability
 from kd_notes.evaluation.validation import Validation
 from kd_notes.generation.backends import LocalBackend
-from kd_notes.generation.completions import Decoding, stream_jsonl
+from kd_notes.generation.completions import Decoding, manifest_path, stream_jsonl
 from kd_notes.generation.responses import completion_of, hidden_status
 from kd_notes.generation.sampling import greedy
 from kd_notes.methods.cache_writer import Recipe
 from kd_notes.methods.logit_kd import KD
-from kd_notes.methods.rationales import Parsed, parse_completion
+from kd_notes.methods.rationales import extract, Parsed, parse_completion, rationale_decoding
 from kd_notes.models.layer_drop import layer_drop
 from kd_notes.models.pretrained import load_pretrained
 from kd_notes.products.distill import distill
+from kd_notes.products.predict import evaluate_rows, predict_rows
 from kd_notes.products.request import expected_memory, Request
 from kd_notes.products.settings import check_objective, distill_settings, hold_out, on_policy_config
 from kd_notes.runner.profiles import plain_settings
@@ -145,6 +148,8 @@ CASES = [  # name (a sibling behind the colon), subject of the public report, te
     ("files: checkpoints", "the kind of data_bytes: no file of a run makes a traceback", "test_cases.test_a_checkpoint_that_is_not_whole_is_named"),
     ("cli_set_types: of on-policy objectives and caches", "the same", "test_cases.test_numbers_as_text_are_numbers_everywhere"),
     ("cli_set_types: twice", "the same: a setting that is given twice", "test_cases.test_a_setting_is_given_once"),
+    ("files: answers", "the same: rows that were damaged or doubled", "test_cases.test_a_damaged_row_of_answers_is_named"),
+    ("cli_set_types: of predict", "the same", "test_cases.test_a_setting_of_predict_names_itself"),
 ]  # fmt: skip
 TOK = test_tokenizers.tokenizer_of()
 FAST = test_tokenizers.FAST
@@ -629,3 +634,56 @@ def test_a_setting_is_given_once():
     with pytest.raises(UserError, match="lr is set twice"):
         plain_settings(["lr=1e-4", "lr=1e-3"])
     assert plain_settings(["x=" + "[" * 5000])["x"].startswith("[[")
+
+
+OWN = OwnTask("own", "own", labels=("yes", "no"), template="{text}")
+OWN_ROWS = [{"id": str(i), "text": f"the cat {i}", "label": "yes"} for i in range(3)]
+
+
+def test_a_damaged_row_of_answers_is_named(tmp_path):
+    base = saved(test_tokenizers.llama(len(TOK)), tmp_path / "base")
+    examples = [Example(str(i), "nli", f"Premise: {i} Hypothesis: b") for i in range(3)]
+    path, other = tmp_path / "predicted.jsonl", tmp_path / "extracted.jsonl"
+    backend = LocalBackend(load_pretrained(base, device="cpu")[0], TOK, revision="r")
+    calls = {
+        path: lambda: predict_rows(base, OWN_ROWS, path, OWN, max_new_tokens=2, device="cpu"),
+        other: lambda: extract(examples, backend, rationale_decoding(2), other),
+    }
+    for file, call in calls.items():
+        call()
+        whole = file.read_text()
+        first, *rest = whole.splitlines()
+        for name in ("id", "outcome", "prompt_hash"):
+            row = {key: value for key, value in json.loads(first).items() if key != name}
+            file.write_text("\n".join([*rest, json.dumps(row)]) + "\n")
+            with pytest.raises(UserError, match=f"row 3: the row has no '{name}'"):
+                call()
+        file.write_text(whole)
+        call()
+        manifest_path(file).write_text("[]")
+        with pytest.raises(UserError, match="manifest.json: the manifest is not whole"):
+            call()
+    manifest_path(other).unlink()
+    other.unlink()
+    calls[other]()
+    other.write_text(other.read_text() + other.read_text().splitlines()[0] + "\n")
+    with pytest.raises(UserError, match="an answer is in the file twice"):
+        calls[other]()
+
+
+@pytest.mark.parametrize(
+    "setting, value",
+    [("batch_size", 0), ("batch_size", 1.5), ("batch_size", "two"), ("max_new_tokens", 0)]
+    + [("max_new_tokens", -1), ("max_new_tokens", "many"), ("max_new_tokens", 256)],
+)
+def test_a_setting_of_predict_names_itself(tmp_path, setting, value):
+    base = saved(test_tokenizers.llama(len(TOK)), tmp_path / "base")
+    settings = {"max_new_tokens": 2, "device": "cpu"}
+    with pytest.raises(UserError, match=f"setting {setting}"):
+        predict_rows(base, OWN_ROWS, tmp_path / "a.jsonl", OWN, **settings | {setting: value})
+    with pytest.raises(UserError, match=f"setting {setting}"):
+        evaluate_rows(base, OWN_ROWS, None, OWN, **settings | {setting: value})
+    text = {name: str(number) for name, number in (("batch_size", 2), ("max_new_tokens", 2))}
+    assert (
+        predict_rows(base, OWN_ROWS, tmp_path / "a.jsonl", OWN, device="cpu", **text)["rows"] == 3
+    )

@@ -236,7 +236,10 @@ class JobManifest:
             self.content = dict(self.identity)
             self.update(status="running", sessions=[])
             return
-        self.content = {"status": "running", "sessions": []} | read_json(file)
+        found = read_json(file)
+        if not isinstance(found, dict):
+            raise self.refusal("the manifest is not whole", file)
+        self.content = {"status": "running", "sessions": []} | found
         stored = {key: self.content.get(key) for key in self.identity}
         if changed := differences(stored, self.identity):
             raise self.refusal(f"the file belongs to another job ({'; '.join(changed)})")
@@ -356,11 +359,13 @@ class AnswerFile(Answers):
         identity: dict,  # everything that decides the answers: teacher, settings, prompts
         totals: Callable[[Any], dict] = lambda rows: {"rows": len(rows)},
         rows: Any = None,  # what keeps the rows; None: a list. It has `append` and a length.
+        needs: Sequence[str] = ("id",),  # fields without which a row is damaged
     ):
         self.path = Path(path)
         self.manifest = JobManifest(self.path, identity)
         self.totals = totals
         self.rows = [] if rows is None else rows  # all rows in the file
+        self.needs = needs
 
     @contextmanager
     def open(self) -> Iterator["AnswerFile"]:
@@ -370,7 +375,10 @@ class AnswerFile(Answers):
             if self.path.exists():
                 append_jsonl(self.path, [])  # repairs a half-written last line
                 drop_unanswered(self.path)  # they are asked for again
-                for row in stream_jsonl(self.path):
+                for number, row in enumerate(stream_jsonl(self.path), 1):
+                    if lost := [name for name in self.needs if name not in row]:
+                        what = f"the row has no {lost[0]!r}, so it is damaged"
+                        raise self.manifest.refusal(what, f"{self.path}, row {number}")
                     self.rows.append(row)
             yield self
 

@@ -312,6 +312,10 @@ def check_examples(examples: Sequence[Example], prompt: Prompt) -> None:
         )
 
 # %% ../../nbs/3_reasons/01_rationales.ipynb #rat-keys
+ROW_FIELDS = "id prompt_hash outcome rationale label text seconds prompt_tokens completion_tokens"
+ROW_FIELDS = ROW_FIELDS.split()  # of a row of a file
+
+
 def _key(row: dict) -> tuple[str, int]:
     return row["id"], row.get("sample", 0)
 
@@ -356,9 +360,11 @@ def extract(
         "decoding": decoding,
         "prompt": prompt.describe(),
     }
-    with AnswerFile(out_path, identity, _totals).open() as answers:
+    with AnswerFile(out_path, identity, _totals, needs=ROW_FIELDS).open() as answers:
         _check_inputs(answers, prompts)
         have = {_key(row) for row in answers.rows}
+        if len(have) < len(answers.rows):
+            raise answers.manifest.refusal("an answer is in the file twice")
         todo = [
             (name, text)
             for name, text in prompts.items()

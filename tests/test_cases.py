@@ -17,11 +17,14 @@ from tokenizers import processors
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kd_notes.core import read_jsonl, UserError
+from kd_notes.data.answers import exact_match
 from kd_notes.data.dialogues import encode_row
 from kd_notes.data.examples import Example
 from kd_notes.data.rows import load_rows, read_row
 from kd_notes.data.task_file import OwnTask
 from kd_notes.evaluation.calibration import ece, reliability
+from kd_notes.evaluation.statistics import hierarchical_bootstrap, holm
+from kd_notes.evaluation.text import distinct_n, references_of
 from kd_notes.evaluation.validation import Validation
 from kd_notes.generation.backends import LocalBackend
 from kd_notes.generation.completions import Decoding, manifest_path, stream_jsonl
@@ -150,6 +153,8 @@ CASES = [  # name (a sibling behind the colon), subject of the public report, te
     ("cli_set_types: twice", "the same: a setting that is given twice", "test_cases.test_a_setting_is_given_once"),
     ("files: answers", "the same: rows that were damaged or doubled", "test_cases.test_a_damaged_row_of_answers_is_named"),
     ("cli_set_types: of predict", "the same", "test_cases.test_a_setting_of_predict_names_itself"),
+    ("rouge_other_scripts: distinct-n", "the same kind: words and letters of other scripts", "test_cases.test_words_of_other_scripts_are_counted_and_compared"),
+    ("ece_edges_pass: impossible outcomes", "the same kind: numbers that are no outcomes and no p-values", "test_cases.test_numbers_that_are_no_outcomes_are_refused"),
 ]  # fmt: skip
 TOK = test_tokenizers.tokenizer_of()
 FAST = test_tokenizers.FAST
@@ -687,3 +692,32 @@ def test_a_setting_of_predict_names_itself(tmp_path, setting, value):
     assert (
         predict_rows(base, OWN_ROWS, tmp_path / "a.jsonl", OWN, device="cpu", **text)["rows"] == 3
     )
+
+
+def test_words_of_other_scripts_are_counted_and_compared():
+    assert distinct_n(["你好你好你好你好"], 2) == pytest.approx(2 / 7)
+    assert distinct_n(["नमस्ते दुनिया नमस्ते दुनिया"], 1) == 0.5
+    assert distinct_n(["Der Café, der Cafe\u0301."], 1) == 0.5
+    assert distinct_n(["a_b a_b don't"], 1) == 0.75  # as before, in ASCII
+    assert exact_match("caf\u00e9", " cafe\u0301") and not exact_match("cafe", "caf\u00e9")
+    assert references_of(
+        [{"references": [None, "a"]}, {"references": float("nan"), "response": "b"}]
+    ) == [["a"], ["b"]]
+    for row in ({"label": 5}, {"references": "", "response": ""}, {"references": [None]}):
+        with pytest.raises(UserError, match="row 0"):
+            references_of([row])
+    for texts, n in (([None], 1), (["a b"], 1.5), (["a b"], 0)):
+        with pytest.raises(UserError, match="distinct_n"):
+            distinct_n(texts, n)
+
+
+def test_numbers_that_are_no_outcomes_are_refused():
+    for right in ([2], [-1], [float("nan")]):
+        with pytest.raises(UserError, match="reliability"):
+            ece([0.5], right)
+    for table in ([[1, 2], [1]], ["a"], [[0.5, None], [1]]):
+        with pytest.raises(UserError, match="outcomes"):
+            hierarchical_bootstrap(table)
+    for p in ([0.1], {"a": 1.5}, {"a": float("nan")}):
+        with pytest.raises(UserError, match="holm"):
+            holm(p)

@@ -39,7 +39,8 @@ from kd_notes.products.distill import distill
 from kd_notes.products.predict import evaluate_rows, predict_rows
 from kd_notes.products.request import expected_memory, Request
 from kd_notes.products.settings import check_objective, distill_settings, hold_out, on_policy_config
-from kd_notes.runner.profiles import plain_settings
+from kd_notes.runner.notebooks import Parameter
+from kd_notes.runner.profiles import parse_sets, plain_settings
 from kd_notes.training.batches import causal_batch, target_logits
 from kd_notes.training.loop import train
 from kd_notes.training.state import Callback, TrainConfig
@@ -639,6 +640,10 @@ def test_a_setting_is_given_once():
     with pytest.raises(UserError, match="lr is set twice"):
         plain_settings(["lr=1e-4", "lr=1e-3"])
     assert plain_settings(["x=" + "[" * 5000])["x"].startswith("[[")
+    known = {"toy": {"n": Parameter("n", 1)}}
+    assert parse_sets(["n=2", "toy.n=3"], known) == {"toy": {"n": 3}}
+    with pytest.raises(UserError, match="toy.n is set twice"):
+        parse_sets(["toy.n=2", "toy.n=3"], known)
 
 
 OWN = OwnTask("own", "own", labels=("yes", "no"), template="{text}")

@@ -140,8 +140,13 @@ def parse_sets(
 ) -> dict[str, dict]:
     "Return {notebook: {parameter: value}}. A setting without a notebook is an error."
     chosen: dict[str, dict] = {name: {} for name in known}
+    given = set()
     for text in sets:
         left, equals, value = text.partition("=")
+        if left.strip() in given:
+            fix = "Give every setting once."
+            raise UserError(f"{left.strip()} is set twice", where="--set", fix=fix)
+        given.add(left.strip())
         notebook, _, parameter = left.strip().rpartition(".")
         reached = [n for n in known if parameter in known[n] and notebook in ("", n)]
         if not equals or not reached:

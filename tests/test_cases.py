@@ -6,6 +6,7 @@ import copy
 import gzip
 import importlib.util
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -156,6 +157,7 @@ CASES = [  # name (a sibling behind the colon), subject of the public report, te
     ("cli_set_types: of predict", "the same", "test_cases.test_a_setting_of_predict_names_itself"),
     ("rouge_other_scripts: distinct-n", "the same kind: words and letters of other scripts", "test_cases.test_words_of_other_scripts_are_counted_and_compared"),
     ("ece_edges_pass: impossible outcomes", "the same kind: numbers that are no outcomes and no p-values", "test_cases.test_numbers_that_are_no_outcomes_are_refused"),
+    ("tok_turn_end: of the pair", "ms-swift#9526: a teacher that ends or lays out answers in another way", "test_cases.test_a_teacher_with_another_end_or_template_is_warned_of"),
 ]  # fmt: skip
 TOK = test_tokenizers.tokenizer_of()
 FAST = test_tokenizers.FAST
@@ -726,3 +728,26 @@ def test_numbers_that_are_no_outcomes_are_refused():
     for p in ([0.1], {"a": 1.5}, {"a": float("nan")}):
         with pytest.raises(UserError, match="holm"):
             holm(p)
+
+
+OTHER_END = "{% for m in messages %}{{ m['role'] + m['content'] + '<turn_end>' }}{% endfor %}"
+OTHER_LAYOUT = "{% for m in messages %}{{ m['role'] + m['content'] + '</s>' }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    "teacher, objective, said",
+    [
+        ({"eos": "<turn_end>"}, "forward_kl", "'</s>' and the teacher with '<turn_end>'"),
+        ({"template": OTHER_END}, "reverse_kl", "'</s>' and the teacher with '<turn_end>'"),
+        ({"template": OTHER_LAYOUT}, "forward_kl", "different chat templates"),
+        ({"template": OTHER_LAYOUT}, "seqkd", ""), ({}, "forward_kl", ""),
+    ],
+)  # fmt: skip
+def test_a_teacher_with_another_end_or_template_is_warned_of(tmp_path, teacher, objective, said):
+    pair = [test_tokenizers.llama(len(TOK), seed=s) for s in (1, 2)]
+    tokenizers = (test_tokenizers.tokenizer_of(**teacher), test_tokenizers.tokenizer_of())
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        distill(ROWS, *zip(pair, tokenizers), objective, tmp_path / "out", **FAST)
+    told = [str(w.message) for w in heard if "the student's layout" in str(w.message)]
+    assert (len(told) == 1 and said in told[0]) if said else not told

@@ -6,13 +6,14 @@
 __all__ = []
 
 # %% ../../nbs/4_probabilities/15c_pair.ipynb #858af293
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..core import UserError
-from ..data.dialogues import chat_template_of, encode_row, end_id
+from ..data.dialogues import chat_template_of, encode_row, end_id, turn_end_id
 from ..data.rows import store_rows, StoredRows, TextRow
 from ..environment import versions
 from ..losses.cross_tokenizer import check_tokenizers
@@ -30,6 +31,28 @@ from kd_notes.products.request import (
 from .settings import CROSS_OBJECTIVES, ON_POLICY, TEXT_OBJECTIVES
 
 # %% ../../nbs/4_probabilities/15c_pair.ipynb #9ee80f21
+def warn_of_layouts(pair: "Pair") -> None:
+    """Warn if a teacher ends or lays out chats in another way than the student does.
+
+    It judges text in the student's layout. What it expects there is learnt, such as an end that the
+    student does not know as one, so that the student's answers go on and on.
+    """
+    for _, tokenizer in pair.members:
+        sides = (pair.tokenizer, tokenizer)
+        mine, other = (side.convert_ids_to_tokens(turn_end_id(side)) for side in sides)
+        if mine != other:
+            problem = f"the student ends an answer with {mine!r} and the teacher with {other!r}"
+        elif chat_template_of(sides[0]) != chat_template_of(sides[1]):
+            problem = "student and teacher have different chat templates"
+        else:
+            continue
+        warnings.warn(
+            f"{problem}: the teacher judges the student's layout, and the student learns what "
+            "belongs into the teacher's. Give both one tokenizer, or use seqkd.",
+            stacklevel=3,
+        )
+
+
 def shared_vocabulary(pair: "Pair", request: Request) -> int | None:
     "Check the models and return the number of shared ids, None if tokenizers differ."
     sides = [(*member, source) for member, source in zip(pair.members, pair.sources)]
@@ -130,6 +153,8 @@ class Pair:
             pair.teacher = served_teacher(request, pair.tokenizer).to(place)
             pair.teacher_tokenizer = pair.tokenizer
         pair.vocabulary = shared_vocabulary(pair, request)
+        if pair.vocabulary and request.objective not in {*TEXT_OBJECTIVES, *CROSS_OBJECTIVES}:
+            warn_of_layouts(pair)
         models = (model for model, _ in members)
         pair.max_length = context_of(pair.student, *models, limit=settings.max_length)
         return pair

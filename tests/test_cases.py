@@ -36,7 +36,7 @@ from kd_notes.methods.logit_kd import KD
 from kd_notes.methods.rationales import extract, Parsed, parse_completion, rationale_decoding
 from kd_notes.models.layer_drop import layer_drop
 from kd_notes.models.pretrained import load_pretrained
-from kd_notes.products.distill import distill
+from kd_notes.products.distill import distill, read_corpus
 from kd_notes.products.predict import evaluate_rows, predict_rows
 from kd_notes.products.request import expected_memory, Request
 from kd_notes.products.settings import check_objective, distill_settings, hold_out, on_policy_config
@@ -158,6 +158,7 @@ CASES = [  # name (a sibling behind the colon), subject of the public report, te
     ("rouge_other_scripts: distinct-n", "the same kind: words and letters of other scripts", "test_cases.test_words_of_other_scripts_are_counted_and_compared"),
     ("ece_edges_pass: impossible outcomes", "the same kind: numbers that are no outcomes and no p-values", "test_cases.test_numbers_that_are_no_outcomes_are_refused"),
     ("tok_turn_end: of the pair", "ms-swift#9526: a teacher that ends or lays out answers in another way", "test_cases.test_a_teacher_with_another_end_or_template_is_warned_of"),
+    ("data_bytes_pass: corpus", "the same: line ends of a corpus", "test_cases.test_a_corpus_is_split_at_blank_lines_however_lines_end"),
 ]  # fmt: skip
 TOK = test_tokenizers.tokenizer_of()
 FAST = test_tokenizers.FAST
@@ -751,3 +752,18 @@ def test_a_teacher_with_another_end_or_template_is_warned_of(tmp_path, teacher, 
         distill(ROWS, *zip(pair, tokenizers), objective, tmp_path / "out", **FAST)
     told = [str(w.message) for w in heard if "the student's layout" in str(w.message)]
     assert (len(told) == 1 and said in told[0]) if said else not told
+
+
+@pytest.mark.parametrize(
+    "data", [b"a b\n\nc d", b"a b\r\n\r\nc d", b"\xef\xbb\xbfa b\n \t\nc d\r\n\r\n"]
+)
+def test_a_corpus_is_split_at_blank_lines_however_lines_end(tmp_path, data):
+    path = tmp_path / "corpus.txt"
+    path.write_bytes(data)
+    assert read_corpus(path) == ("a b", "c d")
+    path = tmp_path / "corpus.JSONL"
+    path.write_text('{"text": "a b"}\n{"text": "c d"}\n')
+    assert read_corpus(path) == ("a b", "c d")
+    for wrong in (5, ["a", ""], ["a", None], []):
+        with pytest.raises(UserError, match="corpus"):
+            read_corpus(wrong)

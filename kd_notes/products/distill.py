@@ -8,6 +8,7 @@ __all__ = ['read_corpus', 'distill']
 # %% ../../nbs/4_probabilities/15_distill.ipynb #2d062392
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
@@ -159,12 +160,13 @@ def read_corpus(source: Path | str | Iterable[str] | None) -> tuple[str, ...]:
     if source is None:
         return ()
     if not isinstance(source, (str, os.PathLike)):
-        texts = list(source)
-    elif str(source).endswith(".jsonl"):
+        texts = list(source) if isinstance(source, Iterable) else []
+    elif str(source).lower().endswith(".jsonl"):
         texts = [row.get("text") for _, row in numbered_rows(Path(source))]
     else:
-        texts = [text for text in read_text(source).split("\n\n") if text.strip()]
-    wrong = [number for number, text in enumerate(texts, 1) if not isinstance(text, str)]
+        lines = read_text(source).replace("\r\n", "\n")
+        texts = [text for text in re.split(r"\n[ \t]*\n", lines) if text.strip()]
+    wrong = [n for n, text in enumerate(texts, 1) if not isinstance(text, str) or not text.strip()]
     if wrong or not texts:
         what = f"text {wrong[0]} is no text" if wrong else "there are no texts"
         fix = 'Give texts, JSONL with the field "text", or a text file with blank lines between.'

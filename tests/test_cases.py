@@ -35,7 +35,7 @@ from kd_notes.methods.cache_writer import Recipe
 from kd_notes.methods.logit_kd import KD
 from kd_notes.methods.rationales import extract, Parsed, parse_completion, rationale_decoding
 from kd_notes.models.layer_drop import layer_drop
-from kd_notes.models.pretrained import load_pretrained
+from kd_notes.models.pretrained import context_of, load_pretrained
 from kd_notes.products.distill import distill, read_corpus
 from kd_notes.products.predict import evaluate_rows, predict_rows
 from kd_notes.products.request import expected_memory, Request
@@ -159,6 +159,9 @@ CASES = [  # name (a sibling behind the colon), subject of the public report, te
     ("ece_edges_pass: impossible outcomes", "the same kind: numbers that are no outcomes and no p-values", "test_cases.test_numbers_that_are_no_outcomes_are_refused"),
     ("tok_turn_end: of the pair", "ms-swift#9526: a teacher that ends or lays out answers in another way", "test_cases.test_a_teacher_with_another_end_or_template_is_warned_of"),
     ("data_bytes_pass: corpus", "the same: line ends of a corpus", "test_cases.test_a_corpus_is_split_at_blank_lines_however_lines_end"),
+    ("tok_template_errors: of a back end", "the same kind, of extraction through a chat template", "test_cases.test_a_chat_template_that_a_back_end_cannot_use_is_one_clear_error"),
+    ("arch_gemma3_composite: context", "the same: the context of the language model", "test_cases.test_the_context_of_any_config_is_known"),
+    ("files: damaged numbers of a back end", "half precision that overflows", "test_cases.test_a_back_end_that_computes_nan_writes_nothing"),
 ]  # fmt: skip
 TOK = test_tokenizers.tokenizer_of()
 FAST = test_tokenizers.FAST
@@ -767,3 +770,42 @@ def test_a_corpus_is_split_at_blank_lines_however_lines_end(tmp_path, data):
     for wrong in (5, ["a", ""], ["a", None], []):
         with pytest.raises(UserError, match="corpus"):
             read_corpus(wrong)
+
+
+def asked(model, tokenizer=None, prompt="the cat", new=2, **options):
+    backend = LocalBackend(model, tokenizer or TOK, revision="r", **options)
+    return [done.text for done in backend.generate([("a", prompt)], Decoding(new))]
+
+
+@pytest.mark.parametrize(
+    "template, said",
+    [
+        (None, "no chat template"), ("{{ raise_exception('bad') }}", "refuses .*: bad"), ("{% for %}", "refuses"),
+        ("{{ 1 + 'a' }}", "refuses"), ("{{ '' }}", "request a: the prompt has no tokens"),
+    ],
+)  # fmt: skip
+def test_a_chat_template_that_a_back_end_cannot_use_is_one_clear_error(template, said):
+    tokenizer = test_tokenizers.tokenizer_of(template=template)
+    with pytest.raises(UserError, match=said):
+        asked(test_tokenizers.llama(len(tokenizer)), tokenizer, chat=True)
+
+
+def test_the_context_of_any_config_is_known():
+    mpt = {"d_model": 32, "n_heads": 4, "n_layers": 2, "vocab_size": 300, "max_seq_len": 48}
+    mpt = AutoModelForCausalLM.from_config(AutoConfig.for_model("mpt", **mpt)).eval()
+    for model, context in ((sized("Gemma 3 with images"), 64), (mpt, 48)):
+        assert context_of(model) == context and context_of(model, limit=20) == 20
+        with pytest.raises(UserError, match=f"context of {context}"):
+            asked(model.eval(), prompt="the cat " * 40)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_back_end_that_computes_nan_writes_nothing(temperature):
+    model = test_tokenizers.llama(len(TOK))
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("nan"))
+    backend = LocalBackend(model, TOK, revision="r")
+    with pytest.raises(UserError, match="request a: the model computes NaN"):
+        list(backend.generate([("a", "the cat")], Decoding(4, temperature=temperature)))
+    with pytest.raises(UserError, match="stop"):
+        Decoding(4, stop=(5,))

@@ -87,7 +87,8 @@ class Decoding(SamplingParams):
         several = is_count(self.n, 2) and self.temperature > 0
         rule = "1, or more with a temperature above 0"
         require(several or self.n == 1, "n", self.n, rule)
-        require(all(stop), "stop", stop, "a tuple of texts that are not empty")
+        texts = all(isinstance(text, str) and text for text in stop)
+        require(texts, "stop", stop, "a tuple of texts that are not empty")
 
 # %% ../../nbs/7_engine_room/09_completions.ipynb #comp-12
 WITHOUT_ANSWER = ("refused", "unanswered")  # by a server that will not, or that failed

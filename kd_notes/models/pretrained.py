@@ -32,12 +32,11 @@ def context_of(*models, limit: int = 0) -> int:
     0: no limit (T5's positions are relative).
     """
     configs = [m.config for m in models if not m.config.is_encoder_decoder]
-    found = [
-        getattr(c, name, None)
-        for c in configs
-        for name in ("max_position_embeddings", "n_positions")
-    ]
-    return min([n for n in [*found, limit] if n], default=0)
+    # the language model of a composite config
+    configs = [getattr(c, "get_text_config", lambda c=c: c)() for c in configs]
+    names = ("max_position_embeddings", "n_positions", "max_seq_len")
+    found = [getattr(c, name, None) or 0 for c in configs for name in names]
+    return min([n for n in [*found, limit] if n > 0], default=0)
 
 # %% ../../nbs/2_playground/09_pretrained.ipynb #20f721ed
 def count_parameters(model: torch.nn.Module) -> int:

@@ -162,6 +162,7 @@ CASES = [  # name (a sibling behind the colon), subject of the public report, te
     ("tok_template_errors: of a back end", "the same kind, of extraction through a chat template", "test_cases.test_a_chat_template_that_a_back_end_cannot_use_is_one_clear_error"),
     ("arch_gemma3_composite: context", "the same: the context of the language model", "test_cases.test_the_context_of_any_config_is_known"),
     ("files: damaged numbers of a back end", "half precision that overflows", "test_cases.test_a_back_end_that_computes_nan_writes_nothing"),
+    ("out_folder_other_teacher: no weights", "the kind: a finished folder that is not whole", "test_cases.test_a_finished_folder_without_weights_or_request_is_not_finished"),
 ]  # fmt: skip
 TOK = test_tokenizers.tokenizer_of()
 FAST = test_tokenizers.FAST
@@ -809,3 +810,38 @@ def test_a_back_end_that_computes_nan_writes_nothing(temperature):
         list(backend.generate([("a", "the cat")], Decoding(4, temperature=temperature)))
     with pytest.raises(UserError, match="stop"):
         Decoding(4, stop=(5,))
+
+
+def test_a_finished_folder_without_weights_or_request_is_not_finished(tmp_path):
+    base = saved(test_tokenizers.llama(len(TOK)), tmp_path / "base")
+    out = tmp_path / "out"
+    distill(ROWS, base, "layers:1", "sft", out, **FAST)
+    weights = (out / "model.safetensors").rename(tmp_path / "aside")
+    with pytest.raises(UserError, match="out: the folder has a report, and no weights"):
+        distill(ROWS, base, "layers:1", "sft", out, **FAST)
+    weights.rename(out / "model.safetensors")
+    assert distill(ROWS, base, "layers:1", "sft", out, **FAST)["rows"] == 10
+    (out / "request.json").write_text("[]")
+    with pytest.raises(UserError, match="request.json: the file does not say"):
+        distill(ROWS, base, "layers:1", "sft", out, **FAST)
+
+
+@pytest.mark.parametrize(
+    "written, label",
+    [
+        ("\\fbox{5}", "5"),
+        ("\\boxed 5", "5"),
+        ("$5.00/hour", "5.00"),
+        ("about five", "5"),
+        ("about 5", "5"),
+    ],
+)
+def test_some_more_dress_of_numbers(written, label):
+    assert parse_completion(f"So.\nAnswer: {written}", metric="equation").label == label
+    assert parse_completion("So.\nAnswer: 5/x", metric="equation").outcome == "label_not_allowed"
+
+
+@pytest.mark.parametrize("answer", ["It's the cat", "option B: the cat", "Choice (B): the cat"])
+def test_some_more_dress_of_choices(answer):
+    parsed = parse_completion(f"So.\nAnswer: {answer}", labels=("a dog", "the cat", "option"))
+    assert parsed == Parsed("ok", "So.", "the cat")

@@ -51,7 +51,8 @@ def ascii_numbers(text: str) -> str:
 _LATEX = [
     (r"\\[dt]?frac(?:\{(-?\d+)\}|(\d))(?:\{(\d+)\}|(\d))", r" \1\2/\3\4"),
     (r"(?<=\d)~(?=\d)", " "),
-    (r"\\(?:boxed|text|textbf|mathrm|mathbf|mbox)\{([^{}]*)\}", r"\1"),
+    (r"\\(?:boxed|fbox|text|textbf|mathrm|mathbf|mbox)\{([^{}]*)\}", r"\1"),
+    (r"\\boxed +(?=\S+\s*\$*\Z)", ""),
     (r"\^\{?\\circ\}?", "°"),
     (r"\\times|\\cdot", "*"),
     (r"\\div", "/"),
@@ -90,7 +91,7 @@ _NUMBER = re.compile(
       | (?P<fraction>\d+/\d+)
       | (?P<plain>\d+\.?\d*|\.\d+)
     )
-    (?![\d/]|[.,'_]\d)
+    (?!\d|/\s*\d|[.,'_]\d)
     (?:[eE](?P<exponent>[-+]?\d{1,2})|\s*[*x]\s*10\^\{?(?P<power>[-+]?\d{1,2})\}?)?
     (?P<scale>\s*(?:hundred|thousand|million|billion|trillion|dozen|lakh|crore|mn|bn)\b|[kKMB]\b)?
     (?P<rest>.*)
@@ -108,7 +109,7 @@ _SCALES = {
 }
 _SCALES |= {"crore": 10**7, "billion": 10**9, "bn": 10**9, "trillion": 10**12, "dozen": 12}
 _REST = re.compile(  # a unit, words or punctuation, without another number
-    r"\s*[$%]{0,2}(?:[.,;:!?]?\s+\D*|[.,;:!?]+|[^\W\d_]{1,5}(?:/[^\W\d_]{1,5})?\W*|\s*[^\W\d_]{1,4}\^[23]\D*|\s*°\s*[CFK]?\W*)?\s*"
+    r"\s*[$%]{0,2}(?:[.,;:!?]?\s+\D*|[.,;:!?]+|[^\W\d_]{1,5}(?:/[^\W\d_]{1,5})?\W*|\s*[^\W\d_]{1,4}\^[23]\D*|\s*°\s*[CFK]?\W*|\s*/\s?[^\W\d_]{3,}\D*)?\s*"
 )
 _CHANGES = re.compile(  # words behind a number that make it another one
     r"\b(?:hundred|thousand|million|billion|trillion|dozen|lakh|crore|half|quarter|third|or)s?\b",
@@ -124,6 +125,7 @@ _LEAD = re.compile(  # "There are", "The total is"; what follows must be the num
     """,
     re.VERBOSE | re.IGNORECASE,
 )
+_ABOUT = re.compile(r"\A(?:about|around|approximately|roughly|nearly|exactly|only|just)\s+", re.I)
 _MINUS = re.compile(r"\A(?:minus|negative)\s+(?=\w)", re.IGNORECASE)
 _ONES = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
 _ONES += "fifteen sixteen seventeen eighteen nineteen"
@@ -222,7 +224,7 @@ def written_number(text: str) -> str | None:
     plain = _MINUS.sub("-", plain)
     sign = "-" if plain.startswith("-") else ""
     expression = re.sub(r"(?<=\d) x (?=\d)", " * ", plain)
-    words = _in_words(plain.removeprefix(sign).strip())
+    words = _in_words(_ABOUT.sub("", plain.removeprefix(sign).strip(), count=1))
     for found in (expression, _in_digits(plain), words and sign + words):
         if _has_value(found):
             return found
@@ -238,11 +240,13 @@ def _has_value(expression: str | None) -> bool:
 
 # %% ../../nbs/2_playground/02b_numbers.ipynb #4c1be2a1
 _BEFORE_LABEL = re.compile(
-    r"^(?:(?:it|this) is|(?:(?:the|my) )?(?:(?:final|correct) )?(?:answer|label|choice|option) is)\b:?\s+",
+    r"^(?:(?:it|this) is|it['’]s|(?:option|choice)(?=\s+[(\[]?[a-z][).:\]])|(?:(?:the|my) )?(?:(?:final|correct) )?(?:answer|label|choice|option) is)\b:?\s+",
     re.IGNORECASE,
 )
 _BULLET = re.compile(r"^[-•]\s+")
-_OPTION = re.compile(r"^(?:[(\[]?[a-z][).:\]]\s*|[(\[]?\d{1,2}[).:\]]\s+)")  # "(b)", "2." in front
+_OPTION = re.compile(
+    r"^(?:[(\[]?[a-z][).:\]]{1,2}\s*|[(\[]?\d{1,2}[).:\]]{1,2}\s+)"
+)  # "(b)", "2." in front
 
 
 def folded(text: str) -> str:

@@ -260,6 +260,9 @@ def finished_report(out: Path, request: Callable[[], dict], what: str) -> dict |
     file = out / "request.json"
     if file.is_file():
         before = read_json(file)
+        if not isinstance(before, dict):
+            fix = "Delete this folder, or choose another one."
+            raise UserError("the file does not say what was asked for", where=file, fix=fix)
         now = request()
         if changed := changed_names(before, now):
             raise UserError(
@@ -386,7 +389,11 @@ class Request(OutFolder):
 
         Raises UserError if the folder holds something else.
         """
-        return finished_report(self.out, self.as_dict, "a distillation")
+        report = finished_report(self.out, self.as_dict, "a distillation")
+        if report is not None and not any(self.out.glob("*.safetensors")):
+            fix = "Put them back, or delete the folder and repeat the call."
+            raise UserError("the folder has a report, and no weights", where=self.out, fix=fix)
+        return report
 
 # %% ../../nbs/4_probabilities/19_distill_request.ipynb #dac557bb
 def routed(request: Request) -> Request:

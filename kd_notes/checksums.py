@@ -6,10 +6,11 @@
 __all__ = []
 
 # %% ../nbs/7_engine_room/01c_checksums.ipynb #9363d0c8
+import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
-from .core import read_json, sha256_file, UserError, write_json
+from .core import canonical_json, read_json, sha256_file, UserError, write_json
 
 # %% ../nbs/7_engine_room/01c_checksums.ipynb #74f704fe
 def write_checksums(folder: Path | str, names: Iterable[str] | None = None) -> dict[str, str]:
@@ -56,3 +57,12 @@ def verify_checksums(
                 "the file differs from its recorded checksum", where=folder / name, fix=fix
             )
     return {name: sums[name] for name in wanted}
+
+# %% ../nbs/7_engine_room/01c_checksums.ipynb #stream-2
+def stream_hash(items: Iterable) -> str:
+    "Return stable_hash(list(items)), with one item in memory at a time."
+    digest = hashlib.sha256(b"[")
+    for number, item in enumerate(items):
+        digest.update(f"{',' if number else ''}{canonical_json(item)}".encode())
+    digest.update(b"]")
+    return digest.hexdigest()[:16]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['UserError', 'expect_error', 'data_dir', 'nbs_dir', 'write_json', 'read_json', 'append_jsonl', 'read_jsonl',
-           'stable_hash', 'stream_hash', 'rng']
+           'stable_hash', 'rng']
 
 # %% ../nbs/7_engine_room/01_core.ipynb #98429c7a
 import codecs
@@ -52,11 +52,8 @@ def folder_lock(folder: Path | str, wait: bool = True) -> Iterator[None]:
                 where=folder,
                 fix="Wait for it, or stop it.",
             ) from e
-        print(
-            f"{folder.name}: another process is at this run; waiting for it",
-            file=sys.stderr,
-            flush=True,
-        )
+        words = f"{folder.name}: another process is at this run; waiting for it"
+        print(words, file=sys.stderr, flush=True)
         lock.acquire()
     _HELD[path] += 1
     try:
@@ -158,13 +155,8 @@ def cache_dir() -> Path:
     """
     named = os.environ.get("KD_NOTES_CACHE")
     root = repo_root()
-    path = (
-        Path(named).expanduser()
-        if named
-        else root / ".cache"
-        if root
-        else Path(platformdirs.user_cache_dir("kd_notes"))
-    )
+    path = root / ".cache" if root else Path(platformdirs.user_cache_dir("kd_notes"))
+    path = Path(named).expanduser() if named else path
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -278,11 +270,8 @@ def _convert(obj: Any, where: str) -> Any:
 # %% ../nbs/7_engine_room/01_core.ipynb #c60a3d79
 def write_json(path: Path | str, obj: Any) -> Path:
     "Write `obj` as UTF-8 JSON with sorted keys and indent 1, atomically."
-    return atomic_write(
-        path,
-        json.dumps(to_jsonable(obj), sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False)
-        + "\n",
-    )
+    form = {"sort_keys": True, "indent": 1, "ensure_ascii": False, "allow_nan": False}
+    return atomic_write(path, json.dumps(to_jsonable(obj), **form) + "\n")
 
 # %% ../nbs/7_engine_room/01_core.ipynb #96cb3b15
 @contextmanager
@@ -417,14 +406,12 @@ def _write_all(f, data: bytes) -> None:
 
 # %% ../nbs/7_engine_room/01_core.ipynb #8a799acb
 _FOREIGN = {  # how files begin that are no lines of JSON, and what to do
-    b"\x1f\x8b": "It is packed with gzip: unpack it first.",
-    b"PK\x03\x04": "It is a zip archive: unpack it first.",
-    b"PAR1": "It is a Parquet file: write its rows as JSON, one a line.",
-    b"\xff\xfe": "It is UTF-16: save it as UTF-8.",
-    b"\xfe\xff": "It is UTF-16: save it as UTF-8.",
-    b"[": "Write one object a line, without a list around them.",
-    b"{\n": "Write every object on one line.",
-    b"{\r": "Write every object on one line.",
+    (b"\x1f\x8b",): "It is packed with gzip: unpack it first.",
+    (b"PK\x03\x04",): "It is a zip archive: unpack it first.",
+    (b"PAR1",): "It is a Parquet file: write its rows as JSON, one a line.",
+    (b"\xff\xfe", b"\xfe\xff"): "It is UTF-16: save it as UTF-8.",
+    (b"[",): "Write one object a line, without a list around them.",
+    (b"{\n", b"{\r"): "Write every object on one line.",
 }
 
 
@@ -437,8 +424,8 @@ def _jsonl_row(line: bytes, where: str) -> dict:
         return row
     except ValueError as e:
         start = line.lstrip(b" \t").rstrip(b"\n") + b"\n"
-        fix = next((fix for mark, fix in _FOREIGN.items() if start.startswith(mark)), "")
-        fix = fix or "Correct or delete that line."
+        fixes = (fix for marks, fix in _FOREIGN.items() if start.startswith(marks))
+        fix = next(fixes, "Correct or delete that line.")
         raise UserError(f"the row is not one JSON object ({e})", where=where, fix=fix) from e
 
 
@@ -486,15 +473,6 @@ def canonical_json(obj: Any) -> str:
 def stable_hash(obj: Any) -> str:
     "Return 16 hex digits that are equal for equal data on every machine."
     return sha256_text(canonical_json(obj))[:16]
-
-
-def stream_hash(items: Iterable) -> str:
-    "Return stable_hash(list(items)), with one item in memory at a time."
-    digest = hashlib.sha256(b"[")
-    for number, item in enumerate(items):
-        digest.update(f"{',' if number else ''}{canonical_json(item)}".encode())
-    digest.update(b"]")
-    return digest.hexdigest()[:16]
 
 # %% ../nbs/7_engine_room/01_core.ipynb #872bcfe1
 def seed_everything(seed: int) -> None:  # 0 ... 2**32 - 1 (numpy's range)

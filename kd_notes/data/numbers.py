@@ -287,8 +287,20 @@ _TITLED = re.compile(
     r"[*_` \t]*[:：][*_` \t]*(?P<answer>[^\n]+?)\s*\Z",
     re.IGNORECASE | re.MULTILINE,
 )
-_REASONS = ("rationale", "reasoning", "reason", "explanation", "thought", "thoughts")
-_ANSWERS = ("answer", "final_answer", "label", "prediction")
+_REASONS = (
+    "rationale",
+    "reasoning",
+    "reason",
+    "explanation",
+    "thought",
+    "thoughts",
+)
+_ANSWERS = (
+    "answer",
+    "final_answer",
+    "label",
+    "prediction",
+)
 
 
 def unannounced(

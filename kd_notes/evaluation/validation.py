@@ -101,6 +101,22 @@ def _token_terms(
     return torch.stack(terms)
 
 
+def _rows_hash(
+    parts: list[list[int]],
+    batches: list[Batch],
+) -> str:
+    "Hash the rows of batches in their order, without padding."
+    rows = {}
+    for part, batch in zip(parts, batches):
+        ids = batch["input_ids"]
+        labels = batch["labels"]
+        masks = batch["attention_mask"] > 0
+        for number, i in enumerate(part):
+            mask = masks[number]
+            rows[i] = [ids[number][mask].tolist(), labels[number][mask].tolist()]
+    return stable_hash([rows[i] for i in sorted(rows)])
+
+
 def _row_sums(values: Tensor, lengths: list[int]) -> np.ndarray:
     "Sum the values (tokens,) of rows of these lengths, one after another: (rows,), float64."
     row = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
@@ -130,17 +146,9 @@ class Validation:
 
     def identity(self) -> dict:
         "Return what decides the score; a run that is resumed must go on with the same."
-        rows = {}
-        for part, batch in zip(self.parts, self.batches):
-            columns = (batch[name] for name in ("input_ids", "labels", "attention_mask"))
-            for i, ids, labels, mask in zip(part, *columns):
-                rows[i] = [ids[mask > 0].tolist(), labels[mask > 0].tolist()]
-        return {
-            "rows": stable_hash([rows[i] for i in sorted(rows)]),
-            "score": self.score,
-            "vocabulary": self.vocabulary,
-            "teacher": None if self.teacher is None else weights_hash(self.teacher),
-        }
+        teacher = None if self.teacher is None else weights_hash(self.teacher)
+        facts = {"score": self.score, "vocabulary": self.vocabulary, "teacher": teacher}
+        return facts | {"rows": _rows_hash(self.parts, self.batches)}
 
     def terms(self, model, number: int, chunk: int = 256) -> Iterator[Tensor]:
         "Yield the terms of a batch, (names, positions) for each chunk of positions."

@@ -163,6 +163,11 @@ def text_ids(tokenizer, text: str) -> list[int]:
     return ids[: start + len(own)]
 
 
+def chat_ids(tokenizer, prompt: str) -> list[int]:
+    "Return the ids of a prompt in the tokenizer's chat template."
+    return tokenizer(chat_prompt(tokenizer, prompt), add_special_tokens=False).input_ids
+
+
 def opening_of(tokenizer) -> str:
     """Return "<think>" if the chat template ends with it, else "".
 
@@ -229,8 +234,7 @@ class LocalBackend:
         "Return the token ids of a prompt, in the chat template if `chat` is on."
         if not self.chat:
             return text_ids(self.tokenizer, prompt)
-        chat = chat_prompt(self.tokenizer, prompt)
-        return self.tokenizer(chat, add_special_tokens=False).input_ids
+        return chat_ids(self.tokenizer, prompt)
 
 # %% ../../nbs/7_engine_room/19_backends.ipynb #4309d9fb
 def check_finite(scores: Scores, rows: Sequence[DecodeRow]) -> None:

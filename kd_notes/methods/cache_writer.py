@@ -30,10 +30,10 @@ from kd_notes.core import (
     rng,
     sha256_file,
     stable_hash,
-    stream_hash,
     UserError,
     write_json,
 )
+from ..checksums import stream_hash
 from ..data.dialogues import encode_row, is_encoded
 from ..data.rows import StoredRows
 from ..losses.sparse import draw_samples, draw_uniforms, DRAWS, keep_top_k, MODES, ROWS

@@ -17,11 +17,10 @@ from kd_notes.core import (
     atomic_write,
     canonical_json,
     stable_hash,
-    stream_hash,
     UserError,
     write_json,
 )
-from ..checksums import write_checksums
+from ..checksums import stream_hash, write_checksums
 from kd_notes.data.dialogues import (
     chat_template_of,
     end_id,
@@ -129,7 +128,11 @@ def answer_rows(
     def ask(places: array) -> list[dict]:
         return responses_of(teacher, tokenizer, [rows[i] for i in places], writing)
 
-    fields = ("id", "response", "whole")
+    fields = (
+        "id",
+        "response",
+        "whole",
+    )
     with AnswerFile(path, job, rows=_Answered(), needs=fields).open() as answers:
         there = answers.rows
         todo = array("q", (i for i, row in enumerate(rows) if hash(row.id) not in there))

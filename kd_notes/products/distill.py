@@ -352,6 +352,14 @@ def _run(job: _Distillation) -> dict:
     return report
 
 # %% ../../nbs/4_probabilities/15_distill.ipynb #74feb532
+def _with_weights(out: Path, report: dict | None) -> dict | None:
+    "Return the report of a finished student. Raises UserError if its weights are gone."
+    if report is not None and not any(out.glob("*.safetensors")):
+        fix = "Put them back, or delete the folder and repeat the call."
+        raise UserError("the folder has a report, and no weights", where=out, fix=fix)
+    return report
+
+
 def _start(request: Request) -> _Distillation:
     "Load and check everything before anything is computed."
     settings = request.settings
@@ -452,7 +460,7 @@ def distill(
     connect_processes(chosen.device)
     with folder_lock(request.out, wait=False) if main_process() else nullcontext():
         check_shared_folder(request.out)
-        if report := by_main(request.finished):
+        if report := by_main(lambda: _with_weights(request.out, request.finished())):
             request.say("finished already")
             return report if main_process() else {}
         return _run(_start(request))

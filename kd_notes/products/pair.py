@@ -49,7 +49,7 @@ def warn_of_layouts(pair: "Pair") -> None:
         warnings.warn(
             f"{problem}: the teacher judges the student's layout, and the student learns what "
             "belongs into the teacher's. Give both one tokenizer, or use seqkd.",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
@@ -71,7 +71,7 @@ def shared_vocabulary(pair: "Pair", request: Request) -> int | None:
     if not pair.members:
         return pair.teacher.width  # the probe has compared the tokenizers
     try:
-        return min(check_tokenizers(pair.tokenizer, member[1]) for member in pair.members)
+        size = min(check_tokenizers(pair.tokenizer, member[1]) for member in pair.members)
     except UserError as error:
         if request.objective in {*TEXT_OBJECTIVES, *CROSS_OBJECTIVES}:
             return None
@@ -81,6 +81,9 @@ def shared_vocabulary(pair: "Pair", request: Request) -> int | None:
             fix=f"{request.objective} compares ids. Use spans_matched, uld or seqkd with one local "
             "teacher.",
         ) from error
+    if request.objective not in {*TEXT_OBJECTIVES, *CROSS_OBJECTIVES}:
+        warn_of_layouts(pair)
+    return size
 
 # %% ../../nbs/4_probabilities/15c_pair.ipynb #check-rows
 def check_rows(
@@ -153,8 +156,6 @@ class Pair:
             pair.teacher = served_teacher(request, pair.tokenizer).to(place)
             pair.teacher_tokenizer = pair.tokenizer
         pair.vocabulary = shared_vocabulary(pair, request)
-        if pair.vocabulary and request.objective not in {*TEXT_OBJECTIVES, *CROSS_OBJECTIVES}:
-            warn_of_layouts(pair)
         models = (model for model, _ in members)
         pair.max_length = context_of(pair.student, *models, limit=settings.max_length)
         return pair

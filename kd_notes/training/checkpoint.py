@@ -298,7 +298,14 @@ def _load_tensors(state: TrainState, folder: Path) -> None:
         set_rng_state(_read_tensors(mine))
 
 # %% ../../nbs/7_engine_room/16_checkpoint.ipynb #ef9f8ef5
-_PROGRESS = ("step", "tokens", "seconds", "best", "stale", "stop")
+_PROGRESS = (
+    "step",
+    "tokens",
+    "seconds",
+    "best",
+    "stale",
+    "stop",
+)
 
 
 def _check_same_run(state: TrainState, found: Any) -> None:

@@ -58,7 +58,7 @@ def verify_checksums(
             )
     return {name: sums[name] for name in wanted}
 
-# %% ../nbs/7_engine_room/01c_checksums.ipynb #strh-fn
+# %% ../nbs/7_engine_room/01c_checksums.ipynb #stream-2
 def stream_hash(items: Iterable) -> str:
     "Return stable_hash(list(items)), with one item in memory at a time."
     digest = hashlib.sha256(b"[")

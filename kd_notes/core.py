@@ -52,11 +52,8 @@ def folder_lock(folder: Path | str, wait: bool = True) -> Iterator[None]:
                 where=folder,
                 fix="Wait for it, or stop it.",
             ) from e
-        print(
-            f"{folder.name}: another process is at this run; waiting for it",
-            file=sys.stderr,
-            flush=True,
-        )
+        words = f"{folder.name}: another process is at this run; waiting for it"
+        print(words, file=sys.stderr, flush=True)
         lock.acquire()
     _HELD[path] += 1
     try:
@@ -158,13 +155,8 @@ def cache_dir() -> Path:
     """
     named = os.environ.get("KD_NOTES_CACHE")
     root = repo_root()
-    path = (
-        Path(named).expanduser()
-        if named
-        else root / ".cache"
-        if root
-        else Path(platformdirs.user_cache_dir("kd_notes"))
-    )
+    path = root / ".cache" if root else Path(platformdirs.user_cache_dir("kd_notes"))
+    path = Path(named).expanduser() if named else path
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -278,11 +270,8 @@ def _convert(obj: Any, where: str) -> Any:
 # %% ../nbs/7_engine_room/01_core.ipynb #c60a3d79
 def write_json(path: Path | str, obj: Any) -> Path:
     "Write `obj` as UTF-8 JSON with sorted keys and indent 1, atomically."
-    return atomic_write(
-        path,
-        json.dumps(to_jsonable(obj), sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False)
-        + "\n",
-    )
+    form = {"sort_keys": True, "indent": 1, "ensure_ascii": False, "allow_nan": False}
+    return atomic_write(path, json.dumps(to_jsonable(obj), **form) + "\n")
 
 # %% ../nbs/7_engine_room/01_core.ipynb #96cb3b15
 @contextmanager
@@ -416,6 +405,16 @@ def _write_all(f, data: bytes) -> None:
     os.fsync(f.fileno())
 
 # %% ../nbs/7_engine_room/01_core.ipynb #8a799acb
+_FOREIGN = {  # how files begin that are no lines of JSON, and what to do
+    (b"\x1f\x8b",): "It is packed with gzip: unpack it first.",
+    (b"PK\x03\x04",): "It is a zip archive: unpack it first.",
+    (b"PAR1",): "It is a Parquet file: write its rows as JSON, one a line.",
+    (b"\xff\xfe", b"\xfe\xff"): "It is UTF-16: save it as UTF-8.",
+    (b"[",): "Write one object a line, without a list around them.",
+    (b"{\n", b"{\r"): "Write every object on one line.",
+}
+
+
 def _jsonl_row(line: bytes, where: str) -> dict:
     try:
         # decoded line by line: a kill may cut a multi-byte character in two
@@ -424,7 +423,9 @@ def _jsonl_row(line: bytes, where: str) -> dict:
             raise ValueError(f"a {type(row).__name__} where an object {{...}} was expected")
         return row
     except ValueError as e:
-        fix = "Correct or delete that line."
+        start = line.lstrip(b" \t").rstrip(b"\n") + b"\n"
+        fixes = (fix for marks, fix in _FOREIGN.items() if start.startswith(marks))
+        fix = next(fixes, "Correct or delete that line.")
         raise UserError(f"the row is not one JSON object ({e})", where=where, fix=fix) from e
 
 

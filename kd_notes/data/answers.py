@@ -11,6 +11,7 @@ import base64
 import operator
 import re
 import struct
+import unicodedata
 from collections import Counter
 from fractions import Fraction
 from typing import Any, Callable, Iterable, Mapping, Sequence
@@ -119,13 +120,13 @@ def exact_match(
 ) -> bool:
     """Return True if the texts are equal, apart from white space at the ends.
 
-    False if one of them is not a text or the label is empty.
+    An accent may be a part of its letter or a mark behind it. False if one of them is not a text or
+    the label is empty.
     """
-    return (
-        isinstance(prediction, str)
-        and isinstance(label, str)
-        and prediction.strip() == label.strip() != ""
-    )
+    if not (isinstance(prediction, str) and isinstance(label, str)):
+        return False
+    given, wanted = (unicodedata.normalize("NFC", text.strip()) for text in (prediction, label))
+    return given == wanted != ""
 
 # %% ../../nbs/2_playground/02_answers.ipynb #01aff302
 METRICS: dict[str, Callable[[Any, Any], bool]] = {"exact": exact_match, "equation": equation_equal}

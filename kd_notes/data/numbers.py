@@ -6,10 +6,13 @@
 __all__ = []
 
 # %% ../../nbs/2_playground/02b_numbers.ipynb #b0e0c6c5
+import json
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from decimal import Decimal
+from typing import Any
 
 from .answers import equation_value, EquationError
 
@@ -48,7 +51,9 @@ def ascii_numbers(text: str) -> str:
 _LATEX = [
     (r"\\[dt]?frac(?:\{(-?\d+)\}|(\d))(?:\{(\d+)\}|(\d))", r" \1\2/\3\4"),
     (r"(?<=\d)~(?=\d)", " "),
-    (r"\\(?:boxed|text|textbf|mathrm|mathbf|mbox)\{([^{}]*)\}", r"\1"),
+    (r"\\(?:boxed|fbox|text|textbf|mathrm|mathbf|mbox)\{([^{}]*)\}", r"\1"),
+    (r"\\boxed +(?=\S+\s*\$*\Z)", ""),
+    (r"\^\{?\\circ\}?", "°"),
     (r"\\times|\\cdot", "*"),
     (r"\\div", "/"),
     (r"\{,\}", ","),
@@ -86,7 +91,7 @@ _NUMBER = re.compile(
       | (?P<fraction>\d+/\d+)
       | (?P<plain>\d+\.?\d*|\.\d+)
     )
-    (?![\d/]|[.,'_]\d)
+    (?!\d|/\s*\d|[.,'_]\d)
     (?:[eE](?P<exponent>[-+]?\d{1,2})|\s*[*x]\s*10\^\{?(?P<power>[-+]?\d{1,2})\}?)?
     (?P<scale>\s*(?:hundred|thousand|million|billion|trillion|dozen|lakh|crore|mn|bn)\b|[kKMB]\b)?
     (?P<rest>.*)
@@ -104,7 +109,7 @@ _SCALES = {
 }
 _SCALES |= {"crore": 10**7, "billion": 10**9, "bn": 10**9, "trillion": 10**12, "dozen": 12}
 _REST = re.compile(  # a unit, words or punctuation, without another number
-    r"\s*[$%]?(?:[.,;:!?]?\s+\D*|[.,;:!?]+|[^\W\d_]{1,5}(?:/[^\W\d_]{1,5})?\W*|\s*[^\W\d_]{1,4}\^[23]\D*|\s*°\s*[CFK]?\W*)?\s*"
+    r"\s*[$%]{0,2}(?:[.,;:!?]?\s+\D*|[.,;:!?]+|[^\W\d_]{1,5}(?:/[^\W\d_]{1,5})?\W*|\s*[^\W\d_]{1,4}\^[23]\D*|\s*°\s*[CFK]?\W*|\s*/\s?[^\W\d_]{3,}\D*)?\s*"
 )
 _CHANGES = re.compile(  # words behind a number that make it another one
     r"\b(?:hundred|thousand|million|billion|trillion|dozen|lakh|crore|half|quarter|third|or)s?\b",
@@ -120,6 +125,7 @@ _LEAD = re.compile(  # "There are", "The total is"; what follows must be the num
     """,
     re.VERBOSE | re.IGNORECASE,
 )
+_ABOUT = re.compile(r"\A(?:about|around|approximately|roughly|nearly|exactly|only|just)\s+", re.I)
 _MINUS = re.compile(r"\A(?:minus|negative)\s+(?=\w)", re.IGNORECASE)
 _ONES = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
 _ONES += "fifteen sixteen seventeen eighteen nineteen"
@@ -142,6 +148,9 @@ def _ends_there(rest: str) -> bool:
 def _in_words(text: str) -> str | None:
     "Return a number in English words as digits, or None: 'twenty-one pears' gives '21'."
     match = _WORDS.match(text)
+    if match and (twice := re.fullmatch(r"\s*\(([\d,.]+)\)\W*", match[2])):  # "forty-two (42)"
+        words, digits = _in_words(match[1]), _in_digits(twice[1].rstrip("."))
+        return digits if words == digits else None
     if match is None or not _ends_there(match[2]) or re.search(_ONE_WORD, match[2], re.IGNORECASE):
         return None
     if len(match[2].split()) > 3 or re.match(r"\s+(?:of|way)\b", match[2]):
@@ -215,7 +224,7 @@ def written_number(text: str) -> str | None:
     plain = _MINUS.sub("-", plain)
     sign = "-" if plain.startswith("-") else ""
     expression = re.sub(r"(?<=\d) x (?=\d)", " * ", plain)
-    words = _in_words(plain.removeprefix(sign).strip())
+    words = _in_words(_ABOUT.sub("", plain.removeprefix(sign).strip(), count=1))
     for found in (expression, _in_digits(plain), words and sign + words):
         if _has_value(found):
             return found
@@ -231,10 +240,13 @@ def _has_value(expression: str | None) -> bool:
 
 # %% ../../nbs/2_playground/02b_numbers.ipynb #4c1be2a1
 _BEFORE_LABEL = re.compile(
-    r"^(?:(?:it|this) is|(?:(?:the|my) )?(?:(?:final|correct) )?(?:answer|label|choice|option) is)\b:?\s+",
+    r"^(?:(?:it|this) is|it['’]s|(?:option|choice)(?=\s+[(\[]?[a-z][).:\]])|(?:(?:the|my) )?(?:(?:final|correct) )?(?:answer|label|choice|option) is)\b:?\s+",
     re.IGNORECASE,
 )
-_OPTION = re.compile(r"^(?:[(\[]?[a-z][).:\]]\s*|[(\[]?\d{1,2}[).:\]]\s+)")  # "(b)", "2." in front
+_BULLET = re.compile(r"^[-•]\s+")
+_OPTION = re.compile(
+    r"^(?:[(\[]?[a-z][).:\]]{1,2}\s*|[(\[]?\d{1,2}[).:\]]{1,2}\s+)"
+)  # "(b)", "2." in front
 
 
 def folded(text: str) -> str:
@@ -250,18 +262,60 @@ def folded(text: str) -> str:
 def _label_with_reason(text: str, known: dict[str, str]) -> str | None:
     "Return the label in front of a comma or a bracket with its reason, unless another is named."
     first = re.split(r"\s*[,;:(—–.]\s*|\s-\s|\s+(?:because|since|as)\s", text, maxsplit=1)[0]
-    meant = {label for label, form in known.items() if form == without_markup(first)}
+    first = without_markup(without_markup(first).strip("$ "))
+    meant = {label for label, form in known.items() if form == first}
     others = {label for label, form in known.items() if re.search(rf"\b{re.escape(form)}\b", text)}
     return meant.pop() if len(meant) == 1 and others <= meant else None
 
 
 def meant_label(text: str, labels: Sequence[str]) -> str | None:
     "Return the label that an answer on one line means, or None."
-    plain = _BEFORE_LABEL.sub("", without_markup(text).strip("$ "), count=1)
-    bare = _OPTION.sub("", folded(plain).rstrip(". "))
+    plain = _BEFORE_LABEL.sub("", _BULLET.sub("", without_markup(text).strip("$ ")), count=1)
+    bare = _OPTION.sub("", folded(plain).rstrip(".! "))
     known = {label: folded(label) for label in labels}
     # What is written comes first: the labels C and C# differ by what looks like markup.
     for form in (text, text.rstrip(". "), plain, without_markup(bare), plain.strip("()[]. ")):
         if meant := [label for label in labels if known[label] == folded(form)]:
             return meant[0] if len(meant) == 1 else None
     return _label_with_reason(bare, known) or _label_with_reason(folded(plain), known)
+
+# %% ../../nbs/2_playground/02b_numbers.ipynb #unann-2
+_TITLED = re.compile(
+    r"^[ \t#>*_`-]*(?:the |my )?(?:final |correct |predicted )?(?:label|class|category|classification"
+    r"|prediction|conclusion|verdict|decision|judge?ment|relation(?:ship)?|result|output|solution"
+    r"|total|final|choice|option|réponse|antwort|respuesta|risposta|ответ|答案)"
+    r"[*_` \t]*[:：][*_` \t]*(?P<answer>[^\n]+?)\s*\Z",
+    re.IGNORECASE | re.MULTILINE,
+)
+_REASONS = (
+    "rationale",
+    "reasoning",
+    "reason",
+    "explanation",
+    "thought",
+    "thoughts",
+)
+_ANSWERS = (
+    "answer",
+    "final_answer",
+    "label",
+    "prediction",
+)
+
+
+def unannounced(
+    text: str,
+    reads: Callable[[str], Any] | None,  # what an answer means; None: any text is an answer
+) -> tuple[str, str | None]:
+    "Return reasoning and answer of a text without *Answer:*; (text, None) if it has none."
+    block = re.search(r"(?:```\w*\s*)?(\{.*\})(?:\s*```)?", text, re.DOTALL)
+    with suppress(TypeError, ValueError, RecursionError):
+        fields = {str(name).lower(): value for name, value in json.loads(block[1]).items()}
+        answer = next((str(fields[name]) for name in _ANSWERS if name in fields), None)
+        if answer is not None and (reads is None or reads(answer)):
+            reasons = [str(fields[name]) for name in _REASONS if name in fields]
+            return "\n".join([text[: block.start()], *reasons]), answer
+    titled = _TITLED.search(text)
+    if titled and reads and reads(titled["answer"]):
+        return text[: titled.start()], titled["answer"]
+    return text, None

@@ -160,13 +160,35 @@ def _prompt_and_completion(fields: dict, needs_completion: bool, where: str) -> 
             answer = [{"role": "assistant", "content": answer}]
         return _chat([*fields[asked], *answer], asked, needs_completion, where)
     prompt = _text(fields, asked, where)
-    if asked == "instruction" and str(fields.get("input", "")).strip():
-        prompt = f"{prompt.strip()}\n\n{_text(fields, 'input', where).strip()}"
+    if asked == "instruction":
+        more = [name for name in ("input", "context") if str(fields.get(name, "")).strip()]
+        if more:
+            texts = [prompt, *(_text(fields, name, where) for name in more)]
+            prompt = "\n\n".join(text.strip() for text in texts)
     if not needs_completion and not fields.get(answered):
         return prompt, ""
     return prompt, _text(fields, answered, where)
 
 # %% ../../nbs/2_playground/17_rows.ipynb #f9e5a7cb
+def _with_system(prompt: str | tuple, fields: dict, where: str) -> str | tuple:
+    """Return the prompt with the row's own system message in front, as messages.
+
+    Raises UserError for a field with earlier turns, which would be lost.
+    """
+    if fields.get("history"):
+        fix = "Write all turns into messages."
+        raise UserError("the field 'history' holds earlier turns", where=where, fix=fix)
+    name = next((n for n in ("system", "system_prompt") if str(fields.get(n, "")).strip()), None)
+    if name is None:
+        return prompt
+    messages = prompt
+    if isinstance(prompt, str):
+        messages = ({"role": "user", "content": prompt.strip()},)
+    if messages[0]["role"] == "system":
+        return prompt
+    return {"role": "system", "content": _text(fields, name, where).strip()}, *messages
+
+
 def read_row(
     row: Any,  # a mapping or an object (an Example) in one of the shapes; or a TextRow
     id: str = "",  # used if the row has no id
@@ -179,6 +201,8 @@ def read_row(
     if not isinstance(row, TextRow):
         fields = _fields(row, where)
         prompt, completion = _prompt_and_completion(fields, needs_completion, where)
+        prompt = _with_system(prompt, fields, where)
+        completion = completion if isinstance(prompt, str) else completion.strip()
         # A blank rationale is a target without content, which a control of step-by-step needs.
         reason = _text({"rationale": ""} | fields, "rationale", where, blank=True)
         name = str(fields.get("id", "")) or id

@@ -113,12 +113,12 @@ def reliability(confidence: Sequence[float], right: Sequence[bool], bins: int = 
         or c.ndim != 1
         or not len(c)
         or bins < 1
-        or not ((0 <= c) & (c <= 1)).all()
+        or not ((0 <= c) & (c <= 1) & (0 <= y) & (y <= 1)).all()
     ):
         raise UserError(
             f"{c.shape} confidences and {y.shape} outcomes cannot be compared in {bins} bins",
             where="reliability",
-            fix="Give one probability from 0 to 1 and one outcome per answer, and at least one bin.",
+            fix="Give one probability and one outcome from 0 to 1 per answer, and at least one bin.",
         )
     edges = np.linspace(0, 1, bins + 1)
     where = np.clip(np.searchsorted(edges, c, side="left") - 1, 0, bins - 1)

@@ -123,7 +123,10 @@ class Estimate:
 
 # %% ../../nbs/2_playground/13_statistics.ipynb #32514cea
 def _as_table(outcomes: Any) -> np.ndarray:
-    table = np.atleast_2d(np.asarray(outcomes, dtype=np.float64))
+    try:
+        table = np.atleast_2d(np.asarray(outcomes, dtype=np.float64))
+    except (TypeError, ValueError):  # rows of different lengths, or no numbers
+        table = np.empty((0, 0))
     if table.ndim != 2 or table.size == 0 or not np.isfinite(table).all():
         raise UserError(
             f"expected a table [seeds, items] of finite numbers, got shape {table.shape} or a value that is not finite",
@@ -180,6 +183,9 @@ def holm(p: Mapping[str, float]) -> dict[str, float]:
 
     A claim holds at level 5 % if its adjusted value is below 0.05.
     """
+    if not isinstance(p, Mapping) or not all(0 <= value <= 1 for value in p.values()):
+        fix = "Give {name: p-value}, such as {'forward KL': 0.03}."
+        raise UserError("these are no p-values by name", where="holm", fix=fix)
     adjusted = {}
     largest = 0.0
     for rank, name in enumerate(sorted(p, key=lambda k: p[k])):

@@ -159,8 +159,9 @@ def references_of(rows: Sequence[Any]) -> list[list[str]]:
     out = []
     for i, row in enumerate(rows):
         found = [_field(row, name) for name in ("references", "response", "label")]
-        known = found[0] or [text for text in found[1:] if text][:1]
-        known = [known] if isinstance(known, str) else [text for text in known if text.strip()]
+        listed = isinstance(found[0], (list, tuple)) and found[0]
+        known = listed or [text for text in found if isinstance(text, str) and text][:1]
+        known = [text for text in known if isinstance(text, str) and text.strip()]
         if not known:
             raise UserError(
                 "this row has nothing to compare an answer with",
@@ -202,9 +203,12 @@ def exact_matches(predictions: Sequence[str], references: Sequence[Sequence[str]
 def ngrams(text: str | Sequence, n: int) -> list[tuple]:
     """Return all runs of n words of a text, or of n elements of a sequence such as token ids.
 
-    Words are in lower case, without punctuation.
+    Words are in lower case, without punctuation; see `unicode_words` for other scripts.
     """
-    parts = re.findall(r"\w+", text.lower()) if isinstance(text, str) else list(text)
+    if not isinstance(text, str):
+        parts = list(text)
+    else:
+        parts = re.findall(r"\w+", text.lower()) if text.isascii() else unicode_words(text)
     return [tuple(parts[i : i + n]) for i in range(len(parts) - n + 1)]
 
 # %% ../../nbs/2_playground/11_text.ipynb #f9ec20f5
@@ -218,7 +222,8 @@ def distinct_n(
 
     Raises UserError if no text has n words.
     """
-    if isinstance(texts, str) or n < 1:
+    fitting = not isinstance(texts, str) and isinstance(n, int) and n >= 1
+    if not fitting or any(text is None for text in texts):
         raise UserError(
             f"{texts!r:.40} with n = {n} is not a list of texts",
             where="distinct_n",

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from ..core import atomic_write
+from ..core import atomic_write, stable_hash
 from ..losses.divergences import at_least_float32, token_divergence
-from ..models.pretrained import tensor_errors
+from ..models.pretrained import tensor_errors, weights_hash
 from ..methods.logit_kd import comparable, linear_head
 from kd_notes.training.batches import (
     Batch,
@@ -101,6 +101,22 @@ def _token_terms(
     return torch.stack(terms)
 
 
+def _rows_hash(
+    parts: list[list[int]],
+    batches: list[Batch],
+) -> str:
+    "Hash the rows of batches in their order, without padding."
+    rows = {}
+    for part, batch in zip(parts, batches):
+        ids = batch["input_ids"]
+        labels = batch["labels"]
+        masks = batch["attention_mask"] > 0
+        for number, i in enumerate(part):
+            mask = masks[number]
+            rows[i] = [ids[number][mask].tolist(), labels[number][mask].tolist()]
+    return stable_hash([rows[i] for i in sorted(rows)])
+
+
 def _row_sums(values: Tensor, lengths: list[int]) -> np.ndarray:
     "Sum the values (tokens,) of rows of these lengths, one after another: (rows,), float64."
     row = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
@@ -127,6 +143,12 @@ class Validation:
         self.score = score
         self.vocabulary = vocabulary
         self.teacher, self.states = _head_and_states(teacher, self.batches, states_file)
+
+    def identity(self) -> dict:
+        "Return what decides the score; a run that is resumed must go on with the same."
+        teacher = None if self.teacher is None else weights_hash(self.teacher)
+        facts = {"score": self.score, "vocabulary": self.vocabulary, "teacher": teacher}
+        return facts | {"rows": _rows_hash(self.parts, self.batches)}
 
     def terms(self, model, number: int, chunk: int = 256) -> Iterator[Tensor]:
         "Yield the terms of a batch, (names, positions) for each chunk of positions."

@@ -40,6 +40,7 @@ from kd_notes.methods.rationales import (
     few_shot,
     Prompt,
     rationale_decoding,
+    ROW_FIELDS,
     spoken,
     vote,
     ZERO_SHOT,
@@ -157,8 +158,7 @@ def _score(info: TaskInfo, examples: Sequence[Example], rows: Sequence[Mapping])
     }
     if known and isinstance(info, OwnTask):
         read = {"ok", "no_rationale"}  # outcomes whose label is one that the task allows
-        answers = {row["id"]: row["label"] if row["outcome"] in read else None for row in known}
-        answers = {id: label or None for id, label in answers.items()}
+        answers = {row["id"]: row["outcome"] in read and row["label"] or None for row in known}
         asked = [example for example in examples if example.id in answers]
         found["score"] = task_score(info, answers, asked)
     return found
@@ -232,7 +232,7 @@ def extract_stream(
     identity = {"task": [task], **described, "prompt": prompt.describe()}
     tally = Tally()
     seen: set[int] = set()
-    with AnswerFile(out_path, identity, Tally.totals, tally).open() as answers:
+    with AnswerFile(out_path, identity, Tally.totals, tally, ROW_FIELDS).open() as answers:
         wanted = None if total is None else total * decoding.n - len(tally)
         with answers.session(), progress(total=wanted, desc="rationales", unit="row") as bar:
             for part in windows(examples, window):

@@ -16,8 +16,16 @@ from typing import Protocol
 import torch
 
 from ..checks import check_arguments, check_count
-from ..core import read_json, read_jsonl, sha256_file, stable_hash, to_jsonable, UserError
-from ..data.dialogues import chat_template_of
+from kd_notes.core import (
+    first_line,
+    read_json,
+    read_jsonl,
+    sha256_file,
+    stable_hash,
+    to_jsonable,
+    UserError,
+)
+from ..data.dialogues import chat_template_of, template_errors
 from kd_notes.generation.completions import (
     check_requests,
     Completion,
@@ -40,7 +48,7 @@ from kd_notes.generation.engine import (
 )
 from .server import OpenAIBackend
 from .server_pool import ServerPool
-from ..models.pretrained import weights_hash
+from ..models.pretrained import context_of, weights_hash
 
 # %% ../../nbs/7_engine_room/19_backends.ipynb #0dba2212
 class Backend(Protocol):
@@ -70,10 +78,19 @@ def remember_answered(
 def check_model(model) -> None:
     "Raise UserError unless the model is causal with attention layers only."
     known = {"full_attention", "sliding_attention"}
-    kinds = set(getattr(model.config, "layer_types", None) or ()) - known
-    if not model.config.is_encoder_decoder and not kinds:
+    text = getattr(model.config, "get_text_config", lambda: model.config)()
+    kinds = set(getattr(text, "layer_types", None) or ()) - known
+    # RWKV, XLNet and the first GPT keep something else, or nothing, of what they have read.
+    forwards = [kind.forward for kind in type(model).__mro__ if "forward" in vars(kind)]
+    keeps = any("past_key_values" in inspect.signature(f).parameters for f in forwards)
+    if not model.config.is_encoder_decoder and not kinds and keeps:
         return
-    what = f"layers of the kind {', '.join(sorted(kinds))}" if kinds else "an encoder and a decoder"
+    what = (
+        "an encoder and a decoder"
+        if model.config.is_encoder_decoder
+        else "no cache of keys and values"
+    )
+    what = f"layers of the kind {', '.join(sorted(kinds))}" if kinds else what
     raise UserError(
         f"{type(model).__name__} has {what}; "
         "only causal models with attention layers are supported",
@@ -87,11 +104,14 @@ def open_rows(
     backend: "LocalBackend", requests: list[tuple[str, str]], decoding: Decoding
 ) -> list[DecodeRow]:
     "Return rows of all requests and samples, longest prompt first."
-    context = getattr(backend.model.config, "max_position_embeddings", None) or math.inf
+    context = context_of(backend.model) or math.inf
     new = decoding.max_new_tokens
     rows = []
     for name, prompt in requests:
         ids = backend.encode(prompt)
+        if not ids:
+            fix = "Check the tokenizer and its chat template."
+            raise UserError("the prompt has no tokens", where=f"request {name}", fix=fix)
         if len(ids) + new > context:
             raise UserError(
                 f"a prompt of {len(ids)} tokens and {new} new ones do not fit the model's "
@@ -119,7 +139,33 @@ def rows_that_fit(model, gib: float, longest: DecodeRow, decoding: Decoding) -> 
 def chat_prompt(tokenizer, prompt: str) -> str:
     "Return a prompt as a user message in the tokenizer's chat template."
     turn = [{"role": "user", "content": prompt}]
-    return tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    if not tokenizer.chat_template:
+        fix = "Leave chat out, or set tokenizer.chat_template."
+        raise UserError("the tokenizer has no chat template", where="setting chat", fix=fix)
+    layout = {"chat_template": chat_template_of(tokenizer), "add_generation_prompt": True}
+    try:
+        return tokenizer.apply_chat_template(turn, tokenize=False, **layout)
+    except template_errors() as error:
+        what = f"the model's chat template refuses a message of a user: {first_line(error)}"
+        fix = "Correct tokenizer.chat_template, or leave chat out."
+        raise UserError(what, where="setting chat", fix=fix) from error
+
+
+def text_ids(tokenizer, text: str) -> list[int]:
+    """Return the ids of a text as its tokenizer begins it.
+
+    An end token that some tokenizers put behind every text is left out: the model is to go on.
+    """
+    ids = tokenizer(text).input_ids
+    own = tokenizer(text, add_special_tokens=False).input_ids
+    added = len(ids) - len(own)
+    start = next((i for i in range(added + 1) if ids[i : i + len(own)] == own), added)
+    return ids[: start + len(own)]
+
+
+def chat_ids(tokenizer, prompt: str) -> list[int]:
+    "Return the ids of a prompt in the tokenizer's chat template."
+    return tokenizer(chat_prompt(tokenizer, prompt), add_special_tokens=False).input_ids
 
 
 def opening_of(tokenizer) -> str:
@@ -186,10 +232,21 @@ class LocalBackend:
 
     def encode(self, prompt: str) -> list[int]:
         "Return the token ids of a prompt, in the chat template if `chat` is on."
-        text = chat_prompt(self.tokenizer, prompt) if self.chat else prompt
-        return self.tokenizer(text, add_special_tokens=not self.chat).input_ids
+        if not self.chat:
+            return text_ids(self.tokenizer, prompt)
+        return chat_ids(self.tokenizer, prompt)
 
 # %% ../../nbs/7_engine_room/19_backends.ipynb #4309d9fb
+def check_finite(scores: Scores, rows: Sequence[DecodeRow]) -> None:
+    "Raise UserError for NaN in the hidden states of unfinished rows: any token would be drawn."
+    bad = scores.hidden.isnan().any(-1).tolist()
+    names = [row.id for row, wrong in zip(rows, bad) if wrong and not row.finish]
+    if names:
+        fix = "Check its weights, and load it in float32 or bfloat16."
+        where = f"request {names[0]}"
+        raise UserError("the model computes NaN", where=where, fix=fix)
+
+
 @torch.inference_mode()
 def log_probabilities(logits: torch.Tensor, tokens: torch.Tensor) -> list[float]:
     "Return the log-probability of each row's token from logits (rows, vocabulary)."
@@ -214,6 +271,7 @@ class _Endings:
     ) -> list[Completion]:
         "Append a token to each unfinished row; return the completions that end with it."
         batch = batches[0]
+        check_finite(scores[0], batch.rows)
         batch.last = next_tokens(scores[0], batch.rows, self.decoding, self.head)
         logprobs = [0.0] * len(batch.rows)
         if self.backend.logprobs:

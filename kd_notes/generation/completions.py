@@ -24,6 +24,7 @@ from kd_notes.core import (
     cache_dir,
     disk_error,
     folder_lock,
+    opened,
     read_json,
     sha256_text,
     to_jsonable,
@@ -86,7 +87,8 @@ class Decoding(SamplingParams):
         several = is_count(self.n, 2) and self.temperature > 0
         rule = "1, or more with a temperature above 0"
         require(several or self.n == 1, "n", self.n, rule)
-        require(all(stop), "stop", stop, "a tuple of texts that are not empty")
+        texts = all(isinstance(text, str) and text for text in stop)
+        require(texts, "stop", stop, "a tuple of texts that are not empty")
 
 # %% ../../nbs/7_engine_room/09_completions.ipynb #comp-12
 WITHOUT_ANSWER = ("refused", "unanswered")  # by a server that will not, or that failed
@@ -235,7 +237,10 @@ class JobManifest:
             self.content = dict(self.identity)
             self.update(status="running", sessions=[])
             return
-        self.content = {"status": "running", "sessions": []} | read_json(file)
+        found = read_json(file)
+        if not isinstance(found, dict):
+            raise self.refusal("the manifest is not whole", file)
+        self.content = {"status": "running", "sessions": []} | found
         stored = {key: self.content.get(key) for key in self.identity}
         if changed := differences(stored, self.identity):
             raise self.refusal(f"the file belongs to another job ({'; '.join(changed)})")
@@ -277,13 +282,11 @@ def _only_writer(path: Path) -> Iterator[None]:
 # %% ../../nbs/7_engine_room/09_completions.ipynb #comp-26
 def stream_jsonl(path: Path | str) -> Iterator[dict]:
     "Yield the rows of a JSONL file one by one; an error names file and line."
-    try:
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield _jsonl_row(line.removeprefix(BOM_UTF8), f"{path}:{number}")
-    except OSError as e:
-        raise UserError(f"the file cannot be read ({e.strerror})", where=path) from e
+    with opened(path) as file:
+        for number, line in enumerate(file, 1):
+            text = line.removeprefix(BOM_UTF8) if number == 1 else line
+            if text.strip():
+                yield _jsonl_row(text, f"{path}:{number}")
 
 # %% ../../nbs/7_engine_room/09_completions.ipynb #a8f4e71f
 def drop_unanswered(path: Path) -> None:
@@ -357,11 +360,13 @@ class AnswerFile(Answers):
         identity: dict,  # everything that decides the answers: teacher, settings, prompts
         totals: Callable[[Any], dict] = lambda rows: {"rows": len(rows)},
         rows: Any = None,  # what keeps the rows; None: a list. It has `append` and a length.
+        needs: Sequence[str] = ("id",),  # fields without which a row is damaged
     ):
         self.path = Path(path)
         self.manifest = JobManifest(self.path, identity)
         self.totals = totals
         self.rows = [] if rows is None else rows  # all rows in the file
+        self.needs = needs
 
     @contextmanager
     def open(self) -> Iterator["AnswerFile"]:
@@ -371,7 +376,10 @@ class AnswerFile(Answers):
             if self.path.exists():
                 append_jsonl(self.path, [])  # repairs a half-written last line
                 drop_unanswered(self.path)  # they are asked for again
-                for row in stream_jsonl(self.path):
+                for number, row in enumerate(stream_jsonl(self.path), 1):
+                    if lost := [name for name in self.needs if name not in row]:
+                        what = f"the row has no {lost[0]!r}, so it is damaged"
+                        raise self.manifest.refusal(what, f"{self.path}, row {number}")
                     self.rows.append(row)
             yield self
 

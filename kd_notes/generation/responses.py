@@ -42,15 +42,23 @@ def hidden_status(content: bytes) -> int | None:
     if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
         return 502
     reason = choices[0].get("finish_reason")
-    if reason == "error" or reason is None and _text_of(choices[0]) is None:
+    there = _message_of(choices[0]) is not None or "text" in choices[0]
+    # A filter may leave no message; any other ending has one, though its content may be null.
+    if reason == "error" or not there and not _names_one(reason, _FILTERED):
         return 502
-    return None
+    return 502 if reason is None and _text_of(choices[0]) is None else None
+
+
+def _message_of(choice: dict) -> dict | None:
+    "The message of a choice; of a server that streams unasked, the part that it is called."
+    found = (choice.get(name) for name in ("message", "delta"))
+    return next((part for part in found if isinstance(part, dict)), None)
 
 
 def _text_of(choice: dict) -> str | None:
     "The text of a choice; None if it has none. Content may be a block or a list of blocks."
-    message = choice.get("message")
-    content = message.get("content") if isinstance(message, dict) else choice.get("text")
+    message = _message_of(choice)
+    content = choice.get("text") if message is None else message.get("content")
     if isinstance(content, str) or content is None:
         return content
     return "".join(map(_block_text, content if isinstance(content, list) else [content]))
@@ -78,14 +86,18 @@ _FILTERED = (
 _ENDED = ("stop", "end", "eos", "complete", "finish", "tool", "function")
 
 
+def _names_one(reason: Any, words: tuple | list) -> bool:
+    name = str(reason or "").casefold()
+    return any(word in name for word in words)
+
+
 def finish_of(reason: Any, tokens: int, limit: int, size: int) -> str:
     "Return 'stop', 'length' or 'refused' for a server's finish reason; `size`: bytes of the text."
-    name = str(reason or "").casefold()
-    if any(word in name for word in _FILTERED):
+    if _names_one(reason, _FILTERED):
         return "refused"
-    if any(word in name for word in _CUT):
+    if _names_one(reason, _CUT):
         return "length"
-    if any(word in name for word in _ENDED):
+    if _names_one(reason, _ENDED):
         return "stop"
     # No reason, or an unknown one. Without a count, 2 bytes a token is a cautious guess.
     used = tokens or size // 2
@@ -113,8 +125,7 @@ def completion_of(answer: dict, job: tuple, decoding: Decoding, seconds: float) 
         len(raw.encode("utf-8", "replace")),
     )
     text, stopped = cut_at(without_thoughts(whole_characters(raw)), decoding.stop)
-    message = choice.get("message")
-    refusal = message.get("refusal") if isinstance(message, dict) else None
+    refusal = (_message_of(choice) or {}).get("refusal")
     error = None
     if refusal or finish == "refused":
         finish = "refused"

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from ..checks import check_fields
 from kd_notes.core import (
     append_jsonl,
     atomic_write,
@@ -59,6 +60,7 @@ class Recipe:
     seed: int = 0  # sampled: of the draws
 
     def __post_init__(self):
+        check_fields(self)
         choices = {"mode": MODES, "draw": DRAWS, "dtype": tuple(_FLOAT_BYTES)}
         for name, known in choices.items():
             value = getattr(self, name)

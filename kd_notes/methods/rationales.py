@@ -20,7 +20,7 @@ from ..checks import check_count
 from ..core import rng, UserError
 from ..data.answers import equation_value, EquationError
 from ..data.examples import Example, task_info, TaskInfo
-from ..data.numbers import meant_label, without_markup, written_number
+from ..data.numbers import meant_label, unannounced, without_markup, written_number
 from ..generation.backends import Backend, remember_answered
 from kd_notes.generation.completions import (
     AnswerFile,
@@ -161,7 +161,7 @@ _COLON = r"[ \t]*[*_`]*[ \t]*[:：=](?:[ \t]*(?:[*_`}]+|</\w{1,6}>))*"
 _HEADING = r"[*_ \t]*(?=\n)"  # behind an "Answer" that is a line of its own
 _MARKER = rf"(?:(?:the |my )?(?:final |correct )?answer(?: is)?{_COLON}|<answer>)"
 _AT_LINE_START = re.compile(
-    rf"^{_MARKUP}{_MARKER}|^[ \t]*[#*_]+[ \t]*(?:final )?answer{_HEADING}",
+    rf"^{_MARKUP}[(\[]?{_MARKER}|^[ \t]*[#*_]+[ \t]*(?:final )?answer{_HEADING}",
     re.IGNORECASE | re.MULTILINE,
 )
 _INSIDE_A_LINE = re.compile(rf"[*_`]*(?:[Ff]inal )?Answer{_COLON}|<answer>")
@@ -191,13 +191,13 @@ def _marker(text: str) -> re.Match | None:
 
 def split_answer(
     text: str,
-    reads: Callable[[str], Any]
-    | None = None,  # whether a line below an empty announcement is an answer
+    reads: Callable | None = None,  # whether a line without an announcement is an answer
 ) -> tuple[str, str | None, bool]:
     "Return rationale, answer (None without a marker), and whether the answer's line ended."
     marker = _marker(text)
     if marker is None:
-        return clean_rationale(text), None, False
+        reasoning, answer = unannounced(text, reads)
+        return clean_rationale(reasoning), answer, False
     rest = text[marker.end() :].lstrip(" \t")
     if (
         marker[0].lstrip()[:1] in ("#", "*", "_")
@@ -233,6 +233,8 @@ def clean_label(
 def _expression(text: str) -> str | None:
     "Return the expression left of =, or else the number that an answer gives."
     left, equals, right = text.partition("=")
+    if re.search(r"[,;]\s*[^\W\d_]|\band\b", right.rpartition("=")[0]):
+        return None  # "x = 5, y = 3"
     left = left.strip().rstrip(".").strip()
     try:
         equation_value(left)
@@ -310,6 +312,10 @@ def check_examples(examples: Sequence[Example], prompt: Prompt) -> None:
         )
 
 # %% ../../nbs/3_reasons/01_rationales.ipynb #rat-keys
+ROW_FIELDS = "id prompt_hash outcome rationale label text seconds prompt_tokens completion_tokens"
+ROW_FIELDS = ROW_FIELDS.split()  # of a row of a file
+
+
 def _key(row: dict) -> tuple[str, int]:
     return row["id"], row.get("sample", 0)
 
@@ -354,9 +360,11 @@ def extract(
         "decoding": decoding,
         "prompt": prompt.describe(),
     }
-    with AnswerFile(out_path, identity, _totals).open() as answers:
+    with AnswerFile(out_path, identity, _totals, needs=ROW_FIELDS).open() as answers:
         _check_inputs(answers, prompts)
         have = {_key(row) for row in answers.rows}
+        if len(have) < len(answers.rows):
+            raise answers.manifest.refusal("an answer is in the file twice")
         todo = [
             (name, text)
             for name, text in prompts.items()

@@ -128,7 +128,12 @@ def answer_rows(
     def ask(places: array) -> list[dict]:
         return responses_of(teacher, tokenizer, [rows[i] for i in places], writing)
 
-    with AnswerFile(path, job, rows=_Answered()).open() as answers:
+    fields = (
+        "id",
+        "response",
+        "whole",
+    )
+    with AnswerFile(path, job, rows=_Answered(), needs=fields).open() as answers:
         there = answers.rows
         todo = array("q", (i for i, row in enumerate(rows) if hash(row.id) not in there))
         parts = [todo[start : start + chunk] for start in range(0, len(todo), chunk)]

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..core import UserError
+from ..core import first_line, UserError
 from .pretrained import load_pretrained
 
 # %% ../../nbs/2_playground/10_layer_drop.ipynb #1dc7f578
@@ -52,7 +52,7 @@ def evenly_spaced(total: int, keep: int) -> list[int]:
     return [0] if keep == 1 else [round(i * (total - 1) / (keep - 1)) for i in range(keep)]
 
 # %% ../../nbs/2_playground/10_layer_drop.ipynb #3518496e
-_LAYER = re.compile(r"^(?P<stack>.*?\b(?:layers|block|h))\.(?P<number>\d+)\.(?P<rest>.*)$")
+_LAYER = re.compile(r"^(?P<stack>.*?\b(?:layers|blocks?|h))\.(?P<number>\d+)\.(?P<rest>.*)$")
 
 
 def _renumber(state: dict, keep: dict[str, list[int]]) -> dict:
@@ -106,11 +106,24 @@ def _layer_choice(keep_layers: Any, stacks: dict[str, int]) -> dict[str, list[in
     return keep
 
 # %% ../../nbs/2_playground/10_layer_drop.ipynb #1a54e6ed
+_NUMBERS = re.compile("_indices$|_idxs$|^mlp_only_layers$|^moe_layers$")  # lists of layer numbers
+_OTHER_LISTS = re.compile("token_ids?$|^architectures$")  # these say nothing about layers
+
+
 def _cut_lists(config, keep: list[int], total: int) -> None:
-    "Shorten the config's lists with one entry per layer, such as layer_types."
+    """Shorten the config's lists with one entry per layer, such as layer_types.
+
+    Lists of layer numbers, and the number of dense layers before the experts, are counted anew.
+    """
     for name, value in vars(config).items():
-        if isinstance(value, (list, tuple)) and len(value) == total:
+        if not isinstance(value, (list, tuple)) or _OTHER_LISTS.search(name):
+            continue
+        if _NUMBERS.search(name):
+            setattr(config, name, [keep.index(i) for i in value if i in keep])
+        elif len(value) == total:
             setattr(config, name, [value[i] for i in keep])
+    if dense := getattr(config, "first_k_dense_replace", None):
+        config.first_k_dense_replace = sum(i < dense for i in keep)
 
 
 def _shorter_config(config, keep: dict[str, list[int]], stacks: dict[str, int]):
@@ -179,6 +192,16 @@ def _check_cut(model, student, stack: str, keep: list[int]) -> None:
         )
 
 # %% ../../nbs/2_playground/10_layer_drop.ipynb #cb996d59
+def _uncut(model, what: str) -> UserError:
+    "Return the error for a model whose layers cannot be taken out one by one."
+    return UserError(
+        f"{type(model).__name__} cannot be cut: {what}",
+        where="keep_layers",
+        fix="Its config says something about its layers that layer_drop does not support; use "
+        "another choice of layers, or another model.",
+    )
+
+
 def layer_drop(
     model,  # a causal or T5-like model; it is not changed
     keep_layers,  # a number (evenly spaced), a list, or {"encoder": ..., "decoder": ...}
@@ -186,13 +209,19 @@ def layer_drop(
     "Return a new, trainable model with only these layers, same dtype and device."
     state = model.state_dict()
     stacks = _stacks(state)
+    if len(stacks) != 1 + model.config.is_encoder_decoder:
+        raise _uncut(model, f"it has {len(stacks)} stacks of layers that are known by name")
     keep = _layer_choice(keep_layers, stacks)
     short = _renumber(state, keep)
     for stack in keep:
         _move_shared_bias(state, short, stack)
-    config = _shorter_config(model.config, keep, stacks)
-    student = type(model)(config).to(dtype=model.dtype, device=model.device)
-    student.load_state_dict(short)
+    try:
+        config = _shorter_config(model.config, keep, stacks)
+        student = type(model)(config).to(dtype=model.dtype, device=model.device)
+        student.load_state_dict(short)
+    except (LookupError, RuntimeError, TypeError, ValueError) as error:
+        kept = list(keep.values())
+        raise _uncut(model, f"layers {kept} make no model ({first_line(error)})") from error
     if not config.is_encoder_decoder:
         ((stack, kept),) = keep.items()
         _check_cut(model, student, stack, kept)

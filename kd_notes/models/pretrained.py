@@ -32,12 +32,11 @@ def context_of(*models, limit: int = 0) -> int:
     0: no limit (T5's positions are relative).
     """
     configs = [m.config for m in models if not m.config.is_encoder_decoder]
-    found = [
-        getattr(c, name, None)
-        for c in configs
-        for name in ("max_position_embeddings", "n_positions")
-    ]
-    return min([n for n in [*found, limit] if n], default=0)
+    # the language model of a composite config
+    configs = [getattr(c, "get_text_config", lambda c=c: c)() for c in configs]
+    names = ("max_position_embeddings", "n_positions", "max_seq_len")
+    found = [getattr(c, name, None) or 0 for c in configs for name in names]
+    return min([n for n in [*found, limit] if n > 0], default=0)
 
 # %% ../../nbs/2_playground/09_pretrained.ipynb #20f721ed
 def count_parameters(model: torch.nn.Module) -> int:
@@ -297,6 +296,29 @@ def _local_snapshot(source: str, revision: str | None, local_files_only: bool | 
     return snapshot_download(source, revision=revision, local_files_only=True)
 
 # %% ../../nbs/2_playground/09_pretrained.ipynb #4baed3f5
+@contextmanager
+def loading(what: str, source: str, fix: str) -> Iterator[None]:
+    """Raise a UserError for whatever transformers raises inside the block.
+
+    A config decides which code runs: it may lack a library, a name or a shape.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = first_line(error)
+        if reason.endswith(":"):  # the next line says what is wrong
+            reason = " ".join(str(error).split())[:300]
+        if "ignore_mismatched_sizes" in reason:
+            reason = "the weights have other shapes than config.json says"
+        elif isinstance(error, (KeyError, TypeError, AttributeError)):
+            reason = f"{type(error).__name__}: {reason}"
+        if isinstance(error, ImportError):
+            fix = "Install that library, or choose a model that is not quantized."
+        raise UserError(f"the {what} could not be loaded: {reason}", source, fix) from error
+
+
 def load_part(source: str, part: str) -> Any:
     """Return the config or the tokenizer of a model, without its weights.
 
@@ -305,14 +327,10 @@ def load_part(source: str, part: str) -> Any:
     from transformers import AutoConfig, AutoTokenizer
 
     auto = {"config": AutoConfig, "tokenizer": AutoTokenizer}[part]
-    try:
+    with loading(
+        part, source, "Check the name; a model of the hub needs a network or a filled cache."
+    ):
         return auto.from_pretrained(_local_snapshot(resolve_model(source), None, None))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"the {part} could not be loaded: {first_line(error)}",
-            where=source,
-            fix="Check the name; a model of the hub needs a network or a filled cache.",
-        ) from error
 
 # %% ../../nbs/2_playground/09_pretrained.ipynb #c3a939ae
 def _from_pretrained(
@@ -321,20 +339,15 @@ def _from_pretrained(
     "Load model and tokenizer from safetensors, without remote code."
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-    try:
+    fix = "Check the name; a model of the hub needs a network or a filled cache, a folder needs "
+    fix += "config.json, safetensors weights and a tokenizer."
+    with loading("model", source, fix):
         place = _local_snapshot(source, revision, local_files_only)
         config = AutoConfig.from_pretrained(place, revision=revision)
         auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         options = {"dtype": dtype, "use_safetensors": True, "revision": revision}
         model, found = auto.from_pretrained(place, **options, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(place, revision=revision)
-    except (OSError, ValueError, SafetensorError) as e:
-        raise UserError(
-            f"the model could not be loaded: {first_line(e)}",
-            where=source,
-            fix="Check the name; a model of the hub needs a network "
-            "or a filled cache, a folder needs config.json, safetensors weights and a tokenizer.",
-        ) from e
     if missing := sorted(found["missing_keys"]):
         raise UserError(
             f"{len(missing)} weights are missing, among them {missing[0]}",

@@ -6,7 +6,9 @@
 __all__ = ['read_corpus', 'distill']
 
 # %% ../../nbs/4_probabilities/15_distill.ipynb #2d062392
+import math
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
@@ -114,6 +116,16 @@ def _answers(request: Request, pair: Pair, rows: Sequence[TextRow]) -> Iterator[
     return answered_rows(file, rows)
 
 
+def _tell_empty(request: Request, empty: int, asked: int) -> None:
+    "Say how many answers of the teacher are empty. Raises UserError if all of them are."
+    if empty == asked:
+        fix = "Read what it answers to a row; its chat template or its end tokens may be wrong."
+        name = shown_name(request.teacher)
+        raise UserError(f"all {asked} answers of the teacher are empty", where=name, fix=fix)
+    if empty:
+        request.say(f"{empty} of the teacher's {asked} answers are empty; they are left out")
+
+
 def _text_method(request: Request, pair: Pair) -> Method:
     "Return a method that learns completions without a teacher's probabilities."
     kind = SymmetricSFT if request.objective == "symmetric_cross_entropy" else SFT
@@ -148,12 +160,13 @@ def read_corpus(source: Path | str | Iterable[str] | None) -> tuple[str, ...]:
     if source is None:
         return ()
     if not isinstance(source, (str, os.PathLike)):
-        texts = list(source)
-    elif str(source).endswith(".jsonl"):
+        texts = list(source) if isinstance(source, Iterable) else []
+    elif str(source).lower().endswith(".jsonl"):
         texts = [row.get("text") for _, row in numbered_rows(Path(source))]
     else:
-        texts = [text for text in read_text(source).split("\n\n") if text.strip()]
-    wrong = [number for number, text in enumerate(texts, 1) if not isinstance(text, str)]
+        lines = read_text(source).replace("\r\n", "\n")
+        texts = [text for text in re.split(r"\n[ \t]*\n", lines) if text.strip()]
+    wrong = [n for n, text in enumerate(texts, 1) if not isinstance(text, str) or not text.strip()]
     if wrong or not texts:
         what = f"text {wrong[0]} is no text" if wrong else "there are no texts"
         fix = 'Give texts, JSONL with the field "text", or a text file with blank lines between.'
@@ -197,6 +210,7 @@ class _Distillation:
         if objective.startswith("seqkd"):
             answers = _answers(self.request, pair, self.texts)
             self.rows = self.store("answers", (pair.encode([row])[0] for row in answers))
+            _tell_empty(self.request, len(self.texts) - len(self.rows), len(self.texts))
         if objective in TEXT_OBJECTIVES:
             return _text_method(self.request, pair)
         if objective == "cached_forward_kl":
@@ -232,7 +246,12 @@ def _validation(job: _Distillation) -> Validation:
     )
 
 # %% ../../nbs/4_probabilities/15_distill.ipynb #0c9e0340
-def _measured(job: _Distillation, numbers: dict, tokenizer) -> dict:
+def _measured(job: _Distillation, numbers: dict, tokenizer, name: str) -> dict:
+    "Return a model's numbers with bits per byte. Raises UserError for one that is not finite."
+    for measure, value in numbers.items():
+        if not math.isfinite(value):
+            fix = "The model computes NaN or infinity: check its weights, or load it in float32."
+            raise UserError(f"the {measure} of the {name} is {value}", "held-out rows", fix)
     return with_bits_per_byte(numbers, job.pair.encode(job.held_out, tokenizer), tokenizer)
 
 
@@ -249,8 +268,8 @@ def _references(job: _Distillation, check: Validation) -> dict:
         else:
             numbers = Validation(rows, padding_id(tokenizer), batch_size=batch_size)(pair.judge)
         references = {
-            "teacher": _measured(job, numbers, tokenizer) if numbers else {},
-            "untrained": _measured(job, check(pair.student), pair.tokenizer),
+            "teacher": _measured(job, numbers, tokenizer, "teacher") if numbers else {},
+            "untrained": _measured(job, check(pair.student), pair.tokenizer, "student"),
         }
         write_json(file, references)
     return read_json(file)
@@ -305,7 +324,7 @@ def _run(job: _Distillation) -> dict:
     model = whole_model(result.model, request.work / "whole", pair.tokenizer, place)
     if not main_process():
         return {}
-    student = _measured(job, check(model), pair.tokenizer)
+    student = _measured(job, check(model), pair.tokenizer, "trained student")
     report = request.as_dict() | {
         "rows": len(job.rows),
         "held_out": len(job.held_out),
@@ -333,6 +352,14 @@ def _run(job: _Distillation) -> dict:
     return report
 
 # %% ../../nbs/4_probabilities/15_distill.ipynb #74feb532
+def _with_weights(out: Path, report: dict | None) -> dict | None:
+    "Return the report of a finished student. Raises UserError if its weights are gone."
+    if report is not None and not any(out.glob("*.safetensors")):
+        fix = "Put them back, or delete the folder and repeat the call."
+        raise UserError("the folder has a report, and no weights", where=out, fix=fix)
+    return report
+
+
 def _start(request: Request) -> _Distillation:
     "Load and check everything before anything is computed."
     settings = request.settings
@@ -347,7 +374,7 @@ def _start(request: Request) -> _Distillation:
         activations = memory["activations"] / 1e9
         request.say(
             f"about {total:.1f} GB of memory, {activations:.1f} GB of them for activations, with "
-            f"batches of {settings.batch_size} rows of {settings.max_length} tokens"
+            f"batches of {settings.batch_size} rows of {memory['length']} tokens"
         )
     pair = Pair.load(request)
     asked = request.as_dict()
@@ -433,7 +460,7 @@ def distill(
     connect_processes(chosen.device)
     with folder_lock(request.out, wait=False) if main_process() else nullcontext():
         check_shared_folder(request.out)
-        if report := by_main(request.finished):
+        if report := by_main(lambda: _with_weights(request.out, request.finished())):
             request.say("finished already")
             return report if main_process() else {}
         return _run(_start(request))

@@ -6,13 +6,14 @@
 __all__ = []
 
 # %% ../../nbs/4_probabilities/15c_pair.ipynb #858af293
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..core import UserError
-from ..data.dialogues import chat_template_of, encode_row, end_id
+from ..data.dialogues import chat_template_of, encode_row, end_id, turn_end_id
 from ..data.rows import store_rows, StoredRows, TextRow
 from ..environment import versions
 from ..losses.cross_tokenizer import check_tokenizers
@@ -30,6 +31,28 @@ from kd_notes.products.request import (
 from .settings import CROSS_OBJECTIVES, ON_POLICY, TEXT_OBJECTIVES
 
 # %% ../../nbs/4_probabilities/15c_pair.ipynb #9ee80f21
+def warn_of_layouts(pair: "Pair") -> None:
+    """Warn if a teacher ends or lays out chats in another way than the student does.
+
+    It judges text in the student's layout. What it expects there is learnt, such as an end that the
+    student does not know as one, so that the student's answers go on and on.
+    """
+    for _, tokenizer in pair.members:
+        sides = (pair.tokenizer, tokenizer)
+        mine, other = (side.convert_ids_to_tokens(turn_end_id(side)) for side in sides)
+        if mine != other:
+            problem = f"the student ends an answer with {mine!r} and the teacher with {other!r}"
+        elif chat_template_of(sides[0]) != chat_template_of(sides[1]):
+            problem = "student and teacher have different chat templates"
+        else:
+            continue
+        warnings.warn(
+            f"{problem}: the teacher judges the student's layout, and the student learns what "
+            "belongs into the teacher's. Give both one tokenizer, or use seqkd.",
+            stacklevel=4,
+        )
+
+
 def shared_vocabulary(pair: "Pair", request: Request) -> int | None:
     "Check the models and return the number of shared ids, None if tokenizers differ."
     sides = [(*member, source) for member, source in zip(pair.members, pair.sources)]
@@ -48,7 +71,7 @@ def shared_vocabulary(pair: "Pair", request: Request) -> int | None:
     if not pair.members:
         return pair.teacher.width  # the probe has compared the tokenizers
     try:
-        return min(check_tokenizers(pair.tokenizer, member[1]) for member in pair.members)
+        size = min(check_tokenizers(pair.tokenizer, member[1]) for member in pair.members)
     except UserError as error:
         if request.objective in {*TEXT_OBJECTIVES, *CROSS_OBJECTIVES}:
             return None
@@ -58,6 +81,9 @@ def shared_vocabulary(pair: "Pair", request: Request) -> int | None:
             fix=f"{request.objective} compares ids. Use spans_matched, uld or seqkd with one local "
             "teacher.",
         ) from error
+    if request.objective not in {*TEXT_OBJECTIVES, *CROSS_OBJECTIVES}:
+        warn_of_layouts(pair)
+    return size
 
 # %% ../../nbs/4_probabilities/15c_pair.ipynb #check-rows
 def check_rows(

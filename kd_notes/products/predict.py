@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..checks import check_count
 from ..core import read_json, UserError, write_json
 from ..data.examples import Example, TaskInfo
 from ..data.task_file import own_task, OwnTask, task_examples
@@ -87,6 +88,8 @@ def load_student(
         raise UserError(
             "this model does not say which task it was trained for", where=spec, fix=fix
         )
+    if max_new_tokens is not None:
+        max_new_tokens = check_count(max_new_tokens, "max_new_tokens", 1)
     trained = task_from_dict(known["task"]) if known else None
     task = own_task(trained if task is None else task)
     for part in ("template", "labels", "metric"):
@@ -99,6 +102,10 @@ def load_student(
     model, tokenizer = load_pretrained(spec, device=device)
     identity = {"model": shown_name(spec), "weights": weights_identity(str(spec))}
     longest = max_new_tokens or known.get("max_new_tokens", NEW_TOKENS)
+    if (context := context_of(model)) and longest >= context:
+        fix = "Set max_new_tokens to a smaller number."
+        what = f"{longest} new tokens leave no room for an input in the context of {context}"
+        raise UserError(what, where="setting max_new_tokens", fix=fix)
     return Student(model.eval(), tokenizer, task, known.get("prefix", ""), longest, identity)
 
 # %% ../../nbs/3_reasons/09_predict.ipynb #84e3a60c
@@ -158,8 +165,7 @@ def answer_file(
 
     Each batch is stored as soon as it is done.
     """
-    if batch_size < 1:
-        raise UserError(f"{batch_size} rows", where="batch_size", fix="Use 1 or more.")
+    batch_size = check_count(batch_size, "batch_size", 1)
     identity = {
         **student.identity,
         "task": student.task.as_dict(),
@@ -167,7 +173,13 @@ def answer_file(
         "max_new_tokens": student.max_new_tokens,
     }
     asked = {example.id: prompt_hash(student.prefix + example.input) for example in examples}
-    with AnswerFile(out, identity, _totals).open() as answers:
+    fields = (
+        "id",
+        "answer",
+        "outcome",
+        "prompt_hash",
+    )
+    with AnswerFile(out, identity, _totals, needs=fields).open() as answers:
         left = unanswered(answers, asked)
         todo = [example for example in examples if example.id in left]
         parts = list(length_batches(student, todo, batch_size))

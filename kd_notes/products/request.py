@@ -260,6 +260,9 @@ def finished_report(out: Path, request: Callable[[], dict], what: str) -> dict |
     file = out / "request.json"
     if file.is_file():
         before = read_json(file)
+        if not isinstance(before, dict):
+            fix = "Delete this folder, or choose another one."
+            raise UserError("the file does not say what was asked for", where=file, fix=fix)
         now = request()
         if changed := changed_names(before, now):
             raise UserError(
@@ -454,7 +457,7 @@ def _teacher_configs(teacher: str | tuple | TeacherGroup) -> list:
 
 
 def expected_memory(request: Request) -> dict[str, int] | None:
-    """Estimate the bytes of training by part from the configs alone.
+    """Estimate the bytes of training by part from the configs alone, and the length of its rows.
 
     None if a config is not available.
     """
@@ -468,8 +471,6 @@ def expected_memory(request: Request) -> dict[str, int] | None:
         config = teachers[0] if kind == "layers" else _config_of(student)
     except UserError:
         return None  # loading the models will raise the error
-    if kind == "layers" and layers.replace(",", "").isdigit():
-        config = shorter_config(config, layers.count(",") + 1 if "," in layers else int(layers))
     cfg = TrainConfig(
         max_steps=1,
         batch_size=settings.batch_size,
@@ -479,6 +480,16 @@ def expected_memory(request: Request) -> dict[str, int] | None:
         gradient_checkpointing=settings.gradient_checkpointing,
     )
     needs_teacher = request.objective not in TEXT_OBJECTIVES
-    length = settings.max_length or 512
+    texts = [each.get_text_config() for each in (config, *teachers)]
+    contexts = (getattr(text, "max_position_embeddings", None) for text in texts)
+    length = min([settings.max_length or 512, *filter(None, contexts)])
     teacher = teachers if needs_teacher else None
-    return memory_estimate(config, cfg, length=length, teacher=teacher)
+    try:
+        if kind == "layers" and layers.replace(",", "").isdigit():
+            config = shorter_config(config, layers.count(",") + 1 if "," in layers else int(layers))
+        estimate = memory_estimate(config, cfg, length=length, teacher=teacher)
+        return estimate | {"length": length}
+    except UserError:
+        raise
+    except Exception:
+        return None  # a config that no model can be built of: loading will raise the error

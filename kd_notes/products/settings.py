@@ -186,8 +186,9 @@ def on_policy_config(name: str, s: "DistillSettings", rows: int, corpus: bool) -
     if not corpus:
         changes["pt_weight"] = 0.0  # the language-modelling term has nothing to read
     make = METHODS[name][1]
+    options = check_arguments(type(make(**changes)), s.options)
     try:
-        return make(**(changes | s.options))
+        return make(**(changes | options))
     except TypeError as error:
         raise UserError(
             f"a setting does not exist: {str(error).split('__init__() ')[-1]}",

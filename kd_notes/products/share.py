@@ -86,7 +86,7 @@ _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 def shard_bytes(size: str) -> int:
     "Return the bytes of a size such as 500MB or 2GB."
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(KB|MB|GB)", size.strip().upper())
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(KB|MB|GB)", str(size).strip().upper())
     bytes_ = int(float(found[1]) * _UNITS[found[2]]) if found else 0
     if not bytes_:
         fix = "Write a size such as 500MB or 2GB."

@@ -101,9 +101,9 @@ def setting_value(text: str) -> Any:
     text = text.strip()
     if text.lower() in _WORDS:
         return _WORDS[text.lower()]
-    with suppress(ValueError):
+    with suppress(ValueError, RecursionError):
         return json.loads(text, parse_constant=_no_constant)
-    with suppress(ValueError, SyntaxError):
+    with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
         return ast.literal_eval(text)
     return text
 
@@ -127,6 +127,9 @@ def plain_settings(
             raise UserError(
                 f"{name} is an option", where="--set", fix=f"Use --{name.replace('_', '-')}."
             )
+        if name in settings:
+            fix = "Give every setting once."
+            raise UserError(f"{name} is set twice", where="--set", fix=fix)
         settings[name] = setting_value(value)
     return settings
 
@@ -137,8 +140,13 @@ def parse_sets(
 ) -> dict[str, dict]:
     "Return {notebook: {parameter: value}}. A setting without a notebook is an error."
     chosen: dict[str, dict] = {name: {} for name in known}
+    given = set()
     for text in sets:
         left, equals, value = text.partition("=")
+        if left.strip() in given:
+            fix = "Give every setting once."
+            raise UserError(f"{left.strip()} is set twice", where="--set", fix=fix)
+        given.add(left.strip())
         notebook, _, parameter = left.strip().rpartition(".")
         reached = [n for n in known if parameter in known[n] and notebook in ("", n)]
         if not equals or not reached:

@@ -212,12 +212,13 @@ def _head_is_last(model) -> bool:
     handle = head.register_forward_hook(replace)
     try:
         logits = model(input_ids=ids, use_cache=False).logits
-        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        base = model.base_model(input_ids=ids, use_cache=False)
+        hidden = getattr(base, "last_hidden_state", None)  # Llama 4 has no model below its head
     finally:
         handle.remove()
         for module, mode in modes.items():
             module.training = mode
-    if not seen or logits.shape != seen["given"].shape:
+    if not seen or hidden is None or logits.shape != seen["given"].shape:
         return False
     same_logits = torch.equal(logits.to(seen["given"].dtype), seen["given"])
     return same_logits and torch.equal(hidden, seen["read"])

@@ -26,6 +26,7 @@ from torch import Tensor
 from kd_notes.core import (
     atomic_write,
     canonical_json,
+    disk_error,
     read_json,
     read_jsonl,
     stable_hash,
@@ -151,6 +152,13 @@ def _write_checkpoint(state: TrainState, folder: Path) -> None:
     )
 
 # %% ../../nbs/7_engine_room/16_checkpoint.ipynb #ae165290
+def make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise disk_error(e, folder) from e
+
+
 def save_checkpoint(state: TrainState) -> None:
     "Write run_dir/checkpoints/step-N, atomically, and delete the previous one."
     final = state.run_dir / "checkpoints" / f"step-{state.step:07d}"
@@ -159,7 +167,7 @@ def save_checkpoint(state: TrainState) -> None:
     try:
         if main:
             shutil.rmtree(part, ignore_errors=True)
-            part.mkdir(parents=True)
+            make_folder(part)
         state.accelerator.wait_for_everyone()
         _save_tensors(part / f"rng-{state.accelerator.process_index}.safetensors", rng_state())
         _write_all(state, part)
@@ -263,7 +271,11 @@ def _load_tensors(state: TrainState, folder: Path) -> None:
     "Load weights, optimizer, best weights and random states of a checkpoint."
     params = trainable(state.objective)
     optimizer = state.optimizer.optimizer
-    for name, value in _read_tensors(folder / "model.safetensors").items():
+    weights = _read_tensors(folder / "model.safetensors")
+    if weights.keys() != params.keys():
+        fix = "Delete its folder; the run then goes on from an older checkpoint or begins again."
+        raise UserError("the checkpoint holds other weights", folder / "model.safetensors", fix)
+    for name, value in weights.items():
         write_into(params[name], value)
     for key, value in _read_tensors(folder / "optimizer.safetensors").items():
         name, kind = key.rsplit("/", 1)
@@ -286,12 +298,26 @@ def _load_tensors(state: TrainState, folder: Path) -> None:
         set_rng_state(_read_tensors(mine))
 
 # %% ../../nbs/7_engine_room/16_checkpoint.ipynb #ef9f8ef5
+_PROGRESS = (
+    "step",
+    "tokens",
+    "seconds",
+    "best",
+    "stale",
+    "stop",
+)
+
+
 def _check_same_run(state: TrainState, found: Any) -> None:
     now = fingerprint(state)
     if found == now:
         return
-    known = isinstance(found, dict)
-    other = [name for name in now if not known or found.get(name) != now[name]]
+    found = found if isinstance(found, dict) else {}
+    # a run that began without a validation may get one
+    names = [name for name in {**now, **found} if name in found or name != "validation"]
+    other = [name for name in names if found.get(name) != now.get(name)]
+    if not other:
+        return
     raise UserError(
         f"the folder holds a checkpoint of a run with other {' and other '.join(other)}",
         where=state.run_dir,
@@ -299,14 +325,24 @@ def _check_same_run(state: TrainState, found: Any) -> None:
     )
 
 
+def _read_state(path: Path) -> dict:
+    "Read the state of a checkpoint. Raises UserError if a part of it is missing."
+    kept = read_json(path)
+    names = ("fingerprint", "method", "callbacks", *_PROGRESS)
+    if not isinstance(kept, dict) or not all(name in kept for name in names):
+        fix = "Delete its folder; the run then goes on from an older checkpoint or begins again."
+        raise UserError("the checkpoint's state is not whole", where=path, fix=fix)
+    return kept
+
+
 def resume(state: TrainState) -> None:
     "Load the newest checkpoint of run_dir, if there is one. That of another run is an error."
     folder = last_checkpoint(state.run_dir)
     if folder is not None:
-        kept = read_json(folder / "state.json")
+        kept = _read_state(folder / "state.json")
         _check_same_run(state, kept["fingerprint"])
         _load_tensors(state, folder)
-        for name in ("step", "tokens", "seconds", "best", "stale", "stop"):
+        for name in _PROGRESS:
             setattr(state, name, kept[name])
         state.saved = state.step
         state.method.load_state_dict(kept["method"])

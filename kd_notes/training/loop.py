@@ -18,11 +18,12 @@ from typing import Any, Callable, Iterable
 import torch
 from torch import Tensor
 
-from ..core import UserError
+from ..core import stable_hash, UserError
 from ..kernels import reused_memory
 from .batches import as_batch, Batch, batch_order, micro_batches
 from kd_notes.training.checkpoint import (
     gathered,
+    make_folder,
     resume,
     rng_state,
     save_checkpoint,
@@ -353,6 +354,9 @@ def train(
     loop = set_up(model, method, examples, cfg, run_dir, callbacks, kind=TrainLoop)
     loop.model.train()
     if loop.run_dir:
+        make_folder(loop.run_dir)
+        if hasattr(validate, "identity"):  # it chooses the best weights
+            loop.identity["validation"] = stable_hash(validate.identity())
         resume(loop)
     for callback in loop.callbacks:
         callback.on_start(loop)

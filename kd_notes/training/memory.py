@@ -6,6 +6,8 @@
 __all__ = []
 
 # %% ../../nbs/7_engine_room/14_memory.ipynb #64795a38
+from contextlib import suppress
+
 import torch
 from torch import Tensor
 
@@ -52,6 +54,9 @@ def _weightless(config, context):
         return auto.from_config(config).train()
 
 # %% ../../nbs/7_engine_room/14_memory.ipynb #39d2c4cf
+MEASURED = 2**22  # tokens of the largest batch that is made for a measurement
+
+
 def _activation_bytes(config, cfg: TrainConfig, length: int, targets: int) -> int:
     """Return the bytes that a step saves for its backward pass.
 
@@ -59,19 +64,20 @@ def _activation_bytes(config, cfg: TrainConfig, length: int, targets: int) -> in
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    real = _uniform_batch(config, cfg.batch_size, length, targets)
-    fake = FakeTensorMode()
-    try:
-        model = _weightless(config, fake)
-        with fake:
-            return saved_bytes(model, real.map(fake.from_tensor), cfg.precision)
-    except Exception:
+    with suppress(Exception):
         # A mixture of experts routes by numbers, which such tensors have not; a compiled kernel
-        # may refuse them. Then: Korthikanti et al. (arXiv 2205.05198), eq. 2 without the
-        # attention matrices, 34 bytes per token, width and layer in half precision.
-        text = config.get_text_config()
-        token = 34 * text.hidden_size * text.num_hidden_layers
-        return cfg.batch_size * length * token * (2 if cfg.precision == "no" else 1)
+        # may refuse them.
+        if cfg.batch_size * length <= MEASURED:
+            real = _uniform_batch(config, cfg.batch_size, length, targets)
+            fake = FakeTensorMode()
+            model = _weightless(config, fake)
+            with fake:
+                return saved_bytes(model, real.map(fake.from_tensor), cfg.precision)
+    # Korthikanti et al. (arXiv 2205.05198), eq. 2 without the attention matrices, 34 bytes per
+    # token, width and layer in half precision.
+    text = config.get_text_config()
+    token = 34 * text.hidden_size * text.num_hidden_layers
+    return cfg.batch_size * length * token * (2 if cfg.precision == "no" else 1)
 
 # %% ../../nbs/7_engine_room/14_memory.ipynb #a8383a6e
 def memory_estimate(

@@ -82,7 +82,7 @@ notebooks: setup
 
 pytest: setup
 	@echo "== pytest: the tests of the library"
-	@$(BIN)/python -m pytest -q -n 2 --dist loadfile tests --ignore tests/test_repository.py --ignore tests/test_readme.py
+	@$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations 20 tests --ignore tests/test_repository.py --ignore tests/test_readme.py
 
 # one process a notebook, two at a time; the last by name takes longest and starts first
 smoke: setup

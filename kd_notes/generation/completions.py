@@ -360,7 +360,7 @@ class AnswerFile(Answers):
         identity: dict,  # everything that decides the answers: teacher, settings, prompts
         totals: Callable[[Any], dict] = lambda rows: {"rows": len(rows)},
         rows: Any = None,  # what keeps the rows; None: a list. It has `append` and a length.
-        needs: Sequence[str] = ("id",),  # fields without which a row is damaged
+        needs: Sequence[str] = (),  # fields without which a row is damaged
     ):
         self.path = Path(path)
         self.manifest = JobManifest(self.path, identity)
@@ -413,12 +413,14 @@ class AnswerFile(Answers):
 
 # %% ../../nbs/7_engine_room/09_completions.ipynb #b08431b0
 @contextmanager
-def open_answers(path: Path | str | None, identity: dict) -> Iterator[Answers]:
-    "Open the answers of a job, in a file if it has one."
+def open_answers(
+    path: Path | str | None, identity: dict, needs: Sequence[str] = ()
+) -> Iterator[Answers]:
+    "Open the answers of a job, in a file if it has one; `needs` as for `AnswerFile`."
     if path is None:
         yield Answers()
         return
-    with AnswerFile(path, identity).open() as answers:
+    with AnswerFile(path, identity, needs=needs).open() as answers:
         yield answers
 
 

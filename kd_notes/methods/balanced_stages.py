@@ -283,7 +283,7 @@ def balanced_stages(
         compose,
         read,
     )
-    with open_answers(file, identity) as answers:
+    with open_answers(file, identity, ("key",)) as answers:
         made = _run_stages(work, quotas, write, answers)
         answers.finish()
     return made

@@ -243,7 +243,7 @@ def paraphrase_rows(
         texts = texts_of(write, [ask for _, ask in part])
         return [{"id": id, "text": " ".join(t.split())} for (id, _), t in zip(part, texts)]
 
-    with AnswerFile(path, identity).open() as answers:
+    with AnswerFile(path, identity, needs=("id",)).open() as answers:
         there = {line["id"] for line in answers.rows}
         todo = [(id, ask) for id, _, ask in jobs if id not in there]
         parts = [todo[start : start + chunk] for start in range(0, len(todo), chunk)]

@@ -281,7 +281,7 @@ def read_pictures(
         return [{"id": id, "sign": sign, "caption": words} for id, sign, words in found]
 
     job = {"pictures": stable_hash(sorted(pictures)), "read": identity}
-    with open_answers(path, job) as answers:
+    with open_answers(path, job, ("id", "sign", "caption")) as answers:
         there = {row["id"] for row in answers.rows}
         left = [id for id in pictures if id not in there]
         answers.fill([left[i : i + batch] for i in range(0, len(left), batch)], look)

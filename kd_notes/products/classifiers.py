@@ -470,7 +470,7 @@ def classify_rows(
             answered.append({"id": row["id"]} | said | about)
         return answered
 
-    with AnswerFile(out, identity, totals).open() as answers:
+    with AnswerFile(out, identity, totals, needs=("id",)).open() as answers:
         missing = unanswered(answers, asked)
         left = [row for row in rows if row["id"] in missing]
         parts = [left[start : start + batch_size] for start in range(0, len(left), batch_size)]

@@ -255,7 +255,7 @@ def evaluate_instructions(
 # %% ../../nbs/5_own_words/14_instruction_scores.ipynb #13f87f68
 def _answered(test: InstructionTest, place: Path, identity: dict, seeds: tuple) -> dict:
     "Return {id: answer}, from the file and from the model; each batch is stored when it is done."
-    with AnswerFile(place, identity).open() as answers:
+    with AnswerFile(place, identity, needs=("id",)).open() as answers:
         wanted = [f"greedy: {row.id}" for row in test.rows]
         wanted += [f"seed {seed}: {row.id}" for seed in seeds for row in test.rows]
         done = {row["id"] for row in answers.rows}

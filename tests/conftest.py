@@ -14,3 +14,14 @@ def pytest_runtest_setup(item):
     "A test of the real sets is skipped where they are not."
     if item.get_closest_marker("real_data") and not os.environ.get("KD_NOTES_DATA"):
         pytest.skip("KD_NOTES_DATA does not name a folder with the real sets")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def registered_tasks():
+    "The tasks that a file registers are gone behind it: its neighbours on a worker differ."
+    from kd_notes.data.examples import TASKS
+
+    before = dict(TASKS)
+    yield
+    TASKS.clear()
+    TASKS.update(before)

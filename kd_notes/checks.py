@@ -70,8 +70,8 @@ def _alternatives(annotation: Any) -> list[type]:
     return [{Mapping: dict}.get(kind, kind)]
 
 
-def typed(value: Any, annotation: Any, name: str) -> Any:
-    "Return a value in its annotated type. Raises UserError with the setting's name."
+def typed(value: Any, annotation: Any, name: str, where: str = "setting ") -> Any:
+    "Return a value in its annotated type. Raises UserError with `where` and the setting's name."
     kinds = _alternatives(annotation)
     if type(value) in kinds and not isinstance(value, (float, tuple, list)):
         return value
@@ -86,19 +86,18 @@ def typed(value: Any, annotation: Any, name: str) -> Any:
     fix = f"Set {name} to {words}."
     if str in kinds and not isinstance(value, (Mapping, list, tuple)):
         fix += f""" On the command line, text that looks like a number is written {name}='"5"'."""
-    raise UserError(
-        f"{value!r:.60} ({type(value).__name__}) is not {words}", where=f"setting {name}", fix=fix
-    )
+    problem = f"{value!r:.60} ({type(value).__name__}) is not {words}"
+    raise UserError(problem, where=f"{where}{name}", fix=fix)
 
 # %% ../nbs/7_engine_room/01b_checks.ipynb #b5944df8
-def check_fields(settings: Any) -> None:
+def check_fields(settings: Any, where: str = "setting ") -> None:
     """Convert each field of a dataclass to its annotated type.
 
     Raises UserError for the first field whose value has another type.
     """
     for field in fields(settings):
         value = getattr(settings, field.name)
-        read = typed(value, field.type, field.name)
+        read = typed(value, field.type, field.name, where)
         if read is not value:
             object.__setattr__(settings, field.name, read)  # the dataclass may be frozen
 

@@ -639,7 +639,7 @@ def test_numbers_as_text_are_numbers_everywhere():
         with pytest.raises(UserError, match="setting rollouts: .* is not a whole number"):
             check_objective("minillm", {"rollouts": wrong})
     assert Recipe(k="8", temperature="2").k == 8
-    with pytest.raises(UserError, match="setting k: 'many'"):
+    with pytest.raises(UserError, match="Recipe.k: 'many'"):
         Recipe(k="many")
 
 

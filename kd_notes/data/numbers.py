@@ -72,8 +72,10 @@ def without_markup(text: str) -> str:
         for pattern, plain in _LATEX:
             text = re.sub(pattern, plain, text)
         text = text.strip(_MARKS)
-        if text[:1] + text[-1:] in ("[]", "{}", "<>") and not re.search(r"[\[\]{}<>]", text[1:-1]):
-            text = text[1:-1]
+        inside = text[1:-1]
+        bracketed = text[:1] + text[-1:] in ("[]", "{}", "<>")
+        if bracketed and not re.search(r"[\[\]{}<>]", inside):
+            text = inside
     return text
 
 # %% ../../nbs/2_playground/02b_numbers.ipynb #ac552235
@@ -287,20 +289,8 @@ _TITLED = re.compile(
     r"[*_` \t]*[:：][*_` \t]*(?P<answer>[^\n]+?)\s*\Z",
     re.IGNORECASE | re.MULTILINE,
 )
-_REASONS = (
-    "rationale",
-    "reasoning",
-    "reason",
-    "explanation",
-    "thought",
-    "thoughts",
-)
-_ANSWERS = (
-    "answer",
-    "final_answer",
-    "label",
-    "prediction",
-)
+_REASONS = ("rationale", "reasoning", "reason", "explanation", "thought", "thoughts")
+_ANSWERS = ("answer", "final_answer", "label", "prediction")
 
 
 def unannounced(
@@ -310,11 +300,14 @@ def unannounced(
     "Return reasoning and answer of a text without *Answer:*; (text, None) if it has none."
     block = re.search(r"(?:```\w*\s*)?(\{.*\})(?:\s*```)?", text, re.DOTALL)
     with suppress(TypeError, ValueError, RecursionError):
-        fields = {str(name).lower(): value for name, value in json.loads(block[1]).items()}
-        answer = next((str(fields[name]) for name in _ANSWERS if name in fields), None)
+        found = json.loads(block[1])
+        fields = {str(name).lower(): value for name, value in found.items()}
+        named = [name for name in _ANSWERS if name in fields]
+        answer = str(fields[named[0]]) if named else None
         if answer is not None and (reads is None or reads(answer)):
+            before = text[: block.start()]
             reasons = [str(fields[name]) for name in _REASONS if name in fields]
-            return "\n".join([text[: block.start()], *reasons]), answer
+            return "\n".join([before, *reasons]), answer
     titled = _TITLED.search(text)
     if titled and reads and reads(titled["answer"]):
         return text[: titled.start()], titled["answer"]

@@ -178,15 +178,16 @@ def _with_system(prompt: str | tuple, fields: dict, where: str) -> str | tuple:
     if fields.get("history"):
         fix = "Write all turns into messages."
         raise UserError("the field 'history' holds earlier turns", where=where, fix=fix)
-    name = next((n for n in ("system", "system_prompt") if str(fields.get(n, "")).strip()), None)
-    if name is None:
+    named = [n for n in ("system", "system_prompt") if str(fields.get(n, "")).strip()]
+    if not named:
         return prompt
     messages = prompt
     if isinstance(prompt, str):
         messages = ({"role": "user", "content": prompt.strip()},)
     if messages[0]["role"] == "system":
         return prompt
-    return {"role": "system", "content": _text(fields, name, where).strip()}, *messages
+    text = _text(fields, named[0], where).strip()
+    return {"role": "system", "content": text}, *messages
 
 
 def read_row(

@@ -71,7 +71,8 @@ def score_labels(
         for label in known
     ]
     names = [f"item {i}, label {label!r}" for i, known in enumerate(labels) for label in known]
-    check_lengths([model], {name: len(p) + len(r) for name, (p, r) in zip(names, pairs)})
+    lengths = [len(prompt) + len(label) for prompt, label in pairs]
+    check_lengths([model], dict(zip(names, lengths)))
     nll = iter(token_nll(model, *zip(*pairs), batch_size=batch_size))
     logs = [[-float(next(nll).double().sum()) for _ in known] for known in labels]
     _refuse_scores(logs)
@@ -107,13 +108,19 @@ def reliability(confidence: Sequence[float], right: Sequence[bool], bins: int = 
 
     All values are from 0 to 1.
     """
-    c, y = np.asarray(confidence, dtype=np.float64), np.asarray(right, dtype=np.float64)
+    c = np.asarray(confidence, dtype=np.float64)
+    y = np.asarray(right, dtype=np.float64)
+
+    def shares(values: np.ndarray) -> bool:
+        return bool(((0 <= values) & (values <= 1)).all())
+
     if (
         c.shape != y.shape
         or c.ndim != 1
         or not len(c)
         or bins < 1
-        or not ((0 <= c) & (c <= 1) & (0 <= y) & (y <= 1)).all()
+        or not shares(c)
+        or not shares(y)
     ):
         raise UserError(
             f"{c.shape} confidences and {y.shape} outcomes cannot be compared in {bins} bins",
@@ -141,4 +148,8 @@ def ece(confidence: Sequence[float], right: Sequence[bool], bins: int = 10) -> f
     It is the mean gap between accuracy and confidence, weighted by the answers in each bin.
     """
     rows = reliability(confidence, right, bins)
-    return sum(r["n"] * abs(r["accuracy"] - r["confidence"]) for r in rows) / len(confidence)
+    total = 0
+    for row in rows:
+        gap = abs(row["accuracy"] - row["confidence"])
+        total += row["n"] * gap
+    return total / len(confidence)

@@ -232,7 +232,8 @@ def moved_from_start(differences: Mapping[str, Estimate]) -> bool:
 
     `differences` maps a metric to the arm minus its start. Holm's correction applies.
     """
-    return any(p < 0.05 for p in holm({name: e.p for name, e in differences.items()}).values())
+    p = {name: difference.p for name, difference in differences.items()}
+    return any(value < 0.05 for value in holm(p).values())
 
 # %% ../../nbs/2_playground/13_statistics.ipynb #0601348f
 MOVED_IN = ("rouge_l", "reverse_kl", "loss", "length", "dist4")
@@ -249,9 +250,11 @@ def runs_moved(
     """
     pairs = list(zip(runs, start, strict=True))
     shared = [name for name in names if all(name in a and name in b for a, b in pairs)]
-    return moved_from_start(
-        {name: hierarchical_bootstrap([[a[name] - b[name]] for a, b in pairs]) for name in shared}
-    )
+    differences = {}
+    for name in shared:
+        by_seed = [[a[name] - b[name]] for a, b in pairs]
+        differences[name] = hierarchical_bootstrap(by_seed)
+    return moved_from_start(differences)
 
 # %% ../../nbs/2_playground/13_statistics.ipynb #731de487
 _KINDS = ("claim", "control", "question")

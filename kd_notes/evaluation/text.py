@@ -186,7 +186,11 @@ def over_seeds(
     seeds: Sequence[int] = EVAL_SEEDS,
 ) -> np.ndarray:
     "Score the answers of each seed; shape (seeds, items)."
-    return np.stack([np.asarray(score(answer(seed)), dtype=np.float64) for seed in seeds])
+    rows = []
+    for seed in seeds:
+        scores = score(answer(seed))
+        rows.append(np.asarray(scores, dtype=np.float64))
+    return np.stack(rows)
 
 # %% ../../nbs/2_playground/11_text.ipynb #b2de7f88
 def exact_matches(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[bool]:
@@ -261,9 +265,10 @@ def response_logits(
                 where=f"item {i}",
                 fix="Leave the item out, or use a bos token as prompt and an end token as response.",
             )
-    check_lengths(
-        [model], {f"item {i}": len(p) + len(r) for i, (p, r) in enumerate(zip(prompts, responses))}
-    )
+    lengths = {}
+    for i, (prompt, response) in enumerate(zip(prompts, responses)):
+        lengths[f"item {i}"] = len(prompt) + len(response)
+    check_lengths([model], lengths)
     pad = getattr(model.config, "pad_token_id", None) or 0
     for start in range(0, len(prompts), batch_size):
         rows = [

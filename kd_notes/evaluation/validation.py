@@ -51,7 +51,8 @@ def _long_first(
 ) -> tuple[list[list[int]], list[Batch]]:
     "Return the row indices of each batch, and the batches, with long rows first."
     pairs = [(row["prompt"], row["completion"]) for row in rows]
-    order = sorted(range(len(rows)), key=lambda i: -len(pairs[i][0] + pairs[i][1]))
+    lengths = [len(prompt) + len(completion) for prompt, completion in pairs]
+    order = sorted(range(len(rows)), key=lambda i: -lengths[i])
     parts = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     return parts, [causal_batch([pairs[i] for i in part], pad_id) for part in parts]
 
@@ -101,10 +102,7 @@ def _token_terms(
     return torch.stack(terms)
 
 
-def _rows_hash(
-    parts: list[list[int]],
-    batches: list[Batch],
-) -> str:
+def _rows_hash(parts: list[list[int]], batches: list[Batch]) -> str:
     "Hash the rows of batches in their order, without padding."
     rows = {}
     for part, batch in zip(parts, batches):
@@ -113,7 +111,9 @@ def _rows_hash(
         masks = batch["attention_mask"] > 0
         for number, i in enumerate(part):
             mask = masks[number]
-            rows[i] = [ids[number][mask].tolist(), labels[number][mask].tolist()]
+            read = ids[number][mask]
+            learnt = labels[number][mask]
+            rows[i] = [read.tolist(), learnt.tolist()]
     return stable_hash([rows[i] for i in sorted(rows)])
 
 

@@ -145,10 +145,7 @@ def _tell(outcomes: Mapping[str, int]) -> None:
 
 
 def _score(info: TaskInfo, examples: Sequence[Example], rows: Sequence[Mapping]) -> dict:
-    """Count the outcomes of the completions and return the share of correct labels.
-
-    The share is None without gold labels.
-    """
+    "Count the outcomes and return the share of correct labels, None without gold labels."
     gold = {example.id: example.label for example in examples if example.label}
     known = [row for row in rows if row["id"] in gold]
     right = [is_correct(info.metric, row["label"], gold[row["id"]]) for row in known]
@@ -158,7 +155,8 @@ def _score(info: TaskInfo, examples: Sequence[Example], rows: Sequence[Mapping])
     }
     if known and isinstance(info, OwnTask):
         read = {"ok", "no_rationale"}  # outcomes whose label is one that the task allows
-        answers = {row["id"]: row["outcome"] in read and row["label"] or None for row in known}
+        answers = {row["id"]: row["label"] if row["outcome"] in read else None for row in known}
+        answers = {id: label or None for id, label in answers.items()}
         asked = [example for example in examples if example.id in answers]
         found["score"] = task_score(info, answers, asked)
     return found

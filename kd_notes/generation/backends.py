@@ -85,12 +85,11 @@ def check_model(model) -> None:
     keeps = any("past_key_values" in inspect.signature(f).parameters for f in forwards)
     if not model.config.is_encoder_decoder and not kinds and keeps:
         return
-    what = (
-        "an encoder and a decoder"
-        if model.config.is_encoder_decoder
-        else "no cache of keys and values"
-    )
-    what = f"layers of the kind {', '.join(sorted(kinds))}" if kinds else what
+    what = "no cache of keys and values"
+    if kinds:
+        what = f"layers of the kind {', '.join(sorted(kinds))}"
+    elif model.config.is_encoder_decoder:
+        what = "an encoder and a decoder"
     raise UserError(
         f"{type(model).__name__} has {what}; "
         "only causal models with attention layers are supported",
@@ -157,10 +156,14 @@ def text_ids(tokenizer, text: str) -> list[int]:
     An end token that some tokenizers put behind every text is left out: the model is to go on.
     """
     ids = tokenizer(text).input_ids
+    if not ids or ids[-1] not in tokenizer.all_special_ids:
+        return ids
     own = tokenizer(text, add_special_tokens=False).input_ids
-    added = len(ids) - len(own)
-    start = next((i for i in range(added + 1) if ids[i : i + len(own)] == own), added)
-    return ids[: start + len(own)]
+    for start in range(len(ids) - len(own) + 1):
+        end = start + len(own)
+        if ids[start:end] == own:
+            return ids[:end]
+    return ids
 
 
 def chat_ids(tokenizer, prompt: str) -> list[int]:
@@ -251,7 +254,8 @@ def check_finite(scores: Scores, rows: Sequence[DecodeRow]) -> None:
 def log_probabilities(logits: torch.Tensor, tokens: torch.Tensor) -> list[float]:
     "Return the log-probability of each row's token from logits (rows, vocabulary)."
     logits = logits.float()
-    return (logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)).tolist()
+    chosen = logits.gather(-1, tokens[:, None])[:, 0]
+    return (chosen - logits.logsumexp(-1)).tolist()
 
 # %% ../../nbs/7_engine_room/19_backends.ipynb #86cd4db4
 class _Endings:

@@ -267,7 +267,8 @@ def _only_writer(path: Path) -> Iterator[None]:
         reason = getattr(e, "strerror", None) or e
         fix = "Choose another one."
         raise UserError(f"no file can have this name ({reason})", where=path, fix=fix) from e
-    held = folder_lock(cache_dir() / "locks" / sha256_text(str(path.resolve()))[:16], wait=False)
+    name = sha256_text(str(path.resolve()))[:16]
+    held = folder_lock(cache_dir() / "locks" / name, wait=False)
     with ExitStack() as stack:
         try:
             stack.enter_context(held)

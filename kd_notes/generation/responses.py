@@ -44,15 +44,22 @@ def hidden_status(content: bytes) -> int | None:
     reason = choices[0].get("finish_reason")
     there = _message_of(choices[0]) is not None or "text" in choices[0]
     # A filter may leave no message; any other ending has one, though its content may be null.
-    if reason == "error" or not there and not _names_one(reason, _FILTERED):
+    if reason == "error":
         return 502
-    return 502 if reason is None and _text_of(choices[0]) is None else None
+    if not there and not _names_one(reason, _FILTERED):
+        return 502
+    if reason is None and _text_of(choices[0]) is None:
+        return 502
+    return None
 
 
 def _message_of(choice: dict) -> dict | None:
     "The message of a choice; of a server that streams unasked, the part that it is called."
-    found = (choice.get(name) for name in ("message", "delta"))
-    return next((part for part in found if isinstance(part, dict)), None)
+    for name in ("message", "delta"):
+        part = choice.get(name)
+        if isinstance(part, dict):
+            return part
+    return None
 
 
 def _text_of(choice: dict) -> str | None:

@@ -37,7 +37,7 @@ from ..checksums import stream_hash
 from ..data.dialogues import encode_row, is_encoded
 from ..data.rows import StoredRows
 from ..losses.sparse import draw_samples, draw_uniforms, DRAWS, keep_top_k, MODES, ROWS
-from ..models.pretrained import config_hash, evaluating, weights_hash
+from ..models.pretrained import config_hash, context_of, evaluating, weights_hash
 from ..progress import progress
 from ..training.batches import causal_batch, seq2seq_batch, target_logits
 
@@ -60,7 +60,7 @@ class Recipe:
     seed: int = 0  # sampled: of the draws
 
     def __post_init__(self):
-        check_fields(self)
+        check_fields(self, "Recipe.")
         choices = {"mode": MODES, "draw": DRAWS, "dtype": tuple(_FLOAT_BYTES)}
         for name, known in choices.items():
             value = getattr(self, name)
@@ -245,8 +245,12 @@ class _RowMaker:
             uniforms = draw_uniforms(len(logits), recipe.samples, recipe.draw, generator)
             pieces = zip(logits.split(ROWS), uniforms.split(ROWS))
             parts = [draw_samples(z, u, recipe.power, recipe.temperature) for z, u in pieces]
-        kept = {key: torch.cat([part[key] for part in parts]).cpu() for key in parts[0]}
-        if kept["tail" if recipe.mode == "topk" else "entropy"].isnan().any():
+        kept = {}
+        for key in parts[0]:
+            joined = torch.cat([part[key] for part in parts])
+            kept[key] = joined.cpu()
+        measure = "tail" if recipe.mode == "topk" else "entropy"
+        if kept[measure].isnan().any():
             raise UserError(
                 "the teacher's logits are not finite",
                 where=f"row {name}",
@@ -320,39 +324,27 @@ def is_whole(folder: Path, entry: dict) -> bool:
     return sha256_file(path) == entry["sha256"]
 
 # %% ../../nbs/4_probabilities/11_logit_cache.ipynb #e869a27d
-def _vocab(teacher, tokenizer) -> int:
-    "Return how many ids a cache keeps apart: what is beyond the tokenizer's is padding."
-    last_id = max(tokenizer.get_vocab().values())
-    return min(teacher.config.get_text_config().vocab_size, last_id + 1)
-
-
-def _header(
-    teacher,
-    tokenizer,
-    rows: Sequence[dict],
-    targets: array,  # number of each row's
-    recipe: Recipe,
-    layout: dict,
-) -> dict:
-    "Return the content of cache.json."
+def _header(teacher, tokenizer, recipe: Recipe, layout: dict) -> dict:
+    "Return the content of cache.json, but for its rows."
     config = teacher.config
+    last_id = max(tokenizer.get_vocab().values())
     name = config.name_or_path or type(teacher).__name__
     dtype = str(teacher.dtype).removeprefix("torch.")
-    hashes = ([row["id"], row_hash(row["prompt"], row["completion"])] for row in rows)
     return {
         "format": FORMAT,
         "recipe": asdict(recipe),
-        "vocab": _vocab(teacher, tokenizer),
+        "vocab": min(config.get_text_config().vocab_size, last_id + 1),
         "name": Path(name).name if Path(name).is_absolute() else name,
         "teacher": {"hash": weights_hash(teacher), "dtype": dtype, "config": config_hash(teacher)},
         "tokenizer": {"hash": tokenizer_hash(tokenizer), "pad_id": tokenizer.pad_token_id or 0},
-        "rows": {
-            "hash": stream_hash(hashes),
-            "examples": len(rows),
-            "positions": sum(targets),
-        },
         "layout": layout,
     }
+
+
+def _about_rows(rows: Sequence[dict], targets: array) -> dict:
+    "Return what cache.json says of the rows, from them and the number of targets of each."
+    hashes = ([row["id"], row_hash(row["prompt"], row["completion"])] for row in rows)
+    return {"hash": stream_hash(hashes), "examples": len(rows), "positions": sum(targets)}
 
 
 def _check_space(folder: Path, recipe: Recipe, vocab: int, positions: int) -> None:
@@ -476,11 +468,9 @@ def write_shards(
     kept = Recipe(**recipe)
     rows = _encoded(rows, teacher, tokenizer)
     layout = {"shard_tokens": shard_tokens, "batch_tokens": batch_tokens}
-    vocab = _vocab(teacher, tokenizer)
-    context = 0
-    if not teacher.config.is_encoder_decoder:
-        context = getattr(teacher.config.get_text_config(), "max_position_embeddings", 0)
-    targets = _check_rows(rows, vocab, context)
+    head = _header(teacher, tokenizer, kept, layout)
+    vocab = head["vocab"]
+    targets = _check_rows(rows, vocab, context_of(teacher))
     if kept.mode == "topk" and kept.k > vocab:
         raise UserError(
             f"k={kept.k} is more than the {vocab} tokens there are",
@@ -488,7 +478,7 @@ def write_shards(
             fix="Choose a smaller k.",
         )
     check_recipe(teacher, kept)
-    head = _header(teacher, tokenizer, rows, targets, kept, layout)
+    head["rows"] = _about_rows(rows, targets)
     maker = _ShardMaker(teacher, kept, vocab, head["tokenizer"]["pad_id"], batch_tokens)
     writer = _FolderWriter(Path(folder), head, rows, targets, maker)
     with folder_lock(folder, wait=False), evaluating(teacher):

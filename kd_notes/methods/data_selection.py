@@ -241,15 +241,20 @@ def paraphrase_rows(
 
     def said_of(part: list[tuple[str, str]]) -> list[dict]:
         texts = texts_of(write, [ask for _, ask in part])
-        return [{"id": id, "text": " ".join(t.split())} for (id, _), t in zip(part, texts)]
+        said = []
+        for (id, _), text in zip(part, texts):
+            text = " ".join(text.split())
+            said.append({"id": id, "text": text})
+        return said
 
-    with AnswerFile(path, identity, needs=("id",)).open() as answers:
+    with AnswerFile(path, identity, needs=("id", "text")).open() as answers:
         there = {line["id"] for line in answers.rows}
         todo = [(id, ask) for id, _, ask in jobs if id not in there]
         parts = [todo[start : start + chunk] for start in range(0, len(todo), chunk)]
         answers.fill(parts, said_of, desc="paraphrases")
         said = {line["id"]: line["text"] for line in answers.rows}
-    kept, seen = [], {" ".join(_text_of(row).lower().split()) for row in rows}
+    kept = []
+    seen = {" ".join(_text_of(row).lower().split()) for row in rows}
     for id, row, ask in jobs:
         text = said[id]
         if text and text.lower() not in seen and text not in ask:

@@ -110,7 +110,8 @@ def train_captioner(pictures: int = 3000, epochs: int = 6, seed: int = 0) -> Cap
     scenes = [draw_scene(r) for _ in range(pictures)]
     signs = [r.choice(("Harbour street", "Exit", "To the sea", "Rest here")) for _ in scenes]
     pixels = as_pixels(draw_picture(sign, scene, r) for sign, scene in zip(signs, scenes))
-    words = torch.tensor([[0, *map(WORDS.index, scene.split())] for scene in scenes])
+    numbers = [[WORDS.index(word) for word in scene.split()] for scene in scenes]
+    words = torch.tensor([[0, *some] for some in numbers])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Captioner()

@@ -312,8 +312,10 @@ def check_examples(examples: Sequence[Example], prompt: Prompt) -> None:
         )
 
 # %% ../../nbs/3_reasons/01_rationales.ipynb #rat-keys
-ROW_FIELDS = "id prompt_hash outcome rationale label text seconds prompt_tokens completion_tokens"
-ROW_FIELDS = ROW_FIELDS.split()  # of a row of a file
+ROW_FIELDS = (  # of a row of a file
+    ("id", "prompt_hash", "outcome", "rationale", "label", "text")
+    + ("seconds", "prompt_tokens", "completion_tokens")
+)
 
 
 def _key(row: dict) -> tuple[str, int]:

@@ -10,16 +10,9 @@ from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from ..checks import check_count, check_fields
-from kd_notes.core import (
-    atomic_write,
-    canonical_json,
-    stable_hash,
-    UserError,
-    write_json,
-)
+from ..core import atomic_write, canonical_json, stable_hash, UserError, write_json
 from ..checksums import stream_hash, write_checksums
 from kd_notes.data.dialogues import (
     chat_template_of,
@@ -104,17 +97,8 @@ class _Answered(set):
         self.add(hash(line["id"]))
 
 
-def answer_rows(
-    path: Path | str,  # JSONL file; an incomplete one is resumed
-    teacher,
-    tokenizer,
-    rows: Sequence[TextRow],
-    writing: Writing = Writing(),
-    *,
-    name: str = "",  # of the teacher, for the manifest
-    chunk: int = 32,  # answers that are generated together
-) -> None:
-    "Write the teacher's answers to the rows, in their order."
+def answer_rows(path, teacher, tokenizer, rows, writing, name, chunk=32) -> None:
+    "Write the teacher's answers to the rows, in their order; see `write_responses`."
     job = {
         "teacher": name,
         "weights": weights_hash(teacher),
@@ -128,12 +112,8 @@ def answer_rows(
     def ask(places: array) -> list[dict]:
         return responses_of(teacher, tokenizer, [rows[i] for i in places], writing)
 
-    fields = (
-        "id",
-        "response",
-        "whole",
-    )
-    with AnswerFile(path, job, rows=_Answered(), needs=fields).open() as answers:
+    needs = ("id", "response", "whole")
+    with AnswerFile(path, job, rows=_Answered(), needs=needs).open() as answers:
         there = answers.rows
         todo = array("q", (i for i, row in enumerate(rows) if hash(row.id) not in there))
         parts = [todo[start : start + chunk] for start in range(0, len(todo), chunk)]
@@ -159,13 +139,15 @@ def write_responses(
     tokenizer,
     rows: Sequence[TextRow],
     writing: Writing = Writing(),
-    **options: Any,  # of `answer_rows`: name of the teacher for the manifest, chunk
+    *,
+    name: str = "",  # of the teacher, for the manifest
+    chunk: int = 32,  # answers that are generated together
 ) -> list[TextRow]:
     """Return the rows with the teacher's answers as completions.
 
     Rows with an empty answer are left out. A second call resumes.
     """
-    answer_rows(path, teacher, tokenizer, rows, writing, **options)
+    answer_rows(path, teacher, tokenizer, rows, writing, name, chunk)
     return list(answered_rows(path, rows))
 
 # %% ../../nbs/4_probabilities/09_seqkd.ipynb #f4d4e3af

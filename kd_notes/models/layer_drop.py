@@ -49,7 +49,10 @@ def evenly_spaced(total: int, keep: int) -> list[int]:
             where="keep_layers",
             fix=f"Choose a number from 1 to {total}.",
         )
-    return [0] if keep == 1 else [round(i * (total - 1) / (keep - 1)) for i in range(keep)]
+    if keep == 1:
+        return [0]
+    last = total - 1
+    return [round(i * last / (keep - 1)) for i in range(keep)]
 
 # %% ../../nbs/2_playground/10_layer_drop.ipynb #3518496e
 _LAYER = re.compile(r"^(?P<stack>.*?\b(?:layers|blocks?|h))\.(?P<number>\d+)\.(?P<rest>.*)$")
@@ -70,11 +73,13 @@ def _renumber(state: dict, keep: dict[str, list[int]]) -> dict:
 # %% ../../nbs/2_playground/10_layer_drop.ipynb #325f7621
 def _stacks(state: dict) -> dict[str, int]:
     "Return {name of a stack of layers: number of layers} from the keys of a state dict."
-    found = [m for m in map(_LAYER.match, state) if m]
-    return {
-        m["stack"]: 1 + max(int(n["number"]) for n in found if n["stack"] == m["stack"])
-        for m in found
-    }
+    stacks: dict[str, int] = {}
+    for found in map(_LAYER.match, state):
+        if found:
+            stack = found["stack"]
+            layers = int(found["number"]) + 1
+            stacks[stack] = max(layers, stacks.get(stack, 0))
+    return stacks
 
 
 def _move_shared_bias(old: dict, new: dict, stack: str) -> None:

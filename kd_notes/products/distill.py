@@ -18,7 +18,6 @@ from typing import Any
 
 from kd_notes.core import (
     atomic_write,
-    disk_error,
     folder_lock,
     read_json,
     read_text,
@@ -82,7 +81,7 @@ from kd_notes.products.settings import (
     TEXT_OBJECTIVES,
     train_config,
 )
-from ..training.checkpoint import last_checkpoint, save_model, whole_model
+from ..training.checkpoint import last_checkpoint, make_folder, save_model, whole_model
 from ..training.loop import train
 from ..training.method import Method, SFT
 from kd_notes.training.processes import (
@@ -112,7 +111,7 @@ def _answers(request: Request, pair: Pair, rows: Sequence[TextRow]) -> Iterator[
     limits = (s.max_new_tokens, s.temperature, s.top_p, s.width, s.seed, s.system)
     name = shown_name(request.teacher)
     writing = Writing(how, *limits)
-    answer_rows(file, pair.teacher, pair.teacher_tokenizer, rows, writing, name=name)
+    answer_rows(file, pair.teacher, pair.teacher_tokenizer, rows, writing, name)
     return answered_rows(file, rows)
 
 
@@ -166,7 +165,10 @@ def read_corpus(source: Path | str | Iterable[str] | None) -> tuple[str, ...]:
     else:
         lines = read_text(source).replace("\r\n", "\n")
         texts = [text for text in re.split(r"\n[ \t]*\n", lines) if text.strip()]
-    wrong = [n for n, text in enumerate(texts, 1) if not isinstance(text, str) or not text.strip()]
+    wrong = []
+    for number, text in enumerate(texts, 1):
+        if not isinstance(text, str) or not text.strip():
+            wrong.append(number)
     if wrong or not texts:
         what = f"text {wrong[0]} is no text" if wrong else "there are no texts"
         fix = 'Give texts, JSONL with the field "text", or a text file with blank lines between.'
@@ -453,10 +455,7 @@ def distill(
     sources = (teachers, one_teacher(student, tokenizer, "student"))
     asked = Request(rows, *sources, objective, Path(out), chosen, texts, trackers, files, raw)
     request = routed(asked)
-    try:
-        request.out.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise disk_error(e, request.out) from e
+    make_folder(request.out)
     connect_processes(chosen.device)
     with folder_lock(request.out, wait=False) if main_process() else nullcontext():
         check_shared_folder(request.out)

@@ -70,9 +70,12 @@ def raw_rows(name: str) -> list[tuple[str, dict]]:
         return numbered_rows(data_dir() / "prompts" / "test.jsonl")
     if name == "dolly":
         kept = {each.id for each in load_set("dolly")}
-        rows = enumerate(numbered_rows(real_file("dolly_dev.jsonl")))
-        named = [(str(item[1].get("id", "")) or f"dolly_dev-{i}", item) for i, item in rows]
-        return [item for id, item in named if id in kept]
+        found = []
+        for i, (place, row) in enumerate(numbered_rows(real_file("dolly_dev.jsonl"))):
+            name = str(row.get("id", "")) or f"dolly_dev-{i}"
+            if name in kept:
+                found.append((place, row))
+        return found
     file = Path(name)
     return numbered_rows(file if file.is_file() else real_file(EVAL_FILES.get(name, name)))
 

@@ -173,13 +173,8 @@ def answer_file(
         "max_new_tokens": student.max_new_tokens,
     }
     asked = {example.id: prompt_hash(student.prefix + example.input) for example in examples}
-    fields = (
-        "id",
-        "answer",
-        "outcome",
-        "prompt_hash",
-    )
-    with AnswerFile(out, identity, _totals, needs=fields).open() as answers:
+    needs = ("id", "answer", "outcome", "prompt_hash")
+    with AnswerFile(out, identity, _totals, needs=needs).open() as answers:
         left = unanswered(answers, asked)
         todo = [example for example in examples if example.id in left]
         parts = list(length_batches(student, todo, batch_size))

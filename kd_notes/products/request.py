@@ -32,6 +32,7 @@ from ..methods.server_teacher import is_server, open_server_teacher, ServerTeach
 from ..methods.several_teachers import mixture_weights
 from ..models.layer_drop import shorter_config
 from kd_notes.models.pretrained import (
+    context_of,
     load_part,
     load_teacher,
     plain_configs,
@@ -111,9 +112,11 @@ def _weighted(one: Any) -> tuple[Any, float | None]:
     "Split (teacher, weight) or 'spec=0.7' into both; the weight is None if there is none."
     if isinstance(one, (list, tuple)) and len(one) == 2 and isinstance(one[1], (int, float)):
         return one[0], float(one[1])
-    spec, equals, weight = str(one).rpartition("=") if isinstance(one, str) else ("", "", "")
+    if not isinstance(one, str) or "=" not in one:
+        return one, None
+    spec, _, weight = one.rpartition("=")
     try:
-        return (spec, float(weight)) if equals else (one, None)
+        return spec, float(weight)
     except ValueError:
         return one, None
 
@@ -480,9 +483,7 @@ def expected_memory(request: Request) -> dict[str, int] | None:
         gradient_checkpointing=settings.gradient_checkpointing,
     )
     needs_teacher = request.objective not in TEXT_OBJECTIVES
-    texts = [each.get_text_config() for each in (config, *teachers)]
-    contexts = (getattr(text, "max_position_embeddings", None) for text in texts)
-    length = min([settings.max_length or 512, *filter(None, contexts)])
+    length = context_of(config, *teachers, limit=settings.max_length or 512)
     teacher = teachers if needs_teacher else None
     try:
         if kind == "layers" and layers.replace(",", "").isdigit():

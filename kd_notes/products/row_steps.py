@@ -88,7 +88,7 @@ class RowWork:
             texts = self.write([asked[name] for name in part], part[0])
             return [{"id": id, "text": text} for id, text in zip(part, texts)]
 
-        with AnswerFile(file, identity, needs=("id",)).open() as answers:
+        with AnswerFile(file, identity, needs=("id", "text")).open() as answers:
             done = {row["id"] for row in answers.rows}
             todo = [name for name in names if name not in done]
             parts = [todo[start : start + CHUNK] for start in range(0, len(todo), CHUNK)]

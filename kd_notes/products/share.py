@@ -71,7 +71,10 @@ _SECRET_NAME = re.compile("TOKEN|KEY|SECRET|PASSWORD|CREDENTIAL")
 
 def check_secrets(files: list[Path]) -> None:
     "Raise UserError if a text among the files holds something that looks like a secret."
-    named = {v for k, v in os.environ.items() if _SECRET_NAME.search(k.upper()) and len(v) >= 12}
+    named = set()
+    for name, value in os.environ.items():
+        if _SECRET_NAME.search(name.upper()) and len(value) >= 12:
+            named.add(value)
     for path in files:
         if path.suffix in (".safetensors", ".png", ".model"):
             continue

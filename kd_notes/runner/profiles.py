@@ -108,6 +108,12 @@ def setting_value(text: str) -> Any:
     return text
 
 # %% ../../nbs/7_engine_room/22_profiles.ipynb #cli-dist-2
+def _check_new(name: str, given: Iterable[str]) -> None:
+    if name in given:
+        fix = "Give every setting once."
+        raise UserError(f"{name} is set twice", where="--set", fix=fix)
+
+
 def plain_settings(
     sets: Iterable[str],  # "k=v"
     options: Iterable[str] = (),  # names that are options of the command, and cannot be set
@@ -127,9 +133,7 @@ def plain_settings(
             raise UserError(
                 f"{name} is an option", where="--set", fix=f"Use --{name.replace('_', '-')}."
             )
-        if name in settings:
-            fix = "Give every setting once."
-            raise UserError(f"{name} is set twice", where="--set", fix=fix)
+        _check_new(name, settings)
         settings[name] = setting_value(value)
     return settings
 
@@ -143,9 +147,7 @@ def parse_sets(
     given = set()
     for text in sets:
         left, equals, value = text.partition("=")
-        if left.strip() in given:
-            fix = "Give every setting once."
-            raise UserError(f"{left.strip()} is set twice", where="--set", fix=fix)
+        _check_new(left.strip(), given)
         given.add(left.strip())
         notebook, _, parameter = left.strip().rpartition(".")
         reached = [n for n in known if parameter in known[n] and notebook in ("", n)]

@@ -105,7 +105,8 @@ def as_batch(made: Batch | dict[str, Tensor]) -> Batch:
 def _mask(rows: list[list[int]]) -> Tensor:
     "Return 1 at the tokens of each row and 0 at the padding, (rows, longest)."
     lengths = torch.tensor([len(row) for row in rows])
-    return (torch.arange(int(lengths.max()))[None] < lengths[:, None]).long()
+    place = torch.arange(int(lengths.max()))[None]
+    return (place < lengths[:, None]).long()
 
 
 def causal_batch(
@@ -307,7 +308,8 @@ def _is_right_padded(batch: Batch | dict) -> bool:
     if getattr(batch, "right_padded", False) or "attention_mask" not in batch:
         return True
     mask = batch["attention_mask"]
-    return bool(mask[:, 0].all() and (mask.diff(dim=1) <= 0).all())
+    never_begins_again = (mask.diff(dim=1) <= 0).all()
+    return bool(mask[:, 0].all() and never_begins_again)
 
 
 def _positions(model, batch: Batch | dict) -> TargetPositions:

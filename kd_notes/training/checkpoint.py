@@ -55,7 +55,9 @@ def gathered(state: TrainState):
 def whole_tensor(t: Tensor) -> Tensor:
     "Return a copy on the CPU; the parts of a sharded tensor are joined."
     t = t.detach()
-    return (t.full_tensor() if hasattr(t, "full_tensor") else t).to("cpu", copy=True).contiguous()
+    if hasattr(t, "full_tensor"):
+        t = t.full_tensor()
+    return t.to("cpu", copy=True).contiguous()
 
 # %% ../../nbs/7_engine_room/16_checkpoint.ipynb #a0973b02
 def write_into(p: Tensor, value: Tensor) -> None:
@@ -153,6 +155,7 @@ def _write_checkpoint(state: TrainState, folder: Path) -> None:
 
 # %% ../../nbs/7_engine_room/16_checkpoint.ipynb #ae165290
 def make_folder(folder: Path) -> None:
+    "Make a folder unless it is there. Raises UserError if the disk refuses."
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -298,14 +301,7 @@ def _load_tensors(state: TrainState, folder: Path) -> None:
         set_rng_state(_read_tensors(mine))
 
 # %% ../../nbs/7_engine_room/16_checkpoint.ipynb #ef9f8ef5
-_PROGRESS = (
-    "step",
-    "tokens",
-    "seconds",
-    "best",
-    "stale",
-    "stop",
-)
+_PROGRESS = ("step", "tokens", "seconds", "best", "stale", "stop")
 
 
 def _check_same_run(state: TrainState, found: Any) -> None:

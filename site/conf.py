@@ -42,6 +42,8 @@ html_theme_options = {
     "use_fullscreen_button": False,
     "show_toc_level": 2,
     "show_navbar_depth": 1,
+    # the solutions stand in the contents of the solutions alone: with them, half of a build goes there
+    "collapse_navbar": True,
     # one search field, the one beside the contents
     "navbar_start": [],
     "navbar_center": [],

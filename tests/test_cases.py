@@ -163,6 +163,10 @@ CASES = [  # name (a sibling behind the colon), subject of the public report, te
     ("arch_gemma3_composite: context", "the same: the context of the language model", "test_cases.test_the_context_of_any_config_is_known"),
     ("files: damaged numbers of a back end", "half precision that overflows", "test_cases.test_a_back_end_that_computes_nan_writes_nothing"),
     ("out_folder_other_teacher: no weights", "the kind: a finished folder that is not whole", "test_cases.test_a_finished_folder_without_weights_or_request_is_not_finished"),
+    ("data_null_columns: texts beside a prompt", "the kind: what a row or a message says in another field", "test_cases.test_what_a_row_says_beside_its_prompt_is_not_lost"),
+    ("data_null_columns: thoughts", "reasoning models: thoughts and calls beside the content", "test_cases.test_what_a_message_says_beside_its_content_is_not_lost"),
+    ("files: config of another model", "the kind of damaged weights: a config that leaves layers out", "test_cases.test_a_config_that_leaves_weights_of_its_checkpoint_out_is_no_model"),
+    ("arch_layer_drop_lists: lists of results", "the kind: a layer that returns a list", "test_cases.test_the_first_gpt_is_cut_like_any_other"),
 ]  # fmt: skip
 TOK = test_tokenizers.tokenizer_of()
 FAST = test_tokenizers.FAST
@@ -417,6 +421,15 @@ def test_a_model_without_keys_and_values_is_not_asked_for_a_text(kind, more):
         greedy(model, [[5, 6, 7]], 2)
 
 
+def test_the_first_gpt_is_cut_like_any_other():
+    settings = {"vocab_size": 64, "n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 32}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("openai-gpt", **settings))
+    student = layer_drop(model, [1, 3])
+    assert torch.equal(
+        student.transformer.h[1].mlp.c_fc.weight, model.transformer.h[3].mlp.c_fc.weight
+    )
+
+
 def test_a_model_without_one_below_its_head_gives_its_own_logits():
     experts = {"num_local_experts": 2, "interleave_moe_layer_step": 2, "intermediate_size_mlp": 48}
     model = with_layers("llama4_text", head_dim=8, num_experts_per_tok=1, **experts)
@@ -454,6 +467,59 @@ def test_a_column_that_belongs_to_the_prompt_is_read_or_refused(tmp_path):
         load_rows(path)
     path.write_text(json.dumps(dolly | {"history": []}) + "\n")
     assert len(load_rows(path)) == 1
+
+
+def test_what_a_row_says_beside_its_prompt_is_not_lost():
+    "A text in another column belongs to the question, or the question holds it already."
+    user, answer = {"role": "user", "content": "Who?"}, {"role": "assistant", "content": "A dog."}
+    asked = {"prompt": "Who?", "response": "A dog."}
+    for row, name in (
+        (asked, "context"), (asked, "input"), ({"input": "Who?", "label": "A dog."}, "context"),
+        ({"messages": [user, answer]}, "context"), ({"messages": [user, answer]}, "input"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=f"'{name}' holds text that is not in the prompt"):
+            read_row(row | {name: "It ran."})
+        with pytest.raises(UserError, match=f"'{name}' holds text that is not in the prompt"):
+            read_row(row | {name: ["Who?", "It ran."]})
+        for held in (" Who? \n", "", None, ["Who?"]):
+            assert read_row(row | {name: held}) == read_row(row)
+    assert read_row(asked | {"context": {"page": 3}}) == read_row(asked)  # about the row: no text
+    tools = [{"type": "function", "function": {"name": "run"}}]
+    with pytest.raises(UserError, match="'tools'"):
+        read_row({"messages": [user, answer], "tools": tools})
+
+
+def test_what_a_message_says_beside_its_content_is_not_lost():
+    user, answer = {"role": "user", "content": "Who?"}, {"role": "assistant", "content": "A dog."}
+    for more in (
+        {"reasoning_content": "It ran."}, {"reasoning": "It ran."}, {"thinking": "It ran."},
+        {"tool_calls": [{"function": {"name": "run", "arguments": "{}"}}]},
+    ):  # fmt: skip
+        (name,) = more
+        with pytest.raises(UserError, match=f"message 2.*'{name}'"):
+            read_row({"messages": [user, answer | more]})
+        assert read_row({"messages": [user, answer | {name: None}]}).completion == "A dog."
+        # the templates of reasoning models leave the thoughts of earlier turns out as well
+        earlier = [user, answer | more, user, answer]
+        if name != "tool_calls":
+            assert read_row({"messages": earlier}) == read_row({"messages": [user, answer] * 2})
+    assert read_row({"messages": [user, answer | {"name": "Rex"}]}).completion == "A dog."
+
+
+@pytest.mark.parametrize(
+    "change, lost",
+    [({"num_hidden_layers": 1}, "layers.1"), ({"attention_bias": False}, "proj.bias")],
+)
+def test_a_config_that_leaves_weights_of_its_checkpoint_out_is_no_model(tmp_path, change, lost):
+    model = tiny("Llama", vocab_size=512, attention_bias=True)
+    model.lm_head.register_parameter("probe", torch.nn.Parameter(torch.ones(1)))
+    model.save_pretrained(tmp_path)  # the probe stands for a head of another task, which may go
+    TOK.save_pretrained(tmp_path)
+    assert load_pretrained(str(tmp_path), device="cpu")
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError, match=rf"config leaves out .*{lost}"):
+        load_pretrained(str(tmp_path), device="cpu")
 
 
 @pytest.mark.parametrize(

@@ -279,10 +279,9 @@ def _svamp_splits(name: str, parts: Parts) -> Parts:
         examples.sort(key=lambda ex: int(re.sub(r"\D", "", ex.id)))  # svamp/chal-17 -> 17
     order = np.random.RandomState(0).permutation(len(examples))
     cut = int(0.8 * len(examples))
-    return _carved(
-        name,
-        {"train": [examples[i] for i in order[:cut]], "test": [examples[i] for i in order[cut:]]},
-    )
+    train = [examples[i] for i in order[:cut]]
+    test = [examples[i] for i in order[cut:]]
+    return _carved(name, {"train": train, "test": test})
 
 
 REAL["svamp"] = RealSet(

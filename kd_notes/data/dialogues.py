@@ -146,7 +146,8 @@ def warn_of_lost_header(tokenizer: Any, template: str) -> None:
     words = "KDNOTES"
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": words}]
     written = []
-    for part, more in ((turns[:1], {"add_generation_prompt": True}), (turns[:1], {}), (turns, {})):
+    forms = (turns[:1], {"add_generation_prompt": True}), (turns[:1], {}), (turns, {})
+    for part, more in forms:
         try:
             text = tokenizer.apply_chat_template(
                 part, chat_template=template, tokenize=False, **more

@@ -106,7 +106,9 @@ def choice(weighted: Iterable[tuple[float, Any]]) -> Any:
     "Build a Choice with weights scaled to sum 1; a single alternative is returned itself."
     options = tuple((float(w), x) for w, x in weighted)
     total = math.fsum(w for w, _ in options)
-    return options[0][1] if len(options) == 1 else Choice(tuple((w / total, x) for w, x in options))
+    if len(options) == 1:
+        return options[0][1]
+    return Choice(tuple((w / total, x) for w, x in options))
 
 # %% ../../nbs/2_playground/06_grammar.ipynb #b7e3db49
 _SLOT = re.compile(r"\{(\w+)\}")
@@ -306,7 +308,8 @@ def enumerate_answers(a: Answers, limit: int = 100_000) -> Iterator[tuple[float,
                     fix="Use count_answers, or sample.",
                 )
             yield p, symbols
-        stack.extend((p * q, [*symbols, s], after) for s, (q, after) in a.step(state).items())
+        for symbol, (chance, after) in a.step(state).items():
+            stack.append((p * chance, [*symbols, symbol], after))
 
 # %% ../../nbs/2_playground/06_grammar.ipynb #c6573298
 def _expected(a: Answers, value: Callable[[dict], float]) -> float:
@@ -364,10 +367,11 @@ def likeliest(a: Answers) -> tuple[float, list]:
 
     def of(state: Closure) -> tuple[float, list]:
         if state not in known:
-            best = ((p, s, of(after)) for s, (p, after) in a.step(state).items())
-            known[state] = max(
-                ((p * q, [s, *rest]) for p, s, (q, rest) in best), key=lambda pair: pair[0]
-            )
+            found = []
+            for symbol, (chance, after) in a.step(state).items():
+                best, rest = of(after)
+                found.append((chance * best, [symbol, *rest]))
+            known[state] = max(found, key=lambda pair: pair[0])
         return known[state]
 
     return of(a.start)

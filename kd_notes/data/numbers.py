@@ -17,7 +17,8 @@ from typing import Any
 from .answers import equation_value, EquationError
 
 # %% ../../nbs/2_playground/02b_numbers.ipynb #fb55de2c
-_SIGNS = str.maketrans({c: new for old, new in (("−﹣－", "-"), ("×·⋅∙", "*"), ("÷", "/"), ("٬", ","), ("٫", "."), ("’", "'")) for c in old})  # fmt: skip
+_FORMS = {"-": "−﹣－", "*": "×·⋅∙", "/": "÷", ",": "٬", ".": "٫", "'": "’"}
+_SIGNS = str.maketrans({form: sign for sign, forms in _FORMS.items() for form in forms})
 
 
 def _ascii(char: str) -> str:

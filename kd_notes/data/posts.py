@@ -57,7 +57,7 @@ def draw_reports(places: Sequence[str], r: random.Random) -> list[dict]:
     for number, place in enumerate(places):
         first = draw_scene(r)
         known = number % 3 < 2
-        days = (r.randint(1, 20), r.randint(21, 40)) if known else (r.randint(61, 70),)
+        days = [r.randint(1, 20), r.randint(21, 40)] if known else [r.randint(61, 70)]
         made += [report(place, days[0], first)]
         made += [report(place, day, draw_scene(r, unlike=first)) for day in days[1:]]
         weather = f"At {place} it is {r.choice(['raining', 'sunny', 'windy'])}."
@@ -166,7 +166,8 @@ def draw_thing(canvas: Any, thing: str, x: float, y: float, size: float, colour:
     elif thing == "boxes":
         canvas.rectangle(corners, fill=colour)
     else:
-        canvas.polygon([(x, y + size), (x + size, y + size), (x + size / 2, y)], fill=colour)
+        left, right, top = (x, y + size), (x + size, y + size), (x + size / 2, y)
+        canvas.polygon([left, right, top], fill=colour)
 
 
 def draw_picture(sign: str, scene: str, r: random.Random) -> Any:
@@ -182,10 +183,11 @@ def draw_picture(sign: str, scene: str, r: random.Random) -> Any:
     font = ImageFont.load_default(20)
     canvas.text((WIDTH / 2, top + 16), sign, fill="#222222", font=font, anchor="mm")
     count, colour, thing = scene.split()
-    cells = r.sample([(x, y) for x in range(5) for y in range(2)], int(count))
-    for column, row in cells:
+    cells = [(x, y) for x in range(5) for y in range(2)]
+    for column, row in r.sample(cells, int(count)):
         size = r.randint(18, 28)
-        x, y = 8 + 36 * column + r.randint(0, 6), 50 + 37 * row + r.randint(0, 8)
+        x = 8 + 36 * column + r.randint(0, 6)
+        y = 50 + 37 * row + r.randint(0, 8)
         draw_thing(canvas, thing, x, y, size, COLOURS[colour])
     return image
 

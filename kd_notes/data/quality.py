@@ -183,7 +183,10 @@ def _fit(x, y: np.ndarray):
         models = {c: LogisticRegression(C=c, max_iter=200) for c in (1.0, 10.0)}
         if len(set(y)) > 10 or len(held) == 0 or len(set(y[rest])) < 2:
             return models[10.0].fit(x, y)
-        best = max(models, key=lambda c: models[c].fit(x[rest], y[rest]).score(x[held], y[held]))
+        right = {}
+        for c, model in models.items():
+            right[c] = model.fit(x[rest], y[rest]).score(x[held], y[held])
+        best = max(right, key=right.get)
         return models[best].fit(x, y)
 
 # %% ../../nbs/2_playground/04_quality.ipynb #c1ec47e4
@@ -268,14 +271,15 @@ def _best_choice(
     for ex in train:
         docs += [features(ex, i) for i in range(len(ex.choices))]
         right += ["right" if c == ex.label else "wrong" for c in ex.choices]
-    classes, scores = _scores(
-        docs, right, [features(ex, i) for ex in test for i in range(len(ex.choices))], _given()
-    )
+    asked = [features(ex, i) for ex in test for i in range(len(ex.choices))]
+    classes, scores = _scores(docs, right, asked, _given())
     column = scores[:, classes.index("right")]
     ends = np.cumsum([len(ex.choices) for ex in test])
-    return [
-        ex.choices[int(column[end - len(ex.choices) : end].argmax())] for ex, end in zip(test, ends)
-    ]
+    chosen = []
+    for ex, end in zip(test, ends):
+        of_choices = column[end - len(ex.choices) : end]
+        chosen.append(ex.choices[int(of_choices.argmax())])
+    return chosen
 
 # %% ../../nbs/2_playground/04_quality.ipynb #56c32a07
 def _known_label(info: TaskInfo, train: list[Example], test: list[Example]) -> list[str]:
@@ -345,10 +349,12 @@ def equation_template(equation: str, question: str) -> str:
 def fill_template(template: str, question: str) -> str:
     "Put the question's numbers into a template; '' if the question has too few."
     numbers = numbers_in(question)
-    tokens = [
-        t if t[0] != "N" else numbers[int(t[1:])] if int(t[1:]) < len(numbers) else ""
-        for t in template.split()
-    ]
+    tokens = []
+    for token in template.split():
+        if token[0] == "N":
+            place = int(token[1:])
+            token = numbers[place] if place < len(numbers) else ""
+        tokens.append(token)
     return " ".join(tokens) if all(tokens) else ""
 
 # %% ../../nbs/2_playground/04_quality.ipynb #686dbbcf

@@ -103,8 +103,22 @@ def _content(message: dict, where: str) -> str:
     return _text({"content": content}, "content", where).strip()
 
 
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+
+
+def _check_message(message: Mapping, is_last: bool, where: str) -> None:
+    "Raise UserError for words of a message that stand in none of the fields that are read."
+    lost = ("tool_calls", *_THOUGHTS) if is_last else ("tool_calls",)
+    if named := [name for name in lost if message.get(name)]:
+        raise UserError(
+            f"the message says something in {named[0]!r}, which is not read",
+            where=where,
+            fix="Write it into content as the model should write it, or delete the field.",
+        )
+
+
 def _messages(value: Any, field: str, where: str) -> tuple[dict, ...]:
-    "Check messages and keep role and content only."
+    "Check messages and keep role and content only. Templates drop the thoughts of earlier turns."
     if not isinstance(value, (list, tuple)) or not all(isinstance(m, Mapping) for m in value):
         problem = f"{field!r} should be a list of at least two objects with role and content"
         raise UserError(problem, where=where, fix=_SHAPES)
@@ -113,9 +127,12 @@ def _messages(value: Any, field: str, where: str) -> tuple[dict, ...]:
     if unknown:
         problem = f"the roles are {roles}; known are {', '.join(sorted(_ROLES))}"
         raise UserError(problem, where=where, fix=_SHAPES)
+    places = [f"{where}, message {number}" for number in range(1, len(value) + 1)]
+    for message, place in zip(value, places):
+        _check_message(message, message is value[-1], place)
     return tuple(
-        {"role": message["role"], "content": _content(message, f"{where}, message {number}")}
-        for number, message in enumerate(value, 1)
+        {"role": message["role"], "content": _content(message, place)}
+        for message, place in zip(value, places)
     )
 
 # %% ../../nbs/2_playground/17_rows.ipynb #0623289a
@@ -171,13 +188,7 @@ def _prompt_and_completion(fields: dict, needs_completion: bool, where: str) -> 
 
 # %% ../../nbs/2_playground/17_rows.ipynb #f9e5a7cb
 def _with_system(prompt: str | tuple, fields: dict, where: str) -> str | tuple:
-    """Return the prompt with the row's own system message in front, as messages.
-
-    Raises UserError for a field with earlier turns, which would be lost.
-    """
-    if fields.get("history"):
-        fix = "Write all turns into messages."
-        raise UserError("the field 'history' holds earlier turns", where=where, fix=fix)
+    "Return the prompt with the row's own system message in front, as messages."
     named = [n for n in ("system", "system_prompt") if str(fields.get(n, "")).strip()]
     if not named:
         return prompt
@@ -188,6 +199,22 @@ def _with_system(prompt: str | tuple, fields: dict, where: str) -> str | tuple:
         return prompt
     text = _text(fields, named[0], where).strip()
     return {"role": "system", "content": text}, *messages
+
+
+def _check_nothing_is_lost(fields: dict, prompt: str | tuple, where: str) -> None:
+    "Raise UserError for a field of the prompt that is not in the prompt."
+    for name, what in (("history", "earlier turns"), ("tools", "tools for the chat template")):
+        if fields.get(name):
+            fix = "Write what the model should read into messages, or delete the field."
+            raise UserError(f"the field {name!r} holds {what}", where=where, fix=fix)
+    read = prompt if isinstance(prompt, str) else "\n".join(m["content"] for m in prompt)
+    for name in ("input", "context"):
+        value = fields.get(name)
+        texts = value if isinstance(value, list) else [value]
+        if any(isinstance(text, str) and text.strip() not in read for text in texts):
+            fix = "Write it into the prompt, or delete or rename the field if it is not meant."
+            problem = f"the field {name!r} holds text that is not in the prompt"
+            raise UserError(problem, where=where, fix=fix)
 
 
 def read_row(
@@ -203,6 +230,7 @@ def read_row(
         fields = _fields(row, where)
         prompt, completion = _prompt_and_completion(fields, needs_completion, where)
         prompt = _with_system(prompt, fields, where)
+        _check_nothing_is_lost(fields, prompt, where)
         completion = completion if isinstance(prompt, str) else completion.strip()
         # A blank rationale is a target without content, which a control of step-by-step needs.
         reason = _text({"rationale": ""} | fields, "rationale", where, blank=True)

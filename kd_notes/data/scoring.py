@@ -272,8 +272,9 @@ def answer_sets(data: str, people: int = 80) -> AnswerSets:
     writers = sorted({row["person"] for row in parts["train"]})
     rng("beetle validation").shuffle(writers)
     held = set(writers[:VALIDATION_PEOPLE])
-    rows = {k: [r for r in parts["train"] if (r["person"] in held) == k] for k in (False, True)}
-    return AnswerSets(rows[False], rows[True], {name: parts[name] for name in BEETLE_TESTS})
+    train = [row for row in parts["train"] if row["person"] not in held]
+    validation = [row for row in parts["train"] if row["person"] in held]
+    return AnswerSets(train, validation, {name: parts[name] for name in BEETLE_TESTS})
 
 
 def answer_inputs(run: dict) -> dict[str, str]:

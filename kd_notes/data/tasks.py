@@ -91,12 +91,12 @@ def _nli_slots(r: random.Random, topics: dict, label: str) -> tuple[str, str, di
     others = r.sample([t for t in topics if t != topic], 3 if label == "neutral" else 2)
     kinds = {t: r.choice(list(topics[t]["values"])) for t in others}
     if label != "neutral":
-        kinds[topic] = (
-            kind
-            if label == "entailment"
-            else r.choice([k for k in topics[topic]["values"] if k != kind])
-        )
-    return topic, kind, {t: (r.choice(topics[t]["values"][k]), k) for t, k in kinds.items()}
+        others = [k for k in topics[topic]["values"] if k != kind]
+        kinds[topic] = kind if label == "entailment" else r.choice(others)
+    facts = {}
+    for name, its_kind in kinds.items():
+        facts[name] = (r.choice(topics[name]["values"][its_kind]), its_kind)
+    return topic, kind, facts
 
 # %% ../../nbs/2_playground/03_tasks.ipynb #cd796754
 def nli_example(r: random.Random, world: str) -> dict | None:
@@ -153,11 +153,10 @@ def _anli_slots(
     others = r.sample([e for e in f["events"] if e != event], 2)
     events = others if label == "neutral" else [event, others[0]]
     continents = [away, there] if label == "contradiction" else [there, away]
-    return (
-        event,
-        there,
-        [(e, r.choice(list(f["cities"][c])), c) for e, c in zip(events, continents)],
-    )
+    took_place = []
+    for other, continent in zip(events, continents):
+        took_place.append((other, r.choice(list(f["cities"][continent])), continent))
+    return event, there, took_place
 
 # %% ../../nbs/2_playground/03_tasks.ipynb #ac3e5d6b
 def anli_example(r: random.Random, world: str) -> dict | None:

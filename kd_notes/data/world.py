@@ -106,9 +106,8 @@ def read_prompt(text: str) -> Prompt:
     """
     for kind, pattern in _patterns():
         if found := pattern.fullmatch(text.strip()):
-            return Prompt(
-                kind, tuple((s, found[s]) for s in lexicon()["kinds"][kind]["slots"]), text.strip()
-            )
+            slots = lexicon()["kinds"][kind]["slots"]
+            return Prompt(kind, tuple((slot, found[slot]) for slot in slots), text.strip())
     raise UserError(
         f"{text!r:.80} is not a prompt of the instruction world",
         where="prompt",
@@ -147,7 +146,8 @@ def happy_probability(adjective: str, joint: str, last: str) -> float:
 def preference(visitor: str, v: str, u: str) -> float:
     "Return the probability that a visitor chooses village v over village u."
     likes = lexicon()["likes"][visitor]
-    return sigmoid(likes.get(villages()[v]["land"], 0) - likes.get(villages()[u]["land"], 0))
+    liked_v, liked_u = (likes.get(villages()[name]["land"], 0) for name in (v, u))
+    return sigmoid(liked_v - liked_u)
 
 # %% ../../nbs/2_playground/07_world.ipynb #a437c58a
 def environment(prompt: Prompt) -> dict[str, list[tuple[float, str]]]:
@@ -186,7 +186,10 @@ def label_probabilities(prompt: str) -> dict[str, float]:
 
 def grammar_of(modes: Sequence[dict], env: dict) -> Any:
     "Build the grammar of a list of modes."
-    return choice((mode["p"], with_fixed(mode["text"], mode.get("fix", ()), env)) for mode in modes)
+    options = []
+    for mode in modes:
+        options.append((mode["p"], with_fixed(mode["text"], mode.get("fix", ()), env)))
+    return choice(options)
 
 # %% ../../nbs/2_playground/07_world.ipynb #3d898a66
 @lru_cache(maxsize=8192)
@@ -459,6 +462,7 @@ def generator_logprobs(
         if not step:
             break
         inside[t] = True
-        out[t, list(step)] = torch.tensor([p for p, _ in step.values()], dtype=torch.float64).log()
+        chances = [p for p, _ in step.values()]
+        out[t, list(step)] = torch.tensor(chances, dtype=torch.float64).log()
         state = step.get(int(token), (0.0, ()))[1]
     return out, inside

@@ -83,7 +83,10 @@ def _padded(values: Sequence[Tensor | Sequence[float]]) -> np.ndarray:
             where="by_position",
             fix="Give at least one response with a token.",
         )
-    return np.stack([np.pad(row, (0, longest - len(row)), constant_values=np.nan) for row in rows])
+    filled = np.full((len(rows), longest), np.nan)
+    for line, row in zip(filled, rows):
+        line[: len(row)] = row
+    return filled
 
 # %% ../../nbs/4_probabilities/13_divergence_from_teacher.ipynb #f61ca076
 @dataclass(frozen=True)
@@ -168,9 +171,10 @@ def _exposure(
     names = np.unique(np.concatenate(groups))
     # How often each prompt is drawn.
     times = g.multinomial(len(names), np.full(len(names), 1 / len(names)), size=draws)
-    weights = [
-        np.concatenate([np.ones((1, len(k))), times[:, np.searchsorted(names, k)]]) for k in groups
-    ]
+    weights = []
+    for group in groups:
+        drawn = times[:, np.searchsorted(names, group)]
+        weights.append(np.concatenate([np.ones((1, len(group))), drawn]))
     r, e = (_accumulated(t[:, :length], w) for t, w in zip(tables, weights))
     percent = _excess(r, e)
     low, high = np.nanquantile(percent[1:], [0.025, 0.975], axis=0)

@@ -184,9 +184,8 @@ def _draw_arm(ax, rows: Sequence[Mapping], style: Mapping, shift: float) -> None
     low = np.array([100 * r.get("low", r["value"]) for r in rows])
     high = np.array([100 * r.get("high", r["value"]) for r in rows])
     bars = np.maximum(0, [y - low, high - y])
-    ax.errorbar(
-        [r["x"] * shift for r in rows], y, yerr=bars, capsize=4, label=rows[0]["arm"], **style
-    )
+    x = [r["x"] * shift for r in rows]
+    ax.errorbar(x, y, yerr=bars, capsize=4, label=rows[0]["arm"], **style)
 
 # %% ../../nbs/2_playground/14_figures.ipynb #8433bead
 def _reference(ax, value: float | None, label: str, linestyle: Any, color: str) -> None:

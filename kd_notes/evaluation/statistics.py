@@ -46,11 +46,11 @@ def paired(
 
     Raises UserError if the shapes show different seeds or items.
     """
-    a, b = (
-        np.atleast_2d(np.asarray(a, dtype=np.float64)),
-        np.atleast_2d(np.asarray(b, dtype=np.float64)),
-    )
-    if a.shape[1] != b.shape[1] or (a.shape[0] != b.shape[0] and 1 not in (a.shape[0], b.shape[0])):
+    a = np.atleast_2d(np.asarray(a, dtype=np.float64))
+    b = np.atleast_2d(np.asarray(b, dtype=np.float64))
+    same_items = a.shape[1] == b.shape[1]
+    same_seeds = len(a) == len(b) or 1 in (len(a), len(b))
+    if not (same_items and same_seeds):
         raise UserError(
             f"tables of shape {a.shape} and {b.shape} cannot be paired",
             where="paired",
@@ -71,9 +71,11 @@ def _draw_means(table: np.ndarray, draws: int, seed: int) -> np.ndarray:
     (rows, columns) = table.shape
     step = max(1, 2_000_000 // columns)  # keeps a block of counts below 16 MB
     blocks = [min(step, draws - start) for start in range(0, draws, step)]
-    return np.concatenate(
-        [((_shares(g, k, columns) @ table.T) * _shares(g, k, rows)).sum(1) for k in blocks]
-    )
+    means = []
+    for size in blocks:
+        of_rows = _shares(g, size, columns) @ table.T
+        means.append((of_rows * _shares(g, size, rows)).sum(1))
+    return np.concatenate(means)
 
 # %% ../../nbs/2_playground/13_statistics.ipynb #bb7985fa
 @lru_cache

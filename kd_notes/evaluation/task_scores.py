@@ -83,7 +83,8 @@ def _weights(n: int, draws: int, seed: int) -> np.ndarray:
     "Return how often each bootstrap draw contains each of n rows, (draws, n)."
     picks = np.random.default_rng(seed).integers(0, n, size=(draws, n))
     picks += n * np.arange(draws)[:, None]
-    return np.bincount(picks.ravel(), minlength=draws * n).reshape(draws, n).astype(float)
+    counts = np.bincount(picks.ravel(), minlength=draws * n)
+    return counts.reshape(draws, n).astype(float)
 
 
 def macro_f1(

@@ -284,9 +284,12 @@ class GeneratedStudents(Experiment):
         def right(others):
             return student_logits(name, model, others).argmax(1) == numbers_of(name, others)
 
-        metrics: dict[str, Any] = {"rows": len(rows), "own": right(rows).double().mean().item()}
+        def share(others):
+            return right(others).double().mean().item()
+
+        metrics: dict[str, Any] = {"rows": len(rows), "own": share(rows)}
         if run["score_on"] != "test":
-            return metrics | {"accuracy": right(task.validation()).double().mean().item()}
+            return metrics | {"accuracy": share(task.validation())}
         for test, others in task.tests().items():
             metrics[f"{test}: outcomes"] = pack_bits(right(others).tolist())
         return metrics | {"parameters": count_parameters(model)}

@@ -107,7 +107,9 @@ def true_label(text: str) -> tuple[str, str]:
     words = text.split()
     known = [_word_facts()[word] for word in words if word in _word_facts()]
     said = [kind for _, kind in known if kind != "thing"]
-    if len(known) - len(said) != 1 or not 1 <= len(said) <= 2 or len({s for s, _ in known}) > 1:
+    things = len(known) - len(said)
+    subjects = {subject for subject, _ in known}
+    if things != 1 or len(said) not in (1, 2) or len(subjects) > 1:
         return "", ""
     turned = bool(TURNS & set(words))
     return _other(said[-1]) if turned else said[-1], known[0][0]
@@ -368,7 +370,8 @@ class Remarks:
 
     def inputs(self, rows: Sequence[TextRow]) -> Tensor:
         known = remark_tokenizer().get_vocab()
-        return pad_rows([[1, *(known.get(w, 3) for w in row.prompt.split())] for row in rows], 0)
+        texts = [row.prompt.split() for row in rows]
+        return pad_rows([[1, *(known.get(word, 3) for word in words)] for words in texts], 0)
 
     def network(self) -> torch.nn.Module:
         return WordScorer(len(remark_tokenizer()), 2)

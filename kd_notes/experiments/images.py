@@ -316,13 +316,14 @@ class ImageTeachers(_OnImages):
         right = right_answers(model, test)
         logits = model(pool.pixels)
         of_right = logits.softmax(-1).gather(-1, pool.labels.unsqueeze(-1))
+        first = model(test.pixels[:12]).tolist()
         return {
             "accuracy": right.double().mean().item(),
             "outcomes": pack_bits(right.tolist()),
             "pool_accuracy": right_answers(model, pool).double().mean().item(),
             "pool_confidence": of_right.double().mean().item(),
             "parameters": count_parameters(model),
-            "shown": [[round(x, 2) for x in row] for row in model(test.pixels[:12]).tolist()],
+            "shown": [[round(x, 2) for x in row] for row in first],
         }
 
     def network(self, run: dict) -> Network:

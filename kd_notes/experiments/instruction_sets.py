@@ -182,8 +182,10 @@ def load_set(name: str, split: str = "test") -> list[Question]:
             where="load_set",
             fix=f"Use a list of {SET_NAMES}.",
         )
-    rows = numbered_rows(real_file(EVAL_FILES.get(name, name)))
-    return [question(row, str(row.get("id", i)), where) for i, (where, row) in enumerate(rows)]
+    questions = []
+    for i, (where, row) in enumerate(numbered_rows(real_file(EVAL_FILES.get(name, name)))):
+        questions.append(question(row, str(row.get("id", i)), where))
+    return questions
 
 # %% ../../nbs/4_probabilities/13b_instruction_sets.ipynb #iset-corp
 def corpus_texts(run: dict) -> list[str]:

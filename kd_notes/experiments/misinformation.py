@@ -73,12 +73,12 @@ POST_ARMS = {
     "teacher": PostArm("teacher, not told"),
 }
 
-
+# %% ../../nbs/6_beyond_text/14_misinformation.ipynb #post-views
 def other_evidence(found: Sequence[list[dict]], seed: int) -> list[list[dict]]:
     "Give each post the evidence of another one."
     order = list(range(len(found)))
     rng("shuffled evidence", seed).shuffle(order)
-    place = {a: b for a, b in zip(order, [*order[1:], *order[:1]])}
+    place = dict(zip(order, [*order[1:], *order[:1]]))
     return [found[place[i]] for i in range(len(found))]
 
 
@@ -129,9 +129,8 @@ def student_rows(run: dict, posts: list[Post], seen: dict, store: EvidenceStore)
     "Return the rows of an arm: its view of the posts, and what the teacher wrote."
     arm = POST_ARMS[run["arm"]]
     first = "reason" if arm.form == "reason first" else "label"
-    rows, _ = evidence_rows(
-        posts, seen, store, RuleTeacher(run["noise"]), k=run["k"], tell=arm.told, first=first
-    )
+    form = {"k": run["k"], "tell": arm.told, "first": first}
+    rows, _ = evidence_rows(posts, seen, store, RuleTeacher(run["noise"]), **form)
     made = []
     for row, prompt in zip(rows, view(arm, posts, seen, store, run["k"]), strict=True):
         label = parse_answer(row.completion)[0]
@@ -173,7 +172,8 @@ def fit_student(run: dict, model: Any, tokenizer: Any, rows: list[TextRow]) -> A
     lora = {"r": run["rank"], "alpha": 2 * run["rank"]}
     given = {name: run[name] for name in ("lr", "seed", "batch_size")}
     cfg = TrainConfig(max_steps=run["steps"], warmup=0.05, lora=lora, device="cpu", **given)
-    return train(model, method, [two_task_row(row) for row in rows] if two else rows, cfg)
+    taught = [two_task_row(row) for row in rows] if two else rows
+    return train(model, method, taught, cfg)
 
 
 def student_answers(run: dict, model: Any, tokenizer: Any, prompts: list[str]) -> list[str]:
@@ -260,9 +260,10 @@ def prompted_answers(run: dict, posts: dict, asked: list[Post], seen: dict, stor
     solved = posts["train"][: run.get("shots", 0)]
     full = POST_ARMS["full"]
     before = ""
-    for prompt, post in zip(view(full, solved, seen, store, run["k"]), solved, strict=True):
+    shown = view(full, solved, seen, store, run["k"])
+    for prompt, post in zip(shown, solved, strict=True):
         before += f"{prompt}{post.label}. {post.reason}\n\n"
-    prompts = [before + prompt for prompt in view(full, asked, seen, store, run["k"])]
+    prompts = [before + question for question in view(full, asked, seen, store, run["k"])]
     with autocast_of(run | {"device": "cpu"}):
         scores = prompted_scores(model, tokenizer, prompts)
 
@@ -427,9 +428,10 @@ class LiarStates(Experiment):
         from kd_notes.experiments.scoring import frozen_states
 
         rows = liar_rows()
-        cut = [" ".join(row["justification"].split()[: run["words"]]) for row in rows]
+        claims = [row["claim"] for row in rows]
+        reasons = [" ".join(row["justification"].split()[: run["words"]]) for row in rows]
         states = {}
-        for name, texts in {"claim": [row["claim"] for row in rows], "reason": cut}.items():
+        for name, texts in (("claim", claims), ("reason", reasons)):
             asked = [{"prompt": "Claim:", "answer": text} for text in texts]
             states[name] = torch.from_numpy(frozen_states(asked, run["layers"])[0])
         save_file(states, folder / "states.safetensors")
@@ -477,7 +479,7 @@ class LiarReading(Experiment):
             "justification": np.hstack([found["claim"], found["reason"]]),
             "another's": np.hstack([found["claim"], found["reason"][order]]),
         }
-        metrics: dict[str, Any] = {"floor": float(max(truth.mean(), 1 - truth.mean()))}
+        metrics: dict[str, Any] = {"floor": max(truth.mean().item(), 1 - truth.mean().item())}
         for name, features in views.items():
             metrics[name] = pack_bits(folded(features, truth, run["folds"], run["seed"]))
         return metrics

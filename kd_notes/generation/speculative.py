@@ -48,7 +48,8 @@ def feed_block(model, batch: DecodeBatch, ids: Tensor) -> Tensor:
 
 def forget(batch: DecodeBatch, keep: Tensor) -> None:
     "Remove the last columns that `keep` (rows, n) leaves out; rows stay right-aligned."
-    batch.mask = torch.cat([batch.mask[:, : -keep.shape[1]], keep.to(batch.mask.dtype)], dim=1)
+    before = batch.mask[:, : -keep.shape[1]]
+    batch.mask = torch.cat([before, keep.to(before.dtype)], dim=1)
     width = int(batch.mask.sum(1).max())
     order = batch.mask.argsort(dim=1, stable=True)[:, -width:]
     batch.mask = batch.mask.gather(1, order)
@@ -140,7 +141,8 @@ class _Interleaving:
         tokens[each, fallen] = torch.where(all_stand, tokens[each, fallen], instead)
         drawn = skd_mixture(draw_q, draw_p, accepted).log()
         logs = [log_softmax(q, self.size), log_softmax(p, self.size), drawn]
-        values = torch.stack([x.gather(-1, tokens[..., None])[..., 0] for x in logs], -1)
+        of_token = [x.gather(-1, tokens[..., None])[..., 0] for x in logs]
+        values = torch.stack(of_token, -1)
         for i, row in enumerate(rows):
             self._append(row, int(count[i]), tokens[i].tolist(), values[i].tolist())
         return count

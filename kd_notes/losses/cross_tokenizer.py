@@ -48,10 +48,11 @@ def align_vocabulary(
         )
     if how not in ("slice", "-inf"):
         raise UserError(f"{how!r} is not known", where="how", fix="Use 'slice' or '-inf'.")
-    cut = [x[..., :size] for x in (student_logits, teacher_logits)]
+    student, teacher = student_logits[..., :size], teacher_logits[..., :size]
     if how == "-inf":
-        cut = [torch.nn.functional.pad(x, (0, max(widths) - size), value=-math.inf) for x in cut]
-    return cut[0], cut[1]
+        filled = partial(torch.nn.functional.pad, pad=(0, max(widths) - size), value=-math.inf)
+        student, teacher = filled(student), filled(teacher)
+    return student, teacher
 
 # %% ../../nbs/4_probabilities/04_cross_tokenizer.ipynb #8fa50ae5
 _PROBE = " The naïve café's bill: 1,234.50 €\n\tdef f(x):  return x**2 — 你好 🙂"
@@ -209,13 +210,11 @@ def spans_in_order(
 
     The longer list is cut to the shorter.
     """
-    return [
-        [
-            Span(s, s + 1, t, t + 1)
-            for s, t in zip(a.nonzero().flatten().tolist(), b.nonzero().flatten().tolist())
-        ]
-        for a, b in zip(student_mask, teacher_mask)
-    ]
+    spans = []
+    for a, b in zip(student_mask, teacher_mask):
+        places = zip(a.nonzero().flatten().tolist(), b.nonzero().flatten().tolist())
+        spans.append([Span(s, s + 1, t, t + 1) for s, t in places])
+    return spans
 
 # %% ../../nbs/4_probabilities/04_cross_tokenizer.ipynb #dd20001c
 class _Spans(NamedTuple):
@@ -266,9 +265,9 @@ def _read_spans(
     )
     before = gold.cumsum(-1) - gold
     last = real.sum(-1).cumsum(0) - 1
-    return _Spans(
-        gold.sum(-1), (before + wrong).logsumexp(-1), before[:, -1], _Side(side.log[last], side.low)
-    )
+    total = (before + wrong).logsumexp(-1)
+    end = _Side(side.log[last], side.low)
+    return _Spans(gold.sum(-1), total, before[:, -1], end)
 
 # %% ../../nbs/4_probabilities/04_cross_tokenizer.ipynb #aa771d4f
 def _span_likelihood(student: _Spans, teacher: _Spans) -> Tensor:
@@ -297,7 +296,8 @@ def _span_matched(
 
 # %% ../../nbs/4_probabilities/04_cross_tokenizer.ipynb #7659aa13
 def _span_uld(student: _Spans, teacher: _Spans) -> Tensor:
-    p, q = ((side.last.log + side.before_last.unsqueeze(-1)).exp() for side in (teacher, student))
+    p = (teacher.last.log + teacher.before_last.unsqueeze(-1)).exp()
+    q = (student.last.log + student.before_last.unsqueeze(-1)).exp()
     return _sorted_gap(p, q)
 
 # %% ../../nbs/4_probabilities/04_cross_tokenizer.ipynb #fa361686
@@ -419,9 +419,8 @@ def _span_values(
         return _span_uld(student, teacher)
     if kind == "likelihood":
         return _span_likelihood(student, teacher)
-    single = torch.tensor(
-        [a[2] - a[1] == 1 == b[2] - b[1] for a, b in zip(*ranges)], device=student_logits.device
-    )
+    one_token = [a[2] - a[1] == 1 == b[2] - b[1] for a, b in zip(*ranges)]
+    single = torch.tensor(one_token, device=student_logits.device)
     return _span_matched(
         student, teacher, tuple(m.to(student_logits.device) for m in matches), single
     )
@@ -436,11 +435,11 @@ def _check_ranges(
             where=f"{who}_ids",
             fix="Logits have shape (B, rows, V), and ids (B, rows): the token that each row predicts.",
         )
-    bad = [
-        r
-        for r in ranges
-        if not (0 <= r[0] < logits.shape[0] and 0 <= r[1] < r[2] <= logits.shape[1])
-    ]
+    batch, length = logits.shape[:2]
+    bad = []
+    for row, start, end in ranges:
+        if not (0 <= row < batch and 0 <= start < end <= length):
+            bad.append((row, start, end))
     if bad:
         raise UserError(
             f"example {bad[0][0]}: the span [{bad[0][1]}, {bad[0][2]}) of the {who} is outside of its "

@@ -80,7 +80,8 @@ def _infinite(
     "Set `values` (...) to +inf, without gradient, where `mass` is on tokens that b bans."
     if not b.low or floor is not None:
         return values
-    return values.masked_fill(((b.log <= _LOW / 2) & (mass > 0)).any(-1) & when, math.inf)
+    banned = (b.log <= _LOW / 2) & (mass > 0)
+    return values.masked_fill(banned.any(-1) & when, math.inf)
 
 # %% ../../nbs/4_probabilities/01_divergences.ipynb #a21fa056
 def _kl(a: _Side, b: _Side, floor: float | None = None) -> Tensor:

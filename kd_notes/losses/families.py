@@ -183,7 +183,8 @@ def _alpha_divergence(student: _Side, teacher: _Side, *, alpha: float = 0.5) -> 
         return _kl(teacher, student) if alpha > 0.5 else _kl(student, teacher)
     power = alpha * teacher.log + (1 - alpha) * student.log
     cap = 80.0 if power.dtype == torch.float32 else 700.0  # e^80 still fits into float32
-    terms = alpha * teacher.log.exp() + (1 - alpha) * student.log.exp() - power.clamp(max=cap).exp()
+    mean = alpha * teacher.log.exp() + (1 - alpha) * student.log.exp()
+    terms = mean - power.clamp(max=cap).exp()
     values = terms.sum(-1) / (alpha * (1 - alpha))
     return values if 0 < alpha < 1 else values.masked_fill((power > cap).any(-1), math.inf)
 

@@ -54,8 +54,10 @@ def coarse_logits(
     They are at least float32.
     """
     logits = at_least_float32(logits)
-    flat = _Coarse.apply(logits.reshape(-1, logits.shape[-1]), ids.reshape(-1, ids.shape[-1]))
-    return flat.reshape(*ids.shape[:-1], ids.shape[-1] + 1)
+    places, k = ids.shape[:-1], ids.shape[-1]
+    rows = logits.reshape(-1, logits.shape[-1])
+    flat = _Coarse.apply(rows, ids.reshape(-1, k))
+    return flat.reshape(*places, k + 1)
 
 # %% ../../nbs/4_probabilities/10_sparse.ipynb #6efb72c8
 def keep_top_k(

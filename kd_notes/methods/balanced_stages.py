@@ -111,7 +111,8 @@ class _Work:
 
     def choose(self, stage: int, quota: dict[str, int], taught: list[dict], used: set) -> dict:
         "Choose the rows of a stage, hardest first, and count what the teacher has to write."
-        free = list({row["prompt"]: row for row in self.pool if row["prompt"] not in used}.values())
+        unused = [row for row in self.pool if row["prompt"] not in used]
+        free = list({row["prompt"]: row for row in unused}.values())
         rng("balanced order", self.settings.seed, stage).shuffle(free)
         if self.settings.select == "ifd" and free:
             free = _hardest_first(free, self.student(taught, stage)(free), stage)
@@ -171,7 +172,8 @@ class _Stages(_Work):
                 }
             )
         asked = choice["lacking"] if self.settings.fill == "write" else {}
-        for domain, number in ((d, i) for d, n in asked.items() for i in range(n)):
+        places = [(domain, i) for domain, count in asked.items() for i in range(count)]
+        for domain, number in places:
             pair = self.read(texts[f"{stage}/new/{domain}/{number}"], domain)
             if pair is None or pair[0] in used:
                 counts["unreadable" if pair is None else "repeated"] += 1

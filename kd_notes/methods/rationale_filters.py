@@ -92,7 +92,9 @@ def select(
     kept = [pair for pair, why in zip(pairs, reasons) if not why]
     before = _profile(pairs)
     after = _profile(kept)
-    moved = [abs(after["kinds"].get(kind, 0) - share) for kind, share in before["kinds"].items()]
+    moved = []
+    for kind, share in before["kinds"].items():
+        moved.append(abs(after["kinds"].get(kind, 0) - share))
     report = {
         "yield": len(kept) / max(1, len(pairs)),
         "dropped": dict(Counter(filter(None, reasons))),
@@ -158,14 +160,18 @@ def rationale_report(
         for ex, row in ok
         if ex.label
     }
-    valid = {id(row): bool(oracle(ex, row["rationale"])) for ex, row in ok} if oracle else {}
+    valid = {}
+    if oracle:
+        valid = {id(row): bool(oracle(ex, row["rationale"])) for ex, row in ok}
     shown_templates = {template_of(ex, ex.rationale) for ex in shown if ex.rationale}
     templates = [template_of(ex, row["rationale"]) for ex, row in ok]
     copies = [template in shown_templates for template in templates]
     different = {row["rationale"] for _, row in ok}
+    met = [row["outcome"] for _, row in pairs]
+    words = [len(row["rationale"].split()) for _, row in ok]
     return {
         "n": len(pairs),
-        "outcomes": {name: sum(row["outcome"] == name for _, row in pairs) for name in OUTCOMES},
+        "outcomes": {name: met.count(name) for name in OUTCOMES},
         "label_accuracy": sum(right.values()) / len(pairs) if right else None,
         "label_accuracy_ok": _share(right.values()),
         "validity_ok": _share(valid.values()),
@@ -174,6 +180,6 @@ def rationale_report(
         "template_copies_ok": _share(copies) if shown_templates else None,
         "different_ok": len(different) / len(ok) if ok else None,
         "different_templates_ok": len(set(templates)) / len(ok) if ok else None,
-        "words_ok": _spread([len(row["rationale"].split()) for _, row in ok]),
+        "words_ok": _spread(words),
         "tokens": _spread([row["completion_tokens"] for _, row in pairs]),
     }

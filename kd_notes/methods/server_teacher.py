@@ -230,7 +230,8 @@ def check_temperature(server: LogprobServer, ids: list[int], plain: TokenScores)
     if server.form == "llama":
         (soft,), _ = first_scores(server, ids)
         known = dict(zip(plain.ids[0], plain.log_probs[0]))
-        pairs = [(b, known[i]) for i, b in zip(soft.ids[0], soft.log_probs[0]) if i in known]
+        told = zip(soft.ids[0], soft.log_probs[0])
+        pairs = [(value, known[token]) for token, value in told if token in known]
         gaps = [
             abs((b - pairs[0][0]) * server.temperature - (a - pairs[0][1]))
             for b, a in pairs
@@ -421,7 +422,8 @@ def spread(row: dict, own: Tensor, width: int) -> Tensor:
     others = width - row["ids"].shape[1] - (known > 0).double()
     share = ((tail - known).clamp(min=1e-30) / others.clamp(min=1)).log().float()
     made = share[:, None].expand(-1, width).clone()
-    made.scatter_(1, own[:, None], torch.where(known > 0, known.log().float(), share)[:, None])
+    of_own = torch.where(known > 0, known.log().float(), share)
+    made.scatter_(1, own[:, None], of_own[:, None])
     return made.scatter_(1, row["ids"], row["log_probs"])
 
 

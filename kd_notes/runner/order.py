@@ -69,10 +69,11 @@ def read_order(book: Book) -> list[Part]:
     table = read_json(book.nbs / "book.json")
     parts = []
     for part in table["parts"]:
-        lessons = tuple(
-            Lesson(row["lesson"], row["minutes"], tuple(row["after"])) for row in part["lessons"]
-        )
-        parts.append(Part(part["title"], part["about"], lessons, tuple(part["results"])))
+        lessons = []
+        for row in part["lessons"]:
+            lessons.append(Lesson(row["lesson"], row["minutes"], tuple(row["after"])))
+        results = tuple(part["results"])
+        parts.append(Part(part["title"], part["about"], tuple(lessons), results))
     _check_order(parts, lesson_names(book))
     return parts
 
@@ -103,7 +104,8 @@ def lesson_lines(parts: list[Part], titles: dict[str, str]) -> dict[str, tuple[s
             )
         ]
         # of what it builds on, and of its neighbours
-        others = [*lesson.after, *(near.name for _, near in order[max(place - 1, 0) : place + 2])]
+        near = order[max(place - 1, 0) : place + 2]
+        others = [*lesson.after, *(neighbour.name for _, neighbour in near)]
         links = {name: _link(titles[name], f"{name}.ipynb", lesson.name) for name in others}
         facts = [f"**{part.title}**", f"about {lesson.minutes} minutes"]
         if lesson.after:

@@ -1142,6 +1142,12 @@ def test_a_reference_without_a_word_that_rouge_reads_is_warned_of(text):
 def test_words_are_compared_in_one_normal_form_and_emoji_are_words():
     assert rouge_l(["caf\u00e9 😀"], [["cafe\u0301 😀"]], tokenizer=unicode_words)[0] == 1.0
     assert unicode_words("ok 😀😡") == ["ok", "😀", "😡"]
+    # an accent elsewhere in a text does not take its names apart
+    assert unicode_words("my_file é _") == ["my_file", "é", "_"]
+    assert text_module.ngrams("my_file é _", 1) == text_module.ngrams("my_file e _", 1)[:1] + [
+        ("é",),
+        ("_",),
+    ]
 
 
 @pytest.mark.parametrize("score", [rouge_l, exact_matches])

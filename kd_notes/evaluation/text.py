@@ -83,7 +83,7 @@ def unicode_words(text: str) -> list[str]:
         if unicodedata.category(char) == "So":  # an emoji
             words.append(char)
             open_word = False
-        elif kind not in "LNM":  # no letter, number or combining mark
+        elif kind not in "LNM" and char != "_":  # no letter, number or combining mark
             open_word = False
         elif kind == "M" and words:
             words[-1] += char

@@ -107,7 +107,7 @@ _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 
 
 def _check_message(message: Mapping, is_last: bool, where: str) -> None:
-    "Raise UserError for words of a message that stand in none of the fields that are read."
+    "Raise UserError for words of a message in fields that are not read."
     lost = ("tool_calls", *_THOUGHTS) if is_last else ("tool_calls",)
     if named := [name for name in lost if message.get(name)]:
         raise UserError(

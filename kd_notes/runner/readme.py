@@ -86,6 +86,11 @@ def _stepwise_rows() -> list[FrontRow]:
             ),
         ),
         FrontRow(
+            "stepwise_regimes",
+            "Rationales help students that know the facts, and those that do not",
+            "–",
+        ),
+        FrontRow(
             "stepwise_ablations",
             "Multi-task beats single-task (Table 2)",
             f"multi-task: {paper_values('dss', 'Table 2', 'multi-task (DSS)')}; "

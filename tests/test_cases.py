@@ -8,11 +8,13 @@ import importlib.util
 import json
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import test_tokenizers
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from test_architectures import COMMON, FAMILIES, GEMMA, tiny, VISION
 from tokenizers import processors
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -26,6 +28,7 @@ from kd_notes.data.task_file import OwnTask
 from kd_notes.evaluation.calibration import ece, reliability
 from kd_notes.evaluation.statistics import hierarchical_bootstrap, holm
 from kd_notes.evaluation.text import distinct_n, references_of
+from kd_notes.experiments.instruction_sets import question
 from kd_notes.evaluation.validation import Validation
 from kd_notes.generation.backends import LocalBackend
 from kd_notes.generation.completions import Decoding, manifest_path, stream_jsonl
@@ -164,6 +167,8 @@ CASES = [  # name (a sibling behind the colon), subject of the public report, te
     ("files: damaged numbers of a back end", "half precision that overflows", "test_cases.test_a_back_end_that_computes_nan_writes_nothing"),
     ("out_folder_other_teacher: no weights", "the kind: a finished folder that is not whole", "test_cases.test_a_finished_folder_without_weights_or_request_is_not_finished"),
     ("data_null_columns: texts beside a prompt", "the kind: what a row or a message says in another field", "test_cases.test_what_a_row_says_beside_its_prompt_is_not_lost"),
+    ("data_null_columns: names of answers", "the kind: an answer under another name", "test_cases.test_an_answer_is_found_under_any_of_its_names"),
+    ("data_null_columns: of sets", "the same, of evaluation sets", "test_cases.test_an_empty_input_hides_no_context_of_an_instruction"),
     ("data_null_columns: thoughts", "reasoning models: thoughts and calls beside the content", "test_cases.test_what_a_message_says_beside_its_content_is_not_lost"),
     ("files: config of another model", "the kind of damaged weights: a config that leaves layers out", "test_cases.test_a_config_that_leaves_weights_of_its_checkpoint_out_is_no_model"),
     ("arch_layer_drop_lists: lists of results", "the kind: a layer that returns a list", "test_cases.test_the_first_gpt_is_cut_like_any_other"),
@@ -471,51 +476,120 @@ def test_a_column_that_belongs_to_the_prompt_is_read_or_refused(tmp_path):
 
 def test_what_a_row_says_beside_its_prompt_is_not_lost():
     "A text in another column belongs to the question, or the question holds it already."
-    user, answer = {"role": "user", "content": "Who?"}, {"role": "assistant", "content": "A dog."}
-    asked = {"prompt": "Who?", "response": "A dog."}
+    user, answer = (
+        {"role": "user", "content": "Who ran?"},
+        {"role": "assistant", "content": "A dog."},
+    )
+    asked = {"prompt": "Who ran?", "response": "A dog."}
     for row, name in (
-        (asked, "context"), (asked, "input"), ({"input": "Who?", "label": "A dog."}, "context"),
-        ({"messages": [user, answer]}, "context"), ({"messages": [user, answer]}, "input"),
+        (asked, "context"), (asked, "input"), (asked, "instruction"), (asked, "question"),
+        ({"input": "Who ran?", "label": "A dog."}, "context"), ({"input": "Who ran?", "output": "A dog."}, "question"),
+        ({"messages": [user, answer]}, "context"), ({"messages": [user, answer]}, "instruction"),
     ):  # fmt: skip
-        with pytest.raises(UserError, match=f"'{name}' holds text that is not in the prompt"):
-            read_row(row | {name: "It ran."})
-        with pytest.raises(UserError, match=f"'{name}' holds text that is not in the prompt"):
-            read_row(row | {name: ["Who?", "It ran."]})
-        for held in (" Who? \n", "", None, ["Who?"]):
+        passages = (
+            [{"title": "Dogs", "text": "It ran."}],
+            {"sentences": [["Who ran?"], ["It ran."]]},
+        )
+        for lost in (
+            "It ran.",
+            ["Who ran?", "It ran."],
+            ("It ran.",),
+            np.array(["It ran."]),
+            *passages,
+        ):
+            with pytest.raises(UserError, match=f"'{name}' holds text that is not in the prompt"):
+                read_row(row | {name: lost})
+        for held in (
+            " Who \r\n  ran? \n",
+            "",
+            None,
+            ["Who ran?"],
+            [{"title": "Dogs", "text": "Who"}],
+        ):
             assert read_row(row | {name: held}) == read_row(row)
     assert read_row(asked | {"context": {"page": 3}}) == read_row(asked)  # about the row: no text
+    with pytest.raises(UserError, match="'context' holds text"):
+        read_row(SimpleNamespace(**asked, context="It ran."))
+    assert (
+        read_row(SimpleNamespace(**asked, system="Be brief."), chat=True).prompt[0]["role"]
+        == "system"
+    )
     tools = [{"type": "function", "function": {"name": "run"}}]
-    with pytest.raises(UserError, match="'tools'"):
-        read_row({"messages": [user, answer], "tools": tools})
+    for some in (tools, json.dumps(tools)):
+        with pytest.raises(UserError, match="'tools'"):
+            read_row({"messages": [user, answer], "tools": some})
+    for none in ("[]", "null", " ", [], None, np.array([])):
+        assert read_row({"messages": [user, answer], "tools": none}).completion == "A dog."
+
+
+def test_an_answer_is_found_under_any_of_its_names():
+    for asked in ("prompt", "instruction", "input"):
+        for answered in ("completion", "response", "output", "label"):
+            row = {asked: "Who ran?", answered: "A dog."}
+            assert read_row(row).completion == "A dog."
+            assert read_row(row, needs_completion=False).completion == "A dog."
+    assert read_row({"prompt": "Who ran?", "label": 3}, needs_completion=False).completion == ""
+    own = {"prompt": "Who ran?", "response": "A dog.", "label": "animal"}
+    assert read_row(own).completion == "A dog."
 
 
 def test_what_a_message_says_beside_its_content_is_not_lost():
     user, answer = {"role": "user", "content": "Who?"}, {"role": "assistant", "content": "A dog."}
     for more in (
         {"reasoning_content": "It ran."}, {"reasoning": "It ran."}, {"thinking": "It ran."},
+        {"reasoning_details": [{"text": "It ran."}]}, {"function_call": {"name": "run"}},
         {"tool_calls": [{"function": {"name": "run", "arguments": "{}"}}]},
     ):  # fmt: skip
         (name,) = more
         with pytest.raises(UserError, match=f"message 2.*'{name}'"):
             read_row({"messages": [user, answer | more]})
-        assert read_row({"messages": [user, answer | {name: None}]}).completion == "A dog."
+        for nothing in (None, "\n\n", [], float("nan"), False):
+            assert read_row({"messages": [user, answer | {name: nothing}]}).completion == "A dog."
         # the templates of reasoning models leave the thoughts of earlier turns out as well
         earlier = [user, answer | more, user, answer]
-        if name != "tool_calls":
+        if "call" not in name:
             assert read_row({"messages": earlier}) == read_row({"messages": [user, answer] * 2})
     assert read_row({"messages": [user, answer | {"name": "Rex"}]}).completion == "A dog."
+    row = {"prompt": "Who?", "response": "<think>It ran.</think>A dog."}
+    assert read_row(row | {"reasoning": "It ran."}) == read_row(row)
+    with pytest.raises(UserError, match="'reasoning' holds text that is not in the answer"):
+        read_row({"prompt": "Who?", "response": "A dog.", "reasoning": "It ran."})
+
+
+def test_an_empty_input_hides_no_context_of_an_instruction():
+    row = {"instruction": "Who ran?", "input": "", "context": "A dog ran.", "response": "A dog."}
+    (asked,) = question(row | {"system": ""}, "0", "row").messages
+    assert asked["content"] == "Who ran?\n\nA dog ran."
+    system, asked = question(row | {"system": "Be brief."}, "0", "row").messages
+    assert system["content"] == "Be brief."
 
 
 @pytest.mark.parametrize(
-    "change, lost",
-    [({"num_hidden_layers": 1}, "layers.1"), ({"attention_bias": False}, "proj.bias")],
+    "change, extra, lost",
+    [
+        ({"num_hidden_layers": 1}, "", "layers.1"),
+        ({"attention_bias": False}, "", "proj.bias"),
+        ({}, "model.layers.0.input_layernorm.bias", "input_layernorm.bias"),
+        ({}, "model.layers.0.self_attn.q_proj.weight_scale_inv", "weight_scale_inv"),
+        ({}, "model.layers.2.mlp.gate_proj.weight", "layers.2"),
+    ],
 )
-def test_a_config_that_leaves_weights_of_its_checkpoint_out_is_no_model(tmp_path, change, lost):
+def test_a_config_that_leaves_weights_of_its_checkpoint_out_is_no_model(
+    tmp_path, change, extra, lost
+):
     model = tiny("Llama", vocab_size=512, attention_bias=True)
-    model.lm_head.register_parameter("probe", torch.nn.Parameter(torch.ones(1)))
-    model.save_pretrained(tmp_path)  # the probe stands for a head of another task, which may go
+    model.save_pretrained(tmp_path)
     TOK.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    further = (
+        "model.layers.2.enorm.weight",
+        "model.layers.2.mlp.down_proj.weight",
+    )  # predicts two tokens ahead
+    fine = {name: torch.ones(3) for name in ("score.weight", "visual.blocks.0.norm.bias", *further)}
+    save_file(weights | fine, tmp_path / "model.safetensors", {"format": "pt"})
     assert load_pretrained(str(tmp_path), device="cpu")
+    more = {extra: torch.ones(3)} if extra else {}
+    save_file(weights | more, tmp_path / "model.safetensors", {"format": "pt"})
     path = tmp_path / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(UserError, match=rf"config leaves out .*{lost}"):

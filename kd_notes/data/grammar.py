@@ -65,9 +65,9 @@ def draw_villages(n: int = VILLAGES, seed: int = SEED) -> dict[str, dict]:
 def _village_facts(r: random.Random, words: dict) -> dict:
     facts = {slot: r.choice(words[key]) for slot, key in SINGLE.items()}
     for slot, key in RANKED.items():
-        facts[slot] = [
-            list(pair) for pair in zip(r.choice(words["patterns"]), r.sample(words[key], 3))
-        ]
+        pattern = r.choice(words["patterns"])
+        ranked = r.sample(words[key], 3)
+        facts[slot] = [list(pair) for pair in zip(pattern, ranked)]
     return facts | {"near": r.choice(words["towns"]), "wet": r.choice([-0.7, 0.7])}
 
 
@@ -351,7 +351,8 @@ def count_answers(a: Answers) -> int:
 # %% ../../nbs/2_playground/06_grammar.ipynb #a2b8e911
 def _drawn(grammar: Any, r: random.Random) -> Iterator[str]:
     while isinstance(grammar, Choice):
-        grammar = r.choices([x for _, x in grammar.options], [p for p, _ in grammar.options])[0]
+        chances, options = zip(*grammar.options)
+        grammar = r.choices(options, chances)[0]
     for part in [grammar] if isinstance(grammar, str) else grammar:
         yield from words_of(part) if isinstance(part, str) else _drawn(part, r)
 

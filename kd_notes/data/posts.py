@@ -38,7 +38,8 @@ def draw_scene(r: random.Random, unlike: str = "") -> str:
     words = unlike.split() or [str(r.choice(known)) for known in choices]
     if unlike:
         place = r.randrange(3)
-        words[place] = str(r.choice([x for x in choices[place] if str(x) != words[place]]))
+        others = [word for word in choices[place] if str(word) != words[place]]
+        words[place] = str(r.choice(others))
     return " ".join(words)
 
 # %% ../../nbs/6_beyond_text/12_posts.ipynb #7ae6152c
@@ -103,7 +104,8 @@ def draw_post(id: str, place: str, reports: Sequence[dict], label: str, r: rando
     "Draw a post about a place with this label; 'unverified' needs a place without reports."
     day = r.randint(41, LAST_DAY)
     about = [row for row in reports if row["place"] == place and "scene" in row]
-    known = sorted((row for row in about if row["date"] < day), key=lambda row: row["date"])
+    earlier = [row for row in about if row["date"] < day]
+    known = sorted(earlier, key=lambda row: row["date"])
     newest = known[-1] if known else None
     if newest is None:
         scene = draw_scene(r)

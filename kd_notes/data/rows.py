@@ -56,7 +56,8 @@ _SHAPES = (
     "a rationale if there is one; or messages that end with the assistant's answer."
 )
 _FIELDS = (
-    "id messages prompt completion response instruction input output label rationale"
+    "id messages prompt completion response instruction question input context output label "
+    "rationale system system_prompt history tools"
 ).split()
 _ROLES = {"system", "user", "assistant"}
 
@@ -73,7 +74,7 @@ def _fields(row: Any, where: str) -> dict:
     if isinstance(row, Mapping):
         return {name: value for name, value in row.items() if not _absent(value)}
     values = {name: getattr(row, name, None) for name in _FIELDS}
-    found = {name: value for name, value in values.items() if not _absent(value)}
+    found = {n: v for n, v in values.items() if not _absent(v) and not callable(v)}
     if isinstance(row, (str, bytes, list, tuple)) or not found:
         raise UserError(f"a row cannot be a {type(row).__name__}", where=where, fix=_SHAPES)
     return found
@@ -103,13 +104,23 @@ def _content(message: dict, where: str) -> str:
     return _text({"content": content}, "content", where).strip()
 
 
-_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+_CALLS = ("tool_calls", "function_call")
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking", "reasoning_details", "thinking_blocks")
+
+
+def _says(value: Any) -> bool:
+    "Return True for a value that holds something: blank text and empty JSON do not."
+    if isinstance(value, str):
+        return value.strip() not in ("", "[]", "{}", "null")
+    if isinstance(value, bool) or _absent(value):
+        return False
+    return not hasattr(value, "__len__") or len(value) > 0
 
 
 def _check_message(message: Mapping, is_last: bool, where: str) -> None:
     "Raise UserError for words of a message in fields that are not read."
-    lost = ("tool_calls", *_THOUGHTS) if is_last else ("tool_calls",)
-    if named := [name for name in lost if message.get(name)]:
+    lost = (*_CALLS, *_THOUGHTS) if is_last else _CALLS
+    if named := [name for name in lost if _says(message.get(name))]:
         raise UserError(
             f"the message says something in {named[0]!r}, which is not read",
             where=where,
@@ -154,6 +165,9 @@ def _chat(value: Any, field: str, needs_completion: bool, where: str) -> tuple[t
     return messages[:-1], messages[-1]["content"]
 
 # %% ../../nbs/2_playground/17_rows.ipynb #d8480b6e
+_ANSWERS = ("response", "output", "label")
+
+
 def _prompt_and_completion(fields: dict, needs_completion: bool, where: str) -> tuple[Any, str]:
     if "messages" in fields:
         return _chat(fields["messages"], "messages", needs_completion, where)
@@ -170,7 +184,8 @@ def _prompt_and_completion(fields: dict, needs_completion: bool, where: str) -> 
     asked, answers = shape
     # An error names the field that this shape usually has.
     usual = "response" if asked == "prompt" else answers[0]
-    answered = next((name for name in answers if name in fields), usual)
+    others = [n for n in ("completion", *_ANSWERS) if isinstance(fields.get(n), str)]
+    answered = next((name for name in (*answers, *others) if name in fields), usual)
     if isinstance(fields[asked], (list, tuple)):
         answer = fields.get(answered, ())
         if not isinstance(answer, (list, tuple)):
@@ -201,22 +216,39 @@ def _with_system(prompt: str | tuple, fields: dict, where: str) -> str | tuple:
     return {"role": "system", "content": text}, *messages
 
 
-def _check_nothing_is_lost(fields: dict, prompt: str | tuple, where: str) -> None:
-    "Raise UserError for a field of the prompt that is not in the prompt."
+_ASKED = ("instruction", "question", "input", "context")
+_OF_A_PASSAGE = ("text", "content", "passage", "sentences", "contexts")
+
+
+def _texts(value: Any) -> list[str]:
+    "Return the texts of a field: of lists, and of passages with a title and a text."
+    if isinstance(value, str):
+        return [" ".join(value.split())]
+    if isinstance(value, Mapping):
+        value = [value[name] for name in _OF_A_PASSAGE if name in value]
+    if hasattr(value, "tolist"):  # pandas keeps lists as arrays
+        value = value.tolist()
+    if not isinstance(value, (list, tuple)):
+        return []
+    return [text for part in value for text in _texts(part)]
+
+
+def _check_nothing_is_lost(fields: dict, prompt: str | tuple, completion: str, where: str) -> None:
+    "Raise UserError for a field that belongs to the prompt or the answer and is not there."
     for name, what in (("history", "earlier turns"), ("tools", "tools for the chat template")):
-        if fields.get(name):
+        if _says(fields.get(name)):
             fix = "Write what the model should read into messages, or delete the field."
             raise UserError(f"the field {name!r} holds {what}", where=where, fix=fix)
     read = prompt if isinstance(prompt, str) else "\n".join(m["content"] for m in prompt)
-    for name in ("input", "context"):
-        value = fields.get(name)
-        texts = value if isinstance(value, list) else [value]
-        if any(isinstance(text, str) and text.strip() not in read for text in texts):
-            fix = "Write it into the prompt, or delete or rename the field if it is not meant."
-            problem = f"the field {name!r} holds text that is not in the prompt"
-            raise UserError(problem, where=where, fix=fix)
+    for names, text, what in ((_ASKED, read, "prompt"), (_THOUGHTS, completion, "answer")):
+        text = " ".join(text.split())
+        for name in names:
+            if any(part not in text for part in _texts(fields.get(name))):
+                fix = f"Write it into the {what}, or delete or rename the field."
+                problem = f"the field {name!r} holds text that is not in the {what}"
+                raise UserError(problem, where=where, fix=fix)
 
-
+# %% ../../nbs/2_playground/17_rows.ipynb #read-row
 def read_row(
     row: Any,  # a mapping or an object (an Example) in one of the shapes; or a TextRow
     id: str = "",  # used if the row has no id
@@ -230,7 +262,7 @@ def read_row(
         fields = _fields(row, where)
         prompt, completion = _prompt_and_completion(fields, needs_completion, where)
         prompt = _with_system(prompt, fields, where)
-        _check_nothing_is_lost(fields, prompt, where)
+        _check_nothing_is_lost(fields, prompt, completion, where)
         completion = completion if isinstance(prompt, str) else completion.strip()
         # A blank rationale is a target without content, which a control of step-by-step needs.
         reason = _text({"rationale": ""} | fields, "rationale", where, blank=True)

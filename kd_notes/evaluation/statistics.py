@@ -161,7 +161,8 @@ def hierarchical_bootstrap(
         low, high = max(low, 0.0), min(high, 1.0)
     tail = min((drawn <= 0).sum(), (drawn >= 0).sum())
     p = min(1.0, 2 * (tail + 1) / (draws + 1))
-    return Estimate(float(mean), float(low), float(high), len(table), table.shape[1], float(p))
+    seeds, items = table.shape
+    return Estimate(float(mean), float(low), float(high), seeds, items, float(p))
 
 # %% ../../nbs/2_playground/13_statistics.ipynb #seed-means
 def seed_means(

@@ -71,10 +71,11 @@ _SPACELESS = re.compile(
 )
 
 
-def unicode_words(text: str) -> list[str]:
+def unicode_words(text: str, joining: str = "") -> list[str]:
     """Split a text of any script into lower-case words.
 
-    In a script without spaces, each letter with its marks is a word.
+    In a script without spaces, each letter with its marks is a word. Characters of `joining` count
+    as letters.
     """
     words = []
     open_word = False
@@ -83,7 +84,7 @@ def unicode_words(text: str) -> list[str]:
         if unicodedata.category(char) == "So":  # an emoji
             words.append(char)
             open_word = False
-        elif kind not in "LNM" and char != "_":  # no letter, number or combining mark
+        elif kind not in "LNM" and char not in joining:  # no letter, number or combining mark
             open_word = False
         elif kind == "M" and words:
             words[-1] += char
@@ -212,7 +213,8 @@ def ngrams(text: str | Sequence, n: int) -> list[tuple]:
     if not isinstance(text, str):
         parts = list(text)
     else:
-        parts = re.findall(r"\w+", text.lower()) if text.isascii() else unicode_words(text)
+        plain = text.isascii()  # \w takes the underscore for a letter
+        parts = re.findall(r"\w+", text.lower()) if plain else unicode_words(text, "_")
     return [tuple(parts[i : i + n]) for i in range(len(parts) - n + 1)]
 
 # %% ../../nbs/2_playground/11_text.ipynb #f9ec20f5

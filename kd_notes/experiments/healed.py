@@ -54,7 +54,8 @@ def _chat_row(fields: dict, id: str, where: str) -> TextRow | None:
     if not isinstance(answer, str) or not answer.strip():
         return None
     asked = fields.get("instruction", fields.get("definition"))
-    texts = {"instruction": asked, "input": fields.get("input") or "", "output": answer}
+    beside = {name: fields.get(name) or "" for name in ("input", "context")}
+    texts = {"instruction": asked, "output": answer} | beside
     if "rationale" in fields:
         texts = {"prompt": fields.get("question"), "completion": answer}
     return read_row(texts, id, where, chat=True)

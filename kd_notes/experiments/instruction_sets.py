@@ -122,12 +122,9 @@ def split_rows(rows: Sequence[Any], split: str, name: str) -> list:
 
 
 def hub_dialogues(name: str, split: str) -> list[TextRow]:
-    "Load a split of hub:<id>, see `split_rows`. Dolly's field names are known."
+    "Load a split of hub:<id>, see `split_rows`."
     dialogues = []
     for i, row in enumerate(hub_rows(name)):
-        if "context" in row:
-            texts = {"instruction": row["instruction"], "input": row.get("context", "")}
-            row = texts | {"output": row["response"]}
         dialogues.append(read_row(row, f"hub-{i}", f"{name}, row {i}", chat=True))
     return split_rows(dialogues, split, name)
 
@@ -139,6 +136,9 @@ class Question:
     id: str
     messages: tuple[dict, ...]
     references: tuple[str, ...]
+
+
+BESIDE = ("input", "context", "system", "system_prompt", "history", "tools")
 
 
 def question(row: dict, id: str, where: str) -> Question:
@@ -155,11 +155,9 @@ def question(row: dict, id: str, where: str) -> Question:
             where=where,
             fix="Give it `output`: a text, or a list of texts.",
         )
-    texts = {
-        "instruction": row.get("instruction", row.get("prompt")),
-        "input": row.get("input", row.get("context")),
-        "output": answers[0],
-    }
+    asked = row.get("instruction", row.get("prompt"))
+    texts = {name: row[name] for name in BESIDE if name in row}
+    texts |= {"instruction": asked, "output": answers[0]}
     return Question(id, read_row(texts, id, where, chat=True).prompt, tuple(answers))
 
 # %% ../../nbs/4_probabilities/13b_instruction_sets.ipynb #iset-load

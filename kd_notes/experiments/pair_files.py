@@ -117,7 +117,8 @@ def load_pair_file(path: Path | str) -> PairFile:
     for name, (fine, wanted) in PARTS.items():
         if not isinstance(f, dict) or not fine(f.get(name)):
             raise UserError(f"it should be {wanted}", where=f"{where}, {name}", fix=fix)
-    if unknown := sorted(set(f) - set(PARTS)) + sorted({"arm", "seed"} & set(f["settings"])):
+    foreign = {"arm", "seed"} & set(f["settings"])
+    if unknown := sorted(set(f) - set(PARTS)) + sorted(foreign):
         raise UserError("this field does not belong here", where=f"{where}, {unknown[0]}", fix=fix)
     for who in ("teacher", "student"):
         config_of(f["shapes"].get(who, {}), f"{where}, shapes.{who}")

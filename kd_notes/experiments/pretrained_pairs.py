@@ -222,7 +222,9 @@ class _Phase(ModelFolders):
 
     def inputs(self, run: dict) -> dict[str, str]:
         "Return the SHA-256 of the sets on this machine and of the models."
-        sets = {run["data"], *run.get("evaluate", ()), *(["prompts"] if "shown" in run else [])}
+        sets = {run["data"], *run.get("evaluate", ())}
+        if "shown" in run:
+            sets.add("prompts")
         files = set_files([*sets, run.get("corpus") or ""])
         sums = {name: sha256_file(real_file(name)) for name in files}
         if "prompts" in sets:

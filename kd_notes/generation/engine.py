@@ -173,7 +173,8 @@ class DecodeBatch:
     @torch.inference_mode()
     def feed(self, model) -> Scores:
         "Feed each row's last token and return the scores of the next ones."
-        self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.rows), 1)], dim=1)
+        read = self.mask.new_ones(len(self.rows), 1)
+        self.mask = torch.cat([self.mask, read], dim=1)
         self.position = self.position + 1
         return forward(
             model,

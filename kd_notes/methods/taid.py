@@ -90,7 +90,8 @@ class TAID(GKD):
         self.last_loss = loss
 
     def state_dict(self) -> dict:
-        return super().state_dict() | {"taid": [self.t, self.last_loss, self.fall, *self.seen]}
+        own = [self.t, self.last_loss, self.fall, *self.seen]
+        return super().state_dict() | {"taid": own}
 
     def load_state_dict(self, kept: dict) -> None:
         super().load_state_dict(kept)

@@ -328,13 +328,15 @@ def load_part(source: str, part: str) -> Any:
 def _left_out(model, names: Iterable[str]) -> list[str]:
     "Return the weights of a checkpoint that belong into the model's layers and are not there."
     modules = dict(model.base_model.named_modules()) | dict(model.named_modules())
+    # Layers that predict further tokens (DeepSeek, GLM) stand behind the last one of the config.
+    further = tuple(name.split("enorm.")[0] for name in names if ".enorm." in name)
 
     def is_missed(name: str) -> bool:
-        owner, _, last = name.rpartition(".")
+        owner = name.rpartition(".")[0]
         if owner in modules:
-            return last in modules[owner]._parameters
+            return "weight" in modules[owner]._parameters  # its bias, or a scale
         stack = re.split(r"\.\d+\.", name)[0]
-        return isinstance(modules.get(stack), torch.nn.ModuleList)
+        return isinstance(modules.get(stack), torch.nn.ModuleList) and not name.startswith(further)
 
     return sorted(filter(is_missed, names))
 

@@ -102,7 +102,8 @@ def asked_rows(name: str, template: str, limit: int | None = None) -> list[Asked
         prompt = read.messages
         if template == "alpaca":
             instruction = row.get("instruction", row.get("prompt"))
-            prompt = alpaca_prompt(instruction, row.get("input", row.get("context")) or "")
+            beside = [row.get(name) or "" for name in ("input", "context")]
+            prompt = alpaca_prompt(instruction, "\n\n".join(filter(str.strip, beside)))
         made.append(Asked(f"{number}", prompt, read.references))
     if not made:
         raise UserError(

@@ -110,7 +110,8 @@ def is_group(teacher: Any) -> bool:
 
 def _weighted(one: Any) -> tuple[Any, float | None]:
     "Split (teacher, weight) or 'spec=0.7' into both; the weight is None if there is none."
-    if isinstance(one, (list, tuple)) and len(one) == 2 and isinstance(one[1], (int, float)):
+    is_pair = isinstance(one, (list, tuple)) and len(one) == 2
+    if is_pair and isinstance(one[1], (int, float)):
         return one[0], float(one[1])
     if not isinstance(one, str) or "=" not in one:
         return one, None

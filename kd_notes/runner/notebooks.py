@@ -386,7 +386,9 @@ def read_numbers(path: Path) -> dict[str, dict]:
             where=path,
             fix="Write one JSON object: {name: number}.",
         )
-    read = {name: dict(v) if isinstance(v, dict) else {"value": v} for name, v in numbers.items()}
+    read = {}
+    for name, number in numbers.items():
+        read[name] = dict(number) if isinstance(number, dict) else {"value": number}
     for name, number in read.items():
         good = "value" in number and set(number) <= NUMBER_FIELDS
         if not good or not all(_is_number(field, value) for field, value in number.items()):

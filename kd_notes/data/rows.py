@@ -165,7 +165,7 @@ def _chat(value: Any, field: str, needs_completion: bool, where: str) -> tuple[t
     return messages[:-1], messages[-1]["content"]
 
 # %% ../../nbs/2_playground/17_rows.ipynb #d8480b6e
-_ANSWERS = ("response", "output", "label")
+_ANSWERS = ("completion", "response", "output", "label")
 
 
 def _prompt_and_completion(fields: dict, needs_completion: bool, where: str) -> tuple[Any, str]:
@@ -184,7 +184,7 @@ def _prompt_and_completion(fields: dict, needs_completion: bool, where: str) -> 
     asked, answers = shape
     # An error names the field that this shape usually has.
     usual = "response" if asked == "prompt" else answers[0]
-    others = [n for n in ("completion", *_ANSWERS) if isinstance(fields.get(n), str)]
+    others = [name for name in _ANSWERS if isinstance(fields.get(name), str)]
     answered = next((name for name in (*answers, *others) if name in fields), usual)
     if isinstance(fields[asked], (list, tuple)):
         answer = fields.get(answered, ())

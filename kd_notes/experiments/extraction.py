@@ -155,8 +155,10 @@ def _score(info: TaskInfo, examples: Sequence[Example], rows: Sequence[Mapping])
     }
     if known and isinstance(info, OwnTask):
         read = {"ok", "no_rationale"}  # outcomes whose label is one that the task allows
-        answers = {row["id"]: row["label"] if row["outcome"] in read else None for row in known}
-        answers = {id: label or None for id, label in answers.items()}
+        answers = {}
+        for row in known:
+            is_read = row["outcome"] in read
+            answers[row["id"]] = row["label"] or None if is_read else None
         asked = [example for example in examples if example.id in answers]
         found["score"] = task_score(info, answers, asked)
     return found

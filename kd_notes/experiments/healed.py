@@ -57,7 +57,7 @@ def _chat_row(fields: dict, id: str, where: str) -> TextRow | None:
     beside = {name: fields.get(name) or "" for name in ("input", "context")}
     texts = {"instruction": asked, "output": answer} | beside
     if "rationale" in fields:
-        texts = {"prompt": fields.get("question"), "completion": answer}
+        texts = {"prompt": fields.get("question"), "completion": answer} | beside
     return read_row(texts, id, where, chat=True)
 
 

@@ -306,7 +306,8 @@ FORMAT = "kd_notes logit cache 1"
 
 def row_hash(prompt: list[int], completion: list[int]) -> str:
     "Return 8 hex digits of a row's ids."
-    return hashlib.sha256(repr((list(prompt), list(completion))).encode()).hexdigest()[:8]
+    ids = repr((list(prompt), list(completion)))
+    return hashlib.sha256(ids.encode()).hexdigest()[:8]
 
 
 def read_index(folder: Path) -> dict[int, dict]:

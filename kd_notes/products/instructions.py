@@ -72,8 +72,8 @@ def raw_rows(name: str) -> list[tuple[str, dict]]:
         kept = {each.id for each in load_set("dolly")}
         found = []
         for i, (place, row) in enumerate(numbered_rows(real_file("dolly_dev.jsonl"))):
-            name = str(row.get("id", "")) or f"dolly_dev-{i}"
-            if name in kept:
+            row_id = str(row.get("id", "")) or f"dolly_dev-{i}"
+            if row_id in kept:
                 found.append((place, row))
         return found
     file = Path(name)
@@ -90,27 +90,22 @@ def asked_rows(name: str, template: str, limit: int | None = None) -> list[Asked
             fix=fix,
         )
     if limit is not None:
-        limit = check_count(
-            limit,
-            "limit",
-            1,
-            "Use 1 or more, or leave it out for all rows.",
-        )
+        limit = check_count(limit, "limit", 1, "Use 1 or more, or leave it out for all rows.")
     made = []
     for number, (where, row) in enumerate(raw_rows(name)[:limit]):
         read = question(row, f"{number}", where)
         prompt = read.messages
         if template == "alpaca":
+            if len(prompt) > 1:
+                fix = "Use --template chat, or delete the system message."
+                problem = "Alpaca's layout has no place for a system message"
+                raise UserError(problem, where=where, fix=fix)
             instruction = row.get("instruction", row.get("prompt"))
             beside = [row.get(name) or "" for name in ("input", "context")]
             prompt = alpaca_prompt(instruction, "\n\n".join(filter(str.strip, beside)))
         made.append(Asked(f"{number}", prompt, read.references))
     if not made:
-        raise UserError(
-            "there are no rows",
-            where=name,
-            fix="Give at least one row.",
-        )
+        raise UserError("there are no rows", where=name, fix="Give at least one row.")
     return made
 
 # %% ../../nbs/5_own_words/14_instruction_scores.ipynb #dcada9f0

@@ -4,10 +4,11 @@ import json
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from kd_notes.core import UserError
 from kd_notes.data.answers import unpack_bits
-from kd_notes.data.examples import Example
+from kd_notes.data.examples import Example, load_split
 from kd_notes.evaluation.calibration import score_labels
 from kd_notes.experiments.real_students import (
     _scored_states,
@@ -155,3 +156,16 @@ def test_settings_that_are_not_possible_are_said(student, tmp_path):
         RealStudents().train(run_of(student, n=2001), tmp_path)
     with pytest.raises(UserError, match="4 of 4 layers"):
         RealStudents().train(run_of(student, frozen=4), tmp_path)
+
+
+def test_no_steps_score_the_student_as_it_comes(student, tmp_path):
+    run = run_of(student, steps=0)
+    given, again = (RealStudents().train(run, tmp_path / name) for name in ("one", "two"))
+    assert given == again and "loss" not in given
+    assert not (tmp_path / "one").exists()
+    model = AutoModelForCausalLM.from_pretrained(student).eval()
+    rows = [asked_example(e) for e in load_split("nli", "test")[:6]]
+    with torch.inference_mode():
+        wanted = option_answers(model, load_mini_tokenizer(), rows, PREDICT)
+    assert given["answers"] == list(wanted.values())[:5]
+    assert given["accuracy"] == pytest.approx(sum(wanted[e.id] == e.label for e in rows) / 6)

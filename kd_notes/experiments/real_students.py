@@ -61,6 +61,7 @@ class RealSettings(StudentSettings):
 
     size: str = "smollm2"
     batch_size: int = 8
+    steps: int = 200  # optimiser steps; 0: the student is scored as it comes
     frozen: int = 20  # lower layers that do not learn; 0: all learn
     test_rows: int = 400  # of the split that is scored; 0: all
     precision: str = optional("no")
@@ -139,25 +140,26 @@ class RealStudents(Stepwise):
         return run | {"lr": run["lr"] or RATE}
 
     def train(self, run: dict, folder: Path) -> dict:
-        "Return accuracy, outcomes (packed), parameters, tokens, seconds, number of rows."
+        "Return accuracy, outcomes (packed), parameters, answers; after training tokens, seconds, loss."
         whole, tokenizer = new_student(run)
         rows = real_rows(run)
         student = whole
         if run["frozen"]:
             student = upper_layers(whole, run["frozen"], padding_id(tokenizer))
-        cfg = replace(arm_config(run, whole), save_every=100)
-        result = train(student, arm_method(run, tokenizer), rows, cfg, run_dir=folder)
+        cost = {}
+        if run["steps"]:
+            cfg = replace(arm_config(run, whole), save_every=100)
+            result = train(student, arm_method(run, tokenizer), rows, cfg, run_dir=folder)
+            student = result.model
+            cost = {"tokens": result.tokens, "train_seconds": result.seconds}
+            cost |= {"examples": len(rows), "loss": result.history[-1]["loss"]}
         examples = task_split(run["task"], run["score_on"])[: run["test_rows"] or None]
         asked = [asked_example(e) for e in examples]
-        answers = answers_of(run, whole, result.model.eval(), tokenizer, asked)
+        answers = answers_of(run, whole, student.eval(), tokenizer, asked)
         right = outcomes(info_of(run["task"]).metric, answers, asked)
-        return {
+        return cost | {
             "accuracy": accuracy(right),
             "outcomes": pack_bits(right),
             "parameters": count_parameters(whole),
-            "tokens": result.tokens,
-            "train_seconds": result.seconds,
-            "examples": len(rows),
-            "loss": result.history[-1]["loss"],
             "answers": [answers[e.id] for e in asked[:5]],
         }

@@ -19,7 +19,7 @@ from kd_notes.experiments.real_students import (
     real_rows,
     RealStudents,
 )
-from kd_notes.methods.step_by_step import EXPLAIN, PREDICT
+from kd_notes.methods.step_by_step import EXPLAIN, predict, PREDICT
 from kd_notes.models.frozen_layers import states_of
 from kd_notes.models.mini import load_mini_tokenizer, mini_model
 
@@ -169,3 +169,17 @@ def test_no_steps_score_the_student_as_it_comes(student, tmp_path):
         wanted = option_answers(model, load_mini_tokenizer(), rows, PREDICT)
     assert given["answers"] == list(wanted.values())[:5]
     assert given["accuracy"] == pytest.approx(sum(wanted[e.id] == e.label for e in rows) / 6)
+
+
+def test_students_of_two_tasks_write_reasons_for_the_shown_rows(student, tmp_path):
+    def reasons(**given):
+        run = run_of(student, precision="no", **given)
+        return RealStudents().train(run, tmp_path / str(len(list(tmp_path.iterdir()))))["reasons"]
+
+    written = reasons(steps=0)
+    rows = [asked_example(e) for e in load_split("nli", "test")[:5]]
+    model = AutoModelForCausalLM.from_pretrained(student)
+    said = predict(model, load_mini_tokenizer(), rows, prefix=EXPLAIN, max_new_tokens=40)
+    assert written == [said[e.id] for e in rows] and any(written)
+    assert reasons(steps=0, arm="finetune") == []
+    assert len(reasons(steps=2)) == 5

@@ -32,7 +32,7 @@ from kd_notes.experiments.stepwise import (
     StudentSettings,
     task_split,
 )
-from ..methods.step_by_step import predict, PREDICT, Row, step_rows
+from ..methods.step_by_step import EXPLAIN, predict, PREDICT, Row, step_rows
 from ..models.frozen_layers import upper_layers, with_upper
 from ..models.pretrained import autocast_of, count_parameters
 from ..training.loop import train
@@ -102,6 +102,9 @@ def _scored_states(key: str) -> dict:
     return {}
 
 
+SHOWN = 5  # test rows whose answers and reasons are kept
+
+
 def answers_of(
     run: dict,
     whole: Any,  # the model that the trained part was taken from
@@ -118,8 +121,25 @@ def answers_of(
                 key = stable_hash(read | {"prefix": prefix})
                 trained.base_model.embed_tokens.kept = _scored_states(key)
             return option_answers(trained, tokenizer, asked, prefix)
-        joined = with_upper(whole, trained) if run["frozen"] else trained
-        return predict(joined.eval(), tokenizer, asked, prefix=prefix)
+        return predict(_joined(run, whole, trained), tokenizer, asked, prefix=prefix)
+
+
+def _joined(run: dict, whole: Any, trained: Any) -> Any:
+    "Return the whole student, ready to write."
+    joined = with_upper(whole, trained) if run["frozen"] else trained
+    return joined.eval()
+
+
+def reasons_of(
+    run: dict, whole: Any, trained: Any, tokenizer: Any, asked: list[Example]
+) -> list[str]:
+    "Return the reasons that a student of two tasks writes for examples; none from other students."
+    if ARMS[run["arm"]].rows is not step_rows:
+        return []
+    with torch.inference_mode(), autocast_of(run):
+        student = _joined(run, whole, trained)
+        said = predict(student, tokenizer, asked, prefix=EXPLAIN, max_new_tokens=40)
+    return [said[e.id] for e in asked]
 
 # %% ../../nbs/3_reasons/03c_real_students.ipynb #rst-run
 class RealStudents(Stepwise):
@@ -161,5 +181,6 @@ class RealStudents(Stepwise):
             "accuracy": accuracy(right),
             "outcomes": pack_bits(right),
             "parameters": count_parameters(whole),
-            "answers": [answers[e.id] for e in asked[:5]],
+            "answers": [answers[e.id] for e in asked[:SHOWN]],
+            "reasons": reasons_of(run, whole, student, tokenizer, asked[:SHOWN]),
         }

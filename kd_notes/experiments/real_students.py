@@ -39,6 +39,7 @@ from ..training.loop import train
 
 # %% ../../nbs/3_reasons/03c_real_students.ipynb #rst-ask
 MARK = "\nAnswer:\n"
+CHOICES = " Choices:"  # what follows a question of CommonsenseQA
 
 
 def _number(equation: str) -> str:
@@ -49,7 +50,8 @@ def _number(equation: str) -> str:
 
 def asked_example(example: Example) -> Example:
     "Return an example as a pretrained student reads it."
-    asked = replace(example, input=example.input + MARK)
+    question, _, _ = example.input.partition(CHOICES)
+    asked = replace(example, input=question + MARK)
     if example.task != "svamp":
         return asked
     return replace(asked, label=_number(example.label), rationale=example.label.replace(".0 ", " "))

@@ -178,7 +178,10 @@ app.registered_commands += product_commands.registered_commands
 def bench_command(
     parts: Annotated[
         list[str] | None,
-        typer.Option("--part", help="loss, loop, pair or on-policy; default: all."),
+        typer.Option(
+            "--part",
+            help="loss, loop, pair, on-policy or extraction; default: all (on cuda: loss).",
+        ),
     ] = None,
     tokens: Annotated[
         list[int] | None, typer.Option(help="Tokens in a batch of the loss; may be repeated.")

@@ -183,8 +183,9 @@ def disk_error(e: OSError, path: Path | str) -> UserError:
     )
 
 # %% ../nbs/7_engine_room/01_core.ipynb #f5a12d10
-def _sync_folder(folder: Path) -> None:
-    if os.name == "posix":  # makes the rename itself durable
+def sync_folder(folder: Path) -> None:
+    "Flush the names in a folder to the disk."
+    if os.name == "posix":
         fd = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(fd)
@@ -220,7 +221,7 @@ def atomic_write(path: Path | str, data: str | bytes) -> Path:
             f.flush()
             os.fsync(f.fileno())
         os.replace(tmp, path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError as e:
         raise disk_error(e, path) from e
     finally:

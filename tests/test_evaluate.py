@@ -163,12 +163,14 @@ def test_hostile_texts_are_refused_quickly(text):
     assert time.process_time() - start < 0.5
 
 
-def test_depth_limit_is_where_it_says():
-    deep = "(" * answers_module.MAX_DEPTH + "1" + ")" * answers_module.MAX_DEPTH
-    shallow = deep[1:-1]
-    assert answers_module.equation_value(shallow) == 1
+@pytest.mark.parametrize("opening, closing", [("(", ")"), ("- ", "")])
+def test_depth_limit_is_where_it_says(opening, closing):
+    def nested(depth):
+        return answers_module.equation_value(opening * depth + "1" + closing * depth)
+
+    assert abs(nested(answers_module.MAX_DEPTH)) == 1
     with pytest.raises(answers_module.EquationError, match="nested"):
-        answers_module.equation_value(deep)
+        nested(answers_module.MAX_DEPTH + 1)
 
 
 def test_exact_match_trims_and_does_nothing_else():
@@ -292,7 +294,7 @@ def test_damaged_numbers_are_refused(text):
         ("1.5 x 10^6", "1500000"), ("2 and 1/2", "(2 + 1/2)"), ("\\frac{-3}{4}", "-3/4"), ("\\dfrac34", "3/4"), ("1~234", "1234"),
         ("12/0", None), ("nineteen ninety", None), ("one of the two", None), ("It is not 12", None), ("at least 12", None),
         ("two pears and three plums", None), ("twelve and a half", None), ("There are 5 or 6", None),
-        ("2^3", None), ("1, 2, 3", None), ("0x10", None), ("nan", None), ("1e999", None), ("the 5", None), ("not 5", None),
+        ("five thousand million", None), ("one thousand thousand", None), ("two million three thousand", "2003000"), ("2^3", None), ("1, 2, 3", None), ("0x10", None), ("nan", None), ("1e999", None), ("the 5", None), ("not 5", None),
     ],
 )  # fmt: skip
 def test_numbers_as_people_write_them(text, number):

@@ -21,7 +21,8 @@ import kd_notes.methods.rationales as rationales_module
 from kd_notes.generation.backends import LocalBackend, ReplayBackend
 from kd_notes.generation.completions import Completion, Decoding, manifest_path
 from kd_notes.core import append_jsonl, read_json, read_jsonl, UserError, write_json
-from kd_notes.data.examples import Example, register_task, TaskInfo, TASKS
+from kd_notes.data.examples import Example, register_task, task_info, TaskInfo, TASKS
+from kd_notes.experiments.extraction import _score
 from kd_notes.models.mini import mini_model, train_mini_tokenizer
 from kd_notes.methods.rationale_filters import rationale_report, select
 from kd_notes.methods.rationales import (
@@ -974,3 +975,13 @@ def test_a_value_that_does_not_exist_is_no_answer():
 def test_control_tokens_are_no_part_of_a_rationale():
     text = "<|begin_of_solution|>Herons eat fish.\nAnswer: pond<|end_of_solution|>"
     assert parse_completion(text, labels=PLACES) == Parsed("ok", "Herons eat fish.", "pond")
+
+
+def test_the_label_of_a_completion_that_was_cut_is_not_counted_as_right():
+    examples = [Example(f"e{i}", "nli", "Premise: a.", "neutral", "") for i in range(4)]
+    outcomes = ("ok", "no_rationale", "truncated", "label_not_allowed")
+    rows = [
+        {"id": example.id, "outcome": outcome, "label": "neutral"}
+        for example, outcome in zip(examples, outcomes)
+    ]
+    assert _score(task_info("nli"), examples, rows)["accuracy"] == 0.5

@@ -50,6 +50,7 @@ def test_a_word_problem_has_its_number_as_label_and_its_equation_as_reason():
     assert of("( ( 18.0 - 10.0 ) * 15.0 )") == ("120", "( ( 18 - 10 ) * 15 )")
     assert of("( 5.0 / 2.0 )") == ("2.5", "( 5 / 2 )")
     assert of("( 10.05 * 2.0 )") == ("20.1", "( 10.05 * 2 )")
+    assert of("( 24691.0 / 2.0 )")[0] == "12345.5" and of("( 1.0 / 3.0 )")[0] == "0.3333"
     nli = Example("b", "nli", "Premise: a. Hypothesis: b.", "neutral", "Because.")
     asked = asked_example(nli)
     assert (asked.label, asked.rationale, asked.input) == ("neutral", "Because.", nli.input + MARK)
@@ -183,3 +184,15 @@ def test_students_of_two_tasks_write_reasons_for_the_shown_rows(student, tmp_pat
     assert written == [said[e.id] for e in rows] and any(written)
     assert reasons(steps=0, arm="finetune") == []
     assert len(reasons(steps=2)) == 5
+
+
+def test_students_with_other_weights_do_not_share_states(tmp_path):
+    "Random weights have no file: their seed tells them apart, and a cut model its layers."
+    kept = []
+    for given in ({"seed": 0}, {"seed": 1}, {"seed": 1, "size": "s", "frozen": 1}):
+        run = run_of("m", **{"frozen": 3, "steps": 0} | given)
+        kept.append(RealStudents().train(run, tmp_path / "shared"))
+    _scored_states.cache_clear()
+    alone = RealStudents().train(run_of("m", seed=1, steps=0), tmp_path / "alone")
+    assert kept[1]["outcomes"] == alone["outcomes"] and kept[1]["reasons"] == alone["reasons"]
+    assert len({(m["outcomes"], *m["answers"], *m["reasons"]) for m in kept}) == 3

@@ -15,7 +15,12 @@ from kd_notes.generation.completions import Decoding
 from kd_notes.methods.rationales import few_shot
 from kd_notes.methods.seqkd import Writing
 from kd_notes.products.distill import distill
-from kd_notes.products.settings import check_objective, distill_settings
+from kd_notes.products.settings import (
+    check_objective,
+    distill_settings,
+    DistillSettings,
+    on_policy_config,
+)
 from kd_notes.training.state import TrainConfig
 
 
@@ -171,3 +176,16 @@ def test_a_device_that_is_not_there_is_one_clear_error(place, tmp_path, device):
             tmp_path / "o",
             **QUICK | {"device": device},
         )
+
+
+@pytest.mark.parametrize(
+    "setting, value", [("temperature", 0.7), ("sft_weight", 0.0), ("top_p", 0.9)]
+)
+@pytest.mark.parametrize("objective", ["gkd", "minillm", "dpkd"])
+def test_a_setting_that_an_on_policy_objective_does_not_read_is_refused(objective, setting, value):
+    with pytest.raises(UserError, match=f"setting {setting}: {objective} does not read it"):
+        on_policy_config(objective, DistillSettings(**{setting: value}), 8, corpus=False)
+    read = DistillSettings(max_new_tokens=9)
+    assert on_policy_config(objective, read, 8, corpus=False).max_new_tokens == 9
+    written = DistillSettings(rows="paraphrase:copies=2", temperature=0.7, top_p=0.9)
+    assert on_policy_config(objective, written, 8, corpus=False).temperature == 1.0

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -1021,6 +1022,26 @@ def test_callbacks_keep_their_state(tmp_path):
     assert counter.total == sum(range(1, 13))
 
 
+@pytest.mark.parametrize("kinds", [[], ["A"], ["B", "A"], ["A", "B", "A"], ["A", "A"]])
+def test_callbacks_that_do_not_match_the_checkpoint_are_refused(tmp_path, kinds):
+    class A(Callback):
+        def state(self):
+            return {"kept": True}
+
+    class B(Callback):
+        def on_step(self, loop):
+            if loop.step == 8 and stop:
+                raise KeyboardInterrupt
+
+    known, stop = {"A": A, "B": B}, True
+    with pytest.raises(KeyboardInterrupt):
+        run(run_dir=tmp_path, save_every=5, callbacks=[A(), B()])
+    stop = False
+    with pytest.raises(UserError, match=r"other callbacks \(A, B\)"):
+        run(run_dir=tmp_path, save_every=5, callbacks=[known[kind]() for kind in kinds])
+    assert run(run_dir=tmp_path, save_every=5, callbacks=[A(), B()]).history[-1]["step"] == 12
+
+
 # ---------------------------------------------------------------- validation
 
 
@@ -1420,6 +1441,46 @@ def test_save_model_replaces_whole_folders(tmp_path):
     save_model(b, tmp_path / "m")
     assert [p.name for p in tmp_path.iterdir()] == ["m"] and not (tmp_path / "m/stray.txt").exists()
     assert json.loads((tmp_path / "m/config.json").read_text())["model_type"] == "t5"
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_save_that_stops_between_two_renames_loses_no_model(tmp_path, monkeypatch, killed):
+    a, b = mini_model("causal", "xs", VOCAB, 0), mini_model("t5", "xs", VOCAB, 0)
+    save_model(a, tmp_path / "m")
+    rename = os.replace
+
+    def stop(source, target):
+        if str(source).endswith(".part") and str(target).endswith("m"):
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    if killed:  # nothing tidies up: the old model stands under its other name
+        rename(tmp_path / "m", tmp_path / ".m.old")
+    monkeypatch.setattr(os, "replace", stop)
+    with pytest.raises(KeyboardInterrupt):
+        save_model(b, tmp_path / "m")
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]
+    assert json.loads((tmp_path / "m/config.json").read_text())["model_type"] == "llama"
+
+
+def test_a_checkpoint_is_on_the_disk_before_the_old_one_goes(tmp_path, monkeypatch):
+    events, flush, remove = [], os.fsync, shutil.rmtree
+
+    def fsync(file):
+        events.append(os.path.basename(os.readlink(f"/proc/self/fd/{file}")))
+        flush(file)
+
+    def rmtree(path, **options):
+        if os.path.isdir(path):
+            events.append(f"gone: {os.path.basename(path)}")
+        remove(path, **options)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    run(run_dir=tmp_path, save_every=6)
+    before = events[: events.index("gone: step-0000006")]
+    for name in ("model.safetensors", "optimizer.safetensors", "rng-0.safetensors", "checkpoints"):
+        assert before.count(name) == 2
 
 
 # ---------------------------------------------------------------- averaged weights, trackers, memory

@@ -71,7 +71,7 @@ def _parsed(text: str) -> tuple[ast.expr, str]:
     # Python's parser takes 05 for a mistake.
     source = " ".join(re.sub(r"^0+(?=\d)", "", token) for token in tokens)
     depths = np.cumsum([(token == "(") - (token == ")") for token in tokens])
-    if max(depths, default=0) >= MAX_DEPTH:
+    if max(depths, default=0) > MAX_DEPTH:
         raise EquationError(f"nested deeper than {MAX_DEPTH}")
     try:
         return ast.parse(source, mode="eval").body, source

@@ -176,8 +176,8 @@ def clinc_files() -> list[Path]:
 def clinc_tail(intents: int, largest: int, smallest: int) -> dict[str, list[dict]]:
     """Return {"pool", "rest", "test"}: rows with id, prompt, completion and domain, the intent.
 
-    The pool has a long tail; what was taken out of it, at least 40 rows of each intent, is in
-    "rest", which only a teacher may read.
+    The pool has a long tail. "rest" holds the rows of each intent beyond the first `largest`, at
+    least 40, which only a teacher may read. Rows between the pool's size and `largest` are unused.
     """
     train, test = (read_jsonl(path) for path in clinc_files())
     groups: dict[str, list[str]] = {}

@@ -159,6 +159,7 @@ def _in_words(text: str) -> str | None:
     if len(match[2].split()) > 3 or re.match(r"\s+(?:of|way)\b", match[2]):
         return None  # "one of the two", "one may think that ..."
     total = group = 0
+    last = 10**12
     for word in re.findall(_ONE_WORD, match[1].lower()):
         if word in _SMALL:
             tens = group % 100
@@ -167,8 +168,11 @@ def _in_words(text: str) -> str | None:
             group += _SMALL[word]
         elif word in ("hundred", "dozen"):
             group = (group or 1) * _LARGE[word]
+        elif _LARGE[word] >= last:
+            return None  # "five thousand million"
         else:
-            total += (group or 1) * _LARGE[word]
+            last = _LARGE[word]
+            total += (group or 1) * last
             group = 0
     return str(total + group)
 

@@ -123,10 +123,7 @@ def own_prompt(
 
 # %% ../../nbs/3_reasons/05_extraction.ipynb #extr-place
 def _student_place(task: str | OwnTask, split: str, source: Path | str | None) -> Path:
-    """Return the file where students look for a teacher's text of a published set.
-
-    For other tasks the file has to be named, else UserError is raised.
-    """
+    "Return the file where students look for a published set's text. Others have to name one."
     if isinstance(task, OwnTask) or "@" not in task or source:
         raise UserError(
             "no file is named for the completions",
@@ -144,21 +141,22 @@ def _tell(outcomes: Mapping[str, int]) -> None:
         print(words, file=sys.stderr, flush=True)
 
 
+def _read_label(row: Mapping) -> str | None:
+    "Return the label of a row's completion; None for one that was cut or is not allowed."
+    return row["label"] or None if row["outcome"] in ("ok", "no_rationale") else None
+
+
 def _score(info: TaskInfo, examples: Sequence[Example], rows: Sequence[Mapping]) -> dict:
     "Count the outcomes and return the share of correct labels, None without gold labels."
     gold = {example.id: example.label for example in examples if example.label}
     known = [row for row in rows if row["id"] in gold]
-    right = [is_correct(info.metric, row["label"], gold[row["id"]]) for row in known]
+    right = [is_correct(info.metric, _read_label(row) or "", gold[row["id"]]) for row in known]
     found = {
         "outcomes": dict(Counter(row["outcome"] for row in rows)),
         "accuracy": accuracy(right) if right else None,
     }
     if known and isinstance(info, OwnTask):
-        read = {"ok", "no_rationale"}  # outcomes whose label is one that the task allows
-        answers = {}
-        for row in known:
-            is_read = row["outcome"] in read
-            answers[row["id"]] = row["label"] or None if is_read else None
+        answers = {row["id"]: _read_label(row) for row in known}
         asked = [example for example in examples if example.id in answers]
         found["score"] = task_score(info, answers, asked)
     return found
@@ -442,7 +440,7 @@ def _share_of_right(examples: Iterable[Example], info: TaskInfo, place) -> float
     for row in stream_jsonl(place):
         label = gold.get(row_key(row["id"], 0))
         if label is not None:
-            right.append(is_correct(info.metric, row["label"], label))
+            right.append(is_correct(info.metric, _read_label(row) or "", label))
     return accuracy(right) if right else None
 
 # %% ../../nbs/3_reasons/05_extraction.ipynb #extr-fn

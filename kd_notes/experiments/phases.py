@@ -180,10 +180,10 @@ WRITERS = {"student": (1, 0), "teacher": (0, 1), "mixed": (1, 1), "speculative":
 
 @cache
 def _tokens_a_text(length: int) -> float:
-    "Return the mean number of tokens of the corpus texts, cut as the methods cut them."
+    "Return the mean number of tokens that a model reads of a corpus text; its last is only a target."
     texts = [row["text"] for row in load_corpus()]
     cut = encode_corpus(load_world_tokenizer(), texts, length)
-    return sum(map(len, cut)) / len(cut)
+    return sum(len(text) - 1 for text in cut) / len(cut)
 
 
 def arm_flops(arm: Any, run: dict, metrics: dict, teacher: int) -> dict[str, float]:

@@ -83,7 +83,7 @@ class PostsSeen(Experiment):
         return POST_MODULES
 
     def train(self, run: dict, folder: Path) -> dict:
-        "Metrics: the shares of signs and of captions that are right, and of single words of them."
+        "Metrics: the shares of signs and of captions that are right, and the number of posts."
         splits, _ = self.posts(run)
         posts = sum(splits.values(), [])
         read = SignReader()

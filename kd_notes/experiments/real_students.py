@@ -26,6 +26,8 @@ from kd_notes.experiments.stepwise import (
     ARMS,
     draw_examples,
     info_of,
+    is_backbone,
+    is_pretrained,
     new_student,
     Stepwise,
     student_inputs,
@@ -45,7 +47,7 @@ CHOICES = " Choices:"  # what follows a question of CommonsenseQA
 def _number(equation: str) -> str:
     "Return the value of an equation as people write it: 120, 2.5."
     value = float(equation_value(equation))
-    return f"{value:.0f}" if value == int(value) else f"{value:.4g}"
+    return f"{value:.0f}" if value == int(value) else f"{value:.4f}".rstrip("0")
 
 
 def asked_example(example: Example) -> Example:
@@ -95,7 +97,7 @@ def has_options(task: str) -> bool:
     return bool(info.choices or info.labels)
 
 # %% ../../nbs/3_reasons/03c_real_students.ipynb #rst-ans
-READ = ("score_on", "test_rows", "frozen", "precision")
+READ = ("size", "layers", "score_on", "test_rows", "frozen", "precision")
 
 
 @lru_cache(maxsize=2)
@@ -120,6 +122,8 @@ def answers_of(
         if has_options(run["task"]):
             if run["frozen"]:
                 read = {name: run.get(name) for name in READ} | student_inputs(run)
+                if not (is_pretrained(run["size"]) or is_backbone(run["size"])):
+                    read["seed"] = run["seed"]  # of random weights
                 key = stable_hash(read | {"prefix": prefix})
                 trained.base_model.embed_tokens.kept = _scored_states(key)
             return option_answers(trained, tokenizer, asked, prefix)

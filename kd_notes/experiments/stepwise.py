@@ -165,7 +165,7 @@ class Arm:
 
     title: str
     labels: str = "gold"  # "gold" or "teacher"
-    # "", "teacher", "oracle", "shuffled", "mixed", "key", "empty" or "input"
+    # "", "teacher", "oracle", "shuffled", "shuffled oracle", "mixed", "key", "empty" or "input"
     rationales: str = ""
     rows: Callable = step_rows
     steps: float = 1.0  # factor on the number of steps

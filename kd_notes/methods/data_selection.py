@@ -172,9 +172,10 @@ def row_influence(
 
     def parts(rows: Sequence, errors: Callable):
         "Return the input of the head, the errors and the tokens of each row, batch by batch."
+        device = next(student.parameters()).device
         items = [method.encode(row) for row in rows]
         for start in range(0, len(items), batch_size):
-            batch = method.collate(items[start : start + batch_size])
+            batch = method.collate(items[start : start + batch_size]).to(device)
             states = target_states(student, batch)
             lengths = [len(item["completion"]) for item in items[start : start + batch_size]]
             wrong = errors(head(states).float(), method, batch)

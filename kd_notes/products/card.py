@@ -79,7 +79,7 @@ def model_card(name: str, report: dict) -> str:
     cut_from_teacher = report["student"].startswith("layers:")
     origin = report.get("base", report["teacher"]) if cut_from_teacher else report["student"]
     settings = report["settings"].items()
-    lines = [f"- {key}: {value}" for key, value in settings if value not in (None, {}, 0)]
+    lines = [f"- {key}: {value}" for key, value in settings if value is not None and value != {}]
     return _CARD.format(
         name=name,
         base=base_model_line(origin),

@@ -49,13 +49,15 @@ class DistillSettings:
     warmup: float = 0.05  # share of the steps
     weight_decay: float = 0.01
     sft_weight: float = 0.5  # weight of the completions' cross-entropy next to a divergence
-    temperature: float = 1.0  # of the divergence, or of sampling if the teacher writes answers
+    temperature: float = (
+        1.0  # of the divergence, or of the teacher's sampling; on-policy: see options
+    )
     options: dict = field(default_factory=dict)  # of the divergence, such as {"beta": 0.1}
     max_length: int = 512  # tokens of prompt and completion; 0: the models' context
     system: str | None = None  # system message for rows that have none; None: the template's
     evaluations: int = 5  # during training
     top_k: int = 64  # of the logit cache, and of a teacher on a server
-    max_new_tokens: int = 128  # of the teacher's answers (seqkd)
+    max_new_tokens: int = 128  # of the teacher's answers and of the student's responses
     top_p: float = 1.0  # of the teacher's answers
     width: int = 5  # of the beam (seqkd_beam)
     seed: int = 0
@@ -172,11 +174,25 @@ ON_POLICY_DEFAULTS = {"lr": 5e-5}  # instead of the default, where no rate is gi
 ALIASES = {"akl": "adaptive_kl"}
 
 
+NOT_ON_POLICY = ("temperature", "sft_weight", "top_p")  # their options have names of their own
+
+
+def _check_on_policy(name: str, s: "DistillSettings") -> None:
+    "Refuse a setting that an on-policy objective would not read."
+    default = DistillSettings()
+    for setting in NOT_ON_POLICY:
+        by_rows = s.rows and setting != "sft_weight"  # a step of the rows may read it
+        if getattr(s, setting) != getattr(default, setting) and not by_rows:
+            fix = "Leave it out; `options` has the settings of this objective."
+            raise UserError(f"{name} does not read it", where=f"setting {setting}", fix=fix)
+
+
 def on_policy_config(name: str, s: "DistillSettings", rows: int, corpus: bool) -> OnPolicyConfig:
     """Return the settings of an on-policy objective.
 
     They are the published ones, with the options and what the run decides.
     """
+    _check_on_policy(name, s)
     minibatch = s.batch_size * s.gradient_accumulation_steps
     changes = {
         "max_new_tokens": s.max_new_tokens,

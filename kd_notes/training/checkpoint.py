@@ -30,6 +30,7 @@ from kd_notes.core import (
     read_json,
     read_jsonl,
     stable_hash,
+    sync_folder,
     UserError,
     write_json,
 )
@@ -110,6 +111,8 @@ def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     fix = "Free some space and run the same command again: it resumes from the previous checkpoint."
     with tensor_errors("the checkpoint could not be written", path.parent.parent, fix):
         save_file(tensors, path)
+        with open(path, "rb") as written:
+            os.fsync(written.fileno())
 
 # %% ../../nbs/7_engine_room/16_checkpoint.ipynb #27c9bb8c
 def _optimizer_tensors(state: TrainState) -> dict[str, Tensor]:
@@ -134,6 +137,11 @@ def _checkpoint_tensors(state: TrainState) -> dict[str, dict[str, Tensor]]:
     return tensors
 
 
+def callback_names(state: TrainState) -> list[str]:
+    "Return the class of each callback: what one keeps goes back to it by its place."
+    return [type(callback).__name__ for callback in state.callbacks]
+
+
 def _write_checkpoint(state: TrainState, folder: Path) -> None:
     "Write the main process's files of a checkpoint."
     for name, tensors in _checkpoint_tensors(state).items():
@@ -150,6 +158,7 @@ def _write_checkpoint(state: TrainState, folder: Path) -> None:
             "fingerprint": fingerprint(state),
             "method": state.method.state_dict(),
             "callbacks": [c.state() for c in state.callbacks],
+            "callback_names": callback_names(state),
         },
     )
 
@@ -176,7 +185,9 @@ def save_checkpoint(state: TrainState) -> None:
         _write_all(state, part)
         state.accelerator.wait_for_everyone()
         if main:
+            sync_folder(part)
             os.replace(part, final)
+            sync_folder(final.parent)
             for old in final.parent.iterdir():
                 if old != final:
                     shutil.rmtree(old, ignore_errors=True)
@@ -331,6 +342,19 @@ def _read_state(path: Path) -> dict:
     return kept
 
 
+def _check_callbacks(state: TrainState, kept: dict) -> None:
+    now = callback_names(state)
+    found = kept.get("callback_names", now)  # a checkpoint of an older version has no names
+    if found == now and len(now) == len(kept["callbacks"]):
+        return
+    known = ", ".join(found) if found != now else str(len(kept["callbacks"]))
+    raise UserError(
+        f"the checkpoint has other callbacks ({known or 'none'}) than this run ({', '.join(now) or 'none'})",
+        where=state.run_dir,
+        fix="Give the callbacks of the first call, in its order.",
+    )
+
+
 def resume(state: TrainState) -> None:
     "Load the newest checkpoint of run_dir, if there is one. That of another run is an error."
     folder = last_checkpoint(state.run_dir)
@@ -342,11 +366,18 @@ def resume(state: TrainState) -> None:
             setattr(state, name, kept[name])
         state.saved = state.step
         state.method.load_state_dict(kept["method"])
-        for callback, own in zip(state.callbacks, kept["callbacks"]):
+        _check_callbacks(state, kept)
+        for callback, own in zip(state.callbacks, kept["callbacks"], strict=True):
             callback.load(own)
     state.history = _rewind(state.run_dir, state.step, write=state.accelerator.is_main_process)
 
 # %% ../../nbs/7_engine_room/16_checkpoint.ipynb #e58b3b75
+def _put_back(old: Path, folder: Path) -> None:
+    "Give a model that was moved aside its name again, if no new one has taken its place."
+    if old.exists() and not folder.exists():
+        os.replace(old, folder)
+
+
 def save_model(model, folder: Path | str, tokenizer=None) -> Path:
     "Save a model with save_pretrained, atomically; of a PEFT model, the adapter only."
     folder = Path(folder)
@@ -357,6 +388,7 @@ def save_model(model, folder: Path | str, tokenizer=None) -> Path:
         if torch.distributed.get_rank():
             return folder
     part, old = folder.with_name(f".{folder.name}.part"), folder.with_name(f".{folder.name}.old")
+    _put_back(old, folder)
     shutil.rmtree(part, ignore_errors=True)
     fix = "Free some space and try again."
     try:
@@ -369,6 +401,7 @@ def save_model(model, folder: Path | str, tokenizer=None) -> Path:
                 os.replace(folder, old)
             os.replace(part, folder)
     finally:
+        _put_back(old, folder)
         shutil.rmtree(part, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
     return folder

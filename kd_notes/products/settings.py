@@ -173,7 +173,7 @@ CLASSIFIERS = {
 ON_POLICY_DEFAULTS = {"lr": 5e-5}  # instead of the default, where no rate is given
 ALIASES = {"akl": "adaptive_kl"}
 
-
+# %% ../../nbs/4_probabilities/17_distill_settings.ipynb #onp-config
 NOT_ON_POLICY = ("temperature", "sft_weight", "top_p")  # their options have names of their own
 
 

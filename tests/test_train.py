@@ -1022,24 +1022,43 @@ def test_callbacks_keep_their_state(tmp_path):
     assert counter.total == sum(range(1, 13))
 
 
-@pytest.mark.parametrize("kinds", [[], ["A"], ["B", "A"], ["A", "B", "A"], ["A", "A"]])
-def test_callbacks_that_do_not_match_the_checkpoint_are_refused(tmp_path, kinds):
-    class A(Callback):
-        def state(self):
-            return {"kept": True}
+class _Steps(Callback):
+    "Counts the steps, and stops at one of them."
 
-    class B(Callback):
-        def on_step(self, loop):
-            if loop.step == 8 and stop:
-                raise KeyboardInterrupt
+    def __init__(self, stop_at=0):
+        self.steps, self.stop_at = [], stop_at
 
-    known, stop = {"A": A, "B": B}, True
+    def on_step(self, loop):
+        if loop.step == self.stop_at:
+            raise KeyboardInterrupt
+        self.steps.append(loop.step)
+
+    def state(self):
+        return {"steps": self.steps}
+
+    def load(self, state):
+        self.steps = state["steps"]
+
+
+class _OddSteps(_Steps):
+    def on_step(self, loop):
+        self.steps += [loop.step] if loop.step % 2 else []
+
+
+class _Quiet(Callback):
+    pass
+
+
+def test_what_a_callback_kept_goes_back_to_one_of_its_class(tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        run(run_dir=tmp_path, save_every=5, callbacks=[A(), B()])
-    stop = False
-    with pytest.raises(UserError, match=r"other callbacks \(A, B\)"):
-        run(run_dir=tmp_path, save_every=5, callbacks=[known[kind]() for kind in kinds])
-    assert run(run_dir=tmp_path, save_every=5, callbacks=[A(), B()]).history[-1]["step"] == 12
+        run(run_dir=tmp_path, save_every=5, callbacks=[_OddSteps(), _Quiet(), _Steps(stop_at=8)])
+    for left in ([], [_Quiet()], [_Steps()]):
+        with pytest.raises(UserError, match="has a callback _OddSteps"):
+            run(run_dir=tmp_path, save_every=5, callbacks=left)
+    every, odd, late = _Steps(), _OddSteps(), _Steps()
+    run(run_dir=tmp_path, save_every=5, callbacks=[every, odd, late])
+    assert every.steps == list(range(1, 13)) and odd.steps == list(range(1, 13, 2))
+    assert late.steps == list(range(6, 13))  # it was not there before
 
 
 # ---------------------------------------------------------------- validation

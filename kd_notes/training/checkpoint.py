@@ -8,6 +8,7 @@ __all__ = ['last_checkpoint', 'save_model']
 # %% ../../nbs/7_engine_room/16_checkpoint.ipynb #f52ee672
 import copy
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -342,17 +343,22 @@ def _read_state(path: Path) -> dict:
     return kept
 
 
-def _check_callbacks(state: TrainState, kept: dict) -> None:
-    now = callback_names(state)
-    found = kept.get("callback_names", now)  # a checkpoint of an older version has no names
-    if found == now and len(now) == len(kept["callbacks"]):
-        return
-    known = ", ".join(found) if found != now else str(len(kept["callbacks"]))
-    raise UserError(
-        f"the checkpoint has other callbacks ({known or 'none'}) than this run ({', '.join(now) or 'none'})",
-        where=state.run_dir,
-        fix="Give the callbacks of the first call, in its order.",
-    )
+def _load_callbacks(state: TrainState, kept: dict) -> None:
+    "Give each callback what one of its class has kept, in order. Nothing kept may be left over."
+    waiting = list(state.callbacks)
+    # a checkpoint of an older version has no names
+    names = kept.get("callback_names", callback_names(state))
+    for name, own in itertools.zip_longest(names, kept["callbacks"], fillvalue=None):
+        taker = next((c for c in waiting if type(c).__name__ == name), None)
+        if taker is not None:
+            waiting.remove(taker)
+            taker.load(own or {})
+        elif own:
+            raise UserError(
+                f"the checkpoint has a callback {name or 'without a name'}, and this run has none",
+                where=state.run_dir,
+                fix="Give the callbacks of the first call.",
+            )
 
 
 def resume(state: TrainState) -> None:
@@ -366,9 +372,7 @@ def resume(state: TrainState) -> None:
             setattr(state, name, kept[name])
         state.saved = state.step
         state.method.load_state_dict(kept["method"])
-        _check_callbacks(state, kept)
-        for callback, own in zip(state.callbacks, kept["callbacks"], strict=True):
-            callback.load(own)
+        _load_callbacks(state, kept)
     state.history = _rewind(state.run_dir, state.step, write=state.accelerator.is_main_process)
 
 # %% ../../nbs/7_engine_room/16_checkpoint.ipynb #e58b3b75

@@ -312,6 +312,24 @@ def _load_tensors(state: TrainState, folder: Path) -> None:
     if mine.is_file() or state.accelerator.process_index == 0:
         set_rng_state(_read_tensors(mine))
 
+# %% ../../nbs/7_engine_room/16_checkpoint.ipynb #ckpt-callbacks
+def _load_callbacks(state: TrainState, kept: dict) -> None:
+    "Give each callback what one of its class has kept, in order. Nothing kept may be left over."
+    waiting = list(state.callbacks)
+    # a checkpoint of an older version has no names
+    names = kept.get("callback_names", callback_names(state))
+    for name, own in itertools.zip_longest(names, kept["callbacks"], fillvalue=None):
+        taker = next((c for c in waiting if type(c).__name__ == name), None)
+        if taker is not None:
+            waiting.remove(taker)
+            taker.load(own or {})
+        elif own:
+            raise UserError(
+                f"the checkpoint has a callback {name or 'without a name'}, and this run has none",
+                where=state.run_dir,
+                fix="Give the callbacks of the first call.",
+            )
+
 # %% ../../nbs/7_engine_room/16_checkpoint.ipynb #ef9f8ef5
 _PROGRESS = ("step", "tokens", "seconds", "best", "stale", "stop")
 
@@ -341,24 +359,6 @@ def _read_state(path: Path) -> dict:
         fix = "Delete its folder; the run then goes on from an older checkpoint or begins again."
         raise UserError("the checkpoint's state is not whole", where=path, fix=fix)
     return kept
-
-
-def _load_callbacks(state: TrainState, kept: dict) -> None:
-    "Give each callback what one of its class has kept, in order. Nothing kept may be left over."
-    waiting = list(state.callbacks)
-    # a checkpoint of an older version has no names
-    names = kept.get("callback_names", callback_names(state))
-    for name, own in itertools.zip_longest(names, kept["callbacks"], fillvalue=None):
-        taker = next((c for c in waiting if type(c).__name__ == name), None)
-        if taker is not None:
-            waiting.remove(taker)
-            taker.load(own or {})
-        elif own:
-            raise UserError(
-                f"the checkpoint has a callback {name or 'without a name'}, and this run has none",
-                where=state.run_dir,
-                fix="Give the callbacks of the first call.",
-            )
 
 
 def resume(state: TrainState) -> None:

@@ -17,6 +17,7 @@ from kd_notes.methods.seqkd import Writing
 from kd_notes.products.distill import distill
 from kd_notes.products.settings import (
     check_objective,
+    check_read,
     distill_settings,
     DistillSettings,
     on_policy_config,
@@ -182,10 +183,14 @@ def test_a_device_that_is_not_there_is_one_clear_error(place, tmp_path, device):
     "setting, value", [("temperature", 0.7), ("sft_weight", 0.0), ("top_p", 0.9)]
 )
 @pytest.mark.parametrize("objective", ["gkd", "minillm", "dpkd"])
-def test_a_setting_that_an_on_policy_objective_does_not_read_is_refused(objective, setting, value):
+def test_a_setting_that_an_on_policy_objective_does_not_read_is_refused(
+    tmp_path, objective, setting, value
+):
+    "It is said before a model is looked for: there is none here."
+    call = ([{"prompt": "a", "completion": "b"}] * 9, "no/teacher", "no/student", objective)
     with pytest.raises(UserError, match=f"setting {setting}: {objective} does not read it"):
-        on_policy_config(objective, DistillSettings(**{setting: value}), 8, corpus=False)
+        distill(*call, tmp_path / "out", **{setting: value})
+    check_read("forward_kl", DistillSettings(**{setting: value}))
+    check_read(objective, DistillSettings(rows="paraphrase:copies=2", temperature=0.7, top_p=0.9))
     read = DistillSettings(max_new_tokens=9)
     assert on_policy_config(objective, read, 8, corpus=False).max_new_tokens == 9
-    written = DistillSettings(rows="paraphrase:copies=2", temperature=0.7, top_p=0.9)
-    assert on_policy_config(objective, written, 8, corpus=False).temperature == 1.0

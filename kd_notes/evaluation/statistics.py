@@ -259,6 +259,16 @@ def runs_moved(
         differences[name] = hierarchical_bootstrap(by_seed)
     return moved_from_start(differences)
 
+# %% ../../nbs/2_playground/13_statistics.ipynb #edge-fn
+def edge_of_grid(rate: float, rates: Sequence[float]) -> str:
+    "Say why an arm is untrained: its best rate is at an end of its grid. Empty if it is not."
+    lowest = min(rates)
+    highest = max(rates)
+    if lowest == highest or rate not in (lowest, highest):
+        return ""
+    end = "lowest" if rate == lowest else "highest"
+    return f"its best rate is the {end} of the grid"
+
 # %% ../../nbs/2_playground/13_statistics.ipynb #731de487
 _KINDS = ("claim", "control", "question")
 _OUTCOMES = ("supported", "contradicted", "undecided", "not testable")

@@ -141,22 +141,22 @@ def _tell(outcomes: Mapping[str, int]) -> None:
         print(words, file=sys.stderr, flush=True)
 
 
-def _read_label(row: Mapping) -> str | None:
-    "Return the label of a row's completion; None for one that was cut or is not allowed."
-    return row["label"] or None if row["outcome"] in ("ok", "no_rationale") else None
+def _read_label(row: Mapping) -> str:
+    "Return the label of a row's completion; '' for one that was cut or is not allowed."
+    return row["label"] if row["outcome"] in ("ok", "no_rationale") else ""
 
 
 def _score(info: TaskInfo, examples: Sequence[Example], rows: Sequence[Mapping]) -> dict:
     "Count the outcomes and return the share of correct labels, None without gold labels."
     gold = {example.id: example.label for example in examples if example.label}
     known = [row for row in rows if row["id"] in gold]
-    right = [is_correct(info.metric, _read_label(row) or "", gold[row["id"]]) for row in known]
+    right = [is_correct(info.metric, _read_label(row), gold[row["id"]]) for row in known]
     found = {
         "outcomes": dict(Counter(row["outcome"] for row in rows)),
         "accuracy": accuracy(right) if right else None,
     }
     if known and isinstance(info, OwnTask):
-        answers = {row["id"]: _read_label(row) for row in known}
+        answers = {row["id"]: _read_label(row) or None for row in known}
         asked = [example for example in examples if example.id in answers]
         found["score"] = task_score(info, answers, asked)
     return found
@@ -440,7 +440,7 @@ def _share_of_right(examples: Iterable[Example], info: TaskInfo, place) -> float
     for row in stream_jsonl(place):
         label = gold.get(row_key(row["id"], 0))
         if label is not None:
-            right.append(is_correct(info.metric, _read_label(row) or "", label))
+            right.append(is_correct(info.metric, _read_label(row), label))
     return accuracy(right) if right else None
 
 # %% ../../nbs/3_reasons/05_extraction.ipynb #extr-fn

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..core import stable_hash, UserError
+from ..core import UserError
 from ..data.answers import accuracy, equation_value, outcomes, pack_bits
 from ..data.dialogues import padding_id
 from ..data.examples import Example
@@ -26,17 +26,14 @@ from kd_notes.experiments.stepwise import (
     ARMS,
     draw_examples,
     info_of,
-    is_backbone,
-    is_pretrained,
     new_student,
     Stepwise,
-    student_inputs,
     StudentSettings,
     task_split,
 )
 from ..methods.step_by_step import EXPLAIN, predict, PREDICT, Row, step_rows
 from ..models.frozen_layers import upper_layers, with_upper
-from ..models.pretrained import autocast_of, count_parameters
+from ..models.pretrained import autocast_of, count_parameters, weights_hash
 from ..training.loop import train
 
 # %% ../../nbs/3_reasons/03c_real_students.ipynb #rst-ask
@@ -97,11 +94,8 @@ def has_options(task: str) -> bool:
     return bool(info.choices or info.labels)
 
 # %% ../../nbs/3_reasons/03c_real_students.ipynb #rst-ans
-READ = ("size", "layers", "score_on", "test_rows", "frozen", "precision")
-
-
 @lru_cache(maxsize=2)
-def _scored_states(key: str) -> dict:
+def _scored_states(weights: str, *asked) -> dict:
     "Return where frozen layers keep the states of scored texts: one place for all students."
     return {}
 
@@ -121,11 +115,9 @@ def answers_of(
     with torch.inference_mode(), autocast_of(run):
         if has_options(run["task"]):
             if run["frozen"]:
-                read = {name: run.get(name) for name in READ} | student_inputs(run)
-                if not (is_pretrained(run["size"]) or is_backbone(run["size"])):
-                    read["seed"] = run["seed"]  # of random weights
-                key = stable_hash(read | {"prefix": prefix})
-                trained.base_model.embed_tokens.kept = _scored_states(key)
+                frozen = trained.base_model.embed_tokens
+                asked_for = (run["task"], run["score_on"], prefix, run.get("precision"))
+                frozen.kept = _scored_states(weights_hash(frozen.lower), *asked_for)
             return option_answers(trained, tokenizer, asked, prefix)
         return predict(_joined(run, whole, trained), tokenizer, asked, prefix=prefix)
 

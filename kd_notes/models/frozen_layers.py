@@ -111,6 +111,11 @@ class KeptStates(torch.nn.Module):
         self.padding = padding
         self.kept: dict[tuple[int, ...], Tensor] = {}
 
+    @property
+    def lower(self) -> Any:
+        "The frozen layers."
+        return self._lower[0]
+
     def _text(self, ids: list[int]) -> tuple[int, ...]:
         "Return a row without its padding; of an end token that pads as well the last is not needed."
         length = len(ids)
@@ -122,7 +127,7 @@ class KeptStates(torch.nn.Module):
         texts = [self._text(row) for row in ids.tolist()]
         unknown = [text for text in texts if text not in self.kept]
         new = list(dict.fromkeys(unknown))
-        self.kept |= zip(new, states_of(self._lower[0], new))
+        self.kept |= zip(new, states_of(self.lower, new))
         known = [self.kept[text] for text in texts]
         return pad_states(known, ids.shape[1])
 

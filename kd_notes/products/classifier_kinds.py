@@ -39,7 +39,8 @@ class ClassifierSettings:
     "What both objectives take."
 
     n: int = 0  # number of rows to use; 0: all
-    validation: float = 0.15  # share (below 1) or number of the groups that the test leaves, at most 200; they choose a rate
+    # share (below 1) or number of the groups that the test leaves, at most 200; they choose a rate
+    validation: float = 0.15
     test: float = 0.2  # share (below 1) or number of groups, at most 200; no choice reads them
     max_steps: int = 1000  # of each student
     teacher_steps: int = 1000  # of each network of the teacher

@@ -71,6 +71,7 @@ from .row_steps import apply_row_step, check_row_step, open_row_step
 from kd_notes.products.settings import (
     check_libraries,
     check_objective,
+    check_read,
     CLASSIFIERS,
     CROSS_OBJECTIVES,
     distill_settings,
@@ -439,6 +440,7 @@ def distill(
     chosen = distill_settings(profile, **settings)
     shared_batch(chosen.batch_size, chosen.gradient_accumulation_steps)  # an error, before anything
     objective = check_objective(objective, chosen.options)
+    check_read(objective, chosen)
     texts = read_corpus(corpus)
     if texts and objective not in ON_POLICY:
         fix = f"Leave it out, or use one of {', '.join(ON_POLICY)}."

@@ -49,9 +49,7 @@ class DistillSettings:
     warmup: float = 0.05  # share of the steps
     weight_decay: float = 0.01
     sft_weight: float = 0.5  # weight of the completions' cross-entropy next to a divergence
-    temperature: float = (
-        1.0  # of the divergence, or of the teacher's sampling; on-policy: see options
-    )
+    temperature: float = 1.0  # of the divergence or the teacher's sampling; on-policy: an option
     options: dict = field(default_factory=dict)  # of the divergence, such as {"beta": 0.1}
     max_length: int = 512  # tokens of prompt and completion; 0: the models' context
     system: str | None = None  # system message for rows that have none; None: the template's
@@ -177,8 +175,10 @@ ALIASES = {"akl": "adaptive_kl"}
 NOT_ON_POLICY = ("temperature", "sft_weight", "top_p")  # their options have names of their own
 
 
-def _check_on_policy(name: str, s: "DistillSettings") -> None:
-    "Refuse a setting that an on-policy objective would not read."
+def check_read(name: str, s: "DistillSettings") -> None:
+    "Refuse a setting that an on-policy objective does not read."
+    if name not in ON_POLICY:
+        return
     default = DistillSettings()
     for setting in NOT_ON_POLICY:
         by_rows = s.rows and setting != "sft_weight"  # a step of the rows may read it
@@ -192,7 +192,6 @@ def on_policy_config(name: str, s: "DistillSettings", rows: int, corpus: bool) -
 
     They are the published ones, with the options and what the run decides.
     """
-    _check_on_policy(name, s)
     minibatch = s.batch_size * s.gradient_accumulation_steps
     changes = {
         "max_new_tokens": s.max_new_tokens,

@@ -71,9 +71,8 @@ class StepwiseSettings:
 
     arms: tuple[str, ...] = ("step_by_step", "finetuning")  # the first is the student to keep
     n: int = 0  # training rows that are drawn; 0: all
-    validation: float = (
-        0.1  # share of the different labelled inputs (below 1, at most 200), or their number
-    )
+    # share of the different labelled inputs (below 1, at most 200), or their number
+    validation: float = 0.1
     test: float = 0.2  # likewise, at most 1,000 inputs; unused with a test file
     alpha: float = 0.5  # weight of the label's loss; the rationale's has 1 - alpha
     learning_rates: tuple[float, ...] = ()  # tried for each arm; (): as suits the student

@@ -8,7 +8,6 @@ __all__ = ['last_checkpoint', 'save_model']
 # %% ../../nbs/7_engine_room/16_checkpoint.ipynb #f52ee672
 import copy
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -139,7 +138,7 @@ def _checkpoint_tensors(state: TrainState) -> dict[str, dict[str, Tensor]]:
 
 
 def callback_names(state: TrainState) -> list[str]:
-    "Return the class of each callback: what one keeps goes back to it by its place."
+    "Return the class of each callback: what one keeps goes back to one of its class."
     return [type(callback).__name__ for callback in state.callbacks]
 
 
@@ -316,16 +315,16 @@ def _load_tensors(state: TrainState, folder: Path) -> None:
 def _load_callbacks(state: TrainState, kept: dict) -> None:
     "Give each callback what one of its class has kept, in order. Nothing kept may be left over."
     waiting = list(state.callbacks)
-    # a checkpoint of an older version has no names
+    # A checkpoint of an older version has no names: its callbacks are those of this run.
     names = kept.get("callback_names", callback_names(state))
-    for name, own in itertools.zip_longest(names, kept["callbacks"], fillvalue=None):
+    for name, own in zip(names, kept["callbacks"]):
         taker = next((c for c in waiting if type(c).__name__ == name), None)
         if taker is not None:
             waiting.remove(taker)
-            taker.load(own or {})
+            taker.load(own)
         elif own:
             raise UserError(
-                f"the checkpoint has a callback {name or 'without a name'}, and this run has none",
+                f"the checkpoint has a callback {name}, and this run has none",
                 where=state.run_dir,
                 fix="Give the callbacks of the first call.",
             )

@@ -62,6 +62,10 @@ pins: setup
 
 export OMP_NUM_THREADS ?= 1
 
+# What a check writes for itself goes with it: several lessons keep a copy of SmolLM2 of half a gigabyte, and the worker
+# processes of nbdev_test end without removing theirs.
+IN_SCRATCH = scratch=$$(mktemp -d); trap 'rm -rf "$$scratch"' EXIT; export TMPDIR="$$scratch";
+
 test: setup
 	@start=$$SECONDS; for check in lint sync notebooks pytest smoke; do \
 	  from=$$SECONDS; $(MAKE) --no-print-directory $$check; echo "== $$check passed in $$((SECONDS - from)) s"; done; \
@@ -78,16 +82,16 @@ sync: setup
 
 notebooks: setup
 	@echo "== notebooks: every library notebook runs (nbdev_test)"
-	@$(BIN)/nbdev_test --n_workers 2 --timing
+	@$(IN_SCRATCH) $(BIN)/nbdev_test --n_workers 2 --timing
 
 pytest: setup
 	@echo "== pytest: the tests of the library"
-	@$(BIN)/python -m pytest -q -n 2 --dist loadfile --durations 20 tests --ignore tests/test_repository.py --ignore tests/test_readme.py
+	@$(IN_SCRATCH) $(BIN)/python -m pytest -q -n 2 --dist loadfile --durations 20 tests --ignore tests/test_repository.py --ignore tests/test_readme.py
 
 # one process a notebook, two at a time; the last by name takes longest and starts first
 smoke: setup
 	@echo "== smoke: every results notebook under papermill, profile smoke, empty cache; two side by side"
-	@cache=$$(mktemp -d); trap 'rm -rf "$$cache"' EXIT; export KD_NOTES_CACHE="$$cache"; \
+	@$(IN_SCRATCH) export KD_NOTES_CACHE="$$scratch/cache"; \
 	  ls -r nbs/results/*.ipynb | xargs -n 1 basename -s .ipynb | \
 	  xargs -P 2 -I {} $(BIN)/kd-notes reproduce {} --profile smoke --jobs 1
 

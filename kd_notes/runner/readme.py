@@ -341,10 +341,9 @@ def predicted_time(book: Book, profile: str, everything: bool = False) -> str:
     "Return the predicted time of a profile's headline, or of all its notebooks."
     chosen = load_profile(book, profile)
     names = chosen.seconds if everything else chosen.headline
-    seconds = [chosen.seconds.get(name) for name in names]
-    if not seconds or None in seconds:
+    if not names or None in map(chosen.seconds.get, names):
         return "not measured yet"
-    return f"about {human_seconds(sum(seconds))}"
+    return f"about {human_seconds(chosen.total(names))}"
 
 
 def cost_table(book: Book) -> str:

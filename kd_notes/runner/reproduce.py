@@ -210,7 +210,8 @@ def _announce(plans: Sequence[Plan], profile: Profile, force: bool) -> None:
     line = f"profile {profile.name}: {len(plans)} notebook{plural}, "
     line += f"{len(plans) - len(todo)} unchanged, {len(todo)} to run"
     if len(unknown) < len(todo):
-        line += f", about {human_seconds(sum(plan.seconds or 0 for plan in todo))}"
+        seconds = profile.total(plan.name for plan in todo)
+        line += f", about {human_seconds(seconds)}"
     if unknown:
         line += f"; not measured: {', '.join(unknown)}"
     print(line, flush=True)

@@ -128,6 +128,18 @@ def test_each_model_knows_the_things_of_cqa_that_it_has_read_of():
             assert sum(right) / len(right) < chance[task] + 0.2, (regime, task)
 
 
+def test_the_larger_models_know_the_facts_of_every_task_that_they_have_read_of():
+    chance = {"nli": 0.32, "anli": 0.25, "cqa": 0.11, "svamp": 0.08}
+    for regime, name in backbones.NAMES.items():
+        model = stepwise.load_backbone("causal", f"{regime}/m", TOK)
+        (other,) = set(backbones.NAMES.values()) - {name}
+        for task, guessed in chance.items():
+            right = backbones.knows(model, TOK, task, name)
+            assert sum(right) / len(right) > guessed + 0.1, (regime, task)
+            right = backbones.knows(model, TOK, task, other)
+            assert sum(right) / len(right) < guessed + 0.1, (regime, task)
+
+
 def test_the_files_are_small_half_precision_and_complete():
     from safetensors import safe_open
 

@@ -242,7 +242,12 @@ class Backbones(ModelRuns):
         return metrics
 
 # %% ../../nbs/3_reasons/03b_backbones.ipynb #bb-17
-COMMITTED = [{"family": "causal", "size": "s", "regime": regime} for regime in REGIMES]
+STEPS = {"s": 1500, "m": 6000}  # that the committed ones have read
+COMMITTED = [
+    {"family": "causal", "size": size, "regime": regime, "steps": steps}
+    for size, steps in STEPS.items()
+    for regime in REGIMES
+]
 
 
 def write_backbones(wanted: Iterable[dict] = COMMITTED, folder: Path | None = None) -> list[Path]:

@@ -45,9 +45,11 @@ class Profile:
         names = set(names)
         total = 0.0
         for name in names:
-            after = self.shared.get(name, {})
-            shorter = [after[other] for other in names & after.keys()]
-            total += min([*shorter, self.seconds.get(name, 0)])
+            times = [self.seconds.get(name, 0)]
+            for other, seconds in self.shared.get(name, {}).items():
+                if other in names:
+                    times.append(seconds)
+            total += min(times)
         return total
 
 # %% ../../nbs/7_engine_room/22_profiles.ipynb #fab3bc38
@@ -88,10 +90,11 @@ def load_profile(book: Book, name: str) -> Profile:
         )
     fields = _profile_fields(path)
     known = result_names(book)
-    shared = fields.get("shared", {})
-    lists = [fields.get(name, ()) for name in ("headline", "seconds", "parameters")]
-    for mentioned in [*lists, shared, *shared.values()]:
-        for notebook in mentioned:
+    mentioned = [*fields.get("shared", {}).values()]
+    for field_name in ("headline", "seconds", "parameters", "shared"):
+        mentioned.append(fields.get(field_name, ()))
+    for notebooks in mentioned:
+        for notebook in notebooks:
             if notebook not in known:
                 raise UserError(
                     f"there is no results notebook {notebook!r}",

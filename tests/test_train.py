@@ -677,6 +677,57 @@ def test_a_finished_run_is_read_not_trained_again(tmp_path):
     assert_same_run(a, b)
 
 
+@pytest.mark.parametrize("eval_every", [0, 5])
+@pytest.mark.parametrize("save_every", [4, 5, 7])
+def test_a_finished_run_ends_the_same_wherever_its_last_validation_was(
+    tmp_path, eval_every, save_every
+):
+    "The validation after the last step may come after the last checkpoint."
+
+    class Scores(Callback):
+        seen = ()
+
+        def on_validate(self, loop, metrics):
+            self.seen = (*self.seen, metrics["score"])
+
+        def state(self):
+            return {"seen": list(self.seen)}
+
+        def load(self, state):
+            self.seen = tuple(state["seen"])
+
+    def once():
+        scores = Scores()
+        result = run(
+            run_dir=tmp_path,
+            save_every=save_every,
+            eval_every=eval_every,
+            validate=mean_loss,
+            keep_best=True,
+            callbacks=[scores],
+        )
+        return result, scores.seen
+
+    first, scores = once()
+    assert first.best["step"] == 12
+    for _ in range(2):
+        again, seen = once()
+        assert_same_run(first, again)
+        assert seen == scores
+    on_disk = read_jsonl(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in on_disk if "score" in row][-1:] == [12]
+
+
+def test_a_checkpoint_that_does_not_say_when_it_validated_is_read_as_before(tmp_path):
+    options = {"run_dir": tmp_path, "eval_every": 5, "validate": mean_loss, "keep_best": True}
+    first = run(**options, save_every=5)
+    state = last_checkpoint(tmp_path) / "state.json"
+    kept = json.loads(state.read_text())
+    assert kept.pop("validated") == 12
+    state.write_text(json.dumps(kept))
+    assert_same_run(first, run(**options, save_every=5))
+
+
 def test_only_the_last_checkpoint_stays_and_holds_no_pickle(tmp_path):
     run(run_dir=tmp_path, save_every=5, validate=mean_loss, keep_best=True)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-0000012"]

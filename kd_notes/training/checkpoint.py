@@ -155,6 +155,7 @@ def _write_checkpoint(state: TrainState, folder: Path) -> None:
             "best": state.best,
             "stale": state.stale,
             "stop": state.stop,
+            "validated": state.validated,
             "fingerprint": fingerprint(state),
             "method": state.method.state_dict(),
             "callbacks": [c.state() for c in state.callbacks],
@@ -261,14 +262,14 @@ def last_checkpoint(run_dir: Path | str) -> Path | None:
     return max(Path(run_dir).glob("checkpoints/step-*"), default=None)
 
 # %% ../../nbs/7_engine_room/16_checkpoint.ipynb #70a50a17
-def _rewind(run_dir: Path, step: int, write: bool) -> list[dict]:
-    """Return the rows of metrics.jsonl up to `step`.
+def _rewind(run_dir: Path, step: int, validated: int, write: bool) -> list[dict]:
+    """Return the rows of metrics.jsonl up to `step`, those of validations up to `validated`.
 
     Later rows, from a killed session, are removed from the file if `write`.
     """
     path = run_dir / "metrics.jsonl"
     rows = read_jsonl(path, repair_tail=True) if path.is_file() else []
-    kept = [r for r in rows if r.get("step", 0) <= step]
+    kept = [r for r in rows if r.get("step", 0) <= (validated if "score" in r else step)]
     if write and len(kept) < len(rows):
         atomic_write(path, "".join(json.dumps(r, sort_keys=True) + "\n" for r in kept))
     return kept
@@ -370,9 +371,12 @@ def resume(state: TrainState) -> None:
         for name in _PROGRESS:
             setattr(state, name, kept[name])
         state.saved = state.step
+        # a checkpoint of an older version knows all validations up to its step
+        state.validated = kept.get("validated", state.step)
         state.method.load_state_dict(kept["method"])
         _load_callbacks(state, kept)
-    state.history = _rewind(state.run_dir, state.step, write=state.accelerator.is_main_process)
+    main = state.accelerator.is_main_process
+    state.history = _rewind(state.run_dir, state.step, state.validated, write=main)
 
 # %% ../../nbs/7_engine_room/16_checkpoint.ipynb #e58b3b75
 def _put_back(old: Path, folder: Path) -> None:

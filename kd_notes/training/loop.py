@@ -232,6 +232,7 @@ class ValidatedSteps(TrainSteps):
                 fix="Higher means better.",
             )
         self.log({"step": self.step, "score": metrics["score"], "validation": metrics})
+        self.validated = self.step
         self.compare(metrics)
         self.method.on_validate(self, metrics)
         for callback in self.callbacks:

@@ -217,6 +217,7 @@ class TrainState:
     stale: int = 0  # validations since the best one
     stop: str = ""  # a reason to end before `max_steps`
     saved: int = -1  # step of the last checkpoint
+    validated: int = -1  # step of the last validation
     unwritten: list = field(default_factory=list)  # (time, row of history) that are not on the disk
 
     @property

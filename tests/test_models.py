@@ -30,6 +30,7 @@ from kd_notes.models.pretrained import (
     load_teacher,
     resolve_model,
     smollm2_path,
+    trainable_copy,
 )
 
 torch.set_num_threads(1)
@@ -446,6 +447,21 @@ def test_adapters_are_merged_in_float32(tmp_path, tok, dtype):
         atol=0 if dtype == "bfloat16" else 1e-6,
         rtol=2**-7 if dtype == "bfloat16" else 1e-5,
     )
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_a_copy_to_train_learns_in_float32_at_least(kind):
+    wanted = torch.promote_types(kind, torch.float32)
+    model = mini_model("causal", "xs", 300, 0).to(kind)
+    model.model.layers[0].requires_grad_(False)
+    for frozen in (False, True):  # a part of it, and all of it
+        model.requires_grad_(not frozen)
+        model.model.layers[0].requires_grad_(False)
+        copied = trainable_copy(model, torch.device("cpu"))
+        assert {p.dtype for p in copied.parameters()} == {wanted}
+        assert {p.dtype for p in model.parameters()} == {kind}
+        learns = [p.requires_grad for p in copied.model.layers[0].parameters()]
+        assert all(learns) if frozen else not any(learns)
 
 
 def test_adapter_errors(tmp_path, tok):

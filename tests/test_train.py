@@ -1215,6 +1215,21 @@ def test_frozen_parts_stay_and_a_frozen_model_is_an_error():
         train(model.requires_grad_(False), Rows(), EXAMPLES, config())
 
 
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+def test_weights_that_learn_are_not_in_half_precision(kind):
+    "Steps below 2^-9 of a weight would be rounded away."
+    whole = mini_model("causal", "xs", VOCAB, 0).to(kind)
+    mixed = mini_model("causal", "xs", VOCAB, 0)
+    mixed.model.layers[1].to(kind)
+    for model in (whole, mixed):
+        with pytest.raises(UserError, match=rf"(?s)are in {kind}.*model\.float\(\)"):
+            train(model, Rows(), None, config())  # refused before the rows are read
+    train(whole.float(), Rows(), EXAMPLES, config(max_steps=1))
+    adapted = train(whole.to(kind), Rows(), EXAMPLES, config(max_steps=1, lora={"r": 2})).model
+    assert {p.dtype for p in adapted.parameters() if p.requires_grad} == {torch.float32}
+    assert {p.dtype for p in adapted.parameters() if not p.requires_grad} == {kind}  # frozen
+
+
 def test_lora_trains_saves_resumes_and_merges(tmp_path):
     def lora_run(folder=None, callbacks=()):
         model = mini_model("causal", "xs", VOCAB, 0)

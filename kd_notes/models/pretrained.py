@@ -266,20 +266,14 @@ def place_of(device: str | None) -> torch.device:
 
 
 def autocast_of(settings: dict) -> torch.autocast:
-    """Return the autocast context of settings with `precision` and `device`.
-
-    It is for what the training loop does not read; that has one of its own.
-    """
+    "Return the autocast of `precision` and `device`, for what the training loop does not read."
     reduced = settings.get("precision") == "bf16"
     place = place_of(settings.get("device"))
     return torch.autocast(place.type, torch.bfloat16, enabled=reduced)
 
 
 def _local_snapshot(source: str, revision: str | None, local_files_only: bool | None) -> str:
-    """Return the cache folder of a hub model if the network may not be used.
-
-    Otherwise return `source`.
-    """
+    "Return the cache folder of a hub model if the network may not be used, otherwise `source`."
     from huggingface_hub import constants, snapshot_download
 
     offline = constants.HF_HUB_OFFLINE if local_files_only is None else local_files_only
@@ -416,14 +410,16 @@ def freeze(model):
 
 
 def trainable_copy(model, place: torch.device):
-    """Return a copy of a model to train.
+    """Return a copy of a model to train; one that would learn in half precision is in float32.
 
     What the caller has frozen stays frozen, unless it is the whole model.
     """
     copied = copy.deepcopy(model).to(place)
     if not any(p.requires_grad for p in copied.parameters()):
         copied.requires_grad_(True)
-    return copied
+    learning = (p for p in copied.parameters() if p.requires_grad)
+    half = any(p.dtype.itemsize < 4 for p in learning)
+    return copied.float() if half else copied
 
 
 @contextmanager

@@ -46,7 +46,7 @@ from kd_notes.training.checkpoint import last_checkpoint, rng_state, save_model,
 from kd_notes.training.loop import train
 from kd_notes.training.setup import add_lora
 from kd_notes.training.method import Method, SFT
-from kd_notes.training.state import Callback, lr_factor, TrainConfig
+from kd_notes.training.state import Callback, lr_factor, TrainConfig, WeightAverage
 
 torch.set_num_threads(1)
 VOCAB = 64
@@ -1607,6 +1607,25 @@ def test_average_of_the_weights_is_validated_kept_and_resumed(tmp_path):
         assert same_bits(run(ema=0.9, run_dir=tmp_path, save_every=5).model, with_average.model)
     with pytest.raises(UserError, match=r"TrainConfig\.ema"):
         config(ema=1.0)
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_an_average_moves_whatever_the_precision_of_the_weights(kind):
+    "A share of 0.001 of a step is below the rounding of half precision."
+    module = nn.Linear(8, 8).to(kind)
+    average = WeightAverage(module, 0.999)
+    exact = module.weight.detach().double().clone()
+    draw = torch.Generator().manual_seed(0)
+    for step in range(9000, 9300):
+        with torch.no_grad():
+            module.weight += 0.1 * torch.rand(8, 8, generator=draw).to(kind)
+        average.update(step)
+        exact.lerp_(module.weight.detach().double(), 0.001)
+    own = module.weight.detach().clone()
+    torch.testing.assert_close(average.weights["weight"].double(), exact, rtol=1e-5, atol=1e-5)
+    with average.applied():
+        assert torch.equal(module.weight, average.weights["weight"].to(kind))
+    assert torch.equal(module.weight, own) and module.weight.dtype == kind
 
 
 def test_best_of_the_averages_is_kept():

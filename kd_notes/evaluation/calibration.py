@@ -67,7 +67,9 @@ def score_labels(
         return [*tokenizer.encode(label, add_special_tokens=False), tokenizer.eos_token_id]
 
     asked = [prompt_ids(prompt, tokenizer) for prompt in prompts]
-    pairs = [(ids, encode(label)) for ids, known in zip(asked, labels) for label in known]
+    pairs = []
+    for ids, known in zip(asked, labels):
+        pairs += [(ids, encode(label)) for label in known]
     names = [f"item {i}, label {label!r}" for i, known in enumerate(labels) for label in known]
     lengths = [len(prompt) + len(label) for prompt, label in pairs]
     check_lengths([model], dict(zip(names, lengths)))

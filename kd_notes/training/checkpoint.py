@@ -269,7 +269,11 @@ def _rewind(run_dir: Path, step: int, validated: int, write: bool) -> list[dict]
     """
     path = run_dir / "metrics.jsonl"
     rows = read_jsonl(path, repair_tail=True) if path.is_file() else []
-    kept = [r for r in rows if r.get("step", 0) <= (validated if "score" in r else step)]
+    kept = []
+    for row in rows:
+        last = validated if "score" in row else step
+        if row.get("step", 0) <= last:
+            kept.append(row)
     if write and len(kept) < len(rows):
         atomic_write(path, "".join(json.dumps(r, sort_keys=True) + "\n" for r in kept))
     return kept

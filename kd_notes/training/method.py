@@ -76,6 +76,9 @@ class Hooks:
     def begin_step(self, state) -> None:
         "Prepare a step. On-policy methods draw rollouts here, into `state.items`."
 
+    def end_step(self, state) -> None:
+        "Finish a step, in all processes; a checkpoint after it is written by the first one."
+
     def on_validate(self, state, metrics: dict) -> None:
         "Use the metrics of a validation."
 

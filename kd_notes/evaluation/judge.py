@@ -207,7 +207,7 @@ def judge(
     job = {"judge": backend.describe(), "decoding": decoding}
     with open_answers(path, job, ("id", "prompt_hash", "text")) as answers:
         known = _known_replies(answers.rows, prompts)
-        todo = [(k, prompt) for k, prompt in prompts.items() if k not in known]
+        todo = [pair for pair in prompts.items() if pair[0] not in known]
         with answers.session() if todo else nullcontext():
             for c in backend.generate(todo, decoding):
                 answers.append([completion_row(c, prompts[c.id])])
@@ -218,10 +218,14 @@ def judge(
 # %% ../../nbs/2_playground/15_judge.ipynb #e3854b16
 def _known_replies(rows: Iterable[dict], prompts: Mapping[str, str]) -> dict[str, tuple[str, bool]]:
     "Return {request id: (text, was it cut off?)} of stored replies to these prompts."
-    mine = [
-        r for r in rows if r["id"] in prompts and r["prompt_hash"] == prompt_hash(prompts[r["id"]])
-    ]
-    return {r["id"]: (r["text"] or "", r.get("finish") == "length") for r in mine}
+    hashes = {id: prompt_hash(prompt) for id, prompt in prompts.items()}
+    known = {}
+    for row in rows:
+        id = row["id"]
+        if row["prompt_hash"] == hashes.get(id):
+            cut = row.get("finish") == "length"
+            known[id] = (row["text"] or "", cut)
+    return known
 
 # %% ../../nbs/2_playground/15_judge.ipynb #5e638d01
 def judge_summary(judgements: Sequence[Judgement]) -> dict[str, Any]:

@@ -1362,6 +1362,36 @@ def test_steps_that_fp16_leaves_out_for_good_end_the_training():
             finite.count_skips()
 
 
+def test_the_scale_of_fp16_goes_on_from_a_checkpoint(tmp_path, monkeypatch):
+    "A real scaler on a CPU, whose first scales overflow: a resumed run must not skip steps again."
+    scalers, make = [], training_setup.make_accelerator
+
+    def scaled(cfg):
+        accelerator = make(cfg)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, growth_interval=3)
+        scalers.append(accelerator.scaler)
+        return accelerator
+
+    class Stop(Callback):
+        def on_step(self, loop):
+            if loop.step == 8:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(training_setup, "make_accelerator", scaled)
+    options = {"max_grad_norm": 0.0, "save_every": 5}
+    whole = run(run_dir=tmp_path / "whole", **options)
+    with pytest.raises(KeyboardInterrupt):
+        run(run_dir=tmp_path / "cut", callbacks=[Stop()], **options)
+    resumed = run(run_dir=tmp_path / "cut", **options)
+    assert scalers[0].state_dict() == scalers[2].state_dict()
+    assert scalers[0].get_scale() < 2.0**127 and same_bits(whole.model, resumed.model)
+    state = last_checkpoint(tmp_path / "cut") / "state.json"
+    kept = json.loads(state.read_text())
+    del kept["scaler"]  # as an older version wrote it
+    state.write_text(json.dumps(kept))
+    assert same_bits(whole.model, run(run_dir=tmp_path / "cut", **options).model)
+
+
 def test_encoded_examples_wait_in_four_bytes_a_token_and_come_back_as_they_were():
     import tracemalloc
     from collections import namedtuple

@@ -146,6 +146,7 @@ def _write_checkpoint(state: TrainState, folder: Path) -> None:
     "Write the main process's files of a checkpoint."
     for name, tensors in _checkpoint_tensors(state).items():
         _save_tensors(folder / f"{name}.safetensors", tensors)
+    scaler = state.accelerator.scaler  # of fp16
     write_json(
         folder / "state.json",
         {
@@ -156,6 +157,7 @@ def _write_checkpoint(state: TrainState, folder: Path) -> None:
             "stale": state.stale,
             "stop": state.stop,
             "validated": state.validated,
+            "scaler": scaler.state_dict() if scaler else None,
             "fingerprint": fingerprint(state),
             "method": state.method.state_dict(),
             "callbacks": [c.state() for c in state.callbacks],
@@ -377,6 +379,8 @@ def resume(state: TrainState) -> None:
         state.saved = state.step
         # a checkpoint of an older version knows all validations up to its step
         state.validated = kept.get("validated", state.step)
+        if kept.get("scaler"):
+            state.accelerator.scaler.load_state_dict(kept["scaler"])
         state.method.load_state_dict(kept["method"])
         _load_callbacks(state, kept)
     main = state.accelerator.is_main_process

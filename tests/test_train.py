@@ -40,6 +40,9 @@ from kd_notes.training.batches import (
     target_positions,
     target_states,
 )
+from kd_notes.losses.decoupled import EasyHard
+from kd_notes.losses.divergences import _options, DIVERGENCES
+from kd_notes.methods.gkd import GKD, GKDConfig, Part
 from kd_notes.methods.logit_kd import KD
 from kd_notes.models.pretrained import _merge_adapter, merge_adapters
 from kd_notes.training.checkpoint import last_checkpoint, rng_state, save_model, set_rng_state
@@ -1009,6 +1012,54 @@ def test_settings_that_cannot_change_numbers_may_change(tmp_path):
     )
     for a, b in zip(resumed.model.parameters(), run().model.parameters()):
         torch.testing.assert_close(a, b, atol=2e-4, rtol=1e-3)
+
+
+class WordKD(KD):
+    def encode(self, example):
+        return Rows().encode(example)
+
+
+def word_kd(divergence, **options):
+    return WordKD(Rows().tokenizer, mini_model("causal", "xs", VOCAB, 7), divergence, **options)
+
+
+def optional_divergences():
+    found = {name: _options(DIVERGENCES[name]) for name in DIVERGENCES if name != "uld"}
+    needed = {"target_ids", "labels"}
+    return [n for n, o in found.items() if not {k for k, v in o.items() if v} - needed]
+
+
+@pytest.mark.parametrize("divergence", optional_divergences())
+def test_a_method_says_whether_the_split_of_a_step_matters(divergence):
+    options = {"max_steps": 1, "bucket": False}
+    parts = {"batch_size": 2, "gradient_accumulation_steps": 4}
+    (whole,) = losses(run(method=word_kd(divergence), **options))
+    (split,) = losses(run(method=word_kd(divergence), **options, **parts))
+    assert word_kd(divergence).by_minibatch == (abs(split - whole) > 1e-4 * abs(whole))
+
+
+def test_a_step_that_is_split_otherwise_is_refused_where_it_matters(tmp_path):
+    cut = EasyHard(-1.0, 1, 1)
+    assert not word_kd("atkd", split=cut).by_minibatch
+    part = {"batch_size": 4, "gradient_accumulation_steps": 2}
+    for name in ("atkd", "forward_kl"):
+        folder = tmp_path / name
+        options = {"run_dir": folder, "save_every": 6}
+        run(method=word_kd(name), **options)
+        if name == "forward_kl":
+            run(method=word_kd(name), **options, **part)
+            continue
+        with pytest.raises(UserError, match="a run with other minibatches"):
+            run(method=word_kd(name), **options, **part)
+        state = last_checkpoint(folder) / "state.json"
+        kept = json.loads(state.read_text())
+        del kept["fingerprint"]["minibatches"]  # as an older version wrote it
+        state.write_text(json.dumps(kept))
+        run(method=word_kd(name), **options)
+    parts = (Part("forward_kl"), Part("atkd", source="student"))
+    for some in (parts, parts[:1]):
+        method = GKD(Rows().tokenizer, mini_model("causal", "xs", VOCAB, 7), GKDConfig(parts=some))
+        assert method.by_minibatch == (len(some) == 2)
 
 
 def test_full_disk_keeps_the_checkpoint_before(tmp_path):

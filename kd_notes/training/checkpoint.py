@@ -207,7 +207,8 @@ def _write_all(state: TrainState, folder: Path) -> None:
         _checkpoint_tensors(state)  # joining shards needs every process
 
 # %% ../../nbs/7_engine_room/16_checkpoint.ipynb #84d057c8
-# Settings that change no number. Of batch_size and gradient_accumulation_steps only the product does.
+# Settings that change no number. Of batch_size and gradient_accumulation_steps only the product does,
+# unless the method is `by_minibatch`.
 _FREE = ("save_every", "log_every", "device", "compile", "fsdp", "keep_memory")
 _PRODUCT = ("batch_size", "gradient_accumulation_steps")
 
@@ -241,7 +242,11 @@ def _examples_hash(state: TrainState) -> str:
 def run_identity(state: TrainState) -> dict[str, str]:
     "Return hashes of what decides a run: examples, method, and initial weights."
     learning = [name for name, p in state.model.named_parameters() if p.requires_grad]
-    return {
+    found = {}
+    if state.method.by_minibatch:
+        cut = [getattr(state.cfg, name) for name in _PRODUCT]
+        found["minibatches"] = stable_hash([*cut, state.accelerator.num_processes])
+    return found | {
         "examples": _examples_hash(state),
         "method": stable_hash([state.method.identity(), dict(state.method.loss_weights)]),
         "student": stable_hash([describe_weights(state.model), learning]),
@@ -345,8 +350,9 @@ def _check_same_run(state: TrainState, found: Any) -> None:
     if found == now:
         return
     found = found if isinstance(found, dict) else {}
-    # a run that began without a validation may get one
-    names = [name for name in {**now, **found} if name in found or name != "validation"]
+    # a run that began without a validation may get one; an older version knew no minibatches
+    later = ("validation", "minibatches")
+    names = [name for name in {**now, **found} if name in found or name not in later]
     other = [name for name in names if found.get(name) != now.get(name)]
     if not other:
         return

@@ -43,6 +43,7 @@ from kd_notes.generation.completions import (
 from kd_notes.generation.beam import beam
 from kd_notes.generation.engine import DecodeRow, end_tokens
 from kd_notes.generation.sampling import greedy, sample, Sampling
+from kd_notes.training.setup import add_lora
 from kd_notes.generation.server import OpenAIBackend
 from kd_notes.generation.speculative import speculative
 from kd_notes.core import append_jsonl, UserError, write_json
@@ -415,6 +416,26 @@ def test_low_temperature_approaches_greedy(model, tok):
     requests = prompts_of(6)
     cold = texts(LocalBackend(model, tok).generate(requests, Decoding(10, temperature=1e-3)))
     assert cold == texts(LocalBackend(model, tok).generate(requests, Decoding(10)))
+
+
+def test_a_head_with_an_adapter_is_read_with_it_in_half_precision(tok):
+    base = mini_model("causal", "xs", len(tok), 0).bfloat16()
+    adapted = add_lora(base, {"r": 8, "targets": ["lm_head"]}, 0).eval()
+    draw = torch.Generator().manual_seed(0)
+    layer = adapted.get_output_embeddings()
+    with torch.no_grad():  # a fresh adapter changes nothing
+        layer.lora_B["default"].weight.normal_(0, 0.5, generator=draw)
+    prompts = [[2, *range(5, 9 + k)] for k in range(12)]
+    found, wanted = greedy(adapted, prompts, 4).response_ids, []
+    for prompt in prompts:
+        ids = list(prompt)
+        for _ in range(4):
+            with torch.no_grad():
+                ids.append(int(adapted(torch.tensor([ids])).logits[0, -1].float().argmax()))
+        wanted.append(ids[len(prompt) :])
+    assert found == wanted
+    with adapted.disable_adapter():
+        assert found != greedy(adapted, prompts, 4).response_ids
 
 
 def test_half_precision_decides_near_ties_in_float32(tok):

@@ -458,6 +458,20 @@ def test_a_kill_inside_or_between_stages_loses_no_reply(tmp_path):
     assert [row["stage"] for row in read_jsonl(tmp_path / "trained.jsonl")] == [0, 1, 2, 2]
 
 
+def test_a_folder_of_another_teacher_or_student_is_refused(tmp_path):
+    plan, options = Balanced(9, 3), {"folder": tmp_path}
+    mine = {"identity": {"teacher": "first", "student": "xs"}}
+    first = balanced_stages(POOL, teacher, plan, student, **mine, **options)
+    assert balanced_stages(POOL, None, plan, student, **mine, **options) == first
+    for other in (
+        {"teacher": "second", "student": "xs"},
+        {"teacher": "first", "student": "s"},
+        None,
+    ):
+        with pytest.raises(UserError, match="belongs to another job"):
+            balanced_stages(POOL, teacher, plan, student, identity=other, **options)
+
+
 def test_a_folder_of_other_rows_or_prompts_is_refused(tmp_path):
     plan = Balanced(9, 3)
     first = balanced_stages(POOL, teacher, plan, student, folder=tmp_path)

@@ -13,11 +13,14 @@ import torch
 from helpers import TOML
 from safetensors.torch import load_file
 
-from kd_notes.core import read_json, read_jsonl, UserError
+from kd_notes.core import read_json, read_jsonl, stable_hash, UserError
+from kd_notes.methods.on_policy import minibatch_config
+from kd_notes.methods.taid import TAID, TAIDConfig
 from kd_notes.models.mini import load_mini_tokenizer, mini_model
 from kd_notes.products.distill import distill
 from kd_notes.products.stepwise import stepwise
 from kd_notes.training.checkpoint import save_model
+from kd_notes.training.loop import train
 from kd_notes.training.processes import (
     check_shared_folder,
     by_main,
@@ -75,10 +78,48 @@ def stepped(place: Path, name: str, fsdp: bool = False) -> dict:
     )
 
 
+def stop_at(step: int):
+    def validate(model):
+        if len(validate.calls) == step:
+            raise KeyboardInterrupt
+        validate.calls.append(step)
+        return {"score": 0.0}
+
+    validate.calls = []
+    return validate
+
+
+def taid_cut(place: Path, name: str) -> None:
+    "Run TAID as a whole, and cut and resumed; its t depends on the losses of all processes."
+    tokenizer, ends = load_mini_tokenizer(), []
+    prompts = [f"Name thing number {i}." for i in range(24)]
+    rows = [
+        {"id": p, "prompt": p, "completion": "red" + " red" * (i % 5)}
+        for i, p in enumerate(prompts)
+    ]
+    cfg = minibatch_config(4, 8, 1e-3, log_every=1, save_every=3, eval_every=1, device="cpu")
+    for folder, stops in (("whole", 99), ("cut", 4), ("cut", 99)):
+        student, teacher = (mini_model("causal", "xxs", len(tokenizer), seed=k) for k in (0, 1))
+        settings = TAIDConfig(rollouts=4, max_new_tokens=8, pace=0.9, momentum=0.5)
+        method = TAID(tokenizer, teacher, settings)
+        run_dir = place / f"taid-{name}" / folder
+        try:
+            train(student, method, rows, cfg, run_dir=run_dir, validate=stop_at(stops))
+        except KeyboardInterrupt:
+            continue
+        weights = torch.cat([p.detach().flatten() for p in student.parameters()])
+        ends.append(
+            {"t": method.t, "loss": method.last_loss, "weights": stable_hash(weights.tolist())}
+        )
+    rank = os.environ.get("RANK", "0")
+    (place / f"taid-{name}" / f"ends-{rank}.json").write_text(json.dumps(ends))
+
+
 def all_kinds(place: Path, name: str) -> None:
     "What one process does, and each of two."
     distilled(place, "minillm", name)
     stepped(place, f"stepwise-{name}")
+    taid_cut(place, name)
     if name == "two":
         report = distilled(place, "minillm_fsdp", name)
         assert bool(report) == main_process()
@@ -143,6 +184,17 @@ def differences(one: Path, two: Path) -> float:
     a, b = (load_file(folder / "model.safetensors") for folder in (one, two))
     assert a.keys() == b.keys()
     return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+@pytest.mark.parametrize("name", ["one", "two"])
+def test_taid_on_several_processes_goes_on_from_a_checkpoint_as_if_nothing_had_happened(
+    place, name
+):
+    ends = [
+        read_json(place / f"taid-{name}" / f"ends-{k}.json") for k in range(1 + (name == "two"))
+    ]
+    whole = ends[0][0]
+    assert 0.4 < whole["t"] < 1 and all(end == whole for pair in ends for end in pair)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -12,6 +12,7 @@ import sys
 import time
 import urllib.request
 import warnings
+from itertools import islice
 from dataclasses import replace
 from pathlib import Path
 
@@ -903,21 +904,28 @@ def test_a_killed_job_asks_only_for_the_rest(tmp_path):
                     )
                 ],
             )
-    rows = read_jsonl(stored)
-    append_jsonl(kept, rows[:3])
+
+    class Dies(ReplayBackend):
+        def generate(self, requests, decoding):
+            yield from islice(super().generate(requests, decoding), 3)
+            raise KeyboardInterrupt
+
+    class Rest(ReplayBackend):
+        def generate(self, requests, decoding):
+            assert [name for name, _ in requests] == ["q/ba"]
+            return super().generate(requests, decoding)
+
+    with pytest.raises(KeyboardInterrupt):
+        judge(Dies(stored), items, path=kept)
     with open(kept, "ab") as f:
         f.write(b'{"id": "q/b')  # killed while it wrote
-    only_last = tmp_path / "last.jsonl"
-    append_jsonl(only_last, rows[3:])
-    judged = judge(
-        ReplayBackend(only_last), items, path=kept
-    )  # this back end could not answer the other three
+    judged = judge(Rest(stored), items, path=kept)
     assert [j.preferred() for j in judged] == ["contradiction"] * 2 and len(read_jsonl(kept)) == 4
     changed = [("p", "Q?", "one", "two!"), items[1]]
     with pytest.raises(
         UserError
     ):  # another answer: what is stored about the old one does not count
-        judge(ReplayBackend(only_last), changed, path=kept)
+        judge(ReplayBackend(stored), changed, path=kept)
     with pytest.raises(UserError, match="twice"):
         judge(ReplayBackend(stored), [items[0], items[0]])
 
@@ -930,11 +938,27 @@ class Forgetful:
     def __init__(self, *forgets):
         self.forgets, self.asked = forgets, []
 
+    def describe(self):
+        return {"kind": "test", "model": self.name}
+
     def generate(self, requests, decoding):
         for name, _ in requests:
             self.asked.append(name)
             if name not in self.forgets:
                 yield Completion(name, "8 6", 9, 2, "stop", 0.1)
+
+
+@pytest.mark.parametrize("other", ["judge", "decoding"])
+def test_stored_replies_are_those_of_one_judge(other, tmp_path):
+    class Bigger(Forgetful):
+        name = "bigger"
+
+    items, path = [("p", "Q?", "one", "two")], tmp_path / "replies.jsonl"
+    first = judge(Forgetful(), items, path=path)
+    backend = Bigger() if other == "judge" else Forgetful()
+    with pytest.raises(UserError, match=f"belongs to another job.*{other}"):
+        judge(backend, items, path=path, max_new_tokens=64 if other == "decoding" else 16)
+    assert backend.asked == [] and judge(Forgetful("p/ab"), items, path=path) == first
 
 
 @pytest.mark.parametrize("order", ["ab", "ba"])
@@ -1104,9 +1128,11 @@ def test_a_judge_on_a_real_server_that_is_killed(served, tmp_path):
     )  # 7 against 4, whoever comes first
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert judge(backend, items, path=path) == judged  # all replies are there: no server is needed
+    limit = {"max_new_tokens": 6}
+    # all replies are there: no server is needed
+    assert judge(backend, items, path=path, **limit) == judged
     with pytest.raises(UserError, match="no usable answer"):
-        judge(backend, [*items, ("new", "Q?", "x", "y")], path=path)
+        judge(backend, [*items, ("new", "Q?", "x", "y")], path=path, **limit)
     assert len(read_jsonl(path)) == 6
 
 

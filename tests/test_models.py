@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM, Qwen2Config, Qwen2ForC
 import kd_notes.models.layer_drop as layer_drop_module
 import kd_notes.models.pretrained as pretrained_module
 from kd_notes.core import UserError
-from kd_notes.models.layer_drop import evenly_spaced, layer_drop
+from kd_notes.models.layer_drop import evenly_spaced, layer_drop, make_student
 from kd_notes.models.mini import load_mini_tokenizer, mini_model, SIZES, train_mini_tokenizer
 from kd_notes.models.pretrained import (
     check_vocabulary,
@@ -30,6 +30,7 @@ from kd_notes.models.pretrained import (
     load_teacher,
     resolve_model,
     smollm2_path,
+    trainable_copy,
 )
 
 torch.set_num_threads(1)
@@ -446,6 +447,47 @@ def test_adapters_are_merged_in_float32(tmp_path, tok, dtype):
         atol=0 if dtype == "bfloat16" else 1e-6,
         rtol=2**-7 if dtype == "bfloat16" else 1e-5,
     )
+
+
+def test_frequencies_stay_in_float32_in_whatever_precision_a_model_is_used(tmp_path, tok):
+    from peft import get_peft_model, LoraConfig
+    from kd_notes.generation.backends import LocalBackend
+
+    folder = saved(tmp_path / "base", tok)
+    base, _ = load_pretrained(folder, device="cpu")
+    exact = base.model.rotary_emb.inv_freq.clone()
+    assert not torch.equal(exact, exact.bfloat16().float())
+    get_peft_model(base, LoraConfig(r=2, target_modules="all-linear")).save_pretrained(
+        tmp_path / "adapter", save_embedding_layers=False
+    )
+    half, _ = load_pretrained(folder, dtype="bfloat16", device="cpu")
+    used = {
+        "loaded": half,
+        "merged": load_teacher(folder, tmp_path / "adapter", "bfloat16", "cpu")[0],
+        "student": make_student("layers:1", half, tok)[0],
+        "cut": layer_drop(half, 1),
+        "asked": LocalBackend(
+            load_pretrained(folder, device="cpu")[0], tok, dtype="bfloat16"
+        ).model,
+    }
+    for name, model in used.items():
+        assert torch.equal(model.model.rotary_emb.inv_freq, exact), name
+    assert used["student"].dtype == torch.float32 and used["asked"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_a_copy_to_train_learns_in_float32_at_least(kind):
+    wanted = torch.promote_types(kind, torch.float32)
+    model = mini_model("causal", "xs", 300, 0).to(kind)
+    model.model.layers[0].requires_grad_(False)
+    for frozen in (False, True):  # a part of it, and all of it
+        model.requires_grad_(not frozen)
+        model.model.layers[0].requires_grad_(False)
+        copied = trainable_copy(model, torch.device("cpu"))
+        assert {p.dtype for p in copied.parameters()} == {wanted}
+        assert {p.dtype for p in model.parameters()} == {kind}
+        learns = [p.requires_grad for p in copied.model.layers[0].parameters()]
+        assert all(learns) if frozen else not any(learns)
 
 
 def test_adapter_errors(tmp_path, tok):

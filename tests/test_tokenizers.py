@@ -1,6 +1,7 @@
 """Tokenizers as users have them: start tokens, ends of turns, holes in the vocabulary, no end, no padding, named templates."""
 
 import json
+import math
 import warnings
 
 import pytest
@@ -17,9 +18,12 @@ from kd_notes.data.dialogues import (
     start_ids,
     turn_end_id,
 )
+from kd_notes.evaluation.calibration import score_labels
+from kd_notes.evaluation.text import token_nll, write_answers
 from kd_notes.methods.prompts import encode_prompt
 from kd_notes.methods.rollouts import encode_corpus
 from kd_notes.methods.seqkd import write_responses, Writing
+from kd_notes.methods.step_by_step import PREDICT
 from kd_notes.models.pretrained import check_vocabulary, vocabulary_size
 
 SPECIALS = ["<pad>", "<s>", "</s>", "<turn_end>"]
@@ -97,6 +101,21 @@ def test_a_text_begins_as_its_tokenizer_begins_it():
     assert layouts["text"][1:] == SFT(plain).encode(TEXT)["prompt"]
     # the completion goes on, and does not begin again
     assert 1 not in SFT(tok).encode(TEXT)["completion"]
+
+
+def test_scores_and_written_answers_begin_as_the_training_did():
+    tok = tokenizer_of(bos=True)
+    begun = StepByStep(tok).encode(step_rows([{"input": "the cat", "label": "sat"}])[0])[0][1]
+    asked = PREDICT + "the cat"
+    model = llama(len(tok)).eval().requires_grad_(False)
+    (scores,) = score_labels(model, tok, [asked], [["sat", "ran"]])
+    for label, found in zip(scores.labels, scores.probabilities):
+        learnt = tok.encode(label, add_special_tokens=False) + [2]
+        (nll,) = token_nll(model, [begun], [learnt])
+        assert found * scores.mass == pytest.approx(math.exp(-nll.sum()), rel=1e-4)
+    how = {"seeds": (1,), "max_new_tokens": 2}
+    written = write_answers(model, tok, [{"prompt": asked}, CHAT], **how)
+    assert written.prompt_ids == [begun, prompt_ids(CHAT.prompt, tok)]
 
 
 def test_a_template_that_writes_its_start_gets_no_second_one():

@@ -40,13 +40,16 @@ from kd_notes.training.batches import (
     target_positions,
     target_states,
 )
+from kd_notes.losses.decoupled import EasyHard
+from kd_notes.losses.divergences import _options, DIVERGENCES
+from kd_notes.methods.gkd import GKD, GKDConfig, Part
 from kd_notes.methods.logit_kd import KD
 from kd_notes.models.pretrained import _merge_adapter, merge_adapters
 from kd_notes.training.checkpoint import last_checkpoint, rng_state, save_model, set_rng_state
 from kd_notes.training.loop import train
 from kd_notes.training.setup import add_lora
 from kd_notes.training.method import Method, SFT
-from kd_notes.training.state import Callback, lr_factor, TrainConfig
+from kd_notes.training.state import Callback, lr_factor, TrainConfig, WeightAverage
 
 torch.set_num_threads(1)
 VOCAB = 64
@@ -677,6 +680,57 @@ def test_a_finished_run_is_read_not_trained_again(tmp_path):
     assert_same_run(a, b)
 
 
+@pytest.mark.parametrize("eval_every", [0, 5])
+@pytest.mark.parametrize("save_every", [4, 5, 7])
+def test_a_finished_run_ends_the_same_wherever_its_last_validation_was(
+    tmp_path, eval_every, save_every
+):
+    "The validation after the last step may come after the last checkpoint."
+
+    class Scores(Callback):
+        seen = ()
+
+        def on_validate(self, loop, metrics):
+            self.seen = (*self.seen, metrics["score"])
+
+        def state(self):
+            return {"seen": list(self.seen)}
+
+        def load(self, state):
+            self.seen = tuple(state["seen"])
+
+    def once():
+        scores = Scores()
+        result = run(
+            run_dir=tmp_path,
+            save_every=save_every,
+            eval_every=eval_every,
+            validate=mean_loss,
+            keep_best=True,
+            callbacks=[scores],
+        )
+        return result, scores.seen
+
+    first, scores = once()
+    assert first.best["step"] == 12
+    for _ in range(2):
+        again, seen = once()
+        assert_same_run(first, again)
+        assert seen == scores
+    on_disk = read_jsonl(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in on_disk if "score" in row][-1:] == [12]
+
+
+def test_a_checkpoint_that_does_not_say_when_it_validated_is_read_as_before(tmp_path):
+    options = {"run_dir": tmp_path, "eval_every": 5, "validate": mean_loss, "keep_best": True}
+    first = run(**options, save_every=5)
+    state = last_checkpoint(tmp_path) / "state.json"
+    kept = json.loads(state.read_text())
+    assert kept.pop("validated") == 12
+    state.write_text(json.dumps(kept))
+    assert_same_run(first, run(**options, save_every=5))
+
+
 def test_only_the_last_checkpoint_stays_and_holds_no_pickle(tmp_path):
     run(run_dir=tmp_path, save_every=5, validate=mean_loss, keep_best=True)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-0000012"]
@@ -960,6 +1014,54 @@ def test_settings_that_cannot_change_numbers_may_change(tmp_path):
         torch.testing.assert_close(a, b, atol=2e-4, rtol=1e-3)
 
 
+class WordKD(KD):
+    def encode(self, example):
+        return Rows().encode(example)
+
+
+def word_kd(divergence, **options):
+    return WordKD(Rows().tokenizer, mini_model("causal", "xs", VOCAB, 7), divergence, **options)
+
+
+def optional_divergences():
+    found = {name: _options(DIVERGENCES[name]) for name in DIVERGENCES if name != "uld"}
+    needed = {"target_ids", "labels"}
+    return [n for n, o in found.items() if not {k for k, v in o.items() if v} - needed]
+
+
+@pytest.mark.parametrize("divergence", optional_divergences())
+def test_a_method_says_whether_the_split_of_a_step_matters(divergence):
+    options = {"max_steps": 1, "bucket": False}
+    parts = {"batch_size": 2, "gradient_accumulation_steps": 4}
+    (whole,) = losses(run(method=word_kd(divergence), **options))
+    (split,) = losses(run(method=word_kd(divergence), **options, **parts))
+    assert word_kd(divergence).by_minibatch == (abs(split - whole) > 1e-4 * abs(whole))
+
+
+def test_a_step_that_is_split_otherwise_is_refused_where_it_matters(tmp_path):
+    cut = EasyHard(-1.0, 1, 1)
+    assert not word_kd("atkd", split=cut).by_minibatch
+    part = {"batch_size": 4, "gradient_accumulation_steps": 2}
+    for name in ("atkd", "forward_kl"):
+        folder = tmp_path / name
+        options = {"run_dir": folder, "save_every": 6}
+        run(method=word_kd(name), **options)
+        if name == "forward_kl":
+            run(method=word_kd(name), **options, **part)
+            continue
+        with pytest.raises(UserError, match="a run with other minibatches"):
+            run(method=word_kd(name), **options, **part)
+        state = last_checkpoint(folder) / "state.json"
+        kept = json.loads(state.read_text())
+        del kept["fingerprint"]["minibatches"]  # as an older version wrote it
+        state.write_text(json.dumps(kept))
+        run(method=word_kd(name), **options)
+    parts = (Part("forward_kl"), Part("atkd", source="student"))
+    for some in (parts, parts[:1]):
+        method = GKD(Rows().tokenizer, mini_model("causal", "xs", VOCAB, 7), GKDConfig(parts=some))
+        assert method.by_minibatch == (len(some) == 2)
+
+
 def test_full_disk_keeps_the_checkpoint_before(tmp_path):
     "A real write error: the process may not write files beyond a size that the second checkpoint needs."
     code = f"""
@@ -1164,6 +1266,21 @@ def test_frozen_parts_stay_and_a_frozen_model_is_an_error():
         train(model.requires_grad_(False), Rows(), EXAMPLES, config())
 
 
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+def test_weights_that_learn_are_not_in_half_precision(kind):
+    "Steps below 2^-9 of a weight would be rounded away."
+    whole = mini_model("causal", "xs", VOCAB, 0).to(kind)
+    mixed = mini_model("causal", "xs", VOCAB, 0)
+    mixed.model.layers[1].to(kind)
+    for model in (whole, mixed):
+        with pytest.raises(UserError, match=rf"(?s)are in {kind}.*model\.float\(\)"):
+            train(model, Rows(), None, config())  # refused before the rows are read
+    train(whole.float(), Rows(), EXAMPLES, config(max_steps=1))
+    adapted = train(whole.to(kind), Rows(), EXAMPLES, config(max_steps=1, lora={"r": 2})).model
+    assert {p.dtype for p in adapted.parameters() if p.requires_grad} == {torch.float32}
+    assert {p.dtype for p in adapted.parameters() if not p.requires_grad} == {kind}  # frozen
+
+
 def test_lora_trains_saves_resumes_and_merges(tmp_path):
     def lora_run(folder=None, callbacks=()):
         model = mini_model("causal", "xs", VOCAB, 0)
@@ -1294,6 +1411,36 @@ def test_steps_that_fp16_leaves_out_for_good_end_the_training():
     with pytest.raises(UserError, match="50 steps in a row overflowed"):
         for _ in range(60):
             finite.count_skips()
+
+
+def test_the_scale_of_fp16_goes_on_from_a_checkpoint(tmp_path, monkeypatch):
+    "A real scaler on a CPU, whose first scales overflow: a resumed run must not skip steps again."
+    scalers, make = [], training_setup.make_accelerator
+
+    def scaled(cfg):
+        accelerator = make(cfg)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, growth_interval=3)
+        scalers.append(accelerator.scaler)
+        return accelerator
+
+    class Stop(Callback):
+        def on_step(self, loop):
+            if loop.step == 8:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(training_setup, "make_accelerator", scaled)
+    options = {"max_grad_norm": 0.0, "save_every": 5}
+    whole = run(run_dir=tmp_path / "whole", **options)
+    with pytest.raises(KeyboardInterrupt):
+        run(run_dir=tmp_path / "cut", callbacks=[Stop()], **options)
+    resumed = run(run_dir=tmp_path / "cut", **options)
+    assert scalers[0].state_dict() == scalers[2].state_dict()
+    assert scalers[0].get_scale() < 2.0**127 and same_bits(whole.model, resumed.model)
+    state = last_checkpoint(tmp_path / "cut") / "state.json"
+    kept = json.loads(state.read_text())
+    del kept["scaler"]  # as an older version wrote it
+    state.write_text(json.dumps(kept))
+    assert same_bits(whole.model, run(run_dir=tmp_path / "cut", **options).model)
 
 
 def test_encoded_examples_wait_in_four_bytes_a_token_and_come_back_as_they_were():
@@ -1541,6 +1688,25 @@ def test_average_of_the_weights_is_validated_kept_and_resumed(tmp_path):
         assert same_bits(run(ema=0.9, run_dir=tmp_path, save_every=5).model, with_average.model)
     with pytest.raises(UserError, match=r"TrainConfig\.ema"):
         config(ema=1.0)
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_an_average_moves_whatever_the_precision_of_the_weights(kind):
+    "A share of 0.001 of a step is below the rounding of half precision."
+    module = nn.Linear(8, 8).to(kind)
+    average = WeightAverage(module, 0.999)
+    exact = module.weight.detach().double().clone()
+    draw = torch.Generator().manual_seed(0)
+    for step in range(9000, 9300):
+        with torch.no_grad():
+            module.weight += 0.1 * torch.rand(8, 8, generator=draw).to(kind)
+        average.update(step)
+        exact.lerp_(module.weight.detach().double(), 0.001)
+    own = module.weight.detach().clone()
+    torch.testing.assert_close(average.weights["weight"].double(), exact, rtol=1e-5, atol=1e-5)
+    with average.applied():
+        assert torch.equal(module.weight, average.weights["weight"].to(kind))
+    assert torch.equal(module.weight, own) and module.weight.dtype == kind
 
 
 def test_best_of_the_averages_is_kept():

@@ -13,6 +13,7 @@ from typing import Sequence
 import numpy as np
 
 from ..core import UserError
+from ..data.dialogues import prompt_ids
 from .text import _same_number, token_nll
 from ..generation.sampling import check_lengths
 
@@ -62,14 +63,13 @@ def score_labels(
                 fix="Give a list of label texts.",
             )
 
-    def encode(text: str) -> list[int]:
-        return tokenizer.encode(text, add_special_tokens=False)
+    def encode(label: str) -> list[int]:
+        return [*tokenizer.encode(label, add_special_tokens=False), tokenizer.eos_token_id]
 
-    pairs = [
-        (encode(p), [*encode(label), tokenizer.eos_token_id])
-        for p, known in zip(prompts, labels)
-        for label in known
-    ]
+    asked = [prompt_ids(prompt, tokenizer) for prompt in prompts]
+    pairs = []
+    for ids, known in zip(asked, labels):
+        pairs += [(ids, encode(label)) for label in known]
     names = [f"item {i}, label {label!r}" for i, known in enumerate(labels) for label in known]
     lengths = [len(prompt) + len(label) for prompt, label in pairs]
     check_lengths([model], dict(zip(names, lengths)))

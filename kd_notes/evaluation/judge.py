@@ -9,13 +9,14 @@ __all__ = ['REPLY_OUTCOMES', 'Reply', 'Judgement']
 import re
 import statistics
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Iterable, Mapping, Sequence
 
-from ..core import append_jsonl, read_jsonl, UserError
+from ..core import UserError
 from ..generation.backends import Backend
-from ..generation.completions import completion_row, Decoding, prompt_hash
+from ..generation.completions import completion_row, Decoding, open_answers, prompt_hash
 
 # %% ../../nbs/2_playground/15_judge.ipynb #54995d95
 JUDGE_PROMPT = """Compare two answers to the same instruction.
@@ -186,12 +187,13 @@ def judge(
     items: Iterable[tuple[str, str, str, str]],  # (id, instruction, answer a, answer b)
     *,
     swap: bool = True,
-    path: Path | str | None = None,  # JSONL file of the replies, to resume from
+    path: Path | str | None = None,  # JSONL file of this judge's replies, to resume from
     max_new_tokens: int = 16,
 ) -> list[Judgement]:
     """Let a model compare pairs of answers.
 
-    If the server fails, UserError is raised and the replies so far are in `path`.
+    If the server fails, UserError is raised and the replies so far are in `path`. That of another
+    judge or decoding is an error.
     """
     items = list(items)
     prompts = {f"{i}/ab": judge_prompt(x, a, b) for i, x, a, b in items}
@@ -201,28 +203,29 @@ def judge(
         )
     if swap:
         prompts |= {f"{i}/ba": judge_prompt(x, b, a) for i, x, a, b in items}
-    texts = _known_replies(path, prompts)
-    for c in backend.generate(
-        [(k, p) for k, p in prompts.items() if k not in texts], Decoding(max_new_tokens)
-    ):
-        texts[c.id] = c.text or "", c.finish == "length"
-        if path:
-            append_jsonl(path, [completion_row(c, prompts[c.id])])
+    decoding = Decoding(max_new_tokens)
+    job = {"judge": backend.describe(), "decoding": decoding}
+    with open_answers(path, job, ("id", "prompt_hash", "text")) as answers:
+        known = _known_replies(answers.rows, prompts)
+        todo = [pair for pair in prompts.items() if pair[0] not in known]
+        with answers.session() if todo else nullcontext():
+            for c in backend.generate(todo, decoding):
+                answers.append([completion_row(c, prompts[c.id])])
+    texts = _known_replies(answers.rows, prompts)
     replies = {k: parse_reply(*texts[k]) if k in texts else Reply("no reply") for k in prompts}
     return [Judgement(i, replies[f"{i}/ab"], replies.get(f"{i}/ba")) for i, *_ in items]
 
 # %% ../../nbs/2_playground/15_judge.ipynb #e3854b16
-def _known_replies(
-    path: Path | str | None, prompts: Mapping[str, str]
-) -> dict[str, tuple[str, bool]]:
+def _known_replies(rows: Iterable[dict], prompts: Mapping[str, str]) -> dict[str, tuple[str, bool]]:
     "Return {request id: (text, was it cut off?)} of stored replies to these prompts."
-    rows = read_jsonl(path, repair_tail=True) if path and Path(path).is_file() else []
-    mine = [
-        r
-        for r in rows
-        if r.get("id") in prompts and r.get("prompt_hash") == prompt_hash(prompts[r["id"]])
-    ]
-    return {r["id"]: (r["text"] or "", r.get("finish") == "length") for r in mine}
+    hashes = {id: prompt_hash(prompt) for id, prompt in prompts.items()}
+    known = {}
+    for row in rows:
+        id = row["id"]
+        if row["prompt_hash"] == hashes.get(id):
+            cut = row.get("finish") == "length"
+            known[id] = (row["text"] or "", cut)
+    return known
 
 # %% ../../nbs/2_playground/15_judge.ipynb #5e638d01
 def judge_summary(judgements: Sequence[Judgement]) -> dict[str, Any]:

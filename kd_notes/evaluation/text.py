@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..core import missing_library, UserError
 from ..data.answers import exact_match
+from ..data.dialogues import prompt_ids
 from ..generation.engine import end_tokens
 from ..generation.sampling import check_lengths, sample, Sampling
 from ..losses.divergences import at_least_float32
@@ -416,7 +417,7 @@ def write_answers(
     return sample_answers(
         model,
         tokenizer,
-        [tokenizer.encode(prompt(row), add_special_tokens=False) for row in rows],
+        [prompt_ids(prompt(row), tokenizer) for row in rows],
         **how,
     )
 

@@ -48,7 +48,7 @@ from kd_notes.generation.engine import (
 )
 from .server import OpenAIBackend
 from .server_pool import ServerPool
-from ..models.pretrained import context_of, weights_hash
+from ..models.pretrained import context_of, weights_hash, with_dtype
 
 # %% ../../nbs/7_engine_room/19_backends.ipynb #0dba2212
 class Backend(Protocol):
@@ -198,7 +198,8 @@ class LocalBackend:
     ):
         check_model(model)
         check_count(batch_size, "batch_size", 1)
-        self.model = (model.to(getattr(torch, dtype)) if dtype else model).eval()
+        kind = getattr(torch, dtype) if dtype else None
+        self.model = (with_dtype(model, kind) if dtype else model).eval()
         self.tokenizer = tokenizer
         self.batch_size = batch_size
         self.cache_gib = cache_gib

@@ -290,8 +290,10 @@ def greedy_tokens(scores: Scores, head: Any = None) -> torch.Tensor:
     """Return the most probable token of each row (rows,).
 
     With the head of a half-precision model, the four best tokens are compared again in float32.
+    A head with an adapter computes more than its weight says: its own logits decide.
     """
-    if head is None or scores.logits.dtype.itemsize > 2:
+    plain = type(head) is torch.nn.Linear
+    if not plain or scores.logits.dtype.itemsize > 2:
         # Twice as fast as argmax on a CPU, and no copy of the logits.
         return scores.logits.max(-1).indices
     ids = scores.logits.topk(4, dim=-1).indices

@@ -250,6 +250,7 @@ def balanced_stages(
     compose: Callable[[str, Sequence[dict], str], str] = few_shot_question,
     read: Callable[[str, str], tuple[str, str] | None] = read_question,
     folder: Path | str | None = None,  # keeps choices and replies; a second call resumes
+    identity: Any = None,  # of teacher and student; a folder of others is refused
 ) -> tuple[list[dict], list[dict]]:
     """Choose rows in stages, let the teacher answer them and write what a domain lacks.
 
@@ -274,7 +275,7 @@ def balanced_stages(
             raise UserError(what, where="budget", fix=fix)
         quotas = [{"": sum(quota.values())} for quota in quotas]
     kept = {name: value for name, value in asdict(settings).items() if name != "batch"}
-    identity = {"settings": kept, "rows": stable_hash(pool)}
+    job = {"settings": kept, "rows": stable_hash(pool), "identity": identity}
     file = None if folder is None else Path(folder) / "replies.jsonl"
     work = _Stages(
         pool,
@@ -285,7 +286,7 @@ def balanced_stages(
         compose,
         read,
     )
-    with open_answers(file, identity, ("key",)) as answers:
+    with open_answers(file, job, ("key",)) as answers:
         made = _run_stages(work, quotas, write, answers)
         answers.finish()
     return made

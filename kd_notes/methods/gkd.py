@@ -17,6 +17,7 @@ from ..core import rng, UserError
 from ..losses.divergences import _options, at_least_float32, DIVERGENCES, token_divergence
 from ..losses.sparse import coarse_logits, SUPPORTED
 from .health import as_index
+from .logit_kd import _cuts_minibatch
 from .on_policy import from_source, OnPolicy, OnPolicyConfig, Term
 from .rollouts import Response, SOURCES, token_logprobs
 from ..models.pretrained import evaluating
@@ -239,6 +240,11 @@ class DivergenceOnPolicy(OnPolicy):
 
     Config = GKDConfig
     loss_of_parts = True  # it is a sum of the parts, which may compare the teacher's top k
+
+    @property
+    def by_minibatch(self) -> bool:
+        parts = self.config.parts
+        return any(_cuts_minibatch(part.divergence, part.options) for part in parts)
 
     @property
     def needs_teacher(self) -> bool:

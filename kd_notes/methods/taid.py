@@ -68,12 +68,18 @@ class TAID(GKD):
         return {self.config.parts[0].name: values, "t": torch.full_like(values, self.t)}
 
     def begin_step(self, state: TrainState) -> None:
-        if self.seen[1]:
-            seen = torch.tensor(self.seen, dtype=torch.float64, device=state.accelerator.device)
-            total, count = state.accelerator.reduce(seen, reduction="sum").tolist()
+        total, count = self.seen
+        if count:
             self.advance(total / count, (state.step - 1) / state.cfg.max_steps)
             self.seen = [0.0, 0]
         super().begin_step(state)
+
+    def end_step(self, state: TrainState) -> None:
+        "Add up the losses of all processes."
+        device = state.accelerator.device
+        seen = torch.tensor(self.seen, dtype=torch.float64, device=device)
+        self.seen = state.accelerator.reduce(seen, reduction="sum").tolist()
+        super().end_step(state)
 
     def advance(self, loss: float, progress: float) -> None:
         """Update t after a step with this loss.

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..core import first_line, UserError
-from .pretrained import load_pretrained
+from .pretrained import load_pretrained, with_dtype
 
 # %% ../../nbs/2_playground/10_layer_drop.ipynb #1dc7f578
 def make_student(spec: str, teacher, teacher_tokenizer, **load):  # load: for `load_pretrained`
@@ -223,7 +223,7 @@ def layer_drop(
         _move_shared_bias(state, short, stack)
     try:
         config = _shorter_config(model.config, keep, stacks)
-        student = type(model)(config).to(dtype=model.dtype, device=model.device)
+        student = with_dtype(type(model)(config), model.dtype).to(model.device)
         student.load_state_dict(short)
     except (LookupError, RuntimeError, TypeError, ValueError) as error:
         kept = list(keep.values())

@@ -27,10 +27,7 @@ from .mini import _choose
 
 # %% ../../nbs/2_playground/09_pretrained.ipynb #078a22a8
 def context_of(*models, limit: int = 0) -> int:
-    """Return how many tokens fit into all the models or configs, at most `limit`.
-
-    0: no limit (T5's positions are relative).
-    """
+    "Return how many tokens fit into all the models or configs, at most `limit` (0: no limit)."
     configs = [getattr(model, "config", model) for model in models]
     configs = [config for config in configs if not config.is_encoder_decoder]
     # the language model of a composite config
@@ -249,10 +246,7 @@ def default_device() -> str:
 
 
 def place_of(device: str | None) -> torch.device:
-    """Return the torch device of a name; None means `default_device`.
-
-    Raises UserError if the device cannot be used.
-    """
+    "Return the torch device of a name, or of `default_device`. UserError if it cannot be used."
     try:
         place = torch.device(device or default_device())
         torch.empty(0, device=place)
@@ -266,20 +260,14 @@ def place_of(device: str | None) -> torch.device:
 
 
 def autocast_of(settings: dict) -> torch.autocast:
-    """Return the autocast context of settings with `precision` and `device`.
-
-    It is for what the training loop does not read; that has one of its own.
-    """
+    "Return the autocast of `precision` and `device`, for what the training loop does not read."
     reduced = settings.get("precision") == "bf16"
     place = place_of(settings.get("device"))
     return torch.autocast(place.type, torch.bfloat16, enabled=reduced)
 
 
 def _local_snapshot(source: str, revision: str | None, local_files_only: bool | None) -> str:
-    """Return the cache folder of a hub model if the network may not be used.
-
-    Otherwise return `source`.
-    """
+    "Return the cache folder of a hub model if the network may not be used, otherwise `source`."
     from huggingface_hub import constants, snapshot_download
 
     offline = constants.HF_HUB_OFFLINE if local_files_only is None else local_files_only
@@ -312,10 +300,7 @@ def loading(what: str, source: str, fix: str) -> Iterator[None]:
 
 
 def load_part(source: str, part: str) -> Any:
-    """Return the config or the tokenizer of a model, without its weights.
-
-    `part` is "config" or "tokenizer". Raises UserError if it cannot be loaded.
-    """
+    "Return a model's 'config' or 'tokenizer', as `part` says. UserError if it cannot be loaded."
     from transformers import AutoConfig, AutoTokenizer
 
     auto = {"config": AutoConfig, "tokenizer": AutoTokenizer}[part]
@@ -415,15 +400,29 @@ def freeze(model):
     return model.eval().requires_grad_(False)
 
 
+def with_dtype(model, kind: torch.dtype):
+    "Convert a model in place, but no buffer that is not saved, such as rotary frequencies."
+    saved = model.state_dict()
+    buffers = model.named_buffers(remove_duplicate=False)
+    kept = {name: buffer for name, buffer in buffers if name not in saved}
+    model.to(kind)
+    for name, buffer in kept.items():
+        module, _, own = name.rpartition(".")
+        setattr(model.get_submodule(module), own, buffer)
+    return model
+
+
 def trainable_copy(model, place: torch.device):
-    """Return a copy of a model to train.
+    """Return a copy of a model to train; one that would learn in half precision is in float32.
 
     What the caller has frozen stays frozen, unless it is the whole model.
     """
     copied = copy.deepcopy(model).to(place)
     if not any(p.requires_grad for p in copied.parameters()):
         copied.requires_grad_(True)
-    return copied
+    learning = (p for p in copied.parameters() if p.requires_grad)
+    half = any(p.dtype.itemsize < 4 for p in learning)
+    return copied.float() if half else copied
 
 
 @contextmanager
@@ -496,5 +495,5 @@ def load_teacher(
         revision=revision,
     )
     if adapter:
-        model = _merge_adapter(model, adapter).to(getattr(torch, kind))
+        model = with_dtype(_merge_adapter(model, adapter), getattr(torch, kind))
     return freeze(model), tokenizer

@@ -146,6 +146,7 @@ def _write_checkpoint(state: TrainState, folder: Path) -> None:
     "Write the main process's files of a checkpoint."
     for name, tensors in _checkpoint_tensors(state).items():
         _save_tensors(folder / f"{name}.safetensors", tensors)
+    scaler = state.accelerator.scaler  # of fp16
     write_json(
         folder / "state.json",
         {
@@ -155,6 +156,8 @@ def _write_checkpoint(state: TrainState, folder: Path) -> None:
             "best": state.best,
             "stale": state.stale,
             "stop": state.stop,
+            "validated": state.validated,
+            "scaler": scaler.state_dict() if scaler else None,
             "fingerprint": fingerprint(state),
             "method": state.method.state_dict(),
             "callbacks": [c.state() for c in state.callbacks],
@@ -204,7 +207,8 @@ def _write_all(state: TrainState, folder: Path) -> None:
         _checkpoint_tensors(state)  # joining shards needs every process
 
 # %% ../../nbs/7_engine_room/16_checkpoint.ipynb #84d057c8
-# Settings that change no number. Of batch_size and gradient_accumulation_steps only the product does.
+# Settings that change no number. Of batch_size and gradient_accumulation_steps only the product does,
+# unless the method is `by_minibatch`.
 _FREE = ("save_every", "log_every", "device", "compile", "fsdp", "keep_memory")
 _PRODUCT = ("batch_size", "gradient_accumulation_steps")
 
@@ -238,7 +242,11 @@ def _examples_hash(state: TrainState) -> str:
 def run_identity(state: TrainState) -> dict[str, str]:
     "Return hashes of what decides a run: examples, method, and initial weights."
     learning = [name for name, p in state.model.named_parameters() if p.requires_grad]
-    return {
+    found = {}
+    if state.method.by_minibatch:
+        cut = [getattr(state.cfg, name) for name in _PRODUCT]
+        found["minibatches"] = stable_hash([*cut, state.accelerator.num_processes])
+    return found | {
         "examples": _examples_hash(state),
         "method": stable_hash([state.method.identity(), dict(state.method.loss_weights)]),
         "student": stable_hash([describe_weights(state.model), learning]),
@@ -261,14 +269,18 @@ def last_checkpoint(run_dir: Path | str) -> Path | None:
     return max(Path(run_dir).glob("checkpoints/step-*"), default=None)
 
 # %% ../../nbs/7_engine_room/16_checkpoint.ipynb #70a50a17
-def _rewind(run_dir: Path, step: int, write: bool) -> list[dict]:
-    """Return the rows of metrics.jsonl up to `step`.
+def _rewind(run_dir: Path, step: int, validated: int, write: bool) -> list[dict]:
+    """Return the rows of metrics.jsonl up to `step`, those of validations up to `validated`.
 
     Later rows, from a killed session, are removed from the file if `write`.
     """
     path = run_dir / "metrics.jsonl"
     rows = read_jsonl(path, repair_tail=True) if path.is_file() else []
-    kept = [r for r in rows if r.get("step", 0) <= step]
+    kept = []
+    for row in rows:
+        last = validated if "score" in row else step
+        if row.get("step", 0) <= last:
+            kept.append(row)
     if write and len(kept) < len(rows):
         atomic_write(path, "".join(json.dumps(r, sort_keys=True) + "\n" for r in kept))
     return kept
@@ -338,8 +350,9 @@ def _check_same_run(state: TrainState, found: Any) -> None:
     if found == now:
         return
     found = found if isinstance(found, dict) else {}
-    # a run that began without a validation may get one
-    names = [name for name in {**now, **found} if name in found or name != "validation"]
+    # a run that began without a validation may get one; an older version knew no minibatches
+    later = ("validation", "minibatches")
+    names = [name for name in {**now, **found} if name in found or name not in later]
     other = [name for name in names if found.get(name) != now.get(name)]
     if not other:
         return
@@ -370,9 +383,14 @@ def resume(state: TrainState) -> None:
         for name in _PROGRESS:
             setattr(state, name, kept[name])
         state.saved = state.step
+        # a checkpoint of an older version knows all validations up to its step
+        state.validated = kept.get("validated", state.step)
+        if kept.get("scaler"):
+            state.accelerator.scaler.load_state_dict(kept["scaler"])
         state.method.load_state_dict(kept["method"])
         _load_callbacks(state, kept)
-    state.history = _rewind(state.run_dir, state.step, write=state.accelerator.is_main_process)
+    main = state.accelerator.is_main_process
+    state.history = _rewind(state.run_dir, state.step, state.validated, write=main)
 
 # %% ../../nbs/7_engine_room/16_checkpoint.ipynb #e58b3b75
 def _put_back(old: Path, folder: Path) -> None:

@@ -167,6 +167,7 @@ class TrainSteps(Gradients):
         batches = [as_batch(self.method.collate([self.items[i] for i in part])) for part in parts]
         means = self.forward_backward(batches, self.total_counts(batches, rows))
         norm = self.update(rows, means)
+        self.method.end_step(self)
         self.step += 1
         if self.average is not None:
             self.average.update(self.step)
@@ -232,6 +233,7 @@ class ValidatedSteps(TrainSteps):
                 fix="Higher means better.",
             )
         self.log({"step": self.step, "score": metrics["score"], "validation": metrics})
+        self.validated = self.step
         self.compare(metrics)
         self.method.on_validate(self, metrics)
         for callback in self.callbacks:

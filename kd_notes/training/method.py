@@ -76,6 +76,9 @@ class Hooks:
     def begin_step(self, state) -> None:
         "Prepare a step. On-policy methods draw rollouts here, into `state.items`."
 
+    def end_step(self, state) -> None:
+        "Finish a step, in all processes; a checkpoint after it is written by the first one."
+
     def on_validate(self, state, metrics: dict) -> None:
         "Use the metrics of a validation."
 
@@ -92,6 +95,8 @@ class Method(Hooks, ABC):
 
     # the total loss is the sum over terms of weight * sum / count
     loss_weights: dict[str, float] = {"loss": 1.0}
+    # does the loss depend on how a step is cut into minibatches, as with a median over one?
+    by_minibatch: bool = False
     # terms that a batch may lack; a batch without one of the others is an error
     optional_terms: frozenset[str] = frozenset()
 

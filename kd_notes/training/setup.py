@@ -20,7 +20,7 @@ from .batches import Batch, plain_logits
 from .checkpoint import run_identity
 from .method import Method
 from .processes import connect_processes
-from .state import Callback, TrainConfig, TrainState, WeightAverage
+from .state import Callback, trainable, TrainConfig, TrainState, WeightAverage
 
 # %% ../../nbs/7_engine_room/15_setup.ipynb #9718c0ad
 class Objective(torch.nn.Module):
@@ -180,6 +180,17 @@ def _encoded(state: TrainState, examples: Iterable) -> None:
             fix="Check the split's name and the filter.",
         )
 
+# %% ../../nbs/7_engine_room/15_setup.ipynb #weights-check
+def _check_weights(model: torch.nn.Module) -> None:
+    "Raise UserError for weights that learn in half precision; frozen ones may have it."
+    for name, p in trainable(model).items():
+        if p.dtype.itemsize < 4:
+            raise UserError(
+                f"weights that learn are in {p.dtype}, which rounds small steps away",
+                where=name,
+                fix="Call model.float() first; precision='bf16' still computes in half precision.",
+            )
+
 # %% ../../nbs/7_engine_room/15_setup.ipynb #19ceeb23
 def set_up(
     model,
@@ -196,6 +207,7 @@ def set_up(
     seed_everything(cfg.seed + accelerator.process_index)
     if cfg.lora is not None:
         model = add_lora(model, cfg.lora, cfg.seed)
+    _check_weights(model)
     state = kind(
         cfg,
         method,

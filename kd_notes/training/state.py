@@ -149,7 +149,7 @@ def trainable(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 
 
 class WeightAverage:
-    """An exponential moving average of the trained weights.
+    """An exponential moving average of the trained weights, in float32 at least.
 
     torch's AveragedModel would also copy the frozen weights and a teacher.
     """
@@ -157,7 +157,10 @@ class WeightAverage:
     def __init__(self, module: torch.nn.Module, decay: float):
         self.parameters = trainable(module)
         self.decay = decay
-        self.weights = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self.weights = {}
+        for name, p in self.parameters.items():
+            kind = torch.promote_types(p.dtype, torch.float32)
+            self.weights[name] = p.detach().clone().to(kind)
 
     @torch.no_grad()
     def update(self, step: int) -> None:
@@ -168,7 +171,8 @@ class WeightAverage:
         """
         decay = min(self.decay, (1 + step) / (10 + step))
         for name, p in self.parameters.items():
-            self.weights[name].lerp_(p, 1 - decay)
+            average = self.weights[name]
+            average.lerp_(p.to(average.dtype), 1 - decay)
 
     @torch.no_grad()
     def copy_to_model(self) -> None:
@@ -217,6 +221,7 @@ class TrainState:
     stale: int = 0  # validations since the best one
     stop: str = ""  # a reason to end before `max_steps`
     saved: int = -1  # step of the last checkpoint
+    validated: int = -1  # step of the last validation
     unwritten: list = field(default_factory=list)  # (time, row of history) that are not on the disk
 
     @property

@@ -245,6 +245,17 @@ def _has_value(expression: str | None) -> bool:
     except EquationError:
         return False
 
+
+def meant_expression(text: str) -> str | None:
+    "Return the expression left of =, or else the number that an answer gives."
+    left, equals, right = text.partition("=")
+    if re.search(r"[,;]\s*[^\W\d_]|\band\b", right.rpartition("=")[0]):
+        return None  # "x = 5, y = 3"
+    left = left.strip().rstrip(".").strip()
+    if _has_value(left):
+        return left
+    return written_number(left) or (written_number(right.rpartition("=")[2]) if equals else None)
+
 # %% ../../nbs/2_playground/02b_numbers.ipynb #4c1be2a1
 _BEFORE_LABEL = re.compile(
     r"^(?:(?:it|this) is|it['’]s|(?:option|choice)(?=\s+[(\[]?[a-z][).:\]])|(?:(?:the|my) )?(?:(?:final|correct) )?(?:answer|label|choice|option) is)\b:?\s+",

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ZERO_SHOT', 'OUTCOMES', 'Prompt', 'rationale_decoding', 'Parsed', 'parse_completion', 'parse_for', 'extract',
-           'extraction_row', 'with_rationales']
+           'extraction_row', 'wrong_input', 'with_rationales']
 
 # %% ../../nbs/3_reasons/01_rationales.ipynb #bf0eec9d
 import re
@@ -18,9 +18,9 @@ from typing import Any
 
 from ..checks import check_count
 from ..core import rng, UserError
-from ..data.answers import equation_value, EquationError
+from ..data.answers import equation_value
 from ..data.examples import Example, task_info, TaskInfo
-from ..data.numbers import meant_label, unannounced, without_markup, written_number
+from ..data.numbers import meant_expression, meant_label, unannounced, without_markup
 from ..generation.backends import Backend, remember_answered
 from kd_notes.generation.completions import (
     AnswerFile,
@@ -224,25 +224,10 @@ def clean_label(
     text = _CONTROL.sub("", one_line(text))
     plain = without_markup(text)
     if metric == "equation":
-        return _expression(plain)
+        return meant_expression(plain)
     if labels is None:
         return plain.strip("$ ") or None
     return meant_label(text, labels)
-
-
-def _expression(text: str) -> str | None:
-    "Return the expression left of =, or else the number that an answer gives."
-    left, equals, right = text.partition("=")
-    if re.search(r"[,;]\s*[^\W\d_]|\band\b", right.rpartition("=")[0]):
-        return None  # "x = 5, y = 3"
-    left = left.strip().rstrip(".").strip()
-    try:
-        equation_value(left)
-        return left
-    except EquationError:
-        return written_number(left) or (
-            written_number(right.rpartition("=")[2]) if equals else None
-        )
 
 # %% ../../nbs/3_reasons/01_rationales.ipynb #17baa4c6
 def _own_part(text: str) -> tuple[str, bool]:
@@ -406,7 +391,17 @@ def spoken(backend: Backend, decoding: Decoding) -> Decoding:
 def extraction_row(example: Example, completion: Completion, prompt: str) -> dict:
     "Return the stored row of one completion."
     parsed = parse_for(example, completion.text, completion.finish)
-    return completion_row(completion, prompt) | asdict(parsed)
+    asked = {"input_hash": prompt_hash(example.input)}
+    return completion_row(completion, prompt) | asked | asdict(parsed)
+
+
+def wrong_input(row: dict, where: Any) -> UserError:
+    "Return the error for a row that answers another input than that of its id."
+    return UserError(
+        f"the input of {row['id']!r} is not the one that the teacher was asked",
+        where=where,
+        fix="Extract again; or delete input_hash from the rows, if they belong together.",
+    )
 
 # %% ../../nbs/3_reasons/01_rationales.ipynb #b0bf85ee
 def compare_rows(one: Iterable[dict], two: Iterable[dict]) -> dict:
@@ -463,6 +458,9 @@ def with_rationales(
                 fix="Extract all examples; where there are several samples, take a vote first.",
             )
         (row,) = mine
+        asked = prompt_hash(example.input)
+        if row.get("input_hash", asked) != asked:
+            raise wrong_input(row, "rows")
         usable = row["outcome"] in keep
         label = row["label"] if labels == "teacher" and usable else example.label
         if usable:
@@ -497,4 +495,4 @@ def vote(rows: Iterable[dict], task: str | TaskInfo) -> list[dict]:
 
 def _ballot(label: str, metric: str) -> Any:
     "Return a value that is equal for labels with the same meaning."
-    return equation_value(label) if metric == "equation" else label
+    return equation_value(label) if metric == "equation" and label else label

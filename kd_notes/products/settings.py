@@ -304,6 +304,11 @@ def check_libraries(
             )
 
 # %% ../../nbs/4_probabilities/17_distill_settings.ipynb #hold-out
+def without_space(text: str) -> str:
+    "Return a text by which equal prompts are known: white space makes no other prompt."
+    return "".join(text.split())
+
+
 def held_out_places(count: int, validation: float, seed: int = 0) -> list[int]:
     """Return the numbers of at most 200 rows to hold out, drawn by seed, in rising order.
 

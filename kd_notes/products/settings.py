@@ -9,10 +9,12 @@ __all__ = ['OBJECTIVES', 'check_objective']
 import importlib.util
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..checks import check_arguments, check_count, check_fields
@@ -309,10 +311,31 @@ def without_space(text: str) -> str:
     return "".join(text.split())
 
 
-def held_out_places(count: int, validation: float, seed: int = 0) -> list[int]:
+def prompt_groups(rows: Iterable) -> np.ndarray:
+    "Return for each row the place of the first row with its prompt."
+    seen = array("q")
+    for row in rows:
+        parts = [row.prompt] if isinstance(row.prompt, str) else row.prompt
+        text = "\0".join(part if isinstance(part, str) else part["content"] for part in parts)
+        seen.append(hash(without_space(text)))
+    _, first, group = np.unique(seen, return_index=True, return_inverse=True)
+    return first[group]
+
+
+def learnt_too(groups: np.ndarray, held: list[int]) -> int:
+    "Return the number of rows that are held out and whose prompt is not."
+    return int(np.isin(groups[held], np.delete(groups, held)).sum())
+
+
+def held_out_places(
+    count: int,
+    validation: float,  # share below 1, or number of rows
+    seed: int = 0,
+    groups: np.ndarray | None = None,  # of `prompt_groups`: a group is not divided
+) -> list[int]:
     """Return the numbers of at most 200 rows to hold out, drawn by seed, in rising order.
 
-    `validation` is a share below 1 or a number of rows.
+    Where no group is small enough, rows are drawn.
     """
     number = round(validation * count) if validation < 1 else int(validation)
     number = min(200, max(1, number))
@@ -322,7 +345,18 @@ def held_out_places(count: int, validation: float, seed: int = 0) -> list[int]:
             where="validation",
             fix="Hold out a share such as 0.1, and give at least two rows.",
         )
-    return sorted(rng("hold out", seed).sample(range(count), number))
+    draw = rng("hold out", seed)
+    names, sizes = np.unique(range(count) if groups is None else groups, return_counts=True)
+    small = np.flatnonzero(sizes <= number)
+    if len(names) == count or not len(small):
+        return sorted(draw.sample(range(count), number))
+    held = []
+    room = number
+    for place in draw.sample(small.tolist(), min(number, len(small))):
+        if sizes[place] <= room:
+            held.append(names[place])
+            room -= sizes[place]
+    return np.flatnonzero(np.isin(groups, held)).tolist()
 
 
 def hold_out(rows: Sequence, validation: float, seed: int = 0) -> tuple[list, list]:

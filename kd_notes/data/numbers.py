@@ -245,16 +245,23 @@ def _has_value(expression: str | None) -> bool:
     except EquationError:
         return False
 
-
+# %% ../../nbs/2_playground/02b_numbers.ipynb #b3e1a3e3
 def meant_expression(text: str) -> str | None:
     "Return the expression left of =, or else the number that an answer gives."
     left, equals, right = text.partition("=")
-    if re.search(r"[,;]\s*[^\W\d_]|\band\b", right.rpartition("=")[0]):
+    middle, _, last = right.rpartition("=")
+    if re.search(r"[,;]\s*[^\W\d_]|\b(?:and|or)\b", middle):
         return None  # "x = 5, y = 3"
     left = left.strip().rstrip(".").strip()
     if _has_value(left):
         return left
-    return written_number(left) or (written_number(right.rpartition("=")[2]) if equals else None)
+    first = written_number(left)
+    end = written_number(last) if equals else None
+    if not first or not end:
+        return first or end
+    if equation_value(first) != equation_value(end):
+        return None  # "4 weeks = 28 days"
+    return first
 
 # %% ../../nbs/2_playground/02b_numbers.ipynb #4c1be2a1
 _BEFORE_LABEL = re.compile(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ZERO_SHOT', 'OUTCOMES', 'Prompt', 'rationale_decoding', 'Parsed', 'parse_completion', 'parse_for', 'extract',
-           'extraction_row', 'wrong_input', 'with_rationales']
+           'extraction_row', 'with_rationales']
 
 # %% ../../nbs/3_reasons/01_rationales.ipynb #bf0eec9d
 import re
@@ -164,6 +164,7 @@ _AT_LINE_START = re.compile(
     rf"^{_MARKUP}[(\[]?{_MARKER}|^[ \t]*[#*_]+[ \t]*(?:final )?answer{_HEADING}",
     re.IGNORECASE | re.MULTILINE,
 )
+_FINAL = re.compile(rf"(?<=[.!?])[ \t*_]*(?:the |my )?final answer(?: is)?{_COLON}", re.IGNORECASE)
 _INSIDE_A_LINE = re.compile(rf"[*_`]*(?:[Ff]inal )?Answer{_COLON}|<answer>")
 _IN_A_SENTENCE = re.compile(
     r"(?:^|(?<=[.!?\n]))[ \t*]*(?:(?:so|thus|hence|therefore|then),?\s+)?"
@@ -178,11 +179,15 @@ _CONTROL = re.compile(
 _TITLE = re.compile(rf"^{_MARKUP}(?:reasoning|rationale|explanation)[*_`]*:[*_`]*", re.IGNORECASE)
 _RULE_AT_END = re.compile(r"\n[ \t]*[#>*_`\-]+[ \t]*$")
 
-
+# %% ../../nbs/3_reasons/01_rationales.ipynb #0f2bd830
 def _marker(text: str) -> re.Match | None:
-    "Return where the answer is announced: at a line's start, or else its last mention."
-    if first := _AT_LINE_START.search(text):
-        return first
+    "Return the announcement that counts: the last final one, the first line of one, the last."
+    lines = list(_AT_LINE_START.finditer(text))
+    final = [one for one in (*lines, *_FINAL.finditer(text)) if "final" in one[0].lower()]
+    if final:
+        return max(final, key=re.Match.start)
+    if lines:
+        return lines[0]
     for pattern in (_INSIDE_A_LINE, _IN_A_SENTENCE, _BARE):
         if found := list(pattern.finditer(text)):
             return found[-1]  # the others are talk
@@ -394,27 +399,22 @@ def extraction_row(example: Example, completion: Completion, prompt: str) -> dic
     asked = {"input_hash": prompt_hash(example.input)}
     return completion_row(completion, prompt) | asked | asdict(parsed)
 
-
+# %% ../../nbs/3_reasons/01_rationales.ipynb #b0bf85ee
 def wrong_input(row: dict, where: Any) -> UserError:
     "Return the error for a row that answers another input than that of its id."
-    return UserError(
-        f"the input of {row['id']!r} is not the one that the teacher was asked",
-        where=where,
-        fix="Extract again; or delete input_hash from the rows, if they belong together.",
-    )
+    what = f"the input of {row['id']!r} is not the one that the teacher was asked"
+    fix = "Extract again; or delete input_hash from the rows, if they belong together."
+    return UserError(what, where=where, fix=fix)
 
-# %% ../../nbs/3_reasons/01_rationales.ipynb #b0bf85ee
+
 def compare_rows(one: Iterable[dict], two: Iterable[dict]) -> dict:
     "Return the share of equal texts and labels among the completions in both."
     first = {_key(row): row for row in one}
     second = {_key(row): row for row in two}
     both = sorted(first.keys() & second.keys())
     if not both:
-        raise UserError(
-            "the two extractions have no id in common",
-            where="compare_rows",
-            fix="Compare extractions of the same examples.",
-        )
+        fix = "Compare extractions of the same examples."
+        raise UserError("the two extractions have no id in common", where="compare_rows", fix=fix)
     texts = [key for key in both if first[key]["text"] != second[key]["text"]]
     labels = [key for key in both if first[key]["label"] != second[key]["label"]]
     return {

@@ -315,18 +315,26 @@ def prompt_groups(rows: Iterable) -> np.ndarray:
     "Return for each row the place of the first row with its prompt."
     seen = array("q")
     for row in rows:
-        parts = [row.prompt] if isinstance(row.prompt, str) else row.prompt
-        text = "\0".join(part if isinstance(part, str) else part["content"] for part in parts)
+        text = row.prompt
+        if not isinstance(text, str):
+            contents = [message["content"] for message in text]
+            text = "\0".join(contents)
         seen.append(hash(without_space(text)))
-    _, first, group = np.unique(seen, return_index=True, return_inverse=True)
+    _, first, group = np.unique(
+        seen,
+        return_index=True,
+        return_inverse=True,
+    )
     return first[group]
 
 
 def learnt_too(groups: np.ndarray, held: list[int]) -> int:
     "Return the number of rows that are held out and whose prompt is not."
-    return int(np.isin(groups[held], np.delete(groups, held)).sum())
+    others = np.delete(groups, held)
+    known = np.isin(groups[held], others)
+    return int(known.sum())
 
-
+# %% ../../nbs/4_probabilities/17_distill_settings.ipynb #hold-out-2
 def held_out_places(
     count: int,
     validation: float,  # share below 1, or number of rows
@@ -346,17 +354,21 @@ def held_out_places(
             fix="Hold out a share such as 0.1, and give at least two rows.",
         )
     draw = rng("hold out", seed)
-    names, sizes = np.unique(range(count) if groups is None else groups, return_counts=True)
+    if groups is None:
+        groups = np.arange(count)
+    names, sizes = np.unique(groups, return_counts=True)
     small = np.flatnonzero(sizes <= number)
-    if len(names) == count or not len(small):
+    if len(names) == count or len(small) == 0:
         return sorted(draw.sample(range(count), number))
     held = []
     room = number
-    for place in draw.sample(small.tolist(), min(number, len(small))):
+    most = min(number, len(small))
+    for place in draw.sample(small.tolist(), most):
         if sizes[place] <= room:
             held.append(names[place])
             room -= sizes[place]
-    return np.flatnonzero(np.isin(groups, held)).tolist()
+    places = np.flatnonzero(np.isin(groups, held))
+    return places.tolist()
 
 
 def hold_out(rows: Sequence, validation: float, seed: int = 0) -> tuple[list, list]:
@@ -365,7 +377,7 @@ def hold_out(rows: Sequence, validation: float, seed: int = 0) -> tuple[list, li
     left_out = set(held)
     return [row for i, row in enumerate(rows) if i not in left_out], [rows[i] for i in held]
 
-
+# %% ../../nbs/4_probabilities/17_distill_settings.ipynb #hold-out-3
 def train_config(settings: DistillSettings, rows: int) -> TrainConfig:
     "Return the settings of the training loop for this number of rows."
     s = settings

@@ -130,32 +130,49 @@ def stepwise_settings(
     return profile_settings("stepwise", StepwiseSettings, STEPWISE_PROFILES, profile, settings)
 
 # %% ../../nbs/3_reasons/10_stepwise_plan.ipynb #5a3d11e0
-def _read_answer(task: OwnTask, example: Example, row: dict, where: str) -> Parsed:
+def _read_answer(
+    task: OwnTask,
+    example: Example,
+    row: dict,
+    where: str,
+) -> Parsed:
     "Return what a row of a file of rationales says about an example."
     if isinstance(row.get("text"), str):
-        return parse_for(example, row["text"], row.get("finish", "stop"))
-    rationale, label = (
-        "" if row.get(name) is None else field_text(row[name], name, where)
-        for name in ("rationale", "label")
-    )
-    meant = label.strip()
-    if meant:
-        meant = clean_label(meant, example.choices or task.labels, task.metric)
+        finish = row.get("finish", "stop")
+        return parse_for(example, row["text"], finish)
+    given = {"rationale": "", "label": ""}
+    for name in given:
+        value = row.get(name)
+        if value is not None:
+            given[name] = field_text(value, name, where)
+    rationale = given["rationale"]
+    label = given["label"].strip()
+    meant = label
+    if label:
+        labels = example.choices or task.labels
+        meant = clean_label(label, labels, task.metric)
     if meant is None:
         return Parsed("label_not_allowed", rationale, label)
-    return Parsed("ok" if rationale else "no_rationale", rationale, meant)
+    outcome = "ok" if rationale else "no_rationale"
+    return Parsed(outcome, rationale, meant)
 
 
-def _asked(row: dict, named: Sequence[Example | None], where: str) -> list[Example | None]:
+def _asked(
+    row: dict,
+    named: Sequence[Example | None],
+    where: str,
+) -> list[Example | None]:
     """Return the examples whose input the row answers, among those with its id.
 
     A row without a hash answers the first of them, and those with the same input.
     """
     inputs = [example and prompt_hash(example.input) for example in named]
-    meant = row.get("input_hash") or next(filter(None, inputs))
+    first = next(filter(None, inputs))
+    meant = row.get("input_hash", first)
     if meant not in inputs:
         raise wrong_input(row, where)
-    return [example if own == meant else None for example, own in zip(named, inputs)]
+    pairs = zip(named, inputs)
+    return [example if own == meant else None for example, own in pairs]
 
 # %% ../../nbs/3_reasons/10_stepwise_plan.ipynb #cd5e8033
 def teacher_answers(
@@ -172,7 +189,8 @@ def teacher_answers(
         own = [e for e in examples if e.rationale]
         return {e.id: Parsed("ok", e.rationale, e.label) for e in own}, {}
     sides = [{example.id: example for example in side} for side in (examples, test)]
-    rows: tuple[list, list] = ([], [])
+    learnt: list[dict] = []
+    tested: list[dict] = []
     unchecked = 0
     for number, row in enumerate(read_jsonl(file), 1):
         where = f"{file}:{number}"
@@ -183,22 +201,34 @@ def teacher_answers(
         if not any(named):
             continue
         unchecked += "prompt_hash" in row and "input_hash" not in row
-        for example, side in zip(_asked(row, named, where), rows):
+        asked = _asked(row, named, where)
+        for example, side in zip(asked, (learnt, tested)):
             if example:
                 parsed = _read_answer(task, example, row, where)
-                side.append({"id": row["id"], "sample": row.get("sample", 0)} | asdict(parsed))
-    if not any(rows):
+                known = {
+                    "id": row["id"],
+                    "sample": row.get("sample", 0),
+                }
+                side.append(known | asdict(parsed))
+    if not learnt and not tested:
         fix = "Use the rationales of these rows: the two are joined by id."
         raise UserError("it has no id in common with the rows", where=file, fix=fix)
     if unchecked:
         what = f"{unchecked} rows of {Path(file).name} do not tell which input they answer"
         warnings.warn(f"{what}: they are joined by id alone", stacklevel=2)
-    return _voted(rows[0], task), _voted(rows[1], task)
+    return _voted(learnt, task), _voted(tested, task)
 
 
 def _voted(rows: list[dict], task: OwnTask) -> dict[str, Parsed]:
-    names = ("outcome", "rationale", "label")
-    return {row["id"]: Parsed(*[row[name] for name in names]) for row in vote(rows, task)}
+    "Return {id: the answer of the majority}."
+    return {
+        row["id"]: Parsed(
+            row["outcome"],
+            row["rationale"],
+            row["label"],
+        )
+        for row in vote(rows, task)
+    }
 
 # %% ../../nbs/3_reasons/10_stepwise_plan.ipynb #c403b582
 def _held_out(share: float, total: int, most: int) -> int:
@@ -266,12 +296,22 @@ def prepare_rows(
         raise UserError(f"{s.n} of {len(train)} training rows", where="n", fix=fix)
     if s.n:
         train = rng("stepwise rows", s.seed).sample(train, s.n)
-    taught = [_taught(task, e, teacher.get(e.id), agreeing=False) for e in train]
-    left_out["no label of their own or of the teacher"] = sum(not e.label for e in taught)
-    left_out = {why: count for why, count in left_out.items() if count}
+    left_out["no label of their own or of the teacher"] = 0
+    for example in train:
+        answer = teacher.get(example.id)
+        taught = _taught(task, example, answer, agreeing=False)
+        if not taught.label:
+            left_out["no label of their own or of the teacher"] += 1
     if test is None:
         tested = teacher
-    return Splits(train, validation, test_rows, teacher, tested, left_out)
+    return Splits(
+        train,
+        validation,
+        test_rows,
+        teacher,
+        tested,
+        {why: count for why, count in left_out.items() if count},
+    )
 
 # %% ../../nbs/3_reasons/10_stepwise_plan.ipynb #d42678cb
 def _taught(task: OwnTask, example: Example, answer: Parsed | None, agreeing: bool) -> Example:

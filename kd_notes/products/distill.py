@@ -155,15 +155,19 @@ def _on_policy_method(request: Request, pair: Pair, rows: int) -> Method:
 
 # %% ../../nbs/4_probabilities/15_distill.ipynb #02df5f8b
 def read_corpus(source: Path | str | Iterable[str] | None) -> tuple[str, ...]:
-    """Return the texts of a list, a JSONL file (field `text`) or a text file.
+    """Return the texts of a list, a JSONL file (.jsonl or .ndjson, field `text`) or a text file.
 
     In a text file, blank lines separate the texts.
     """
     if source is None:
         return ()
+    name = str(source).lower()
     if not isinstance(source, (str, os.PathLike)):
         texts = list(source) if isinstance(source, Iterable) else []
-    elif str(source).lower().endswith(".jsonl"):
+    elif name.endswith(".json"):
+        fix = "Write one JSON object a line, with the field text, into a .jsonl file."
+        raise UserError("a corpus is no .json file", where=source, fix=fix)
+    elif name.endswith((".jsonl", ".ndjson")):
         texts = [row.get("text") for _, row in numbered_rows(Path(source))]
     else:
         lines = read_text(source).replace("\r\n", "\n")

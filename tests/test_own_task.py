@@ -114,6 +114,8 @@ def test_a_task_file_becomes_a_task(place):
         ("{thing}", "{thing", ["template: it cannot be read"]),
         ("{thing}", "{thing.x!r}", ["is not the name of a field"]),
         ("{thing}", "thing", ["shows no field of a row"]),
+        ("{thing}", "{thing} {colour}", ["template: it shows the field 'colour'", "the answer"]),
+        ("{thing}", "{thing} {rationale}", ["template: it shows the field 'rationale'"]),
         ('"accuracy"', '"acuracy"', ["'acuracy' is not known", "Did you mean 'accuracy'"]),
         ('"accuracy"', '"rouge_l"', ["rouge_l does not fit the labels"]),
         ('"accuracy"', '"numeric_match"', ["numeric_match does not fit"]),
@@ -582,6 +584,26 @@ def test_a_mistake_on_the_command_line_ends_in_one_paragraph(place, words, said)
     command = ["stepwise", "--task", str(place / "task.toml"), "--input", str(place / "rows.jsonl")]
     done = CliRunner().invoke(app, [*command, "--out", str(place / "out"), *words])
     assert done.exit_code == 2 and said in done.output and "Traceback" not in done.output
+
+
+def test_rates_without_a_plan_ask_no_teacher(place):
+    command = ["extract", "--task", str(place / "task.toml"), "--input", str(place / "rows.jsonl")]
+    command += ["--teacher", f"replay:{place / 'answers.jsonl'}", "--out", str(place / "out.jsonl")]
+    done = CliRunner().invoke(app, [*command, "--rate", "prompt_tokens=9"])
+    assert done.exit_code == 2 and "Add --plan" in done.output
+    assert not (place / "out.jsonl").exists()
+
+
+def test_a_stream_is_checked_before_a_teacher_is_asked(place):
+    items = [{"id": f"{i}", "input": f"Premise: {i}", "label": "neutral"} for i in range(3)]
+    items[2]["label"] = "Neutral"
+    write_rows(place / "nli.jsonl", items)
+    teacher = f"replay:{place / 'answers.jsonl'}"
+    with pytest.raises(UserError, match="nli.jsonl, row 3: the label 'Neutral' is not one of"):
+        extract_rationales(
+            "nli", place / "out.jsonl", source=place / "nli.jsonl", teacher=teacher, stream=True
+        )
+    assert not (place / "out.jsonl").exists()
 
 
 @pytest.mark.parametrize("command", ["predict", "evaluate"])

@@ -521,6 +521,33 @@ def test_an_answer_is_found_under_any_of_its_names():
     assert read_row(own).completion == "A dog."
 
 
+def test_an_answer_that_is_not_to_be_learnt_is_refused():
+    row = {"prompt": "2 + 2?", "completion": "It is 4."}
+    for second in ({"response": "5"}, {"output": "5"}):
+        (name,) = second
+        with pytest.raises(UserError, match=f"'{name}' holds text that is not in the answer"):
+            read_row(row | second)
+    assert read_row(row | {"response": " 4."}) == read_row(row)
+    with pytest.raises(UserError, match="'output'"):
+        read_row({"input": "Is it so?", "label": "yes", "output": "because it is"})
+    asked, answer = {"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}
+    with pytest.raises(UserError, match="'completion'"):
+        read_row({"messages": [asked, answer], "completion": "5"})
+    only = {"messages": [asked], "completion": "4"}
+    assert read_row(only, needs_completion=False).completion == ""
+    both = {"prompt": [asked], "completion": [answer, asked, answer]}
+    assert read_row(both).completion == "4"
+    with pytest.raises(UserError, match="label false"):
+        read_row(row | {"label": False})
+    assert read_row(row | {"label": True}) == read_row(row | {"label": 0}) == read_row(row)
+    assert read_row({"prompt": "2 + 2?", "label": False}, needs_completion=False).completion == ""
+    for weight in (0, 0.0):
+        with pytest.raises(UserError, match="message 2.*weight 0"):
+            read_row({"messages": [asked, answer | {"weight": weight}]})
+    earlier = [asked, answer | {"weight": 0}, asked, answer | {"weight": 1}]
+    assert read_row({"messages": earlier}).completion == "4"
+
+
 def test_what_a_message_says_beside_its_content_is_not_lost():
     user, answer = {"role": "user", "content": "Who?"}, {"role": "assistant", "content": "A dog."}
     for more in (
@@ -898,9 +925,14 @@ def test_a_corpus_is_split_at_blank_lines_however_lines_end(tmp_path, data):
     path = tmp_path / "corpus.txt"
     path.write_bytes(data)
     assert read_corpus(path) == ("a b", "c d")
-    path = tmp_path / "corpus.JSONL"
-    path.write_text('{"text": "a b"}\n{"text": "c d"}\n')
-    assert read_corpus(path) == ("a b", "c d")
+    for name in ("corpus.JSONL", "corpus.ndjson", "corpus.json"):
+        path = tmp_path / name
+        path.write_text('{"text": "a b"}\n{"text": "c d"}\n')
+        if name.endswith(".json"):
+            with pytest.raises(UserError, match="corpus.json: .*jsonl"):
+                read_corpus(path)
+        else:
+            assert read_corpus(path) == ("a b", "c d")
     for wrong in (5, ["a", ""], ["a", None], []):
         with pytest.raises(UserError, match="corpus"):
             read_corpus(wrong)

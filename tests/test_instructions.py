@@ -64,6 +64,28 @@ def test_rows_keep_all_references(rows):
     assert "### Input:\nnow" in asked[0].prompt and "### Input" not in asked[1].prompt
 
 
+def test_a_prompt_of_messages_is_asked_by_its_words(tmp_path):
+    asked = [{"role": "user", "content": "Say hello."}]
+    told = [{"role": "assistant", "content": "Hello."}]
+    row = {"prompt": asked, "response": "Hello."}
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(row) + "\n")
+    (read,) = asked_rows(str(file), "alpaca")
+    assert read.prompt == alpaca_prompt("Say hello.") and read.references == ("Hello.",)
+    row = {"prompt": asked + told + asked, "response": "Hello."}
+    file.write_text(json.dumps(row) + "\n")
+    with pytest.raises(UserError, match="earlier turn"):
+        asked_rows(str(file), "alpaca")
+
+
+def test_a_file_that_is_not_there_is_not_replaced_by_another(tmp_path, monkeypatch):
+    (tmp_path / "mine.jsonl").write_text('{"instruction": "a", "output": "b"}\n')
+    monkeypatch.setenv("KD_NOTES_DATA", str(tmp_path))
+    assert len(asked_rows("mine.jsonl", "chat")) == 1
+    with pytest.raises(UserError, match="gone/mine.jsonl"):
+        asked_rows(str(tmp_path / "gone" / "mine.jsonl"), "chat")
+
+
 def test_names_of_sets_and_files():
     assert is_instruction_set("dolly") and is_instruction_set("hub:some/set")
     assert not is_instruction_set("dolly.jsonl") and not is_instruction_set("rows.jsonl")

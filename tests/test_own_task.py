@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +22,8 @@ from kd_notes.data.examples import Example, TaskInfo
 from kd_notes.data.task_file import OwnTask, read_task, task_examples
 from kd_notes.evaluation.task_scores import macro_f1, read_answer, score_difference, task_score
 from kd_notes.experiments.extraction import extract_rationales, own_question
-from kd_notes.generation.completions import prompt_hash
+from kd_notes.generation.completions import Completion, prompt_hash
+from kd_notes.methods.rationales import extraction_row, with_rationales
 from kd_notes.models.mini import load_mini_tokenizer, mini_model
 from kd_notes.products.predict import evaluate_rows, predict_rows
 from kd_notes.products.stepwise import stepwise
@@ -111,6 +114,8 @@ def test_a_task_file_becomes_a_task(place):
         ("{thing}", "{thing", ["template: it cannot be read"]),
         ("{thing}", "{thing.x!r}", ["is not the name of a field"]),
         ("{thing}", "thing", ["shows no field of a row"]),
+        ("{thing}", "{thing} {colour}", ["template: it shows the field 'colour'", "the answer"]),
+        ("{thing}", "{thing} {rationale}", ["template: it shows the field 'rationale'"]),
         ('"accuracy"', '"acuracy"', ["'acuracy' is not known", "Did you mean 'accuracy'"]),
         ('"accuracy"', '"rouge_l"', ["rouge_l does not fit the labels"]),
         ('"accuracy"', '"numeric_match"', ["numeric_match does not fit"]),
@@ -347,6 +352,113 @@ def test_an_input_is_never_on_two_sides(place):
     assert splits.left_out == {"same input as a test row": 4}
 
 
+def test_equal_inputs_are_known_whatever_their_white_space(place):
+    blanks = (" ", "  ", "\n")
+    items = [{"thing": f"brick{b}{i}", "colour": "red"} for i in range(12) for b in blanks]
+    task = read_task(place / "task.toml")
+    splits = prepare_rows(task, task_examples(task, items), None, stepwise_settings())
+    sides = (splits.train, splits.validation, splits.test)
+    first, second, third = ({"".join(e.input.split()) for e in side} for side in sides)
+    assert first and second and third and not (first & second or first & third or second & third)
+
+
+# --- which answer belongs to which row --------------------------------------------------------------------------------------------
+
+
+def two_files(place, **more):
+    "A task, training rows and rows of a test file with the same ids and other inputs."
+    task = read_task(place / "task.toml")
+    things = [{"id": i, "thing": f"thing {i}", "colour": "red"} | more for i in range(12)]
+    tests = [row | {"thing": f"test {row['id']}", "colour": "green"} for row in things[:4]]
+    return task, task_examples(task, things), task_examples(task, tests)
+
+
+def test_reasons_of_test_rows_are_not_learnt_by_training_rows_of_the_same_id(place):
+    task, train, test = two_files(place)
+    train = [replace(e, rationale=f"why {e.input}") for e in train]
+    test = [replace(e, rationale="of the test") for e in test]
+    settings = stepwise_settings(validation=2.0)
+    splits = prepare_rows(task, train, None, settings, test)
+    for row in learnt_rows("step_by_step", task, splits, settings):
+        (_, asked, _), (_, _, reason) = row.pairs
+        assert reason == f"why {asked.removeprefix('predict: ')}"
+
+
+@pytest.mark.parametrize("hashed", [True, False])
+def test_a_teacher_has_a_score_only_where_it_was_asked(place, hashed):
+    task, train, test = two_files(place)
+
+    def answered(examples, label):
+        keys = {"input_hash": prompt_hash} if hashed else {}
+        return [
+            {"id": e.id, "rationale": "so", "label": label}
+            | {name: make(e.input) for name, make in keys.items()}
+            for e in examples
+        ]
+
+    file = write_rows(place / "r.jsonl", answered(train, "red"))
+    settings = stepwise_settings(validation=2.0)
+    splits = prepare_rows(task, train, file, settings, test)
+    assert len(splits.teacher) == 12 and not splits.tested
+    if hashed:
+        write_rows(file, answered(train, "red") + answered(test, "green"))
+        splits = prepare_rows(task, train, file, settings, test)
+        assert {a.label for a in splits.teacher.values()} == {"red"}
+        assert {a.label for a in splits.tested.values()} == {"green"} and len(splits.tested) == 4
+    named = [replace(e, id=f"t{e.id}") for e in test]
+    write_rows(file, answered(train, "red") + answered(named, "green"))
+    assert len(prepare_rows(task, train, file, settings, named).tested) == 4
+
+
+def test_answers_to_other_inputs_are_refused(place):
+    "Rows without ids are numbered: one that is deleted must not move the reasons of the others."
+    bare = [{name: row[name] for name in ("thing", "colour")} for row in rows()]
+    write_rows(place / "rows.jsonl", bare)
+    task, examples, prompt = own_question(
+        read_task(place / "task.toml"), place / "rows.jsonl", "replay:x", None, 0
+    )
+    said = [(e, f" It is {e.input}.\nAnswer: {e.label}\n\n") for e in examples]
+    done = [Completion(e.id, text, 1, 1, "stop", 0.0) for e, text in said]
+    made = [extraction_row(e, c, prompt(e)) for e, c in zip(examples, done)]
+    write_rows(place / "rationales.jsonl", made)
+    prepared(place)
+    with pytest.raises(UserError, match="'rows-1' is not the one"):
+        with_rationales(examples[1:2], [made[0] | {"id": examples[1].id}])
+    write_rows(place / "rows.jsonl", bare[1:])
+    with pytest.raises(UserError, match="rationales.jsonl:1: the input of 'rows-0' is not the one"):
+        prepared(place)
+    old = [{name: row[name] for name in row if name != "input_hash"} for row in made]
+    write_rows(place / "rationales.jsonl", old)
+    with pytest.warns(UserWarning, match="47 rows .* joined by id alone"):
+        prepared(place)
+
+
+def test_labels_of_rationales_are_read_as_answers_are(place):
+    settings = stepwise_settings(validation=2.0, test=2.0)
+    task = OwnTask("own", "Own", labels=("0", "1"))
+    items = [{"id": i, "input": f"row {i}"} for i in range(30)]
+    labelled = [row | {"label": i % 2} if i < 10 else row for i, row in enumerate(items)]
+    examples = task_examples(task, labelled)
+
+    def learnt(labels):
+        said = [{"id": f"{i}", "rationale": "so", "label": labels[i % 2]} for i in range(30)]
+        file = write_rows(place / "r.jsonl", said)
+        splits = prepare_rows(task, examples, file, settings)
+        made = learnt_rows("step_by_step", task, splits, settings)
+        return Counter(row.pairs[0][2] for row in made), splits.left_out
+
+    for labels in ([0, 1], ["0.", "**1**"], [" 0", "the answer is 1"]):
+        found, left_out = learnt(labels)
+        assert set(found) == {"0", "1"} and found.total() == 26 and not left_out
+    found, left_out = learnt([0, "yes"])
+    assert sum(found.values()) == 16 and sum(left_out.values()) == 10
+    with pytest.raises(UserError, match="r.jsonl:1.*'label'"):
+        learnt([{}, 1])
+    number = OwnTask("num", "Number", metric="equation")
+    file = write_rows(place / "r.jsonl", [{"id": f"{i}", "rationale": "so"} for i in range(30)])
+    prepare_rows(number, task_examples(number, labelled), file, settings)
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -472,6 +584,26 @@ def test_a_mistake_on_the_command_line_ends_in_one_paragraph(place, words, said)
     command = ["stepwise", "--task", str(place / "task.toml"), "--input", str(place / "rows.jsonl")]
     done = CliRunner().invoke(app, [*command, "--out", str(place / "out"), *words])
     assert done.exit_code == 2 and said in done.output and "Traceback" not in done.output
+
+
+def test_rates_without_a_plan_ask_no_teacher(place):
+    command = ["extract", "--task", str(place / "task.toml"), "--input", str(place / "rows.jsonl")]
+    command += ["--teacher", f"replay:{place / 'answers.jsonl'}", "--out", str(place / "out.jsonl")]
+    done = CliRunner().invoke(app, [*command, "--rate", "prompt_tokens=9"])
+    assert done.exit_code == 2 and "Add --plan" in done.output
+    assert not (place / "out.jsonl").exists()
+
+
+def test_a_stream_is_checked_before_a_teacher_is_asked(place):
+    items = [{"id": f"{i}", "input": f"Premise: {i}", "label": "neutral"} for i in range(3)]
+    items[2]["label"] = "Neutral"
+    write_rows(place / "nli.jsonl", items)
+    teacher = f"replay:{place / 'answers.jsonl'}"
+    with pytest.raises(UserError, match="nli.jsonl, row 3: the label 'Neutral' is not one of"):
+        extract_rationales(
+            "nli", place / "out.jsonl", source=place / "nli.jsonl", teacher=teacher, stream=True
+        )
+    assert not (place / "out.jsonl").exists()
 
 
 @pytest.mark.parametrize("command", ["predict", "evaluate"])

@@ -21,6 +21,7 @@ import kd_notes.methods.rationales as rationales_module
 from kd_notes.generation.backends import LocalBackend, ReplayBackend
 from kd_notes.generation.completions import Completion, Decoding, manifest_path
 from kd_notes.core import append_jsonl, read_json, read_jsonl, UserError, write_json
+from kd_notes.data.answers import equation_value
 from kd_notes.data.examples import Example, register_task, task_info, TaskInfo, TASKS
 from kd_notes.experiments.extraction import _score
 from kd_notes.models.mini import mini_model, train_mini_tokenizer
@@ -985,3 +986,25 @@ def test_the_label_of_a_completion_that_was_cut_is_not_counted_as_right():
         for example, outcome in zip(examples, outcomes)
     ]
     assert _score(task_info("nli"), examples, rows)["accuracy"] == 0.5
+
+
+@pytest.mark.parametrize(
+    "text, label",
+    [
+        ("We add.\nAnswer: 8\nWait, one is missing.\nFinal answer: 7", "7"),
+        ("We add.\nAnswer: 8\nWait. **Final answer:** 7", "7"),
+        ("Answer: 8. No. The final answer is: 7", "7"),
+        ("We add.\nFinal answer: 8\nNo.\n### Final Answer\n7", "7"),
+        ("We add.\nFinal answer: 7\nQuestion: What now?\nAnswer: 8", "7"),
+        ("We add.\nAnswer: 7\nQuestion: What now?\nAnswer: 8", "7"),
+        ("We add.\nAnswer: 4 weeks = 28 days", None),
+        ("We add.\nAnswer: x = 5 or x = 7", None),
+        ("We add.\nAnswer: 5 dozen = 60", "5 * 12"),
+        ("We add.\nAnswer: 3 + 4 = 7", "3 + 4"),
+        ("We add.\nAnswer: x = 3 + 4 = 7", "7"),
+    ],
+)
+def test_the_answer_that_a_teacher_ends_with_counts(text, label):
+    parsed = parse_completion(text, metric="equation")
+    assert (parsed.outcome == "ok") is (label is not None)
+    assert label is None or equation_value(parsed.label) == equation_value(label)

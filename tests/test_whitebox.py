@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import time
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -40,7 +41,14 @@ from kd_notes.data.dialogues import (
 from kd_notes.data.rows import load_rows, read_row, TextRow
 from kd_notes.products.distill import distill
 from kd_notes.products.request import expected_memory, Request, TeacherGroup
-from kd_notes.products.settings import distill_settings, hold_out, OBJECTIVES
+from kd_notes.products.settings import (
+    distill_settings,
+    held_out_places,
+    hold_out,
+    learnt_too,
+    OBJECTIVES,
+    prompt_groups,
+)
 from kd_notes.evaluation.validation import Validation
 from kd_notes.experiments.equal_time import (
     EqualTime,
@@ -621,6 +629,27 @@ def test_holding_out_splits_once_and_for_all(n, share):
         return
     assert sorted(kept + held) == list(range(n)) and 1 <= len(held) <= 200 and kept
     assert (kept, held) == hold_out(list(range(n)), share)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(0, 30), min_size=4, max_size=80), st.floats(0.1, 0.6))
+def test_a_prompt_is_on_one_side_of_the_hold_out(numbers, share):
+    blanks = ("", " ", "\n")
+    asked = [f"ask{blanks[i % 3]}{number}" for i, number in enumerate(numbers)]
+    rows = [TextRow(str(i), text, f"answer {i}") for i, text in enumerate(asked)]
+    groups = prompt_groups([row.as_chat() for row in rows])
+    assert groups.tolist() == [numbers.index(number) for number in numbers]
+    assert (groups == prompt_groups(rows)).all()
+    plain = held_out_places(len(rows), share)
+    smallest = min(Counter(numbers).values())
+    held = held_out_places(len(rows), share, groups=groups)
+    assert 1 <= len(held) <= len(plain)
+    if len(set(numbers)) == len(numbers) or smallest > len(plain):
+        assert held == plain
+    else:
+        inside = {numbers[i] for i in held}
+        assert held == [i for i, number in enumerate(numbers) if number in inside]
+        assert learnt_too(groups, held) == 0
 
 
 def test_the_context_is_the_smallest_limit(teacher):

@@ -245,6 +245,24 @@ def _has_value(expression: str | None) -> bool:
     except EquationError:
         return False
 
+# %% ../../nbs/2_playground/02b_numbers.ipynb #b3e1a3e3
+def meant_expression(text: str) -> str | None:
+    "Return the expression left of =, or else the number that an answer gives."
+    left, equals, right = text.partition("=")
+    middle, _, last = right.rpartition("=")
+    if re.search(r"[,;]\s*[^\W\d_]|\b(?:and|or)\b", middle):
+        return None  # "x = 5, y = 3"
+    left = left.strip().rstrip(".").strip()
+    if _has_value(left):
+        return left
+    first = written_number(left)
+    end = written_number(last) if equals else None
+    if not first or not end:
+        return first or end
+    if equation_value(first) != equation_value(end):
+        return None  # "4 weeks = 28 days"
+    return first
+
 # %% ../../nbs/2_playground/02b_numbers.ipynb #4c1be2a1
 _BEFORE_LABEL = re.compile(
     r"^(?:(?:it|this) is|it['’]s|(?:option|choice)(?=\s+[(\[]?[a-z][).:\]])|(?:(?:the|my) )?(?:(?:final|correct) )?(?:answer|label|choice|option) is)\b:?\s+",

@@ -126,6 +126,9 @@ def _check_message(message: Mapping, is_last: bool, where: str) -> None:
             where=where,
             fix="Write it into content as the model should write it, or delete the field.",
         )
+    if is_last and message.get("weight") == 0:
+        fix = "Leave the row out: the last answer is what a model learns."
+        raise UserError("the answer has the weight 0", where=where, fix=fix)
 
 
 def _messages(value: Any, field: str, where: str) -> tuple[dict, ...]:
@@ -134,8 +137,7 @@ def _messages(value: Any, field: str, where: str) -> tuple[dict, ...]:
         problem = f"{field!r} should be a list of at least two objects with role and content"
         raise UserError(problem, where=where, fix=_SHAPES)
     roles = [message.get("role") for message in value]
-    unknown = [role for role in roles if role not in _ROLES]
-    if unknown:
+    if any(role not in _ROLES for role in roles):
         problem = f"the roles are {roles}; known are {', '.join(sorted(_ROLES))}"
         raise UserError(problem, where=where, fix=_SHAPES)
     places = [f"{where}, message {number}" for number in range(1, len(value) + 1)]
@@ -148,10 +150,7 @@ def _messages(value: Any, field: str, where: str) -> tuple[dict, ...]:
 
 # %% ../../nbs/2_playground/17_rows.ipynb #0623289a
 def _chat(value: Any, field: str, needs_completion: bool, where: str) -> tuple[tuple, str]:
-    """Split a chat into the messages before the last answer, and the answer.
-
-    The answer is '' if there is none and none is needed.
-    """
+    "Split a chat into the messages before the last answer, and the answer, or '' if none is needed."
     messages = _messages(value, field, where)
     roles = [message["role"] for message in messages]
     if not needs_completion and roles[-1:] == ["user"]:
@@ -239,8 +238,13 @@ def _check_nothing_is_lost(fields: dict, prompt: str | tuple, completion: str, w
         if _says(fields.get(name)):
             fix = "Write what the model should read into messages, or delete the field."
             raise UserError(f"the field {name!r} holds {what}", where=where, fix=fix)
+    if completion and fields.get("label") is False:
+        fix = "Leave the row out; or rename the field, if it says something else."
+        raise UserError("the label false marks the answer as a bad one", where=where, fix=fix)
     read = prompt if isinstance(prompt, str) else "\n".join(m["content"] for m in prompt)
-    for names, text, what in ((_ASKED, read, "prompt"), (_THOUGHTS, completion, "answer")):
+    said = [name for name in _ANSWERS[:3] if completion and isinstance(fields.get(name), str)]
+    said += _THOUGHTS
+    for names, text, what in ((_ASKED, read, "prompt"), (said, completion, "answer")):
         text = " ".join(text.split())
         for name in names:
             if any(part not in text for part in _texts(fields.get(name))):
@@ -276,8 +280,7 @@ def read_rows(rows: Iterable, name: str = "row", **options: Any) -> list[TextRow
 
     `options` are those of `read_row`.
     """
-    numbered = enumerate(rows)
-    made = [read_row(row, f"{name}-{i}", f"{name} {i}", **options) for i, row in numbered]
+    made = [read_row(row, f"{name}-{i}", f"{name} {i}", **options) for i, row in enumerate(rows)]
     _check_ids(array("q", (hash(row.id) for row in made)), name)
     return made
 
@@ -290,10 +293,7 @@ def _check_ids(hashes: array, where: Path | str) -> None:
 
 # %% ../../nbs/2_playground/17_rows.ipynb #row-file
 class RowFile(Sequence):
-    """The rows of a JSONL file, read from the disk whenever they are asked for.
-
-    All are checked at the start; an error names file and line.
-    """
+    "The rows of a JSONL file, checked at the start, and read when they are asked for."
 
     def __init__(
         self,

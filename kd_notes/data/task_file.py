@@ -312,6 +312,15 @@ def _solved(task: OwnTask, rows: list, where: str) -> tuple[Example, ...]:
     return tuple(made)
 
 
+def _check_template(task: OwnTask) -> None:
+    "Raise UserError for a template that shows the answer."
+    for name in template_fields(task.template):
+        if name in (task.label_field, "rationale"):
+            what = f"it shows the field {name!r}, which holds the answer"
+            fix = "Show other fields; rename this one if it belongs to the question."
+            raise UserError(what, where="template", fix=fix)
+
+
 def _settings(task: TaskInfo) -> dict[str, Any]:
     "Return the fields of a task as keyword arguments."
     return {field.name: getattr(task, field.name) for field in fields(task)}
@@ -350,6 +359,7 @@ def read_task(path: Path | str) -> OwnTask:
         instruction=content.get("instruction", "").strip(),
     )
     try:
+        _check_template(task)
         solved = _solved(task, content.get("examples", []), where)
     except UserError as error:
         if error.where != "template":
@@ -371,7 +381,7 @@ def own_task(task: TaskInfo | str | Path) -> OwnTask:
             raise UserError(f"there is no task {text!r}", where="task", fix=fix)
     if not isinstance(task, OwnTask):
         task = OwnTask(**_settings(task))
-    template_fields(task.template)
+    _check_template(task)
     labels = task.labels or ("choice" if task.choices else "text")
     labels = "number" if task.metric == "equation" else labels
     _check_score(task.scored_by, labels, f"task {task.name}")

@@ -20,7 +20,7 @@ from typing import Any
 from ..checks import check_count, check_fields
 from ..core import read_json, sha256_text, UserError, write_json
 from ..data.answers import accuracy, is_correct
-from ..data.examples import Example, example_from_row, load_jsonl, TaskInfo, TASKS
+from ..data.examples import _checked, Example, example_from_row, load_jsonl, TaskInfo, TASKS
 from ..data.task_file import own_example, own_task, OwnTask, task_examples
 from ..evaluation.task_scores import task_score
 from .stepwise import info_of, task_split, teacher_file
@@ -380,7 +380,8 @@ class _Asked:
             if self.own:
                 yield own_example(self.info, row, f"{name}-{number}", where)
             else:
-                yield example_from_row(row, self.info.name, where)
+                example = example_from_row(row, self.info.name, where)
+                yield from _checked(self.info, [(where, example)], labelled=False)
 
     def count(self, limit: int | None) -> int:
         "Return the number of rows, without keeping them."
@@ -394,12 +395,12 @@ class _Asked:
             fix = "Leave out --stream, or ask for one sample."
             raise UserError("votes need all samples of a row", where="samples", fix=fix)
         backend = open_backend(self.teacher, dtype=dtype, **options)
-        how = {"task": self.info.name, "prompt": self.prompt, "total": self.count(limit)}
+        total = sum(1 for _ in self.examples(limit))  # all are checked before one is asked
+        how = {"task": self.info.name, "prompt": self.prompt, "total": total}
         tally = extract_stream(self.examples(limit), backend, decoding, place, **how)
-        share = _share_of_right(self.examples(limit), self.info, place)
-        outcomes = dict(tally.outcomes)
-        _tell(outcomes)
-        return {"file": str(place), "rows": len(tally), "outcomes": outcomes, "accuracy": share}
+        _tell(tally.outcomes)
+        found = {"file": str(place), "rows": len(tally), "outcomes": dict(tally.outcomes)}
+        return found | {"accuracy": _share_of_right(self.examples(limit), self.info, place)}
 
 # %% ../../nbs/3_reasons/05_extraction.ipynb #2c0ab841
 def planned(

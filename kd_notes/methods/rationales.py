@@ -18,9 +18,9 @@ from typing import Any
 
 from ..checks import check_count
 from ..core import rng, UserError
-from ..data.answers import equation_value, EquationError
+from ..data.answers import equation_value
 from ..data.examples import Example, task_info, TaskInfo
-from ..data.numbers import meant_label, unannounced, without_markup, written_number
+from ..data.numbers import meant_expression, meant_label, unannounced, without_markup
 from ..generation.backends import Backend, remember_answered
 from kd_notes.generation.completions import (
     AnswerFile,
@@ -164,6 +164,7 @@ _AT_LINE_START = re.compile(
     rf"^{_MARKUP}[(\[]?{_MARKER}|^[ \t]*[#*_]+[ \t]*(?:final )?answer{_HEADING}",
     re.IGNORECASE | re.MULTILINE,
 )
+_FINAL = re.compile(rf"(?<=[.!?])[ \t*_]*(?:the |my )?final answer(?: is)?{_COLON}", re.IGNORECASE)
 _INSIDE_A_LINE = re.compile(rf"[*_`]*(?:[Ff]inal )?Answer{_COLON}|<answer>")
 _IN_A_SENTENCE = re.compile(
     r"(?:^|(?<=[.!?\n]))[ \t*]*(?:(?:so|thus|hence|therefore|then),?\s+)?"
@@ -178,11 +179,15 @@ _CONTROL = re.compile(
 _TITLE = re.compile(rf"^{_MARKUP}(?:reasoning|rationale|explanation)[*_`]*:[*_`]*", re.IGNORECASE)
 _RULE_AT_END = re.compile(r"\n[ \t]*[#>*_`\-]+[ \t]*$")
 
-
+# %% ../../nbs/3_reasons/01_rationales.ipynb #0f2bd830
 def _marker(text: str) -> re.Match | None:
-    "Return where the answer is announced: at a line's start, or else its last mention."
-    if first := _AT_LINE_START.search(text):
-        return first
+    "Return the announcement that counts: the last final one, the first line of one, the last."
+    lines = list(_AT_LINE_START.finditer(text))
+    final = [one for one in (*lines, *_FINAL.finditer(text)) if "final" in one[0].lower()]
+    if final:
+        return max(final, key=re.Match.start)
+    if lines:
+        return lines[0]
     for pattern in (_INSIDE_A_LINE, _IN_A_SENTENCE, _BARE):
         if found := list(pattern.finditer(text)):
             return found[-1]  # the others are talk
@@ -224,25 +229,10 @@ def clean_label(
     text = _CONTROL.sub("", one_line(text))
     plain = without_markup(text)
     if metric == "equation":
-        return _expression(plain)
+        return meant_expression(plain)
     if labels is None:
         return plain.strip("$ ") or None
     return meant_label(text, labels)
-
-
-def _expression(text: str) -> str | None:
-    "Return the expression left of =, or else the number that an answer gives."
-    left, equals, right = text.partition("=")
-    if re.search(r"[,;]\s*[^\W\d_]|\band\b", right.rpartition("=")[0]):
-        return None  # "x = 5, y = 3"
-    left = left.strip().rstrip(".").strip()
-    try:
-        equation_value(left)
-        return left
-    except EquationError:
-        return written_number(left) or (
-            written_number(right.rpartition("=")[2]) if equals else None
-        )
 
 # %% ../../nbs/3_reasons/01_rationales.ipynb #17baa4c6
 def _own_part(text: str) -> tuple[str, bool]:
@@ -406,20 +396,25 @@ def spoken(backend: Backend, decoding: Decoding) -> Decoding:
 def extraction_row(example: Example, completion: Completion, prompt: str) -> dict:
     "Return the stored row of one completion."
     parsed = parse_for(example, completion.text, completion.finish)
-    return completion_row(completion, prompt) | asdict(parsed)
+    asked = {"input_hash": prompt_hash(example.input)}
+    return completion_row(completion, prompt) | asked | asdict(parsed)
 
 # %% ../../nbs/3_reasons/01_rationales.ipynb #b0bf85ee
+def wrong_input(row: dict, where: Any) -> UserError:
+    "Return the error for a row that answers another input than that of its id."
+    what = f"the input of {row['id']!r} is not the one that the teacher was asked"
+    fix = "Extract again; or delete input_hash from the rows, if they belong together."
+    return UserError(what, where=where, fix=fix)
+
+
 def compare_rows(one: Iterable[dict], two: Iterable[dict]) -> dict:
     "Return the share of equal texts and labels among the completions in both."
     first = {_key(row): row for row in one}
     second = {_key(row): row for row in two}
     both = sorted(first.keys() & second.keys())
     if not both:
-        raise UserError(
-            "the two extractions have no id in common",
-            where="compare_rows",
-            fix="Compare extractions of the same examples.",
-        )
+        fix = "Compare extractions of the same examples."
+        raise UserError("the two extractions have no id in common", where="compare_rows", fix=fix)
     texts = [key for key in both if first[key]["text"] != second[key]["text"]]
     labels = [key for key in both if first[key]["label"] != second[key]["label"]]
     return {
@@ -463,6 +458,9 @@ def with_rationales(
                 fix="Extract all examples; where there are several samples, take a vote first.",
             )
         (row,) = mine
+        asked = prompt_hash(example.input)
+        if row.get("input_hash", asked) != asked:
+            raise wrong_input(row, "rows")
         usable = row["outcome"] in keep
         label = row["label"] if labels == "teacher" and usable else example.label
         if usable:
@@ -497,4 +495,4 @@ def vote(rows: Iterable[dict], task: str | TaskInfo) -> list[dict]:
 
 def _ballot(label: str, metric: str) -> Any:
     "Return a value that is equal for labels with the same meaning."
-    return equation_value(label) if metric == "equation" else label
+    return equation_value(label) if metric == "equation" and label else label

@@ -119,6 +119,9 @@ def extract_command(
 
         taken = {*signature(extract_rationales).parameters, "servers"}
         options = plain_settings(sets or [], taken) | ({"servers": servers} if servers else {})
+        if rates and not plan:
+            fix = "Add --plan; or leave the rates out, and the teacher is asked."
+            raise UserError("rates are for a plan", where="--rate", fix=fix)
 
         made = extract_rationales(
             task,

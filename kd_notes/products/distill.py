@@ -76,9 +76,11 @@ from kd_notes.products.settings import (
     CROSS_OBJECTIVES,
     distill_settings,
     held_out_places,
+    learnt_too,
     ON_POLICY,
     on_policy_config,
     ON_POLICY_DEFAULTS,
+    prompt_groups,
     TEXT_OBJECTIVES,
     train_config,
 )
@@ -153,15 +155,19 @@ def _on_policy_method(request: Request, pair: Pair, rows: int) -> Method:
 
 # %% ../../nbs/4_probabilities/15_distill.ipynb #02df5f8b
 def read_corpus(source: Path | str | Iterable[str] | None) -> tuple[str, ...]:
-    """Return the texts of a list, a JSONL file (field `text`) or a text file.
+    """Return the texts of a list, a JSONL file (.jsonl or .ndjson, field `text`) or a text file.
 
     In a text file, blank lines separate the texts.
     """
     if source is None:
         return ()
+    name = str(source).lower()
     if not isinstance(source, (str, os.PathLike)):
         texts = list(source) if isinstance(source, Iterable) else []
-    elif str(source).lower().endswith(".jsonl"):
+    elif name.endswith(".json"):
+        fix = "Write one JSON object a line, with the field text, into a .jsonl file."
+        raise UserError("a corpus is no .json file", where=source, fix=fix)
+    elif name.endswith((".jsonl", ".ndjson")):
         texts = [row.get("text") for _, row in numbered_rows(Path(source))]
     else:
         lines = read_text(source).replace("\r\n", "\n")
@@ -368,8 +374,11 @@ def _start(request: Request) -> _Distillation:
     settings = request.settings
     check_teachers(request)
     everything = request.rows()
-    held = held_out_places(len(everything), settings.validation, settings.seed)
+    count = len(everything)
+    groups = prompt_groups(everything)
+    held = held_out_places(count, settings.validation, settings.seed, groups)
     texts = RowPart.without(everything, held)
+    known = learnt_too(groups, held)
     held_out = [everything[i] for i in held]
     step = open_row_step(request, texts, held_out)
     if memory := expected_memory(request):
@@ -401,8 +410,9 @@ def _start(request: Request) -> _Distillation:
     pair.unite(request, everything)
     if request.objective in ON_POLICY:
         check_teacher(_on_policy_method(request, pair, len(rows)))
-    cut = rows.cut()
-    note = f"; {cut} completions are cut at {pair.max_length} tokens" if cut else ""
+    note = f", {known} of them with a prompt that is learnt too" if known else ""
+    if cut := rows.cut():
+        note += f"; {cut} completions are cut at {pair.max_length} tokens"
     request.say(f"{len(rows)} rows to train on, {len(held_out)} held out{note}")
     if not step:
         by_main(begin)

@@ -77,7 +77,9 @@ def raw_rows(name: str) -> list[tuple[str, dict]]:
                 found.append((place, row))
         return found
     file = Path(name)
-    return numbered_rows(file if file.is_file() else real_file(EVAL_FILES.get(name, name)))
+    if file.is_file() or file.name != name:
+        return numbered_rows(file)
+    return numbered_rows(real_file(EVAL_FILES.get(name, name)))
 
 
 def asked_rows(name: str, template: str, limit: int | None = None) -> list[Asked]:
@@ -98,9 +100,11 @@ def asked_rows(name: str, template: str, limit: int | None = None) -> list[Asked
         if template == "alpaca":
             if len(prompt) > 1:
                 fix = "Use --template chat, or delete the system message."
-                problem = "Alpaca's layout has no place for a system message"
+                problem = "Alpaca's layout has no place for a system message or an earlier turn"
                 raise UserError(problem, where=where, fix=fix)
             instruction = row.get("instruction", row.get("prompt"))
+            if not isinstance(instruction, str):
+                instruction = prompt[0]["content"]
             beside = [row.get(name) or "" for name in ("input", "context")]
             prompt = alpaca_prompt(instruction, "\n\n".join(filter(str.strip, beside)))
         made.append(Asked(f"{number}", prompt, read.references))

@@ -9,10 +9,12 @@ __all__ = ['OBJECTIVES', 'check_objective']
 import importlib.util
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..checks import check_arguments, check_count, check_fields
@@ -304,10 +306,44 @@ def check_libraries(
             )
 
 # %% ../../nbs/4_probabilities/17_distill_settings.ipynb #hold-out
-def held_out_places(count: int, validation: float, seed: int = 0) -> list[int]:
+def without_space(text: str) -> str:
+    "Return a text by which equal prompts are known: white space makes no other prompt."
+    return "".join(text.split())
+
+
+def prompt_groups(rows: Iterable) -> np.ndarray:
+    "Return for each row the place of the first row with its prompt."
+    seen = array("q")
+    for row in rows:
+        text = row.prompt
+        if not isinstance(text, str):
+            contents = [message["content"] for message in text]
+            text = "\0".join(contents)
+        seen.append(hash(without_space(text)))
+    _, first, group = np.unique(
+        seen,
+        return_index=True,
+        return_inverse=True,
+    )
+    return first[group]
+
+
+def learnt_too(groups: np.ndarray, held: list[int]) -> int:
+    "Return the number of rows that are held out and whose prompt is not."
+    others = np.delete(groups, held)
+    known = np.isin(groups[held], others)
+    return int(known.sum())
+
+# %% ../../nbs/4_probabilities/17_distill_settings.ipynb #hold-out-2
+def held_out_places(
+    count: int,
+    validation: float,  # share below 1, or number of rows
+    seed: int = 0,
+    groups: np.ndarray | None = None,  # of `prompt_groups`: a group is not divided
+) -> list[int]:
     """Return the numbers of at most 200 rows to hold out, drawn by seed, in rising order.
 
-    `validation` is a share below 1 or a number of rows.
+    Where no group is small enough, rows are drawn.
     """
     number = round(validation * count) if validation < 1 else int(validation)
     number = min(200, max(1, number))
@@ -317,7 +353,22 @@ def held_out_places(count: int, validation: float, seed: int = 0) -> list[int]:
             where="validation",
             fix="Hold out a share such as 0.1, and give at least two rows.",
         )
-    return sorted(rng("hold out", seed).sample(range(count), number))
+    draw = rng("hold out", seed)
+    if groups is None:
+        groups = np.arange(count)
+    names, sizes = np.unique(groups, return_counts=True)
+    small = np.flatnonzero(sizes <= number)
+    if len(names) == count or len(small) == 0:
+        return sorted(draw.sample(range(count), number))
+    held = []
+    room = number
+    most = min(number, len(small))
+    for place in draw.sample(small.tolist(), most):
+        if sizes[place] <= room:
+            held.append(names[place])
+            room -= sizes[place]
+    places = np.flatnonzero(np.isin(groups, held))
+    return places.tolist()
 
 
 def hold_out(rows: Sequence, validation: float, seed: int = 0) -> tuple[list, list]:
@@ -326,7 +377,7 @@ def hold_out(rows: Sequence, validation: float, seed: int = 0) -> tuple[list, li
     left_out = set(held)
     return [row for i, row in enumerate(rows) if i not in left_out], [rows[i] for i in held]
 
-
+# %% ../../nbs/4_probabilities/17_distill_settings.ipynb #hold-out-3
 def train_config(settings: DistillSettings, rows: int) -> TrainConfig:
     "Return the settings of the training loop for this number of rows."
     s = settings

@@ -40,7 +40,7 @@ from ..training.state import check_trackers
 def _teacher_score(search: Search) -> dict:
     "Return the teacher's score if it has answered every test row."
     rows = search.splits.test
-    given = search.splits.teacher
+    given = search.splits.tested
     if search.request.rationales is None or any(row.id not in given for row in rows):
         return {}
     answers = {row.id: given[row.id].label or None for row in rows}

@@ -6,6 +6,7 @@
 __all__ = ['StepwiseSettings']
 
 # %% ../../nbs/3_reasons/10_stepwise_plan.ipynb #f5889cfe
+import warnings
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -16,10 +17,11 @@ from ..checks import check_count, check_fields, typed
 from ..core import read_jsonl, rng, UserError
 from ..data.answers import is_correct
 from ..data.examples import Example
-from ..data.task_file import OwnTask
-from ..methods.rationales import Parsed, parse_for, vote
+from ..data.task_file import field_text, OwnTask
+from ..generation.completions import prompt_hash
+from ..methods.rationales import clean_label, Parsed, parse_for, vote, wrong_input
 from ..methods.step_by_step import PREDICT, Row, step_rows
-from .settings import check_fsdp, profile_settings
+from .settings import check_fsdp, profile_settings, without_space
 
 # %% ../../nbs/3_reasons/10_stepwise_plan.ipynb #0b3ae535
 @dataclass(frozen=True)
@@ -127,36 +129,106 @@ def stepwise_settings(
     "Return the settings of a profile, with some of them changed."
     return profile_settings("stepwise", StepwiseSettings, STEPWISE_PROFILES, profile, settings)
 
+# %% ../../nbs/3_reasons/10_stepwise_plan.ipynb #5a3d11e0
+def _read_answer(
+    task: OwnTask,
+    example: Example,
+    row: dict,
+    where: str,
+) -> Parsed:
+    "Return what a row of a file of rationales says about an example."
+    if isinstance(row.get("text"), str):
+        finish = row.get("finish", "stop")
+        return parse_for(example, row["text"], finish)
+    given = {"rationale": "", "label": ""}
+    for name in given:
+        value = row.get(name)
+        if value is not None:
+            given[name] = field_text(value, name, where)
+    rationale = given["rationale"]
+    label = given["label"].strip()
+    meant = label
+    if label:
+        labels = example.choices or task.labels
+        meant = clean_label(label, labels, task.metric)
+    if meant is None:
+        return Parsed("label_not_allowed", rationale, label)
+    outcome = "ok" if rationale else "no_rationale"
+    return Parsed(outcome, rationale, meant)
+
+
+def _asked(
+    row: dict,
+    named: Sequence[Example | None],
+    where: str,
+) -> list[Example | None]:
+    """Return the examples whose input the row answers, among those with its id.
+
+    A row without a hash answers the first of them, and those with the same input.
+    """
+    inputs = [example and prompt_hash(example.input) for example in named]
+    first = next(filter(None, inputs))
+    meant = row.get("input_hash", first)
+    if meant not in inputs:
+        raise wrong_input(row, where)
+    pairs = zip(named, inputs)
+    return [example if own == meant else None for example, own in pairs]
+
 # %% ../../nbs/3_reasons/10_stepwise_plan.ipynb #cd5e8033
 def teacher_answers(
-    task: OwnTask, examples: Sequence[Example], file: Path | str | None
-) -> dict[str, Parsed]:
-    """Return {id: the teacher's answer} for the examples in the file.
+    task: OwnTask,
+    examples: Sequence[Example],
+    file: Path | str | None,
+    test: Sequence[Example] = (),  # of a file of its own, whose ids may be those of `examples`
+) -> tuple[dict[str, Parsed], dict[str, Parsed]]:
+    """Return {id: the teacher's answer} for the examples in the file, and for the test rows.
 
     Of several samples, the majority counts.
     """
     if file is None:
         own = [e for e in examples if e.rationale]
-        return {e.id: Parsed("ok", e.rationale, e.label) for e in own}
-    by_id = {example.id: example for example in examples}
-    rows = []
+        return {e.id: Parsed("ok", e.rationale, e.label) for e in own}, {}
+    sides = [{example.id: example for example in side} for side in (examples, test)]
+    learnt: list[dict] = []
+    tested: list[dict] = []
+    unchecked = 0
     for number, row in enumerate(read_jsonl(file), 1):
+        where = f"{file}:{number}"
         if not isinstance(row.get("id"), str) or not {"text", "rationale"} & row.keys():
             fix = "Use a file of `kd-notes extract`, or rows with id, label and rationale."
-            raise UserError("the row has no id, or no rationale", where=f"{file}:{number}", fix=fix)
-        if row["id"] not in by_id:
+            raise UserError("the row has no id, or no rationale", where=where, fix=fix)
+        named = [side.get(row["id"]) for side in sides]
+        if not any(named):
             continue
-        parsed = Parsed("ok", str(row.get("rationale") or ""), str(row.get("label") or ""))
-        if isinstance(row.get("text"), str):
-            parsed = parse_for(by_id[row["id"]], row["text"], row.get("finish", "stop"))
-        elif not parsed.rationale:
-            parsed = replace(parsed, outcome="no_rationale")
-        rows.append({"id": row["id"], "sample": row.get("sample", 0)} | asdict(parsed))
-    if not rows:
+        unchecked += "prompt_hash" in row and "input_hash" not in row
+        asked = _asked(row, named, where)
+        for example, side in zip(asked, (learnt, tested)):
+            if example:
+                parsed = _read_answer(task, example, row, where)
+                known = {
+                    "id": row["id"],
+                    "sample": row.get("sample", 0),
+                }
+                side.append(known | asdict(parsed))
+    if not learnt and not tested:
         fix = "Use the rationales of these rows: the two are joined by id."
         raise UserError("it has no id in common with the rows", where=file, fix=fix)
-    names = ("outcome", "rationale", "label")
-    return {row["id"]: Parsed(*[row[name] for name in names]) for row in vote(rows, task)}
+    if unchecked:
+        what = f"{unchecked} rows of {Path(file).name} do not tell which input they answer"
+        warnings.warn(f"{what}: they are joined by id alone", stacklevel=2)
+    return _voted(learnt, task), _voted(tested, task)
+
+
+def _voted(rows: list[dict], task: OwnTask) -> dict[str, Parsed]:
+    "Return {id: the answer of the majority}."
+    return {
+        row["id"]: Parsed(
+            row["outcome"],
+            row["rationale"],
+            row["label"],
+        )
+        for row in vote(rows, task)
+    }
 
 # %% ../../nbs/3_reasons/10_stepwise_plan.ipynb #c403b582
 def _held_out(share: float, total: int, most: int) -> int:
@@ -168,10 +240,11 @@ def split_rows(
 ) -> tuple[list[Example], list[Example], list[Example]]:
     "Split examples by distinct inputs, also those of `test`, into (training, validation, test)."
     groups: dict[str, list[Example]] = defaultdict(list)
-    tested = {example.input for example in test or ()}
+    tested = {without_space(example.input) for example in test or ()}
     for example in examples:
-        if example.input not in tested:
-            groups[example.input].append(example)
+        text = without_space(example.input)
+        if text not in tested:
+            groups[text].append(example)
     labelled = [text for text, group in groups.items() if all(e.label for e in group)]
     rng("stepwise splits", s.seed).shuffle(labelled)
     validation = _held_out(s.validation, len(labelled), 200)
@@ -198,6 +271,7 @@ class Splits:
     validation: list[Example]
     test: list[Example]
     teacher: dict[str, Parsed]  # answers by id
+    tested: dict[str, Parsed]  # answers to test rows
     left_out: dict[str, int]  # why rows are not used, and how many
 
 
@@ -210,7 +284,7 @@ def prepare_rows(
 ) -> Splits:
     "Return the splits and the teacher's answers; all arms learn from the rows it has seen."
     train, validation, test_rows = split_rows(examples, s, test)
-    teacher = teacher_answers(task, [*examples, *test_rows], rationales)
+    teacher, tested = teacher_answers(task, examples, rationales, test or ())
     left_out = {"same input as a test row": len(examples) - len(train) - len(validation)}
     left_out["same input as a test row"] -= 0 if test is not None else len(test_rows)
     if rationales is not None:
@@ -222,7 +296,22 @@ def prepare_rows(
         raise UserError(f"{s.n} of {len(train)} training rows", where="n", fix=fix)
     if s.n:
         train = rng("stepwise rows", s.seed).sample(train, s.n)
-    return Splits(train, validation, test_rows, teacher, {k: n for k, n in left_out.items() if n})
+    left_out["no label of their own or of the teacher"] = 0
+    for example in train:
+        answer = teacher.get(example.id)
+        taught = _taught(task, example, answer, agreeing=False)
+        if not taught.label:
+            left_out["no label of their own or of the teacher"] += 1
+    if test is None:
+        tested = teacher
+    return Splits(
+        train,
+        validation,
+        test_rows,
+        teacher,
+        tested,
+        {why: count for why, count in left_out.items() if count},
+    )
 
 # %% ../../nbs/3_reasons/10_stepwise_plan.ipynb #d42678cb
 def _taught(task: OwnTask, example: Example, answer: Parsed | None, agreeing: bool) -> Example:

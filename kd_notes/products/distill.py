@@ -440,7 +440,7 @@ def distill(
     chosen = distill_settings(profile, **settings)
     shared_batch(chosen.batch_size, chosen.gradient_accumulation_steps)  # an error, before anything
     objective = check_objective(objective, chosen.options)
-    check_read(objective, chosen)
+    check_read(objective, chosen, is_server(teacher))
     texts = read_corpus(corpus)
     if texts and objective not in ON_POLICY:
         fix = f"Leave it out, or use one of {', '.join(ON_POLICY)}."
@@ -453,7 +453,8 @@ def distill(
     teachers = read_teachers(teacher, tokenizer, chosen.route)
     files = {}
     if chosen.rows:
-        files = check_row_step(chosen, objective, teachers, rows)
+        given = [row for _, row in numbered_rows(rows)] if in_file else raw
+        files = check_row_step(chosen, objective, teachers, rows, given)
     sources = (teachers, one_teacher(student, tokenizer, "student"))
     asked = Request(rows, *sources, objective, Path(out), chosen, texts, trackers, files, raw)
     request = routed(asked)

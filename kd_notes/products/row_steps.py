@@ -8,7 +8,7 @@ __all__ = []
 # %% ../../nbs/4_probabilities/23_row_steps.ipynb #e5aef078
 import copy
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, MISSING, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -418,7 +418,7 @@ def read_row_step(text: str, seed: int = 0) -> tuple[str, Any]:
 
 
 def check_row_step(
-    settings: DistillSettings, objective: str, teacher: Any, data: Any
+    settings: DistillSettings, objective: str, teacher: Any, data: Any, given: Iterable = ()
 ) -> dict[str, str]:
     """Return the hashes of the files that the step of these settings reads.
 
@@ -441,7 +441,10 @@ def check_row_step(
         raise UserError(what, where="rows", fix=fix)
     if name != "evidence":
         return {}
-    return {"reports": sha256_file(beside(data, options.reports))}
+    files = {"reports": sha256_file(beside(data, options.reports))}
+    named = [row["image"] for row in given if isinstance(row, Mapping) and row.get("image")]
+    sums = [sha256_file(file) for name in named if (file := beside(data, name)).is_file()]
+    return files | ({"pictures": stable_hash(sums)} if sums else {})
 
 
 def beside(data: Any, name: Any) -> Path:

@@ -662,8 +662,6 @@ QUICK = {
     "evaluations": 1,
     "device": "cpu",
     "max_new_tokens": 6,
-    "top_k": 16,
-    "width": 2,
 }
 
 
@@ -1054,7 +1052,6 @@ LONG = {
     "validation": 4,
     "device": "cpu",
     "max_new_tokens": 6,
-    "top_k": 16,
 }
 SCRIPT = """
 import sys, torch

@@ -8,7 +8,7 @@ __all__ = []
 # %% ../../nbs/4_probabilities/23_row_steps.ipynb #e5aef078
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, MISSING, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -418,9 +418,11 @@ def read_row_step(text: str, seed: int = 0) -> tuple[str, Any]:
 
 
 def check_row_step(
-    settings: DistillSettings, objective: str, teacher: Any, data: Any, given: Iterable = ()
+    settings: DistillSettings, objective: str, teacher: Any, data: Any, given: Sequence = ()
 ) -> dict[str, str]:
     """Return the hashes of the files that the step of these settings reads.
+
+    `given` are those of the rows' pictures.
 
     Raises UserError for a step that is unknown, or that this request cannot take.
     """
@@ -442,17 +444,17 @@ def check_row_step(
     if name != "evidence":
         return {}
     files = {"reports": sha256_file(beside(data, options.reports))}
-    named = [row["image"] for row in given if isinstance(row, Mapping) and row.get("image")]
-    sums = [sha256_file(file) for name in named if (file := beside(data, name)).is_file()]
-    return files | ({"pictures": stable_hash(sums)} if sums else {})
+    if given:
+        files["pictures"] = stable_hash(given)
+    return files
 
-
+# %% ../../nbs/4_probabilities/23_row_steps.ipynb #fa41785f
 def beside(data: Any, name: Any) -> Path:
     "Return the path of a file that is named relative to the file of rows."
     folder = data.parent if isinstance(data, Path) else Path()
     return folder / str(name)
 
-# %% ../../nbs/4_probabilities/23_row_steps.ipynb #fa41785f
+
 def open_row_step(
     request: Request, texts: list[TextRow], held_out: list[TextRow]
 ) -> RowWork | None:

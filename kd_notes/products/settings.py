@@ -194,9 +194,10 @@ def check_read(name: str, s: "DistillSettings", served: bool = False) -> None:
     if step and step != "select":  # the teacher writes rows
         read |= {"temperature", "top_p"}
     for setting in SOME_READ:
-        if setting not in read and getattr(s, setting) != getattr(default, setting):
-            fix = "Leave it out; `options` has the settings of this objective."
-            fix = fix if name in ON_POLICY else "Leave it out."
+        if setting in read:
+            continue
+        if getattr(s, setting) != getattr(default, setting):
+            fix = "Leave it out; `options` has what an objective reads."
             raise UserError(f"{name} does not read it", where=f"setting {setting}", fix=fix)
 
 

@@ -221,15 +221,34 @@ def differences(stored: Any, wanted: Any, name: str = "") -> list[str]:
         changes += differences(stored.get(key), wanted.get(key), inner)
     return changes
 
+# %% ../../nbs/7_engine_room/09_completions.ipynb #comp-22a
+class _Served:
+    "The models that a server named in the earlier sessions of a file."
+
+    path: Path
+    served: set[str]
+
+    def check_served(self, rows: Sequence[dict]) -> None:
+        "Raise UserError if a server names another model than in earlier sessions."
+        if not self.served:
+            return
+        for row in rows:
+            name = row.get("model")
+            if name and name not in self.served:
+                before = ", ".join(sorted(self.served))
+                what = f"the server now says that its model is {name}; before it was {before}"
+                fix = "Give a new file with --out: a file holds the answers of one model."
+                raise UserError(what, where=self.path, fix=fix)
+
 # %% ../../nbs/7_engine_room/09_completions.ipynb #comp-22b
-class JobManifest:
+class JobManifest(_Served):
     "The manifest next to a file of answers: the job that writes it, and when."
 
     def __init__(self, path: Path, identity: dict):
         self.path = path  # of the file of answers
         self.identity = to_jsonable(identity)
         self.content: dict = {}
-        self.served: set[str] = set()  # models that a server named in earlier sessions
+        self.served = set()
 
     def read(self) -> None:
         "Read the manifest or start one. That of another job is an error."
@@ -261,18 +280,6 @@ class JobManifest:
         name = row.get("model")
         if name:
             self.served.add(name)
-
-    def check_served(self, rows: Sequence[dict]) -> None:
-        "Raise UserError if a server names another model than in earlier sessions."
-        if not self.served:
-            return
-        for row in rows:
-            name = row.get("model")
-            if name and name not in self.served:
-                before = ", ".join(sorted(self.served))
-                what = f"the server now says that its model is {name}; before it was {before}"
-                fix = "Give a new file with --out: a file holds the answers of one model."
-                raise UserError(what, where=self.path, fix=fix)
 
     def update(self, **changes) -> None:
         self.content |= changes

@@ -372,7 +372,7 @@ def _picture_sums(data: Any, rows: Any) -> list[str]:
             sums.append(sha256_file(file))
     return sums
 
-
+# %% ../../nbs/4_probabilities/15_distill.ipynb #74feb533
 def _with_weights(out: Path, report: dict | None) -> dict | None:
     "Return the report of a finished student. Raises UserError if its weights are gone."
     if report is not None and not any(out.glob("*.safetensors")):

@@ -420,9 +420,7 @@ def read_row_step(text: str, seed: int = 0) -> tuple[str, Any]:
 def check_row_step(
     settings: DistillSettings, objective: str, teacher: Any, data: Any, given: Sequence = ()
 ) -> dict[str, str]:
-    """Return the hashes of the files that the step of these settings reads.
-
-    `given` are those of the rows' pictures.
+    """Return the hashes of the step's files; `given` are those of the rows' pictures.
 
     Raises UserError for a step that is unknown, or that this request cannot take.
     """

@@ -58,6 +58,13 @@ def verify_checksums(
             )
     return {name: sums[name] for name in wanted}
 
+
+def model_files(folder: Path | str) -> list[Path]:
+    "Return the files of a model's folder that decide what it computes, sorted."
+    # Templates of chats, merges and vocabularies lie beside the configs and the weights.
+    kinds = (".safetensors", ".json", ".jinja", ".txt", ".model", ".tiktoken")
+    return sorted(path for path in Path(folder).iterdir() if path.suffix in kinds)
+
 # %% ../nbs/7_engine_room/01c_checksums.ipynb #stream-2
 def stream_hash(items: Iterable) -> str:
     "Return stable_hash(list(items)), with one item in memory at a time."

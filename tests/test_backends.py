@@ -46,7 +46,8 @@ from kd_notes.generation.sampling import greedy, sample, Sampling
 from kd_notes.training.setup import add_lora
 from kd_notes.generation.server import OpenAIBackend
 from kd_notes.generation.speculative import speculative
-from kd_notes.core import append_jsonl, UserError, write_json
+from kd_notes.core import append_jsonl, read_json, read_jsonl, UserError, write_json
+from kd_notes.experiments.extraction import extract_rationales
 from kd_notes.models.mini import mini_model, train_mini_tokenizer
 
 torch.set_num_threads(1)
@@ -936,3 +937,103 @@ def test_a_chat_template_that_opens_the_thoughts_is_not_stopped_inside_them(tok)
     thinking = DecodeRow("a", 0, [1], tok("So.\n\nOr not.").input_ids)
     done = DecodeRow("a", 0, [1], tok("So.\n\nOr not.</think>\n\nTwelve.\n\nNext").input_ids)
     assert ending.text(thinking) == ("", False) and ending.text(done) == ("Twelve.", True)
+
+
+# --- the same teacher ---------------------------------------------------------------------------------------------------------------
+
+
+def asked(spec, path, limit, **more):
+    "Let a teacher answer the first rows of a task into a file, which a second call resumes."
+    (path.parent / "free.toml").write_text('name = "free"\nlabels = "text"\n')
+    rows = [{"id": f"r{i}", "input": f"The cat {i}", "label": "a"} for i in range(4)]
+    source = path.parent / "rows.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    how = {"source": source, "teacher": str(spec), "limit": limit, "max_new_tokens": 4}
+    return extract_rationales(path.parent / "free.toml", path, **how, **more)
+
+
+CHANGES = {
+    "config.json": lambda c: c | {"rms_norm_eps": 0.5},
+    "generation_config.json": lambda c: c | {"eos_token_id": [1, 7]},
+    "tokenizer_config.json": lambda c: c | {"chat_template": "{{ messages }}!"},
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_file_is_not_resumed_by_a_model_with_another_layout(tok, tmp_path, name):
+    mini_model("causal", "xs", len(tok), seed=0).save_pretrained(tmp_path / "m")
+    tok.save_pretrained(tmp_path / "m")
+    out = tmp_path / "out.jsonl"
+    asked(tmp_path / "m", out, 2)
+    assert asked(tmp_path / "m", out, 3)["rows"] == 3
+    file = tmp_path / "m" / name
+    file.write_text(json.dumps(CHANGES[name](json.loads(file.read_text()))))
+    with pytest.raises(UserError, match="another job.*backend.layout"):
+        asked(tmp_path / "m", out, 4)
+
+
+def test_a_file_of_before_is_resumed_and_tells_the_layout_from_then_on(tok, tmp_path):
+    mini_model("causal", "xs", len(tok), seed=0).save_pretrained(tmp_path / "m")
+    tok.save_pretrained(tmp_path / "m")
+    out = tmp_path / "out.jsonl"
+    asked(tmp_path / "m", out, 2)
+    manifest = manifest_path(out)
+    old = read_json(manifest)
+    layout = old["backend"].pop("layout")
+    manifest.write_text(json.dumps(old))
+    assert asked(tmp_path / "m", out, 3)["rows"] == 3
+    assert read_json(manifest)["backend"]["layout"] == layout
+
+
+class Served(BaseHTTPRequestHandler):
+    "A server that says which model it is."
+
+    model: str | None = "teacher-2024"
+
+    def log_message(self, *args):
+        pass
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers["content-length"]))
+        choice = {"index": 0, "text": " So.\nAnswer: a\n", "finish_reason": "stop"}
+        body = json.dumps({"choices": [choice]} | ({"model": self.model} if self.model else {}))
+        self.send_response(200)
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body.encode())
+
+
+@pytest.fixture
+def served():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Mine", (Served,), {}))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server.RequestHandlerClass, f"openai:http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_file_is_not_resumed_by_a_server_that_has_changed_its_model(served, tmp_path, stream):
+    kind, url = served
+    out = tmp_path / "out.jsonl"
+    asked(f"{url}/v1#teacher", out, 2, stream=stream)
+    assert [row["model"] for row in read_jsonl(out)] == ["teacher-2024"] * 2
+    kind.model = "teacher-2025"
+    with pytest.raises(UserError, match="teacher-2025; before it was teacher-2024.*--out"):
+        asked(f"{url}/v1#teacher", out, 4, stream=stream)
+    assert len(read_jsonl(out)) == 2
+    kind.model = None  # it does not say
+    assert asked(f"{url}/v1#teacher", out, 3, stream=stream)["rows"] == 3
+    with pytest.raises(UserError, match="another job.*backend.path"):
+        asked(f"{url}/deployments/b/v1#teacher", out, 4, stream=stream)
+
+
+def test_a_file_without_a_servers_path_and_model_is_resumed(served, tmp_path):
+    kind, url = served
+    out = tmp_path / "out.jsonl"
+    kind.model = None
+    asked(f"{url}/v1#teacher", out, 2)
+    old = read_json(manifest_path(out))
+    assert old["backend"].pop("path") == "/v1"
+    manifest_path(out).write_text(json.dumps(old))
+    kind.model = "teacher-2025"
+    assert asked(f"{url}/v1#teacher", out, 3)["rows"] == 3

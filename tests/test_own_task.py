@@ -23,6 +23,7 @@ from kd_notes.data.task_file import OwnTask, read_task, task_examples
 from kd_notes.evaluation.task_scores import macro_f1, read_answer, score_difference, task_score
 from kd_notes.experiments.extraction import extract_rationales, own_question
 from kd_notes.generation.completions import Completion, prompt_hash
+from kd_notes.methods.rationale_filters import select
 from kd_notes.methods.rationales import extraction_row, with_rationales
 from kd_notes.models.mini import load_mini_tokenizer, mini_model
 from kd_notes.products.predict import evaluate_rows, predict_rows
@@ -233,6 +234,47 @@ def test_a_label_of_two_lines_can_be_met():
     (example,) = task_examples(task, [{"input": "x", "label": "one\n two"}])
     label, _ = read_answer(task, example, "one two\n")
     assert task_score(task, {example.id: label}, [example])["value"] == 1
+
+
+MARKED = (
+    "#winter",
+    "C#",
+    "$5",
+    'a "yes"',
+    r"\frac{1}{2}",
+    "[0, 1]",
+    "*args",
+    "<b>",
+    "{a}",
+    "snake_case_",
+)
+
+
+@pytest.mark.parametrize("gold", [*MARKED, "#", "**", "$", "`x` and *y*"])
+def test_an_open_answer_word_for_word_is_right_whatever_marks_it_has(tmp_path, gold):
+    task = OwnTask("free", "Free")
+    (example,) = examples = task_examples(task, [{"input": "x", "label": gold}])
+    label, outcome = read_answer(task, example, f"{gold}\n")
+    assert outcome == "ok" and task_score(task, {example.id: label}, examples)["value"] == 1
+    assert task_score(task, {example.id: "autumn"}, examples)["value"] == 0
+
+
+@pytest.mark.parametrize("gold", [gold for gold in MARKED if gold != "<b>"])  # read as markup
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_teachers_open_answer_word_for_word_is_right(tmp_path, gold, stream):
+    (tmp_path / "free.toml").write_text('name = "free"\nlabels = "text"\n')
+    data = write_rows(tmp_path / "rows.jsonl", [{"id": "a", "input": "x", "label": gold}])
+    task, (example,), prompt = own_question(
+        read_task(tmp_path / "free.toml"), data, "replay:x", None, 0
+    )
+    answer = {"id": "a", "text": f" So.\nAnswer: {gold}", "finish": "stop"}
+    answer["prompt_hash"] = prompt_hash(prompt(example))
+    teacher = f"replay:{write_rows(tmp_path / 'answers.jsonl', [answer])}"
+    how = {"source": data, "teacher": teacher, "stream": stream}
+    out = tmp_path / "out.jsonl"
+    assert extract_rationales(tmp_path / "free.toml", out, **how)["accuracy"] == 1
+    kept, report = select([example], read_jsonl(out))
+    assert len(kept) == 1 and report["yield"] == 1
 
 
 # --- extraction -------------------------------------------------------------------------------------------------------------------

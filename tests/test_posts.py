@@ -216,6 +216,21 @@ def test_what_other_eyes_have_seen_is_refused(tmp_path):
         read_pictures(pictures, lambda image: "b", path=tmp_path / "seen.jsonl", identity="two")
 
 
+@pytest.mark.parametrize("as_path", [True, False])
+def test_a_picture_that_has_changed_is_not_taken_as_read(tmp_path, as_path):
+    from PIL import Image
+
+    def look(colour):
+        picture = Image.new("RGB", (8, 8), colour)
+        picture.save(tmp_path / "a.png")
+        pictures = {"p": tmp_path / "a.png" if as_path else picture}
+        return read_pictures(pictures, lambda image: colour, path=tmp_path / "seen.jsonl")["p"]
+
+    assert look("red").sign == look("red").sign == "red"
+    with pytest.raises(UserError, match="another job.*pictures"):
+        look("blue")
+
+
 def test_pictures_that_were_all_read_begin_no_session(tmp_path):
     from PIL import Image
 

@@ -789,6 +789,31 @@ def test_a_replay_does_not_stand_for_a_training(training_book):
     assert read_manifest(training_book.runs / "smoke" / "small")["source"]["trained"] == 75
 
 
+def test_a_replay_is_made_again_when_the_record_has_changed(training_book):
+    book = training_book
+    rows = book.expected / "runs" / "stage.jsonl"
+    rows.parent.mkdir(parents=True)
+
+    def run(source):
+        made = reproduce_module.reproduce(profile="smoke", book=book, source=source)
+        return made[0].status
+
+    rows.write_text('{"value": 1}\n')
+    assert [run("record"), run("record")] == ["done", "unchanged"]
+    rows.write_text('{"value": 2}\n')
+    assert [run("record"), run("record")] == ["done", "unchanged"]
+    (rows.parent / "more.jsonl").write_text("")
+    assert run("record") == "done"
+    manifest = book.runs / "smoke" / "small" / "manifest.json"
+    old = read_json(manifest)
+    del old["record"]
+    write_json(manifest, old)  # of a run before the record was looked at
+    assert run("record") == "done"
+    assert run("train") == "done"
+    rows.write_text('{"value": 3}\n')
+    assert run("record") == "unchanged"  # nothing of it was replayed
+
+
 def test_source_and_force_reach_the_notebook_and_are_not_in_the_key(training_book):
     def key():
         return read_manifest(training_book.runs / "smoke" / "small")["key"]

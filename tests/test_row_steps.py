@@ -207,7 +207,7 @@ def test_posts_become_instructions_with_evidence(teacher, tmp_path, posts, monke
     # the label is the row's, which the teacher was told
     assert made["p4"]["completion"] == "false. The report says so."
     request = read_json(tmp_path / "out" / "request.json")
-    assert set(request["files_sha256"]) == {"reports"}
+    assert set(request["files_sha256"]) == {"reports", "pictures"}
     append_jsonl(tmp_path / "reports.jsonl", [REPORTS[0] | {"id": "f", "text": "Other."}])
     with pytest.raises(UserError, match="another files_sha256"):
         run(teacher, tmp_path / "out", step, posts, "sft")
@@ -265,6 +265,16 @@ def test_a_captioner_that_sees_nothing_is_told_before_anything(teacher, tmp_path
     with pytest.raises(UserError, match="reads: this is no vision-language model"):
         run(teacher, tmp_path / "out", step, posts, "sft")
     assert not (tmp_path / "out" / "request.json").exists()
+
+
+def test_a_finished_folder_is_not_that_of_another_picture(teacher, tmp_path, posts, monkeypatch):
+    step = "evidence:reports=reports.jsonl,tell=no"
+    monkeypatch.setattr(row_steps.RowWork, "write", says("true. So it is."))
+    run(teacher, tmp_path / "out", step, posts, "sft")
+    run(teacher, tmp_path / "out", step, posts, "sft")
+    Image.new("RGB", (64, 64), "black").save(tmp_path / "a.png")
+    with pytest.raises(UserError, match="with another files_sha256"):
+        run(teacher, tmp_path / "out", step, posts, "sft")
 
 
 def test_a_killed_search_for_evidence_asks_for_no_verdict_twice(

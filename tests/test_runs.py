@@ -1,5 +1,6 @@
 """kd_notes.runner: run folders, cache keys, grids of real processes with real kills, the record."""
 
+import importlib
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,8 @@ import kd_notes.environment as environment_module
 import kd_notes.runner.code as code_module
 from kd_notes.core import append_jsonl, read_json, read_jsonl, stable_hash, UserError, write_json
 from kd_notes.environment import environment
+from kd_notes.experiments.base import Experiment
+from kd_notes.experiments.healed import spec_checksums
 from kd_notes.runner.code import code_hash, code_modules, run_key
 from kd_notes.runner.grid import (
     cached_runs,
@@ -208,6 +212,59 @@ def test_code_modules_follow_imports():
 )
 def test_tree_hash(first, second, same):
     assert (code_module._tree_hash(first) == code_module._tree_hash(second)) is same
+
+
+class Watched(dict):
+    "The parameters of a run, and which of them were read."
+
+    def __init__(self, params: dict):
+        super().__init__(params)
+        self.read: set[str] = set()
+
+    def __getitem__(self, name):
+        self.read.add(name)
+        return super().__getitem__(name)
+
+    def get(self, name, default=None):
+        self.read.add(name)
+        return super().get(name, default)
+
+
+def families() -> dict[str, type]:
+    "Return the families of experiments by the names of their stages."
+    for file in (Path(kd_notes.__file__).parent / "experiments").glob("*.py"):
+        importlib.import_module(f"kd_notes.experiments.{file.stem}")
+    known, todo = {}, [Experiment]
+    while todo:
+        kind = todo.pop()
+        todo += kind.__subclasses__()
+        if kind.__module__.startswith("kd_notes.") and kind.name:
+            known[kind.name] = kind
+    return known
+
+
+def test_inputs_are_asked_once_for_all_runs_and_so_read_the_named_settings_only():
+    "`Experiment.results` asks once for all runs that agree in `input_settings`."
+    asked = 0
+    for name, kind in families().items():
+        for row in list(load_record(name).values())[:2]:
+            run = Watched(row["params"])
+            with suppress(UserError, OSError):  # a file of real data is not here
+                kind().inputs(run)
+            asked += 1
+            assert run.read <= set(kind.input_settings), (name, run.read)
+    assert asked > 30
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "merges.txt", "tokenizer.model"])
+def test_every_file_of_a_model_is_in_the_checksums(tmp_path, name):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    before = spec_checksums(str(tmp_path))
+    (tmp_path / name).write_text("a")
+    first = spec_checksums(str(tmp_path))
+    (tmp_path / name).write_text("b")
+    assert len(before) == 2 and len(first) == 3 and first != spec_checksums(str(tmp_path))
 
 
 def test_key_depends_on_all_that_decides_the_numbers(monkeypatch):

@@ -179,6 +179,38 @@ def test_a_device_that_is_not_there_is_one_clear_error(place, tmp_path, device):
         )
 
 
+OTHERS = {"temperature": 0.7, "sft_weight": 0.0, "top_p": 0.9, "top_k": 3, "width": 9}
+OTHERS |= {"server": {"concurrency": 9}}
+KINDS = {
+    "sft": (),
+    "symmetric_cross_entropy": (),
+    "seqkd": ("temperature", "top_p"),
+    "seqkd_beam": ("width",),
+    "uld": ("temperature", "sft_weight"),
+    "spans_matched": ("temperature", "sft_weight"),
+    "forward_kl": ("temperature", "sft_weight"),
+    "label_revision": ("temperature", "sft_weight"),
+    "cached_forward_kl": ("temperature", "sft_weight", "top_k"),
+    "minillm": (),
+}
+
+
+@pytest.mark.parametrize("objective", KINDS)
+@pytest.mark.parametrize("setting", OTHERS)
+def test_every_kind_of_objective_takes_the_settings_that_it_reads_and_no_others(objective, setting):
+    chosen = DistillSettings(**{setting: OTHERS[setting]})
+    if setting in KINDS[objective]:
+        check_read(objective, chosen)
+    else:
+        with pytest.raises(UserError, match=f"setting {setting}: {objective} does not read it"):
+            check_read(objective, chosen)
+    by_rows = DistillSettings(rows="paraphrase:copies=2", **{setting: OTHERS[setting]})
+    if setting in ("temperature", "top_p"):
+        check_read(objective, by_rows)  # the teacher writes with them
+    if setting in ("top_k", "server"):
+        check_read(objective, chosen, served=True)
+
+
 @pytest.mark.parametrize(
     "setting, value", [("temperature", 0.7), ("sft_weight", 0.0), ("top_p", 0.9)]
 )
@@ -190,7 +222,6 @@ def test_a_setting_that_an_on_policy_objective_does_not_read_is_refused(
     call = ([{"prompt": "a", "completion": "b"}] * 9, "no/teacher", "no/student", objective)
     with pytest.raises(UserError, match=f"setting {setting}: {objective} does not read it"):
         distill(*call, tmp_path / "out", **{setting: value})
-    check_read("forward_kl", DistillSettings(**{setting: value}))
     check_read(objective, DistillSettings(rows="paraphrase:copies=2", temperature=0.7, top_p=0.9))
     read = DistillSettings(max_new_tokens=9)
     assert on_policy_config(objective, read, 8, corpus=False).max_new_tokens == 9

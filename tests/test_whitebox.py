@@ -691,8 +691,6 @@ QUICK = {
     "evaluations": 1,
     "device": "cpu",
     "max_new_tokens": 6,
-    "top_k": 16,
-    "width": 2,
 }
 
 
@@ -1083,7 +1081,6 @@ LONG = {
     "validation": 4,
     "device": "cpu",
     "max_new_tokens": 6,
-    "top_k": 16,
 }
 SCRIPT = """
 import sys, torch

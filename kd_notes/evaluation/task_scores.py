@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from ..core import UserError
-from ..data.answers import is_correct
 from ..data.examples import Example
 from ..data.task_file import OwnTask
 from .statistics import hierarchical_bootstrap, paired
 from .text import is_unseen, rouge_l, unicode_words
+from ..methods.rationale_filters import is_right
 from ..methods.rationales import clean_label, one_line
 
 # %% ../../nbs/3_reasons/08_task_scores.ipynb #b27fca71
@@ -30,7 +30,10 @@ def read_answer(task: OwnTask, example: Example, text: str | None) -> tuple[str 
         return None, "empty"
     if task.scored_by == "rouge_l":
         return text.strip(), "ok"
-    label = clean_label(text, example.choices or task.labels, task.metric)
+    known = example.choices or task.labels
+    label = clean_label(text, known, task.metric)
+    if not known and task.metric != "equation":
+        label = label or one_line(text)  # of marks alone, such as #
     return (label, "ok") if label else (None, "not_allowed")
 
 # %% ../../nbs/3_reasons/08_task_scores.ipynb #5cd3ec04
@@ -53,7 +56,7 @@ def item_scores(
         return rouge_l([text or "" for text in given], known, tokenizer=words)
     return np.array(
         [
-            float(label is not None and is_correct(task.metric, label, one_line(example.label)))
+            float(label is not None and is_right(task, label, example.label))
             for label, example in zip(given, examples)
         ]
     )

@@ -19,7 +19,7 @@ from typing import Any
 
 from ..checks import check_count, check_fields
 from ..core import read_json, sha256_text, UserError, write_json
-from ..data.answers import accuracy, is_correct
+from ..data.answers import accuracy
 from ..data.examples import _checked, Example, example_from_row, load_jsonl, TaskInfo, TASKS
 from ..data.task_file import own_example, own_task, OwnTask, task_examples
 from ..evaluation.task_scores import task_score
@@ -33,6 +33,7 @@ from kd_notes.generation.completions import (
     stream_jsonl,
     WITHOUT_ANSWER,
 )
+from ..methods.rationale_filters import is_right
 from kd_notes.methods.rationales import (
     check_examples,
     extract,
@@ -150,7 +151,7 @@ def _score(info: TaskInfo, examples: Sequence[Example], rows: Sequence[Mapping])
     "Count the outcomes and return the share of correct labels, None without gold labels."
     gold = {example.id: example.label for example in examples if example.label}
     known = [row for row in rows if row["id"] in gold]
-    right = [is_correct(info.metric, _read_label(row), gold[row["id"]]) for row in known]
+    right = [is_right(info, _read_label(row), gold[row["id"]]) for row in known]
     found = {
         "outcomes": dict(Counter(row["outcome"] for row in rows)),
         "accuracy": accuracy(right) if right else None,
@@ -441,7 +442,7 @@ def _share_of_right(examples: Iterable[Example], info: TaskInfo, place) -> float
     for row in stream_jsonl(place):
         label = gold.get(row_key(row["id"], 0))
         if label is not None:
-            right.append(is_correct(info.metric, _read_label(row), label))
+            right.append(is_right(info, _read_label(row), label))
     return accuracy(right) if right else None
 
 # %% ../../nbs/3_reasons/05_extraction.ipynb #extr-fn

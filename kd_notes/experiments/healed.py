@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ..core import cache_dir, data_dir, sha256_file, stable_hash, UserError
-from ..checksums import verify_checksums
+from ..checksums import model_files, verify_checksums
 from ..data.dialogues import encode_row, load_prompts
 from ..data.examples import numbered_rows
 from ..data.rows import read_row, TextRow
@@ -258,12 +258,12 @@ def heal(run: dict, folder: Path) -> dict:
 
 # %% ../../nbs/5_own_words/09b_healed.ipynb #heal-class
 def spec_checksums(spec: str) -> dict[str, str]:
-    "Return the SHA-256 of the files of a local model: weights, config, tokenizer."
+    "Return the SHA-256 of the files of a local model; see `model_files`."
     files: list[Path] = []
     if spec == "smollm2":
         files = [find_smollm2()]
     elif (Path(spec) / "config.json").is_file():
-        files = sorted([*Path(spec).glob("*.safetensors"), *Path(spec).glob("*.json")])
+        files = model_files(spec)
     return {f"{Path(spec).name}/{file.name}": sha256_file(file) for file in files}
 
 

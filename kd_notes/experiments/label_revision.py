@@ -153,6 +153,7 @@ class RevisionTeachers(Experiment):
     name = "revision_teacher"
     module = "experiments.label_revision"
     Settings = RevisionTeacherSettings
+    input_settings = ("task",)
 
     def inputs(self, run: dict) -> dict[str, str]:
         return _inputs(run["task"])
@@ -395,6 +396,7 @@ class RevisionStudents(Experiment):
     module = "experiments.label_revision"
     arms = REVISION_ARMS
     Settings = RevisionSettings
+    input_settings = ("task",)
 
     def inputs(self, run: dict) -> dict[str, str]:
         return _inputs(run["task"])

@@ -30,7 +30,7 @@ from kd_notes.data.examples import (
     withhold,
 )
 from ..data.public import load_real, real_set
-from ..checksums import verify_checksums
+from ..checksums import model_files, verify_checksums
 from .base import Experiment, optional
 from ..methods.rationales import vote, with_rationales
 from kd_notes.methods.step_by_step import (
@@ -389,15 +389,11 @@ def student_inputs(run: dict) -> dict[str, str]:
         files.append(backbone_file(run["family"], run["size"]))
     # A hub model is identified by its id, a folder by its files.
     if is_pretrained(run["size"]) and Path(folder := resolve_model(run["size"])).is_dir():
-        weights = [path for path in Path(folder).iterdir() if path.suffix in WEIGHT_FILES]
-        files += sorted(weights)
+        files += model_files(folder)
     for path in files:
         if path.exists():
             sums[f"{path.parent.name}/{path.name}"] = sha256_file(path)
     return sums
-
-
-WEIGHT_FILES = (".json", ".safetensors")
 
 # %% ../../nbs/3_reasons/03_stepwise.ipynb #st-score
 def _score(result: Any, model: Any, tokenizer: Any, run: dict) -> dict:

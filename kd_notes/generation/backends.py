@@ -7,6 +7,7 @@ __all__ = ['SPECS', 'LocalBackend', 'ReplayBackend', 'open_backend']
 
 # %% ../../nbs/7_engine_room/19_backends.ipynb #c365d3d6
 import inspect
+import json
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -48,7 +49,7 @@ from kd_notes.generation.engine import (
 )
 from .server import OpenAIBackend
 from .server_pool import ServerPool
-from ..models.pretrained import context_of, weights_hash, with_dtype
+from ..models.pretrained import context_of, plain_configs, weights_hash, with_dtype
 
 # %% ../../nbs/7_engine_room/19_backends.ipynb #0dba2212
 class Backend(Protocol):
@@ -178,6 +179,20 @@ def opening_of(tokenizer) -> str:
     """
     return "<think>" if chat_prompt(tokenizer, "").rstrip().endswith("<think>") else ""
 
+# %% ../../nbs/7_engine_room/19_backends.ipynb #d2ee6f0b
+def layout_hash(model, tokenizer, *more: str) -> str:
+    """Return a hash of the configs, the tokenizer and the chat template.
+
+    They decide texts as the weights do. Padding is left out, because loading may set it.
+    """
+    cut = tokenizer.get_vocab()
+    if tokenizer.is_fast:
+        cut = json.loads(tokenizer.backend_tokenizer.to_str())
+        cut = {k: v for k, v in cut.items() if k not in ("padding", "truncation")}
+    ends = [tokenizer.bos_token, tokenizer.eos_token]
+    layout = [cut, ends, chat_template_of(tokenizer)]
+    return stable_hash([plain_configs(model), layout, *more])
+
 # %% ../../nbs/7_engine_room/19_backends.ipynb #d2ee6f0c
 class LocalBackend:
     "A causal language model in this process."
@@ -197,11 +212,11 @@ class LocalBackend:
         logprobs: bool = False,  # also sum the log-probabilities of the tokens
     ):
         check_model(model)
-        check_count(batch_size, "batch_size", 1)
         kind = getattr(torch, dtype) if dtype else None
         self.model = (with_dtype(model, kind) if dtype else model).eval()
         self.tokenizer = tokenizer
-        self.batch_size = batch_size
+        self.batch_size = check_count(batch_size, "batch_size", 1)
+        self.layout = layout_hash(model, tokenizer)
         self.cache_gib = cache_gib
         self.chat = chat
         self.logprobs = logprobs
@@ -219,6 +234,7 @@ class LocalBackend:
             "model": self.name,
             "revision": self.revision,
             "adapter": self.adapter,
+            "layout": self.layout,
             "chat": self.chat,
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "device": self.model.device.type,
@@ -236,9 +252,7 @@ class LocalBackend:
 
     def encode(self, prompt: str) -> list[int]:
         "Return the token ids of a prompt, in the chat template if `chat` is on."
-        if not self.chat:
-            return text_ids(self.tokenizer, prompt)
-        return chat_ids(self.tokenizer, prompt)
+        return (chat_ids if self.chat else text_ids)(self.tokenizer, prompt)
 
 # %% ../../nbs/7_engine_room/19_backends.ipynb #4309d9fb
 def check_finite(scores: Scores, rows: Sequence[DecodeRow]) -> None:
@@ -486,6 +500,10 @@ def _open_local(spec: str, dtype: str, device: str | None, options: dict) -> Loc
         revision = getattr(model.config, "_commit_hash", None) or ""
     adapter_hash = sha256_file(Path(adapter) / "adapter_model.safetensors")[:16] if adapter else ""
     name = base.removeprefix("hub:") if base.startswith("hub:") else Path(base).name
-    return LocalBackend(
+    opened = LocalBackend(
         model, tokenizer, name=name, revision=revision, adapter=adapter_hash, **options
     )
+    if adapter:  # scale and layers of the adapter
+        config = sha256_file(Path(adapter) / "adapter_config.json")
+        opened.layout = layout_hash(model, tokenizer, config)
+    return opened

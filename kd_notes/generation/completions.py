@@ -107,6 +107,7 @@ class Completion:
     logprob: float | None = None  # natural log of the probability of all tokens, if asked for
     sample: int = 0  # 0 ... n-1
     error: str | None = None  # why there is no answer
+    model: str | None = None  # the name that a server gives its model
 
 # %% ../../nbs/7_engine_room/09_completions.ipynb #comp-13
 def check_requests(requests: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
@@ -205,24 +206,49 @@ def manifest_path(path: Path | str) -> Path:
     return path.with_name(path.name + ".manifest")  # answers and answers.jsonl are two files
 
 # %% ../../nbs/7_engine_room/09_completions.ipynb #comp-22
+LATER = ("layout", "path")  # what the manifests of older files do not tell
+
+
 def differences(stored: Any, wanted: Any, name: str = "") -> list[str]:
     "List the differences of two nested dictionaries, as 'backend.revision: a -> b'."
     if not (isinstance(stored, dict) and isinstance(wanted, dict)):
         return [] if stored == wanted else [f"{name}: {stored!r} -> {wanted!r}"]
     changes = []
     for key in sorted(stored.keys() | wanted.keys()):
+        if key in LATER and stored.get(key) is None:
+            continue
         inner = f"{name}.{key}" if name else key
         changes += differences(stored.get(key), wanted.get(key), inner)
     return changes
 
+# %% ../../nbs/7_engine_room/09_completions.ipynb #comp-22a
+class _Served:
+    "The models that a server named in the earlier sessions of a file."
 
-class JobManifest:
+    path: Path
+    served: set[str]
+
+    def check_served(self, rows: Sequence[dict]) -> None:
+        "Raise UserError if a server names another model than in earlier sessions."
+        if not self.served:
+            return
+        for row in rows:
+            name = row.get("model")
+            if name and name not in self.served:
+                before = ", ".join(sorted(self.served))
+                what = f"the server now says that its model is {name}; before it was {before}"
+                fix = "Give a new file with --out: a file holds the answers of one model."
+                raise UserError(what, where=self.path, fix=fix)
+
+# %% ../../nbs/7_engine_room/09_completions.ipynb #comp-22b
+class JobManifest(_Served):
     "The manifest next to a file of answers: the job that writes it, and when."
 
     def __init__(self, path: Path, identity: dict):
         self.path = path  # of the file of answers
         self.identity = to_jsonable(identity)
         self.content: dict = {}
+        self.served = set()
 
     def read(self) -> None:
         "Read the manifest or start one. That of another job is an error."
@@ -244,6 +270,16 @@ class JobManifest:
         stored = {key: self.content.get(key) for key in self.identity}
         if changed := differences(stored, self.identity):
             raise self.refusal(f"the file belongs to another job ({'; '.join(changed)})")
+        self.content |= self.identity  # an older file tells more from now on
+
+    def take(self, row: dict, needs: Sequence[str], number: int) -> None:
+        "Check a row of an earlier session, and keep which model a server said it was."
+        if lost := [name for name in needs if name not in row]:
+            what = f"the row has no {lost[0]!r}, so it is damaged"
+            raise self.refusal(what, f"{self.path}, row {number}")
+        name = row.get("model")
+        if name:
+            self.served.add(name)
 
     def update(self, **changes) -> None:
         self.content |= changes
@@ -378,14 +414,13 @@ class AnswerFile(Answers):
                 append_jsonl(self.path, [])  # repairs a half-written last line
                 drop_unanswered(self.path)  # they are asked for again
                 for number, row in enumerate(stream_jsonl(self.path), 1):
-                    if lost := [name for name in self.needs if name not in row]:
-                        what = f"the row has no {lost[0]!r}, so it is damaged"
-                        raise self.manifest.refusal(what, f"{self.path}, row {number}")
+                    self.manifest.take(row, self.needs, number)
                     self.rows.append(row)
             yield self
 
     def append(self, rows: Sequence[dict]) -> None:
         "Append rows: all of them or, when the disk is full, none."
+        self.manifest.check_served(rows)
         append_jsonl(self.path, rows)
         for row in rows:
             self.rows.append(row)

@@ -139,7 +139,10 @@ def completion_of(answer: dict, job: tuple, decoding: Decoding, seconds: float) 
         error = str(refusal or choice["finish_reason"])[:300]
     elif stopped:
         finish = "stop"
-    return Completion(name, text, prompt_tokens, tokens, finish, seconds, None, sample, error)
+    model = answer.get("model")
+    model = model if isinstance(model, str) and model else None
+    counts = (prompt_tokens, tokens)
+    return Completion(name, text, *counts, finish, seconds, None, sample, error, model)
 
 # %% ../../nbs/7_engine_room/09b_responses.ipynb #serv-15
 _LONGEST_WAIT = 120  # seconds; the client does not wait longer

@@ -157,6 +157,7 @@ class _Reports:
             "revision": "",
             "adapter": "",
             "host": self.host,
+            "path": urlsplit(self.base_url).path,
         }
         return described | ({"parameters": self.parameters} if self.parameters else {})
 

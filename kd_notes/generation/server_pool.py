@@ -155,7 +155,7 @@ class ServerPool:
 
     def describe(self) -> dict:
         "Return the fields of a manifest; servers may come and go."
-        return self.servers[0].describe() | {"host": "several servers"}
+        return self.servers[0].describe() | {"host": "several servers", "path": ""}
 
     def generate(
         self, requests: Iterable[tuple[str, str]], decoding: Decoding

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import check_count
-from ..core import first_line, missing_library, rng, stable_hash, UserError
+from ..core import first_line, missing_library, rng, sha256_file, stable_hash, UserError
 from kd_notes.data.posts import (
     COLOURS,
     COUNTS,
@@ -256,6 +256,18 @@ class Seen:
     caption: str = ""
 
 
+def picture_hashes(pictures: Mapping[str, Any]) -> dict[str, str]:
+    "Return {id: hash of the picture}, '' for one that a function draws: its id says which it is."
+    found = {}
+    for id, picture in sorted(pictures.items()):
+        found[id] = ""
+        if isinstance(picture, (str, Path)):
+            found[id] = sha256_file(picture)
+        elif not callable(picture):
+            found[id] = stable_hash([picture.mode, picture.size, picture.tobytes().hex()])
+    return found
+
+
 def read_pictures(
     pictures: Mapping[str, Any],  # id -> picture, path, or a function that returns one
     read: Callable[[Any], str] | None = None,  # a picture -> its text; None: a SignReader
@@ -281,7 +293,7 @@ def read_pictures(
         found = zip(ids, map(read, images), captions, strict=True)
         return [{"id": id, "sign": sign, "caption": words} for id, sign, words in found]
 
-    job = {"pictures": stable_hash(sorted(pictures)), "read": identity}
+    job = {"pictures": stable_hash(picture_hashes(pictures)), "read": identity}
     with open_answers(path, job, ("id", "sign", "caption")) as answers:
         there = {row["id"] for row in answers.rows}
         left = [id for id in pictures if id not in there]

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Sequence
 
 from ..core import UserError
 from ..data.answers import is_correct
-from ..data.examples import Example, task_info
-from .rationales import one_line, OUTCOMES
+from ..data.examples import Example, task_info, TaskInfo
+from .rationales import clean_label, one_line, OUTCOMES
 
 # %% ../../nbs/3_reasons/06_filters.ipynb #4e24214d
 def kind_of(example: Example) -> str:
@@ -58,6 +58,18 @@ def pair_rows(examples: Iterable[Example], rows: Iterable[dict]) -> list[tuple[E
     return [(by_id[row["id"]], row) for row in rows]
 
 # %% ../../nbs/3_reasons/06_filters.ipynb #dbdf9837
+def is_right(info: TaskInfo, label: str, gold: str) -> bool:
+    """Return True if a label that was read from an answer is the gold one.
+
+    An open answer is read without markup, and so is the gold one that it is compared with.
+    """
+    gold = one_line(gold)
+    if is_correct(info.metric, label, gold):
+        return True
+    closed = info.labels or info.choices or info.metric == "equation"
+    return not closed and is_correct(info.metric, label, clean_label(gold))
+
+
 def select(
     examples: Iterable[Example],
     rows: Iterable[dict],
@@ -75,7 +87,7 @@ def select(
     def reason(example: Example, row: dict) -> str:
         if row["outcome"] != "ok":
             return row["outcome"]
-        if gold and not is_correct(task_info(example.task).metric, row["label"], example.label):
+        if gold and not is_right(task_info(example.task), row["label"], example.label):
             return "wrong label"
         if row.get("agreement", 1.0) < min_agreement:
             return "low agreement"
@@ -156,9 +168,7 @@ def rationale_report(
     pairs = pair_rows(examples, rows)
     ok = [(ex, row) for ex, row in pairs if row["outcome"] == "ok"]
     right = {
-        id(row): is_correct(task_info(ex.task).metric, row["label"], ex.label)
-        for ex, row in ok
-        if ex.label
+        id(row): is_right(task_info(ex.task), row["label"], ex.label) for ex, row in ok if ex.label
     }
     valid = {}
     if oracle:

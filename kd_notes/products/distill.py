@@ -10,7 +10,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +21,7 @@ from kd_notes.core import (
     folder_lock,
     read_json,
     read_text,
+    sha256_file,
     UserError,
     write_json,
 )
@@ -65,7 +66,7 @@ from kd_notes.products.request import (
     shown_name,
     TeacherGroup,
 )
-from .row_steps import apply_row_step, check_row_step, open_row_step
+from .row_steps import beside, apply_row_step, check_row_step, open_row_step
 
 # %% ../../nbs/4_probabilities/15_distill.ipynb #6453351a
 from kd_notes.products.settings import (
@@ -361,6 +362,23 @@ def _run(job: _Distillation) -> dict:
     return report
 
 # %% ../../nbs/4_probabilities/15_distill.ipynb #74feb532
+def _picture_sums(data: Any, rows: Any) -> list[str]:
+    "Return the hashes of the pictures that rows name."
+    if isinstance(data, Path):
+        rows = [row for _, row in numbered_rows(data)]
+    sums = []
+    for row in rows:
+        if not isinstance(row, Mapping):
+            continue
+        name = row.get("image")
+        if not name:
+            continue
+        file = beside(data, name)
+        if file.is_file():
+            sums.append(sha256_file(file))
+    return sums
+
+# %% ../../nbs/4_probabilities/15_distill.ipynb #74feb533
 def _with_weights(out: Path, report: dict | None) -> dict | None:
     "Return the report of a finished student. Raises UserError if its weights are gone."
     if report is not None and not any(out.glob("*.safetensors")):
@@ -450,7 +468,7 @@ def distill(
     chosen = distill_settings(profile, **settings)
     shared_batch(chosen.batch_size, chosen.gradient_accumulation_steps)  # an error, before anything
     objective = check_objective(objective, chosen.options)
-    check_read(objective, chosen)
+    check_read(objective, chosen, is_server(teacher))
     texts = read_corpus(corpus)
     if texts and objective not in ON_POLICY:
         fix = f"Leave it out, or use one of {', '.join(ON_POLICY)}."
@@ -463,7 +481,8 @@ def distill(
     teachers = read_teachers(teacher, tokenizer, chosen.route)
     files = {}
     if chosen.rows:
-        files = check_row_step(chosen, objective, teachers, rows)
+        sums = _picture_sums(rows, raw)
+        files = check_row_step(chosen, objective, teachers, rows, sums)
     sources = (teachers, one_teacher(student, tokenizer, "student"))
     asked = Request(rows, *sources, objective, Path(out), chosen, texts, trackers, files, raw)
     request = routed(asked)

@@ -21,6 +21,7 @@ from ..core import read_json, UserError, write_json
 from ..data.examples import Example, TaskInfo
 from ..data.task_file import own_task, OwnTask, task_examples
 from ..evaluation.task_scores import read_answer, task_score
+from ..generation.backends import layout_hash
 from ..generation.completions import AnswerFile, prompt_hash, unanswered
 from ..methods.step_by_step import predict
 from ..models.pretrained import context_of, load_pretrained, resolve_model
@@ -168,6 +169,7 @@ def answer_file(
     batch_size = check_count(batch_size, "batch_size", 1)
     identity = {
         **student.identity,
+        "layout": layout_hash(student.model, student.tokenizer),
         "task": student.task.as_dict(),
         "prefix": student.prefix,
         "max_new_tokens": student.max_new_tokens,

@@ -6,7 +6,6 @@
 __all__ = []
 
 # %% ../../nbs/4_probabilities/19_distill_request.ipynb #9fa397b4
-import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -25,9 +24,9 @@ from kd_notes.core import (
     UserError,
     write_json,
 )
-from ..data.dialogues import chat_template_of
 from ..data.examples import numbered_rows
 from ..data.rows import RowFile, TextRow
+from ..generation.backends import layout_hash
 from ..methods.server_teacher import is_server, open_server_teacher, ServerTeacher
 from ..methods.several_teachers import mixture_weights
 from ..models.layer_drop import shorter_config
@@ -35,7 +34,6 @@ from kd_notes.models.pretrained import (
     context_of,
     load_part,
     load_teacher,
-    plain_configs,
     resolve_model,
     weights_hash,
 )
@@ -212,24 +210,11 @@ def layout_identity(source: Any) -> Any:
     if is_server(source):
         return None
     if isinstance(source, tuple):
-        return stable_hash([plain_configs(source[0]), _layout_of(source[1])])
+        return layout_hash(*source)
     if source.startswith("layers:") or not Path(place := resolve_model(source)).is_dir():
         return None
     files = [Path(place) / name for name in _LAYOUT_FILES]
     return stable_hash({file.name: sha256_file(file) for file in files if file.is_file()})
-
-
-def _layout_of(tokenizer: Any) -> list:
-    """Return how a tokenizer splits and lays out text.
-
-    Padding is left out, because loading may set it.
-    """
-    cut = tokenizer.get_vocab()
-    if tokenizer.is_fast:
-        cut = json.loads(tokenizer.backend_tokenizer.to_str())
-        cut = {k: v for k, v in cut.items() if k not in ("padding", "truncation")}
-    ends = [tokenizer.bos_token, tokenizer.eos_token]
-    return [cut, ends, chat_template_of(tokenizer)]
 
 # %% ../../nbs/4_probabilities/19_distill_request.ipynb #e740dc4d
 def deciding_settings(settings: Any) -> dict:

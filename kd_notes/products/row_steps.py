@@ -418,9 +418,9 @@ def read_row_step(text: str, seed: int = 0) -> tuple[str, Any]:
 
 
 def check_row_step(
-    settings: DistillSettings, objective: str, teacher: Any, data: Any
+    settings: DistillSettings, objective: str, teacher: Any, data: Any, given: Sequence = ()
 ) -> dict[str, str]:
-    """Return the hashes of the files that the step of these settings reads.
+    """Return the hashes of the step's files; `given` are those of the rows' pictures.
 
     Raises UserError for a step that is unknown, or that this request cannot take.
     """
@@ -441,15 +441,18 @@ def check_row_step(
         raise UserError(what, where="rows", fix=fix)
     if name != "evidence":
         return {}
-    return {"reports": sha256_file(beside(data, options.reports))}
+    files = {"reports": sha256_file(beside(data, options.reports))}
+    if given:
+        files["pictures"] = stable_hash(given)
+    return files
 
-
+# %% ../../nbs/4_probabilities/23_row_steps.ipynb #fa41785f
 def beside(data: Any, name: Any) -> Path:
     "Return the path of a file that is named relative to the file of rows."
     folder = data.parent if isinstance(data, Path) else Path()
     return folder / str(name)
 
-# %% ../../nbs/4_probabilities/23_row_steps.ipynb #fa41785f
+
 def open_row_step(
     request: Request, texts: list[TextRow], held_out: list[TextRow]
 ) -> RowWork | None:

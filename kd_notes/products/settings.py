@@ -174,18 +174,32 @@ ON_POLICY_DEFAULTS = {"lr": 5e-5}  # instead of the default, where no rate is gi
 ALIASES = {"akl": "adaptive_kl"}
 
 # %% ../../nbs/4_probabilities/17_distill_settings.ipynb #onp-config
-NOT_ON_POLICY = ("temperature", "sft_weight", "top_p")  # their options have names of their own
+# The settings that only some objectives read, and the objectives that read others than a divergence.
+SOME_READ = ("temperature", "sft_weight", "top_p", "top_k", "width", "server")
+READ_BY_DIVERGENCES = ("temperature", "sft_weight")
+READS = {
+    "sft": (),
+    "symmetric_cross_entropy": (),
+    "seqkd": ("temperature", "top_p"),
+    "seqkd_beam": ("width",),
+    "cached_forward_kl": (*READ_BY_DIVERGENCES, "top_k"),
+} | dict.fromkeys(ON_POLICY, ())  # their options have names of their own
 
 
-def check_read(name: str, s: "DistillSettings") -> None:
-    "Refuse a setting that an on-policy objective does not read."
-    if name not in ON_POLICY:
-        return
+def check_read(name: str, s: "DistillSettings", served: bool = False) -> None:
+    "Refuse a setting that an objective does not read. `served`: the teacher is on a server."
     default = DistillSettings()
-    for setting in NOT_ON_POLICY:
-        by_rows = s.rows and setting != "sft_weight"  # a step of the rows may read it
-        if getattr(s, setting) != getattr(default, setting) and not by_rows:
-            fix = "Leave it out; `options` has the settings of this objective."
+    read = {*READS.get(name, READ_BY_DIVERGENCES)}
+    if served:
+        read |= {"top_k", "server"}
+    step = (s.rows or "").partition(":")[0]
+    if step and step != "select":  # the teacher writes rows
+        read |= {"temperature", "top_p"}
+    for setting in SOME_READ:
+        if setting in read:
+            continue
+        if getattr(s, setting) != getattr(default, setting):
+            fix = "Leave it out; `options` has what an objective reads."
             raise UserError(f"{name} does not read it", where=f"setting {setting}", fix=fix)
 
 

@@ -321,6 +321,12 @@ def imported_modules(nb: Mapping, where: str = "notebook") -> list[str]:
 def _file_hash(path: Path, size: int, changed: int) -> str:
     return sha256_file(path)
 
+
+def _hash_of(path: Path) -> str:
+    "Return the SHA-256 of a file, which is read again only after a change."
+    facts = path.stat()
+    return _file_hash(path, facts.st_size, facts.st_mtime_ns)
+
 # %% ../../nbs/7_engine_room/22_notebooks.ipynb #d7a09d48
 def data_hashes(book: Book) -> dict[str, str]:
     "Return {file: SHA-256} of data/, without the record and the prose."
@@ -328,10 +334,15 @@ def data_hashes(book: Book) -> dict[str, str]:
     for path in sorted(book.data.rglob("*")):
         counts = path.is_file() and path.suffix != ".md" and not path.name.startswith(".")
         if counts and not path.is_relative_to(book.expected):
-            facts = path.stat()
             name = path.relative_to(book.data).as_posix()
-            hashes[name] = _file_hash(path, facts.st_size, facts.st_mtime_ns)
+            hashes[name] = _hash_of(path)
     return hashes
+
+
+def record_hash(book: Book) -> str:
+    "Return a hash of the recorded runs, which decide the numbers of a replay."
+    files = sorted(book.expected.glob("runs/*.jsonl"))
+    return stable_hash({path.name: _hash_of(path) for path in files})
 
 # %% ../../nbs/7_engine_room/22_notebooks.ipynb #15f33d4c
 def outside_data(nb: Mapping) -> dict | None:

@@ -28,6 +28,7 @@ from kd_notes.runner.notebooks import (
     notebook_title,
     open_book,
     read_notebook,
+    record_hash,
     resolve_parameters,
     result_names,
 )
@@ -39,13 +40,15 @@ def run_fresh(
     folder: Path,
     key: str,
     source: str = "record",  # requested source; a run with replayed results is fresh for "record" only
+    record: str | None = None,  # hash of the recorded runs; None: it may have changed
 ) -> bool:
     "Return True if there is a finished run with this key and unchanged files."
     manifest = read_manifest(folder)
     if manifest is None or manifest["status"] != "done" or manifest["key"] != key:
         return False
-    if source != "record" and (manifest.get("source") or {}).get("replayed"):
-        return False
+    if (manifest.get("source") or {}).get("replayed"):
+        if source != "record" or record not in (None, manifest.get("record")):
+            return False
     return all(
         (folder / name).is_file() and sha256_file(folder / name) == digest
         for name, digest in manifest.get("outputs", {}).items()
@@ -83,7 +86,7 @@ def make_plan(
         key=key,
         cells=len(nb["cells"]) + 1,
         seconds=profile.seconds.get(name),
-        fresh=run_fresh(folder, key, source),
+        fresh=run_fresh(folder, key, source, record_hash(book)),
         executor=executor,
     )
 
@@ -154,6 +157,7 @@ def run_plan(book: Book, plan: Plan) -> Outcome:
             _set_aside(plan.folder),
             Run.open(plan.folder, plan.params, force=True, stage="notebook", key=plan.key) as run,
         ):
+            run.manifest["record"] = record_hash(book)
             _collect(plan, run, _run_process(book, plan))
         message = read_manifest(plan.folder).get("skipped", "")
         status = "skipped" if message else "done"

@@ -6,6 +6,7 @@
 __all__ = ['PLAIN_TEMPLATE', 'prompt_ids', 'encode_row', 'load_prompts']
 
 # %% ../../nbs/4_probabilities/06_dialogues.ipynb #a7fb6200
+import json
 import warnings
 from functools import lru_cache
 from typing import Any
@@ -105,6 +106,17 @@ def turn_end_id(tokenizer) -> int:
     "Return the token that ends an assistant message in the chat template."
     written = (tokenizer.bos_token, tokenizer.eos_token)
     return _turn_end(tokenizer, chat_template_of(tokenizer), written)
+
+
+def tokenizer_layout(tokenizer) -> list:
+    "Return what a tokenizer decides of texts: how it cuts them, its ends and its chat template."
+    cut = tokenizer.get_vocab()
+    if tokenizer.is_fast:
+        cut = json.loads(tokenizer.backend_tokenizer.to_str())
+        for name in ("padding", "truncation"):  # which loading may set
+            cut.pop(name, None)
+    ends = [tokenizer.bos_token, tokenizer.eos_token]
+    return [cut, ends, tokenizer.chat_template]
 
 # %% ../../nbs/4_probabilities/06_dialogues.ipynb #b303a691
 def prompt_ids(

@@ -7,7 +7,6 @@ __all__ = ['SPECS', 'LocalBackend', 'ReplayBackend', 'open_backend']
 
 # %% ../../nbs/7_engine_room/19_backends.ipynb #c365d3d6
 import inspect
-import json
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -26,7 +25,7 @@ from kd_notes.core import (
     to_jsonable,
     UserError,
 )
-from ..data.dialogues import chat_template_of, template_errors
+from ..data.dialogues import chat_template_of, template_errors, tokenizer_layout
 from kd_notes.generation.completions import (
     check_requests,
     Completion,
@@ -181,17 +180,8 @@ def opening_of(tokenizer) -> str:
 
 # %% ../../nbs/7_engine_room/19_backends.ipynb #d2ee6f0b
 def layout_hash(model, tokenizer, *more: str) -> str:
-    """Return a hash of the configs, the tokenizer and the chat template.
-
-    They decide texts as the weights do. Padding is left out, because loading may set it.
-    """
-    cut = tokenizer.get_vocab()
-    if tokenizer.is_fast:
-        cut = json.loads(tokenizer.backend_tokenizer.to_str())
-        cut = {k: v for k, v in cut.items() if k not in ("padding", "truncation")}
-    ends = [tokenizer.bos_token, tokenizer.eos_token]
-    layout = [cut, ends, chat_template_of(tokenizer)]
-    return stable_hash([plain_configs(model), layout, *more])
+    "Return a hash of configs and tokenizer, which decide texts as the weights do."
+    return stable_hash([plain_configs(model), tokenizer_layout(tokenizer), *more])
 
 # %% ../../nbs/7_engine_room/19_backends.ipynb #d2ee6f0c
 class LocalBackend:

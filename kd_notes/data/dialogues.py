@@ -107,7 +107,7 @@ def turn_end_id(tokenizer) -> int:
     written = (tokenizer.bos_token, tokenizer.eos_token)
     return _turn_end(tokenizer, chat_template_of(tokenizer), written)
 
-
+# %% ../../nbs/4_probabilities/06_dialogues.ipynb #tok-layout
 def tokenizer_layout(tokenizer) -> list:
     "Return what a tokenizer decides of texts: how it cuts them, its ends and its chat template."
     cut = tokenizer.get_vocab()

@@ -234,6 +234,26 @@ def top_k_logits(student: Tensor, teacher: Tensor, part: Part) -> tuple[Tensor, 
         return student.gather(-1, ids), teacher.gather(-1, ids)
     return coarse_logits(student, ids), coarse_logits(teacher, ids)
 
+# %% ../../nbs/5_own_words/04_gkd.ipynb #gkd-part
+def divergence_values(
+    config: GKDConfig,
+    part: Part,
+    student: Tensor,
+    teacher: Tensor,
+    ids: Tensor,
+    about,
+    columns: dict,
+) -> Tensor:
+    "Return the divergence of a part at the tokens of its source."
+    own_way = config.own_skew or config.cut_mixture
+    if own_way and part.divergence.startswith("skew"):
+        alpha = columns["skew"][about] if config.own_skew else part.options["alpha"]
+        return skew_values(student, teacher, alpha, part.divergence == "skew_reverse_kl")
+    options = dict(part.options)
+    if "target_ids" in _options(DIVERGENCES[part.divergence]):
+        options["target_ids"] = ids
+    return token_divergence(part.divergence, student, teacher, **options)
+
 # %% ../../nbs/5_own_words/04_gkd.ipynb #07147a57
 class DivergenceOnPolicy(OnPolicy):
     "A weighted sum of divergences per token, each on the responses of one source."
@@ -279,26 +299,13 @@ class DivergenceOnPolicy(OnPolicy):
             pair = (logits, teacher[about])
             if part.top_k:
                 pair = top_k_logits(*pair, part)
-            values = self.divergence_values(part, *pair, ids, about, columns)
+            values = divergence_values(self.config, part, *pair, ids, about, columns)
         if self.config.ramp:
             rise = 0.5 * min(1.0, 2 * self.step / self.total_steps)
             values = values * (1 + rise if part.source == "student" else 1 - rise)
         if isinstance(about, slice):
             return values
         return values.new_zeros(len(columns["target_ids"])).index_put((about,), values)
-
-    def divergence_values(
-        self, part: Part, student: Tensor, teacher: Tensor, ids: Tensor, about, columns: dict
-    ) -> Tensor:
-        "Return the divergence of a part at the tokens of its source."
-        own_way = self.config.own_skew or self.config.cut_mixture
-        if own_way and part.divergence.startswith("skew"):
-            alpha = columns["skew"][about] if self.config.own_skew else part.options["alpha"]
-            return skew_values(student, teacher, alpha, part.divergence == "skew_reverse_kl")
-        options = dict(part.options)
-        if "target_ids" in _options(DIVERGENCES[part.divergence]):
-            options["target_ids"] = ids
-        return token_divergence(part.divergence, student, teacher, **options)
 
 # %% ../../nbs/5_own_words/04_gkd.ipynb #5204b4b4
 def _mean_probabilities(model, responses: list[Response], method: OnPolicy) -> list[float]:

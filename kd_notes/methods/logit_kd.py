@@ -167,6 +167,13 @@ class LiveTeacher(TeacherSignal):
             "vocab_size": self.vocabulary,
         } | method.options_at(method.targets(batch))
 
+# %% ../../nbs/4_probabilities/07_logit_kd.ipynb #kd-cuts
+def _cuts_minibatch(divergence: str, options: dict) -> bool:
+    "Return True if a divergence splits the positions of a minibatch, as ATKD at their median."
+    if divergence not in DIVERGENCES or options.get("split") is not None:
+        return False
+    return "split" in _options(DIVERGENCES[divergence])
+
 # %% ../../nbs/4_probabilities/07_logit_kd.ipynb #e5706d8e
 class _KDSettings(SFT):
     "The settings, rows and batches of KD."
@@ -197,6 +204,7 @@ class _KDSettings(SFT):
         self.signal = as_signal(signal, vocabulary)
         self.divergence = divergence
         self.options = options
+        self.by_minibatch = _cuts_minibatch(divergence, options)
         self.temperature = self.signal.temperature if temperature is None else temperature
         self.scale = self.temperature**2 if scale_t2 else 1.0
         self.fused = fused
@@ -234,22 +242,11 @@ def _no_fused_loss() -> UserError:
     )
 
 # %% ../../nbs/4_probabilities/07_logit_kd.ipynb #7e2271cf
-def _cuts_minibatch(divergence: str, options: dict) -> bool:
-    "Return True if a divergence splits the positions of a minibatch, as ATKD at their median."
-    if divergence not in DIVERGENCES or options.get("split") is not None:
-        return False
-    return "split" in _options(DIVERGENCES[divergence])
-
-
 class KD(_KDSettings):
     """Word-level KD: (1 - sft_weight) divergence from the teacher + sft_weight cross-entropy.
 
     With the forward KL and `scale_t2` it is the soft-target loss of Hinton et al. (2015).
     """
-
-    @property
-    def by_minibatch(self) -> bool:
-        return _cuts_minibatch(self.divergence, self.options)
 
     def options_at(self, target_ids: Tensor) -> dict:
         "Return the divergence's options, with the target tokens if it needs them."

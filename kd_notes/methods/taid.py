@@ -96,8 +96,7 @@ class TAID(GKD):
         self.last_loss = loss
 
     def state_dict(self) -> dict:
-        own = [self.t, self.last_loss, self.fall, *self.seen]
-        return super().state_dict() | {"taid": own}
+        return super().state_dict() | {"taid": [self.t, self.last_loss, self.fall, *self.seen]}
 
     def load_state_dict(self, kept: dict) -> None:
         super().load_state_dict(kept)

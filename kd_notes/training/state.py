@@ -209,8 +209,7 @@ class TrainState:
     ids: list = field(default_factory=list)  # name of each, for messages
     callbacks: list = field(default_factory=list)
     run_dir: Path | None = None
-    # hashes of what decides this run, for its checkpoints
-    identity: dict = field(default_factory=dict)
+    identity: dict = field(default_factory=dict)  # hashes of what decides this run
     step: int = 0  # number of steps done
     tokens: int = 0  # of the examples seen so far, padding not counted
     seconds: float = 0.0  # spent in steps, over all sessions

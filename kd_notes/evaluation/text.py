@@ -415,10 +415,7 @@ def write_answers(
 ) -> Written:
     "Sample answers to the prompts of rows; keywords are those of `sample_answers`."
     return sample_answers(
-        model,
-        tokenizer,
-        [prompt_ids(prompt(row), tokenizer) for row in rows],
-        **how,
+        model, tokenizer, [prompt_ids(prompt(row), tokenizer) for row in rows], **how
     )
 
 # %% ../../nbs/2_playground/11_text.ipynb #05397f07

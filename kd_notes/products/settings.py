@@ -334,11 +334,7 @@ def prompt_groups(rows: Iterable) -> np.ndarray:
             contents = [message["content"] for message in text]
             text = "\0".join(contents)
         seen.append(hash(without_space(text)))
-    _, first, group = np.unique(
-        seen,
-        return_index=True,
-        return_inverse=True,
-    )
+    _, first, group = np.unique(seen, return_index=True, return_inverse=True)
     return first[group]
 
 

@@ -130,12 +130,7 @@ def stepwise_settings(
     return profile_settings("stepwise", StepwiseSettings, STEPWISE_PROFILES, profile, settings)
 
 # %% ../../nbs/3_reasons/10_stepwise_plan.ipynb #5a3d11e0
-def _read_answer(
-    task: OwnTask,
-    example: Example,
-    row: dict,
-    where: str,
-) -> Parsed:
+def _read_answer(task: OwnTask, example: Example, row: dict, where: str) -> Parsed:
     "Return what a row of a file of rationales says about an example."
     if isinstance(row.get("text"), str):
         finish = row.get("finish", "stop")
@@ -157,11 +152,7 @@ def _read_answer(
     return Parsed(outcome, rationale, meant)
 
 
-def _asked(
-    row: dict,
-    named: Sequence[Example | None],
-    where: str,
-) -> list[Example | None]:
+def _asked(row: dict, named: Sequence[Example | None], where: str) -> list[Example | None]:
     """Return the examples whose input the row answers, among those with its id.
 
     A row without a hash answers the first of them, and those with the same input.
@@ -205,10 +196,7 @@ def teacher_answers(
         for example, side in zip(asked, (learnt, tested)):
             if example:
                 parsed = _read_answer(task, example, row, where)
-                known = {
-                    "id": row["id"],
-                    "sample": row.get("sample", 0),
-                }
+                known = {"id": row["id"], "sample": row.get("sample", 0)}
                 side.append(known | asdict(parsed))
     if not learnt and not tested:
         fix = "Use the rationales of these rows: the two are joined by id."
@@ -222,11 +210,7 @@ def teacher_answers(
 def _voted(rows: list[dict], task: OwnTask) -> dict[str, Parsed]:
     "Return {id: the answer of the majority}."
     return {
-        row["id"]: Parsed(
-            row["outcome"],
-            row["rationale"],
-            row["label"],
-        )
+        row["id"]: Parsed(row["outcome"], row["rationale"], row["label"])
         for row in vote(rows, task)
     }
 

@@ -194,6 +194,18 @@ def test_other_notebooks_have_no_parameters_cell(path):
     assert not [c for c in load(path)["cells"] if "parameters" in c["metadata"].get("tags", [])]
 
 
+def test_a_cache_of_a_lesson_lies_in_a_folder_that_goes_with_it():
+    "A second execution would find what the first one left, and say that nothing was trained."
+    left = []
+    for path in NOTEBOOKS:
+        code = [source(c) for c in load(path)["cells"] if c["cell_type"] == "code"]
+        text = "\n".join(code)
+        relative = re.search(r"""KD_NOTES_CACHE"\] = "[^/]""", text)
+        if relative and "os.chdir(scratch.name)" not in text[: relative.start()]:
+            left.append(path.name)
+    assert left == []
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
 def test_notebook_opens_with_title_and_subtitle(path):
     first = load(path)["cells"][0]

@@ -269,14 +269,13 @@ def test_a_missing_library_is_named_before_the_work(tmp_path, monkeypatch, libra
 
 
 @pytest.mark.parametrize(
-    "objective, weight", [("forward_kl", 0.0), ("reverse_kl", 0.5), ("seqkd", 0.0)]
+    "objective, own",
+    [("forward_kl", {"sft_weight": 0.0}), ("reverse_kl", {"sft_weight": 0.5}), ("seqkd", {})],
 )
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["lm_head", "down_proj"]])
-def test_the_report_of_an_adapted_student_is_true_of_its_folder(
-    tmp_path, objective, weight, targets
-):
+def test_the_report_of_an_adapted_student_is_true_of_its_folder(tmp_path, objective, own, targets):
     pair = (test_tokenizers.llama(len(TOK)), TOK)
-    settings = FAST | {"max_steps": 10, "lr": 5e-2, "sft_weight": weight}
+    settings = FAST | {"max_steps": 10, "lr": 5e-2} | own
     settings["lora"] = {"r": 4, "alpha": 8, "targets": targets}
     report = distill(ROWS, pair, "layers:2", objective, tmp_path / "out", **settings)
     model, tokenizer = load_pretrained(tmp_path / "out", device="cpu")

@@ -116,7 +116,10 @@ def tokenizer_layout(tokenizer) -> list:
         for name in ("padding", "truncation"):  # which loading may set
             cut.pop(name, None)
     ends = [tokenizer.bos_token, tokenizer.eos_token]
-    return [cut, ends, tokenizer.chat_template]
+    template = tokenizer.chat_template  # several, by name, or one
+    if not isinstance(template, dict):
+        template = chat_template_of(tokenizer)
+    return [cut, ends, template]
 
 # %% ../../nbs/4_probabilities/06_dialogues.ipynb #b303a691
 def prompt_ids(

@@ -455,6 +455,12 @@ def test_no_machine_path_and_no_package_host_in_any_committed_file():
     )
 
 
+def test_nothing_that_a_lesson_writes_is_committed_at_the_top():
+    parts = [path.relative_to(ROOT).parts for path in tracked()]
+    folders = {first for first, *rest in parts if rest}
+    assert folders <= {".ci", "configs", "data", "kd_notes", "nbs", "site", "tests"}
+
+
 def test_the_repository_is_small():
     sizes = {name(p): p.stat().st_size for p in tracked()}
     assert sum(sizes.values()) <= 80e6, (

@@ -202,16 +202,15 @@ class LocalBackend:
         logprobs: bool = False,  # also sum the log-probabilities of the tokens
     ):
         check_model(model)
-        kind = getattr(torch, dtype) if dtype else None
-        self.model = (with_dtype(model, kind) if dtype else model).eval()
+        self.model = (with_dtype(model, getattr(torch, dtype)) if dtype else model).eval()
         self.tokenizer = tokenizer
         self.batch_size = check_count(batch_size, "batch_size", 1)
-        self.layout = layout_hash(model, tokenizer)
         self.cache_gib = cache_gib
         self.chat = chat
         self.logprobs = logprobs
         self.name = name or type(model).__name__
         self.adapter = adapter
+        self.adapter_config = ""  # hash of it: scale and layers of the adapter
         self.revision = revision or weights_hash(model)
         self.ends = set(end_tokens(model, tokenizer))
         self.opening = opening_of(tokenizer) if chat else ""
@@ -224,7 +223,7 @@ class LocalBackend:
             "model": self.name,
             "revision": self.revision,
             "adapter": self.adapter,
-            "layout": self.layout,
+            "layout": layout_hash(self.model, self.tokenizer, self.adapter_config),
             "chat": self.chat,
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "device": self.model.device.type,
@@ -242,7 +241,8 @@ class LocalBackend:
 
     def encode(self, prompt: str) -> list[int]:
         "Return the token ids of a prompt, in the chat template if `chat` is on."
-        return (chat_ids if self.chat else text_ids)(self.tokenizer, prompt)
+        ids = chat_ids if self.chat else text_ids
+        return ids(self.tokenizer, prompt)
 
 # %% ../../nbs/7_engine_room/19_backends.ipynb #4309d9fb
 def check_finite(scores: Scores, rows: Sequence[DecodeRow]) -> None:
@@ -493,7 +493,6 @@ def _open_local(spec: str, dtype: str, device: str | None, options: dict) -> Loc
     opened = LocalBackend(
         model, tokenizer, name=name, revision=revision, adapter=adapter_hash, **options
     )
-    if adapter:  # scale and layers of the adapter
-        config = sha256_file(Path(adapter) / "adapter_config.json")
-        opened.layout = layout_hash(model, tokenizer, config)
+    if adapter:
+        opened.adapter_config = sha256_file(Path(adapter) / "adapter_config.json")
     return opened

@@ -222,33 +222,27 @@ def differences(stored: Any, wanted: Any, name: str = "") -> list[str]:
     return changes
 
 # %% ../../nbs/7_engine_room/09_completions.ipynb #comp-22a
-class _Served:
-    "The models that a server named in the earlier sessions of a file."
-
-    path: Path
-    served: set[str]
-
-    def check_served(self, rows: Sequence[dict]) -> None:
-        "Raise UserError if a server names another model than in earlier sessions."
-        if not self.served:
-            return
-        for row in rows:
-            name = row.get("model")
-            if name and name not in self.served:
-                before = ", ".join(sorted(self.served))
-                what = f"the server now says that its model is {name}; before it was {before}"
-                fix = "Give a new file with --out: a file holds the answers of one model."
-                raise UserError(what, where=self.path, fix=fix)
+def _check_served(path: Path, served: set[str], rows: Sequence[dict]) -> None:
+    "Raise UserError if a server names another model than in the earlier sessions of a file."
+    if not served:
+        return
+    for row in rows:
+        name = row.get("model")
+        if name and name not in served:
+            before = ", ".join(sorted(served))
+            what = f"the server now says that its model is {name}; before it was {before}"
+            fix = "Give a new file with --out: a file holds the answers of one model."
+            raise UserError(what, where=path, fix=fix)
 
 # %% ../../nbs/7_engine_room/09_completions.ipynb #comp-22b
-class JobManifest(_Served):
+class JobManifest:
     "The manifest next to a file of answers: the job that writes it, and when."
 
     def __init__(self, path: Path, identity: dict):
         self.path = path  # of the file of answers
         self.identity = to_jsonable(identity)
         self.content: dict = {}
-        self.served = set()
+        self.served: set[str] = set()  # models that a server named in earlier sessions
 
     def read(self) -> None:
         "Read the manifest or start one. That of another job is an error."
@@ -420,7 +414,7 @@ class AnswerFile(Answers):
 
     def append(self, rows: Sequence[dict]) -> None:
         "Append rows: all of them or, when the disk is full, none."
-        self.manifest.check_served(rows)
+        _check_served(self.path, self.manifest.served, rows)
         append_jsonl(self.path, rows)
         for row in rows:
             self.rows.append(row)

@@ -22,6 +22,7 @@ from kd_notes.core import (
     read_json,
     read_text,
     sha256_file,
+    stable_hash,
     UserError,
     write_json,
 )
@@ -481,8 +482,9 @@ def distill(
     teachers = read_teachers(teacher, tokenizer, chosen.route)
     files = {}
     if chosen.rows:
-        sums = _picture_sums(rows, raw)
-        files = check_row_step(chosen, objective, teachers, rows, sums)
+        files = check_row_step(chosen, objective, teachers, rows)
+    if files and (sums := _picture_sums(rows, raw)):  # a step that reads files reads pictures
+        files["pictures"] = stable_hash(sums)
     sources = (teachers, one_teacher(student, tokenizer, "student"))
     asked = Request(rows, *sources, objective, Path(out), chosen, texts, trackers, files, raw)
     request = routed(asked)

@@ -418,9 +418,9 @@ def read_row_step(text: str, seed: int = 0) -> tuple[str, Any]:
 
 
 def check_row_step(
-    settings: DistillSettings, objective: str, teacher: Any, data: Any, given: Sequence = ()
+    settings: DistillSettings, objective: str, teacher: Any, data: Any
 ) -> dict[str, str]:
-    """Return the hashes of the step's files; `given` are those of the rows' pictures.
+    """Return the hashes of the files that the step of these settings reads.
 
     Raises UserError for a step that is unknown, or that this request cannot take.
     """
@@ -441,10 +441,7 @@ def check_row_step(
         raise UserError(what, where="rows", fix=fix)
     if name != "evidence":
         return {}
-    files = {"reports": sha256_file(beside(data, options.reports))}
-    if given:
-        files["pictures"] = stable_hash(given)
-    return files
+    return {"reports": sha256_file(beside(data, options.reports))}
 
 # %% ../../nbs/4_probabilities/23_row_steps.ipynb #fa41785f
 def beside(data: Any, name: Any) -> Path:

@@ -15,10 +15,10 @@ from typing import Any
 
 from ..checks import check_count, check_fields, typed
 from ..core import read_jsonl, rng, UserError
-from ..data.answers import is_correct
 from ..data.examples import Example
 from ..data.task_file import field_text, OwnTask
 from ..generation.completions import prompt_hash
+from ..methods.rationale_filters import is_right
 from ..methods.rationales import clean_label, Parsed, parse_for, vote, wrong_input
 from ..methods.step_by_step import PREDICT, Row, step_rows
 from .settings import check_fsdp, profile_settings, without_space
@@ -305,7 +305,7 @@ def _taught(task: OwnTask, example: Example, answer: Parsed | None, agreeing: bo
     """
     usable = answer is not None and answer.outcome == "ok"
     if usable and agreeing and example.label:
-        usable = is_correct(task.metric, answer.label, example.label)
+        usable = is_right(task, answer.label, example.label)
     if not usable:
         return replace(example, rationale="")
     return replace(example, rationale=answer.rationale, label=example.label or answer.label)

@@ -240,6 +240,7 @@ def test_a_whole_number_may_stand_for_a_decimal_one_with_the_same_key():
         ({"headline": ["smal"]}, "'smal'"),
         ({"seconds": {"other": 1}}, "'other'"),
         ({"shared": {"small": {"other": 1}}}, "'other'"),
+        ({"shared": {"small": 5}}, "'shared' has no notebooks for small"),
         ({"parameters": {"other": {}}}, "'other'"),
         ({"parameters": {"small": {"b": 1}}}, "Known parameters: a, scale, names"),
         ({"parameters": {"small": {"a": "x"}}}, "type int"),

@@ -76,6 +76,11 @@ def _profile_fields(path: Path) -> dict:
                 + ", ".join(f"{k} ({v.__name__})" for k, v in expected.items())
                 + ".",
             )
+    for name, after in fields.get("shared", {}).items():
+        if not isinstance(after, dict):
+            what = f"'shared' has no notebooks for {name}"
+            fix = "Write {notebook: seconds after it}."
+            raise UserError(what, where=path, fix=fix)
     return fields
 
 # %% ../../nbs/7_engine_room/22_profiles.ipynb #f945a376

@@ -254,6 +254,12 @@ def test_points_of_the_map_differ_only_where_they_say():
         )
 
 
+def test_a_number_of_rows_without_a_known_lowest_loss_is_one_clear_error():
+    with pytest.raises(UserError, match="200 rows.*100, 400, 1600"):
+        scarce_cell(rows=200)
+    assert scarce_cell(rows=200, epochs=16)["start"]["steps"] == 100
+
+
 def test_one_reader_for_all_finetunings_and_teachers_before_students():
     models = ScarceModels()
     runs = [WORLD.parameters(arm="sft", seed=3, lr=0.1, **scarce_cell(epochs=e)) for e in (1, 20)]

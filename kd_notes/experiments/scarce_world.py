@@ -168,6 +168,13 @@ def scarce_cell(rows: int = 400, teacher_rows: int = 8000, epochs: float | None 
 
     `epochs` is how long the start is finetuned; None means until the loss is lowest.
     """
+    if epochs is None and rows not in LOWEST_STEPS:
+        known = ", ".join(map(str, LOWEST_STEPS))
+        raise UserError(
+            f"it is not known how long {rows} rows are finetuned until the loss is lowest",
+            where="rows",
+            fix=f"Choose {known} rows, or give `epochs`.",
+        )
     if epochs is None:
         start = {"steps": LOWEST_STEPS[rows]}
     else:

@@ -375,6 +375,18 @@ def test_a_plan_measures_the_first_rows_and_nothing_is_asked_twice(serve, task):
     assert len(server.calls) == 40
 
 
+def test_a_plan_does_not_take_the_rates_of_another_teacher(serve, task):
+    server = serve(slowly)
+    call = ["extract", "--task", str(task / "task.toml"), "--input", str(task / "rows.jsonl")]
+    call += ["--out", str(task / "a.jsonl"), "--teacher"]
+    assert CliRunner().invoke(app, [*call, f"openai:{server.url}#m"]).exit_code == 0
+    again = CliRunner().invoke(app, [*call, f"openai:{server.url}#m", "--plan"])
+    assert json.loads(again.stdout)["from"] == "40 measured rows" and len(server.calls) == 40
+    other = CliRunner().invoke(app, [*call, f"openai:{server.url}#larger", "--plan"])
+    assert other.exit_code == 2 and "belongs to another job" in other.output
+    assert len(server.calls) == 40
+
+
 def test_a_plan_from_given_rates_asks_no_server(task):
     call = ["extract", "--task", str(task / "task.toml"), "--input", str(task / "rows.jsonl")]
     call += [

@@ -407,18 +407,17 @@ class _Asked:
 def planned(
     asked: _Asked, place, decoding: Decoding, given: dict, limit, dtype, options: dict
 ) -> dict:
-    "Return the plan; without given rates or rows in the file, extract a few rows first."
+    "Return the plan; without given rates, extract a few rows first if they are not in the file."
     given = dict(given)
     shard_rows = given.pop("shard_rows", 50_000)
     count = (given.pop("rows", None) or asked.count(limit)) * decoding.n
     if given:
         return extraction_plan(count, _given_rates(given), shard_rows)
+    backend = open_backend(asked.teacher, dtype=dtype, **options)
+    first = list(asked.examples(min(SAMPLE, limit or SAMPLE)))
+    # Rows that are there are not asked for again; a file of another teacher is an error.
+    extract_stream(first, backend, decoding, place, task=asked.info.name, prompt=asked.prompt)
     rates = measured_rates(place)
-    if rates is None:
-        backend = open_backend(asked.teacher, dtype=dtype, **options)
-        first = list(asked.examples(min(SAMPLE, limit or SAMPLE)))
-        extract_stream(first, backend, decoding, place, task=asked.info.name, prompt=asked.prompt)
-        rates = measured_rates(place)
     if rates is None:
         fix = "Give --rate prompt_tokens=..., completion_tokens=... and rows_per_second=..."
         raise UserError("the server counts no tokens", where=str(place), fix=fix)

@@ -1022,6 +1022,17 @@ def test_nbdev_clean_changes_nothing_and_the_tag_survives(published):
     assert publish_module.check_published(published) == []
 
 
+def test_text_that_a_kernel_sent_in_pieces_is_published_as_one():
+    def said(name, text):
+        return {"output_type": "stream", "name": name, "text": [text]}
+
+    pieces = [said("stdout", "drawn in "), said("stderr", "a warning"), said("stdout", "runs\n")]
+    cell = {"cell_type": "code", "source": "show()", "metadata": {}, "outputs": pieces}
+    nb = {"cells": [cell]}
+    [made] = publish_module._executed_outputs(nb, nb, {}, "small")
+    assert made == [said("stdout", "drawn in runs\n")]
+
+
 def test_publishing_again_is_stable(published):
     before = (published.results / "small.ipynb").read_bytes()
     publish_module.publish(["small"], "smoke", published)

@@ -160,15 +160,27 @@ def test_rows_that_no_server_can_answer_stop_none_of_them(serve, tmp_path, bad):
 
 def test_rows_set_aside_by_a_server_that_dies_are_answered_by_the_others(serve):
     def dies(body, n):
-        if n <= 4:
-            return slowly(body, n)
-        # After the last answer: one that comes later than a failure says that the server is well.
-        time.sleep(0.3)
-        return 503, {}, error("dying")
+        return (503, {}, error("dying")) if n > 4 else slowly(body, n)
 
     servers = [serve(dies), serve(slowly)]
     asked = [(f"r{i}", f"p {i}") for i in range(40)]
     done = list(pool_of(*servers).generate(asked, Decoding(8)))
+    assert Counter(c.id for c in done) == Counter(name for name, _ in asked)
+    assert {c.finish for c in done} == {"stop"}
+
+
+def test_an_answer_that_was_asked_for_before_a_failure_is_no_sign_of_life(serve):
+    def dies(body, n):
+        if n == 1:  # the last answer; it comes after the failure of the second request
+            time.sleep(0.3)
+            return 200, {}, text()
+        if n == 3:
+            time.sleep(0.6)
+        return 503, {}, error("dying")
+
+    servers = [serve(dies), serve(slowly)]
+    asked = [(f"r{i}", f"p {i}") for i in range(40)]
+    done = list(pool_of(*servers, concurrency=2).generate(asked, Decoding(8)))
     assert Counter(c.id for c in done) == Counter(name for name, _ in asked)
     assert {c.finish for c in done} == {"stop"}
 

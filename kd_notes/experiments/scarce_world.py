@@ -168,17 +168,17 @@ def scarce_cell(rows: int = 400, teacher_rows: int = 8000, epochs: float | None 
 
     `epochs` is how long the start is finetuned; None means until the loss is lowest.
     """
-    if epochs is None and rows not in LOWEST_STEPS:
+    if epochs is not None:
+        start = {"steps": max(1, round(epochs * rows / 32)), "stop": "last"}
+    elif rows in LOWEST_STEPS:
+        start = {"steps": LOWEST_STEPS[rows]}
+    else:
         known = ", ".join(map(str, LOWEST_STEPS))
         raise UserError(
             f"it is not known how long {rows} rows are finetuned until the loss is lowest",
             where="rows",
             fix=f"Choose {known} rows, or give `epochs`.",
         )
-    if epochs is None:
-        start = {"steps": LOWEST_STEPS[rows]}
-    else:
-        start = {"steps": max(1, round(epochs * rows / 32)), "stop": "last"}
     return {"rows": rows, "teacher": {"rows": teacher_rows}, "start": start}
 
 # %% ../../nbs/5_own_words/08d_scarce_world.ipynb #3271994e

@@ -13,11 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ..core import cache_dir, data_dir, read_json, read_jsonl, rng, UserError, write_json
-from ..data.answers import outcomes
+from ..data.answers import is_correct, outcomes
 from ..data.examples import Example, load_split, task_info
 from ..data.public import load_real, real_set
 from ..data.tasks import valid_rationale
 from ..evaluation.statistics import Estimate, hierarchical_bootstrap, paired
+from .stepwise import teacher_text
 from ..generation.backends import LocalBackend
 from ..methods.rationale_filters import template_of
 from kd_notes.methods.rationales import (
@@ -353,3 +354,18 @@ def minus_teacher(
     "Estimate student minus teacher, paired by item, on the items the teacher answered."
     teacher = teacher_outcomes(task)
     return hierarchical_bootstrap(paired(right[:, : teacher.shape[1]], teacher))
+
+# %% ../../nbs/3_reasons/04_teachers.ipynb #tch-quality
+def label_quality(task: str, split: str = "unlabelled") -> dict[str, float]:
+    """Return how good the teacher's text of an embedded task is, as shares.
+
+    Of the completions those with a label; of these the right labels and the valid rationales.
+    """
+    said, gold = teacher_text(task, split), load_split(task, split, gold=True)
+    kept = [(e, *said[e.id]) for e in gold if said[e.id][0]]
+    right = sum(is_correct(task_info(task).metric, label, e.label) for e, label, _ in kept)
+    return {
+        "usable": len(kept) / len(gold),
+        "labels right": right / len(kept),
+        "rationales valid": sum(valid_rationale(e, why) for e, _, why in kept) / len(kept),
+    }

@@ -303,21 +303,27 @@ class _Ledger:
         self.refused = 0
         self.patience = self.PATIENCE
         self.set_aside: list[tuple] = []  # (job, NoAnswer) since the last answer
+        self.failed = 0  # requests that were ever set aside
         self.failure: UserError | None = None
 
-    def answer(self, job: tuple, completion: Completion) -> None:
-        "Store an answer. The server works, so earlier failures were the requests' own."
+    def answer(self, job: tuple, completion: Completion, failed: int) -> None:
+        """Store an answer to a request that was sent after `failed` requests had been set aside.
+
+        The server worked then, so those failures were the requests' own. Of later ones it says
+        nothing.
+        """
         self.answered += 1
         self.backend.answered = job
         self.patience = self.PATIENCE
-        self.release()
+        gone = self.failed - len(self.set_aside)
+        self.release(max(failed - gone, 0))
         self.results.put(completion)
 
-    def release(self) -> None:
-        "Make outcomes of the requests that were set aside: the server is well."
-        for job, trouble in self.set_aside:
+    def release(self, number: int) -> None:
+        "Make outcomes of the first requests that were set aside: the server was well after them."
+        for job, trouble in self.set_aside[:number]:
             self.refuse(job, trouble)
-        self.set_aside.clear()
+        del self.set_aside[:number]
 
     def refuse(self, job: tuple, trouble: NoAnswer) -> None:
         name, sample, _ = job
@@ -333,6 +339,7 @@ class _Ledger:
             self.refuse(job, trouble)
             return False
         self.set_aside.append((job, trouble))
+        self.failed += 1
         if trouble.concerns == "server":
             self.give_up(trouble)
         return len(self.set_aside) >= self.patience
@@ -392,8 +399,10 @@ class _Session:
         for job in self.jobs:
             if self.ledger.failure:
                 return
+            failed = self.ledger.failed
             try:
-                self.ledger.answer(job, await self.backend.ask(client, job, self.decoding))
+                completion = await self.backend.ask(client, job, self.decoding)
+                self.ledger.answer(job, completion, failed)
             except NoAnswer as trouble:
                 if self.ledger.fail(job, trouble):
                     await examine(self, client)
@@ -444,6 +453,6 @@ async def examine(session: _Session, client: Any, last: bool = False) -> None:
             ledger.give_up(trouble)
             return
         if known or ledger.answered:
-            ledger.release()
+            ledger.release(waiting)
         else:
             ledger.patience = ledger.REFUSALS

@@ -93,6 +93,7 @@ class _PoolSession(_Session):
                 await asyncio.sleep(0.02)
                 continue
             self.busy += 1
+            failed = self.ledger.failed
             due = False
             try:
                 completion = await self.backend.ask(client, job, self.decoding)
@@ -102,7 +103,7 @@ class _PoolSession(_Session):
                 self.work.put_back(job)
                 raise
             else:
-                self.ledger.answer(job, completion)
+                self.ledger.answer(job, completion, failed)
             finally:
                 self.busy -= 1
             if due:

@@ -78,14 +78,26 @@ def _clean_data(data: Mapping[str, Any], places: Mapping[str, str]) -> dict[str,
     return cleaned
 
 
+def _in_one_piece(outputs: Iterable[Mapping]) -> list[Mapping]:
+    "Return outputs without standard error, and printed text in one piece, however it was sent."
+    whole: list[Mapping] = []
+    for output in outputs:
+        printed = output["output_type"] == "stream"
+        if printed and output["name"] == "stderr":
+            continue
+        if printed and whole and whole[-1]["output_type"] == "stream":
+            whole[-1] = output | {"text": [*whole[-1]["text"], *output["text"]]}
+        else:
+            whole.append(output)
+    return whole
+
+
 def _clean_output(output: Mapping, places: Mapping[str, str]) -> dict | None:
-    "Return an output as it is published, None for standard error and widgets."
+    "Return an output as it is published, None for widgets."
     kind = output["output_type"]
     if kind == "error":
         raise UserError("the run holds an error", where="publish", fix="Run the notebook again.")
     if kind == "stream":
-        if output["name"] == "stderr":
-            return None
         text = _scrub("".join(output["text"]), places)
         return {"output_type": "stream", "name": "stdout", "text": text.splitlines(True)}
     data = _clean_data(output["data"], places)
@@ -139,7 +151,7 @@ def _executed_outputs(
         )
     outputs = []
     for cell in ran:
-        cleaned = [_clean_output(output, places) for output in cell["outputs"]]
+        cleaned = [_clean_output(output, places) for output in _in_one_piece(cell["outputs"])]
         outputs.append([output for output in cleaned if output])
     return outputs
 

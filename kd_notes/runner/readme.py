@@ -182,8 +182,8 @@ SHOWN_VERDICTS = 3  # the notebook shows all of them
 
 
 def _recorded(book: Book, name: str) -> tuple[str, dict] | None:
-    "Return profile and record of a notebook; the record of five seeds comes first."
-    for profile in ("cpu-full", "cpu"):
+    "Return profile and record of a notebook; the one with the most comes first."
+    for profile in ("cpu-map", "cpu-full", "cpu"):
         path = expected_file(book, profile, name)
         if path.is_file():
             return profile, read_json(path)
@@ -357,6 +357,8 @@ def cost_table(book: Book) -> str:
         "make reproduce-all": "trains every notebook, three seeds, "
         + predicted_time(book, "cpu", everything=True),
         "kd-notes reproduce --all --profile cpu-full": f"trains every notebook, five seeds, {full}",
+        "kd-notes reproduce --profile cpu-map": "trains the map of gold text and teachers "
+        f"(minillm_regimes), five seeds, {predicted_time(book, 'cpu-map')} without cpu-full",
         "kd-notes reproduce --all --profile cpu-full --source record": replay,
         "kd-notes reproduce --all --profile gpu": "never run by us at that scale",
         "kd-notes check": "seconds; compares finished runs with the record",

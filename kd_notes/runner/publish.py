@@ -79,13 +79,10 @@ def _clean_data(data: Mapping[str, Any], places: Mapping[str, str]) -> dict[str,
 
 
 def _in_one_piece(outputs: Iterable[Mapping]) -> list[Mapping]:
-    "Return outputs without standard error, and printed text in one piece, however it was sent."
+    "Join printed text that was sent in pieces."
     whole: list[Mapping] = []
     for output in outputs:
-        printed = output["output_type"] == "stream"
-        if printed and output["name"] == "stderr":
-            continue
-        if printed and whole and whole[-1]["output_type"] == "stream":
+        if whole and {output["output_type"], whole[-1]["output_type"]} == {"stream"}:
             whole[-1] = output | {"text": [*whole[-1]["text"], *output["text"]]}
         else:
             whole.append(output)
@@ -93,11 +90,13 @@ def _in_one_piece(outputs: Iterable[Mapping]) -> list[Mapping]:
 
 
 def _clean_output(output: Mapping, places: Mapping[str, str]) -> dict | None:
-    "Return an output as it is published, None for widgets."
+    "Return an output as it is published, None for standard error and widgets."
     kind = output["output_type"]
     if kind == "error":
         raise UserError("the run holds an error", where="publish", fix="Run the notebook again.")
     if kind == "stream":
+        if output["name"] == "stderr":
+            return None
         text = _scrub("".join(output["text"]), places)
         return {"output_type": "stream", "name": "stdout", "text": text.splitlines(True)}
     data = _clean_data(output["data"], places)
@@ -151,7 +150,9 @@ def _executed_outputs(
         )
     outputs = []
     for cell in ran:
-        cleaned = [_clean_output(output, places) for output in _in_one_piece(cell["outputs"])]
+        # A warning may stand between two pieces of one text.
+        shown = [output for output in cell["outputs"] if output.get("name") != "stderr"]
+        cleaned = [_clean_output(output, places) for output in _in_one_piece(shown)]
         outputs.append([output for output in cleaned if output])
     return outputs
 

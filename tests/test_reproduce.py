@@ -241,6 +241,8 @@ def test_a_whole_number_may_stand_for_a_decimal_one_with_the_same_key():
         ({"seconds": {"other": 1}}, "'other'"),
         ({"shared": {"small": {"other": 1}}}, "'other'"),
         ({"shared": {"small": 5}}, "'shared' has no notebooks for small"),
+        ({"left_out": ["other"]}, "'other'"),
+        ({"left_out": "small"}, "left_out"),
         ({"parameters": {"other": {}}}, "'other'"),
         ({"parameters": {"small": {"b": 1}}}, "Known parameters: a, scale, names"),
         ({"parameters": {"small": {"a": "x"}}}, "type int"),
@@ -251,6 +253,17 @@ def test_bad_profiles_name_the_file_and_the_known(tmp_path, fields, message):
     with pytest.raises(UserError, match=message) as e:
         profiles_module.load_profile(book, "p")
     assert "p.json" in str(e.value)
+
+
+def test_what_a_profile_leaves_out_runs_only_when_it_is_named(tmp_path, capsys):
+    profile = {"left_out": ["slow"], "parameters": {"small": {"a": 2}}}
+    book = make_book(tmp_path, {"p": profile}, small=standard(), slow=standard())
+    ran = reproduce_module.reproduce(profile="p", everything=True, book=book)
+    assert [outcome.name for outcome in ran] == ["small"]
+    assert "left out unless named: slow" in capsys.readouterr().out
+    ran = reproduce_module.reproduce(["slow"], profile="p", book=book)
+    assert [outcome.name for outcome in ran] == ["slow"]
+    assert "left out" not in capsys.readouterr().out
 
 
 def test_a_profile_that_is_not_json_names_the_line(tmp_path):

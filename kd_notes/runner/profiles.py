@@ -34,6 +34,7 @@ class Profile:
     seconds: dict[str, float] = field(default_factory=dict)
     parameters: dict[str, dict] = field(default_factory=dict)
     shared: dict[str, dict[str, float]] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()  # notebooks that --all does not run
     about: str = ""
 
     def total(self, names: Iterable[str]) -> float:
@@ -60,7 +61,8 @@ def profile_names(book: Book) -> list[str]:
 def _profile_fields(path: Path) -> dict:
     "Return the fields of a profile file after a check of their types."
     fields = read_json(path)
-    expected = {"headline": list, "seconds": dict, "parameters": dict, "shared": dict, "about": str}
+    expected = {"headline": list, "seconds": dict, "parameters": dict, "shared": dict}
+    expected |= {"left_out": list, "about": str}
     if not isinstance(fields, dict):
         raise UserError(
             "a profile is one JSON object",
@@ -96,7 +98,7 @@ def load_profile(book: Book, name: str) -> Profile:
     fields = _profile_fields(path)
     known = result_names(book)
     mentioned = [*fields.get("shared", {}).values()]
-    for field_name in ("headline", "seconds", "parameters", "shared"):
+    for field_name in ("headline", "seconds", "parameters", "shared", "left_out"):
         mentioned.append(fields.get(field_name, ()))
     for notebooks in mentioned:
         for notebook in notebooks:
@@ -110,7 +112,8 @@ def load_profile(book: Book, name: str) -> Profile:
         where = f"{path} ({notebook})"
         nb = read_notebook(book.results / f"{notebook}.ipynb")
         resolve_parameters(notebook_parameters(nb, where), given, where)
-    return Profile(name, **{**fields, "headline": tuple(fields.get("headline", ()))})
+    named = {key: tuple(fields.get(key, ())) for key in ("headline", "left_out")}
+    return Profile(name, **(fields | named))
 
 # %% ../../nbs/7_engine_room/22_profiles.ipynb #933d1b1c
 _WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}

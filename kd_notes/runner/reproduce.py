@@ -232,7 +232,8 @@ def plan_all(
     "Plan the named notebooks, the headline or all of them, before anything runs."
     names = known_names(book, names)
     if not names:
-        names = result_names(book) if everything else list(profile.headline)
+        every = [name for name in result_names(book) if name not in profile.left_out]
+        names = every if everything else list(profile.headline)
     if not names:
         raise UserError(
             "there is nothing to run",
@@ -288,6 +289,8 @@ def reproduce(
     options["executor"] = f"dask:{scheduler}" if scheduler else "local"
     plans = plan_all(book, chosen, names, everything, sets, **options)
     _announce(plans, chosen, force)
+    if everything and not names and chosen.left_out:
+        print(f"left out unless named: {', '.join(chosen.left_out)}", flush=True)
     if scheduler and (force or not all(plan.fresh for plan in plans)):
         connect(scheduler).close()  # a wrong address is told before anything runs
     outcomes = []

@@ -62,6 +62,9 @@ pins: setup
 
 export OMP_NUM_THREADS ?= 1
 
+# No check needs the hub, and without a network each question to it costs half a minute of retries.
+sync notebooks pytest smoke: export HF_HUB_OFFLINE ?= 1
+
 # What a check writes for itself goes with it: several lessons keep a copy of SmolLM2 of half a gigabyte, and the worker
 # processes of nbdev_test end without removing theirs.
 IN_SCRATCH = scratch=$$(mktemp -d); trap 'rm -rf "$$scratch"' EXIT; export TMPDIR="$$scratch";
@@ -86,7 +89,7 @@ notebooks: setup
 
 pytest: setup
 	@echo "== pytest: the tests of the library"
-	@$(IN_SCRATCH) $(BIN)/python -m pytest -q -n 2 --dist loadfile --durations 20 tests --ignore tests/test_repository.py --ignore tests/test_readme.py
+	@$(IN_SCRATCH) $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations 20 tests --ignore tests/test_repository.py --ignore tests/test_readme.py
 
 # one process a notebook, two at a time; the last by name takes longest and starts first
 smoke: setup

@@ -252,6 +252,11 @@ def children(parent: int) -> dict[str, int]:
     return found
 
 
+def running(process: int) -> bool:
+    "Return False for a process that has ended, also one whose parent has not asked for it yet."
+    return (Path("/proc") / str(process) / "stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+
+
 def test_a_killed_process_is_started_again_and_the_student_is_the_same(place):
     "accelerate launch --max_restarts 1; process 1 is killed with signal 9 after the first checkpoint."
     settings = {"max_steps": 40, "gradient_accumulation_steps": 1}
@@ -267,7 +272,13 @@ def test_a_killed_process_is_started_again_and_the_student_is_the_same(place):
     while not list((place / "killed").glob("work/train/checkpoints/step-*")):
         assert launcher.poll() is None and time.monotonic() < end
         time.sleep(0.02)
-    os.kill(children(launcher.pid)["1"], signal.SIGKILL)
+    first, second = (children(launcher.pid)[rank] for rank in "01")
+    os.kill(launcher.pid, signal.SIGSTOP)  # it would end the first process before that can speak
+    os.kill(second, signal.SIGKILL)
+    while running(first):
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    os.kill(launcher.pid, signal.SIGCONT)
     out, err = launcher.communicate(timeout=250)
     assert launcher.returncode == 0, err[-3000:]
     assert err.count("process 0 of 2: another process of this launch has ended") == 1

@@ -11,7 +11,7 @@ import kd_notes.data.fact_text as fact_text
 import kd_notes.experiments.backbones as backbones
 import kd_notes.experiments.stepwise as stepwise
 import kd_notes.methods.step_by_step as step_by_step
-from kd_notes.core import data_dir, rng, UserError
+from kd_notes.core import data_dir, UserError
 from kd_notes.data.examples import load_split
 from kd_notes.data.tasks import facts, GENERATORS, setting_world, world_of
 from kd_notes.experiments.stepwise import arm_rows, ARMS, Stepwise
@@ -91,25 +91,34 @@ def test_invented_things_differ_from_each_other_and_from_every_word_of_the_tasks
     assert not {w for text in made for w in text.split()} & words
 
 
-def test_a_block_with_gaps_can_be_put_together_again():
-    ids = list(range(10, 106))
-    left, spans = backbones._with_gaps(ids, rng("gaps"), gap=3)
-    pieces = [[]]
-    for i in spans:
-        pieces.append([]) if i == 3 else pieces[-1].append(i)
-    whole, pieces = [], iter(pieces[1:])
-    for i in left:
-        whole += next(pieces) if i == 3 else [i]
-    assert whole == ids and 3 in left
-
-
-@pytest.mark.parametrize("family", ["causal", "t5"])
-def test_both_regimes_give_blocks_of_equal_length(corpora, family):
+def test_a_causal_model_reads_blocks_of_one_length(corpora):
     for lines in corpora.values():
-        rows = backbones.backbone_rows(TOK, family, lines[:400], 96, seed=0)
+        rows = backbones.backbone_rows(TOK, "causal", lines[:400], 96, seed=0)
         assert len(rows) > 50
-        if family == "causal":
-            assert {len(r["prompt"] + r["completion"]) for r in rows} == {96}
+        assert {len(r["prompt"] + r["completion"]) for r in rows} == {96}
+
+
+def test_an_encoder_decoder_reads_each_line_and_writes_its_rest(corpora):
+    for lines in corpora.values():
+        rows = backbones.backbone_rows(TOK, "t5", lines[:400], 40, seed=0)
+        assert len(rows) == 400 and rows != backbones.backbone_rows(TOK, "t5", lines[:400], 40, 1)
+        for line, row in zip(lines, rows):
+            halves = row["prompt"], row["completion"]
+            assert all(len(ids) > 1 and ids[-1] == TOK.eos_token_id for ids in halves)
+            ids = [i for half in halves for i in half[:-1]]
+            assert ids == TOK.encode(line, add_special_tokens=False)[:40]
+    assert backbones.backbone_rows(TOK, "t5", ["a"], 40, seed=0) == []  # nothing to cut
+
+
+def test_all_weights_of_a_mini_encoder_decoder_start_as_small_as_its_width_asks():
+    "AdamW moves them alike, so embeddings of standard deviation 1 would learn ten times more slowly."
+    model = mini_model("t5", "s", len(TOK), seed=0)
+    assert float(model.shared.weight.detach().std()) == pytest.approx(96**-0.5, rel=0.02)
+    largest = {
+        name: float(p.detach().std()) for name, p in model.named_parameters() if p.dim() == 2
+    }
+    assert max(largest.values()) < 3 * 96**-0.5, largest
+    assert not model.config.scale_decoder_outputs and model.lm_head.weight is model.shared.weight
 
 
 # ---------------------------------------------------------------- the committed weights
@@ -138,6 +147,24 @@ def test_the_larger_models_know_the_facts_of_every_task_that_they_have_read_of()
             assert sum(right) / len(right) > guessed + 0.1, (regime, task)
             right = backbones.knows(model, TOK, task, other)
             assert sum(right) / len(right) < guessed + 0.1, (regime, task)
+
+
+def test_the_encoder_decoders_know_the_things_of_cqa_that_they_have_read_of():
+    for regime, name in backbones.NAMES.items():
+        model = stepwise.load_backbone("t5", f"{regime}/s", TOK)
+        (other,) = set(backbones.NAMES.values()) - {name}
+        own, others = (backbones.knows(model, TOK, "cqa", names) for names in (name, other))
+        assert sum(own) / len(own) > {"known": 0.85, "unknown": 0.2}[regime]
+        assert sum(others) / len(others) < 0.11 + 0.12
+
+
+def test_facts_are_asked_in_batches_as_one_by_one(monkeypatch):
+    for family in ("causal", "t5"):
+        model = stepwise.load_backbone(family, "known/s", TOK)
+        together = backbones.knows(model, TOK, "nli")
+        with monkeypatch.context() as patch:
+            patch.setattr(backbones, "PROBES", 1)
+            assert backbones.knows(model, TOK, "nli") == together
 
 
 def test_the_files_are_small_half_precision_and_complete():

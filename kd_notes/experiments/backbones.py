@@ -6,7 +6,6 @@
 __all__ = []
 
 # %% ../../nbs/3_reasons/03b_backbones.ipynb #bb-03
-import random
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,48 +49,25 @@ def blocks(tokenizer: Any, lines: list[str], length: int) -> list[Ids]:
     return [stream[start : start + length] for start in starts]
 
 # %% ../../nbs/3_reasons/03b_backbones.ipynb #bb-07
-def _with_gaps(ids: Ids, r: random.Random, gap: int) -> tuple[Ids, Ids]:
-    "Cut spans of one to four ids out of a block: (what is left with gaps, the gaps and spans)."
-    left, spans = [], []
-    start = 0
-    while start < len(ids):
-        size = r.randint(1, 4)
-        span = ids[start : start + size]
-        if r.random() < 0.12:
-            left.append(gap)
-            spans += [gap, *span]
-        else:
-            left += span
-        start += size
-    return left, spans
-
-
-def _encoder_decoder_pair(tokenizer: Any, ids: Ids, r: random.Random) -> tuple[Ids, Ids]:
-    "Return what an encoder-decoder reads of a block and what it writes, each with its end token."
-    length = len(ids)
-    cut = r.randint(length // 4, 3 * length // 4)
-    prompt, completion = ids[:cut], ids[cut:]
-    if r.random() < 0.5:
-        prompt, completion = _with_gaps(ids, r, tokenizer.unk_token_id)
-    end = tokenizer.eos_token_id
-    return [*prompt, end], [*completion, end]
-
-
 def backbone_rows(
     tokenizer: Any, family: str, lines: list[str], length: int, seed: int
 ) -> list[dict]:
-    """Return rows of ids for pretraining.
+    """Return rows of at most `length` ids, without end tokens, for pretraining.
 
-    A causal model predicts each token of a block. An encoder-decoder reads half of the blocks to a
-    random place and writes the rest; in the others it fills gaps, as T5 does.
+    A causal model predicts each token of a block of exactly `length`. An encoder-decoder reads
+    a line up to a random place and writes the rest.
     """
-    rows = []
-    for number, ids in enumerate(blocks(tokenizer, lines, length)):
-        prompt, completion = ids[:1], ids[1:]
-        if family == "t5":
+    if family == "causal":
+        cut = blocks(tokenizer, lines, length)
+        return [{"prompt": ids[:1], "completion": ids[1:]} for ids in cut]
+    rows, end = [], tokenizer.eos_token_id
+    for number, line in enumerate(lines):
+        ids = _ids(tokenizer, line)[:length]
+        if len(ids) > 1:
             r = rng("backbone rows", seed, number)
-            prompt, completion = _encoder_decoder_pair(tokenizer, ids, r)
-        rows.append({"prompt": prompt, "completion": completion})
+            place = r.randint(1, len(ids) - 1)
+            prompt, completion = ids[:place], ids[place:]
+            rows.append({"prompt": [*prompt, end], "completion": [*completion, end]})
     return rows
 
 # %% ../../nbs/3_reasons/03b_backbones.ipynb #bb-10
@@ -106,8 +82,11 @@ def _probes(task: str) -> list[tuple[str, Things]]:
     "Return (a sentence with places, its things) for each table of a task's facts."
     known, said = facts(task), wordings()[task]
     if task == "nli":
-        topics = known["topics"].items()
-        return [(said[name]["probe"], topic["values"]) for name, topic in topics]
+        probes = []
+        for name, topic in known["topics"].items():
+            probe = said[name]["probe"]
+            probes.append((probe, topic["values"]))
+        return probes
     if task == "anli":
         things = known["cities"]
     elif task == "cqa":
@@ -141,6 +120,9 @@ def _cloze(task: str, name: Name) -> list[Cloze]:
     return items
 
 # %% ../../nbs/3_reasons/03b_backbones.ipynb #bb-11
+PROBES = 64  # rows of a batch
+
+
 @torch.inference_mode()
 def knows(model: Any, tokenizer: Any, task: str, name: Name = real) -> list[bool]:
     """Return for every fact of a task whether the model gives its kind the highest probability.
@@ -150,17 +132,26 @@ def knows(model: Any, tokenizer: Any, task: str, name: Name = real) -> list[bool
     family = "t5" if model.config.is_encoder_decoder else "causal"
     method = SFT(tokenizer, family)
     model.eval()
-    right = []
-    for text, kinds, kind in _cloze(task, name):
+    cloze, rows = _cloze(task, name), []
+    for text, kinds, _ in cloze:
         prompt = _ids(tokenizer, text)
         if family == "t5":
             prompt.append(tokenizer.eos_token_id)
-        completions = [_ids(tokenizer, one) for one in kinds]
-        rows = [{"prompt": prompt, "completion": ids} for ids in completions]
-        nll = target_nll(model, method.collate(rows))
-        parts = nll.split([len(ids) for ids in completions])
-        sums = [float(part.sum()) for part in parts]
-        likeliest = kinds[sums.index(min(sums))]
+        for kind in kinds:
+            completion = _ids(tokenizer, kind)
+            rows.append({"prompt": prompt, "completion": completion})
+    sums = []
+    for start in range(0, len(rows), PROBES):
+        some = rows[start : start + PROBES]
+        nll = target_nll(model, method.collate(some))
+        lengths = [len(row["completion"]) for row in some]
+        for part in nll.split(lengths):
+            sums.append(float(part.sum()))
+    right = []
+    of_row = iter(sums)
+    for _, kinds, kind in cloze:
+        surprise = dict(zip(kinds, of_row))
+        likeliest = min(kinds, key=surprise.get)
         right.append(likeliest == kind)
     return right
 
@@ -176,11 +167,25 @@ class BackboneSettings:
     family: str = "causal"  # or t5
     size: str = "s"
     steps: int = 1500
-    batch_size: int = 16  # blocks
-    length: int = 64  # tokens of a block
+    batch_size: int = 16  # blocks, or lines
+    length: int = 64  # tokens of a block, or at most of a line
     lines: int = 40_000  # of the corpus
     lr: float = 4e-3
     seed: int = 0
+
+
+def _files_read() -> list[Path]:
+    "Return the files that the text of a pretraining comes from."
+    data = data_dir()
+    files = [
+        data / "facts/wordings.json",
+        data / "prose/glosses.txt",
+        data / "tokenizer/mini/tokenizer.json",
+    ]
+    for task in GENERATORS:
+        files.append(data / f"facts/{task}.json")
+        files.append(teacher_file(task, "unlabelled"))
+    return files
 
 # %% ../../nbs/3_reasons/03b_backbones.ipynb #bb-15
 class Backbones(ModelRuns):
@@ -191,12 +196,11 @@ class Backbones(ModelRuns):
     Settings = BackboneSettings
 
     def inputs(self, run: dict) -> dict[str, str]:
-        data = data_dir()
-        files = [data / f"facts/{name}.json" for name in (*GENERATORS, "wordings")]
-        files += [teacher_file(task, "unlabelled") for task in GENERATORS]
-        files.append(data / "prose/glosses.txt")
-        files.append(data / "tokenizer/mini/tokenizer.json")
-        return {f"{path.parent.name}/{path.name}": sha256_file(path) for path in files}
+        sums = {}
+        for path in _files_read():
+            name = f"{path.parent.name}/{path.name}"
+            sums[name] = sha256_file(path)
+        return sums
 
     def complete(self, run: dict) -> dict:
         _choose(run["regime"], REGIMES, "regime")
@@ -222,7 +226,7 @@ class Backbones(ModelRuns):
             betas=(0.9, 0.98),
             seed=seed,
             save_every=SAVE_EVERY,
-            bucket=False,
+            bucket=family == "t5",  # blocks have one length, lines do not
         )
         model = self.network(run)
         method = SFT(tokenizer, family)
@@ -242,12 +246,13 @@ class Backbones(ModelRuns):
         return metrics
 
 # %% ../../nbs/3_reasons/03b_backbones.ipynb #bb-17
-STEPS = {"s": 1500, "m": 6000}  # that the committed ones have read
-COMMITTED = [
-    {"family": "causal", "size": size, "regime": regime, "steps": steps}
-    for size, steps in STEPS.items()
-    for regime in REGIMES
+T5 = {"family": "t5", "steps": 5000, "batch_size": 64, "length": 120, "lr": 1.5e-3}
+MADE = [  # how the committed ones were pretrained
+    {"family": "causal", "size": "s", "steps": 1500},
+    {"family": "causal", "size": "m", "steps": 6000},
+    T5 | {"size": "s"},
 ]
+COMMITTED = [made | {"regime": regime} for made in MADE for regime in REGIMES]
 
 
 def write_backbones(wanted: Iterable[dict] = COMMITTED, folder: Path | None = None) -> list[Path]:
@@ -263,7 +268,9 @@ def write_backbones(wanted: Iterable[dict] = COMMITTED, folder: Path | None = No
         path = folder / backbone_file(settings["family"], size).name
         save_model(model, str(path))
         made.append(path)
-    write_checksums(folder, [path.name for path in made])
+    present = folder.glob("*.safetensors")
+    names = sorted(path.name for path in present)
+    write_checksums(folder, names)
     return made
 
 # %% ../../nbs/3_reasons/03b_backbones.ipynb #bb-22

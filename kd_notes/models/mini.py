@@ -162,7 +162,7 @@ def _causal_config(size: dict, vocab_size: int, dropout: float):
 def _t5_config(size: dict, vocab_size: int, dropout: float):
     from transformers import T5Config
 
-    return T5Config(
+    config = T5Config(
         vocab_size=vocab_size,
         d_model=size["width"],
         num_layers=size["layers"],
@@ -178,6 +178,8 @@ def _t5_config(size: dict, vocab_size: int, dropout: float):
         eos_token_id=1,
         decoder_start_token_id=0,
     )
+    config.scale_decoder_outputs = False  # the embeddings are small enough, see mini_model
+    return config
 
 # %% ../../nbs/2_playground/08_mini.ipynb #27a574ff
 def mini_model(
@@ -197,4 +199,6 @@ def mini_model(
             model = LlamaForCausalLM(_causal_config(shape, vocab_size, dropout))
         else:
             model = T5ForConditionalGeneration(_t5_config(shape, vocab_size, dropout))
+            with torch.no_grad():
+                model.shared.weight.mul_(shape["width"] ** -0.5)  # T5 draws them as large as 1
     return model.train()

@@ -76,6 +76,19 @@ def test_a_row_counts_the_claims_and_shows_their_units(verdicts, cells):
     assert readme_module.outcome_cells({"verdicts": verdicts}) == cells
 
 
+def test_claims_about_one_thing_are_told_apart():
+    "The words before the first difference, and what the claim is about, are left out."
+    named = [
+        CLAIM | {"claim": f"A beats B, facts {facts} (nli)"} for facts in ("known", "unknown")
+    ] + [CLAIM | {"claim": "A beats B, facts known (cqa)"}]
+    _, shown = readme_module.outcome_cells({"verdicts": named})
+    assert [text.partition(":")[0] for text in shown.split("; ")] == [
+        "nli, known",
+        "nli, unknown",
+        "cqa",
+    ]
+
+
 def test_a_number_of_the_page_is_that_of_the_verdict_in_the_record(tmp_path):
     "The hops from the page to the run: table, record, verdicts.json."
     book = open_book()

@@ -323,6 +323,27 @@ def test_an_arm_has_moved_if_one_metric_differs_after_holm():
     assert statistics_module.moved_from_start(still | {"loss": estimate(0.4, 0.5)})
 
 
+def test_the_best_mean_over_the_seeds_chooses_a_rate_and_an_end_of_the_grid_is_told():
+    scores = {
+        "one lucky seed": {1e-3: [0.2, 0.2], 2e-3: [0.5, 0.5], 4e-3: [0.9, 0.0]},
+        "at the end": {1e-3: [0.6, 0.7], 2e-3: [0.5, 0.6], 4e-3: [0.1, 0.1]},
+        "fewer rates": {2e-3: [0.4, 0.6]},
+    }
+    grid = statistics_module.RateGrid(scores)
+    assert list(grid.best.values()) == [2e-3, 1e-3, 2e-3]
+    assert grid.mean("one lucky seed", 4e-3) == pytest.approx(0.45)
+    assert list(grid.edge.values()) == ["", "its best rate is the lowest of the grid", ""]
+    assert grid.row("one lucky seed") == {
+        "0.001": "20.0 / 20.0",
+        "0.002": "50.0 / 50.0",
+        "0.004": "90.0 / 0.0",
+        "chosen": "0.002",
+        "at an edge": "no",
+    }
+    assert grid.row("fewer rates")["0.004"] == "–"
+    assert statistics_module.RateGrid({}).best == {}
+
+
 def test_saved_verdicts_are_data_and_are_counted_by_kind(tmp_path):
     made = [
         statistics_module.verdict("helps (a)", estimate(0.1, 0.2)),

@@ -13,7 +13,7 @@ import math
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from statistics import NormalDist
+from statistics import fmean, NormalDist
 from typing import Any, Iterable, Mapping, Sequence
 
 import numpy as np
@@ -268,6 +268,43 @@ def edge_of_grid(rate: float, rates: Sequence[float]) -> str:
         return ""
     end = "lowest" if rate == lowest else "highest"
     return f"its best rate is the {end} of the grid"
+
+# %% ../../nbs/2_playground/13_statistics.ipynb #grid-fn
+@dataclass(frozen=True)
+class RateGrid:
+    """Scores on validation of every arm at every learning rate; the best mean chooses."""
+
+    scores: Mapping[Any, Mapping[float, Sequence[float]]]  # arm -> rate -> one score per seed
+
+    def mean(self, arm: Any, rate: float) -> float:
+        "Return the mean score of an arm at a rate over the seeds."
+        return fmean(self.scores[arm][rate])
+
+    @property
+    def best(self) -> dict[Any, float]:
+        "The rate of each arm; of equally good ones the first."
+        chosen = {}
+        for arm, rates in self.scores.items():
+            means = {rate: self.mean(arm, rate) for rate in rates}
+            chosen[arm] = max(means, key=means.get)
+        return chosen
+
+    @property
+    def edge(self) -> dict[Any, str]:
+        "Why an arm's choice is no choice (see `edge_of_grid`), or ''."
+        return {arm: edge_of_grid(rate, list(self.scores[arm])) for arm, rate in self.best.items()}
+
+    def row(self, arm: Any) -> dict[str, str]:
+        "Return the cells of an arm in a table: all scores in per cent, the choice, its edge."
+        every_rate = set().union(*self.scores.values())
+        cells = {}
+        for rate in sorted(every_rate):
+            found = self.scores[arm].get(rate, ())
+            shown = [f"{100 * score:.1f}" for score in found]
+            cells[f"{rate:g}"] = " / ".join(shown) or "–"
+        cells["chosen"] = f"{self.best[arm]:g}"
+        cells["at an edge"] = self.edge[arm] or "no"
+        return cells
 
 # %% ../../nbs/2_playground/13_statistics.ipynb #731de487
 _KINDS = ("claim", "control", "question")

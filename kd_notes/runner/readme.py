@@ -90,7 +90,7 @@ def _stepwise_rows() -> list[FrontRow]:
             "Rationales help students that know the facts, and those that do not",
             "–",
         ),
-        FrontRow("stepwise_regimes_tasks", "The same on inference, with larger students", "–"),
+        FrontRow("stepwise_regimes_tasks", "The same on inference, and with encoder-decoders", "–"),
         FrontRow(
             "stepwise_ablations",
             "Multi-task beats single-task (Table 2)",
@@ -198,9 +198,22 @@ def _interval(verdict: Verdict) -> str:
     return f"{value} [{low}, {high}] {verdict.unit}"
 
 
-def _verdict_text(verdict: Verdict) -> str:
+def _subject(verdict: Verdict, beside: Sequence[Verdict]) -> str:
+    "Return what a claim is about, with the words that tell it from others about the same."
+    subject = about(verdict)
+    alike = [other for other in beside if about(other) == subject]
+    if len(alike) < 2:
+        return subject
+    claims = [other.claim.split() for other in alike]
+    shared = os.path.commonprefix(claims)
+    own = verdict.claim.split()[len(shared) :]
+    said = " ".join(own).removesuffix(f"({subject})").strip()
+    return f"{subject}, {said}" if said else subject
+
+
+def _verdict_text(verdict: Verdict, beside: Sequence[Verdict]) -> str:
     "Format a verdict for a table cell: subject, interval, unit."
-    return f"{about(verdict)}: {_interval(verdict)}".replace("|", "/")
+    return f"{_subject(verdict, beside)}: {_interval(verdict)}".replace("|", "/")
 
 
 def outcome_cells(stored: Mapping[str, Any]) -> tuple[str, str]:
@@ -211,8 +224,8 @@ def outcome_cells(stored: Mapping[str, Any]) -> tuple[str, str]:
         if chosen:
             counts = count_outcomes(chosen, kind)
             outcomes = ", ".join(f"{number} {outcome}" for outcome, number in counts.items())
-            shown = "; ".join(map(_verdict_text, chosen[:SHOWN_VERDICTS]))
-            return outcomes, shown
+            shown = chosen[:SHOWN_VERDICTS]
+            return outcomes, "; ".join(_verdict_text(verdict, shown) for verdict in shown)
     return "–", "–"
 
 # %% ../../nbs/7_engine_room/27_readme.ipynb #6fdeb1ef
@@ -361,7 +374,7 @@ def cost_table(book: Book) -> str:
         "kd-notes reproduce --all --profile cpu-full": f"trains every notebook but {but}, "
         f"five seeds, {full}",
         "kd-notes reproduce --profile cpu-map": "trains what cpu-full has no time for: MiniLLM by "
-        "gold text and teacher (minillm_regimes), and step-by-step on further tasks "
+        "gold text and teacher (minillm_regimes), and step-by-step on inference and with encoder-decoders "
         f"(stepwise_regimes_tasks), five seeds, {predicted_time(book, 'cpu-map')} without cpu-full",
         "kd-notes reproduce --all --profile cpu-full --source record": replay,
         "kd-notes reproduce --all --profile gpu": "never run by us at that scale",

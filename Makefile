@@ -62,8 +62,8 @@ pins: setup
 
 export OMP_NUM_THREADS ?= 1
 
-# No check needs the hub, and without a network each question to it costs half a minute of retries.
-sync notebooks pytest smoke: export HF_HUB_OFFLINE ?= 1
+# No check needs the hub, and without a network each question to it costs half a minute of retries. For pytest see tests/conftest.py.
+notebooks smoke: export HF_HUB_OFFLINE ?= 1
 
 # What a check writes for itself goes with it: several lessons keep a copy of SmolLM2 of half a gigabyte, and the worker
 # processes of nbdev_test end without removing theirs.

@@ -17,6 +17,8 @@ from kd_notes.data.tasks import facts, GENERATORS, setting_world, world_of
 from kd_notes.experiments.stepwise import arm_rows, ARMS, Stepwise
 from kd_notes.methods.step_by_step import MutualInformation, step_rows, StepByStep
 from kd_notes.models.mini import load_mini_tokenizer, mini_model
+from kd_notes.models.pretrained import load_pretrained
+from kd_notes.training.checkpoint import save_model
 
 torch.set_num_threads(1)
 TOK = load_mini_tokenizer()
@@ -119,6 +121,17 @@ def test_all_weights_of_a_mini_encoder_decoder_start_as_small_as_its_width_asks(
     }
     assert max(largest.values()) < 3 * 96**-0.5, largest
     assert not model.config.scale_decoder_outputs and model.lm_head.weight is model.shared.weight
+
+
+def test_a_mini_encoder_decoder_is_the_same_after_saving(tmp_path):
+    "How its logits are scaled stands in the configuration, which transformers reads in a way of its own."
+    model = mini_model("t5", "xs", len(TOK), seed=0).eval()
+    save_model(model, tmp_path / "saved", TOK)
+    again = load_pretrained(tmp_path / "saved", device="cpu")[0].eval()
+    ids = torch.arange(5, 15)[None]
+    with torch.inference_mode():
+        one, other = (each(input_ids=ids, labels=ids).logits for each in (model, again))
+    assert torch.equal(one, other)
 
 
 # ---------------------------------------------------------------- the committed weights

@@ -272,13 +272,15 @@ def test_a_killed_process_is_started_again_and_the_student_is_the_same(place):
     while not list((place / "killed").glob("work/train/checkpoints/step-*")):
         assert launcher.poll() is None and time.monotonic() < end
         time.sleep(0.02)
-    first, second = (children(launcher.pid)[rank] for rank in "01")
-    os.kill(launcher.pid, signal.SIGSTOP)  # it would end the first process before that can speak
-    os.kill(second, signal.SIGKILL)
-    while running(first):
-        assert time.monotonic() < end
-        time.sleep(0.02)
-    os.kill(launcher.pid, signal.SIGCONT)
+    ranks = children(launcher.pid)
+    os.kill(launcher.pid, signal.SIGSTOP)  # it would end process 0 before that can speak
+    try:
+        os.kill(ranks["1"], signal.SIGKILL)
+        while running(ranks["0"]):
+            assert time.monotonic() < end
+            time.sleep(0.02)
+    finally:
+        os.kill(launcher.pid, signal.SIGCONT)
     out, err = launcher.communicate(timeout=250)
     assert launcher.returncode == 0, err[-3000:]
     assert err.count("process 0 of 2: another process of this launch has ended") == 1
